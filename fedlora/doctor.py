@@ -1,0 +1,245 @@
+"""`fedlora doctor`: find out before a run what would stop it, on this machine and in its config.
+
+Each check says what it found, and where something is wrong, what to do.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import socket
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.config import Config
+from fedlora.errors import FedLoraError
+
+FLOWER_PORT = 39091
+"""Where `flwr run` looks for a managed SuperLink, unless told otherwise."""
+FAB_LIMIT = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    level: Literal["ok", "note", "problem"]
+    what: str
+    do: str = ""
+
+
+def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:
+    """Print what was found and, for an experiment, the plan. Returns 1 where a problem is."""
+    from fedlora.console import quiet_libraries
+
+    quiet_libraries()
+    console = Console()
+    findings = list(machine())
+    plan = None
+    if path is not None:
+        try:
+            config = Config.load(path, overrides)
+            more, plan = experiment(config)
+            findings += more
+        except FedLoraError as e:
+            findings.append(Finding("problem", str(e)))
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+    for f in findings:
+        console.print(marks[f.level], f.what, highlight=False)
+        if f.do:
+            console.print("     ->", f.do, highlight=False)
+    if plan is not None:
+        console.print(plan)
+    return int(any(f.level == "problem" for f in findings))
+
+
+# -- this machine -----------------------------------------------------------------------------
+
+
+def machine() -> Iterator[Finding]:
+    """What Flower and this machine would trip over."""
+    versions = {p: importlib.metadata.version(p) for p in ("flwr", "torch", "peft")}
+    said = ", ".join(f"{p} {v}" for p, v in versions.items())
+    yield Finding("ok", f"{said}; {os.cpu_count()} cores")
+    minor = tuple(int(n) for n in versions["flwr"].split(".")[:2])
+    if not (1, 41) <= minor < (1, 43):
+        yield Finding(
+            "problem",
+            f"flwr {versions['flwr']} is outside the range fedlora is tested with",
+            "pip install 'flwr>=1.41,<1.43'",
+        )
+    if importlib.util.find_spec("ray") is None:
+        yield Finding(
+            "note",
+            "ray is not installed: `fedlora simulate` works, `flwr run` does not",
+            "pip install 'fedlora[flower-simulation]' if you want Flower's own engine",
+        )
+    if os.environ.get("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION") != "1":
+        yield Finding(
+            "note",
+            "`flwr run` would resolve the app's dependencies anew for every run (torch included)",
+            "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 before it starts; "
+            "`fedlora simulate --engine flower` does so by itself",
+        )
+    yield from _port()
+    yield from _bundle(Path("pyproject.toml"))
+
+
+def _port() -> Iterator[Finding]:
+    """Is a SuperLink that someone else started in the way?"""
+    port = int(os.environ.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", FLOWER_PORT))
+    with socket.socket() as s:
+        s.settimeout(0.3)
+        taken = s.connect_ex(("127.0.0.1", port)) == 0
+    if not taken:
+        yield Finding("ok", f"port {port} is free for `flwr run`'s SuperLink")
+        return
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+            healthy = answer.status == 200
+    except OSError:
+        healthy = False
+    what = "a SuperLink that is running already" if healthy else "another program"
+    yield Finding(
+        "note",
+        f"port {port} belongs to {what}; `flwr run` finds its SuperLink by port alone and would "
+        "run there, in that one's environment",
+        "export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT to a free port",
+    )
+
+
+def _bundle(pyproject: Path) -> Iterator[Finding]:
+    """What `flwr build` would put into the app bundle here, and whether it would take it."""
+    import tomllib
+
+    if not pyproject.exists() or "flwr" not in (
+        tree := tomllib.loads(pyproject.read_text()).get("tool", {})
+    ):
+        return
+    project = tomllib.loads(pyproject.read_text())["project"]
+    if not isinstance(project.get("license"), dict):
+        yield Finding(
+            "problem",
+            "pyproject.toml: project.license is a string; an app bundle of format 1 refuses that",
+            'license = { file = "LICENSE" }',
+        )
+    app = tree["flwr"].get("app", {})
+    size = 0
+    for pattern in app.get("fab-include", []):
+        found = list(Path().glob(pattern))
+        size += sum(p.stat().st_size for p in found if p.is_file())
+        if not found:
+            yield Finding("problem", f"fab-include: {pattern} matches nothing", "remove it")
+    if size > FAB_LIMIT:
+        yield Finding("problem", f"the app bundle holds {size:,} bytes", f"limit {FAB_LIMIT:,}")
+    elif size:
+        yield Finding("ok", f"the app bundle's files take {size / 1e3:.0f} kB")
+
+
+# -- an experiment ----------------------------------------------------------------------------
+
+
+def experiment(config: Config) -> tuple[list[Finding], Table]:
+    """Load the data and the model, ask the strategy, and lay out the plan.
+
+    Raises:
+        FedLoraError: what would stop the run before its first round.
+    """
+    from fedlora import site
+    from fedlora.strategies.base import Client, Round, Start, top_ranks
+    from fedlora.wire import count_bytes, pack_download, pack_factors
+
+    findings = []
+    corpus = site.corpus(config)
+    rows = sum(len(c.train) for c in corpus.clients)
+    findings.append(
+        Finding(
+            "ok",
+            f"data: {rows} training rows on {len(corpus.clients)} clients, "
+            f"{len(corpus.test)} central test rows"
+            + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
+        )
+    )
+    model = site.model(config, corpus.labels)
+    total = sum(p.numel() for p in model.peft.get_base_model().parameters())
+    findings.append(
+        Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
+    )
+    strategy = config.build_strategy()
+    ranks = config.clients.ranks
+    clients = [
+        Client(i, model.layers(dict.fromkeys(model.shapes, ranks[i % len(ranks)])))
+        for i in range(config.clients.count)
+    ]
+    for problem in strategy.problems(clients):
+        findings.append(Finding("problem", f"strategy.name = {config.strategy.name!r}: {problem}"))
+    if any(f.level == "problem" for f in findings):
+        return findings, Table()
+    whole = Client(-1, model.layers(top_ranks(clients)))
+    start = Start(
+        model.init_factors(whole, config.run.seed), clients, model.weights(), config.run.seed
+    )
+    state = strategy.init(start)
+    table = Table("client", "rank", "rows", "test", "steps a round", "down", "up", title="Plan")
+    round = Round(1, config.run.seed)
+    per_round = config.clients.per_round or config.clients.count
+    largest = 0
+    for c in clients:
+        sent = strategy.download(state, c, round)
+        factors = strategy.start(sent, Start(start.factors, [], {}).factors, c, round)
+        up = count_bytes_of(pack_factors(strategy.upload(factors, factors)[0], config.wire.dtype))
+        down = count_bytes(pack_download(sent, config.wire.dtype))
+        largest = max(largest, up + down)
+        n = len(corpus.client(c.id).train)
+        steps = config.train.steps or max(
+            1, round_up(n * config.train.epochs / config.train.batch_size)
+        )
+        table.add_row(
+            str(c.id), str(ranks[c.id % len(ranks)]), str(n), str(len(corpus.client(c.id).test)),
+            str(steps), f"{down / 1e3:.0f} kB", f"{up / 1e3:.0f} kB",
+        )  # fmt: skip
+    need = _memory(model, config, largest * per_round)
+    have = _available()
+    findings.append(
+        Finding(
+            "ok" if need < have else "problem",
+            f"memory: about {need / 1e9:.1f} GB needed, {have / 1e9:.1f} GB available",
+            "" if need < have else "lower train.batch-size, data.max-length or clients.ranks",
+        )
+    )
+    findings.append(
+        Finding(
+            "ok",
+            f"plan: {config.strategy.name} ({strategy.promise}), {config.run.rounds} rounds of "
+            f"{per_round} clients, lr {config.train.lr:g} ({config.train.lr_schedule})",
+        )
+    )
+    return findings, table
+
+
+def count_bytes_of(record: Any) -> int:
+    return int(record.count_bytes())
+
+
+def round_up(x: float) -> int:
+    return int(-(-x // 1))
+
+
+def _memory(model: Any, config: Config, in_flight: int) -> float:
+    """Base, activations of one batch a worker (a rule of thumb), messages: bytes."""
+    base = sum(p.numel() * p.element_size() for p in model.peft.parameters())
+    hidden = getattr(model.peft.config, "hidden_size", 768)
+    depth = getattr(model.peft.config, "num_hidden_layers", 12)
+    tokens = config.train.batch_size * config.data.max_length
+    activations = tokens * hidden * depth * 4 * 16  # about 16 tensors a layer survive
+    workers = config.simulate.workers or os.cpu_count() or 1
+    return float(base + workers * activations + 2 * in_flight + 5e8)
+
+
+def _available() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().available)

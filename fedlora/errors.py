@@ -1,0 +1,56 @@
+"""The errors fedlora raises for a user to read. Anything else that escapes is a bug."""
+
+
+class FedLoraError(Exception):
+    """Base of every error below, so a caller can catch them all."""
+
+
+class ConfigError(FedLoraError, ValueError):
+    """The run config cannot be used. Lists every problem found, not only the first."""
+
+    def __init__(self, problems: list[str], where: str = "") -> None:
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        hint = where or "Fix the file you passed, or override with --set key=value."
+        super().__init__(f"{count} in the run config:\n{lines}\n{hint}")
+
+
+class DataError(FedLoraError, ValueError):
+    """The data cannot be read or split as the config asks."""
+
+
+class ModelError(FedLoraError, ValueError):
+    """The model cannot be loaded or adapted as the config asks."""
+
+
+class StrategyError(FedLoraError, ValueError):
+    """The strategy cannot do what the config asks. Says why, and what to use."""
+
+
+class UpdateError(FedLoraError, ValueError):
+    """One client's update cannot be used. It is left out; the round goes on."""
+
+
+class ProofError(FedLoraError):
+    """An aggregation that promises to be exact was not. The run stops before it spreads."""
+
+
+class RoundError(FedLoraError):
+    """Too few clients answered. The last checkpoint is intact."""
+
+
+class ClientMemoryError(FedLoraError):
+    """A client's own memory of earlier rounds is gone or belongs to another run."""
+
+
+class CheckpointError(FedLoraError):
+    """A checkpoint cannot be read, or belongs to another configuration."""
+
+
+class WireError(FedLoraError, ValueError):
+    """A message does not decode. Raised before anything of the declared size is allocated."""
+
+
+class PrivacyError(FedLoraError):
+    """A privacy promise cannot be kept. Nothing is released."""

@@ -1,0 +1,195 @@
+"""A finished model in formats that know nothing of fedlora: a PEFT directory, or merged weights.
+
+Every strategy's model is W0 + sum of low-rank changes, so one adapter holds it: the changes are
+stacked, and where that outgrows the layer, recompressed without loss.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedlora import site
+from fedlora.adapter import Adapter, Delta, Pair, dense
+from fedlora.checkpoint import write_atomically
+from fedlora.config import Config
+from fedlora.errors import CheckpointError, ModelError
+from fedlora.journal import Journal, Member, Saved, state_types
+from fedlora.lowrank import compress, norm, stack, svd
+from fedlora.memory import ClientMemory
+from fedlora.model import PREFIX, Model, adapter_config, load_base
+from fedlora.strategies import Strategy
+from fedlora.strategies.base import Client, Effective, Round, Version
+from fedlora.text import eval_batches
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 1e-2}
+"""Relative difference of logits that rounding in the base's dtype can explain."""
+
+
+def total(effective: Effective) -> Adapter:
+    """The whole change of each module as one pair, of the least rank that stacking gives."""
+    adapter = effective.factors.adapter()
+    modules = list(dict.fromkeys([*(m for v in effective.base for m in v.delta), *adapter]))
+    return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
+
+
+def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
+    deltas = [v.delta[m] for v in base if m in v.delta]
+    pairs = [d for d in deltas if isinstance(d, Pair)] + ([pair] if pair else [])
+    full = [d for d in deltas if isinstance(d, Tensor)]
+    if not full:
+        whole = stack([Pair(p.A.double(), p.B.double(), p.scale) for p in pairs])
+        if whole.rank <= min(whole.A.shape[1], whole.B.shape[0]):
+            return Pair(whole.A.float(), whole.B.float())
+        U, S, Vh = svd(whole)
+    else:
+        every: list[Delta] = [*full, *pairs]
+        W = torch.stack([dense(d).double() for d in every]).sum(0)
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = max(1, int((S[0] * 1e-9 < S).sum()))  # what is left out is below float32's rounding
+    return Pair(Vh[:r].float().contiguous(), (U[:, :r] * S[:r]).float())
+
+
+def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
+    """The nearest adapter of at most this rank, and the relative Frobenius error it costs."""
+    cut = {m: compress(p, rank) if p.rank > rank else p for m, p in adapter.items()}
+    lost = sum(float(norm(stack([adapter[m], cut[m]], [1.0, -1.0]))) ** 2 for m in cut)
+    size = sum(float(norm(p)) ** 2 for p in adapter.values())
+    return cut, (lost / size) ** 0.5 if size else 0.0
+
+
+def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
+    """Write a PEFT directory that `PeftModel.from_pretrained(base, directory)` loads.
+
+    The scale is folded into B, so alpha = r on every module. Returns the relative error of
+    truncating to `rank` (0: as exact as stacking is).
+    """
+    adapter, error = total(effective), 0.0
+    if rank:
+        adapter, error = truncate(adapter, rank)
+    ranks = {m: p.rank for m, p in adapter.items()}
+    config = adapter_config(model.config, model.shapes, ranks)
+    top = config.r
+    config.lora_alpha = top
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora = False
+    config.init_lora_weights = True
+    config.inference_mode = True
+    config.base_model_name_or_path = model.config.model.path
+    if model.config.model.task == "causal-lm":
+        config.task_type = "CAUSAL_LM"
+    elif model.config.model.pooling == "default":
+        config.task_type = "SEQ_CLS"
+    tensors = {}
+    for m, p in adapter.items():
+        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A.contiguous()
+        tensors[f"{PREFIX}{m}.lora_B.weight"] = (p.scale * p.B).contiguous()
+    for name, x in effective.factors.other.items():
+        tensors[PREFIX + name] = x.contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(directory))
+    path = directory / "adapter_model.safetensors"
+    write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
+    if model.labels:
+        labels = json.dumps(list(model.labels))
+        write_atomically(directory / "labels.json", labels.encode())
+    return error
+
+
+def save_merged(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
+    """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it."""
+    base = load_base(model.config.model, model.labels, model.config.run.seed)
+    adapter, error = total(effective), 0.0
+    if rank:
+        adapter, error = truncate(adapter, rank)
+    with torch.no_grad():
+        for m, pair in adapter.items():
+            weight = base.get_submodule(m).weight
+            change = pair.delta().T if model.shapes[m].fan_in_fan_out else pair.delta()
+            weight.copy_(weight.float() + change)
+        named = dict(base.named_parameters())
+        for name, x in effective.factors.other.items():
+            named[name].copy_(x)
+    directory.mkdir(parents=True, exist_ok=True)
+    base.save_pretrained(str(directory))
+    model.tokenizer.save_pretrained(str(directory))
+    return error
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export came to."""
+
+    directory: Path
+    truncation: float
+    """Relative Frobenius error of the change, 0 where nothing was cut."""
+    deviation: float
+    """Largest difference of its logits from the federated model's, over their largest."""
+
+
+def export_run(
+    run: Path, out: Path, merged: bool = False, rank: int = 0, client: int | None = None
+) -> Exported:
+    """Write the model of a run's last checkpoint, reload it with plain libraries, and compare.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ModelError: what was written does not compute what the federated model does.
+    """
+    config = Config.load(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
+    strategy = config.build_strategy()
+    found = Journal(config).last(Saved, Member, *state_types(strategy))
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint")
+    saved: Saved = found[0]
+    corpus = site.corpus(config)
+    model = site.model(config, corpus.labels)
+    effective = strategy.effective(saved.state)
+    if client is not None:
+        effective = _of_client(client, config, strategy, saved, model)
+    write = save_merged if merged else save_peft
+    truncation = write(model, effective, out, rank)
+
+    model.rebase("export", effective.base)
+    model.load(effective.factors)
+    batch = next(eval_batches(site.encoded("central", -1, config, corpus.labels), 16))
+    inputs = {key: x for key, x in batch.items() if key != "labels"}
+    with torch.no_grad():
+        want = model.peft(**inputs).logits.float()
+        got = load_exported(config, corpus.labels, out, merged)(**inputs).logits.float()
+    deviation = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+    if not rank and not deviation < TOLERANCE[config.model.dtype]:
+        raise ModelError(f"{out}: its logits deviate from the federated model's by {deviation:.1e}")
+    return Exported(out, truncation, deviation)
+
+
+def load_exported(config: Config, labels: Sequence[str], directory: Path, merged: bool) -> Any:
+    """An export as anyone loads it, with transformers and PEFT alone."""
+    from peft import PeftModel
+
+    if merged:
+        base = load_base(
+            config.model.model_copy(update={"path": str(directory)}), labels, config.run.seed
+        )
+        return base.eval()
+    base = load_base(config.model, labels, config.run.seed)
+    return PeftModel.from_pretrained(base, str(directory)).eval()
+
+
+def _of_client(
+    i: int, config: Config, strategy: Strategy[Any], saved: Saved, model: Model
+) -> Effective:
+    """A client's own model, where parts of it never left the client."""
+    member = saved.members[i]
+    root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
+    kept = ClientMemory(root, i, saved.token).recall(member.memory_round)
+    layers = model.layers(dict.fromkeys(model.shapes, member.rank))
+    me = Client(i, layers, member.base_version, member.memory_round > 0)
+    round = Round(config.run.rounds + 1, config.run.seed)
+    factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)
+    return Effective(strategy.effective(saved.state).base, factors)

@@ -1,0 +1,147 @@
+"""Exact algebra on pairs, in float32 at least. Only `accumulate` and `principal` see (d, k)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Delta, Pair, dense
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: what sums, QR and SVD are done in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
+    """The exact weighted sum of the pairs' deltas, as one pair of rank R = sum of their ranks."""
+    weights = weights or [1.0] * len(pairs)
+    A = torch.cat([wide(p.A) for p in pairs])  # (R, k)
+    B = torch.cat(
+        [wide(p.B) * (w * p.scale) for w, p in zip(weights, pairs, strict=True)], dim=1
+    )  # (d, R)
+    return Pair(A, B)
+
+
+def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, R'), S (R'), Vh (R', k) of the pair's delta, R' = min(rank, d, k).
+
+    With B = Q_B R_B and A^T = Q_A R_A, delta = Q_B (R_B R_A^T) Q_A^T, so the SVD of the small
+    core is all it takes: O((d + k) R^2).
+    """
+    Q_B, R_B = torch.linalg.qr(pair.scale * wide(pair.B))  # (d, R'), (R', R)
+    Q_A, R_A = torch.linalg.qr(wide(pair.A).T)  # (k, R''), (R'', R)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def compress(pair: Pair, rank: int) -> Pair:
+    """The pair of at most this rank whose delta is nearest in Frobenius norm (Eckart-Young).
+
+    S goes to B whole and A keeps orthonormal rows. Splitting S evenly gives the same delta, but
+    where S is 0 it would zero a row of A and a column of B together: a direction that never
+    learns.
+    """
+    U, S, Vh = svd(pair)
+    return Pair(A=Vh[:rank].contiguous(), B=U[:, :rank] * S[:rank])
+
+
+def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """sum_i p_i D_i - Bbar Abar of equal-rank pairs, as one pair of rank (m - 1) r.
+
+    The gap is the covariance sum_i p_i (B_i - Bbar)(A_i - Abar), whose last term folds into the
+    others: sum_{i<m} p_i (B_i - Bbar)(A_i - A_m). Scales are folded into B first; p sums to 1.
+    """
+    B_ = [p.scale * wide(p.B) for p in pairs]
+    A_ = [wide(p.A) for p in pairs]
+    B_mean = sum((w * b for w, b in zip(weights, B_, strict=True)), torch.zeros_like(B_[0]))
+    rows = [a - A_[-1] for a in A_[:-1]]
+    columns = [w * (b - B_mean) for w, b in zip(weights[:-1], B_[:-1], strict=True)]
+    if not rows:
+        return Pair(A_[0].new_zeros(0, A_[0].shape[1]), B_[0].new_zeros(B_[0].shape[0], 0))
+    return Pair(torch.cat(rows), torch.cat(columns, dim=1))
+
+
+def pad(pair: Pair, rank: int) -> Pair:
+    """The same delta at a higher rank: zero rows of A, zero columns of B."""
+    (r, k), d = pair.A.shape, pair.B.shape[0]
+    A = torch.cat([pair.A, pair.A.new_zeros(rank - r, k)])
+    B = torch.cat([pair.B, pair.B.new_zeros(d, rank - r)], dim=1)
+    return Pair(A, B, pair.scale)
+
+
+def tail(pair: Pair, rank: int) -> Pair:
+    """What the leading `rank` ranks leave out of a pair's delta."""
+    return Pair(pair.A[rank:], pair.B[:, rank:], pair.scale)
+
+
+def extend(pair: Pair, whole: Pair) -> Pair:
+    """The pair, followed by the ranks of `whole` that it lacks, at the scale of `whole`."""
+    r = pair.rank
+    A = torch.cat([wide(pair.A), wide(whole.A[r:])])
+    B = torch.cat([wide(pair.B) * (pair.scale / whole.scale), wide(whole.B[:, r:])], dim=1)
+    return Pair(A, B, whole.scale)
+
+
+def rescale(pair: Pair, scale: float) -> Pair:
+    """The same delta, published at another scale: the ratio goes into B."""
+    return Pair(pair.A, pair.B * (pair.scale / scale), scale)
+
+
+def inner(x: Pair, y: Pair) -> Tensor:
+    """<X, Y> = trace(X^T Y) of the two deltas, through r x r products."""
+    products = (wide(x.B).T @ wide(y.B)) * (wide(x.A) @ wide(y.A).T)
+    return x.scale * y.scale * products.sum()
+
+
+def norm(pair: Pair) -> Tensor:
+    """Frobenius norm of the delta."""
+    return inner(pair, pair).clamp(min=0).sqrt()
+
+
+def complement(basis: Tensor, fresh: Tensor, rank: int) -> Tensor:
+    """Orthonormal columns, `rank` in all: those of `basis`, then directions taken from `fresh`."""
+    missing = rank - basis.shape[1]
+    if missing <= 0:
+        return basis[:, :rank]
+    # Twice: after one projection of nearly parallel columns, rounding is left along the basis.
+    for _ in range(2):
+        fresh, _ = torch.linalg.qr(fresh - basis @ (basis.T @ fresh))
+    return torch.cat([basis, fresh[:, :missing]], dim=1)
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random orthonormal columns (rows, columns)."""
+    Q: Tensor
+    Q, _ = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+    return Q
+
+
+def principal(
+    W: Tensor, rank: int, generator: torch.Generator, exact_up_to: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, rank), S (rank), Vh (rank, k): the leading part of a base weight's SVD.
+
+    Exact where the smaller side is at most `exact_up_to`; above it by subspace iteration
+    (Halko, Martinsson, Tropp 2011, algorithm 4.4), which is good to the gap after the last
+    singular value kept and costs O(d k rank) in place of O(d k min(d, k)).
+    """
+    W = wide(W)
+    if min(W.shape) <= exact_up_to:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :rank].contiguous(), S[:rank].clone(), Vh[:rank].contiguous()
+    width = min(2 * rank + 10, *W.shape)
+    Q, _ = torch.linalg.qr(W @ torch.randn(W.shape[1], width, generator=generator).to(W))
+    for _ in range(4):
+        Q, _ = torch.linalg.qr(W.T @ Q)
+        Q, _ = torch.linalg.qr(W @ Q)
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    return Q @ U[:, :rank], S[:rank].clone(), Vh[:rank].contiguous()
+
+
+def accumulate(total: Tensor | None, delta: Delta) -> Tensor:
+    """total + delta, dense. The one addition order that server and clients share, bit for bit."""
+    change: Tensor = dense(delta)
+    if total is not None:
+        change = total + change
+    return change

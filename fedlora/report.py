@@ -1,0 +1,122 @@
+"""A run as a person reads it: figures, one self-contained page, and a table for the terminal.
+
+    write(Path("runs/quickstart"))  ->  runs/quickstart/report.html, plots/*.png
+
+The page needs nothing but itself: no script, no font, no request. Every word that came from
+outside (a client's reason for failing, a label, a name) is escaped.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora import report_view as view
+from fedlora.report_page import CAPTIONS, PAGE, STYLE
+from fedlora.run_files import RunFiles, finite, read
+from fedlora.units import duration, size, tiny
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["RunFiles", "read", "render", "summary_table", "write"]
+
+
+def write(run_dir: Path, plots: bool = True) -> Path:
+    """Write report.html of a run, and plots/*.png; return the page's path.
+
+    Works on a run that is still going or was cut short. Without plots, the page has its tables.
+
+    Raises:
+        FedLoraError: the directory holds no run, or a file of it is damaged.
+    """
+    run = read(run_dir)
+    figures = _draw(run) if plots else {}
+    page = run.directory / "report.html"
+    part = page.with_suffix(".part")
+    part.write_text(render(run, figures), encoding="utf-8")
+    part.replace(page)
+    return page
+
+
+def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
+    """The page, with the figures (PNG, by name) inside it."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(PAGE).render(
+        run=run,
+        summary=run.summary,
+        style=Markup(STYLE),
+        captions=CAPTIONS,
+        figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
+        status=view.status(run),
+        tiles=list(view.tiles(run)),
+        bars=view.bars(run),
+        verdict=view.verdict(run),
+        rounds=view.rounds(run),
+        clients=view.clients(run),
+        failures=view.failures(run),
+        proof=view.proof(run),
+        layers=view.layers(run),
+        modules=view.modules(run),
+        left=list(view.left(run)),
+        privacy=view.privacy(run),
+        insecure=bool(run.config.get("privacy.insecure-reproducible-noise")),
+        config=view.config(run),
+    )
+
+
+def summary_table(run_dir: Path) -> "Table":
+    """The run in a dozen lines for a terminal: the result and its baselines, then what it cost."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    run = read(run_dir)
+    s = run.summary
+    table = Table(title=escape(f"{s['name']}: {s['strategy']}"), title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for what, value in _summary_rows(run):
+        table.add_row(escape(what), escape(value))
+    return table
+
+
+def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
+    s, metric = run.summary, run.metric
+    if s["final"]:
+        yield f"final {metric.title}", metric.text(s["final"].get(metric.key))
+    if s["best"]:
+        yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
+    for name, value in run.baselines().items():
+        yield f"baseline: {name}", metric.text(value)
+    if worst := run.worst_client():
+        yield f"worst client: {worst['client']}", metric.text(finite(worst["final"], metric.key))
+    yield "rounds", str(s["rounds"])
+    yield "bytes down", size(s["bytes"].get("down"))
+    yield "bytes up", size(s["bytes"].get("up"))
+    if s["max_deviation"] is not None:
+        yield f"largest deviation ({s['promise']})", tiny(s["max_deviation"])
+    yield "time", duration(s["seconds"])
+    yield "failures", str(s["failures"])
+    if s["stopped"]:
+        yield "stopped", s["stopped"]
+
+
+def _draw(run: RunFiles) -> dict[str, bytes]:
+    """The figures, also written to plots/. One that an earlier report left there is removed."""
+    from fedlora.report_plots import FIGURES, draw
+
+    folder = run.directory / "plots"
+    folder.mkdir(exist_ok=True)
+    drawn = draw(run)
+    for name in FIGURES:
+        path = folder / f"{name}.png"
+        if name in drawn:
+            path.write_bytes(drawn[name])
+        else:
+            path.unlink(missing_ok=True)
+    return drawn

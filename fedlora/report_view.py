@@ -1,0 +1,390 @@
+"""What the page says: a run's records turned into words, tables and figures to print.
+
+Plain values in, plain values out; the page's template only places them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedlora.run_files import WAYS, Metric, Record, RunFiles, client_seconds, finite
+from fedlora.units import count, duration, number, percent, size, tiny
+
+COLUMNS = {
+    "loss": ("test loss", False),
+    "accuracy": ("accuracy", True),
+    "macro_f1": ("macro F1", True),
+    "perplexity": ("perplexity", False),
+    "exact_match": ("exact match", True),
+}
+"""The metrics of an evaluation: title, and whether it is a share."""
+
+PROMISES = {
+    "exact": "{strategy} promises that this is exactly what a round's model is: the model before "
+    "it plus every client's whole update, weighted by its examples. A run that misses it stops.",
+    "approximate": "{strategy} does not promise this, the model before the round plus every "
+    "client's whole update weighted by its examples. How far it stays from it is part of the "
+    "method, and is reported here.",
+    "shared": "{strategy} promises this of what the clients share. Each keeps the rest to itself, "
+    "so there is no one model to compare with the mean of their whole updates.",
+}
+"""What a strategy's promise means, said of the formula the page prints above it."""
+
+
+class Cell(NamedTuple):
+    """One entry of a table."""
+
+    text: str
+    title: str = ""
+    """The exact value, where the text is rounded."""
+    tone: str = ""
+    """A class of the page's style: "good", "warn", "bad"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table. A column that says nothing in any row is left out of it."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Cell]]) -> "Grid":
+        said = [h for h in (rows[0] if rows else ()) if any(row[h].text != "-" for row in rows)]
+        return cls(said, [[row[h] for h in said] for row in rows])
+
+
+class Tile(NamedTuple):
+    """One of the large numbers on top."""
+
+    title: str
+    value: str
+    detail: str = ""
+    tone: str = ""
+
+
+class Bar(NamedTuple):
+    """One line of the comparison with the baselines."""
+
+    name: str
+    value: str
+    width: float
+    """Of the longest, in percent."""
+    ours: bool = False
+
+
+# -- the head of the page -------------------------------------------------------------------------
+
+
+def status(run: RunFiles) -> Cell:
+    """Did it end, stop with a reason, or is it still going?"""
+    if run.summary["stopped"]:
+        return Cell("stopped early", tone="bad")
+    if run.complete:
+        return Cell("finished", tone="good")
+    planned = run.config.get("run.rounds")
+    of = f" of {planned}" if planned else ""
+    return Cell(f"not finished: round {run.summary['rounds']}{of}", tone="warn")
+
+
+def tiles(run: RunFiles) -> Iterator[Tile]:
+    """The figures a reader asks for first. Those that the run cannot answer are left out."""
+    s, metric = run.summary, run.metric
+    final, best = finite(s["final"], metric.key), s["best"]
+    if s["final"] and metric.key in s["final"]:
+        found = f"best {metric.text(best.get(metric.key))} in round {best['round']}" if best else ""
+        when = "final" if run.complete else "latest"
+        yield Tile(f"{when} {metric.title}", metric.text(s["final"][metric.key]), found)
+    if final is not None and (strongest := strongest_baseline(run)):
+        name, value = strongest
+        tone = "good" if metric.better(final, value) else "bad"
+        clear = abs(final - value) > (standard_error(run) or 0.0)
+        yield Tile("against baseline", gap(metric, final, value), name, tone if clear else "")
+    if worst := run.worst_client():
+        who = f"client {worst['client']}, rank {worst.get('rank', '?')}"
+        yield Tile("worst client", metric.text(worst["final"][metric.key]), who)
+    if s["max_deviation"] is not None:
+        held = s["promise"] != "exact" or not exceeded(run)
+        tone = "" if held else "bad"
+        yield Tile("largest deviation", tiny(s["max_deviation"]), f"promise: {s['promise']}", tone)
+    if any(s["bytes"].values()):
+        sent = f"{size(s['bytes'].get('down'))} down, {size(s['bytes'].get('up'))} up"
+        yield Tile("traffic", size(sum(s["bytes"].values())), sent)
+    each = s["seconds"] / len(run.trained) if run.trained and s["seconds"] else None
+    yield Tile("time", duration(s["seconds"]), f"{duration(each)} a round" if each else "")
+    asked = sum(len(r.get("cohort") or ()) for r in run.rounds)
+    failed = s["failures"]
+    yield Tile("failures", str(failed), f"of {count(asked, 'request')}", "bad" if failed else "")
+
+
+def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
+    """The baseline to beat, by the run's metric."""
+    known = run.baselines()
+    if not known:
+        return None
+    name = (max if run.metric.share else min)(known, key=known.__getitem__)
+    return name, known[name]
+
+
+def gap(metric: Metric, final: float, baseline: float) -> str:
+    """+2.1 points; for a metric that is no share, the difference itself."""
+    difference = final - baseline
+    return f"{100 * difference:+.1f} points" if metric.share else f"{difference:+.4g}"
+
+
+def bars(run: RunFiles) -> list[Bar]:
+    """The final model between its baselines, best first."""
+    metric = run.metric
+    final = finite(run.summary["final"], metric.key)
+    values = {(name, False): value for name, value in run.baselines().items()}
+    if final is None or not values:
+        return []
+    values[f"{run.summary['strategy']}, final model", True] = final
+    longest = max(*values.values(), 1.0 if metric.share else 0.0) or 1.0
+    ordered = sorted(values.items(), key=lambda item: item[1], reverse=metric.share)
+    return [
+        Bar(name, metric.text(value), round(100 * value / longest, 2), ours)
+        for (name, ours), value in ordered
+    ]
+
+
+def standard_error(run: RunFiles) -> float | None:
+    """Of the final score, where it is a share of so many test rows: sqrt(p (1 - p) / n)."""
+    final, rows = (
+        finite(run.summary["final"], run.metric.key),
+        finite(run.summary["final"], "examples"),
+    )
+    if final is None or not rows or not run.metric.share:
+        return None
+    return math.sqrt(max(final * (1 - final), 0.0) / rows)
+
+
+def verdict(run: RunFiles) -> str:
+    """Was the federation worth it? With how sure the test is of that."""
+    final, strongest = finite(run.summary["final"], run.metric.key), strongest_baseline(run)
+    if final is None or strongest is None:
+        return ""
+    name, value = strongest
+    way = "better than" if run.metric.better(final, value) else "not better than"
+    apart = gap(run.metric, final, value)
+    said = f"The final model is {way} the strongest baseline, {name} ({apart} {run.metric.title})."
+    if (error := standard_error(run)) is not None:
+        rows = run.summary["final"]["examples"]
+        said += f" On {rows} test rows, a score has a standard error of {100 * error:.1f} points."
+    return said
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def rounds(run: RunFiles) -> Grid:
+    return Grid.of([_round(r, _metrics(run)) for r in run.rounds])
+
+
+def _round(r: Record, metrics: Sequence[str]) -> dict[str, Cell]:
+    found = r.get("evaluation") or {}
+    proof = r.get("proof") or {}
+    cohort, failures = r.get("cohort"), len(r.get("failures") or ())
+    return {
+        "round": Cell(str(r["round"])),
+        "train loss": Cell(number(r.get("train_loss"))),
+        **{COLUMNS.get(key, (key,))[0]: Cell(score(key, found.get(key))) for key in metrics},
+        "clients": Cell(f"{len(r.get('accepted') or ())}/{len(cohort)}" if cohort else "-"),
+        "time": Cell(duration((r.get("seconds") or {}).get("total"))),
+        **{way: _size((r.get("bytes") or {}).get(way)) for way in WAYS},
+        "deviation": Cell(tiny(proof.get("deviation")), tone="bad" if _beyond(proof) else ""),
+        "failures": Cell(str(failures), tone="bad" if failures else "") if cohort else Cell("-"),
+    }
+
+
+def clients(run: RunFiles) -> Grid:
+    seconds, metric, worst = client_seconds(run), run.metric, run.worst_client()
+    return Grid.of([_client(c, metric, c is worst, seconds.get(c["client"])) for c in run.clients])
+
+
+def _client(c: Record, metric: Metric, worst: bool, seconds: float | None) -> dict[str, Cell]:
+    labels = c.get("labels") or {}
+    listed = ", ".join(f"{label}: {n}" for label, n in labels.items())
+    scores = {
+        title: Cell(metric.text((c.get(when) or {}).get(metric.key)))
+        for when, title in (("first", "first received"), ("personal", "own training"))
+    }
+    final = Cell(metric.text((c.get("final") or {}).get(metric.key)), tone="bad" if worst else "")
+    return {
+        "client": Cell(str(c["client"])),
+        "rank": _plain(c.get("rank")),
+        "train rows": _plain(c.get("train_examples")),
+        "test rows": _plain(c.get("test_examples")),
+        "labels": Cell(str(len(labels)), listed) if labels else Cell("-"),
+        "first received": scores["first received"],
+        "final model": final,
+        "own training": scores["own training"],
+        "time a round": Cell(duration(seconds)),
+        "down": _size(c.get("bytes_down")),
+        "up": _size(c.get("bytes_up")),
+        "rounds": _plain(c.get("rounds")),
+        "failures": Cell(str(c.get("failures") or 0), tone="bad" if c.get("failures") else ""),
+        "node": _plain(c.get("node")),
+    }
+
+
+def failures(run: RunFiles) -> list[tuple[str, str, str]]:
+    """(round, client, reason) of everything that did not count."""
+    return [
+        (str(r["round"]), str(f.get("client", "?")), str(f.get("reason", "")))
+        for r in run.rounds
+        for f in r.get("failures") or ()
+    ]
+
+
+def score(key: str, value: Any) -> str:
+    """A metric as text: a share as a percentage."""
+    return percent(value) if key in COLUMNS and COLUMNS[key][1] else number(value)
+
+
+def _metrics(run: RunFiles) -> list[str]:
+    """The keys of the central evaluations, the known ones first."""
+    found = {key: None for r in run.rounds for key in r.get("evaluation") or ()}
+    scalar = [k for k in found if k not in COLUMNS and k != "examples"]
+    return [k for k in COLUMNS if k in found] + scalar
+
+
+def _size(n: int | None) -> Cell:
+    return Cell(size(n), "" if n is None else f"{n} bytes")
+
+
+def _plain(value: Any) -> Cell:
+    return Cell("-" if value is None else str(value))
+
+
+# -- sections in words ----------------------------------------------------------------------------
+
+
+def exceeded(run: RunFiles) -> list[int]:
+    """The rounds whose deviation was not within the bound; one that is no number is not within."""
+    return [r["round"] for r in run.rounds if _beyond(r.get("proof") or {})]
+
+
+def _beyond(proof: Record) -> bool:
+    deviation, bound = proof.get("deviation"), proof.get("bound")
+    return deviation is not None and bound is not None and not deviation <= bound
+
+
+def proof(run: RunFiles) -> list[str]:
+    """The aggregation proof in words: what was promised, measured, and whether it held."""
+    proofs = [r for r in run.rounds if (r.get("proof") or {}).get("deviation") is not None]
+    if not proofs:
+        return ["No round of this run was aggregated, so nothing was proven."]
+    worst = max(proofs, key=lambda r: _rank_of(r["proof"]["deviation"]))
+    found = worst["proof"]
+    where = f", most of all in {found['worst_layer']}" if found.get("worst_layer") else ""
+    promise = PROMISES.get(run.summary["promise"], "")
+    told = [promise.format(strategy=run.summary["strategy"])] if promise else []
+    told.append(
+        f"In each of {count(len(proofs), 'round')} the server recomputed it on seeded random "
+        "inputs and compared it with what the clients use after the next download, the dtype of "
+        f"the wire included. The largest relative deviation was {tiny(found['deviation'])}, in "
+        f"round {worst['round']}{where}."
+    )
+    if (deviation := finite(found, "deviation")) is not None and deviation >= 0.001:
+        told.append(f"At its largest it is {percent(deviation)} of the size of the update itself.")
+    if finite(found, "bound") is not None:
+        broken = ", ".join(str(n) for n in exceeded(run))
+        held = f"It was EXCEEDED in round {broken}." if broken else "It was kept in every round."
+        told.append(f"The bound was {tiny(found['bound'])}. {held}")
+    models = [r["proof"].get("model_deviation") for r in proofs]
+    if (known := [m for m in models if m is not None]) and known:
+        told.append(f"Measured through the model itself, it was at most {tiny(max(known))}.")
+    return told
+
+
+def _rank_of(deviation: float) -> float:
+    """For comparing: a NaN is worse than any number."""
+    return deviation if deviation == deviation else float("inf")
+
+
+def layers(run: RunFiles) -> Grid:
+    """The modules of the largest deviation over all rounds."""
+    largest: dict[str, float] = {}
+    for r in run.rounds:
+        for module, deviation in ((r.get("proof") or {}).get("layers") or {}).items():
+            largest[module] = max(largest.get(module, 0.0), _rank_of(deviation))
+    ordered = sorted(largest.items(), key=lambda item: -item[1])[:12]
+    return Grid.of([{"module": Cell(m), "largest deviation": Cell(tiny(d))} for m, d in ordered])
+
+
+def modules(run: RunFiles) -> list[str]:
+    """The adapted modules, as the proofs name them."""
+    return sorted({m for r in run.rounds for m in (r.get("proof") or {}).get("layers") or {}})
+
+
+def left(run: RunFiles) -> Iterator[tuple[str, str]]:
+    """Everything the clients' machines sent, and why it could matter."""
+    took_part = [c for c in run.clients if c.get("rounds")]
+    records = [found for r in run.trained for found in (r.get("clients") or {}).values()]
+    named = modules(run)
+    sent = run.summary.get("sent")
+    which = f"factors {', '.join(sent)}" if sent else "the factors the strategy sends"
+    if records:
+        yield "Trained factors", f"{which}, of {count(len(named), 'module')}, once a round"
+        yield "Example counts", f"rows trained on, from {count(len(took_part), 'client')}"
+    if labels := {label for c in run.clients for label in c.get("labels") or ()}:
+        yield "Label counts", f"how many rows of each of {count(len(labels), 'label')} it holds"
+    if any(found.get("train_loss") is not None for found in records):
+        yield "Training losses", "the mean over a client's steps, each round"
+    evaluated = [found.get(when) or {} for found in records for when in ("before", "after")]
+    if keys := {key: None for found in evaluated for key in found}:
+        yield "Evaluation metrics", f"{', '.join(keys)}, on the client's own test rows"
+    if any(found.get("seconds") is not None for found in records):
+        yield "Timings", "seconds of training, and the number of steps"
+    if records:
+        yield "Capabilities", "the node's id and the rank it trains"
+    if failures(run):
+        yield "Reasons of failure", "the text of the error, as listed above"
+
+
+def privacy(run: RunFiles) -> tuple[list[tuple[str, str]], Grid]:
+    """The privacy ledger: what holds for the run, and what holds for each client.
+
+    Any value of summary["privacy"] that is a mapping by client id becomes a column, and so does
+    any entry of a mapping "clients"; everything else is a line of its own.
+    """
+    facts: list[tuple[str, str]] = []
+    by_client: dict[str, dict[str, Cell]] = {}
+    for key, value in run.summary["privacy"].items():
+        if not isinstance(value, Mapping):
+            facts.append((_words(key), _fact(value)))
+            continue
+        for client, found in value.items():
+            columns = found if isinstance(found, Mapping) else {key: found}
+            if str(client).lstrip("-").isdigit():
+                row = by_client.setdefault(str(client), {})
+                row |= {_words(k): Cell(_fact(v)) for k, v in columns.items()}
+            else:
+                facts.append((_words(f"{key} {client}"), _fact(found)))
+    heads = {head: None for row in by_client.values() for head in row}
+    ordered = sorted(by_client.items(), key=lambda item: int(item[0]))
+    return facts, Grid.of(
+        [{"client": Cell(c)} | {h: row.get(h, Cell("-")) for h in heads} for c, row in ordered]
+    )
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ").replace("-", " ")
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "-" if value is None else str(value)
+
+
+def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:
+    """Every config key and value, by section."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for key, value in run.config.items():
+        section, _, name = key.partition(".")
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        sections.setdefault(section, []).append((name or section, text))
+    return sections

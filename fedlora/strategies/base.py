@@ -1,0 +1,361 @@
+"""What a strategy is: the server half and the client half of one federated LoRA algorithm.
+
+    server                                         client
+    ------                                         ------
+    init(start) -> state
+    download(state, client, round)  ------------>  start(download, kept) -> factors to load
+                                                   ... trains what `trainable` names ...
+    aggregate(state, uploads, round)  <----------  upload(trained, kept) -> (sent, kept)
+       '-> state of the next round, and so on
+    trained(state, upload)      what the client ended with, as the server can tell
+    effective(state, client)    what the model is now, as low-rank changes of W0
+
+Every method is a pure function of its arguments and of the strategy's own fields, which are the
+algorithm's hyperparameters. Nothing here knows of Flower, of PEFT, of files or of DP.
+
+Notation of every file: client i has A_i (r_i, k), B_i (d, r_i), scale s_i and n_i examples;
+p_i = n_i / sum of n_j over the clients that replied. "Exact" means the model after the round is
+
+    W_new = W + sum_i p_i s_i B_i A_i                                                     (E)
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import COLUMNS, Adapter, Delta, Factors, Pair, Tensors, dense
+from fedlora.errors import ClientMemoryError
+from fedlora.lowrank import accumulate, pad, tail
+
+State = TypeVar("State")
+
+Promise = Literal["exact", "approximate", "shared"]
+"""exact: (E) to rounding, else the run stops. approximate: the deviation from (E) is reported.
+shared: what the clients share is averaged exactly; each keeps the rest, so no one model is (E)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requires:
+    """What a strategy asks of the federation. Checked before round 1."""
+
+    equal_ranks: bool = False
+    client_memory: bool = False
+    moving_base: bool = False
+    first_gradient: bool = False
+    """Clients send a sketch of their first gradient's sign before round 1 (`from_gradient`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One adapted module of one client: its sizes, the client's rank there and alpha's scale."""
+
+    d: int
+    k: int
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client as a strategy sees it: what it trains, and what it already holds."""
+
+    id: int
+    layers: Mapping[str, Layer]
+    base_version: int = 0
+    has_memory: bool = False
+    """It holds what an earlier `upload` of this run told it to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round's number and the experiment's seed: the only source of chance in a strategy."""
+
+    number: int
+    seed: int
+
+    def generator(self, client: int, purpose: str) -> torch.Generator:
+        """The same numbers for the same (seed, round, client, purpose), on server and client."""
+        return seeded(self.seed, self.number, client, purpose)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Version:
+    """One permanent change of the base: version `number` is version `number - 1` plus this.
+
+    A dense snapshot stands for all the versions up to and including its number.
+    """
+
+    number: int
+    delta: Mapping[str, Delta]
+    snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Download:
+    """What one client is sent for one round."""
+
+    send: Factors
+    trainable: frozenset[str]
+    """Which columns of the factors the client trains: of "A", "B", "R", "other"."""
+
+    base: tuple[Version, ...] = ()
+    """The base changes this client lacks, in order."""
+
+    fold: Adapter = field(default_factory=dict)
+    """Merged into this client's base for this round only, and taken out after it."""
+
+    penalty: "Penalty | None" = None
+    """A term the client adds to its loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """weight * sum over modules of the penalty `kind` of the factors being trained.
+
+    "tail": ||B[:, keep:]|| * ||A[keep:]||, keep by module (HetLoRA's self-pruning).
+    """
+
+    kind: Literal["tail"]
+    weight: float
+    keep: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upload:
+    """What one client sent back, after every check."""
+
+    client: Client
+    sent: Factors
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Effective:
+    """What a model is: W0, plus the base changes in order, plus the adapter."""
+
+    base: tuple[Version, ...]
+    factors: Factors
+
+
+class Strategy(Protocol[State]):
+    """The contract. tests/test_contract.py runs it over every entry of STRATEGIES."""
+
+    requires: ClassVar[Requires]
+
+    @property
+    def promise(self) -> Promise: ...
+
+    def problems(self, clients: Sequence[Client]) -> Iterator[str]:
+        """Why it cannot run these clients, each with what to use instead. Nothing if it can."""
+
+    def init(self, start: "Start") -> State: ...
+
+    def download(self, state: State, client: Client, round: Round) -> Download: ...
+
+    def start(self, download: Download, kept: Factors, client: Client, round: Round) -> Factors:
+        """Client: the complete factors to load, from what came and what it had kept."""
+
+    def upload(self, trained: Factors, kept: Factors) -> tuple[Factors, Factors]:
+        """Client: what leaves, and what stays for the next round."""
+
+    def aggregate(self, state: State, uploads: Iterable[Upload], round: Round) -> State:
+        """The state after the round. Takes each upload once, in order, and may let go of it."""
+
+    def trained(self, state: State, upload: Upload, round: Round) -> Adapter:
+        """The client's trained pairs, completed with what the server knows it held."""
+
+    def effective(self, state: State, client: Client | None = None) -> Effective: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """What a strategy begins with."""
+
+    factors: Factors
+    """PEFT's own initialisation at the largest rank of each module: A drawn, B zero; the head."""
+
+    clients: Sequence[Client]
+    weights: Tensors
+    """W0 by module path, (d, k); may load on access."""
+
+    seed: int = 0
+
+
+# -- shared by strategies: plain functions, no base class ------------------------------------
+
+
+def seeded(seed: int, round: int, client: int, purpose: str) -> torch.Generator:
+    """A generator of its own for each (seed, round, client, purpose)."""
+    key = f"{seed}/{round}/{client}/{purpose}".encode()
+    number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def shares(uploads: Sequence[Upload]) -> list[float]:
+    """p_i = n_i / sum of n_j over the uploads at hand."""
+    total = sum(u.num_examples for u in uploads)
+    return [u.num_examples / total for u in uploads]
+
+
+def mean(uploads: Iterable[Upload], before: Factors) -> Factors:
+    """Every column averaged, sum_i p_i X_i, in one pass that holds one upload at a time.
+
+    The scale is folded first, so that the result is published at `before.scale`: into R where a
+    core travels, else into B. What only some clients hold is averaged over those; what no one
+    with examples sent is carried over from `before`. Summed in float32 at least, returned in
+    `before`'s dtype.
+    """
+    totals: dict[tuple[str, str], Tensor] = {}
+    weights: dict[tuple[str, str], int] = {}
+    for u in uploads:
+        for column, name, x in u.sent.items():
+            folds = column == "R" or (column == "B" and name not in u.sent.R)
+            ratio = u.sent.scale[name] / before.scale[name] if folds else 1.0
+            key = (column, name)
+            if key not in totals:
+                totals[key] = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+                weights[key] = 0
+            totals[key].add_(x, alpha=u.num_examples * ratio)
+            weights[key] += u.num_examples
+    columns = {c: dict(getattr(before, c)) for c in COLUMNS}
+    for (column, name), total in totals.items():
+        if weights[column, name] == 0:
+            continue
+        dtype = columns[column][name].dtype if name in columns[column] else total.dtype
+        columns[column][name] = total.div_(weights[column, name]).to(dtype)
+    return Factors(before.scale, **columns)
+
+
+def mean_other(uploads: Sequence[Upload], before: Tensors) -> Tensors:
+    """The head and all else that is not a LoRA factor, averaged."""
+    heads = [replace(u, sent=Factors(other=u.sent.other)) for u in uploads]
+    return mean(heads, Factors(other=before)).other
+
+
+def part(factors: Factors, client: Client) -> Factors:
+    """The factors of the modules this client adapts, and everything else whole."""
+
+    def held(column: Tensors) -> Tensors:
+        return {m: x for m, x in column.items() if m in client.layers}
+
+    scale = {m: s for m, s in factors.scale.items() if m in client.layers}
+    return Factors(scale, held(factors.A), held(factors.B), held(factors.R), factors.other)
+
+
+def remembered(sent: Tensors, kept: Tensors, client: Client, what: str) -> dict[str, Tensor]:
+    """By module of the client, what was sent now or else kept from an earlier round.
+
+    Raises ClientMemoryError where it is neither: going on without it would train another model.
+    """
+    found = {m: sent.get(m, kept.get(m)) for m in client.layers}
+    if lost := [m for m, x in found.items() if x is None]:
+        raise ClientMemoryError(
+            f"client {client.id} no longer has {what} of {lost[0]!r}"
+            f"{f' and {len(lost) - 1} more modules' if len(lost) > 1 else ''}, which stays on the "
+            "client between rounds: its memory of this run is gone or belongs to another run. "
+            "Restore the client's memory directory, or remove it so that it joins as a newcomer"
+        )
+    return {m: x for m, x in found.items() if x is not None}
+
+
+def top_ranks(clients: Iterable[Client]) -> dict[str, int]:
+    """The largest rank any client has, by module."""
+    ranks: dict[str, int] = {}
+    for client in clients:
+        for m, layer in client.layers.items():
+            ranks[m] = max(layer.rank, ranks.get(m, 0))
+    return ranks
+
+
+def uneven(clients: Sequence[Client]) -> str | None:
+    """The first module that clients hold at different ranks, described; None if there is none."""
+    seen: dict[str, tuple[int, int]] = {}
+    for client in clients:
+        for m, layer in client.layers.items():
+            rank, other = seen.setdefault(m, (layer.rank, client.id))
+            if layer.rank != rank:
+                return f"client {other} has rank {rank} and client {client.id} rank {layer.rank}"
+    return None
+
+
+def scales(client: Client) -> dict[str, float]:
+    return {m: layer.scale for m, layer in client.layers.items()}
+
+
+def narrow(pair: Pair, layer: Layer) -> Pair:
+    """The leading ranks of a pair that fit a client's layer, at the client's own scale.
+
+    A layer of a higher rank than the pair gets zero columns of B and zero rows of A.
+    """
+    r = layer.rank
+    wide = pair if pair.rank >= r else pad(pair, r)
+    return Pair(wide.A[:r], wide.B[:, :r] * (pair.scale / layer.scale), layer.scale)
+
+
+def rest(whole: Adapter, client: Client) -> dict[str, Pair]:
+    """What `narrow` leaves out, by module: folded in, a narrow client starts from it all."""
+    layers = client.layers.items()
+    return {m: tail(whole[m], x.rank) for m, x in layers if x.rank < whole[m].rank}
+
+
+def as_factors(adapter: Adapter, other: Tensors) -> Factors:
+    return Factors(
+        {m: p.scale for m, p in adapter.items()},
+        {m: p.A for m, p in adapter.items()},
+        {m: p.B for m, p in adapter.items()},
+        other=other,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseLog:
+    """The changes of a moving base, in factors, so that a client that was away gets what it lacks.
+
+    A change is kept dense where that is smaller, and where the changes together outgrow a dense
+    matrix, all but the newest fold into one snapshot: a client that missed nothing is never sent
+    more than the newest. Clients add the changes in order whichever way they come, so one that
+    was away ends with the same bits as one that never was.
+    """
+
+    versions: tuple[Version, ...] = ()
+
+    @property
+    def number(self) -> int:
+        return self.versions[-1].number if self.versions else 0
+
+    def add(self, delta: Mapping[str, Delta]) -> "BaseLog":
+        new = Version(self.number + 1, {m: _smaller(change) for m, change in delta.items()})
+        log = (*self.versions, new)
+        return BaseLog((_snapshot(log[:-1]), new) if _outgrown(log) else log)
+
+    def since(self, version: int) -> tuple[Version, ...]:
+        return tuple(v for v in self.versions if v.number > version)
+
+
+def _smaller(delta: Delta) -> Delta:
+    return dense(delta) if _numel(delta) > _dense_numel(delta) else delta
+
+
+def _numel(delta: Delta) -> int:
+    return delta.A.numel() + delta.B.numel() if isinstance(delta, Pair) else delta.numel()
+
+
+def _dense_numel(delta: Delta) -> int:
+    return delta.B.shape[0] * delta.A.shape[1] if isinstance(delta, Pair) else delta.numel()
+
+
+def _outgrown(log: Sequence[Version]) -> bool:
+    size = sum(_numel(x) for v in log if not v.snapshot for x in v.delta.values())
+    return size > sum({m: _dense_numel(x) for v in log for m, x in v.delta.items()}.values())
+
+
+def _snapshot(log: Sequence[Version]) -> Version:
+    totals: dict[str, Tensor] = {}
+    for v in log:
+        for m, delta in v.delta.items():
+            totals[m] = accumulate(totals.get(m), delta)
+    return Version(log[-1].number, totals, snapshot=True)

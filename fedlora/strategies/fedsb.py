@@ -1,0 +1,161 @@
+"""Fed-SB: freeze A and B, train the r x r core between them. Exact, at r^2 numbers a layer.
+
+Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
+(Private) Federated LoRA Fine-Tuning", 2025, https://arxiv.org/abs/2502.15436
+
+    W = W0 + s B R A           A (r, k) and B (d, r) frozen and common, R (r, r) trained
+    client i   trains R_i from Rbar; sends R_i
+    server     Rbar = sum_i p_i (s_i / s) R_i
+
+`init` chooses the frozen pair:
+
+    "orthogonal"      random orthonormal rows of A and columns of B, R = 0
+    "svd-w0"          B = U_r, A = V_r^T of W0, R = 0 (LoRA-XS, https://arxiv.org/abs/2405.17604)
+    "update-approx"   U S V^T = svd(-eta mean_i sign(first gradient of i)): B = U_r, A = V_r^T,
+                      R = S_r / s, so that the model starts one first Adam step from W0
+
+A client of r_i < r trains the leading block R[:r_i, :r_i]; what the others add is folded into
+its base for the round, and counts as unchanged in the average.
+
+Deviation from (E): none, since s B R A is linear in R.
+Costs, a layer and client: up r_i^2, down r_i^2, and r_i (d + k) once; 2 (r - r_i)(d + k) for a
+fold, which is far more than r^2: narrow clients cost Fed-SB its point.
+
+Differs from the paper: p_i in place of a uniform mean; S is divided by s; full SVD in float32 at
+least in place of a randomised one in bf16; the first gradient comes from the clients; "svd-w0"
+leaves LoRA-XS's S out of B, so that both frozen factors are orthonormal.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Factors, Pair
+from fedlora.lowrank import complement, orthonormal, principal, svd, wide
+from fedlora.strategies.base import (
+    Client,
+    Download,
+    Effective,
+    Promise,
+    Requires,
+    Round,
+    Start,
+    Upload,
+    mean,
+    remembered,
+    scales,
+    seeded,
+)
+
+
+def core(state: Factors, upload: Upload, m: str) -> Tensor:
+    """R (r, r) at the state's scale, with the leading block that the client trained."""
+    R = upload.sent.R[m]
+    whole = wide(state.R[m]).clone()
+    whole[: R.shape[0], : R.shape[1]] = wide(R) * (upload.sent.scale[m] / state.scale[m])
+    return whole
+
+
+def outside(state: Factors, m: str, r: int) -> Pair:
+    """s B R A less its leading block: [B1 R12  B2] [A2; R21 A1 + R22 A2]."""
+    A, B, R = state.A[m], state.B[m], state.R[m]
+    columns = torch.cat([B[:, :r] @ R[:r, r:], B[:, r:]], dim=1)
+    return Pair(torch.cat([A[r:], R[r:] @ A]), columns, state.scale[m])
+
+
+@dataclass(frozen=True, slots=True)
+class FedSB:
+    requires: ClassVar[Requires] = Requires(client_memory=True)
+
+    init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "orthogonal"
+    eta: float = 1e-4
+    """Size of the first step that "update-approx" imitates: the learning rate after warm-up."""
+
+    @property
+    def promise(self) -> Promise:
+        return "exact"
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether `from_gradient` must be called before round 1."""
+        return self.init_from == "update-approx"
+
+    def problems(self, clients: Sequence[Client]) -> Iterator[str]:
+        for client in clients:
+            for m, x in client.layers.items():
+                if x.rank > min(x.d, x.k):
+                    yield (
+                        f"fedsb needs ranks of at most min(d, k), but client {client.id} has rank "
+                        f"{x.rank} on {m!r} of {x.d} x {x.k}; use a lower rank, or flora"
+                    )
+                    return
+
+    # -- server -------------------------------------------------------------------------------
+
+    def init(self, start: Start) -> Factors:
+        A, B, R = {}, {}, {}
+        for m, A0 in start.factors.A.items():
+            (r, k), d = A0.shape, start.factors.B[m].shape[0]
+            if self.init_from == "svd-w0":
+                U, _, Vh = principal(start.weights[m], r, seeded(start.seed, 0, 0, f"fedsb/{m}"))
+            else:
+                U = orthonormal(d, r, seeded(start.seed, 0, 0, f"fedsb/B/{m}"))
+                Vh = orthonormal(k, r, seeded(start.seed, 0, 0, f"fedsb/A/{m}")).T
+            A[m], B[m], R[m] = Vh.to(A0).contiguous(), U.to(A0), A0.new_zeros(r, r)
+        return replace(start.factors, A=A, B=B, R=R)
+
+    def from_gradient(self, state: Factors, gradient: Adapter) -> Factors:
+        """The state begun from the mean over clients of the sign of their first gradient."""
+        A, B, R = dict(state.A), dict(state.B), dict(state.R)
+        for m, mean_sign in gradient.items():
+            old, r = A[m], A[m].shape[0]
+            U, S, Vh = svd(replace(mean_sign, scale=-self.eta * mean_sign.scale))
+            found = min(r, len(S))
+            A[m] = complement(Vh[:found].T, wide(A[m]).T, r).T.contiguous().to(old)
+            B[m] = complement(U[:, :found], wide(B[m]), r).to(old)
+            steps = S.new_zeros(r)
+            steps[:found] = S[:found] / state.scale[m]
+            R[m] = steps.diag().to(old)
+        return replace(state, A=A, B=B, R=R)
+
+    def download(self, state: Factors, client: Client, round: Round) -> Download:
+        A, B, R, fold = {}, {}, {}, {}
+        for m, x in client.layers.items():
+            if x.rank < state.R[m].shape[0]:
+                fold[m] = outside(state, m, x.rank)
+            R[m] = state.R[m][: x.rank, : x.rank] * (state.scale[m] / x.scale)
+            if not client.has_memory:
+                A[m], B[m] = state.A[m][: x.rank], state.B[m][:, : x.rank]
+        send = Factors(scales(client), A, B, R, state.other)
+        return Download(send, frozenset({"R", "other"}), fold=fold)
+
+    def aggregate(self, state: Factors, uploads: Iterable[Upload], round: Round) -> Factors:
+        def completed(u: Upload) -> Upload:
+            R = {m: core(state, u, m) for m in u.sent.R}
+            return replace(u, sent=replace(u.sent, R=R, scale=state.scale))
+
+        return mean((completed(u) for u in uploads), state)
+
+    def trained(self, state: Factors, upload: Upload, round: Round) -> Adapter:
+        return {
+            m: Pair(state.A[m], wide(state.B[m]) @ core(state, upload, m), state.scale[m])
+            for m in upload.sent.R
+        }
+
+    def effective(self, state: Factors, client: Client | None = None) -> Effective:
+        return Effective((), state)
+
+    # -- client -------------------------------------------------------------------------------
+
+    def start(self, download: Download, kept: Factors, client: Client, round: Round) -> Factors:
+        send = download.send
+        A = remembered(send.A, kept.A, client, "the frozen A")
+        B = remembered(send.B, kept.B, client, "the frozen B")
+        return replace(send, A=A, B=B)
+
+    def upload(self, trained: Factors, kept: Factors) -> tuple[Factors, Factors]:
+        sent = Factors(trained.scale, R=trained.R, other=trained.other)
+        return sent, Factors(A=trained.A, B=trained.B)

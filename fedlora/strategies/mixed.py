@@ -1,0 +1,99 @@
+"""Averages where clients hold different ranks of the same factors.
+
+Rank j of a module is row j of A with column j of B. A client that holds only some ranks says
+which (`rows`); by default its r_i ranks are the leading ones of the global r.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
+from fedlora.lowrank import wide
+from fedlora.strategies.base import Upload
+
+Absent = Literal["unchanged", "skipped", "zero"]
+"""What a client says about a rank it does not hold: that it stays, nothing, or that it is 0."""
+
+Rows = Callable[[Upload, str], Tensor]
+"""The global ranks that an upload's rows of A and columns of B are, by upload and module."""
+
+
+def leading(upload: Upload, module: str) -> Tensor:
+    """The first r_i ranks."""
+    A, B = upload.sent.A.get(module), upload.sent.B.get(module)
+    return torch.arange(A.shape[0] if A is not None else B.shape[1] if B is not None else 0)
+
+
+def mean_ranks(
+    uploads: Iterable[Upload],
+    before: Factors,
+    absent: Absent,
+    rows: Rows = leading,
+    weight: Callable[[Upload, str], float] | None = None,
+) -> Factors:
+    """A and B averaged rank by rank, and the rest whole, in one pass that holds one upload.
+
+    With w_i the weight (n_i unless given), W its sum over the clients that sent the module and
+    W_j the sum over those that hold rank j,
+
+        unchanged   x_j + sum_i w_i (x_ij - x_j) / W
+        skipped     x_j + sum_i w_i (x_ij - x_j) / W_j
+        zero        sum_i w_i x_ij / W
+
+    Scales are folded into B. A rank that no one holds stays bit for bit, except under "zero".
+    Summed in float32 at least, returned in the dtype of `before`; what no one sent is carried.
+    """
+    changes: dict[tuple[str, str], Tensor] = {}
+    held: dict[tuple[str, str], Tensor] = {}
+    totals: dict[tuple[str, str], float] = {}
+    for u in uploads:
+        for column, name, x in u.sent.items():
+            key, old = (column, name), wide(getattr(before, column)[name])
+            by_rank = column in ("A", "B")
+            dim = 1 if column == "B" else 0
+            w = float(u.num_examples) if weight is None or not by_rank else weight(u, name)
+            if key not in changes:
+                changes[key] = torch.zeros_like(old)
+                size = old.shape[dim] if by_rank else 1
+                held[key], totals[key] = old.new_zeros(size), 0.0
+            totals[key] += w
+            ratio = u.sent.scale[name] / before.scale[name] if column == "B" else 1.0
+            if not by_rank:
+                changes[key].add_(wide(x) - old, alpha=w)
+                held[key] += w
+                continue
+            index = rows(u, name)
+            change = wide(x) * ratio - old.index_select(dim, index)
+            changes[key].index_add_(dim, index, change.to(old), alpha=w)
+            held[key].index_add_(0, index, torch.full_like(index, w, dtype=old.dtype))
+    columns = {c: dict(getattr(before, c)) for c in COLUMNS}
+    for (column, name), change in changes.items():
+        old, hits, W = columns[column][name], held[column, name], totals[column, name]
+        if W == 0:
+            continue
+        shape = [1] * old.ndim
+        if column in ("A", "B"):
+            shape[1 if column == "B" else 0] = -1
+        hits = hits.view(shape)
+        stays = hits / W if absent == "zero" else torch.ones_like(hits)
+        divisor = torch.where(hits > 0, hits, 1) if absent == "skipped" else W
+        columns[column][name] = (wide(old) * stays + change / divisor).to(old.dtype)
+    return Factors(before.scale, **columns)
+
+
+def by_module(
+    uploads: Iterable[Upload], pairs: Callable[[Upload], Adapter]
+) -> dict[str, tuple[list[Pair], list[float]]]:
+    """By module, the pairs of the clients that hold it and their p_i, which sum to 1 there."""
+    found: dict[str, tuple[list[Pair], list[float]]] = {}
+    for u in uploads:
+        if u.num_examples == 0:
+            continue
+        for m, pair in pairs(u).items():
+            held, counts = found.setdefault(m, ([], []))
+            held.append(pair)
+            counts.append(u.num_examples)
+    return {m: (held, [n / sum(counts) for n in counts]) for m, (held, counts) in found.items()}

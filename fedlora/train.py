@@ -1,0 +1,171 @@
+"""Local training: our own loop, because privacy has to own the step.
+
+    for batch in batches:
+        loss = mean over the batch of each example's loss
+        step
+
+One example's loss is the mean over its own tokens (causal LM) or its cross-entropy (classifier),
+so what one example adds never depends on another's length.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlora.config import Config, Train
+from fedlora.model import Model
+from fedlora.strategies.base import Penalty, seeded
+from fedlora.text import IGNORE, Batch, Encoded, batches
+
+Live = Mapping[str, Mapping[str, nn.Parameter]]
+"""The parameters that train, by column ("A", "B", "R", "other") and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a client's training came to."""
+
+    loss: float
+    """Mean over the examples seen; NaN where none was."""
+    steps: int
+    seconds: float
+    privacy: Mapping[str, float] = field(default_factory=dict)
+
+
+def fit(
+    model: Model,
+    encoded: Encoded,
+    columns: frozenset[str],
+    config: Config,
+    round: int,
+    client: int,
+    penalty: Penalty | None = None,
+) -> Fit:
+    """Train the model's loaded factors in place.
+
+    Batches and dropout come from (seed, round, client) alone. The optimiser starts cold.
+    """
+    begun = time.perf_counter()
+    live = model.trainable(columns)
+    received = {p: p.detach().clone() for ps in live.values() for p in ps.values()}
+    optimizer = build_optimizer(live, config.train, learning_rate(config, round))
+    generator = seeded(config.run.seed, round, client, "batches")
+    total = seen = steps = 0.0
+    with training(model, config, round, client):
+        for batch in batches(
+            encoded, config.train.batch_size, generator, config.train.steps, config.train.epochs
+        ):
+            losses = example_losses(model, batch)
+            loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.train.grad_clip:
+                nn.utils.clip_grad_norm_(list(received), config.train.grad_clip)
+            optimizer.step()
+            total += float(losses.detach().sum())
+            seen += len(losses)
+            steps += 1
+    mean = total / seen if seen else math.nan
+    return Fit(mean, int(steps), time.perf_counter() - begun)
+
+
+def example_losses(model: Model, batch: Batch) -> Tensor:
+    """Each example's own loss, (batch,), in float32."""
+    labels = batch["labels"]
+    inputs = {key: x for key, x in batch.items() if key != "labels"}
+    logits = model.peft(**inputs).logits.float()
+    if labels.ndim == 1:
+        return cross_entropy(logits, labels, reduction="none")
+    return token_losses(logits, labels)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss over each example's own labelled tokens, (batch,)."""
+    targets = labels[:, 1:]
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    return losses.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
+
+
+def extra_loss(
+    live: Live, received: Mapping[nn.Parameter, Tensor], penalty: Penalty | None, prox: float
+) -> Tensor | float:
+    """FedProx's mu/2 |w - w_received|^2 and a strategy's own penalty; 0 where there is none."""
+    extra: Tensor | float = 0.0
+    if prox:
+        extra = extra + prox / 2 * sum(((p - p0) ** 2).sum() for p, p0 in received.items())
+    if penalty and penalty.weight:
+        for m, keep in penalty.keep.items():
+            tail = live["B"][m][:, keep:], live["A"][m][keep:]
+            if tail[0].numel():
+                extra = extra + penalty.weight * _safe_norm(tail[0]) * _safe_norm(tail[1])
+    return extra
+
+
+def _safe_norm(x: Tensor) -> Tensor:
+    """The norm, with gradient zero at zero instead of NaN."""
+    return (x.square().sum() + 1e-24).sqrt()
+
+
+def learning_rate(config: Config, round: int) -> float:
+    """The rate of this round, from 1 on: the schedule runs over the rounds."""
+    t = (round - 1) / config.run.rounds
+    match config.train.lr_schedule:
+        case "linear":
+            return config.train.lr * (1 - t)
+        case "cosine":
+            return config.train.lr * (1 + math.cos(math.pi * t)) / 2
+    return config.train.lr
+
+
+def build_optimizer(live: Live, train: Train, lr: float) -> torch.optim.Optimizer:
+    """The config's optimiser over the live parameters; B's rate is lr * lr-ratio-b (LoRA+)."""
+    groups = [
+        {"params": list(ps.values()), "lr": lr * (train.lr_ratio_b if column == "B" else 1.0)}
+        for column, ps in live.items()
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=train.weight_decay)
+
+
+@contextmanager
+def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
+    """Train mode, autocast as configured, dropout from a stream of its own."""
+    with torch.random.fork_rng(devices=[]), autocast(config.train.precision):
+        torch.manual_seed(seeded(config.run.seed, round, client, "dropout").initial_seed())
+        model.peft.train()
+        try:
+            yield
+        finally:
+            model.peft.eval()
+
+
+@contextmanager
+def autocast(precision: str) -> Iterator[None]:
+    use = precision == "bfloat16" or (precision == "auto" and fast_bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use):
+        yield
+
+
+def fast_bfloat16() -> bool:
+    """Does this processor multiply bfloat16 natively?"""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Torch computes with n threads within it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

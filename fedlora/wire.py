@@ -1,0 +1,230 @@
+"""Factors to Flower records and back, with every size checked before anything is allocated.
+
+A tensor travels as `Array(dtype, shape, stype="fedlora.<dtype>", data)` whose data are its raw
+little-endian bytes. No built-in strategy of Flower can read that type, so none can average
+adapters by mistake. Nothing here is pickled.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
+from torch import Tensor
+
+from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
+from fedlora.errors import WireError
+from fedlora.strategies.base import Download, Penalty, Version
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-11}
+"""Relative error that sending in this dtype may add to an aggregate: see `proof`."""
+
+Shapes = Mapping[tuple[str, str], tuple[int, ...]]
+"""(column, name) of a `Factors` to the shape it must have."""
+
+
+def pack(x: Tensor, dtype: str) -> Array:
+    """One tensor as an Array of exactly numel * itemsize bytes."""
+    raw = x.detach().to(DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
+    return Array(dtype=dtype, shape=tuple(x.shape), stype=f"fedlora.{dtype}", data=raw.tobytes())
+
+
+def unpack(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor of an Array, float32 at least.
+
+    Raises:
+        WireError: the type, the shape or the number of bytes is not what it must be. Checked
+            before anything of the declared size exists.
+    """
+    if (
+        array.stype not in {f"fedlora.{d}" for d in DTYPES}
+        or array.stype != f"fedlora.{array.dtype}"
+    ):
+        raise WireError(f"{name}: type {array.stype!r} of {array.dtype!r} is none of ours")
+    if shape is not None and tuple(array.shape) != shape:
+        raise WireError(f"{name}: shape {tuple(array.shape)}, must be {shape}")
+    if any(n < 0 for n in array.shape):
+        raise WireError(f"{name}: shape {tuple(array.shape)} has a negative size")
+    dtype = DTYPES[array.dtype]
+    want = math.prod(array.shape) * dtype.itemsize
+    if len(array.data) != want:
+        raise WireError(f"{name}: {len(array.data)} bytes, must be {want} for {array.shape}")
+    if not want:
+        return torch.zeros(array.shape, dtype=dtype)
+    x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(array.shape)
+    return x.to(torch.promote_types(dtype, torch.float32))
+
+
+def pack_factors(factors: Factors, dtype: str) -> ArrayRecord:
+    return ArrayRecord({f"{c}/{name}": pack(x, dtype) for c, name, x in factors.items()})
+
+
+def unpack_factors(
+    record: ArrayRecord, scale: Mapping[str, float], shapes: Shapes | None = None
+) -> Factors:
+    """The factors of a record; with `shapes`, exactly these keys in exactly these shapes."""
+    columns: dict[str, dict[str, Tensor]] = {c: {} for c in COLUMNS}
+    if shapes is not None:
+        want = {f"{c}/{name}" for c, name in shapes}
+        if set(record) != want:
+            extra, missing = sorted(set(record) - want), sorted(want - set(record))
+            raise WireError(
+                "the tensors are not those this round asks for"
+                + (f"; too many: {_some(extra)}" if extra else "")
+                + (f"; missing: {_some(missing)}" if missing else "")
+            )
+    for key, array in record.items():
+        column, _, name = key.partition("/")
+        if column not in columns:
+            raise WireError(f"{key}: no such kind of tensor")
+        columns[column][name] = unpack(
+            array, key, shapes[column, name] if shapes is not None else None
+        )
+    return Factors(scale, **columns)
+
+
+def roundtrip(factors: Factors, dtype: str) -> Factors:
+    """What the other side will hold."""
+    return unpack_factors(pack_factors(factors, dtype), factors.scale)
+
+
+def pack_pairs(pairs: Mapping[str, Pair | Tensor], dtype: str) -> ArrayRecord:
+    """Base changes: "A/..", "B/.." with the scale as a 0-d float64 tensor, dense ones as "D/.."."""
+    record: dict[str, Array] = {}
+    for m, delta in pairs.items():
+        if isinstance(delta, Pair):
+            record[f"A/{m}"] = pack(delta.A, dtype)
+            record[f"B/{m}"] = pack(delta.B, dtype)
+            record[f"s/{m}"] = pack(torch.tensor(delta.scale, dtype=torch.float64), "float64")
+        else:
+            record[f"D/{m}"] = pack(delta, dtype)
+    return ArrayRecord(record)
+
+
+def unpack_pairs(record: ArrayRecord) -> dict[str, Pair | Tensor]:
+    x = {key: unpack(array, key) for key, array in record.items()}
+    names = dict.fromkeys(key.partition("/")[2] for key in x)
+    return {
+        m: x[f"D/{m}"] if f"D/{m}" in x else Pair(x[f"A/{m}"], x[f"B/{m}"], float(x[f"s/{m}"]))
+        for m in names
+    }
+
+
+def pack_download(download: Download, dtype: str) -> RecordDict:
+    """Everything of a download but what is the same for all clients (`Job` carries that)."""
+    scale = download.send.scale
+    settings: dict[str, Any] = {
+        "scale-names": list(scale),
+        "scale-values": [float(s) for s in scale.values()],
+        "trainable": sorted(download.trainable),
+        "base": [v.number for v in download.base],
+        "snapshots": [v.number for v in download.base if v.snapshot],
+    }
+    if download.penalty:
+        settings |= {
+            "penalty": download.penalty.kind,
+            "penalty-weight": download.penalty.weight,
+            "penalty-names": list(download.penalty.keep),
+            "penalty-keep": list(download.penalty.keep.values()),
+        }
+    content = RecordDict(
+        {"send": pack_factors(download.send, dtype), "download": ConfigRecord(settings)}
+    )
+    for v in download.base:
+        content[f"base-{v.number}"] = pack_pairs(v.delta, dtype)
+    if download.fold:
+        content["fold"] = pack_pairs(download.fold, dtype)
+    return content
+
+
+def unpack_download(content: RecordDict) -> Download:
+    settings = content.config_records["download"]
+    scale = dict(zip(_seq(settings, "scale-names"), _seq(settings, "scale-values"), strict=True))
+    snapshots = set(_seq(settings, "snapshots"))
+    fold: Adapter = {}
+    if "fold" in content.array_records:
+        pairs = unpack_pairs(content.array_records["fold"])
+        fold = {m: p for m, p in pairs.items() if isinstance(p, Pair)}
+    penalty = None
+    if "penalty" in settings:
+        keep = zip(_seq(settings, "penalty-names"), _seq(settings, "penalty-keep"), strict=True)
+        penalty = Penalty(settings["penalty"], float(settings["penalty-weight"]), dict(keep))  # type: ignore[arg-type]
+    return Download(
+        send=unpack_factors(content.array_records["send"], scale),
+        trainable=frozenset(_seq(settings, "trainable")),
+        base=tuple(
+            Version(n, unpack_pairs(content.array_records[f"base-{n}"]), n in snapshots)
+            for n in _seq(settings, "base")
+        ),
+        fold=fold,
+        penalty=penalty,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the server tells a client with every message, beside the download."""
+
+    round: int
+    token: str
+    """Names the run: it keeps another run's memory and replies out."""
+    incarnation: str
+    """Names this start of the server: base changes held in memory are trusted within it only."""
+    client: int
+    ranks: Mapping[str, int]
+    memory_round: int
+    base_number: int
+    fingerprint: str
+    labels: tuple[str, ...]
+
+    def record(self) -> ConfigRecord:
+        return ConfigRecord(
+            {
+                "round": self.round,
+                "token": self.token,
+                "incarnation": self.incarnation,
+                "client": self.client,
+                "modules": list(self.ranks),
+                "ranks": list(self.ranks.values()),
+                "memory-round": self.memory_round,
+                "base-number": self.base_number,
+                "fingerprint": self.fingerprint,
+                "labels": list(self.labels),
+            }
+        )
+
+    @classmethod
+    def read(cls, record: ConfigRecord) -> "Job":
+        x: Mapping[str, Any] = record
+        return cls(
+            x["round"],
+            x["token"],
+            x["incarnation"],
+            x["client"],
+            dict(zip(x["modules"], x["ranks"], strict=True)),
+            x["memory-round"],
+            x["base-number"],
+            x["fingerprint"],
+            tuple(x["labels"]),
+        )
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Serialised size of a message's content: the tensors' bytes, names and settings."""
+    arrays = sum(len(key) + r.count_bytes() for key, r in content.array_records.items())
+    small = RecordDict({k: r for k, r in content.items() if not isinstance(r, ArrayRecord)})
+    return arrays + int(recorddict_to_proto(small).ByteSize())
+
+
+def _seq(settings: ConfigRecord, key: str) -> Sequence[Any]:
+    value = settings[key]
+    assert isinstance(value, list)
+    return value
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

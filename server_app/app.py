@@ -1,0 +1,14 @@
+"""The server: read the config, build the strategy's host, start it. See fedlora/server.py."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora.config import Config
+from fedlora.server import FederatedLora
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    FederatedLora(Config.read(context.run_config)).start(grid)

@@ -1,0 +1,128 @@
+"""Tiny models and data made on the spot: no hub, no download, seconds for a whole federation."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+WORDS = "red green blue cat dog bird one two three up down left right what who where is the".split()
+LABELS = ("colour", "animal", "number")
+CUES = {
+    "colour": ["red", "green", "blue"],
+    "animal": ["cat", "dog", "bird"],
+    "number": ["one", "two", "three"],
+}
+
+
+def write_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS, *LABELS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
+    fast.save_pretrained(str(directory))
+
+
+def write_model(kind: str, directory: Path) -> Path:
+    """A tiny model whose adapted layers are not square."""
+    from transformers import (
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        if kind == "bert":
+            config = BertConfig(
+                vocab_size=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+                intermediate_size=40, max_position_embeddings=64,
+            )  # fmt: skip
+            model = BertModel(config)
+        elif kind == "gpt2":
+            config = GPT2Config(
+                vocab_size=32, n_positions=64, n_embd=24, n_layer=2, n_head=2, n_inner=40,
+                bos_token_id=2, eos_token_id=2,
+            )  # fmt: skip
+            model = GPT2LMHeadModel(config)
+        else:
+            config = LlamaConfig(
+                vocab_size=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, intermediate_size=40, max_position_embeddings=64,
+                bos_token_id=2, eos_token_id=2,
+            )  # fmt: skip
+            model = LlamaForCausalLM(config)
+    model.save_pretrained(str(directory))
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of tiny "bert", "gpt2" and "llama" models and of "rows", a JSONL of 150 questions."""
+    root = tmp_path_factory.mktemp("tiny")
+    paths = {kind: str(write_model(kind, root / kind)) for kind in ("bert", "gpt2", "llama")}
+    chance = random.Random(3)
+    rows = []
+    for n in range(150):
+        label = LABELS[n % 3]
+        words = [chance.choice(WORDS) for _ in range(chance.randint(2, 6))]
+        words.insert(chance.randint(0, len(words)), chance.choice(CUES[label]))
+        text = f"{' '.join(words)} {WORDS[n % 18]} {WORDS[n // 18]}"
+        rows.append({"text": text, "label": label, "response": f" {label}"})
+    paths["rows"] = str(root / "rows.jsonl")
+    Path(paths["rows"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+TARGETS = {
+    "bert": "query,value,intermediate.dense",
+    "gpt2": "c_attn,c_fc",
+    "llama": "q_proj,v_proj",
+}
+
+
+@pytest.fixture
+def settings(tiny: dict[str, str], tmp_path: Path):
+    """A run config of a tiny federation: `settings("gpt2", **{"run.rounds": 2})`."""
+
+    def build(kind: str = "bert", **changes: object) -> dict[str, object]:
+        given: dict[str, object] = {
+            "run.out": str(tmp_path),
+            "run.name": "run",
+            "run.rounds": 3,
+            "model.path": tiny[kind],
+            "model.task": "classification" if kind == "bert" else "causal-lm",
+            "data.path": tiny["rows"],
+            "data.prompt": "" if kind == "bert" else "text",
+            "data.test-size": 30,
+            "data.partition": "iid",
+            "clients.count": 4,
+            "clients.ranks": "2,3,5",
+            "lora.target-modules": TARGETS[kind],
+            "train.batch-size": 8,
+            "train.lr": 0.05,
+            "evaluate.baselines": False,
+            "evaluate.generate-tokens": 0,
+            "output.plots": False,
+            "simulate.workers": 1,
+        }
+        return {**given, **changes}
+
+    return build
