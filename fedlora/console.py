@@ -190,15 +190,15 @@ class Progress:
 
 def round_line(record: Mapping[str, Any], rounds: int) -> str:
     """A finished round in one line: what it learned, who took part, what it cost."""
-    at = f"round {record['round']:>{len(str(rounds))}}/{rounds}"
-    parts = [at]
-    if record.get("train_loss") is not None:
+    parts = [f"round {record['round']:>{len(str(rounds))}}/{rounds}"]
+    cohort = record.get("cohort")
+    if cohort and record.get("train_loss") is not None:
         parts.append(f"train loss {number(record['train_loss'])}")
     if evaluation := record.get("evaluation"):
         parts.append(_scores(evaluation))
-    if cohort := record.get("cohort"):
+    if cohort:
         parts.append(f"clients {len(record.get('accepted') or ())}/{len(cohort)}")
-    if sent := record.get("bytes"):
+        sent = record.get("bytes") or {}
         parts.append(f"down {size(sent.get('down'))}  up {size(sent.get('up'))}")
     if (proof := record.get("proof")) and proof.get("deviation") is not None:
         parts.append(f"deviation {tiny(proof['deviation'])}")
@@ -224,7 +224,7 @@ def _failure(client: int | None, reason: str) -> str:
 
 
 def _scores(metrics: Mapping[str, Any]) -> str:
-    parts = [f"loss {number(metrics['loss'])}"] if metrics.get("loss") is not None else []
+    parts = [f"test loss {number(metrics['loss'])}"] if metrics.get("loss") is not None else []
     return "  ".join(parts + ([told] if (told := _headline(metrics)) else []))
 
 

@@ -75,11 +75,17 @@ def tail(pair: Pair, rank: int) -> Pair:
     return Pair(pair.A[rank:], pair.B[:, rank:], pair.scale)
 
 
-def extend(pair: Pair, whole: Pair) -> Pair:
-    """The pair, followed by the ranks of `whole` that it lacks, at the scale of `whole`."""
-    r = pair.rank
-    A = torch.cat([wide(pair.A), wide(whole.A[r:])])
-    B = torch.cat([wide(pair.B) * (pair.scale / whole.scale), wide(whole.B[:, r:])], dim=1)
+def pick(pair: Pair, ranks: Tensor) -> Pair:
+    """Some ranks of a pair: these rows of A with these columns of B."""
+    return Pair(pair.A[ranks], pair.B[:, ranks], pair.scale)
+
+
+def extend(pair: Pair, whole: Pair, ranks: Tensor | None = None) -> Pair:
+    """`whole` with the pair in place of these ranks, or of the leading ones; at its scale."""
+    ranks = torch.arange(pair.rank) if ranks is None else ranks
+    A, B = wide(whole.A), wide(whole.B)
+    A = A.index_copy(0, ranks, wide(pair.A).to(A))
+    B = B.index_copy(1, ranks, (wide(pair.B) * (pair.scale / whole.scale)).to(B))
     return Pair(A, B, whole.scale)
 
 

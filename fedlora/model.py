@@ -153,8 +153,11 @@ class Model:
             self._drop(next(iter(self._profiles)))
 
     def load(self, factors: Factors) -> None:
-        """Take these factors as the model's adapter and head, at their own ranks and scales."""
-        self.select({m: A.shape[0] for m, A in factors.A.items()})
+        """Take these factors as the model's adapter and head, at their own ranks and scales.
+
+        Without factors (a model that is all in its base) the adapter is one that adds nothing.
+        """
+        self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
         self._cores = {}
         with torch.no_grad():
@@ -167,6 +170,9 @@ class Model:
                 if m in factors.R:
                     self._cores[m] = nn.Parameter(factors.R[m].detach().clone())
                     layer.lora_variant[self.active] = Core(self._cores[m])
+            if not factors.A:
+                for _, layer in self._on():
+                    layer.lora_B[self.active].weight.zero_()
             mine = self._other()
             for name, tensor in factors.other.items():
                 if name not in mine:

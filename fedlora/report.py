@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora import report_view as view
+from fedlora import report_words as words
 from fedlora.report_page import CAPTIONS, PAGE, STYLE
 from fedlora.run_files import RunFiles, finite, read
 from fedlora.units import duration, size, tiny
@@ -60,11 +61,11 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         rounds=view.rounds(run),
         clients=view.clients(run),
         failures=view.failures(run),
-        proof=view.proof(run),
-        layers=view.layers(run),
-        modules=view.modules(run),
-        left=list(view.left(run)),
-        privacy=view.privacy(run),
+        proof=words.proof(run),
+        layers=words.layers(run),
+        modules=words.modules(run),
+        left=list(words.left(run)),
+        privacy=words.privacy(run),
         insecure=bool(run.config.get("privacy.insecure-reproducible-noise")),
         config=view.config(run),
     )

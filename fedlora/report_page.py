@@ -41,7 +41,7 @@ nav a:hover { color: var(--blue); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 12px 14px; }
 .tile span { display: block; color: var(--soft); font-size: 13px; }
-.tile b { display: block; font-size: 21px; line-height: 1.4; white-space: nowrap; font-weight: 650;
+.tile b { display: block; font-size: 20px; line-height: 1.4; white-space: nowrap; font-weight: 650;
   font-variant-numeric: tabular-nums; }
 .tile.good b, .good { color: var(--good); } .tile.bad b, .bad { color: var(--bad); }
 .bars { padding: 16px 18px; display: grid; gap: 10px; }
@@ -54,6 +54,7 @@ nav a:hover { color: var(--blue); }
   gap: 16px; margin: 0 0 16px; }
 figure { margin: 0; padding: 14px 16px 12px; }
 figure img { display: block; width: 100%; height: auto; max-width: 720px; margin: 0 auto; }
+.picture { max-height: 640px; overflow-y: auto; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 figcaption b { color: var(--ink); }
 .scroll { overflow: auto; max-height: 560px; }
@@ -86,7 +87,7 @@ footer { color: var(--soft); font-size: 13px; padding: 30px 0 50px; }
   .bar div { grid-row: 2; grid-column: 1 / -1; } th, td { padding: 6px 9px; }
   .sections { columns: 1; } table.words td:first-child { white-space: normal; }
 }
-@media print { nav { display: none; } .scroll { max-height: none; } body { background: #fff; }
+@media print { nav { display: none; } .scroll, .picture { max-height: none; } body { background: #fff; }
   .card { break-inside: avoid; } }
 """
 
@@ -122,7 +123,8 @@ _MACROS = """
 {%- macro figure(name) -%}
 {% if name in figures %}
 <figure class="card">
-<img src="data:image/png;base64,{{ figures[name] }}" alt="{{ captions[name][0] }}">
+<div class="picture">
+<img src="data:image/png;base64,{{ figures[name] }}" alt="{{ captions[name][0] }}"></div>
 <figcaption><b>{{ captions[name][0] }}.</b> {{ captions[name][1] }}</figcaption>
 </figure>
 {% endif %}
@@ -227,7 +229,7 @@ _TRUST = """
 <div class="figures">
 <div class="card pad">
 <p><code>W_new = W + sum_i p_i s_i B_i A_i</code></p>
-<p class="soft">p_i: the client's share of the examples; s_i: its LoRA scale; B_i A_i: its factors</p>
+<p class="soft">p_i is client i's share of the examples, s_i its LoRA scale, B_i A_i its factors.</p>
 {% for text in proof %}<p>{{ text }}</p>{% endfor %}</div>
 {{ figure("deviation") }}
 </div>

@@ -126,7 +126,7 @@ def clients(run: RunFiles) -> Figure | None:
     ax.hlines(range(len(scored)), *zip(*((min(v), max(v)) for v in known), strict=True), **_SPAN)
     for when, (label, colour, marker) in _TIMES.items():
         at = _points((row, found[when]) for row, (_, found) in enumerate(scored))
-        size = 34 if len(scored) <= 40 else 16
+        size = 34 if len(scored) <= MANY else 16
         if at:
             y, x = zip(*at, strict=True)
             ax.scatter(x, y, s=size, c=colour, marker=marker, label=label, zorder=2)
@@ -184,7 +184,7 @@ def traffic(run: RunFiles) -> Figure | None:
         column = [r["bytes"].get(way) or 0 for r in rounds]
         sums = list(accumulate(column))
         ax.bar([n + offset for n in numbers], column, 0.38, color=colour, label=way)
-        below.plot(numbers, sums, color=colour, marker="o" if len(numbers) < 40 else "")
+        below.plot(numbers, sums, color=colour, marker="o" if len(numbers) <= 30 else "")
         below.fill_between(numbers, sums, color=colour, alpha=0.08)
     for axes, title in ((ax, "each round"), (below, "running total")):
         axes.set_ylabel(title)
@@ -208,7 +208,10 @@ def deviation(run: RunFiles) -> Figure | None:
     figure, (ax,) = _figure(3.4)
     _line(ax, series("deviation"), BLUE, "aggregation", marker="o")
     _line(ax, series("model_deviation"), GREEN, "loaded model", marker="D")
-    _line(ax, series("bound"), RED, "bound", linestyle="--", linewidth=1.4)
+    if (bound := finite(proofs[-1][1], "bound")) is not None:
+        promised = run.summary["promise"] != "approximate"
+        label, colour = ("bound", RED) if promised else ("rounding of the wire", GREY)
+        ax.axhline(max(bound, FLOOR), color=colour, linestyle="--", linewidth=1.4, label=label)
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.set_ylim(low / 4, high * 4)
@@ -282,13 +285,16 @@ def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(rows, squeeze=False).flat)
 
 
+MANY = 40
+"""Clients from which on rows are drawn small, and the axis also on top."""
+
 WIDTH = 6.4
 """Inches. Narrow, so that ten-point text stays readable where a phone shrinks the picture."""
 
 
 def _tall(rows: int) -> float:
     """A height that gives each row room for its name, down to a small type for many."""
-    return max(2.2, 1.0 + rows * (0.24 if rows <= 40 else 0.15))
+    return max(2.2, 1.0 + rows * (0.24 if rows <= MANY else 0.15))
 
 
 def _points(pairs: Iterable[tuple[int, float | None]]) -> Points:
@@ -302,7 +308,9 @@ def _evaluated(run: RunFiles, key: str) -> Points:
 def _line(ax: Axes, points: Points, color: str, label: str, **style: Any) -> None:
     if points:
         x, y = zip(*points, strict=True)
-        if len(points) > 40 or (len(points) > 1 and "linestyle" in style):
+        if len(points) == 1:
+            style["marker"] = style.get("marker", ".")
+        elif len(points) > 30:
             style.pop("marker", None)
         ax.plot(x, y, color=color, label=label, **style)
 
@@ -321,9 +329,10 @@ def _by_round(ax: Axes) -> None:
 
 def _client_rows(ax: Axes, names: Sequence[str]) -> None:
     """One row a client, the first on top."""
-    ax.set_yticks(range(len(names)), names, fontsize=9 if len(names) <= 40 else 6.5)
+    ax.set_yticks(range(len(names)), names, fontsize=9 if len(names) <= MANY else 6.5)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="x", top=len(names) > MANY, labeltop=len(names) > MANY)
     ax.grid(visible=False, axis="y")
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(6))

@@ -1,6 +1,6 @@
-"""What the page says: a run's records turned into words, tables and figures to print.
+"""The page's head and tables: a run's records turned into text, ready to be placed.
 
-Plain values in, plain values out; the page's template only places them.
+Plain values in, plain values out; the template of `report_page` decides nothing.
 """
 
 import math
@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedlora.run_files import WAYS, Metric, Record, RunFiles, client_seconds, finite
+from fedlora.run_files import (
+    WAYS,
+    Metric,
+    Record,
+    RunFiles,
+    breaks_promise,
+    client_seconds,
+    finite,
+)
 from fedlora.units import count, duration, number, percent, size, tiny
 
 COLUMNS = {
@@ -19,17 +27,6 @@ COLUMNS = {
     "exact_match": ("exact match", True),
 }
 """The metrics of an evaluation: title, and whether it is a share."""
-
-PROMISES = {
-    "exact": "{strategy} promises that this is exactly what a round's model is: the model before "
-    "it plus every client's whole update, weighted by its examples. A run that misses it stops.",
-    "approximate": "{strategy} does not promise this, the model before the round plus every "
-    "client's whole update weighted by its examples. How far it stays from it is part of the "
-    "method, and is reported here.",
-    "shared": "{strategy} promises this of what the clients share. Each keeps the rest to itself, "
-    "so there is no one model to compare with the mean of their whole updates.",
-}
-"""What a strategy's promise means, said of the formula the page prints above it."""
 
 
 class Cell(NamedTuple):
@@ -100,13 +97,14 @@ def tiles(run: RunFiles) -> Iterator[Tile]:
         name, value = strongest
         tone = "good" if metric.better(final, value) else "bad"
         clear = abs(final - value) > (standard_error(run) or 0.0)
-        yield Tile("against baseline", gap(metric, final, value), name, tone if clear else "")
+        than = f"points, {name}" if metric.share else name
+        yield Tile("against baseline", gap(metric, final, value), than, tone if clear else "")
     if worst := run.worst_client():
         who = f"client {worst['client']}, rank {worst.get('rank', '?')}"
         yield Tile("worst client", metric.text(worst["final"][metric.key]), who)
     if s["max_deviation"] is not None:
-        held = s["promise"] != "exact" or not exceeded(run)
-        tone = "" if held else "bad"
+        broken = any(breaks_promise(r.get("proof") or {}) for r in run.rounds)
+        tone = "bad" if broken else ""
         yield Tile("largest deviation", tiny(s["max_deviation"]), f"promise: {s['promise']}", tone)
     if any(s["bytes"].values()):
         sent = f"{size(s['bytes'].get('down'))} down, {size(s['bytes'].get('up'))} up"
@@ -128,9 +126,8 @@ def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
 
 
 def gap(metric: Metric, final: float, baseline: float) -> str:
-    """+2.1 points; for a metric that is no share, the difference itself."""
-    difference = final - baseline
-    return f"{100 * difference:+.1f} points" if metric.share else f"{difference:+.4g}"
+    """+2.1, in points of a percentage; for a metric that is no share, the difference itself."""
+    return f"{100 * (final - baseline):+.1f}" if metric.share else f"{final - baseline:+.4g}"
 
 
 def bars(run: RunFiles) -> list[Bar]:
@@ -167,8 +164,8 @@ def verdict(run: RunFiles) -> str:
         return ""
     name, value = strongest
     way = "better than" if run.metric.better(final, value) else "not better than"
-    apart = gap(run.metric, final, value)
-    said = f"The final model is {way} the strongest baseline, {name} ({apart} {run.metric.title})."
+    apart = f"{gap(run.metric, final, value)} {'points' if run.metric.share else run.metric.title}"
+    said = f"The final model is {way} the strongest baseline, {name} ({apart})."
     if (error := standard_error(run)) is not None:
         rows = run.summary["final"]["examples"]
         said += f" On {rows} test rows, a score has a standard error of {100 * error:.1f} points."
@@ -193,7 +190,9 @@ def _round(r: Record, metrics: Sequence[str]) -> dict[str, Cell]:
         "clients": Cell(f"{len(r.get('accepted') or ())}/{len(cohort)}" if cohort else "-"),
         "time": Cell(duration((r.get("seconds") or {}).get("total"))),
         **{way: _size((r.get("bytes") or {}).get(way)) for way in WAYS},
-        "deviation": Cell(tiny(proof.get("deviation")), tone="bad" if _beyond(proof) else ""),
+        "deviation": Cell(
+            tiny(proof.get("deviation")), tone="bad" if breaks_promise(proof) else ""
+        ),
         "failures": Cell(str(failures), tone="bad" if failures else "") if cohort else Cell("-"),
     }
 
@@ -256,128 +255,6 @@ def _size(n: int | None) -> Cell:
 
 def _plain(value: Any) -> Cell:
     return Cell("-" if value is None else str(value))
-
-
-# -- sections in words ----------------------------------------------------------------------------
-
-
-def exceeded(run: RunFiles) -> list[int]:
-    """The rounds whose deviation was not within the bound; one that is no number is not within."""
-    return [r["round"] for r in run.rounds if _beyond(r.get("proof") or {})]
-
-
-def _beyond(proof: Record) -> bool:
-    deviation, bound = proof.get("deviation"), proof.get("bound")
-    return deviation is not None and bound is not None and not deviation <= bound
-
-
-def proof(run: RunFiles) -> list[str]:
-    """The aggregation proof in words: what was promised, measured, and whether it held."""
-    proofs = [r for r in run.rounds if (r.get("proof") or {}).get("deviation") is not None]
-    if not proofs:
-        return ["No round of this run was aggregated, so nothing was proven."]
-    worst = max(proofs, key=lambda r: _rank_of(r["proof"]["deviation"]))
-    found = worst["proof"]
-    where = f", most of all in {found['worst_layer']}" if found.get("worst_layer") else ""
-    promise = PROMISES.get(run.summary["promise"], "")
-    told = [promise.format(strategy=run.summary["strategy"])] if promise else []
-    told.append(
-        f"In each of {count(len(proofs), 'round')} the server recomputed it on seeded random "
-        "inputs and compared it with what the clients use after the next download, the dtype of "
-        f"the wire included. The largest relative deviation was {tiny(found['deviation'])}, in "
-        f"round {worst['round']}{where}."
-    )
-    if (deviation := finite(found, "deviation")) is not None and deviation >= 0.001:
-        told.append(f"At its largest it is {percent(deviation)} of the size of the update itself.")
-    if finite(found, "bound") is not None:
-        broken = ", ".join(str(n) for n in exceeded(run))
-        held = f"It was EXCEEDED in round {broken}." if broken else "It was kept in every round."
-        told.append(f"The bound was {tiny(found['bound'])}. {held}")
-    models = [r["proof"].get("model_deviation") for r in proofs]
-    if (known := [m for m in models if m is not None]) and known:
-        told.append(f"Measured through the model itself, it was at most {tiny(max(known))}.")
-    return told
-
-
-def _rank_of(deviation: float) -> float:
-    """For comparing: a NaN is worse than any number."""
-    return deviation if deviation == deviation else float("inf")
-
-
-def layers(run: RunFiles) -> Grid:
-    """The modules of the largest deviation over all rounds."""
-    largest: dict[str, float] = {}
-    for r in run.rounds:
-        for module, deviation in ((r.get("proof") or {}).get("layers") or {}).items():
-            largest[module] = max(largest.get(module, 0.0), _rank_of(deviation))
-    ordered = sorted(largest.items(), key=lambda item: -item[1])[:12]
-    return Grid.of([{"module": Cell(m), "largest deviation": Cell(tiny(d))} for m, d in ordered])
-
-
-def modules(run: RunFiles) -> list[str]:
-    """The adapted modules, as the proofs name them."""
-    return sorted({m for r in run.rounds for m in (r.get("proof") or {}).get("layers") or {}})
-
-
-def left(run: RunFiles) -> Iterator[tuple[str, str]]:
-    """Everything the clients' machines sent, and why it could matter."""
-    took_part = [c for c in run.clients if c.get("rounds")]
-    records = [found for r in run.trained for found in (r.get("clients") or {}).values()]
-    named = modules(run)
-    sent = run.summary.get("sent")
-    which = f"factors {', '.join(sent)}" if sent else "the factors the strategy sends"
-    if records:
-        yield "Trained factors", f"{which}, of {count(len(named), 'module')}, once a round"
-        yield "Example counts", f"rows trained on, from {count(len(took_part), 'client')}"
-    if labels := {label for c in run.clients for label in c.get("labels") or ()}:
-        yield "Label counts", f"how many rows of each of {count(len(labels), 'label')} it holds"
-    if any(found.get("train_loss") is not None for found in records):
-        yield "Training losses", "the mean over a client's steps, each round"
-    evaluated = [found.get(when) or {} for found in records for when in ("before", "after")]
-    if keys := {key: None for found in evaluated for key in found}:
-        yield "Evaluation metrics", f"{', '.join(keys)}, on the client's own test rows"
-    if any(found.get("seconds") is not None for found in records):
-        yield "Timings", "seconds of training, and the number of steps"
-    if records:
-        yield "Capabilities", "the node's id and the rank it trains"
-    if failures(run):
-        yield "Reasons of failure", "the text of the error, as listed above"
-
-
-def privacy(run: RunFiles) -> tuple[list[tuple[str, str]], Grid]:
-    """The privacy ledger: what holds for the run, and what holds for each client.
-
-    Any value of summary["privacy"] that is a mapping by client id becomes a column, and so does
-    any entry of a mapping "clients"; everything else is a line of its own.
-    """
-    facts: list[tuple[str, str]] = []
-    by_client: dict[str, dict[str, Cell]] = {}
-    for key, value in run.summary["privacy"].items():
-        if not isinstance(value, Mapping):
-            facts.append((_words(key), _fact(value)))
-            continue
-        for client, found in value.items():
-            columns = found if isinstance(found, Mapping) else {key: found}
-            if str(client).lstrip("-").isdigit():
-                row = by_client.setdefault(str(client), {})
-                row |= {_words(k): Cell(_fact(v)) for k, v in columns.items()}
-            else:
-                facts.append((_words(f"{key} {client}"), _fact(found)))
-    heads = {head: None for row in by_client.values() for head in row}
-    ordered = sorted(by_client.items(), key=lambda item: int(item[0]))
-    return facts, Grid.of(
-        [{"client": Cell(c)} | {h: row.get(h, Cell("-")) for h in heads} for c, row in ordered]
-    )
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ").replace("-", " ")
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "-" if value is None else str(value)
 
 
 def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:

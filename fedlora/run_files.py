@@ -122,6 +122,18 @@ def finite(found: Record | None, key: str) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def breaks_promise(proof: Record) -> bool:
+    """The proof's deviation is not within the bound, where its promise has one.
+
+    A deviation that is not a number (null in the file) has not kept to it.
+    """
+    if proof.get("bound") is None or proof.get("promise") == "approximate":
+        return False
+    found = [proof.get("deviation", 0.0)]
+    found += [proof["model_deviation"]] if proof.get("model_deviation") is not None else []
+    return any(deviation is None or not deviation <= proof["bound"] for deviation in found)
+
+
 def _derived(run_dir: Path, rounds: tuple[Record, ...], config: Record) -> dict[str, Any]:
     """The summary that the rounds allow."""
     last: Record = rounds[-1] if rounds else {}

@@ -4,7 +4,6 @@ Local files are read into memory, so that no copy of a node's own data stays in 
 TSV columns are text as it is written: "01" is no number and "NA" is not missing.
 """
 
-import csv
 import difflib
 import logging
 import re
@@ -16,11 +15,11 @@ from string import Formatter
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas  # type: ignore[import-untyped]
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    Features,
     Value,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -104,8 +103,8 @@ def _reader(data: Data, key: str, path: str, cache: str) -> Callable[[], Any]:
     by_suffix: dict[str, Callable[[], Any]] = {
         ".jsonl": partial(Dataset.from_json, str(place), encoding=data.encoding, **local),
         ".json": partial(Dataset.from_json, str(place), encoding=data.encoding, **local),
-        ".csv": partial(_csv, place, ",", data.encoding, local),
-        ".tsv": partial(_csv, place, "\t", data.encoding, local),
+        ".csv": partial(_csv, place, ",", data.encoding),
+        ".tsv": partial(_csv, place, "\t", data.encoding),
         ".parquet": partial(Dataset.from_parquet, str(place), **local),
         ".txt": partial(_text, place, data),
     }
@@ -142,18 +141,11 @@ def _problems_of(key: str, path: str) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _csv(place: Path, separator: str, encoding: str, local: dict[str, Any]) -> Dataset:
-    with place.open(encoding=encoding, newline="") as file:
-        header = next(csv.reader(file, delimiter=separator), [])
-    text = Features({name: Value("string") for name in header})
-    return Dataset.from_csv(
-        str(place),
-        features=text,
-        sep=separator,
-        encoding=encoding,
-        keep_default_na=False,
-        **local,
+def _csv(place: Path, separator: str, encoding: str) -> Dataset:
+    cells = pandas.read_csv(
+        place, sep=separator, encoding=encoding, dtype=str, keep_default_na=False
     )
+    return Dataset.from_pandas(cells, preserve_index=False)
 
 
 def _text(place: Path, data: Data) -> Dataset:

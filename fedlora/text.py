@@ -105,9 +105,10 @@ def batches(
 
 
 def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[Batch]:
-    """Padded batches of every example once, in `eval_order`."""
-    for numbers in torch.split(eval_order(encoded), batch_size):
-        yield collate(encoded, numbers)
+    """Padded batches of every example once, in `eval_order`; none where there are no rows."""
+    order = eval_order(encoded)
+    for start in range(0, len(order), batch_size):
+        yield collate(encoded, order[start : start + batch_size])
 
 
 def eval_order(encoded: Encoded) -> Tensor:
@@ -122,9 +123,9 @@ def prompt_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Tensor, 
     """Example numbers and their prompts alone, padded on the left, as generation takes them."""
     assert encoded.prompts is not None
     order = encoded.prompts.argsort(stable=True, descending=True)
-    for numbers in torch.split(order, batch_size):
-        lengths = encoded.prompts[numbers]
-        yield numbers, _padded(encoded, numbers, lengths, left=True)
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        yield numbers, _padded(encoded, numbers, encoded.prompts[numbers], left=True)
 
 
 def collate(encoded: Encoded, numbers: Tensor) -> Batch:

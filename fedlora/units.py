@@ -4,14 +4,14 @@ import math
 
 
 def size(n: float | None) -> str:
-    """Bytes in decimal units: 999 B, 12.3 kB, 4.56 MB."""
+    """Bytes in decimal units: 999 B, 12.3 kB, 4.56 MB, 210 MB."""
     if n is None or not math.isfinite(n):
         return _odd(n)
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(n) >= scale:
-            return (
-                f"{n / scale:.3g} {unit}" if abs(n) < 999.5 * scale else f"{n / scale:.0f} {unit}"
-            )
+            value = n / scale
+            digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+            return f"{value:.{digits}f} {unit}"
     return f"{n:.0f} B"
 
 

@@ -15,7 +15,18 @@ from torch import Tensor
 from fedlora.adapter import COLUMNS, Factors, clone, dense, kaiming
 from fedlora.lowrank import accumulate
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import Client, Effective, Layer, Round, Start, Upload, Version, seeded
+from fedlora.strategies.base import (
+    Client,
+    Download,
+    Effective,
+    Layer,
+    Round,
+    Start,
+    Upload,
+    Version,
+    seeded,
+    travelling,
+)
 
 MODULES = {"layers.0.q_proj": (41, 41), "layers.0.k_proj": (53, 31), "layers.1.down": (37, 67)}
 SQUARE = "layers.0.q_proj"
@@ -24,15 +35,18 @@ SEED = 7
 
 
 def make_clients(
-    ranks: Sequence[int], alphas: Sequence[float] | None = None, without: Mapping[int, str] = {}
+    ranks: Sequence[int],
+    alphas: Sequence[float] | None = None,
+    without: Mapping[int, str] = {},
+    step: int = 1,
 ) -> list[Client]:
-    """Client i of rank ranks[i] on the first module, one more on each next; alpha as told or 6."""
+    """Client i of rank ranks[i] on the first module, `step` more on each next."""
     alphas = alphas or [6.0] * len(ranks)
     return [
         Client(
             i,
             {
-                m: Layer(d, k, r + j, alpha / (r + j))
+                m: Layer(d, k, r + j * step, alpha / (r + j * step))
                 for j, (m, (d, k)) in enumerate(MODULES.items())
                 if without.get(i) != m
             },
@@ -44,7 +58,14 @@ def make_clients(
 EQUAL = make_clients([3, 3, 3, 3])
 RESCALED = make_clients([3, 3, 3, 3], [6.0, 4.0, 9.0, 2.5])
 PARTIAL = make_clients([3, 3, 3, 3], without={1: "layers.0.k_proj", 2: SQUARE})
+EVEN = make_clients([4, 4, 4, 4], [6.0, 4.0, 9.0, 2.5], step=4)
+EVEN_MIXED = make_clients([4, 12, 8, 4], [6.0, 4.0, 9.0, 2.5], step=4)
 MIXED = make_clients([2, 5, 3, 4], [6.0, 4.0, 9.0, 2.5], without={3: "layers.1.down"})
+
+
+def fitting(strategy: Any) -> list[Client]:
+    """Clients of one rank that the strategy can run."""
+    return EVEN if list(strategy.problems(EQUAL)) else EQUAL
 
 
 def make_start(clients: Sequence[Client], dtype: torch.dtype = torch.float64) -> Start:
@@ -67,12 +88,16 @@ def noise(size: Sequence[int], client: int, round: int, purpose: str) -> Tensor:
     return torch.randn(*size, generator=g, dtype=torch.float64)
 
 
-def perturb(loaded: Factors, trainable: frozenset[str], client: Client, round: Round) -> Factors:
+def perturb(loaded: Factors, download: Download, client: Client, round: Round) -> Factors:
     """Stands in for training: every trainable tensor moves by noise of its own."""
     moved = clone(loaded)
     for column, name, x in moved.items():
-        if column in trainable:
-            x.add_(noise(x.shape, client.id, round.number, f"{column}/{name}").to(x.dtype))
+        if column in download.trainable:
+            step = noise(x.shape, client.id, round.number, f"{column}/{name}").to(x.dtype)
+            if column == "R" and download.block:
+                cores = [torch.ones(download.block, download.block)] * (len(x) // download.block)
+                step *= torch.block_diag(*cores)
+            x.add_(step)
     return moved
 
 
@@ -142,8 +167,9 @@ def visit(
     for adapter in (download.fold, loaded.adapter()):
         for m, pair in adapter.items():
             model[m] = accumulate(model.get(m), pair)
-    trained = perturb(loaded, download.trainable, client, round)
+    trained = perturb(loaded, download, client, round)
     sent, site.kept = strategy.upload(trained, site.kept)
+    sent = travelling(sent, download.trainable)
     site.has_memory = True
     down = dict.fromkeys((*COLUMNS, "base", "fold"), 0)
     for column, _, x in download.send.items():
@@ -229,6 +255,10 @@ def deviation(strategy: Any, played: Played) -> float:
     return worst
 
 
+NUMBERS = (("fedex", "rank", 2), ("florist", "energy", 1.0), ("hetlora", "gamma", 0.5))
+"""Options that are numbers, at a value that takes another path."""
+
+
 def variants() -> dict[str, Any]:
     """Every strategy with its defaults, and once for each other value of each choice it offers."""
     found: dict[str, Any] = {}
@@ -240,6 +270,8 @@ def variants() -> dict[str, Any]:
             for value in values:
                 if value != getattr(found[name], option):
                     found[f"{name}[{option}={value}]"] = cls(**{option: value})
+    for name, option, value in NUMBERS:
+        found[f"{name}[{option}={value}]"] = STRATEGIES[name](**{option: value})
     return found
 
 

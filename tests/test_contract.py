@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from strategy_federation import (
     EQUAL,
+    EVEN,
+    EVEN_MIXED,
     EXAMPLES,
     MIXED,
     PARTIAL,
@@ -18,6 +21,7 @@ from strategy_federation import (
     assert_same,
     base_change,
     deviation,
+    fitting,
     make_start,
     model_change,
     play,
@@ -28,23 +32,51 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.adapter import Factors, Pair
+from fedlora.checkpoint import load, save
 from fedlora.errors import ClientMemoryError
+from fedlora.journal import state_types
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import BaseLog, Client, Requires, Round, Version
 
 VARIANTS = variants()
-FEDERATIONS = {"equal": EQUAL, "rescaled": RESCALED, "partial": PARTIAL, "mixed": MIXED}
+FEDERATIONS = {
+    "equal": EQUAL,
+    "rescaled": RESCALED,
+    "partial": PARTIAL,
+    "mixed": MIXED,
+    "even": EVEN,
+    "even-mixed": EVEN_MIXED,
+}
 COHORTS = ((0, 1, 2), (3, 0), (1, 3), (2,), (3, 1, 0, 2))
 
+RUNS = {
+    f"{name}-{which}": (strategy, clients)
+    for name, strategy in VARIANTS.items()
+    for which, clients in FEDERATIONS.items()
+    if not list(strategy.problems(clients))
+}
+EXACT = {key: run for key, run in RUNS.items() if run[0].promise == "exact"}
+REFUSED = {
+    f"{name}-{which}": (strategy, clients)
+    for name, strategy in VARIANTS.items()
+    for which, clients in FEDERATIONS.items()
+    if f"{name}-{which}" not in RUNS
+}
+REMEMBERING = {name: s for name, s in VARIANTS.items() if s.requires.client_memory}
+
 every_strategy = pytest.mark.parametrize("strategy", VARIANTS.values(), ids=VARIANTS)
-every_federation = pytest.mark.parametrize("clients", FEDERATIONS.values(), ids=FEDERATIONS)
+every_run = pytest.mark.parametrize(("strategy", "clients"), RUNS.values(), ids=RUNS)
 
 
-def able(strategy: Any, clients: list[Client]) -> None:
-    """Skips what the strategy says it cannot run; that it says so is the contract."""
-    if problems := list(strategy.problems(clients)):
-        assert all("use " in p for p in problems), "a refusal must say what to use instead"
-        pytest.skip(problems[0])
+@pytest.mark.parametrize(("strategy", "clients"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_says_what_to_use_instead(strategy: Any, clients: list[Client]) -> None:
+    for problem in strategy.problems(clients):
+        assert "; use " in problem
+
+
+@every_strategy
+def test_every_strategy_can_run_clients_of_one_rank(strategy: Any) -> None:
+    assert not list(strategy.problems(fitting(strategy)))
 
 
 def model(strategy: Any, state: Any) -> tuple[dict[str, Tensor], Factors]:
@@ -60,12 +92,10 @@ def assert_same_model(strategy: Any, x: Any, y: Any, atol: float = 1e-11) -> Non
     assert_same(left_head, right_head)
 
 
-@every_federation
-@every_strategy
+@every_run
 def test_an_exact_strategy_is_exact_in_every_round_and_any_cohort(
     strategy: Any, clients: list[Client]
 ) -> None:
-    able(strategy, clients)
     gaps = [deviation(strategy, played) for played in play(strategy, clients, COHORTS)]
     if strategy.promise in ("exact", "shared"):
         assert max(gaps) < 1e-12
@@ -73,14 +103,10 @@ def test_an_exact_strategy_is_exact_in_every_round_and_any_cohort(
         assert max(gaps) < 10  # reported, not promised; but of the size of the model
 
 
-@every_federation
-@every_strategy
+@pytest.mark.parametrize(("strategy", "clients"), EXACT.values(), ids=EXACT)
 def test_under_an_exact_strategy_each_client_starts_from_the_whole_model(
     strategy: Any, clients: list[Client]
 ) -> None:
-    able(strategy, clients)
-    if strategy.promise != "exact":
-        pytest.skip("a client's model is its own")
     for played in play(strategy, clients, COHORTS):
         whole = model_change(strategy.effective(played.before))
         for v in played.visits:
@@ -92,13 +118,13 @@ def test_under_an_exact_strategy_each_client_starts_from_the_whole_model(
 @every_strategy
 def test_a_client_that_was_away_catches_up_to_the_same_bits(strategy: Any) -> None:
     sites: dict[int, Site] = {}
-    *_, last = play(strategy, EQUAL, COHORTS, sites)
+    *_, last = play(strategy, fitting(strategy), COHORTS, sites)
     rejoined = [sites.setdefault(i, Site()) for i in range(4)]
     round = Round(len(COHORTS) + 1, SEED)
     for i, site in enumerate(rejoined):
-        visit(strategy, last.after, EQUAL[i], site, round)
+        visit(strategy, last.after, fitting(strategy)[i], site, round)
     newcomer = Site()
-    visit(strategy, last.after, EQUAL[0], newcomer, round)
+    visit(strategy, last.after, fitting(strategy)[0], newcomer, round)
     server = base_change(strategy.effective(last.after).base)
     for site in (*rejoined, newcomer):
         assert site.base.keys() == server.keys()
@@ -106,10 +132,8 @@ def test_a_client_that_was_away_catches_up_to_the_same_bits(strategy: Any) -> No
             assert torch.equal(site.base[m], total)
 
 
-@every_federation
-@every_strategy
+@every_run
 def test_the_order_of_replies_does_not_matter(strategy: Any, clients: list[Client]) -> None:
-    able(strategy, clients)
     *_, last = play(strategy, clients, [(0, 1, 2, 3), (0, 1, 2, 3)])
     again = strategy.aggregate(last.before, last.uploads[::-1], last.round)
     assert_same_model(strategy, last.after, again)
@@ -117,7 +141,7 @@ def test_the_order_of_replies_does_not_matter(strategy: Any, clients: list[Clien
 
 @every_strategy
 def test_only_the_ratios_of_num_examples_matter(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL)
+    *_, last = play(strategy, fitting(strategy))
     tenfold = [dataclasses.replace(u, num_examples=10 * u.num_examples) for u in last.uploads]
     again = strategy.aggregate(last.before, tenfold, last.round)
     assert_same_model(strategy, last.after, again)
@@ -125,7 +149,7 @@ def test_only_the_ratios_of_num_examples_matter(strategy: Any) -> None:
 
 @every_strategy
 def test_a_client_without_examples_counts_for_nothing(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL)
+    *_, last = play(strategy, fitting(strategy))
     nothing = dataclasses.replace(last.uploads[1], num_examples=0)
     with_it = [last.uploads[0], nothing, *last.uploads[2:]]
     without = [last.uploads[0], *last.uploads[2:]]
@@ -138,26 +162,27 @@ def test_a_client_without_examples_counts_for_nothing(strategy: Any) -> None:
 
 @every_strategy
 def test_uploads_may_come_one_by_one(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL)
+    *_, last = play(strategy, fitting(strategy))
     again = strategy.aggregate(last.before, iter(last.uploads), last.round)
     assert_same_model(strategy, last.after, again, atol=0)
 
 
 @every_strategy
 def test_one_client_alone_is_kept_as_it_is(strategy: Any) -> None:
-    for played in play(strategy, EQUAL, [(2,), (1,)]):
-        assert deviation(strategy, played) < 1e-12
+    cut = (1 - getattr(strategy, "energy", 1)) ** 0.5  # what florist may leave out by its option
+    for played in play(strategy, fitting(strategy), [(2,), (1,)]):
+        assert deviation(strategy, played) <= max(cut, 1e-12)
 
 
 @every_strategy
 def test_no_reply_changes_nothing(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL)
+    *_, last = play(strategy, fitting(strategy))
     assert_same_model(strategy, last.after, strategy.aggregate(last.after, [], Round(2, SEED)))
 
 
 @every_strategy
 def test_aggregate_changes_none_of_its_arguments(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL)
+    *_, last = play(strategy, fitting(strategy))
     tensors = [*walk(last.before), *(t for u in last.uploads for _, _, t in u.sent.items())]
     before = [t.clone() for t in tensors]
     strategy.aggregate(last.before, last.uploads, last.round)
@@ -166,7 +191,7 @@ def test_aggregate_changes_none_of_its_arguments(strategy: Any) -> None:
 
 @every_strategy
 def test_the_state_shares_no_storage_with_an_upload(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL, [(0,), (0, 1)])
+    *_, last = play(strategy, fitting(strategy), [(0,), (0, 1)])
     before = [t.clone() for t in walk(last.after)]
     for u in last.uploads:
         for _, _, t in u.sent.items():
@@ -176,8 +201,8 @@ def test_the_state_shares_no_storage_with_an_upload(strategy: Any) -> None:
 
 @every_strategy
 def test_the_same_call_gives_the_same_bits(strategy: Any) -> None:
-    *_, one = play(strategy, EQUAL, COHORTS)
-    *_, two = play(strategy, EQUAL, COHORTS)
+    *_, one = play(strategy, fitting(strategy), COHORTS)
+    *_, two = play(strategy, fitting(strategy), COHORTS)
     assert all(torch.equal(x, y) for x, y in zip(walk(one.after), walk(two.after), strict=True))
 
 
@@ -185,27 +210,25 @@ def test_the_same_call_gives_the_same_bits(strategy: Any) -> None:
 def test_a_module_that_no_one_sent_is_carried_unchanged(strategy: Any) -> None:
     without = [
         dataclasses.replace(c, layers={m: x for m, x in c.layers.items() if "0" in m})
-        for c in EQUAL
+        for c in fitting(strategy)
     ]
     state = None
-    for i, clients in enumerate((EQUAL, without)):
-        start = strategy.init(make_start(EQUAL)) if state is None else state
+    for i, clients in enumerate((fitting(strategy), without)):
+        start = strategy.init(make_start(fitting(strategy))) if state is None else state
         visits = [visit(strategy, start, c, Site(), Round(i + 1, SEED)) for c in clients]
         state = strategy.aggregate(start, [v.upload for v in visits], Round(i + 1, SEED))
         played = Played(Round(i + 1, SEED), start, visits, state)
-        assert not without[0].layers.keys() >= EQUAL[0].layers.keys()
+        assert not without[0].layers.keys() >= fitting(strategy)[0].layers.keys()
         if i == 1:
             m = "layers.1.down"
             old, new = (model(strategy, s)[0].get(m) for s in (played.before, played.after))
             assert (old is None and new is None) or torch.allclose(old, new, rtol=0, atol=1e-12)
 
 
-@every_strategy
+@pytest.mark.parametrize("strategy", REMEMBERING.values(), ids=REMEMBERING)
 def test_a_client_whose_memory_is_gone_says_so(strategy: Any) -> None:
-    if not strategy.requires.client_memory:
-        pytest.skip("needs no memory")
-    state = strategy.init(make_start(EQUAL))
-    client = dataclasses.replace(EQUAL[0], has_memory=True)
+    state = strategy.init(make_start(fitting(strategy)))
+    client = dataclasses.replace(fitting(strategy)[0], has_memory=True)
     download = strategy.download(state, client, Round(1, SEED))
     with pytest.raises(ClientMemoryError, match=r"client 0 no longer has .* 'layers.0.q_proj'"):
         strategy.start(download, Factors(), client, Round(1, SEED))
@@ -214,7 +237,7 @@ def test_a_client_whose_memory_is_gone_says_so(strategy: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @every_strategy
 def test_factors_keep_their_dtype(strategy: Any, dtype: torch.dtype) -> None:
-    *_, last = play(strategy, EQUAL, [(0, 1, 2)], dtype=dtype)
+    *_, last = play(strategy, fitting(strategy), [(0, 1, 2)], dtype=dtype)
     for c, name, t in strategy.effective(last.after).factors.items():
         assert t.dtype == dtype, (c, name)
         assert t.isfinite().all()
@@ -224,9 +247,16 @@ def test_factors_keep_their_dtype(strategy: Any, dtype: torch.dtype) -> None:
 
 
 @every_strategy
-def test_the_state_is_made_of_what_a_checkpoint_can_write(strategy: Any) -> None:
-    *_, last = play(strategy, EQUAL, COHORTS)
-    assert list(walk(last.after))  # walk raises on a type it does not know
+def test_a_state_comes_back_from_a_checkpoint_bit_for_bit(strategy: Any, tmp_path: Path) -> None:
+    *_, last = play(strategy, fitting(strategy), COHORTS)
+    save(tmp_path / "state", last.after)
+    again = load(tmp_path / "state", *state_types(strategy))
+    assert all(torch.equal(x, y) for x, y in zip(walk(last.after), walk(again), strict=True))
+    round = Round(len(COHORTS) + 1, SEED)
+    for client in fitting(strategy):
+        before, after = (strategy.download(x, client, round) for x in (last.after, again))
+        assert_same(before.send, after.send, atol=0)
+        assert before.penalty == after.penalty
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -252,17 +282,32 @@ COSTS = {
     "fedsa": ("r * k", "r * k"),
     "fedsb": ("r * r", "r * r"),
     "fslora": ("r * (d + k)", "r * (d + k)"),
+    "hetlora": ("r * (d + k)", "r * (d + k)"),
+    "flexlora": ("r * (d + k)", "r * (d + k)"),
+    "raflora": ("r * (d + k)", "r * (d + k)"),
+    "florist": ("r * (d + k)", "max(t, r) * (d + k)"),
+    "lora-fair": ("r * (d + k)", "r * (d + k)"),
+    "rolora": ("r * k", "r * (d + k)"),  # the second round trains A
+    "lora-a2": ("r * k", "r * (d + k)"),
+    "fedsvd": ("r * d", "r * (d + k)"),
+    "fed-plora": ("r * (d + k)", "r * (d + k)"),
+    "frlora": ("r * (d + k)", "3 * r * (d + k)"),
+    "ravan": ("r * 4", "r * 4"),
 }
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_what_travels_is_what_the_docstring_says(name: str) -> None:
     assert name in COSTS, f"add the costs of {name}, from its docstring, to COSTS"
-    *_, last = play(STRATEGIES[name](), EQUAL, [(0, 1, 2), (0, 1, 2)])
+    strategy: Any = STRATEGIES[name]()
+    *_, last = play(strategy, fitting(strategy), [(0, 1, 2), (0, 1, 2)])
 
     def numbers(formula: str, client: Client) -> int:
-        layers = client.layers.values()
-        return sum(eval(formula, {"d": x.d, "k": x.k, "r": x.rank, "m": 3}) for x in layers)
+        held = strategy.effective(last.before).factors.A
+        return sum(
+            eval(formula, {"d": x.d, "k": x.k, "r": x.rank, "m": 3, "t": len(held.get(m, ()))})
+            for m, x in client.layers.items()
+        )
 
     for v in last.visits:
         up, down = (numbers(formula, v.upload.client) for formula in COSTS[name])

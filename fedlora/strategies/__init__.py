@@ -3,13 +3,24 @@
 from typing import Any
 
 from fedlora.strategies.base import Strategy
+from fedlora.strategies.fed_plora import FedPLoRA
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex import FedEx
 from fedlora.strategies.fedsa import FedSA
 from fedlora.strategies.fedsb import FedSB
+from fedlora.strategies.fedsvd import FedSVD
 from fedlora.strategies.ffa import FFA
+from fedlora.strategies.flexlora import FlexLoRA
 from fedlora.strategies.flora import FLoRA
+from fedlora.strategies.florist import FLoRIST
+from fedlora.strategies.frlora import FRLoRA
 from fedlora.strategies.fslora import FSLoRA
+from fedlora.strategies.hetlora import HetLoRA
+from fedlora.strategies.lora_a2 import LoRAA2
+from fedlora.strategies.lora_fair import LoRAFair
+from fedlora.strategies.raflora import RaFLoRA
+from fedlora.strategies.ravan import Ravan
+from fedlora.strategies.rolora import RoLoRA
 
 STRATEGIES: dict[str, type[Strategy[Any]]] = {
     "fedavg": FedAvg,
@@ -19,6 +30,17 @@ STRATEGIES: dict[str, type[Strategy[Any]]] = {
     "fedsa": FedSA,
     "fedsb": FedSB,
     "fslora": FSLoRA,
+    "hetlora": HetLoRA,
+    "flexlora": FlexLoRA,
+    "raflora": RaFLoRA,
+    "florist": FLoRIST,
+    "lora-fair": LoRAFair,
+    "rolora": RoLoRA,
+    "lora-a2": LoRAA2,
+    "fedsvd": FedSVD,
+    "fed-plora": FedPLoRA,
+    "frlora": FRLoRA,
+    "ravan": Ravan,
 }
 
 __all__ = ["STRATEGIES", "Strategy"]

@@ -111,6 +111,9 @@ class Download:
     penalty: "Penalty | None" = None
     """A term the client adds to its loss."""
 
+    block: int = 0
+    """R is block diagonal in blocks of this size, and nothing else of it trains; 0: R is whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class Penalty:
@@ -160,7 +163,10 @@ class Strategy(Protocol[State]):
         """Client: the complete factors to load, from what came and what it had kept."""
 
     def upload(self, trained: Factors, kept: Factors) -> tuple[Factors, Factors]:
-        """Client: what leaves, and what stays for the next round."""
+        """Client: what leaves, and what stays for the next round.
+
+        Of what leaves, the columns that were not trained are dropped: see `travelling`.
+        """
 
     def aggregate(self, state: State, uploads: Iterable[Upload], round: Round) -> State:
         """The state after the round. Takes each upload once, in order, and may let go of it."""
@@ -282,8 +288,23 @@ def uneven(clients: Sequence[Client]) -> str | None:
     return None
 
 
+def too_high(clients: Sequence[Client]) -> str | None:
+    """The first rank above min(d, k) of its module, described; None if there is none."""
+    for client in clients:
+        for m, x in client.layers.items():
+            if x.rank > min(x.d, x.k):
+                return f"client {client.id} has rank {x.rank} on {m!r} of {x.d} x {x.k}"
+    return None
+
+
 def scales(client: Client) -> dict[str, float]:
     return {m: layer.scale for m, layer in client.layers.items()}
+
+
+def travelling(sent: Factors, trainable: frozenset[str]) -> Factors:
+    """What leaves of what `upload` would send: a column that was frozen need not come back."""
+    columns = {c: getattr(sent, c) if c in trainable else {} for c in COLUMNS}
+    return Factors(sent.scale, **columns)
 
 
 def narrow(pair: Pair, layer: Layer) -> Pair:

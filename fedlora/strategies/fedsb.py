@@ -48,6 +48,7 @@ from fedlora.strategies.base import (
     remembered,
     scales,
     seeded,
+    too_high,
 )
 
 
@@ -84,14 +85,8 @@ class FedSB:
         return self.init_from == "update-approx"
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
-        for client in clients:
-            for m, x in client.layers.items():
-                if x.rank > min(x.d, x.k):
-                    yield (
-                        f"fedsb needs ranks of at most min(d, k), but client {client.id} has rank "
-                        f"{x.rank} on {m!r} of {x.d} x {x.k}; use a lower rank, or flora"
-                    )
-                    return
+        if gap := too_high(clients):
+            yield f"fedsb needs ranks of at most min(d, k), but {gap}; use a lower rank, or flora"
 
     # -- server -------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors
@@ -36,14 +35,13 @@ from fedlora.strategies.base import (
     Start,
     Upload,
 )
-from fedlora.strategies.mixed import mean_ranks
+from fedlora.strategies.mixed import mean_ranks, subset
 
 
 def sketch(state: Factors, client: Client, round: Round, m: str) -> Tensor:
     """I_i: the ranks of a module that the client trains this round, in ascending order."""
-    r = state.A[m].shape[0]
     generator = round.generator(client.id, f"fslora/{m}")
-    return torch.randperm(r, generator=generator)[: client.layers[m].rank].sort().values
+    return subset(state.A[m].shape[0], client.layers[m].rank, generator)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
-from fedlora.lowrank import wide
-from fedlora.strategies.base import Upload
+from fedlora.lowrank import complement, pad, wide
+from fedlora.strategies.base import Layer, Upload, narrow
 
 Absent = Literal["unchanged", "skipped", "zero"]
 """What a client says about a rank it does not hold: that it stays, nothing, or that it is 0."""
@@ -25,6 +25,31 @@ def leading(upload: Upload, module: str) -> Tensor:
     """The first r_i ranks."""
     A, B = upload.sent.A.get(module), upload.sent.B.get(module)
     return torch.arange(A.shape[0] if A is not None else B.shape[1] if B is not None else 0)
+
+
+def subset(r: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` of r ranks, drawn without replacement, in ascending order."""
+    return torch.randperm(r, generator=generator)[:size].sort().values
+
+
+def others(r: int, ranks: Tensor) -> Tensor:
+    """The ranks of r that are not among these."""
+    left = torch.ones(r, dtype=torch.bool)
+    left[ranks] = False
+    return left.nonzero().flatten()
+
+
+def fit(mean: Pair, fresh: Tensor, layer: Layer) -> Pair:
+    """The leading ranks of a pair with orthonormal A, as many as the client's layer has.
+
+    Where the pair has too few, rows from `fresh` (r, k) make them up, orthogonal to its own and
+    with B = 0: zeros in both would be directions that never learn.
+    """
+    missing = layer.rank - mean.rank
+    if missing <= 0:
+        return narrow(mean, layer)
+    A = complement(wide(mean.A).T, wide(fresh).T, layer.rank).T.contiguous()
+    return narrow(Pair(A.to(mean.A), pad(mean, layer.rank).B, mean.scale), layer)
 
 
 def mean_ranks(

@@ -1,0 +1,13 @@
+"""Differential privacy: per-example gradients, noise, accounting, ledgers, and attacks on them.
+
+    per_example.py   each example's own gradient, through PEFT's extension point
+    mechanism.py     clip, sum, noise
+    chance.py        Gaussian noise and sampling from AES-CTR, keyed by the operating system
+    accounting.py    epsilon of steps taken; the noise that a budget needs
+    ledger.py        what was spent, in a file that outlives the process
+    training.py      the local loop under example-level DP
+    central.py       client-level DP at the server
+    rules.py         what cannot be private together, said before round 1
+
+Imports point down this list's dependencies only; nothing here knows of Flower.
+"""
