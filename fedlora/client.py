@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from fedlora import site
 from fedlora.adapter import Factors
 from fedlora.config import Config
-from fedlora.errors import FedLoraError, ModelError
+from fedlora.errors import FedLoraError, ModelError, PrivacyError
 from fedlora.evaluate import evaluate
 from fedlora.first_gradient import sketch
 from fedlora.memory import ClientMemory
 from fedlora.model import Model
 from fedlora.strategies.base import Client, Download, Round, Strategy
-from fedlora.train import fit, threads
+from fedlora.text import Encoded
+from fedlora.train import Fit, fit, threads
 from fedlora.wire import Job, pack_factors, unpack_download
 
 Handler = Callable[[Message, Context], RecordDict]
@@ -70,11 +72,11 @@ def train(message: Message, context: Context) -> RecordDict:
     test = site.encoded("test", job.client, config, job.labels)
     scores: dict[str, float] = {}
     with threads(config.train.threads), desk.ready() as (model, kept):
-        if config.evaluate.clients:
+        judged = config.evaluate.clients and desk.tells
+        if judged:
             scores |= _named("before", evaluate(model, test, config))
-        columns = desk.download.trainable
-        outcome = fit(model, rows, columns, config, job.round, job.client, desk.download.penalty)
-        if config.evaluate.clients:
+        outcome = desk.fit(model, rows)
+        if judged:
             scores |= _named("after", evaluate(model, test, config))
         trained = model.read()
     sent, keep = desk.strategy.upload(trained, kept)
@@ -82,13 +84,17 @@ def train(message: Message, context: Context) -> RecordDict:
     if keeps:
         desk.memory.remember(job.round, keep)
     metrics: dict[str, Any] = {
-        "num-examples": len(rows),
-        "loss": outcome.loss,
+        "num-examples": len(rows) if desk.tells else 1,
         "steps": outcome.steps,
-        "train-seconds": outcome.seconds,
-        "seconds": time.perf_counter() - begun,
-        **scores,
+        **_named("privacy", outcome.privacy),
     }
+    if desk.tells:
+        metrics |= {
+            "loss": outcome.loss,
+            "train-seconds": outcome.seconds,
+            "seconds": time.perf_counter() - begun,
+            **scores,
+        }
     return desk.reply(
         {"sent": pack_factors(sent, config.wire.dtype), "metrics": MetricRecord(metrics)}, keeps
     )
@@ -97,6 +103,8 @@ def train(message: Message, context: Context) -> RecordDict:
 def gradient(message: Message, context: Context) -> RecordDict:
     """A sketch of the first gradient's sign, for a strategy that begins with it."""
     desk = Desk.open(message, context)
+    if desk.config.privacy.on:
+        raise PrivacyError("a sketch of the first gradient has no noise; nothing was sent")
     rows = site.encoded("train", desk.job.client, desk.config, desk.job.labels)
     model = desk.model()
     model.rebase(desk.token, [])
@@ -109,6 +117,8 @@ def score(message: Message, context: Context) -> RecordDict:
     """Evaluate the download on this client's own test rows."""
     desk = Desk.open(message, context)
     test = site.encoded("test", desk.job.client, desk.config, desk.job.labels)
+    if not desk.tells:
+        return desk.reply({"metrics": MetricRecord({"num-examples": 1})})
     with threads(desk.config.train.threads), desk.ready() as (model, _):
         scores = _named("final", evaluate(model, test, desk.config))
     return desk.reply({"metrics": MetricRecord({"num-examples": len(test), **scores})})
@@ -122,7 +132,7 @@ def collect(message: Message, context: Context) -> RecordDict:
     return desk.reply(
         {
             "sent": pack_factors(kept, desk.config.wire.dtype),
-            "metrics": MetricRecord({"num-examples": len(rows)}),
+            "metrics": MetricRecord({"num-examples": len(rows) if desk.tells else 1}),
         }
     )
 
@@ -164,6 +174,25 @@ class Desk:
                 f"fingerprint {model.fingerprint}, must be {job.fingerprint}; use the same files"
             )
         return model
+
+    @property
+    def tells(self) -> bool:
+        """May counts, losses, scores and timings leave? Under DP no noise covers them."""
+        return not self.config.privacy.on or self.config.privacy.release_metrics
+
+    def fit(self, model: Model, rows: Encoded) -> Fit:
+        """Train on these rows: under example-level DP, paid for in this data set's ledger."""
+        config, job, download = self.config, self.job, self.download
+        args = (model, rows, download.trainable, config, job.round, job.client, download.penalty)
+        if not config.privacy.by_example:
+            return fit(*args)
+        from fedlora.privacy.ledger import Ledger, fingerprint
+        from fedlora.privacy.training import private_fit
+
+        raw = site.client_rows(job.client, config, job.labels).train
+        data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
+        root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
+        return private_fit(*args, Ledger(root, data), job.token)
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Model, Factors]]:

@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from fedlora.errors import ConfigError
+from fedlora.privacy.rules import refused
 from fedlora.strategies import STRATEGIES, Strategy
 
 Scalar = bool | int | float | str
@@ -102,7 +103,7 @@ class Data(_Section):
     """For causal-lm: send prompt and response through the tokenizer's chat template."""
     max_length: Annotated[int, Field(gt=0)] = 128
     limit: Annotated[int, Field(ge=0)] = 0
-    """Use at most this many rows (0: all), chosen by the seed."""
+    """Use at most this many rows (0: all), test rows among them, chosen by the seed."""
     dedupe: bool = True
     """Drop rows of equal text before anything is split, so that no test row was trained on."""
     test_path: str = ""
@@ -200,6 +201,46 @@ class Proof(_Section):
     """Stop the run where a strategy that promises (E) misses it."""
 
 
+class Privacy(_Section):
+    level: Literal["example", "client"] = "example"
+    """What one unit of protection is: an example of a client, or a client with all it has."""
+    epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """The budget over all rounds; the noise is calibrated to it. 0: off, or by noise-multiplier."""
+    noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
+    """Noise over clip-norm, in place of epsilon; then epsilon is counted, without a limit."""
+    clip_norm: Annotated[float, Field(gt=0)] = 0.3
+    """What one unit can add to a sum at most: C. With clip-quantile, what it starts at."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance of an example to be in a step; 0: train.batch-size over the client's examples.
+    At level client, of a client to be in a round; 0: a cohort of fixed size, not amplified."""
+    microbatch: Annotated[int, Field(ge=0)] = 0
+    """Examples through the model at once, which bounds the memory; 0: train.batch-size."""
+    clip_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """At level client: clip-norm follows the norm that this part of the updates stays below."""
+    clip_rate: Annotated[float, Field(gt=0)] = 0.2
+    """How fast it follows."""
+    ledger: str = ""
+    """Directory of the ledgers; empty: with the clients' memory. Runs that share it compose."""
+    release_metrics: bool = False
+    """Send losses, example counts, client evaluations and timings without noise. No guarantee
+    covers them; off, they stay on the clients and every client weighs the same."""
+    insecure_reproducible_noise: bool = False
+    """Noise and samples from run.seed, which the server knows: for experiments, not privacy."""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.epsilon or self.noise_multiplier)
+
+    @property
+    def by_example(self) -> bool:
+        return self.on and self.level == "example"
+
+    @property
+    def by_client(self) -> bool:
+        return self.on and self.level == "client"
+
+
 class Output(_Section):
     keep_updates: bool = False
     """Write each accepted update to updates/round-NNN/client-<id>.safetensors."""
@@ -244,6 +285,7 @@ class Config(_Section):
     proof: Proof = Proof()
     output: Output = Output()
     simulate: Simulate = Simulate()
+    privacy: Privacy = Privacy()
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Config":
@@ -273,6 +315,8 @@ class Config(_Section):
                 built[name] = model(**tree.get(name, {}))
             except ValidationError as e:
                 problems += [_problem(name, error, flat) for error in e.errors()]
+        if not problems:
+            problems = [*refused(cls(**built))]
         if problems:
             raise ConfigError(problems)
         return cls(**built)

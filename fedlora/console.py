@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from fedlora.units import duration, number, percent, size, tiny
+from fedlora.units import clock, duration, number, percent, size, tiny
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -170,8 +170,8 @@ class Progress:
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         parts += [f"loss {number(loss)}"] if loss is not None else []
         parts += [scores] if (scores := _headline(self._last.get("evaluation"))) else []
-        parts += [duration(self._clock() - self._started)]
-        parts += [f"{duration(left)} left"] if left is not None else []
+        parts += [clock(self._clock() - self._started)]
+        parts += [f"{clock(left)} left"] if left is not None else []
         bar = Table.grid(padding=(0, 1))
         bar.add_column(width=24)
         bar.add_column(no_wrap=True, overflow="ellipsis")
@@ -219,7 +219,7 @@ def shown(text: str) -> str:
 
 def _failure(client: int | None, reason: str) -> str:
     who = "a node" if client is None else f"client {client}"
-    why = " ".join(shown(reason).split())
+    why = " ".join(printable(shown(reason)).split())
     return f"{who} failed: {why if len(why) <= 200 else why[:197] + '...'}"
 
 
@@ -230,7 +230,7 @@ def _scores(metrics: Mapping[str, Any]) -> str:
 
 def _headline(metrics: Mapping[str, Any] | None) -> str:
     found = metrics or {}
-    shares = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match"}
+    shares = {"accuracy": "accuracy", "exact_match": "exact match"}
     parts = [f"{t} {percent(found[k])}" for k, t in shares.items() if found.get(k) is not None]
     if found.get("perplexity") is not None:
         parts.insert(0, f"perplexity {number(found['perplexity'])}")

@@ -143,8 +143,11 @@ def _rows(data: Data, key: str, path: str, task: Task) -> Rows:
     if key == "data.path" and data.partition == "natural":
         group = column(table, path, "data.natural-column", data.natural_column)
     rows = Rows(tuple(text), tuple(label), tuple(response), tuple(group))
-    required = [c for c in (needed, group, text if any(text) else needed) if c]
+    asked = text if task == "classification" or data.prompt else needed
+    required = [c for c in (asked, needed, group) if c]
     whole = [i for i in range(len(rows)) if all(c[i].strip() for c in required)]
+    if not whole:
+        raise DataError(f"{path}: each of its {len(rows)} rows has an empty column")
     if len(whole) < len(rows):
         left = len(rows) - len(whole)
         log.warning("%s: %d of %d rows have an empty column, left out", path, left, len(rows))

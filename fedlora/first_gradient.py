@@ -24,6 +24,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, Factors, Pair
 from fedlora.config import Config
 from fedlora.errors import RoundError
+from fedlora.intake import exchange
 from fedlora.model import Model
 from fedlora.strategies.base import Client, Round, Upload, mean, seeded, top_ranks
 from fedlora.text import Encoded, batches
@@ -101,7 +102,7 @@ def _phase(
         message.content["sketch"] = ConfigRecord(sketch_)
         messages.append(message)
     uploads = []
-    for reply in server.replies(grid, messages):
+    for _, reply in exchange(grid, messages, server.config.round.deadline):
         if reply.has_error():
             server.observer.client_failed(None, str(reply.error.reason))
             continue

@@ -20,6 +20,7 @@ from fedlora.strategies.base import Version
 class ClientMemory:
     def __init__(self, root: Path, client: int, token: str) -> None:
         """`token` names the run: the memory of another run is never mixed in."""
+        self.root = root
         self.own = root / token / f"client-{client}"
         self.base = root / token / "base"
         self.client = client

@@ -58,11 +58,11 @@ figure img { display: block; width: 100%; height: auto; max-width: 720px; margin
 figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 figcaption b { color: var(--ink); }
 .scroll { overflow: auto; max-height: 560px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px;
+table { border-collapse: collapse; width: 100%; font-size: 13.5px;
   font-variant-numeric: tabular-nums; }
 th { position: sticky; top: 0; background: #f0f3f8; text-align: right; font-weight: 600;
   font-size: 13px; color: var(--soft); white-space: nowrap; z-index: 1; }
-th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); }
+th, td { padding: 7px 9px; border-bottom: 1px solid var(--line); }
 td { text-align: right; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; } tbody tr:hover { background: #f8fafc; }
 td.bad { color: var(--bad); font-weight: 650; }
@@ -87,8 +87,10 @@ footer { color: var(--soft); font-size: 13px; padding: 30px 0 50px; }
   .bar div { grid-row: 2; grid-column: 1 / -1; } th, td { padding: 6px 9px; }
   .sections { columns: 1; } table.words td:first-child { white-space: normal; }
 }
-@media print { nav { display: none; } .scroll, .picture { max-height: none; } body { background: #fff; }
-  .card { break-inside: avoid; } }
+@media print {
+  nav { display: none; } .scroll, .picture { max-height: none; }
+  body { background: #fff; } .card { break-inside: avoid; }
+}
 """
 
 CAPTIONS = {
@@ -112,9 +114,9 @@ CAPTIONS = {
         "Relative distance from the weighted mean of the clients' updates, on a log scale.",
     ),
     "timeline": (
-        "Who worked when",
-        "A bar is as long as the node trained, and begins with its round: nodes report how long "
-        "they worked, not when. Vertical lines begin a round.",
+        "Who works, who waits",
+        "Each node's time to answer, round after round, as if each had a machine of its own. "
+        "White is waiting for the slowest. Aggregation and evaluation are left out.",
     ),
 }
 """Title and explanation, by the figure's name."""
@@ -229,7 +231,7 @@ _TRUST = """
 <div class="figures">
 <div class="card pad">
 <p><code>W_new = W + sum_i p_i s_i B_i A_i</code></p>
-<p class="soft">p_i is client i's share of the examples, s_i its LoRA scale, B_i A_i its factors.</p>
+<p class="soft">p_i: client i's share of the examples; s_i: its LoRA scale</p>
 {% for text in proof %}<p>{{ text }}</p>{% endfor %}</div>
 {{ figure("deviation") }}
 </div>

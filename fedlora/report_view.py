@@ -262,6 +262,6 @@ def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:
     sections: dict[str, list[tuple[str, str]]] = {}
     for key, value in run.config.items():
         section, _, name = key.partition(".")
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
         sections.setdefault(section, []).append((name or section, text))
     return sections

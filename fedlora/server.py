@@ -13,8 +13,9 @@ one reply costs that reply alone.
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
@@ -26,39 +27,17 @@ from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora import site
-from fedlora.adapter import Factors
+from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
-from fedlora.errors import FedLoraError, RoundError, StrategyError, UpdateError
+from fedlora.errors import FedLoraError, RoundError, StrategyError
 from fedlora.evaluate import evaluate
-from fedlora.export import save_peft
 from fedlora.first_gradient import survey
+from fedlora.intake import POLL, Gathered, Schemas, exchange, read_reply
 from fedlora.journal import Journal, Member, Saved
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
 from fedlora.strategies.base import Client, Effective, Round, Start, Upload, seeded, top_ranks
-from fedlora.train import threads
-from fedlora.wire import (
-    Job,
-    Shapes,
-    count_bytes,
-    pack_download,
-    pack_factors,
-    unpack_factors,
-)
-
-POLL = 0.05
-"""Seconds between two looks for replies."""
-
-
-@dataclass
-class Gathered:
-    """One round's replies as they come in."""
-
-    accepted: list[int] = field(default_factory=list)
-    failures: list[dict[str, Any]] = field(default_factory=list)
-    clients: dict[int, dict[str, Any]] = field(default_factory=dict)
-    down: dict[int, int] = field(default_factory=dict)
-    waited: float = 0.0
+from fedlora.wire import Job, count_bytes, pack_download, pack_factors
 
 
 class FederatedLora(FlowerStrategy):
@@ -84,7 +63,7 @@ class FederatedLora(FlowerStrategy):
         self.baselines: dict[str, Mapping[str, float]] = {}
         self.before = 0.0  # seconds of the run's earlier starts
         self.begun = time.perf_counter()
-        self._schemas: dict[Any, tuple[Shapes, Mapping[str, float]]] = {}
+        self.schemas = Schemas(self.strategy)
 
     # -- the run ----------------------------------------------------------------------------
 
@@ -108,7 +87,7 @@ class FederatedLora(FlowerStrategy):
             result.train_metrics_clientapp[number] = MetricRecord({"loss": record["train_loss"]})
             if scores := record["evaluation"]:
                 result.evaluate_metrics_serverapp[number] = MetricRecord(dict(scores))
-        self._finish(grid)
+        close(self, grid)
         result.arrays = pack_factors(self.strategy.effective(self.state).factors, "float32")
         return result
 
@@ -124,19 +103,19 @@ class FederatedLora(FlowerStrategy):
         gathered = Gathered()
         version = self._base_number()
 
-        uploads = self._uploads(grid, clients, round, target, gathered)
-        state = self._aggregate(uploads, round, gathered)
+        uploads = self._uploads(grid, clients, round, gathered)
+        state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
         proof = prove(self.strategy, state, version, kinds, target, round, self.config.wire.dtype)
         proved = time.perf_counter()
-        self._load(self.strategy.effective(state))
+        self.load(self.strategy.effective(state))
         if proof.promise == "exact":
             deviation = model_deviation(base, self.model.probe(target.x), target)
             proof = replace(proof, model_deviation=deviation)
         if self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
-        scores = self._evaluate(number)
+        scores = self.evaluate(number)
         evaluated = time.perf_counter()
 
         self.state = state
@@ -182,9 +161,13 @@ class FederatedLora(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, aggregate and keep; for drivers that bring their own loop."""
         round = Round(server_round, self.config.run.seed)
-        target = Target(probes([self.client(i) for i in self.members], 1, round.seed, 0))
         gathered = Gathered()
-        good = (self._accept(reply, round, target, gathered) for reply in replies)
+        of_node = {node: self.client(i) for i, node in self.nodes.items()}
+        good = (
+            self._accept(reply, of_node[reply.metadata.src_node_id], round, gathered)
+            for reply in replies
+            if reply.metadata.src_node_id in of_node
+        )
         self.state = self._aggregate((u for u in good if u), round, gathered)
         self._credit(gathered, server_round, self._base_number())
         loss = _weighted(gathered.clients.values(), "train_loss")
@@ -239,9 +222,10 @@ class FederatedLora(FlowerStrategy):
         asked: set[int] = set()
         while True:
             new = [n for n in grid.get_node_ids() if n not in asked]
-            messages = [Message(RecordDict(), n, "query", ttl=self._ttl()) for n in new]
+            seconds = self.config.round.wait_for_clients
+            messages = [Message(RecordDict(), n, "query", ttl=seconds) for n in new]
             asked |= set(new)
-            for reply in self.replies(grid, messages, self.config.round.wait_for_clients):
+            for _, reply in exchange(grid, messages, seconds):
                 if not reply.has_error():
                     facts = reply.content.config_records["facts"]
                     self._welcome(int(facts["client"]), int(facts["rank"]), reply)  # type: ignore[arg-type]
@@ -277,8 +261,8 @@ class FederatedLora(FlowerStrategy):
             self.state = self.strategy.from_gradient(self.state, survey(self, grid, clients))  # type: ignore[attr-defined]
         if self.config.evaluate.baselines:
             self._baselines()
-        self._load(self.strategy.effective(self.state))
-        record = self._record(0, Gathered(), [], None, self._evaluate(0))
+        self.load(self.strategy.effective(self.state))
+        record = self._record(0, Gathered(), [], None, self.evaluate(0))
         record["seconds"] = {"total": time.perf_counter() - begun}
         self._commit(0, record)
         self.observer.round_done(record)
@@ -302,53 +286,6 @@ class FederatedLora(FlowerStrategy):
 
         return frozen_features(self.model, texts, self.config)
 
-    def _finish(self, grid: Grid) -> None:
-        """What follows the last round: collection, final evaluation, adapter, summary."""
-        if getattr(self.strategy, "average_at_end", False):
-            self._collect(grid)
-        effective = self.strategy.effective(self.state)
-        self._load(effective)
-        if self.config.evaluate.clients:
-            self._final_scores(grid)
-        self._load(effective)
-        save_peft(self.model, effective, self.journal.directory / "adapter")
-        self._write_summary("")
-
-    def _collect(self, grid: Grid) -> None:
-        """Once: what the clients kept, for a strategy's exact average of it."""
-        round = Round(self.config.run.rounds, self.config.run.seed)
-        uploads = []
-        clients = [self.client(i) for i in sorted(self.members) if i in self.nodes]
-        messages = [
-            self.message(c, round, "query.collect", bare=True) for c in clients if c.has_memory
-        ]
-        for reply in self.replies(grid, messages):
-            if reply.has_error():
-                self.observer.client_failed(None, str(reply.error.reason))
-                continue
-            i = int(reply.content.config_records["reply"]["client"])  # type: ignore[arg-type]
-            client = self.client(i)
-            kept = unpack_factors(
-                reply.content.array_records["sent"], {m: x.scale for m, x in client.layers.items()}
-            )
-            n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
-            uploads.append(Upload(client, kept, n))
-        uploads.sort(key=lambda u: u.client.id)
-        if uploads:
-            self.state = self.strategy.finish(self.state, uploads)  # type: ignore[attr-defined]
-
-    def _final_scores(self, grid: Grid) -> None:
-        round = Round(self.config.run.rounds + 1, self.config.run.seed)
-        there = [self.client(i) for i in sorted(self.members) if i in self.nodes]
-        messages = [self.message(c, round, "evaluate") for c in there]
-        for reply in self.replies(grid, messages):
-            if reply.has_error():
-                self.observer.client_failed(None, str(reply.error.reason))
-                continue
-            i = int(reply.content.config_records["reply"]["client"])  # type: ignore[arg-type]
-            metrics = reply.content.metric_records["metrics"]
-            self.members[i] = replace(self.members[i], final=_part(metrics, "final.") or {})
-
     # -- one round's messages -----------------------------------------------------------------
 
     def message(self, client: Client, round: Round, kind: str, bare: bool = False) -> Message:
@@ -370,15 +307,12 @@ class FederatedLora(FlowerStrategy):
             content = pack_download(download, self.config.wire.dtype)
         content["job"] = job.record()
         group = str(round.number)
-        return Message(content, self.nodes[client.id], kind, ttl=self._ttl(), group_id=group)
+        return Message(
+            content, self.nodes[client.id], kind, ttl=self.config.round.deadline, group_id=group
+        )
 
     def _uploads(
-        self,
-        grid: Grid,
-        clients: Sequence[Client],
-        round: Round,
-        target: Target,
-        gathered: Gathered,
+        self, grid: Grid, clients: Sequence[Client], round: Round, gathered: Gathered
     ) -> Iterator[Upload]:
         """The round's accepted updates in the cohort's order, each as soon as its turn has come.
 
@@ -391,147 +325,53 @@ class FederatedLora(FlowerStrategy):
                 gathered.down[client.id] = count_bytes(message.content)
                 yield message
 
-        order = [c.id for c in clients]
-        by_node = {self.nodes[i]: i for i in order}
-        waiting: dict[int, Upload | None] = {}
-        replies = self.replies(grid, messages())
-        turn = 0
-        while turn < len(order):
+        of_node = {self.nodes[c.id]: c for c in clients}
+        waiting = deque(c.id for c in clients)
+        here: dict[int, Upload | None] = {}
+        answers = exchange(grid, messages(), self.config.round.deadline)
+        while waiting:
             begun = time.perf_counter()
-            reply = next(replies, None)
+            node, reply = next(answers, (-1, None))
             gathered.waited += time.perf_counter() - begun
             if reply is None:
                 break
-            i = by_node.get(_dst(reply), -1)
-            if i not in waiting:
-                waiting[i] = self._accept(reply, round, target, gathered, i)
-            while turn < len(order) and order[turn] in waiting:
-                if upload := waiting.pop(order[turn]):
+            client = of_node[node]
+            here[client.id] = self._accept(reply, client, round, gathered)
+            while waiting and waiting[0] in here:
+                if upload := here[waiting.popleft()]:
                     yield upload
-                waiting[order[turn]] = None
-                turn += 1
-        late = [i for i in order if i not in waiting]
-        for i in late:
-            self._refuse(i, round, f"no reply within {self._ttl():g} s", gathered)
-        for i in order[turn:]:
-            if upload := waiting.get(i):
+        for i in waiting:
+            if i not in here:
+                reason = f"no reply within {self.config.round.deadline:g} s"
+                self._refuse(i, round, reason, gathered)
+            elif upload := here[i]:
                 yield upload
 
     def _accept(
-        self,
-        reply: Message,
-        round: Round,
-        target: Target,
-        gathered: Gathered,
-        expected: int | None = None,
+        self, reply: Message, client: Client, round: Round, gathered: Gathered
     ) -> Upload | None:
         """A reply as an upload, or None with the reason on record."""
-        i = expected if expected is not None else self._sender(reply)
         try:
-            if i not in self.members:
-                raise UpdateError("it comes from a node that is none of this round's clients")
-            upload, facts = self.read_reply(reply, i, round)
-            target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
+            schema = self.schemas.of(self.state, client, self._base_number(), round)
+            upload, facts = read_reply(reply, client, round, self.token, schema)
         except FedLoraError as e:
-            self._refuse(i, round, str(e), gathered)
+            self._refuse(client.id, round, str(e), gathered)
             return None
-        facts["bytes_down"] = gathered.down.get(i, 0)
-        gathered.accepted.append(i)
-        gathered.clients[i] = facts
+        facts["bytes_down"] = gathered.down.get(client.id, 0)
+        gathered.accepted.append(client.id)
+        gathered.clients[client.id] = facts
         if self.config.output.keep_updates:
             self.journal.update(round.number, upload)
-        self.observer.client_done(i, facts)
+        self.observer.client_done(client.id, facts)
         return upload
 
-    def read_reply(self, reply: Message, i: int, round: Round) -> tuple[Upload, dict[str, Any]]:
-        """Check everything about a reply and decode it.
-
-        Raises:
-            UpdateError, WireError: what is wrong with it.
-        """
-        if reply.has_error():
-            raise UpdateError(reply.error.reason)
-        content = reply.content
-        try:
-            tag: Mapping[str, Any] = content.config_records["reply"]
-            metrics: Mapping[str, Any] = content.metric_records["metrics"]
-            record = content.array_records["sent"]
-            said = (tag["round"], tag["token"], tag["client"])
-            tag["keeps"]
-            n = metrics["num-examples"]
-        except KeyError as e:
-            raise UpdateError(f"the reply lacks {e}") from None
-        if said != (round.number, self.token, i):
-            raise UpdateError(
-                f"the reply is client {said[2]}'s of round {said[0]}"
-                + ("" if said[1] == self.token else " of another run")
-                + f", not client {i}'s of round {round.number}"
-            )
-        if not isinstance(n, int) or n < 1:
-            raise UpdateError(f"num-examples = {n}: must be a positive whole number")
-        client = self.client(i)
-        shapes, scale = self.schema(client, round)
-        sent = unpack_factors(record, scale, shapes)
-        for column, name, x in sent.items():
-            if not torch.isfinite(x).all():
-                raise UpdateError(f"{column} of {name} holds NaN or Inf")
-        facts = {
-            "rank": self.members[i].rank,
-            "keeps": bool(tag["keeps"]),
-            "examples": n,
-            "steps": metrics.get("steps"),
-            "train_loss": metrics.get("loss"),
-            "seconds": metrics.get("seconds"),
-            "train_seconds": metrics.get("train-seconds"),
-            "bytes_up": count_bytes(content),
-            "before": _part(metrics, "before."),
-            "after": _part(metrics, "after."),
-        }
-        return Upload(client, sent, n), facts
-
-    def schema(self, client: Client, round: Round) -> tuple[Shapes, Mapping[str, float]]:
-        """The exact tensors a client of these layers must send, and their scales.
-
-        Found by running the client's half on a newcomer's download: no second list to keep.
-        """
-        key = tuple((m, layer.rank) for m, layer in client.layers.items())
-        phase = self.strategy.download(self.state, client, round).trainable
-        if (key, phase) not in self._schemas:
-            new = replace(client, has_memory=False, base_version=self._base_number())
-            came = self.strategy.download(self.state, new, round)
-            started = self.strategy.start(came, Factors(), new, round)
-            sent, _ = self.strategy.upload(started, Factors())
-            shapes = {(column, name): tuple(x.shape) for column, name, x in sent.items()}
-            self._schemas[key, phase] = shapes, sent.scale
-        return self._schemas[key, phase]
-
-    def replies(
-        self, grid: Grid, messages: Iterable[Message], timeout: float = 0.0
-    ) -> Iterator[Message]:
-        """Send one by one, and give back each reply as it comes, until the deadline."""
-        until = time.monotonic() + (timeout or self._ttl())
-        pending: dict[str, int] = {}
-        for message in messages:
-            for mid in grid.push_messages([message]):
-                pending[mid] = message.metadata.dst_node_id
-            yield from self._pull(grid, pending)
-        while pending and time.monotonic() < until:
-            found = False
-            for reply in self._pull(grid, pending):
-                found = True
-                yield reply
-            if pending and not found:
-                time.sleep(POLL)
-
-    def _pull(self, grid: Grid, pending: dict[str, int]) -> Iterator[Message]:
-        for mid in list(pending):
-            for reply in grid.pull_messages([mid]):
-                node = pending.pop(mid, None)
-                if node is not None:
-                    reply.__dict__["fedlora_node"] = node
-                    yield reply
-
     # -- aggregation --------------------------------------------------------------------------
+
+    def _noted(self, uploads: Iterator[Upload], round: Round, target: Target) -> Iterator[Upload]:
+        """The uploads, each added to the proof's target as it passes."""
+        for upload in uploads:
+            target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
+            yield upload
 
     def _aggregate(self, uploads: Iterator[Upload], round: Round, gathered: Gathered) -> Any:
         """The next state. The strategy draws the uploads, and so drives the round's replies."""
@@ -572,7 +412,7 @@ class FederatedLora(FlowerStrategy):
                 personal=facts["after"] or {},
             )
 
-    def _load(self, effective: Effective) -> None:
+    def load(self, effective: Effective) -> None:
         """Make the server's own model what the strategy says it is."""
         self.model.rebase(f"{self.token}/{self.incarnation}", effective.base)
         self.model.load(effective.factors)
@@ -581,20 +421,29 @@ class FederatedLora(FlowerStrategy):
         """W x of the base as it is before the round, through the model's own layers."""
         effective = self.strategy.effective(self.state)
         bare = {m: torch.zeros_like(B) for m, B in effective.factors.B.items()}
-        self._load(replace(effective, factors=replace(effective.factors, B=bare)))
+        self.load(replace(effective, factors=replace(effective.factors, B=bare)))
         return self.model.probe(target.x)
 
     def _base_number(self) -> int:
         base = self.strategy.effective(self.state).base
         return base[-1].number if base else 0
 
-    def _evaluate(self, number: int) -> dict[str, float] | None:
-        every, last = self.config.evaluate.every, number == self.config.run.rounds
+    def evaluate(self, number: int) -> dict[str, float] | None:
+        """The loaded model on the central test rows, in the rounds that the config asks for.
+
+        Where clients keep a part to themselves there is no one model to evaluate in a round.
+        """
+        every, last = self.config.evaluate.every, number >= self.config.run.rounds
         if not every or (number % every and not last):
             return None
+        if number and self.strategy.promise == "shared":
+            return None
+        return self.score()
+
+    def score(self) -> dict[str, float] | None:
+        """The loaded model on the central test rows."""
         rows = site.encoded("central", -1, self.config, self.labels)
-        with threads(torch.get_num_threads()):
-            scores = evaluate(self.model, rows, self.config, generate=True)
+        scores = evaluate(self.model, rows, self.config, generate=True)
         return scores and {**scores, "examples": len(rows)}
 
     # -- records ------------------------------------------------------------------------------
@@ -629,76 +478,11 @@ class FederatedLora(FlowerStrategy):
         self.journal.commit(number, self._saved(), record)
 
     def _saved(self) -> Saved:
-        spent = self.before + time.perf_counter() - self.begun
-        return Saved(self.token, self.state, self.members, self.baselines, spent)
+        return Saved(self.token, self.state, self.members, self.baselines, self.seconds())
 
-    def _write_summary(self, stopped: str) -> None:
-        from fedlora.data import describe
-
-        labels = describe(self.corpus)
-        lines = []
-        for i, m in sorted(self.members.items()):
-            rows = self.corpus.client(i) if i < len(self.corpus.clients) else None
-            lines.append(
-                {
-                    "client": i,
-                    "node": self.nodes.get(i),
-                    "rank": m.rank,
-                    "train_examples": m.examples,
-                    "test_examples": len(rows.test) if rows else None,
-                    "labels": labels.get(i, {}),
-                    "rounds": m.rounds,
-                    "failures": m.failures,
-                    "bytes_down": m.bytes_down,
-                    "bytes_up": m.bytes_up,
-                    "first": m.first or None,
-                    "final": m.final or None,
-                    "personal": m.personal or None,
-                }
-            )
-        self.journal.clients(lines)
-        c = self.config
-        final = self._evaluate(c.run.rounds)
-        self.journal.summary(
-            {
-                "name": c.run.name,
-                "strategy": c.strategy.name,
-                "promise": self.strategy.promise,
-                "rounds": c.run.rounds,
-                "seconds": self._saved().seconds,
-                "model": c.model.path,
-                "data": c.data.path,
-                "seed": c.run.seed,
-                "final": final,
-                "baselines": self.baselines,
-                "bytes": {
-                    "down": sum(m.bytes_down for m in self.members.values()),
-                    "up": sum(m.bytes_up for m in self.members.values()),
-                },
-                "failures": sum(m.failures for m in self.members.values()),
-                "stopped": stopped,
-            }
-        )
-
-    def _sender(self, reply: Message) -> int:
-        by_node = {node: i for i, node in self.nodes.items()}
-        return by_node.get(_dst(reply), -1)
-
-    def _ttl(self) -> float:
-        return self.config.round.deadline
-
-
-def _dst(reply: Message) -> int:
-    """The node a reply stands for: an error made on its behalf has another sender."""
-    return int(reply.__dict__.get("fedlora_node", reply.metadata.src_node_id))
-
-
-def _part(metrics: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
-    return {
-        key.removeprefix(prefix): float(value)
-        for key, value in metrics.items()
-        if key.startswith(prefix)
-    } or None
+    def seconds(self) -> float:
+        """Wall time the run has taken, over all its starts."""
+        return self.before + time.perf_counter() - self.begun
 
 
 def _weighted(clients: Iterable[Mapping[str, Any]], key: str) -> float:

@@ -30,7 +30,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 
 from fedlora.config import Data
-from fedlora.errors import DataError
+from fedlora.errors import DataError, FedLoraError
 from fedlora.sources import locate
 
 log = logging.getLogger(__name__)
@@ -129,12 +129,14 @@ def _problems_of(key: str, path: str) -> Iterator[None]:
     disable_progress_bars()
     try:
         yield
-    except DataError:
+    except FedLoraError:
         raise
     except (OSError, ValueError, LookupError, DatasetsError) as e:
         reason = e.__cause__ or e
-        coded = isinstance(reason, UnicodeError | LookupError)
-        hint = "; set data.encoding" if coded else ""
+        undecoded = isinstance(reason, UnicodeError) or type(reason) is LookupError
+        hint = "; set data.encoding" if undecoded else ""
+        if not Path(locate(path)).exists():
+            hint = f", and there is no such path from {Path.cwd()}"
         raise DataError(f'{key} = "{path}" cannot be read: {reason}{hint}') from e
     finally:
         if shown:

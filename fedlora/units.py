@@ -29,6 +29,13 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
+def clock(seconds: float) -> str:
+    """0:07, 12:34, 1:02:34: for what ticks."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def percent(share: float | None) -> str:
     """0.6104 as 61.0%."""
     return f"{share:.1%}" if share is not None and math.isfinite(share) else _odd(share)

@@ -115,6 +115,18 @@ def test_under_an_exact_strategy_each_client_starts_from_the_whole_model(
                 assert_close(v.start_model[m], want, rtol=0, atol=1e-11)
 
 
+@every_run
+def test_every_direction_a_client_receives_can_learn(strategy: Any, clients: list[Client]) -> None:
+    """A row of A and a column of B that are both 0 get no gradient, ever. Delta cannot show it."""
+    for played in play(strategy, clients, COHORTS):
+        for client in clients:
+            download = strategy.download(played.after, client, played.round)
+            loaded = strategy.start(download, Factors(), client, played.round)
+            for m, A in loaded.A.items():
+                sizes = A.norm(dim=1) + loaded.B[m].norm(dim=0)
+                assert (sizes > 0.1).all()
+
+
 @every_strategy
 def test_a_client_that_was_away_catches_up_to_the_same_bits(strategy: Any) -> None:
     sites: dict[int, Site] = {}

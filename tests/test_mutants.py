@@ -12,6 +12,7 @@ import pytest
 import torch
 from strategy_federation import (
     EQUAL,
+    EVEN,
     MIXED,
     MODULES,
     RESCALED,
@@ -24,14 +25,35 @@ from strategy_federation import (
 
 from fedlora import lowrank
 from fedlora.adapter import Factors, Pair
-from fedlora.strategies import base, fedex, fedsb, ffa, flora, mixed
+from fedlora.strategies import (
+    base,
+    fedex,
+    fedsa,
+    fedsb,
+    fedsvd,
+    ffa,
+    flexlora,
+    flora,
+    florist,
+    lora_a2,
+    mixed,
+    raflora,
+    ravan,
+    rolora,
+)
 from fedlora.strategies.base import BaseLog, Client, Round
 from fedlora.strategies.fedex import FedEx
 from fedlora.strategies.fedsa import FedSA
 from fedlora.strategies.fedsb import FedSB
+from fedlora.strategies.fedsvd import FedSVD
 from fedlora.strategies.ffa import FFA
+from fedlora.strategies.flexlora import FlexLoRA
 from fedlora.strategies.flora import FLoRA
+from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
+from fedlora.strategies.lora_a2 import LoRAA2
+from fedlora.strategies.ravan import Ravan
+from fedlora.strategies.rolora import RoLoRA
 
 Patch = pytest.MonkeyPatch
 
@@ -135,7 +157,7 @@ def stack_with_sqrt_weights(patch: Patch) -> None:
 
 def unweighted(patch: Patch) -> None:
     """A uniform mean, as in FedEx-LoRA's and Fed-SB's references."""
-    for module, name in ((ffa, "mean_ranks"), (fedsb, "mean")):
+    for module, name in ((ffa, "mean_ranks"), (fedsvd, "mean_ranks"), (fedsb, "mean")):
         right = getattr(module, name)
 
         def planted(uploads: Any, *args: Any, right: Any = right, **kw: Any) -> Factors:
@@ -181,17 +203,13 @@ def transposed_core(patch: Patch) -> None:
 def last_client_wins(patch: Patch) -> None:
     """FedSA-LoRA's reference trains one shared module through all clients in turn."""
     right = mixed.mean_ranks
-    import fedlora.strategies.fedsa as fedsa
-
     patch.setattr(fedsa, "mean_ranks", lambda us, s, **kw: right(list(us)[-1:], s, **kw))
 
 
 def missing_ranks_as_zero(patch: Patch) -> None:
     """Zero-padding dilutes the ranks that few clients hold."""
     right = mixed.mean_ranks
-    import fedlora.strategies.fedsa as fedsa
-
-    for module in (ffa, fedsa):
+    for module in (ffa, fedsa, rolora):
         patch.setattr(
             module, "mean_ranks", lambda us, s, **kw: right(us, s, **{**kw, "absent": "zero"})
         )
@@ -200,6 +218,79 @@ def missing_ranks_as_zero(patch: Patch) -> None:
 def tail_forgotten(patch: Patch) -> None:
     """A narrow client's fold left out of the average."""
     patch.setattr(fedex, "mean_ranks", lambda us, s, **_: mixed.mean_ranks(us, s, "zero"))
+
+
+def root_of_s_on_one_side(patch: Patch) -> None:
+    """FedLLM-Factory's FlexLoRA puts sqrt(S) on B only: the product is U sqrt(S) V."""
+
+    def planted(pair: Pair, rank: int) -> Pair:
+        U, S, Vh = lowrank.svd(pair)
+        return Pair(Vh[:rank], U[:, :rank] * S[:rank].sqrt())
+
+    for module in (flexlora, fedsvd, raflora):
+        patch.setattr(module, "compress", planted)
+
+
+def alpha_hard_coded(patch: Patch) -> None:
+    """FlexLoRA's reference takes alpha = 16 whatever was set."""
+
+    def planted(pairs: Any, weights: Any) -> Pair:
+        return lowrank.stack([replace(p, scale=16 / p.rank) for p in pairs], weights)
+
+    patch.setattr(flexlora, "stack", planted)
+
+
+def scale_lost_in_refactoring(patch: Patch) -> None:
+    patch.setattr(fedsvd, "rescale", lambda pair, scale: replace(pair, scale=scale))
+
+
+def both_factors_trained(patch: Patch) -> None:
+    """FedEx-LoRA's FFA baseline freezes A before PEFT wraps it, so nothing is frozen."""
+    for cls in (RoLoRA, LoRAA2):
+        right = cls.download
+
+        def planted(self: Any, *args: Any, right: Any = right) -> Any:
+            return replace(right(self, *args), trainable=frozenset({"A", "B", "other"}))
+
+        patch.setattr(cls, "download", planted)
+
+
+def ranks_of_another_client(patch: Patch) -> None:
+    """What one client trained is put where another's would go."""
+    right = lora_a2.selection
+
+    def planted(state: Any, client: Client, round: Round, m: str) -> Any:
+        return right(state, replace(client, id=client.id + 1), round, m)
+
+    patch.setattr(LoRAA2, "aggregate", with_selection(planted))
+
+
+def with_selection(selection: Callable[..., Any]) -> Callable[..., Any]:
+    def aggregate(_: LoRAA2, state: Any, uploads: Any, round: Round) -> Any:
+        rows = lambda u, m: selection(state, u.client, round, m)  # noqa: E731
+        factors = mixed.mean_ranks(uploads, state.factors, absent="unchanged", rows=rows)
+        return replace(state, factors=factors)
+
+    return aggregate
+
+
+def fold_forgotten(patch: Patch) -> None:
+    """FLoRIST without the ranks that a narrow client folded in."""
+    patch.setattr(florist, "tail", lambda pair, _: lowrank.tail(pair, pair.rank))
+    patch.setattr(FLoRIST, "trained", whole_client)
+
+
+def whole_client(_: FLoRIST, state: Any, upload: Any, __: Round) -> Any:
+    pairs = upload.sent.adapter()
+    return {m: lowrank.stack([x, lowrank.tail(state.mean[m], x.rank)]) for m, x in pairs.items()}
+
+
+def heads_mixed_up(patch: Patch) -> None:
+    patch.setattr(ravan, "mean", lambda us, s: base.mean((flipped(u) for u in us), s))
+
+
+def flipped(u: Any) -> Any:
+    return replace(u, sent=replace(u.sent, R={m: H.flip(0) for m, H in u.sent.R.items()}))
 
 
 MUTANTS: list[tuple[Callable[[Patch], None], Any, Sequence[Client]]] = [
@@ -224,6 +315,17 @@ MUTANTS: list[tuple[Callable[[Patch], None], Any, Sequence[Client]]] = [
     (missing_ranks_as_zero, FFA(), MIXED),
     (missing_ranks_as_zero, FedSA(), MIXED),
     (last_client_wins, FedSA(), EQUAL),
+    (root_of_s_on_one_side, FlexLoRA(), EQUAL),
+    (root_of_s_on_one_side, FedSVD(), EQUAL),
+    (alpha_hard_coded, FlexLoRA(), RESCALED),
+    (scale_lost_in_refactoring, FedSVD(), EQUAL),
+    (unweighted, FedSVD(), EQUAL),
+    (both_factors_trained, RoLoRA(), EQUAL),
+    (both_factors_trained, LoRAA2(), EQUAL),
+    (ranks_of_another_client, LoRAA2(), MIXED),
+    (missing_ranks_as_zero, RoLoRA(), MIXED),
+    (fold_forgotten, FLoRIST(energy=1.0), MIXED),
+    (heads_mixed_up, Ravan(), EVEN),
 ]
 
 

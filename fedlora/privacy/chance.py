@@ -11,9 +11,9 @@ Edge cases
     reproducible          the stream follows from (seed, round, client, purpose), which the server
                           knows: no privacy at all. Only under privacy.insecure-reproducible-noise
 
-What is not done: a discrete Gaussian. Attacks on the low bits of floating-point noise (Mironov 2012,
-Haney et al. 2022) are met by rounding the noised sum, in `mechanism`; that is a mitigation, not a
-proof.
+What is not done: a discrete Gaussian. Attacks on the low bits of floating-point noise (Mironov
+2012, Haney et al. 2022) are met by rounding the noised sum, in `mechanism`; that is a mitigation,
+not a proof.
 """
 
 import hashlib

@@ -21,7 +21,7 @@ Edge cases
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +57,7 @@ class ClippedSum:
         """The sum with noise of standard deviation sigma C, float64. Ends this sum's use."""
         std = sigma * self.C
         sizes = [p.numel() for p in self.params]
-        noise = chance.gaussians(sum(sizes)).mul_(std).split(sizes)
+        noise = torch.split(chance.gaussians(sum(sizes)).mul_(std), sizes)
         out = {}
         for p, z in zip(self.params, noise, strict=True):
             out[p] = rounded(self.total.pop(p).add_(z.view(p.shape)), std)
@@ -77,8 +77,8 @@ def poisson(n: int, q: float, chance: Chance) -> Tensor:
     return torch.nonzero(chance.uniforms(n) < q).flatten()
 
 
-def microbatches(numbers: Tensor, lengths: Tensor, size: int) -> Iterable[Tensor]:
+def microbatches(numbers: Tensor, lengths: Tensor, size: int) -> Sequence[Tensor]:
     """A sample in parts of at most `size`, by length, so that there is little padding."""
     if not len(numbers):
         return ()
-    return numbers[lengths[numbers].argsort(stable=True)].split(size)
+    return torch.split(numbers[lengths[numbers].argsort(stable=True)], size)

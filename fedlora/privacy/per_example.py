@@ -51,7 +51,8 @@ class Dense:
     turned: bool = False
 
     def squares(self) -> Tensor:
-        return torch.linalg.vector_norm(self.G.flatten(1), dim=1, dtype=_wide(self.G)).square()
+        norms: Tensor = torch.linalg.vector_norm(self.G.flatten(1), dim=1, dtype=_wide(self.G))
+        return norms.square()
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         total = (c.to(_wide(self.G)) @ self.G.flatten(1).to(_wide(self.G))).view(self.G.shape[1:])
@@ -76,7 +77,7 @@ class Outer:
         return g.square().sum(1) * x.square().sum(1)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        return (c[:, None] * self.g.to(_wide(self.g))).T @ self.x.to(_wide(self.x))
+        return (c.to(_wide(self.g))[:, None] * self.g).T @ self.x.to(_wide(self.x))
 
     def without(self, bad: Tensor) -> "Outer":
         return Outer(self.g.masked_fill(bad[:, None], 0), self.x.masked_fill(bad[:, None], 0))
@@ -148,7 +149,7 @@ class _Adapter(torch.autograd.Function):
         return y.mul_(s)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         x, A, B, R, u, w = ctx.saved_tensors
         kA, kB, kR = ctx.keys
         put, s = ctx.sink.put, ctx.s
@@ -181,14 +182,14 @@ class _Linear(torch.autograd.Function):
             return linear(x, W, None if b is None else b.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, W = ctx.saved_tensors
         kW, kb = ctx.keys
         with torch.autocast(x.device.type, enabled=False):
             g = g.to(x.dtype)
             gx = g @ W if ctx.needs_input_grad[0] else None
             if kW.requires_grad:
-                ctx.sink.put(kW, Outer(g, x) if x.ndim == 2 else Dense(_pairs(g, x)))
+                ctx.sink.put(kW, Outer(g, x.detach()) if x.ndim == 2 else Dense(_pairs(g, x)))
             if kb is not None and kb.requires_grad:
                 ctx.sink.put(kb, Dense(g if g.ndim == 2 else _by_example(g).sum(1)))
         return gx, None, None, None
@@ -280,9 +281,7 @@ def refuse(peft: nn.Module, name: str, live: frozenset[nn.Parameter]) -> None:
 
 
 def _layers(peft: nn.Module, name: str) -> Iterator[LoraLinear]:
-    return (
-        m for m in peft.modules() if isinstance(m, LoraLinear) and name in m.lora_A
-    )
+    return (m for m in peft.modules() if isinstance(m, LoraLinear) and name in m.lora_A)
 
 
 def _heads(peft: nn.Module, name: str) -> Iterator[nn.Linear]:

@@ -16,13 +16,14 @@ Costs, a layer and client: up r_i (d + k), down r_i (d + k).
 
 Source: no code was published. The weights are read off a figure, the penalty is that of the
 FlexLoRA repository's baseline, and the test for pruning is recalled, not checked.
-Differs from the paper: the server makes the prune test, on what it sent and what came back, so
-that a client needs no memory and its pruned ranks travel up once more; scales are folded into
-B; weights are taken by module.
+Differs from the paper: a rank that no client of the cohort holds stays, and one that all have
+pruned keeps its row of A with B = 0, so that neither is dead for good; the server makes the prune
+test, on what it sent and what came back, so that a client needs no memory and its pruned ranks
+travel up once more; scales are folded into B; weights are taken by module.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from fedlora.adapter import Adapter, Factors, Pair
@@ -46,8 +47,8 @@ from fedlora.strategies.mixed import mean_ranks
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
     factors: Factors
-    ranks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
-    """What is left of a client's ranks, by client and module, once it has taken part."""
+    ranks: Mapping[int, Mapping[str, int]]
+    """What is left of a client's ranks, by client and module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class HetLoRA:
     # -- server -------------------------------------------------------------------------------
 
     def init(self, start: Start) -> State:
-        return State(start.factors)
+        ranks = {c.id: {m: x.rank for m, x in c.layers.items()} for c in start.clients}
+        return State(start.factors, ranks)
 
     def pairs(self, state: State, client: Client) -> dict[str, Pair]:
         """What the client is sent: the leading ranks, as many as it has left."""
@@ -109,7 +111,10 @@ class HetLoRA:
 
         absent: Literal["skipped", "zero"] = "skipped" if self.normalize == "hits" else "zero"
         factors = mean_ranks(pruned(), state.factors, absent, weight=weight)
-        return State(factors, ranks)
+        B = {m: x.clone() for m, x in factors.B.items()}
+        for m, x in B.items():
+            x[:, max(left.get(m, 0) for left in ranks.values()) :] = 0  # pruned by all
+        return State(replace(factors, B=B), ranks)
 
     def _left(self, before: Pair, after: Pair) -> int:
         g = self.keep(after.rank)

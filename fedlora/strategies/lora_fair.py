@@ -65,7 +65,7 @@ def cosine(T: Tensor, B: Tensor, G: Tensor, size: Tensor, lam: float) -> Tensor:
     """D (d, r) of 1 - cos + lam ||D||^2 in units of ||Bbar Abar||; size = ||dW||.
 
     With X = Bbar + D, u = <X, T> and v = ||X Abar||, the gradient is zero where
-    X (u / v^3 G + 2 lam size I) = T / v + 2 lam size Bbar: iterated on u and v.
+    X (u / v^3 G + 2 lam size I) = T / v + 2 lam size Bbar. Iterated on u and v.
     """
     e, V = torch.linalg.eigh(G)
     unit = ((B @ G) * B).sum().clamp(min=0).sqrt()  # ||Bbar Abar||
@@ -78,6 +78,8 @@ def cosine(T: Tensor, B: Tensor, G: Tensor, size: Tensor, lam: float) -> Tensor:
         stiff = (u / v**3) * e + pull
         moved = (T / v + pull * X0) / stiff
         X = torch.where(stiff > stiff.max() * torch.finfo(e.dtype).eps, moved, X0)
+        along = (X * X0).sum()  # cos sees no magnitude, so lam ||D||^2 alone sets it
+        X = X * (along / X.square().sum()) if along > 0 else X
     D: Tensor = (X - X0) * unit @ V.T
     return D
 

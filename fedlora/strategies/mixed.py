@@ -68,7 +68,8 @@ def mean_ranks(
         skipped     x_j + sum_i w_i (x_ij - x_j) / W_j
         zero        sum_i w_i x_ij / W
 
-    Scales are folded into B. A rank that no one holds stays bit for bit, except under "zero".
+    Scales are folded into B. A rank that no one holds stays bit for bit, under "zero" too: zeros
+    in A and in B would be a direction that never learns again.
     Summed in float32 at least, returned in the dtype of `before`; what no one sent is carried.
     """
     changes: dict[tuple[str, str], Tensor] = {}
@@ -103,7 +104,7 @@ def mean_ranks(
         if column in ("A", "B"):
             shape[1 if column == "B" else 0] = -1
         hits = hits.view(shape)
-        stays = hits / W if absent == "zero" else torch.ones_like(hits)
+        stays = torch.where(hits > 0, hits / W, 1) if absent == "zero" else torch.ones_like(hits)
         divisor = torch.where(hits > 0, hits, 1) if absent == "skipped" else W
         columns[column][name] = (wide(old) * stays + change / divisor).to(old.dtype)
     return Factors(before.scale, **columns)

@@ -1,0 +1,119 @@
+"""What follows the last round: what stayed with the clients, their scores, adapter and summary."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora.data import describe
+from fedlora.export import save_peft
+from fedlora.intake import exchange, part_of
+from fedlora.strategies.base import Client, Round, Upload
+from fedlora.wire import unpack_factors
+
+if TYPE_CHECKING:
+    from fedlora.server import FederatedLora
+
+
+def close(server: "FederatedLora", grid: Grid) -> None:
+    """Collect, evaluate on every client, write adapter/, clients.jsonl and summary.json."""
+    if getattr(server.strategy, "average_at_end", False):
+        collect(server, grid)
+    effective = server.strategy.effective(server.state)
+    if server.config.evaluate.clients:
+        final_scores(server, grid)
+    server.load(effective)
+    save_peft(server.model, effective, server.journal.directory / "adapter")
+    write_records(server)
+
+
+def collect(server: "FederatedLora", grid: Grid) -> None:
+    """Once: what the clients kept, for a strategy's exact average of it."""
+    round = Round(server.config.run.rounds, server.config.run.seed)
+    asked = [c for c in _connected(server) if c.has_memory]
+    messages = (server.message(c, round, "query.collect", bare=True) for c in asked)
+    uploads = []
+    for i, reply in _answers(server, grid, messages):
+        client = server.client(i)
+        scale = {m: layer.scale for m, layer in client.layers.items()}
+        kept = unpack_factors(reply.content.array_records["sent"], scale)
+        n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
+        uploads.append(Upload(client, kept, n))
+    if uploads:
+        uploads.sort(key=lambda u: u.client.id)
+        server.state = server.strategy.finish(server.state, uploads)  # type: ignore[attr-defined]
+
+
+def final_scores(server: "FederatedLora", grid: Grid) -> None:
+    """The final model on every client's own test rows."""
+    round = Round(server.config.run.rounds + 1, server.config.run.seed)
+    messages = (server.message(c, round, "evaluate") for c in _connected(server))
+    for i, reply in _answers(server, grid, messages):
+        scores = part_of(reply.content.metric_records["metrics"], "final.")
+        server.members[i] = replace(server.members[i], final=scores or {})
+
+
+def _connected(server: "FederatedLora") -> list[Client]:
+    return [server.client(i) for i in sorted(server.members) if i in server.nodes]
+
+
+def _answers(
+    server: "FederatedLora", grid: Grid, messages: Iterable[Message]
+) -> Iterable[tuple[int, Message]]:
+    """(client, reply) of those that answered; the others are noted."""
+    of_node = {node: i for i, node in server.nodes.items()}
+    for node, reply in exchange(grid, messages, server.config.round.deadline):
+        if reply.has_error():
+            server.observer.client_failed(of_node[node], str(reply.error.reason))
+        else:
+            yield of_node[node], reply
+
+
+def write_records(server: "FederatedLora", stopped: str = "") -> None:
+    """clients.jsonl and summary.json; `stopped` says why the run ended early, if it did."""
+    corpus, c = server.corpus, server.config
+    labels = describe(corpus)
+    lines: list[dict[str, Any]] = []
+    for i, m in sorted(server.members.items()):
+        simulated = i < len(corpus.clients)
+        lines.append(
+            {
+                "client": i,
+                "node": server.nodes.get(i),
+                "rank": m.rank,
+                "train_examples": m.examples,
+                "test_examples": len(corpus.client(i).test) if simulated else None,
+                "labels": labels.get(i, {}),
+                "rounds": m.rounds,
+                "failures": m.failures,
+                "bytes_down": m.bytes_down,
+                "bytes_up": m.bytes_up,
+                "first": m.first or None,
+                "final": m.final or None,
+                "personal": m.personal or None,
+            }
+        )
+    server.journal.clients(lines)
+    members = server.members.values()
+    server.journal.summary(
+        {
+            "name": c.run.name,
+            "strategy": c.strategy.name,
+            "promise": server.strategy.promise,
+            "rounds": c.run.rounds,
+            "seconds": server.seconds(),
+            "model": c.model.path,
+            "data": c.data.path,
+            "seed": c.run.seed,
+            "final": server.score() if c.evaluate.every else None,
+            "baselines": server.baselines,
+            "bytes": {
+                "down": sum(m.bytes_down for m in members),
+                "up": sum(m.bytes_up for m in members),
+            },
+            "failures": sum(m.failures for m in members),
+            "stopped": stopped,
+        }
+    )

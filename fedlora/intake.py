@@ -1,0 +1,147 @@
+"""Replies: how they are waited for, and what is checked before one counts.
+
+Whatever is wrong with a reply costs that reply alone: it is refused with the reason on record,
+and the round goes on with the others.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora.adapter import Factors
+from fedlora.errors import UpdateError
+from fedlora.strategies.base import Client, Round, Strategy, Upload
+from fedlora.wire import Shapes, count_bytes, unpack_factors
+
+POLL = 0.05
+"""Seconds between two looks for replies."""
+
+
+@dataclass
+class Gathered:
+    """One round's replies as they come in."""
+
+    accepted: list[int] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    clients: dict[int, dict[str, Any]] = field(default_factory=dict)
+    down: dict[int, int] = field(default_factory=dict)
+    """Bytes sent, by client."""
+    waited: float = 0.0
+    """Seconds spent waiting for clients."""
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], seconds: float
+) -> Iterator[tuple[int, Message]]:
+    """Send one by one, and give back (node, reply) as each comes, until the deadline.
+
+    The node is the one that was asked: an error reply made on its behalf has another sender.
+    """
+    until = time.monotonic() + seconds
+    pending: dict[str, int] = {}
+    for message in messages:
+        for mid in grid.push_messages([message]):
+            pending[mid] = message.metadata.dst_node_id
+        yield from _ready(grid, pending)
+    while pending and time.monotonic() < until:
+        found = False
+        for pair in _ready(grid, pending):
+            found = True
+            yield pair
+        if pending and not found:
+            time.sleep(POLL)
+
+
+def _ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
+    for mid in list(pending):
+        for reply in grid.pull_messages([mid]):
+            if (node := pending.pop(mid, None)) is not None:
+                yield node, reply
+
+
+def read_reply(
+    reply: Message,
+    client: Client,
+    round: Round,
+    token: str,
+    schema: tuple[Shapes, Mapping[str, float]],
+) -> tuple[Upload, dict[str, Any]]:
+    """A reply to a train message, decoded, with what it says of itself.
+
+    Raises:
+        UpdateError, WireError: what is wrong with it. Nothing of a declared size was allocated.
+    """
+    if reply.has_error():
+        raise UpdateError(str(reply.error.reason))
+    content = reply.content
+    try:
+        tag: Mapping[str, Any] = content.config_records["reply"]
+        metrics: Mapping[str, Any] = content.metric_records["metrics"]
+        record = content.array_records["sent"]
+        said = (tag["round"], tag["token"], tag["client"])
+        keeps, n = tag["keeps"], metrics["num-examples"]
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}") from None
+    if said != (round.number, token, client.id):
+        raise UpdateError(
+            f"the reply is client {said[2]}'s of round {said[0]}"
+            + ("" if said[1] == token else " of another run")
+            + f", not client {client.id}'s of round {round.number}"
+        )
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
+    shapes, scale = schema
+    sent = unpack_factors(record, scale, shapes)
+    for column, name, x in sent.items():
+        if not torch.isfinite(x).all():
+            raise UpdateError(f"{column} of {name} holds NaN or Inf")
+    facts = {
+        "rank": max(layer.rank for layer in client.layers.values()),
+        "keeps": bool(keeps),
+        "examples": n,
+        "steps": metrics.get("steps"),
+        "train_loss": metrics.get("loss"),
+        "seconds": metrics.get("seconds"),
+        "train_seconds": metrics.get("train-seconds"),
+        "bytes_up": count_bytes(content),
+        "before": part_of(metrics, "before."),
+        "after": part_of(metrics, "after."),
+    }
+    return Upload(client, sent, n), facts
+
+
+class Schemas:
+    """The exact tensors each kind of client must send, and their scales.
+
+    Found by running the client's half on a newcomer's download: no second list to keep.
+    """
+
+    def __init__(self, strategy: Strategy[Any]) -> None:
+        self.strategy = strategy
+        self._known: dict[Any, tuple[Shapes, Mapping[str, float]]] = {}
+
+    def of(
+        self, state: Any, client: Client, base_version: int, round: Round
+    ) -> tuple[Shapes, Mapping[str, float]]:
+        """The schema of a client of these layers in a round of this kind."""
+        ranks = tuple((m, layer.rank) for m, layer in client.layers.items())
+        trains = self.strategy.download(state, client, round).trainable
+        if (ranks, trains) not in self._known:
+            new = replace(client, has_memory=False, base_version=base_version)
+            came = self.strategy.download(state, new, round)
+            started = self.strategy.start(came, Factors(), new, round)
+            sent, _ = self.strategy.upload(started, Factors())
+            shapes = {(column, name): tuple(x.shape) for column, name, x in sent.items()}
+            self._known[ranks, trains] = shapes, sent.scale
+        return self._known[ranks, trains]
+
+
+def part_of(metrics: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
+    """The metrics whose names begin with the prefix, without it; None where there are none."""
+    found = {k.removeprefix(prefix): float(v) for k, v in metrics.items() if k.startswith(prefix)}
+    return found or None

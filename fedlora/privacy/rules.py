@@ -1,0 +1,67 @@
+"""What cannot be private together, said before anything runs.
+
+`refused` reads the config alone, so that every problem is reported at once with the others.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlora.config import Config
+
+READS_DATA = ("eva", "corda", "lora_ga")
+"""Initialisations of lora.init that look at training examples, without noise."""
+
+
+def refused(config: "Config") -> Iterator[str]:
+    """Each combination of settings that no privacy guarantee covers, and what to do instead."""
+    p = config.privacy
+    if p.epsilon and p.noise_multiplier:
+        yield (
+            "privacy.epsilon and privacy.noise-multiplier are both set: the one follows from the "
+            "other; set one of them to 0"
+        )
+    if p.level == "client" and not p.on:
+        yield "privacy.level = 'client': needs privacy.epsilon or privacy.noise-multiplier"
+    if p.insecure_reproducible_noise and not p.on:
+        yield "privacy.insecure-reproducible-noise = true: there is no noise; privacy is off"
+    if not p.on:
+        return
+    if getattr(config.build_strategy(), "wants_gradient", False):
+        yield (
+            f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
+            "without noise; choose another, such as strategy.fedsb.init-from = 'orthogonal'"
+        )
+    if config.lora.init in READS_DATA:
+        yield (
+            f"lora.init = {config.lora.init!r}: it is computed from training examples, without "
+            "noise; use 'default', 'pissa' or 'olora'"
+        )
+    yield from _by_example(config) if p.by_example else _by_client(config)
+
+
+def _by_example(config: "Config") -> Iterator[str]:
+    if config.lora.form != "lora":
+        yield (
+            f"lora.form = {config.lora.form!r}: only LoRA factors and linear heads have "
+            "per-example gradients; use lora.form = 'lora', or privacy.level = 'client'"
+        )
+    if config.privacy.clip_quantile:
+        yield "privacy.clip-quantile: adaptive clipping is for privacy.level = 'client' only"
+
+
+def _by_client(config: "Config") -> Iterator[str]:
+    if getattr(config.build_strategy(), "average_at_end", False):
+        yield (
+            "strategy.fedsa.average-at-end = true: that average is of what clients kept, without "
+            "noise; set it to false"
+        )
+    if config.output.keep_updates:
+        yield "output.keep-updates = true: it keeps each client's update as it came, un-noised"
+    if config.privacy.microbatch:
+        yield "privacy.microbatch: is for privacy.level = 'example' only"
+    if config.privacy.sample_rate and config.clients.per_round:
+        yield (
+            "privacy.sample-rate and clients.per-round are both set: under privacy.level = "
+            "'client' the first samples clients at random, the second takes so many; set one"
+        )

@@ -1,0 +1,172 @@
+"""Local training under example-level DP: DP-SGD on the factors, paid for before it begins.
+
+    charge the ledger for this round's steps              (on disk before the first step)
+    each step:  sample examples, each with probability q
+                sum_i clip_C(g_i) + sigma C z             (`mechanism`)
+                / (q n), plus the gradient of penalties   (they see no data: post-processing)
+                optimiser step
+
+Formal guarantee
+    What leaves after this round is a function of the noised sums of all rounds so far, whose
+    epsilon is the ledger's. The server knows every setting, the number of examples n, and every
+    update; it does not know who was sampled, the noise, or dropout's masks, which come from the
+    operating system and never from run.seed.
+
+Edge cases
+    empty sample            the model is not called; a step with noise alone, and it counts
+    q = 1                   every example in every step; no amplification is claimed
+    budget spent            PrivacyError before the first step; nothing leaves
+    delta >= 1/n            PrivacyError: such a delta allows publishing an example outright
+    gradient clipping       train.grad-clip applies to the noised mean: post-processing
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedlora.config import Config
+from fedlora.errors import PrivacyError
+from fedlora.model import Model
+from fedlora.privacy.accounting import Spend, calibrate
+from fedlora.privacy.chance import Chance
+from fedlora.privacy.ledger import Charge, Ledger
+from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
+from fedlora.privacy.per_example import Sink, kept_apart
+from fedlora.privacy.probe import check_apart
+from fedlora.strategies.base import Penalty
+from fedlora.text import Encoded, collate
+from fedlora.train import (
+    Fit,
+    autocast,
+    build_optimizer,
+    example_losses,
+    extra_loss,
+    learning_rate,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One client's mechanism: the same in every round of a run."""
+
+    n: int
+    q: float
+    steps: int
+    sigma: float
+    C: float
+    delta: float
+
+    @classmethod
+    def of(cls, config: Config, n: int) -> "Plan":
+        """For n examples; sigma calibrated over all rounds of the run where epsilon is given.
+
+        Raises:
+            PrivacyError: there is nothing to train on, or delta is too large for n.
+        """
+        p, train = config.privacy, config.train
+        if not n:
+            raise PrivacyError("there are no training examples")
+        if p.delta >= 1 / n:
+            raise PrivacyError(
+                f"privacy.delta = {p.delta:g} must be below 1/n = {1 / n:.2g}, n = {n} examples"
+            )
+        q = p.sample_rate or min(1.0, train.batch_size / n)
+        steps = train.steps or max(1, round(train.epochs / q))
+        planned = steps * config.run.rounds
+        sigma = p.noise_multiplier or calibrate(p.epsilon, p.delta, q, planned)
+        return cls(n, q, steps, sigma, p.clip_norm, p.delta)
+
+    def charge(self, config: Config, run: str, round: int) -> Charge:
+        noise = "reproducible" if config.privacy.insecure_reproducible_noise else "system"
+        spend = Spend(self.q, self.sigma, self.steps)
+        return Charge(spend, self.C, self.delta, run=run, round=round, noise=noise)
+
+
+def private_fit(
+    model: Model,
+    encoded: Encoded,
+    columns: frozenset[str],
+    config: Config,
+    round: int,
+    client: int,
+    penalty: Penalty | None,
+    ledger: Ledger,
+    run: str = "",
+) -> Fit:
+    """Train the model's loaded factors in place, under DP. `Fit.loss` is for this machine only."""
+    begun = time.perf_counter()
+    plan = Plan.of(config, len(encoded))
+    live = model.trainable(columns)
+    check_apart(model, live)
+    spent = ledger.reserve(plan.charge(config, run, round), config.privacy.epsilon)
+    params = tuple(p for ps in live.values() for p in ps.values())
+    received = {p: p.detach().clone() for p in params}
+    optimizer = build_optimizer(live, config.train, learning_rate(config, round))
+    noise, sampling, dropout = (
+        chance(config, round, client, what) for what in ("noise", "sampling", "dropout")
+    )
+    total = seen = 0.0
+    with (
+        _training(model, config, dropout),
+        kept_apart(model.peft, model.active, frozenset(params)) as sink,
+    ):
+        for _ in range(plan.steps):
+            optimizer.zero_grad(set_to_none=True)
+            chosen = poisson(plan.n, plan.q, sampling)
+            clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config)
+            for p, g in clipped.noised(plan.sigma, noise).items():
+                p.grad = (g / (plan.q * plan.n)).to(p.dtype)
+            extra = extra_loss(live, received, penalty, config.train.prox)
+            if isinstance(extra, torch.Tensor):
+                extra.backward()  # type: ignore[no-untyped-call]
+            if config.train.grad_clip:
+                nn.utils.clip_grad_norm_(params, config.train.grad_clip)
+            optimizer.step()
+            total, seen = total + loss, seen + len(chosen)
+    facts = {"epsilon": spent, "sigma": plan.sigma, "q": plan.q, "delta": plan.delta}
+    mean = total / seen if seen else math.nan
+    return Fit(mean, plan.steps, time.perf_counter() - begun, facts)
+
+
+def clipped_sum(
+    model: Model,
+    encoded: Encoded,
+    chosen: torch.Tensor,
+    params: tuple[nn.Parameter, ...],
+    sink: Sink,
+    config: Config,
+) -> tuple[ClippedSum, float]:
+    """The clipped gradients of the chosen examples, summed; and their losses' sum."""
+    clipped = ClippedSum(params, config.privacy.clip_norm)
+    loss = 0.0
+    size = config.privacy.microbatch or config.train.batch_size
+    for part in microbatches(chosen, encoded.lengths, size):
+        losses = example_losses(model, collate(encoded, part))
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        clipped.add(sink.take(len(part)))
+        loss += float(losses.detach().nansum())
+    return clipped, loss
+
+
+def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
+    """A stream of the system's own randomness; a reproducible one only on express demand."""
+    if config.privacy.insecure_reproducible_noise:
+        return Chance.reproducible(config.run.seed, round, client, purpose)
+    return Chance()
+
+
+@contextmanager
+def _training(model: Model, config: Config, dropout: Chance) -> Iterator[None]:
+    """Train mode and autocast; dropout's masks are as secret as the sample they fall on."""
+    with torch.random.fork_rng(devices=[]), autocast(config.train.precision):
+        torch.manual_seed(dropout.seed())
+        model.peft.train()
+        try:
+            yield
+        finally:
+            model.peft.eval()
