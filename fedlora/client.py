@@ -206,7 +206,7 @@ class Desk:
         round = Round(job.round, self.config.run.seed)
         factors = self.strategy.start(download, kept, me, round)
         with model.folded(download.fold):
-            model.load(factors)
+            model.load(factors, download.block)
             yield model, kept
 
     def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:

@@ -54,3 +54,7 @@ class WireError(FedLoraError, ValueError):
 
 class PrivacyError(FedLoraError):
     """A privacy promise cannot be kept. Nothing is released."""
+
+
+class DeployError(FedLoraError):
+    """A deployment cannot be made, started or reached. Says what to do."""

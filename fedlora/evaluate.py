@@ -26,7 +26,8 @@ def evaluate(
         if config.model.task == "classification":
             return _classification(model, rows, config)
         scores = _language(model, rows, config)
-        if generate and config.evaluate.generate_tokens:
+        prompted = rows.prompts is not None and bool(rows.prompts.min() > 0)
+        if generate and prompted and config.evaluate.generate_tokens:
             scores["exact_match"] = _exact_match(model, rows, config)
         return scores
 

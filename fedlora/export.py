@@ -20,9 +20,11 @@ from fedlora.checkpoint import write_atomically
 from fedlora.config import Config
 from fedlora.errors import CheckpointError, ModelError
 from fedlora.journal import Journal, Member, Saved, state_types
+from fedlora.layers import adapter_config
+from fedlora.loading import load_base
 from fedlora.lowrank import compress, norm, stack, svd
 from fedlora.memory import ClientMemory
-from fedlora.model import PREFIX, Model, adapter_config, load_base
+from fedlora.model import PREFIX, Model
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round, Version
 from fedlora.text import eval_batches

@@ -100,6 +100,17 @@ def inner(x: Pair, y: Pair) -> Tensor:
     return x.scale * y.scale * products.sum()
 
 
+def gram(pairs: Sequence[Pair]) -> Tensor:
+    """inner(x, y) of each with each, (n, n), in float64 and in two products for all of them."""
+    owner = torch.repeat_interleave(torch.tensor([p.rank for p in pairs]))
+    A = torch.cat([p.A.double() for p in pairs])  # (R, k)
+    B = torch.cat([p.B.double() * p.scale for p in pairs], dim=1)  # (d, R)
+    products = (B.T @ B) * (A @ A.T)
+    n = len(pairs)
+    rows = products.new_zeros(n, len(A)).index_add_(0, owner, products)
+    return rows.new_zeros(n, n).index_add_(1, owner, rows)
+
+
 def norm(pair: Pair) -> Tensor:
     """Frobenius norm of the delta."""
     return inner(pair, pair).clamp(min=0).sqrt()

@@ -11,50 +11,26 @@ All the clients of a process share the base; what differs between them is `Facto
 """
 
 import contextlib
-import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.config import Config
-from fedlora.config import Model as ModelConfig
 from fedlora.errors import ModelError
+from fedlora.layers import adapter_config, find_layers
+from fedlora.loading import fingerprint, load_base, load_tokenizer
 from fedlora.lowrank import accumulate
-from fedlora.sources import locate
 from fedlora.strategies.base import Client, Layer, Version, seeded
 
 PREFIX = "base_model.model."
 KEPT_PROFILES = 8
 """Rank profiles whose PEFT adapters stay attached; the least recently used one goes first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """An adaptable linear module: k inputs, d outputs; transposed weight in GPT-2's Conv1D."""
-
-    d: int
-    k: int
-    fan_in_fan_out: bool
 
 
 class Core(LoraVariant):  # type: ignore[misc]
@@ -70,6 +46,15 @@ class Core(LoraVariant):  # type: ignore[misc]
         inner = A(module.lora_dropout[active_adapter](x)) @ self.R.T  # (..., r)
         out: Tensor = result + B(inner) * module.scaling[active_adapter]
         return out
+
+
+def core(R: Tensor, block: int) -> nn.Parameter:
+    """A core that trains: whole, or in its diagonal blocks alone where `block` is not 0."""
+    live = nn.Parameter(R.detach().clone())
+    if block:
+        inside = torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
+        live.register_hook(lambda gradient: gradient * inside)  # type: ignore[no-untyped-call]
+    return live
 
 
 class Model:
@@ -133,8 +118,11 @@ class Model:
         ranks = {m: layer.rank for m, layer in client.layers.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(seed, 0, 0, "init").initial_seed())
-            self._forget(ranks)
+            old = self._profiles.pop(tuple(sorted(ranks.items())), None)
             self.select(ranks)
+            if old is not None:
+                self.peft.delete_adapter(old)
+            self._cores = {}
             self._scale = {m: layer.scale for m, layer in client.layers.items()}
             return self.read()
 
@@ -152,10 +140,11 @@ class Model:
         while len(self._profiles) > KEPT_PROFILES:
             self._drop(next(iter(self._profiles)))
 
-    def load(self, factors: Factors) -> None:
+    def load(self, factors: Factors, block: int = 0) -> None:
         """Take these factors as the model's adapter and head, at their own ranks and scales.
 
         Without factors (a model that is all in its base) the adapter is one that adds nothing.
+        With `block`, only the diagonal blocks of that size of a core get gradients.
         """
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
@@ -168,7 +157,7 @@ class Model:
                 layer.scaling[self.active] = factors.scale[m]
                 layer.lora_variant.pop(self.active, None)
                 if m in factors.R:
-                    self._cores[m] = nn.Parameter(factors.R[m].detach().clone())
+                    self._cores[m] = core(factors.R[m], block)
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
                 for _, layer in self._on():
@@ -220,6 +209,7 @@ class Model:
         if not follows or len(rest) != target - number:
             self._reset()
             rest = list(versions)
+        self._base = ("", 0)  # until it is whole
         for version in rest:
             for m, delta in version.delta.items():
                 before = None if version.snapshot else self._shift.get(m)
@@ -231,9 +221,9 @@ class Model:
     @contextlib.contextmanager
     def folded(self, fold: Adapter) -> Iterator[None]:
         """Within it, these pairs are part of the base; after it, the base has its old bits."""
-        for m, pair in fold.items():
-            self._set_weight(m, accumulate(self._shift.get(m), pair))
         try:
+            for m, pair in fold.items():
+                self._set_weight(m, accumulate(self._shift.get(m), pair))
             yield
         finally:
             for m in fold:
@@ -285,19 +275,15 @@ class Model:
         name = f"p{self._born}"
         self._born += 1
         peft_config = adapter_config(self.config, self.shapes, ranks)
-        if isinstance(base, PeftModel):
-            base.add_adapter(name, peft_config)
-            model = base
-        else:
-            model = get_peft_model(base, peft_config, adapter_name=name)
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(base, PeftModel):
+                base.add_adapter(name, peft_config)
+                model = base
+            else:
+                model = get_peft_model(base, peft_config, adapter_name=name)
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name
         return model
-
-    def _forget(self, ranks: Mapping[str, int]) -> None:
-        key = tuple(sorted(ranks.items()))
-        if key in self._profiles and len(self._profiles) > 1:
-            self._drop(key)
 
     def _drop(self, key: tuple[tuple[str, int], ...]) -> None:
         name = self._profiles.pop(key)
@@ -327,245 +313,3 @@ class Model:
         for m in self._shift:
             self._set_weight(m, None)
         self._shift = {}
-
-
-# -- building it ------------------------------------------------------------------------------
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token if it has none."""
-    path, gguf = _source(config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path,
-        revision=config.revision or None,
-        trust_remote_code=config.trust_remote_code,
-        **({"gguf_file": gguf} if gguf else {}),
-    )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrainedModel:
-    """The pretrained model, its new tensors (a head) drawn from the seed; frozen, in eval mode.
-
-    Raises:
-        ModelError: it is not there, or is no model of this task.
-    """
-    path, gguf = _source(config)
-    if gguf:
-        path = _converted(path, gguf)
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.dtype),
-        "revision": config.revision or None,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if config.attention != "auto":
-        options["attn_implementation"] = config.attention
-    if config.quantization != "none":
-        options["quantization_config"] = _quantization(config.quantization)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded(seed, 0, 0, "head").initial_seed())
-        try:
-            if config.task == "causal-lm":
-                model = AutoModelForCausalLM.from_pretrained(path, **options)
-            elif config.pooling == "mean":
-                model = MeanPooled(AutoModel.from_pretrained(path, **options), labels)
-            else:
-                names = dict(enumerate(labels))
-                options |= {"num_labels": len(labels), "id2label": names}
-                options["label2id"] = {label: i for i, label in names.items()}
-                model = AutoModelForSequenceClassification.from_pretrained(path, **options)
-        except (OSError, ValueError) as e:
-            raise ModelError(f"model.path = {config.path!r} does not load: {e}") from e
-    model.requires_grad_(False)
-    model.eval()
-    return model
-
-
-class MeanPooled(nn.Module):
-    """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
-
-    The head starts at zero, so that no client's noise comes from its initialisation.
-    """
-
-    def __init__(self, encoder: PreTrainedModel, labels: Sequence[str]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.config = encoder.config
-        self.classifier = nn.Linear(encoder.config.hidden_size, len(labels), dtype=encoder.dtype)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> Tensor:
-        rest.pop("labels", None)
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **rest)[0]
-        mask = attention_mask[..., None].to(hidden.dtype)
-        mean: Tensor = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return mean
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> Any:
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
-        logits = self.classifier(self.pooled(input_ids, attention_mask, **rest))
-        return SequenceClassifierOutput(logits=logits)
-
-    def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.encoder.get_input_embeddings()
-        return embeddings
-
-    def gradient_checkpointing_enable(self, kwargs: Any = None) -> None:
-        self.encoder.gradient_checkpointing_enable(kwargs)
-
-    def enable_input_require_grads(self) -> None:
-        self.encoder.enable_input_require_grads()
-
-
-def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
-    """The modules that lora.target-modules and lora.layers name, with their sizes.
-
-    Raises:
-        ModelError: a target matches nothing (the names that would are listed), or a layer index.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    linear: dict[str, Shape] = {}
-    for name, m in base.named_modules():
-        if isinstance(m, Conv1D):
-            k, d = m.weight.shape
-            linear[name] = Shape(d, k, True)
-        elif isinstance(m, nn.Linear):
-            linear[name] = Shape(m.out_features, m.in_features, False)
-    heads = set(head_names(base, config))
-    linear = {n: s for n, s in linear.items() if not any(_within(n, h) for h in heads)}
-    targets = config.lora.target_modules
-    if targets == ("all-linear",):
-        output = getattr(base, "get_output_embeddings", lambda: None)()
-        found = {n: s for n, s in linear.items() if base.get_submodule(n) is not output}
-    else:
-        found = {n: s for n, s in linear.items() if any(_within(n, t) for t in targets)}
-        missing = [t for t in targets if not any(_within(n, t) for n in linear)]
-        if missing:
-            have = sorted({n.split(".")[-1] for n in linear})
-            raise ModelError(
-                f"lora.target-modules: {', '.join(missing)} matches no linear module of this "
-                f"model; it has {', '.join(have)}, or use 'all-linear'"
-            )
-    return _in_layers(found, config.lora.layers)
-
-
-def _within(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def depth_of(name: str) -> int | None:
-    """The transformer layer a module belongs to: the first number in its path."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _in_layers(found: dict[str, Shape], layers: Sequence[str]) -> dict[str, Shape]:
-    if not layers:
-        return found
-    depths = [d for n in found if (d := depth_of(n)) is not None]
-    total = max(depths, default=-1) + 1
-    try:
-        wanted = {int(i) % total if -total <= int(i) < total else -1 for i in layers}
-    except (ValueError, ZeroDivisionError):
-        wanted = {-1}
-    if -1 in wanted:
-        raise ModelError(
-            f"lora.layers = {','.join(layers)}: must be indices from {-total} to {total - 1}"
-        )
-    return {n: s for n, s in found.items() if depth_of(n) in wanted}
-
-
-def head_names(base: nn.Module, config: Config) -> list[str]:
-    """Modules trained whole: a classifier's head, and what lora.modules-to-save names."""
-    heads = [n for n in ("classifier", "score") if hasattr(base, n)]
-    named = [n for n, _ in base.named_modules()]
-    for target in config.lora.modules_to_save:
-        if not any(_within(n, target) for n in named):
-            raise ModelError(f"lora.modules-to-save: {target} matches no module of this model")
-    heads = heads if config.model.task == "classification" else []
-    return [*heads, *config.lora.modules_to_save]
-
-
-def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> Any:
-    """PEFT's config for these ranks; each module named in full, so that nothing else matches."""
-    lora = config.lora
-    heads = [*config.lora.modules_to_save]
-    if config.model.task == "classification":
-        heads = ["classifier", "score", *heads]
-    top = max(ranks.values())
-    return LoraConfig(
-        r=top,
-        lora_alpha=lora.alpha,
-        rank_pattern={f"^{m}$": r for m, r in ranks.items() if r != top},
-        target_modules=list(ranks),
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.form == "dora",
-        fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
-        modules_to_save=heads or None,
-        init_lora_weights=True if lora.init == "default" else lora.init,
-    )
-
-
-def fingerprint(base: nn.Module) -> str:
-    """A digest over samples of every tensor: differs when any tensor was loaded differently."""
-    digest = hashlib.sha256()
-    for name, p in base.named_parameters():
-        flat = p.detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step].float().contiguous()
-        digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _source(config: ModelConfig) -> tuple[str, str]:
-    """Directory or hub id, and the GGUF file in it if the path names one."""
-    path = locate(config.path)
-    if path.endswith(".gguf"):
-        return os.path.dirname(path), os.path.basename(path)
-    return path, ""
-
-
-def _converted(directory: str, gguf: str) -> str:
-    """A directory with the GGUF's model in safetensors, made once and cached.
-
-    A model that transformers loads from GGUF cannot be saved as it is, so its weights go into a
-    clean model of the same configuration.
-    """
-    source = Path(directory, gguf)
-    key = hashlib.sha256(f"{gguf}/{source.stat().st_size}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlora"
-    target = cache / f"{source.stem}-{key}"
-    if target.exists():
-        return str(target)
-    cache.mkdir(parents=True, exist_ok=True)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "transformers_version"):
-        settings.pop(key, None)
-    clean_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    clean = AutoModelForCausalLM.from_config(clean_config)
-    clean.load_state_dict(loaded.state_dict(), strict=True)
-    clean.tie_weights()
-    with tempfile.TemporaryDirectory(dir=cache) as made:
-        clean.save_pretrained(made)
-        with contextlib.suppress(OSError):  # another process was first: its copy is the same
-            shutil.copytree(made, target.with_suffix(".tmp"), dirs_exist_ok=True)
-            os.replace(target.with_suffix(".tmp"), target)
-    return str(target)
-
-
-def _quantization(kind: str) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            f"model.quantization = '{kind}' needs bitsandbytes: pip install bitsandbytes"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")

@@ -270,7 +270,8 @@ class FederatedLora(FlowerStrategy):
     def _baselines(self) -> None:
         from fedlora import baselines
 
-        if self.config.model.task != "classification":
+        trainable = any(len(c.train) for c in self.corpus.clients) and len(self.corpus.test)
+        if self.config.model.task != "classification" or not trainable:
             return
         found: dict[str, Callable[[], Mapping[str, float]]] = {
             "majority class": lambda: baselines.majority(self.corpus),

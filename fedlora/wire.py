@@ -123,6 +123,7 @@ def pack_download(download: Download, dtype: str) -> RecordDict:
         "trainable": sorted(download.trainable),
         "base": [v.number for v in download.base],
         "snapshots": [v.number for v in download.base if v.snapshot],
+        "block": download.block,
     }
     if download.penalty:
         settings |= {
@@ -162,6 +163,7 @@ def unpack_download(content: RecordDict) -> Download:
         ),
         fold=fold,
         penalty=penalty,
+        block=int(settings["block"]),  # type: ignore[arg-type]
     )
 
 

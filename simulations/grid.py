@@ -144,8 +144,8 @@ class LocalGrid(Grid):
 
     def _dispatch(self) -> None:
         """Give idle workers what is waiting; a worker that died is replaced."""
-        if not self.workers:
-            self.workers = [self._hire() for _ in range(self.wanted_workers)]
+        while len(self.workers) < self.wanted_workers:
+            self.workers.append(self._hire())
         for n, worker in enumerate(self.workers):
             if not self._queue:
                 return
@@ -161,23 +161,23 @@ class LocalGrid(Grid):
         self._selector.register(worker.inbox, selectors.EVENT_READ, worker)
         return worker
 
-    def _lost(self, n: int, message: Message) -> None:
+    def _lost(self, n: int, message: Message | None) -> None:
         """A worker's process ended: its message gets an error reply, its place a new worker."""
-        worker = self.workers[n]
+        worker = self.workers.pop(n)  # first: the new one closes what the others have open
         self._selector.unregister(worker.inbox)
         status = worker.stop()
-        reason = f"the worker process ended with status {status} while it held this message"
-        self._keep(message, Message(Error(2, reason), reply_to=message))
-        self.workers[n] = self._hire()
+        if message is not None:
+            reason = f"the worker process ended with status {status} while it held this message"
+            self._keep(message, Message(Error(2, reason), reply_to=message))
+        self.workers.insert(n, self._hire())
 
     def _collect(self, timeout: float) -> None:
         """Take in what workers have finished, and give them more."""
         for key, _ in self._selector.select(timeout):
             worker: _Worker = key.data
             message = worker.message
-            assert message is not None
             reply = worker.take()
-            if reply is None:
+            if reply is None or message is None:
                 self._lost(self.workers.index(worker), message)
             else:
                 self._keep(message, reply)

@@ -422,7 +422,7 @@ def test_rows_of_nothing_are_an_error(empty, tmp_path):
         load_node(Data(node_path=source), "classification", ("a", "b", "c"))
 
 
-def test_an_unknown_encoding_is_the_config_s_mistake(path, tmp_path):
+def test_an_unknown_encoding_is_the_config_s_mistake(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_text("line\n")
     assert "unknown encoding: utf-7000; set data" in error(

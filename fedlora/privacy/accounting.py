@@ -17,13 +17,20 @@ Edge cases
 
 import functools
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
 
 from fedlora.errors import PrivacyError
 
 PRECISION = 0.01
 """Of epsilon, on the safe side: what the accountant adds for its discretisation."""
+
+HUGE = 50.0
+"""Above it the looser RDP bound is given: no privacy is left, and exp(epsilon) overflows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +60,76 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
         return math.inf
     from opacus.accountants import PRVAccountant
 
+    bound = _loose(history, delta)
+    if not bound < HUGE:
+        return bound
     accountant = PRVAccountant()
     accountant.history = list(history)
-    found = float(accountant.get_epsilon(delta, eps_error=PRECISION, delta_error=delta / 1000))
-    return max(found, 0.0)
+    with _quiet():
+        found = accountant.get_epsilon(delta, eps_error=PRECISION, delta_error=delta / 1000)
+    return max(float(found), 0.0) if math.isfinite(found) else bound
+
+
+@functools.lru_cache(maxsize=4096)
+def _loose(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    """The RDP bound: an upper bound too, computed at once."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = list(history)
+    with _quiet():
+        return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @functools.lru_cache(maxsize=4096)
 def calibrate(target: float, delta: float, q: float, steps: int) -> float:
-    """The least sigma, to within 0.5 %, whose epsilon over all the steps is at most the target.
+    """A sigma whose epsilon over all the steps is at most the target, and hardly below it.
+
+    The RDP bound gives one that is enough; a search on logarithms brings it down until epsilon is
+    within 1 % or the accountant's precision of the target.
 
     Raises:
         PrivacyError: no noise reaches it.
     """
-    low, high = 0.0, 0.5
+    high = _enough(target, delta, q, steps)
+    low, at_low, at_high = 0.0, 0.0, epsilon([Spend(q, high, steps)], delta)
+    for _ in range(8):
+        if at_high >= target - max(PRECISION, target / 100):
+            break
+        slope = math.log(at_low / at_high) / math.log(low / high) if low else -1.3
+        middle = high * (0.996 * target / at_high) ** (1 / min(slope, -0.5))
+        middle = max(middle, low + (high - low) / 20)
+        found = epsilon([Spend(q, middle, steps)], delta)
+        if found <= target:
+            high, at_high = middle, found
+        else:
+            low, at_low = middle, found
+    return high
 
-    def within(sigma: float) -> bool:
-        return epsilon([Spend(q, sigma, steps)], delta) <= target
 
-    while not within(high):
+def _enough(target: float, delta: float, q: float, steps: int) -> float:
+    """Some sigma that keeps the target."""
+    low, high = 0.0, 1.0
+    while _loose(((high, q, steps),), delta) > target and high < 1e3:
         low, high = high, high * 2
-        if high > 1e4:
+    while high - low > 0.01 * high:
+        middle = (low + high) / 2
+        within = _loose(((middle, q, steps),), delta) <= target
+        low, high = (low, middle) if within else (middle, high)
+        if high < 0.01:
+            break
+    while epsilon([Spend(q, high, steps)], delta) > target:
+        high *= 1.5
+        if high > 1e5:
             raise PrivacyError(
                 f"no noise keeps {steps} steps at q = {q:g} within epsilon = {target:g} at "
                 f"delta = {delta:g}: the accountant's own precision is {PRECISION}"
             )
-    while high - low > 0.005 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if within(middle) else (middle, high)
-        if high < 1e-2:
-            break
     return high

@@ -42,7 +42,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSVD:
-    requires: ClassVar[Requires] = Requires()
+    requires: ClassVar[Requires] = Requires(own_gauge=True)
 
     @property
     def promise(self) -> Promise:

@@ -48,7 +48,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FlexLoRA:
-    requires: ClassVar[Requires] = Requires()
+    requires: ClassVar[Requires] = Requires(own_gauge=True)
 
     max_rank: int = 64
     """Rank the server keeps between rounds."""

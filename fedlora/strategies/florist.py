@@ -55,7 +55,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRIST:
-    requires: ClassVar[Requires] = Requires()
+    requires: ClassVar[Requires] = Requires(own_gauge=True)
 
     energy: float = 0.95
     """Share of the squared singular values that is kept; 1 keeps all."""

@@ -65,7 +65,7 @@ def by_rank(pairs: Sequence[Pair], p: Sequence[float]) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
-    requires: ClassVar[Requires] = Requires()
+    requires: ClassVar[Requires] = Requires(own_gauge=True)
 
     max_rank: int = 64
     """Rank the server keeps between rounds."""

@@ -1,0 +1,103 @@
+"""What a person sees of a deployment: its processes, its nodes, its runs, its logs."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedlora.deploy.host import healthy
+from fedlora.deploy.operator import Operator
+from fedlora.deploy.plan import Plan
+from fedlora.deploy.supervise import is_running, read_state
+from fedlora.errors import DeployError
+
+
+def tables(plan: Plan) -> Iterator[Table]:
+    """Processes; and where the SuperLink answers, nodes and the latest runs."""
+    yield processes(plan)
+    if healthy(plan):
+        with Operator(plan) as operator:
+            yield nodes(plan, operator.nodes())
+            yield runs(operator.runs())
+
+
+def processes(plan: Plan) -> Table:
+    state = read_state(plan)
+    table = Table("process", "pid", "state", "restarts", "last exit", title=str(plan.directory))
+    everything = {"supervisor": state["supervisor"], **state["children"]} if state else {}
+    for name, entry in everything.items():
+        if is_running(entry):
+            said = "running"
+        elif entry.get("next_start"):
+            said = f"starts again in {max(0, entry['next_start'] - time.time()):.0f} s"
+        else:
+            said = "[red]gone[/]"
+        exit_code = entry.get("last_exit")
+        table.add_row(
+            name,
+            str(entry.get("pid") or ""),
+            said,
+            str(entry.get("restarts", "")),
+            "" if exit_code is None else str(exit_code),
+        )
+    if not everything:
+        table.add_row("", "", f"not up; fedlora deploy up {plan.directory}", "", "")
+    return table
+
+
+def nodes(plan: Plan, found: list[dict[str, Any]]) -> Table:
+    table = Table("node", "rank", "status", "online for", "node id", title="Nodes")
+    known = {f"node-{i}": str(plan.rank(i)) for i in range(plan.clients)}
+    for node in sorted(found, key=lambda n: str(n.get("name"))):
+        name = str(node.get("name") or "")
+        online = node.get("status") == "online"
+        table.add_row(
+            name,
+            known.get(name, ""),
+            "[green]online[/]" if online else f"[red]{node.get('status')}[/]",
+            str(node.get("online-elapsed") or ""),
+            str(node.get("node-id")),
+        )
+    return table
+
+
+def runs(found: list[dict[str, Any]], most: int = 5) -> Table:
+    table = Table("run", "status", "seconds", "details", title="Runs")
+    for run in found[:most]:
+        table.add_row(
+            run["run-id"], run["status"], f"{float(run['elapsed']):.0f}", run["status-details"]
+        )
+    return table
+
+
+def tail(plan: Plan, name: str, lines: int) -> str:
+    """The last lines of a process's log."""
+    path = plan.run_directory / f"{name}.log"
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        there = ", ".join(sorted(p.stem for p in plan.run_directory.glob("*.log"))) or "none yet"
+        raise DeployError(f"no log of {name!r}; there are: {there}") from None
+
+
+def finish(plan: Plan, results: Path, status: str) -> None:
+    """The report and the summary of a run that ended.
+
+    Raises:
+        DeployError: it did not complete.
+    """
+    if status != "finished:completed":
+        last = tail(plan, "superexec", 25)
+        raise DeployError(
+            f"the run ended as {status}; the ServerApp's last words:\n{last}\n"
+            f"Mend the cause, then `fedlora deploy run {plan.directory} --resume`"
+        )
+    from rich.console import Console
+
+    from fedlora import report
+
+    page = report.write(results)
+    Console().print(report.summary_table(results))
+    Console().print(f"report: {page}")

@@ -1,0 +1,110 @@
+"""Which modules of a model are adapted, their sizes, and PEFT's config for them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from fedlora.config import Config
+from fedlora.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An adaptable linear module: k inputs, d outputs; transposed weight in GPT-2's Conv1D."""
+
+    d: int
+    k: int
+    fan_in_fan_out: bool
+
+
+def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
+    """The modules that lora.target-modules and lora.layers name, with their sizes.
+
+    Raises:
+        ModelError: a target matches nothing (the names that would are listed), or a layer index.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear: dict[str, Shape] = {}
+    for name, m in base.named_modules():
+        if isinstance(m, Conv1D):
+            k, d = m.weight.shape
+            linear[name] = Shape(d, k, True)
+        elif isinstance(m, nn.Linear):
+            linear[name] = Shape(m.out_features, m.in_features, False)
+    heads = set(head_names(base, config))
+    linear = {n: s for n, s in linear.items() if not any(_within(n, h) for h in heads)}
+    targets = config.lora.target_modules
+    if targets == ("all-linear",):
+        output = getattr(base, "get_output_embeddings", lambda: None)()
+        found = {n: s for n, s in linear.items() if base.get_submodule(n) is not output}
+    else:
+        found = {n: s for n, s in linear.items() if any(_within(n, t) for t in targets)}
+        missing = [t for t in targets if not any(_within(n, t) for n in linear)]
+        if missing:
+            have = sorted({n.split(".")[-1] for n in linear})
+            raise ModelError(
+                f"lora.target-modules: {', '.join(missing)} matches no linear module of this "
+                f"model; it has {', '.join(have)}, or use 'all-linear'"
+            )
+    return _in_layers(found, config.lora.layers)
+
+
+def _within(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def depth_of(name: str) -> int | None:
+    """The transformer layer a module belongs to: the first number in its path."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _in_layers(found: dict[str, Shape], layers: Sequence[str]) -> dict[str, Shape]:
+    if not layers:
+        return found
+    depths = [d for n in found if (d := depth_of(n)) is not None]
+    total = max(depths, default=-1) + 1
+    try:
+        wanted = {int(i) % total if -total <= int(i) < total else -1 for i in layers}
+    except (ValueError, ZeroDivisionError):
+        wanted = {-1}
+    if -1 in wanted:
+        raise ModelError(
+            f"lora.layers = {','.join(layers)}: must be indices from {-total} to {total - 1}"
+        )
+    return {n: s for n, s in found.items() if depth_of(n) in wanted}
+
+
+def head_names(base: nn.Module, config: Config) -> list[str]:
+    """Modules trained whole: a classifier's head, and what lora.modules-to-save names."""
+    heads = [n for n in ("classifier", "score") if hasattr(base, n)]
+    named = [n for n, _ in base.named_modules()]
+    for target in config.lora.modules_to_save:
+        if not any(_within(n, target) for n in named):
+            raise ModelError(f"lora.modules-to-save: {target} matches no module of this model")
+    heads = heads if config.model.task == "classification" else []
+    return [*heads, *config.lora.modules_to_save]
+
+
+def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> Any:
+    """PEFT's config for these ranks; each module named in full, so that nothing else matches."""
+    lora = config.lora
+    heads = [*config.lora.modules_to_save]
+    if config.model.task == "classification":
+        heads = ["classifier", "score", *heads]
+    top = max(ranks.values())
+    return LoraConfig(
+        r=top,
+        lora_alpha=lora.alpha,
+        rank_pattern={f"^{m}$": r for m, r in ranks.items() if r != top},
+        target_modules=list(ranks),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.form == "dora",
+        fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
+        modules_to_save=heads or None,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+    )
