@@ -1,33 +1,37 @@
-"""The client: every message it can get, and who answers it. See fedlora/client.py."""
+"""The client: every message it can get, and who answers it. See fedlora/client.py.
+
+Nothing heavy is imported here: a deployed node starts this anew for every message, and may have a
+warm worker that answers. See fedlora/handover.py.
+"""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora import client
+from fedlora.handover import answer
 
 app = ClientApp()
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    return client.answer(client.query, message, context)
+    return answer("query", message, context)
 
 
 @app.query("collect")
 def collect(message: Message, context: Context) -> Message:
-    return client.answer(client.collect, message, context)
+    return answer("collect", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    return client.answer(client.train, message, context)
+    return answer("train", message, context)
 
 
 @app.train("gradient")
 def gradient(message: Message, context: Context) -> Message:
-    return client.answer(client.gradient, message, context)
+    return answer("gradient", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    return client.answer(client.score, message, context)
+    return answer("evaluate", message, context)

@@ -52,7 +52,10 @@ def load(path: Path, *types: type) -> Any:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
-    return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
+    try:
+        return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
 
 
 def notes(path: Path) -> dict[str, str]:

@@ -57,6 +57,7 @@ def query(_: Message, context: Context) -> RecordDict:
     facts: dict[str, Any] = {
         "client": int(node.get("partition-id", context.node_id % 2**31)),
         "rank": int(node.get("rank", 0)),  # 0: the server decides
+        "layers": int(node.get("layers", 0)),  # the most it has memory to train; 0: all
         "cores": os.cpu_count() or 1,
         "bfloat16": bool(torch.cpu._is_avx512_bf16_supported()),
     }
@@ -92,6 +93,9 @@ def train(message: Message, context: Context) -> RecordDict:
         metrics |= {
             "loss": outcome.loss,
             "train-seconds": outcome.seconds,
+            "forward-seconds": outcome.forward,
+            "backward-seconds": outcome.backward,
+            "tokens": outcome.tokens,
             "seconds": time.perf_counter() - begun,
             **scores,
         }

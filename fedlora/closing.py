@@ -114,6 +114,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
                 "up": sum(m.bytes_up for m in members),
             },
             "failures": sum(m.failures for m in members),
+            "sent": server.schemas.columns(),
             "stopped": stopped,
         }
     )

@@ -77,6 +77,8 @@ class Model(_Section):
     merge: Literal["auto", "into-base", "keep-as-adapter"] = "auto"
     """Where a moving base's changes go: into the weights, or beside them as a frozen adapter."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    dropout: Annotated[float, Field(ge=-1, lt=1)] = -1.0
+    """Of every dropout layer of the base; -1 leaves them as the model has them."""
     revision: str = ""
     trust_remote_code: bool = False
 
@@ -126,6 +128,46 @@ class Clients(_Section):
     """Clients sampled each round; 0 takes all."""
     ranks: Ranks = (4, 8, 16)
     """Cycled over the clients: "4,8,16" gives client 3 rank 4."""
+
+
+class Ranks(_Section):
+    """Which modules a client adapts, and at which rank: fedlora/ranks.py."""
+
+    policy: Literal["list", "share", "capability", "legend"] = "list"
+    """list: clients.ranks cycled. share: by ranks.shares. capability: what a node says it can.
+    legend: the last layers, as many as the client's measured speed allows."""
+    shares: Names = ("4:0.5", "8:0.3", "16:0.2")
+    """For share: rank:share of the clients, dealt out by the seed."""
+    per_core: Annotated[int, Field(gt=0)] = 4
+    """For capability: rank a core, where a node states no rank itself."""
+    cap: Annotated[int, Field(ge=0)] = 0
+    """For capability: the highest rank; 0: none."""
+    low: Annotated[int, Field(gt=0)] = 4
+    """For legend: the first layer's rank."""
+    step: Annotated[float, Field(ge=0)] = 1.0
+    """For legend: what each layer's rank has over the one before."""
+    budget: Annotated[int, Field(ge=0)] = 0
+    """For legend: the most that a client's layers' ranks may sum to; 0: no limit."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """For legend: how much of the times known so far each round's measurement leaves."""
+    quantile: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """For legend: the share of the clients that may miss the deadline; 0 is the fastest's time."""
+    absent: Literal["fold", "leave-out"] = "fold"
+    """A module that a client does not adapt: the federation's current change of it is folded
+    into the client's base for the round, or is left out, which saves its bytes."""
+
+
+class Devices(_Section):
+    """A device model with a virtual clock, for simulation: fedlora/devices.py."""
+
+    classes: Names = ()
+    """name:compute:Mbit/s[:layers], cycled over the clients: "fast:1:100,slow:0.2:5". Empty: off."""
+    gflops: Annotated[float, Field(gt=0)] = 50.0
+    """Billions of operations a second of a device of compute 1."""
+    jitter: Annotated[float, Field(ge=0)] = 0.1
+    """Standard deviation of the logarithm of a device's speed over the rounds."""
+    deadline: Annotated[float, Field(ge=0)] = 0.0
+    """Virtual seconds after which a reply does not count; 0: every reply does."""
 
 
 class Lora(_Section):
@@ -241,6 +283,43 @@ class Privacy(_Section):
         return self.on and self.level == "client"
 
 
+class Server(_Section):
+    """What the server does with a round's mean: fedlora/server_opt.py."""
+
+    optimizer: Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "none"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    """1 with fedavgm; 0.001 to 0.1 with the adaptive ones."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    """Added to the adaptive ones' denominator."""
+
+
+class Robust(_Section):
+    """Which updates count, judged by their products B A: fedlora/robust.py."""
+
+    method: Literal["none", "norm-bound", "krum", "multi-krum", "trimmed", "median"] = "none"
+    """norm-bound: shorten what is too long. krum, multi-krum: keep those with close neighbours.
+    trimmed: drop those farthest from the geometric median. median: weigh by the median."""
+    bound: Annotated[float, Field(ge=0)] = 0.0
+    """For norm-bound: the longest change; 0 takes the round's median length."""
+    byzantine: Annotated[int, Field(gt=0)] = 1
+    """For krum and multi-krum: how many faulty clients to withstand."""
+    share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """For trimmed: the share of the updates to drop."""
+
+
+class Personalize(_Section):
+    """After the last round, on each client's own rows and for itself alone."""
+
+    epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Fine-tune the final model for so many epochs and evaluate it; 0: do not."""
+    lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate of that; 0: train.lr."""
+    alone: bool = False
+    """Train each client by itself as well, with the budget of the whole run, to compare with."""
+
+
 class Output(_Section):
     keep_updates: bool = False
     """Write each accepted update to updates/round-NNN/client-<id>.safetensors."""
@@ -286,6 +365,11 @@ class Config(_Section):
     output: Output = Output()
     simulate: Simulate = Simulate()
     privacy: Privacy = Privacy()
+    ranks: Ranks = Ranks()
+    devices: Devices = Devices()
+    server: Server = Server()
+    robust: Robust = Robust()
+    personalize: Personalize = Personalize()
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Config":
@@ -367,6 +451,19 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             overrides[key.strip()] = text.strip()
     return overrides
+
+
+def write_defaults(pyproject: Path) -> None:
+    """Put every key with its default below [tool.flwr.app.config] of a pyproject.toml.
+
+    Flower lets a run override only the keys that stand there.
+    """
+    header = "[tool.flwr.app.config]\n"
+    before, _, after = pyproject.read_text().partition(header)
+    lines = tomli_w.dumps(Config().flat()).splitlines()  # "run.name" = ..., one a line
+    keys = "".join(line.replace('"', "", 2) + "\n" for line in lines)
+    rest = after[after.index("\n[") :]
+    pyproject.write_text(before + header + keys + rest)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -107,9 +108,20 @@ def load(data: Data, task: Task, clients: int, seed: int) -> Corpus:
 def load_node(data: Data, task: Task, labels: Sequence[str], seed: int = 0) -> ClientRows:
     """A deployed client's rows: `data.node-path` whole. `labels` is what the server sent.
 
+    A directory with a train.jsonl in it is split already: test.jsonl, if there, is its own test.
+
     Raises:
         DataError: as in `load`, or the file has a label that the server does not know.
     """
+    split = [Path(data.node_path, f"{name}.jsonl") for name in ("train", "test")]
+    if split[0].is_file():
+        parts = []
+        for path in split:
+            there = path.is_file() and path.stat().st_size > 0
+            part = _rows(data, "data.node-path", str(path), task) if there else Rows()
+            _check_labels(part, labels, str(path))
+            parts.append(part)
+        return ClientRows(*parts)
     rows = _limited(_rows(data, "data.node-path", data.node_path, task), data, seed)
     _check_labels(rows, labels, data.node_path)
     return _client(rows, data, seed, 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -21,13 +22,32 @@ from fedlora.config import Config
 from fedlora.errors import CheckpointError, ModelError
 from fedlora.journal import Journal, Member, Saved, state_types
 from fedlora.layers import adapter_config
-from fedlora.loading import load_base
+from fedlora.loading import MeanPooled, load_base
 from fedlora.lowrank import compress, norm, stack, svd
 from fedlora.memory import ClientMemory
 from fedlora.model import PREFIX, Model
+from fedlora.sources import locate
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round, Version
 from fedlora.text import eval_batches
+
+ENCODER = "encoder."
+"""Where a mean-pooled model keeps its encoder, which is what an export of it adapts."""
+
+HEAD = "classifier.safetensors"
+
+USE_HEAD = """An encoder, the mean of its token states, and a linear head:
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), "adapter")  # or merged
+    head = safetensors.torch.load_file("adapter/classifier.safetensors")
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None].float()
+    pooled = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+    logits = pooled @ head["classifier.weight"].T + head["classifier.bias"]
+
+labels.json names the classes in order; BASE is base_model_name_or_path of adapter_config.json.
+"""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 1e-2}
 """Relative difference of logits that rounding in the base's dtype can explain."""
@@ -74,26 +94,28 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     adapter, error = total(effective), 0.0
     if rank:
         adapter, error = truncate(adapter, rank)
-    ranks = {m: p.rank for m, p in adapter.items()}
-    config = adapter_config(model.config, model.shapes, ranks)
+    cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
+    adapter = {m[cut:]: p for m, p in adapter.items()}
+    shapes = {m[cut:]: shape for m, shape in model.shapes.items()}
+    config = adapter_config(model.config, shapes, {m: p.rank for m, p in adapter.items()})
     top = config.r
     config.lora_alpha = top
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
     config.inference_mode = True
-    config.base_model_name_or_path = model.config.model.path
-    if model.config.model.task == "causal-lm":
-        config.task_type = "CAUSAL_LM"
-    elif model.config.model.pooling == "default":
-        config.task_type = "SEQ_CLS"
+    config.base_model_name_or_path = locate(model.config.model.path)
+    config.task_type = _task_type(model.config)
+    config.modules_to_save = None if cut else config.modules_to_save
     tensors = {}
     for m, p in adapter.items():
         tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A.contiguous()
         tensors[f"{PREFIX}{m}.lora_B.weight"] = (p.scale * p.B).contiguous()
-    for name, x in effective.factors.other.items():
-        tensors[PREFIX + name] = x.contiguous()
     directory.mkdir(parents=True, exist_ok=True)
+    if cut:
+        save_head(effective, directory)
+    else:
+        tensors |= {PREFIX + name: x.contiguous() for name, x in effective.factors.other.items()}
     config.save_pretrained(str(directory))
     path = directory / "adapter_model.safetensors"
     write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
@@ -101,6 +123,19 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
         labels = json.dumps(list(model.labels))
         write_atomically(directory / "labels.json", labels.encode())
     return error
+
+
+def save_head(effective: Effective, directory: Path) -> None:
+    """A mean-pooled model's linear head, and how to use it: no library has a class for it."""
+    head = {name: x.contiguous() for name, x in effective.factors.other.items()}
+    write_atomically(directory / HEAD, to_bytes(head, metadata={"format": "pt"}))
+    write_atomically(directory / "README.md", USE_HEAD.encode())
+
+
+def _task_type(config: Config) -> str:
+    if config.model.task == "causal-lm":
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if config.model.pooling == "mean" else "SEQ_CLS"
 
 
 def save_merged(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
@@ -118,6 +153,9 @@ def save_merged(model: Model, effective: Effective, directory: Path, rank: int =
         for name, x in effective.factors.other.items():
             named[name].copy_(x)
     directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(base, MeanPooled):
+        save_head(effective, directory)
+        base = base.encoder
     base.save_pretrained(str(directory))
     model.tokenizer.save_pretrained(str(directory))
     return error
@@ -174,13 +212,14 @@ def load_exported(config: Config, labels: Sequence[str], directory: Path, merged
     """An export as anyone loads it, with transformers and PEFT alone."""
     from peft import PeftModel
 
-    if merged:
-        base = load_base(
-            config.model.model_copy(update={"path": str(directory)}), labels, config.run.seed
-        )
-        return base.eval()
-    base = load_base(config.model, labels, config.run.seed)
-    return PeftModel.from_pretrained(base, str(directory)).eval()
+    there = config.model.model_copy(update={"path": str(directory)}) if merged else config.model
+    model = load_base(there, labels, config.run.seed)
+    if isinstance(model, MeanPooled):
+        if not merged:
+            model.encoder = PeftModel.from_pretrained(model.encoder, str(directory))
+        model.load_state_dict(load_file(directory / HEAD), strict=False)
+        return model.eval()
+    return model.eval() if merged else PeftModel.from_pretrained(model, str(directory)).eval()
 
 
 def _of_client(

@@ -31,6 +31,8 @@ class Gathered:
     clients: dict[int, dict[str, Any]] = field(default_factory=dict)
     down: dict[int, int] = field(default_factory=dict)
     """Bytes sent, by client."""
+    asked: dict[int, float] = field(default_factory=dict)
+    """When each message was sent."""
     waited: float = 0.0
     """Seconds spent waiting for clients."""
 
@@ -108,6 +110,9 @@ def read_reply(
         "train_loss": metrics.get("loss"),
         "seconds": metrics.get("seconds"),
         "train_seconds": metrics.get("train-seconds"),
+        "forward_seconds": metrics.get("forward-seconds"),
+        "backward_seconds": metrics.get("backward-seconds"),
+        "tokens": metrics.get("tokens"),
         "bytes_up": count_bytes(content),
         "before": part_of(metrics, "before."),
         "after": part_of(metrics, "after."),
@@ -139,6 +144,10 @@ class Schemas:
             shapes = {(column, name): tuple(x.shape) for column, name, x in sent.items()}
             self._known[ranks, trains] = shapes, sent.scale
         return self._known[ranks, trains]
+
+    def columns(self) -> list[str]:
+        """Which columns of the factors clients have been asked for so far."""
+        return sorted({column for shapes, _ in self._known.values() for column, _ in shapes})
 
 
 def part_of(metrics: Mapping[str, Any], prefix: str) -> dict[str, float] | None:

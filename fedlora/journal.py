@@ -40,6 +40,14 @@ class Member:
     first: Mapping[str, float] = field(default_factory=dict)
     personal: Mapping[str, float] = field(default_factory=dict)
     final: Mapping[str, float] = field(default_factory=dict)
+    plan: Mapping[str, int] = field(default_factory=dict)
+    """Module to rank, where its modules differ or are not all; else `rank` in each."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """What its rounds take: see `ranks.Timing`."""
+    cap: int = 0
+    """The most layers its memory allows; 0: all."""
+    personalized: Mapping[str, float] = field(default_factory=dict)
+    alone: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ class Saved:
     baselines: Mapping[str, Mapping[str, float]]
     seconds: float
     finished: bool = False
+    clock: float = 0.0
+    """Virtual seconds so far, where there is a device model."""
+    moments: Any = None
+    """The server optimiser's."""
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:

@@ -73,6 +73,10 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
                 model = AutoModelForSequenceClassification.from_pretrained(path, **options)
         except (OSError, ValueError) as e:
             raise ModelError(f"model.path = {config.path!r} does not load: {e}") from e
+    if config.dropout >= 0:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
     model.requires_grad_(False)
     model.eval()
     return model

@@ -11,6 +11,7 @@ All the clients of a process share the base; what differs between them is `Facto
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,13 +49,9 @@ class Core(LoraVariant):  # type: ignore[misc]
         return out
 
 
-def core(R: Tensor, block: int) -> nn.Parameter:
-    """A core that trains: whole, or in its diagonal blocks alone where `block` is not 0."""
-    live = nn.Parameter(R.detach().clone())
-    if block:
-        inside = torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
-        live.register_hook(lambda gradient: gradient * inside)  # type: ignore[no-untyped-call]
-    return live
+def inside(R: Tensor, block: int) -> Tensor:
+    """1 in the diagonal blocks of this size of a core, 0 elsewhere; (r, r)."""
+    return torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
 
 
 class Model:
@@ -81,6 +78,7 @@ class Model:
             if isinstance(m, LoraLayer)
         }
         self._cores: dict[str, nn.Parameter] = {}
+        self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
         self._origin: dict[str, Tensor] = {}  # W0 of the modules whose base has moved
         self._shift: dict[str, Tensor] = {}  # what they moved by
         self._base: tuple[str, int] = ("", 0)
@@ -94,10 +92,12 @@ class Model:
         return self._fingerprint
 
     def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
-        """The client's layers at these ranks, each with alpha's scale."""
+        """The client's layers at these ranks, each with alpha's scale; under legend one for all."""
         lora = self.config.lora
+        top = max(ranks.values(), default=0) if self.config.ranks.policy == "legend" else 0
+        power = 0.5 if lora.use_rslora else 1
         return {
-            m: Layer(s.d, s.k, ranks[m], lora.alpha / (ranks[m] ** (0.5 if lora.use_rslora else 1)))
+            m: Layer(s.d, s.k, ranks[m], lora.alpha / ((top or ranks[m]) ** power))
             for m, s in self.shapes.items()
             if m in ranks
         }
@@ -148,7 +148,7 @@ class Model:
         """
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
-        self._cores = {}
+        self._cores, self.masks = {}, {}
         with torch.no_grad():
             for m, A in factors.A.items():
                 layer = self._modules[m]
@@ -157,7 +157,10 @@ class Model:
                 layer.scaling[self.active] = factors.scale[m]
                 layer.lora_variant.pop(self.active, None)
                 if m in factors.R:
-                    self._cores[m] = core(factors.R[m], block)
+                    self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
+                    if block:
+                        self.masks[R] = mask = inside(R, block)
+                        R.register_hook(functools.partial(torch.mul, mask))  # type: ignore[no-untyped-call]
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
                 for _, layer in self._on():

@@ -30,7 +30,8 @@ _corpus = _Once(load_corpus)
 
 def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
-    key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing, labels)
+    key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing, labels,
+           config.ranks.policy)  # fmt: skip
     found: Model = _model(key, config, labels)
     return found
 
@@ -58,3 +59,9 @@ def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientR
     if config.data.node_path:
         return load_node(config.data, config.model.task, labels, config.run.seed)
     return corpus(config).client(client)
+
+
+def forget_data() -> None:
+    """Read the data anew when it is next asked for: files may have changed since."""
+    encoded.cache_clear()
+    _corpus.key = _corpus.value = None

@@ -36,6 +36,11 @@ class Fit:
     steps: int
     seconds: float
     privacy: Mapping[str, float] = field(default_factory=dict)
+    forward: float = 0.0
+    backward: float = 0.0
+    """Seconds of each pass, over all steps."""
+    tokens: int = 0
+    """Tokens seen, padding included."""
 
 
 def fit(
@@ -56,15 +61,21 @@ def fit(
     received = {p: p.detach().clone() for ps in live.values() for p in ps.values()}
     optimizer = build_optimizer(live, config.train, learning_rate(config, round))
     generator = seeded(config.run.seed, round, client, "batches")
-    total = seen = steps = 0.0
+    total = seen = steps = forward = backward = 0.0
+    tokens = 0
     with training(model, config, round, client):
         for batch in batches(
             encoded, config.train.batch_size, generator, config.train.steps, config.train.epochs
         ):
+            start = time.perf_counter()
             losses = example_losses(model, batch)
             loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
             optimizer.zero_grad(set_to_none=True)
+            middle = time.perf_counter()
             loss.backward()  # type: ignore[no-untyped-call]
+            forward += middle - start
+            backward += time.perf_counter() - middle
+            tokens += batch["input_ids"].numel()
             if config.train.grad_clip:
                 nn.utils.clip_grad_norm_(list(received), config.train.grad_clip)
             optimizer.step()
@@ -72,7 +83,8 @@ def fit(
             seen += len(losses)
             steps += 1
     mean = total / seen if seen else math.nan
-    return Fit(mean, int(steps), time.perf_counter() - begun)
+    took = time.perf_counter() - begun
+    return Fit(mean, int(steps), took, forward=forward, backward=backward, tokens=tokens)
 
 
 def example_losses(model: Model, batch: Batch) -> Tensor:

@@ -54,9 +54,16 @@ def unpack(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Ten
     if len(array.data) != want:
         raise WireError(f"{name}: {len(array.data)} bytes, must be {want} for {array.shape}")
     if not want:
-        return torch.zeros(array.shape, dtype=dtype)
+        return _empty(array.shape, name, dtype)
     x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(array.shape)
     return x.to(torch.promote_types(dtype, torch.float32))
+
+
+def _empty(shape: Sequence[int], name: str, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.zeros(tuple(shape), dtype=torch.promote_types(dtype, torch.float32))
+    except (RuntimeError, OverflowError, TypeError):
+        raise WireError(f"{name}: {tuple(shape)} is no shape of a tensor") from None
 
 
 def pack_factors(factors: Factors, dtype: str) -> ArrayRecord:
@@ -216,10 +223,17 @@ class Job:
 
 
 def count_bytes(content: RecordDict) -> int:
-    """Serialised size of a message's content: the tensors' bytes, names and settings."""
-    arrays = sum(len(key) + r.count_bytes() for key, r in content.array_records.items())
-    small = RecordDict({k: r for k, r in content.items() if not isinstance(r, ArrayRecord)})
-    return arrays + int(recorddict_to_proto(small).ByteSize())
+    """Serialised size of a message's content: the tensors' bytes, names and settings.
+
+    Right to a few bytes a tensor; the tensors themselves are not copied to find it.
+    """
+    data, bare = 0, RecordDict()
+    for key, r in content.items():
+        if isinstance(r, ArrayRecord):
+            data += sum(len(a.data) for a in r.values())
+            r = ArrayRecord({n: Array(a.dtype, a.shape, a.stype, b"") for n, a in r.items()})
+        bare[key] = r
+    return data + int(recorddict_to_proto(bare).ByteSize())
 
 
 def _seq(settings: ConfigRecord, key: str) -> Sequence[Any]:

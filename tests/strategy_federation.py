@@ -93,7 +93,7 @@ def perturb(loaded: Factors, download: Download, client: Client, round: Round) -
     moved = clone(loaded)
     for column, name, x in moved.items():
         if column in download.trainable:
-            step = noise(x.shape, client.id, round.number, f"{column}/{name}").to(x.dtype)
+            step = 0.1 * noise(x.shape, client.id, round.number, f"{column}/{name}").to(x.dtype)
             if column == "R" and download.block:
                 cores = [torch.ones(download.block, download.block)] * (len(x) // download.block)
                 step *= torch.block_diag(*cores)

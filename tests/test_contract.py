@@ -53,15 +53,26 @@ RUNS = {
     f"{name}-{which}": (strategy, clients)
     for name, strategy in VARIANTS.items()
     for which, clients in FEDERATIONS.items()
-    if not list(strategy.problems(clients))
+    if not list(strategy.problems(clients)) and ("[" not in name or "mixed" in which)
 }
 EXACT = {key: run for key, run in RUNS.items() if run[0].promise == "exact"}
 REFUSED = {
     f"{name}-{which}": (strategy, clients)
     for name, strategy in VARIANTS.items()
     for which, clients in FEDERATIONS.items()
-    if f"{name}-{which}" not in RUNS
+    if list(strategy.problems(clients))
 }
+PLAYED: dict[tuple[int, int], list[Played]] = {}
+
+
+def rounds(strategy: Any, clients: list[Client]) -> list[Played]:
+    """The rounds of COHORTS, played once for all the tests that only look at them."""
+    key = id(strategy), id(clients)
+    if key not in PLAYED:
+        PLAYED[key] = list(play(strategy, clients, COHORTS))
+    return PLAYED[key]
+
+
 REMEMBERING = {name: s for name, s in VARIANTS.items() if s.requires.client_memory}
 
 every_strategy = pytest.mark.parametrize("strategy", VARIANTS.values(), ids=VARIANTS)
@@ -96,7 +107,7 @@ def assert_same_model(strategy: Any, x: Any, y: Any, atol: float = 1e-11) -> Non
 def test_an_exact_strategy_is_exact_in_every_round_and_any_cohort(
     strategy: Any, clients: list[Client]
 ) -> None:
-    gaps = [deviation(strategy, played) for played in play(strategy, clients, COHORTS)]
+    gaps = [deviation(strategy, played) for played in rounds(strategy, clients)]
     if strategy.promise in ("exact", "shared"):
         assert max(gaps) < 1e-12
     else:
@@ -107,7 +118,7 @@ def test_an_exact_strategy_is_exact_in_every_round_and_any_cohort(
 def test_under_an_exact_strategy_each_client_starts_from_the_whole_model(
     strategy: Any, clients: list[Client]
 ) -> None:
-    for played in play(strategy, clients, COHORTS):
+    for played in rounds(strategy, clients):
         whole = model_change(strategy.effective(played.before))
         for v in played.visits:
             for m in v.upload.client.layers:
@@ -118,7 +129,7 @@ def test_under_an_exact_strategy_each_client_starts_from_the_whole_model(
 @every_run
 def test_every_direction_a_client_receives_can_learn(strategy: Any, clients: list[Client]) -> None:
     """A row of A and a column of B that are both 0 get no gradient, ever. Delta cannot show it."""
-    for played in play(strategy, clients, COHORTS):
+    for played in rounds(strategy, clients)[::3]:
         for client in clients:
             download = strategy.download(played.after, client, played.round)
             loaded = strategy.start(download, Factors(), client, played.round)
@@ -146,14 +157,14 @@ def test_a_client_that_was_away_catches_up_to_the_same_bits(strategy: Any) -> No
 
 @every_run
 def test_the_order_of_replies_does_not_matter(strategy: Any, clients: list[Client]) -> None:
-    *_, last = play(strategy, clients, [(0, 1, 2, 3), (0, 1, 2, 3)])
+    last = rounds(strategy, clients)[-1]
     again = strategy.aggregate(last.before, last.uploads[::-1], last.round)
     assert_same_model(strategy, last.after, again)
 
 
 @every_strategy
 def test_only_the_ratios_of_num_examples_matter(strategy: Any) -> None:
-    *_, last = play(strategy, fitting(strategy))
+    last = rounds(strategy, fitting(strategy))[-1]
     tenfold = [dataclasses.replace(u, num_examples=10 * u.num_examples) for u in last.uploads]
     again = strategy.aggregate(last.before, tenfold, last.round)
     assert_same_model(strategy, last.after, again)
@@ -161,7 +172,7 @@ def test_only_the_ratios_of_num_examples_matter(strategy: Any) -> None:
 
 @every_strategy
 def test_a_client_without_examples_counts_for_nothing(strategy: Any) -> None:
-    *_, last = play(strategy, fitting(strategy))
+    last = rounds(strategy, fitting(strategy))[-1]
     nothing = dataclasses.replace(last.uploads[1], num_examples=0)
     with_it = [last.uploads[0], nothing, *last.uploads[2:]]
     without = [last.uploads[0], *last.uploads[2:]]
@@ -174,7 +185,7 @@ def test_a_client_without_examples_counts_for_nothing(strategy: Any) -> None:
 
 @every_strategy
 def test_uploads_may_come_one_by_one(strategy: Any) -> None:
-    *_, last = play(strategy, fitting(strategy))
+    last = rounds(strategy, fitting(strategy))[-1]
     again = strategy.aggregate(last.before, iter(last.uploads), last.round)
     assert_same_model(strategy, last.after, again, atol=0)
 
@@ -188,13 +199,13 @@ def test_one_client_alone_is_kept_as_it_is(strategy: Any) -> None:
 
 @every_strategy
 def test_no_reply_changes_nothing(strategy: Any) -> None:
-    *_, last = play(strategy, fitting(strategy))
-    assert_same_model(strategy, last.after, strategy.aggregate(last.after, [], Round(2, SEED)))
+    last = rounds(strategy, fitting(strategy))[-1]
+    assert_same_model(strategy, last.after, strategy.aggregate(last.after, [], Round(6, SEED)))
 
 
 @every_strategy
 def test_aggregate_changes_none_of_its_arguments(strategy: Any) -> None:
-    *_, last = play(strategy, fitting(strategy))
+    last = rounds(strategy, fitting(strategy))[-1]
     tensors = [*walk(last.before), *(t for u in last.uploads for _, _, t in u.sent.items())]
     before = [t.clone() for t in tensors]
     strategy.aggregate(last.before, last.uploads, last.round)
@@ -213,7 +224,7 @@ def test_the_state_shares_no_storage_with_an_upload(strategy: Any) -> None:
 
 @every_strategy
 def test_the_same_call_gives_the_same_bits(strategy: Any) -> None:
-    *_, one = play(strategy, fitting(strategy), COHORTS)
+    one = rounds(strategy, fitting(strategy))[-1]
     *_, two = play(strategy, fitting(strategy), COHORTS)
     assert all(torch.equal(x, y) for x, y in zip(walk(one.after), walk(two.after), strict=True))
 
@@ -260,7 +271,7 @@ def test_factors_keep_their_dtype(strategy: Any, dtype: torch.dtype) -> None:
 
 @every_strategy
 def test_a_state_comes_back_from_a_checkpoint_bit_for_bit(strategy: Any, tmp_path: Path) -> None:
-    *_, last = play(strategy, fitting(strategy), COHORTS)
+    last = rounds(strategy, fitting(strategy))[-1]
     save(tmp_path / "state", last.after)
     again = load(tmp_path / "state", *state_types(strategy))
     assert all(torch.equal(x, y) for x, y in zip(walk(last.after), walk(again), strict=True))

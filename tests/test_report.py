@@ -445,6 +445,8 @@ def test_a_method_that_promises_nothing_breaks_nothing(tmp_path: Path) -> None:
     page = Page(report.write(make_run(tmp_path / "a", 3, 2, promise="approximate"), plots=False))
     assert "EXCEEDED" not in page.text
     assert "does not promise" in page.text
+    assert '"card tile bad"><span>largest' not in page.source
+    assert not re.search(r'class="bad">0\.[34]', page.source)
     assert re.search(r"That is [34]\d\.\d% of the size of the clients' updates", page.text)
 
 

@@ -95,8 +95,13 @@ def register(plan: Plan, operator: Operator) -> None:
     for i in range(plan.clients) if plan.secure else ():
         key = plan.node(i) / "node.pub"
         name = f"node-{i}"
-        answer = operator("supernode", "register", str(key), CONNECTION, "--name", name)
-        ids[name] = answer["node-id"]
+        try:
+            answer = operator("supernode", "register", str(key), CONNECTION, "--name", name)
+            ids[name] = str(answer["node-id"])
+        except DeployError as e:
+            if "already in use" not in str(e):  # an `up` that was cut short got this far
+                raise
+            ids[name] = ""
     path = plan.run_directory / "registered.json"
     path.write_text(json.dumps(ids))
 

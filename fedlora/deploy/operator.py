@@ -8,11 +8,11 @@ Run as a module it is that process: a JSON list of arguments a line in, a JSON o
 """
 
 import contextlib
-import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,21 @@ def _serve() -> None:
     from typer.main import get_command
 
     command = get_command(app)
-    out = sys.stdout
+    out = os.fdopen(os.dup(1), "w")  # commands print to whatever stdout was at their import
     for line in sys.stdin:
-        said, answer = io.StringIO(), {}
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        answer: dict[str, Any] = {}
+        with tempfile.TemporaryFile("w+") as said:
+            os.dup2(said.fileno(), 1)
             try:
                 command.main(json.loads(line), standalone_mode=False)
             except SystemExit:
                 pass
             except Exception as e:
                 answer = {"success": False, "said": f"{type(e).__name__}: {e}"}
-        print(json.dumps(_answer(said.getvalue()) or answer or {"said": said.getvalue()}), file=out)
-        out.flush()
+            sys.stdout.flush()
+            said.seek(0)
+            text = said.read()
+        print(json.dumps(_answer(text) or answer or {"said": text}), file=out, flush=True)
 
 
 def _answer(text: str) -> dict[str, Any]:

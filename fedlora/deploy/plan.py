@@ -7,6 +7,8 @@
     DIR/app/           the Flower app that `flwr run` sends; the experiment is in its pyproject.toml
 """
 
+import contextlib
+import random
 import socket
 import tomllib
 from dataclasses import asdict, dataclass
@@ -91,12 +93,12 @@ class Plan:
 
 
 def free_ports(count: int) -> tuple[int, ...]:
-    """Ports of the loopback that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return tuple(int(s.getsockname()[1]) for s in sockets)
-    finally:
-        for s in sockets:
-            s.close()
+    """Ports of the loopback that nothing listens on now, below those the system gives out."""
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 2_000):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return tuple(found)
+    raise DeployError(f"no {count} free ports between 20000 and 32000 on the loopback")

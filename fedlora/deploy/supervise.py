@@ -82,13 +82,17 @@ class Child:
 
     def record(self) -> dict[str, Any]:
         here = self.process is not None
+        due = None if here or self.restarts < 0 else time.time() + self._left()
         return {
             "pid": self.process.pid if self.process else None,
             "created": self.created if here else None,
             "restarts": max(0, self.restarts),
             "last_exit": self.last_exit,
-            "next_start": None if here else time.time() + self.next_start - time.monotonic(),
+            "next_start": due,
         }
+
+    def _left(self) -> float:
+        return max(0.0, self.next_start - time.monotonic())
 
 
 def children(plan: Plan) -> list[Child]:

@@ -32,6 +32,9 @@ PRECISION = 0.01
 HUGE = 50.0
 """Above it the looser RDP bound is given: no privacy is left, and exp(epsilon) overflows."""
 
+ORDERS = [*range(2, 33), 40, 48, 64, 96, 128, 192, 256, 512, 1024]
+"""Of the RDP bound: whole numbers, for which it is a closed form."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spend:
@@ -78,7 +81,7 @@ def _loose(history: tuple[tuple[float, float, int], ...], delta: float) -> float
     accountant = RDPAccountant()
     accountant.history = list(history)
     with _quiet():
-        return float(accountant.get_epsilon(delta))
+        return float(accountant.get_epsilon(delta, alphas=ORDERS))
 
 
 @contextmanager
@@ -103,9 +106,13 @@ def calibrate(target: float, delta: float, q: float, steps: int) -> float:
     for _ in range(8):
         if at_high >= target - max(PRECISION, target / 100):
             break
-        slope = math.log(at_low / at_high) / math.log(low / high) if low else -1.3
-        middle = high * (0.996 * target / at_high) ** (1 / min(slope, -0.5))
-        middle = max(middle, low + (high - low) / 20)
+        if not low:  # epsilon falls at least as fast as 1 / sigma
+            middle = high * (at_high / (0.996 * target)) ** (1 / 1.3)
+        elif at_low < HUGE:
+            slope = math.log(at_low / at_high) / math.log(low / high)
+            middle = min(high * (0.996 * target / at_high) ** (1 / slope), 0.999 * high)
+        else:
+            middle = math.sqrt(low * high)
         found = epsilon([Spend(q, middle, steps)], delta)
         if found <= target:
             high, at_high = middle, found

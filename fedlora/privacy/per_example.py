@@ -40,8 +40,6 @@ from torch.nn.functional import linear
 
 from fedlora.errors import PrivacyError
 
-Slot = tuple[nn.Parameter, bool]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
@@ -94,11 +92,15 @@ class Sink:
     """Gathers per-example gradients of one micro-batch, by parameter."""
 
     live: frozenset[nn.Parameter]
+    masks: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
+    """1 where a parameter trains, for those of which only a part does."""
     found: dict[nn.Parameter, Gradient] = field(default_factory=dict)
 
     def put(self, p: nn.Parameter, gradient: Gradient) -> None:
         if p in self.found:  # the module was called before in this forward
             gradient = Dense(self.found[p].dense() + gradient.dense())
+        if p in self.masks:
+            gradient = Dense(gradient.dense() * self.masks[p])
         self.found[p] = gradient
 
     def take(self, n: int) -> dict[nn.Parameter, Gradient]:
@@ -212,7 +214,12 @@ class PerExample(LoraVariant):  # type: ignore[misc]
 
 
 @contextmanager
-def kept_apart(peft: nn.Module, name: str, live: frozenset[nn.Parameter]) -> Iterator[Sink]:
+def kept_apart(
+    peft: nn.Module,
+    name: str,
+    live: frozenset[nn.Parameter],
+    masks: Mapping[nn.Parameter, Tensor] | None = None,
+) -> Iterator[Sink]:
     """Within it, a backward pass leaves per-example gradients of `live` in the sink.
 
     `name` is the active PEFT adapter; what is in the model is as before afterwards.
@@ -221,7 +228,7 @@ def kept_apart(peft: nn.Module, name: str, live: frozenset[nn.Parameter]) -> Ite
         PrivacyError: a live parameter is in a module of a kind that cannot be kept apart.
     """
     refuse(peft, name, live)
-    sink = Sink(live)
+    sink = Sink(live, masks or {})
     variants: dict[LoraLinear, Any] = {}
     heads: list[nn.Linear] = []
     try:

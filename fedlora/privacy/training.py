@@ -110,17 +110,18 @@ def private_fit(
     noise, sampling, dropout = (
         chance(config, round, client, what) for what in ("noise", "sampling", "dropout")
     )
+    one = torch.ones(())
     total = seen = 0.0
     with (
         _training(model, config, dropout),
-        kept_apart(model.peft, model.active, frozenset(params)) as sink,
+        kept_apart(model.peft, model.active, frozenset(params), model.masks) as sink,
     ):
         for _ in range(plan.steps):
             optimizer.zero_grad(set_to_none=True)
             chosen = poisson(plan.n, plan.q, sampling)
             clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config)
             for p, g in clipped.noised(plan.sigma, noise).items():
-                p.grad = (g / (plan.q * plan.n)).to(p.dtype)
+                p.grad = (g / (plan.q * plan.n)).to(p.dtype).mul_(model.masks.get(p, one))
             extra = extra_loss(live, received, penalty, config.train.prox)
             if isinstance(extra, torch.Tensor):
                 extra.backward()  # type: ignore[no-untyped-call]

@@ -47,7 +47,7 @@ from fedlora.strategies.base import (
 )
 from fedlora.strategies.mixed import by_module
 
-STEPS = 100
+STEPS = 30
 """Iterations of the cosine form."""
 
 
