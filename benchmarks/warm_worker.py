@@ -87,6 +87,8 @@ def main() -> None:
             [sys.executable, "-m", "fedlora.deploy.worker", "--socket", str(socket)]
         )
         try:
+            while not socket.exists():
+                time.sleep(0.05)
             first = once(message, str(socket))
             warm = [once(message, str(socket)) for _ in range(given.repeat)]
         finally:

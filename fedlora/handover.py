@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.app import Context, Error, Message
 
 METHOD = "/fedlora.Worker/Answer"
-READY = 20.0
+READY = 60.0
 """Seconds to wait for a worker that is starting."""
 WORKER_LOST = 3
 """The error's code where the worker was lost, or took too long."""

@@ -33,6 +33,10 @@ class Gathered:
     """Bytes sent, by client."""
     asked: dict[int, float] = field(default_factory=dict)
     """When each message was sent."""
+    virtual: dict[int, Any] = field(default_factory=dict)
+    """(Spent, Work) of each client, where there is a device model."""
+    verdict: Any = None
+    """What robust.method did."""
     waited: float = 0.0
     """Seconds spent waiting for clients."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from fedlora import checkpoint
 from fedlora.config import Config
 from fedlora.errors import CheckpointError
+from fedlora.server_opt import Moments
 from fedlora.strategies.base import Strategy, Upload
 
 KEPT_CHECKPOINTS = 2
@@ -69,7 +70,7 @@ class Saved:
 def state_types(strategy: Strategy[Any]) -> list[type]:
     """The types a strategy's state may be made of: those its own file knows."""
     known = vars(sys.modules[type(strategy).__module__]).values()
-    return [t for t in known if isinstance(t, type)]
+    return [Moments, *(t for t in known if isinstance(t, type))]
 
 
 class Journal:

@@ -113,8 +113,8 @@ class MeanPooled(nn.Module):
         embeddings: nn.Module = self.encoder.get_input_embeddings()
         return embeddings
 
-    def gradient_checkpointing_enable(self, kwargs: Any = None) -> None:
-        self.encoder.gradient_checkpointing_enable(kwargs)
+    def activation_checkpointing_enable(self, kwargs: Any = None) -> None:
+        checkpoint_activations(self.encoder, kwargs)
 
     def enable_input_require_grads(self) -> None:
         self.encoder.enable_input_require_grads()
@@ -178,3 +178,9 @@ def _quantization(kind: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+
+
+def checkpoint_activations(model: Any, kwargs: Any = None) -> None:
+    """Compute activations again in the backward pass; the method's name depends on the release."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(kwargs or {"use_reentrant": True})

@@ -25,7 +25,7 @@ from fedlora.adapter import Adapter, Factors
 from fedlora.config import Config
 from fedlora.errors import ModelError
 from fedlora.layers import adapter_config, find_layers
-from fedlora.loading import fingerprint, load_base, load_tokenizer
+from fedlora.loading import checkpoint_activations, fingerprint, load_base, load_tokenizer
 from fedlora.lowrank import accumulate
 from fedlora.strategies.base import Client, Layer, Version, seeded
 
@@ -54,6 +54,10 @@ def inside(R: Tensor, block: int) -> Tensor:
     return torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
 
 
+def _masked(mask: Tensor, gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient * mask
+
+
 class Model:
     """A base with its adapters. Nothing here is random but what `init_factors` draws."""
 
@@ -65,7 +69,7 @@ class Model:
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = self.tokenizer.pad_token_id
         if config.train.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": True})
+            checkpoint_activations(base)
             base.enable_input_require_grads()
         self.shapes = find_layers(base, config)
         self._fingerprint = fingerprint(base)
@@ -160,7 +164,7 @@ class Model:
                     self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
                     if block:
                         self.masks[R] = mask = inside(R, block)
-                        R.register_hook(functools.partial(torch.mul, mask))  # type: ignore[no-untyped-call]
+                        R.register_hook(functools.partial(_masked, mask))  # type: ignore[no-untyped-call]
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
                 for _, layer in self._on():

@@ -71,7 +71,7 @@ class Planner:
         if self.legend and strategy.requires.client_memory:
             yield (
                 f"ranks.policy = 'legend' changes a client's layers from round to round, and {name} "
-                "keeps a part of each layer on the client; use fedavg, fedex or ffa"
+                "keeps a part of each layer on the client; use fedavg, fedex, flora or rolora"
             )
         if self.legend and self.config.privacy.on and not self.devices:
             yield (
@@ -119,7 +119,7 @@ class Planner:
         elif facts.get("backward_seconds"):
             depth = self.passed(self.ranks(member))
             moved = (facts["bytes_down"] + facts["bytes_up"]) / 4
-            wire = max(0.0, facts.get("elapsed", 0.0) - facts["seconds"])
+            wire = max(0.0, facts.get("elapsed_seconds", 0.0) - facts["seconds"])
             seen = Timing(
                 facts["forward_seconds"], facts["backward_seconds"] / depth, wire / moved
             )

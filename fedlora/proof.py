@@ -20,7 +20,16 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors, Pair, apply
 from fedlora.errors import ProofError
-from fedlora.strategies.base import Client, Download, Promise, Round, Strategy, Version, seeded
+from fedlora.strategies.base import (
+    Client,
+    Download,
+    Promise,
+    Round,
+    Strategy,
+    Version,
+    seeded,
+    whole_download,
+)
 from fedlora.wire import ROUNDING, pack_download, unpack_download
 
 
@@ -114,6 +123,7 @@ def prove(
     target: Target,
     round: Round,
     dtype: str,
+    fold_absent: bool = True,
 ) -> Proof:
     """Compare the target with what each kind of client will use after `state`'s next download.
 
@@ -128,9 +138,11 @@ def prove(
     else:
         for client in kinds(clients):
             there = replace(client, has_memory=False, base_version=before)
-            sent = strategy.download(state, there, Round(round.number + 1, round.seed))
+            after = Round(round.number + 1, round.seed)
+            sent = whole_download(strategy, state, there, after, fold_absent)
             came = unpack_download(pack_download(sent, dtype))
-            used.append(_used_by(strategy, came, there, target, round))
+            made = _used_by(strategy, came, there, target, round)
+            used.append(made if fold_absent else {m: made[m] for m in client.layers if m in made})
     layers, total, norm = _compare(used, target)
     return Proof(strategy.promise, total, ROUNDING[dtype], norm, layers, len(used))
 

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
@@ -35,8 +35,19 @@ from fedlora.evaluate import evaluate
 from fedlora.first_gradient import survey
 from fedlora.intake import POLL, Gathered, Schemas, exchange, read_reply
 from fedlora.journal import Journal, Member, Saved
+from fedlora.planning import Planner
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
-from fedlora.strategies.base import Client, Effective, Round, Start, Upload, seeded, top_ranks
+from fedlora.screening import refusals, screen
+from fedlora.server_opt import Moments, build_optimizer, refusal, stepped
+from fedlora.strategies.base import (
+    Client,
+    Effective,
+    Round,
+    Start,
+    Upload,
+    seeded,
+    whole_download,
+)
 from fedlora.wire import Job, count_bytes, pack_download, pack_factors
 
 
@@ -64,6 +75,9 @@ class FederatedLora(FlowerStrategy):
         self.before = 0.0  # seconds of the run's earlier starts
         self.begun = time.perf_counter()
         self.schemas = Schemas(self.strategy)
+        self.planner = Planner(config, self.model)
+        self.clock = 0.0  # virtual seconds
+        self.moments = Moments()
 
     # -- the run ----------------------------------------------------------------------------
 
@@ -95,6 +109,7 @@ class FederatedLora(FlowerStrategy):
         """One round, from sampling to checkpoint; its line of rounds.jsonl."""
         begun = time.perf_counter()
         round = Round(number, self.config.run.seed)
+        self.members = self.planner.replan(self.members)
         cohort = self.sample(round)
         self.observer.round_started(number, cohort)
         clients = [self.client(i) for i in cohort]
@@ -103,11 +118,13 @@ class FederatedLora(FlowerStrategy):
         gathered = Gathered()
         version = self._base_number()
 
-        uploads = self._uploads(grid, clients, round, gathered)
+        uploads = self._screened(self._uploads(grid, clients, round, gathered), round, gathered)
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
-        proof = prove(self.strategy, state, version, kinds, target, round, self.config.wire.dtype)
+        proof = prove(
+            self.strategy, state, version, kinds, target, round, self.config.wire.dtype, self._folds
+        )
         proved = time.perf_counter()
         self.load(self.strategy.effective(state))
         if proof.promise == "exact":
@@ -115,6 +132,7 @@ class FederatedLora(FlowerStrategy):
             proof = replace(proof, model_deviation=deviation)
         if self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
+        state = self._step(state, clients, round)
         scores = self.evaluate(number)
         evaluated = time.perf_counter()
 
@@ -143,7 +161,7 @@ class FederatedLora(FlowerStrategy):
     def client(self, i: int) -> Client:
         """A client as the strategy sees it now."""
         m = self.members[i]
-        layers = self.model.layers(dict.fromkeys(self.model.shapes, m.rank))
+        layers = self.model.layers(self.planner.ranks(m))
         return Client(i, layers, m.base_version, m.memory_round > 0)
 
     # -- Flower's own protocol --------------------------------------------------------------
@@ -210,7 +228,8 @@ class FederatedLora(FlowerStrategy):
                 self.token, self.state = saved.token, saved.state
                 self.members = dict(saved.members)
                 self.baselines = dict(saved.baselines)
-                self.before = saved.seconds
+                self.before, self.clock = saved.seconds, saved.clock
+                self.moments = saved.moments or Moments()
                 self.observer.note(f"resuming {self.journal.directory} after round {done}")
         self.token = self.token or uuid.uuid4().hex
         return done
@@ -228,7 +247,7 @@ class FederatedLora(FlowerStrategy):
             for _, reply in exchange(grid, messages, seconds):
                 if not reply.has_error():
                     facts = reply.content.config_records["facts"]
-                    self._welcome(int(facts["client"]), int(facts["rank"]), reply)  # type: ignore[arg-type]
+                    self._welcome(int(facts["client"]), facts, reply)  # type: ignore[arg-type]
             if len(self.nodes) >= want:
                 break
             if time.monotonic() > until:
@@ -238,22 +257,28 @@ class FederatedLora(FlowerStrategy):
                     f"--federation-config 'num-supernodes={want}'), or lower clients.count"
                 )
             time.sleep(POLL)
-        problems = list(self.strategy.problems([self.client(i) for i in sorted(self.members)]))
+        clients = [self.client(i) for i in sorted(self.members)]
+        problems = [
+            *self.strategy.problems(clients),
+            *self.planner.problems(self.strategy),
+            *refusals(self.config, self.strategy),
+            *self._step_refused(),
+        ]
         if problems:
             raise StrategyError("\n".join(problems))
         self.summary()
 
-    def _welcome(self, i: int, rank: int, reply: Message) -> None:
-        ranks = self.config.clients.ranks
+    def _welcome(self, i: int, facts: Mapping[str, Any], reply: Message) -> None:
         self.nodes[i] = reply.metadata.src_node_id
         if i not in self.members:
-            self.members[i] = Member(i, rank or ranks[i % len(ranks)])
+            self.members[i] = self.planner.welcome(i, facts)
 
     def _begin(self, grid: Grid) -> None:
         """The first state, the baselines, and the model before any training: round 0."""
         begun = time.perf_counter()
         clients = [self.client(i) for i in sorted(self.members)]
-        whole = Client(-1, self.model.layers(top_ranks(clients)))
+        members = [self.members[c.id] for c in clients]
+        whole = Client(-1, self.model.layers(self.planner.widest(members)))
         factors = self.model.init_factors(whole, self.config.run.seed)
         start = Start(factors, clients, self.model.weights(), self.config.run.seed)
         self.state = self.strategy.init(start)
@@ -304,7 +329,7 @@ class FederatedLora(FlowerStrategy):
         )
         content = RecordDict()
         if not bare:
-            download = self.strategy.download(self.state, client, round)
+            download = whole_download(self.strategy, self.state, client, round, self._folds)
             content = pack_download(download, self.config.wire.dtype)
         content["job"] = job.record()
         group = str(round.number)
@@ -324,6 +349,7 @@ class FederatedLora(FlowerStrategy):
             for client in clients:
                 message = self.message(client, round, "train")
                 gathered.down[client.id] = count_bytes(message.content)
+                gathered.asked[client.id] = time.perf_counter()
                 yield message
 
         of_node = {self.nodes[c.id]: c for c in clients}
@@ -359,6 +385,14 @@ class FederatedLora(FlowerStrategy):
             self._refuse(client.id, round, str(e), gathered)
             return None
         facts["bytes_down"] = gathered.down.get(client.id, 0)
+        facts["elapsed_seconds"] = time.perf_counter() - gathered.asked.get(client.id, 0.0)
+        if virtual := self.planner.spent(client, round.number, facts):
+            gathered.virtual[client.id] = virtual
+            limit, took = self.config.devices.deadline, virtual[0].total
+            if limit and took > limit:
+                reason = f"{took:.1f} virtual seconds, devices.deadline = {limit:g}"
+                self._refuse(client.id, round, reason, gathered)
+                return None
         gathered.accepted.append(client.id)
         gathered.clients[client.id] = facts
         if self.config.output.keep_updates:
@@ -390,6 +424,37 @@ class FederatedLora(FlowerStrategy):
             )
         return state
 
+    def _screened(
+        self, uploads: Iterator[Upload], round: Round, gathered: Gathered
+    ) -> Iterator[Upload]:
+        """The uploads that robust.method lets count; as they come where it is none."""
+        if self.config.robust.method == "none":
+            return uploads
+        found = list(uploads)
+        if not found:
+            return iter(found)
+        kept, gathered.verdict = screen(found, self.strategy, self.state, round, self.config)
+        return iter(kept)
+
+    def _step(self, state: Any, clients: Sequence[Client], round: Round) -> Any:
+        """The state after server.optimizer's step, loaded; as it is where there is none."""
+        if (optimizer := build_optimizer(self.config.server)) is None:
+            return state
+        downloads = (self.strategy.download(self.state, c, round).trainable for c in clients)
+        trained = frozenset[str]().union(*downloads)
+        state, self.moments = stepped(optimizer, self.moments, self.state, state, trained)
+        self.load(self.strategy.effective(state))
+        return state
+
+    def _step_refused(self) -> Iterator[str]:
+        chosen = self.config.server.optimizer
+        if chosen != "none" and (reason := refusal(self.strategy)):
+            yield f"server.optimizer = '{chosen}': {reason}"
+
+    @property
+    def _folds(self) -> bool:
+        return self.config.ranks.absent == "fold"
+
     def _refuse(self, i: int, round: Round, reason: str, gathered: Gathered) -> None:
         gathered.failures.append({"client": i, "round": round.number, "reason": reason})
         if i in self.members:
@@ -401,6 +466,7 @@ class FederatedLora(FlowerStrategy):
         """Note what each client has now: only an accepted reply moves its memory on."""
         for i, facts in gathered.clients.items():
             m = self.members[i]
+            m = self.planner.learned(m, facts, gathered.virtual.get(i))
             self.members[i] = replace(
                 m,
                 memory_round=number if facts["keeps"] else 0,
@@ -473,13 +539,33 @@ class FederatedLora(FlowerStrategy):
                 "up": sum(c["bytes_up"] for c in clients.values()),
             },
             "proof": proof and proof.record(),
+            **self._virtual(gathered),
+            **({"robust": asdict(gathered.verdict)} if gathered.verdict else {}),
         }
+
+    def _virtual(self, gathered: Gathered) -> dict[str, Any]:
+        """What the round would have taken on the config's devices."""
+        if not (devices := self.planner.devices) or not gathered.virtual:
+            return {}
+        spent = {i: s for i, (s, _) in gathered.virtual.items()}
+        works = {i: w for i, (_, w) in gathered.virtual.items()}
+        found = devices.record(spent, works, self.clock, self.config.devices.deadline)
+        self.clock = found["clock"]
+        return {"virtual": found}
 
     def _commit(self, number: int, record: Mapping[str, Any]) -> None:
         self.journal.commit(number, self._saved(), record)
 
     def _saved(self) -> Saved:
-        return Saved(self.token, self.state, self.members, self.baselines, self.seconds())
+        return Saved(
+            self.token,
+            self.state,
+            self.members,
+            self.baselines,
+            self.seconds(),
+            clock=self.clock,
+            moments=self.moments,
+        )
 
     def seconds(self) -> float:
         """Wall time the run has taken, over all its starts."""

@@ -17,6 +17,7 @@ A step leaves the mean on purpose, so the model after it is not (E) even where t
 was: prove the aggregation first, then step.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -122,6 +123,17 @@ SERVER_OPTIMIZERS: dict[str, Callable[..., ServerOptimizer]] = {
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
 }
+
+
+def build_optimizer(config: Any) -> ServerOptimizer | None:
+    """The optimiser of the config's [server] section; None where it asks for none."""
+    if config.optimizer == "none":
+        return None
+    given = {"lr": config.lr, "beta": config.beta1, "beta1": config.beta1}
+    given |= {"beta2": config.beta2, "tau": config.tau}
+    make = SERVER_OPTIMIZERS[config.optimizer]
+    takes = inspect.signature(make).parameters
+    return make(**{name: value for name, value in given.items() if name in takes})
 
 
 def refusal(strategy: Strategy[Any]) -> str | None:

@@ -16,7 +16,7 @@ from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
 from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
-from fedlora.errors import WireError
+from fedlora.errors import UpdateError, WireError
 from fedlora.strategies.base import Download, Penalty, Version
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -113,12 +113,16 @@ def pack_pairs(pairs: Mapping[str, Pair | Tensor], dtype: str) -> ArrayRecord:
 
 
 def unpack_pairs(record: ArrayRecord) -> dict[str, Pair | Tensor]:
+    """The inverse of `pack_pairs`. Raises WireError where a pair is not whole."""
     x = {key: unpack(array, key) for key, array in record.items()}
     names = dict.fromkeys(key.partition("/")[2] for key in x)
-    return {
-        m: x[f"D/{m}"] if f"D/{m}" in x else Pair(x[f"A/{m}"], x[f"B/{m}"], float(x[f"s/{m}"]))
-        for m in names
-    }
+    try:
+        return {
+            m: x[f"D/{m}"] if f"D/{m}" in x else Pair(x[f"A/{m}"], x[f"B/{m}"], x[f"s/{m}"].item())
+            for m in names
+        }
+    except (KeyError, UpdateError, RuntimeError) as e:
+        raise WireError(f"a base change does not decode: {e}") from None
 
 
 def pack_download(download: Download, dtype: str) -> RecordDict:
@@ -230,7 +234,7 @@ def count_bytes(content: RecordDict) -> int:
     data, bare = 0, RecordDict()
     for key, r in content.items():
         if isinstance(r, ArrayRecord):
-            data += sum(len(a.data) for a in r.values())
+            data += sum(len(a.data) + 5 for a in r.values())  # 5: field numbers and lengths
             r = ArrayRecord({n: Array(a.dtype, a.shape, a.stype, b"") for n, a in r.items()})
         bare[key] = r
     return data + int(recorddict_to_proto(bare).ByteSize())

@@ -20,8 +20,8 @@ BATCH = [0, 3, 5, 8, 11]  # of different lengths, so padded
 def gathered(s: Setting, numbers: list[int]) -> dict[nn.Parameter, torch.Tensor]:
     with kept_apart(s.model.peft, s.model.active, frozenset(s.params), s.model.masks) as sink:
         s.losses(numbers).sum().backward()
-        assert all(p.grad is None for p in s.model.peft.parameters())
         found = sink.take(len(numbers))
+        assert all(p.grad is None for p in s.model.peft.parameters())
     return {p: g.dense() for p, g in found.items()}
 
 
@@ -212,7 +212,7 @@ def test_batchnorm_is_refused(bert: Setting) -> None:
 
 def test_dora_is_refused(settings: Build) -> None:
     s = Setting(settings("bert", **{"lora.form": "dora"}), torch.float32)
-    assert "DoRA" in refusal(s) or "Dora" in refusal(s)
+    assert "per-example gradient" in refusal(s)
 
 
 def test_a_trained_layer_that_is_not_linear_is_refused(settings: Build) -> None:
@@ -222,15 +222,15 @@ def test_a_trained_layer_that_is_not_linear_is_refused(settings: Build) -> None:
 
 
 def test_a_parameter_without_a_gradient_is_an_error_not_a_zero(bert: Setting) -> None:
-    layer = bert.model.peft.base_model.model.bert.encoder.layer
-    del layer[1]
+    query = bert.model.peft.base_model.model.bert.encoder.layer[1].attention.self.query
+    query.forward = query.base_layer.forward
     assert "no per-example gradient" in refusal(bert)
 
 
 def test_a_weight_used_outside_its_module_is_an_error(bert: Setting) -> None:
     weight = bert.params[0]
     losses = bert.losses
-    bert.losses = lambda numbers: losses(numbers) + weight.square().sum()  # type: ignore[method-assign]
+    bert.losses = lambda numbers: losses(numbers) + weight.square().sum()
     assert "outside of the module" in refusal(bert)
 
 

@@ -182,7 +182,7 @@ def test_extra_missing_and_misshapen_tensors_are_refused_by_name() -> None:
         unpack_factors(ArrayRecord({"Q/m": record["A/m"]}), {})
 
 
-@pytest.mark.parametrize("shape", [(2**62, 0), (2**70, 0), (0, 2**31, 2**31, 2**31)])
+@pytest.mark.parametrize("shape", [(2**70, 0), (0, 2**31, 2**31, 2**31)])
 def test_an_empty_tensor_of_absurd_sizes_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(WireError, match=r"^A/m: "):
         unpack(forged(shape, b""), "A/m")

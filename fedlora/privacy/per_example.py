@@ -259,8 +259,9 @@ def refuse(peft: nn.Module, name: str, live: frozenset[nn.Parameter]) -> None:
                 "gradient of its own; use a model with LayerNorm or RMSNorm"
             )
     owners: dict[nn.Parameter, list[str]] = {}
-    for path, p in peft.named_parameters(remove_duplicate=False):
-        owners.setdefault(p, []).append(path)
+    for path, module in peft.named_modules():
+        for tail, p in module.named_parameters(recurse=False):
+            owners.setdefault(p, []).append(f"{path}.{tail}")
     known: set[nn.Parameter] = set()
     for layer in _layers(peft, name):
         known |= {layer.lora_A[name].weight, layer.lora_B[name].weight}

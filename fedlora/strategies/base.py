@@ -299,6 +299,22 @@ def too_high(clients: Sequence[Client]) -> str | None:
     return None
 
 
+def whole_download(
+    strategy: "Strategy[State]", state: State, client: Client, round: Round, fold_absent: bool
+) -> Download:
+    """The strategy's download, with what the client does not adapt folded into its base.
+
+    Without it a client of fewer modules would train on a model that lacks the federation's
+    changes of the others. What the strategy folds itself stays as it is.
+    """
+    came = strategy.download(state, client, round)
+    if not fold_absent:
+        return came
+    pairs = strategy.effective(state).factors.adapter()
+    absent = {m: p for m, p in pairs.items() if m not in client.layers and bool(p.B.any())}
+    return replace(came, fold={**absent, **came.fold}) if absent else came
+
+
 def scales(client: Client) -> dict[str, float]:
     return {m: layer.scale for m, layer in client.layers.items()}
 
