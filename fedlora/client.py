@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from fedlora import site
+from fedlora import feedback, site
 from fedlora.adapter import Factors
 from fedlora.config import Config
 from fedlora.errors import FedLoraError, ModelError, PrivacyError
@@ -31,7 +31,8 @@ from fedlora.evaluate import evaluate
 from fedlora.first_gradient import sketch
 from fedlora.memory import ClientMemory
 from fedlora.model import Model
-from fedlora.strategies.base import Client, Download, Round, Strategy
+from fedlora.personal import alone, personalized
+from fedlora.strategies.base import Client, Download, Round, Strategy, travelling
 from fedlora.text import Encoded
 from fedlora.train import Fit, fit, threads
 from fedlora.wire import Job, pack_factors, unpack_download
@@ -80,7 +81,8 @@ def train(message: Message, context: Context) -> RecordDict:
         if judged:
             scores |= _named("after", evaluate(model, test, config))
         trained = model.read()
-    sent, keep = desk.strategy.upload(trained, kept)
+    whole, keep = desk.strategy.upload(trained, kept)
+    sent = travelling(whole, desk.download.trainable)
     keeps = any(True for _ in keep.items())
     if keeps:
         desk.memory.remember(job.round, keep)
@@ -99,9 +101,7 @@ def train(message: Message, context: Context) -> RecordDict:
             "seconds": time.perf_counter() - begun,
             **scores,
         }
-    return desk.reply(
-        {"sent": pack_factors(sent, config.wire.dtype), "metrics": MetricRecord(metrics)}, keeps
-    )
+    return desk.reply({"sent": feedback.send(desk, sent), "metrics": MetricRecord(metrics)}, keeps)
 
 
 def gradient(message: Message, context: Context) -> RecordDict:
@@ -125,6 +125,13 @@ def score(message: Message, context: Context) -> RecordDict:
         return desk.reply({"metrics": MetricRecord({"num-examples": 1})})
     with threads(desk.config.train.threads), desk.ready() as (model, _):
         scores = _named("final", evaluate(model, test, desk.config))
+        wanted = desk.config.personalize
+        rows = site.encoded("train", desk.job.client, desk.config, desk.job.labels)
+        if wanted.epochs:
+            scores |= _named("personalized", personalized(desk, model, rows, test))
+    if wanted.alone:
+        with threads(desk.config.train.threads):
+            scores |= _named("alone", alone(desk, rows, test))
     return desk.reply({"metrics": MetricRecord({"num-examples": len(test), **scores})})
 
 

@@ -1,6 +1,7 @@
 """What follows the last round: what stayed with the clients, their scores, adapter and summary."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,13 @@ def final_scores(server: "FederatedLora", grid: Grid) -> None:
     round = Round(server.config.run.rounds + 1, server.config.run.seed)
     messages = (server.message(c, round, "evaluate") for c in _connected(server))
     for i, reply in _answers(server, grid, messages):
-        scores = part_of(reply.content.metric_records["metrics"], "final.")
-        server.members[i] = replace(server.members[i], final=scores or {})
+        said = reply.content.metric_records["metrics"]
+        server.members[i] = replace(
+            server.members[i],
+            final=part_of(said, "final.") or {},
+            personalized=part_of(said, "personalized.") or {},
+            alone=part_of(said, "alone.") or {},
+        )
 
 
 def _connected(server: "FederatedLora") -> list[Client]:
@@ -71,6 +77,19 @@ def _answers(
             yield of_node[node], reply
 
 
+def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """The clients' mean accuracy (or loss, where they have none), and of the worst tenth of them.
+
+    A tenth is at least one client. None where no client was scored.
+    """
+    key = "accuracy" if any("accuracy" in s for s in scores) else "loss"
+    found = sorted((s[key] for s in scores if key in s), reverse=key == "loss")
+    if not found:
+        return None
+    worst = found[: math.ceil(len(found) / 10)]
+    return {key: sum(found) / len(found), f"worst_tenth_{key}": sum(worst) / len(worst)}
+
+
 def write_records(server: "FederatedLora", stopped: str = "") -> None:
     """clients.jsonl and summary.json; `stopped` says why the run ended early, if it did."""
     corpus, c = server.corpus, server.config
@@ -83,6 +102,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
                 "client": i,
                 "node": server.nodes.get(i),
                 "rank": m.rank,
+                "modules": len(m.plan) or len(server.model.shapes),
                 "train_examples": m.examples,
                 "test_examples": len(corpus.client(i).test) if simulated else None,
                 "labels": labels.get(i, {}),
@@ -93,6 +113,8 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
                 "first": m.first or None,
                 "final": m.final or None,
                 "personal": m.personal or None,
+                "personalized": m.personalized or None,
+                "alone": m.alone or None,
             }
         )
     server.journal.clients(lines)
@@ -114,6 +136,11 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
                 "up": sum(m.bytes_up for m in members),
             },
             "failures": sum(m.failures for m in members),
+            "clients": {
+                kind: spread([getattr(m, kind) for m in members])
+                for kind in ("final", "personalized", "alone")
+            },
+            "virtual_seconds": server.clock or None,
             "sent": server.schemas.columns(),
             "stopped": stopped,
         }

@@ -32,18 +32,18 @@ def _names(value: Any) -> Any:
 
 def _ranks(value: Any) -> Any:
     """ "4,8,16", [4, 8, 16] or 8."""
-    if isinstance(value, int):
-        return (value,)
     try:
-        return tuple(int(part) if isinstance(part, str) else part for part in _names(value))
+        parts = (value,) if isinstance(value, int) else _names(value)
+        ranks = tuple(int(part) if isinstance(part, str) else part for part in parts)
     except (ValueError, TypeError):
-        raise ValueError('must be positive integers, as in "8" or "4,8,16"') from None
+        ranks = ()
+    if not ranks or any(type(r) is not int or r < 1 for r in ranks):
+        raise ValueError('must be positive integers, as in "8" or "4,8,16"')
+    return ranks
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-Ranks = Annotated[
-    tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), BeforeValidator(_ranks)
-]
+Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]
 
 Renames = Annotated[
     tuple[Annotated[str, Field(pattern=r"^[^=]+=.*\S")], ...], BeforeValidator(_names)
@@ -233,7 +233,10 @@ class Evaluate(_Section):
 
 
 class Wire(_Section):
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """How factors travel. Narrow ones carry a scale a row; uploads are rounded stochastically."""
+    error_feedback: bool = True
+    """Of int8 and int4: what an upload lost to rounding is added to the client's next."""
 
 
 class Proof(_Section):

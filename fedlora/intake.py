@@ -15,11 +15,11 @@ from flwr.serverapp import Grid
 
 from fedlora.adapter import Factors
 from fedlora.errors import UpdateError
-from fedlora.strategies.base import Client, Round, Strategy, Upload
+from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
 from fedlora.wire import Shapes, count_bytes, unpack_factors
 
-POLL = 0.05
-"""Seconds between two looks for replies."""
+POLL, SLOWEST_POLL = 0.05, 1.0
+"""Seconds between two looks for replies: at first, and after a while without one."""
 
 
 @dataclass
@@ -54,13 +54,14 @@ def exchange(
         for mid in grid.push_messages([message]):
             pending[mid] = message.metadata.dst_node_id
         yield from _ready(grid, pending)
+    pause = POLL
     while pending and time.monotonic() < until:
-        found = False
         for pair in _ready(grid, pending):
-            found = True
+            pause = POLL
             yield pair
-        if pending and not found:
-            time.sleep(POLL)
+        if pending:
+            time.sleep(min(pause, max(0.0, until - time.monotonic())))
+            pause = min(1.2 * pause, SLOWEST_POLL)
 
 
 def _ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
@@ -101,6 +102,8 @@ def read_reply(
         )
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
+    if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
+        raise UpdateError(f"{odd[0]} = {metrics[odd[0]]!r}: must be one number")
     shapes, scale = schema
     sent = unpack_factors(record, scale, shapes)
     for column, name, x in sent.items():
@@ -114,6 +117,7 @@ def read_reply(
         "train_loss": metrics.get("loss"),
         "seconds": metrics.get("seconds"),
         "train_seconds": metrics.get("train-seconds"),
+        "privacy": part_of(metrics, "privacy."),
         "forward_seconds": metrics.get("forward-seconds"),
         "backward_seconds": metrics.get("backward-seconds"),
         "tokens": metrics.get("tokens"),
@@ -138,16 +142,20 @@ class Schemas:
         self, state: Any, client: Client, base_version: int, round: Round
     ) -> tuple[Shapes, Mapping[str, float]]:
         """The schema of a client of these layers in a round of this kind."""
-        ranks = tuple((m, layer.rank) for m, layer in client.layers.items())
-        trains = self.strategy.download(state, client, round).trainable
-        if (ranks, trains) not in self._known:
+        asked = self.strategy.download(state, client, round)
+        key = (
+            tuple((m, layer.rank) for m, layer in client.layers.items()),
+            tuple((column, name, tuple(x.shape)) for column, name, x in asked.send.items()),
+            asked.trainable,  # a strategy may take turns, or prune a client's ranks
+        )
+        if key not in self._known:
             new = replace(client, has_memory=False, base_version=base_version)
             came = self.strategy.download(state, new, round)
             started = self.strategy.start(came, Factors(), new, round)
-            sent, _ = self.strategy.upload(started, Factors())
+            sent = travelling(self.strategy.upload(started, Factors())[0], came.trainable)
             shapes = {(column, name): tuple(x.shape) for column, name, x in sent.items()}
-            self._known[ranks, trains] = shapes, sent.scale
-        return self._known[ranks, trains]
+            self._known[key] = shapes, sent.scale
+        return self._known[key]
 
     def columns(self) -> list[str]:
         """Which columns of the factors clients have been asked for so far."""

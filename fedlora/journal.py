@@ -32,6 +32,8 @@ class Member:
     rank: int
     memory_round: int = 0
     """The last round whose reply was accepted: the memory the client is to build on."""
+    last_round: int = 0
+    """The last round whose reply was accepted, whether or not the client keeps memory."""
     base_version: int = 0
     rounds: int = 0
     failures: int = 0

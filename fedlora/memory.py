@@ -49,6 +49,21 @@ class ClientMemory:
     def remember(self, round: int, kept: Factors) -> None:
         save(self.own / f"round-{round:05}.safetensors", kept)
 
+    def lost(self, round: int) -> Factors:
+        """What the upload of that round lost to rounding; nothing where that is not known."""
+        path = self.own / f"lost-{round:05}.safetensors"
+        for other in self.own.glob("lost-*.safetensors"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        try:
+            found: Factors = load(path)
+        except CheckpointError:
+            return Factors()
+        return found
+
+    def lose(self, round: int, error: Factors) -> None:
+        save(self.own / f"lost-{round:05}.safetensors", error)
+
     def add_base(self, versions: Sequence[Version]) -> None:
         """Store base changes; a snapshot makes all up to its number superfluous."""
         for v in versions:

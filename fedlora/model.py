@@ -51,7 +51,9 @@ class Core(LoraVariant):  # type: ignore[misc]
 
 def inside(R: Tensor, block: int) -> Tensor:
     """1 in the diagonal blocks of this size of a core, 0 elsewhere; (r, r)."""
-    return torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
+    blocks = [torch.ones(block, block)] * (len(R) // block)
+    mask: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return mask.to(R)
 
 
 def _masked(mask: Tensor, gradient: Tensor | None) -> Tensor | None:

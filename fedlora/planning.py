@@ -68,6 +68,11 @@ class Planner:
     def problems(self, strategy: Strategy[Any]) -> Iterator[str]:
         """Why the policy does not go with the strategy; nothing if it does."""
         name = self.config.strategy.name
+        if self.devices and not self.legend and any(d.layers for d in self.devices.classes):
+            yield (
+                "devices.classes limits how many layers a class trains, and only ranks.policy = "
+                "'legend' gives clients different layers; leave out the limit, or set that policy"
+            )
         if self.legend and strategy.requires.client_memory:
             yield (
                 f"ranks.policy = 'legend' changes a client's layers from round to round, and {name} "

@@ -26,7 +26,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import site
+from fedlora import personal, site
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
@@ -263,6 +263,7 @@ class FederatedLora(FlowerStrategy):
             *self.planner.problems(self.strategy),
             *refusals(self.config, self.strategy),
             *self._step_refused(),
+            *personal.refusals(self.config),
         ]
         if problems:
             raise StrategyError("\n".join(problems))
@@ -326,6 +327,7 @@ class FederatedLora(FlowerStrategy):
             base_number=self._base_number(),
             fingerprint=self.model.fingerprint,
             labels=self.labels,
+            last_round=member.last_round,
         )
         content = RecordDict()
         if not bare:
@@ -390,7 +392,7 @@ class FederatedLora(FlowerStrategy):
             gathered.virtual[client.id] = virtual
             limit, took = self.config.devices.deadline, virtual[0].total
             if limit and took > limit:
-                reason = f"{took:.1f} virtual seconds, devices.deadline = {limit:g}"
+                reason = f"{took:.3g} virtual seconds, devices.deadline = {limit:g}"
                 self._refuse(client.id, round, reason, gathered)
                 return None
         gathered.accepted.append(client.id)
@@ -470,6 +472,7 @@ class FederatedLora(FlowerStrategy):
             self.members[i] = replace(
                 m,
                 memory_round=number if facts["keeps"] else 0,
+                last_round=number,
                 base_version=version,
                 rounds=m.rounds + 1,
                 bytes_down=m.bytes_down + facts["bytes_down"],

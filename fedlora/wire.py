@@ -1,7 +1,7 @@
 """Factors to Flower records and back, with every size checked before anything is allocated.
 
 A tensor travels as `Array(dtype, shape, stype="fedlora.<dtype>", data)` whose data are its raw
-little-endian bytes. No built-in strategy of Flower can read that type, so none can average
+little-endian bytes, or for "int8" and "int4" those of `quantize`. No built-in strategy of Flower can read that type, so none can average
 adapters by mistake. Nothing here is pickled.
 """
 
@@ -17,18 +17,26 @@ from torch import Tensor
 
 from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
 from fedlora.errors import UpdateError, WireError
+from fedlora.quantize import LEVELS, dequantize, quantize, size
 from fedlora.strategies.base import Download, Penalty, Version
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-11}
+ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-11, "int8": 6e-2, "int4": 0.8}
 """Relative error that sending in this dtype may add to an aggregate: see `proof`."""
 
 Shapes = Mapping[tuple[str, str], tuple[int, ...]]
 """(column, name) of a `Factors` to the shape it must have."""
 
 
-def pack(x: Tensor, dtype: str) -> Array:
-    """One tensor as an Array of exactly numel * itemsize bytes."""
+def pack(x: Tensor, dtype: str, generator: torch.Generator | None = None) -> Array:
+    """One tensor as an Array of exactly numel * itemsize bytes.
+
+    Quantised ones carry a scale a row; vectors and numbers, which are few, travel as float32.
+    """
+    if dtype in LEVELS and x.ndim > 1:
+        data = quantize(x, dtype, generator)
+        return Array(dtype=dtype, shape=tuple(x.shape), stype=f"fedlora.{dtype}", data=data)
+    dtype = "float32" if dtype in LEVELS else dtype
     raw = x.detach().to(DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
     return Array(dtype=dtype, shape=tuple(x.shape), stype=f"fedlora.{dtype}", data=raw.tobytes())
 
@@ -41,7 +49,7 @@ def unpack(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Ten
             before anything of the declared size exists.
     """
     if (
-        array.stype not in {f"fedlora.{d}" for d in DTYPES}
+        array.stype not in {f"fedlora.{d}" for d in (*DTYPES, *LEVELS)}
         or array.stype != f"fedlora.{array.dtype}"
     ):
         raise WireError(f"{name}: type {array.stype!r} of {array.dtype!r} is none of ours")
@@ -49,12 +57,16 @@ def unpack(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Ten
         raise WireError(f"{name}: shape {tuple(array.shape)}, must be {shape}")
     if any(n < 0 for n in array.shape):
         raise WireError(f"{name}: shape {tuple(array.shape)} has a negative size")
-    dtype = DTYPES[array.dtype]
-    want = math.prod(array.shape) * dtype.itemsize
+    narrow = array.dtype in LEVELS
+    dtype = torch.float32 if narrow else DTYPES[array.dtype]
+    n = math.prod(array.shape)
+    want = size(tuple(array.shape), array.dtype) if narrow and n else n * dtype.itemsize
     if len(array.data) != want:
         raise WireError(f"{name}: {len(array.data)} bytes, must be {want} for {array.shape}")
     if not want:
         return _empty(array.shape, name, dtype)
+    if narrow:
+        return dequantize(array.data, tuple(array.shape), array.dtype)
     x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(array.shape)
     return x.to(torch.promote_types(dtype, torch.float32))
 
@@ -66,8 +78,11 @@ def _empty(shape: Sequence[int], name: str, dtype: torch.dtype) -> Tensor:
         raise WireError(f"{name}: {tuple(shape)} is no shape of a tensor") from None
 
 
-def pack_factors(factors: Factors, dtype: str) -> ArrayRecord:
-    return ArrayRecord({f"{c}/{name}": pack(x, dtype) for c, name, x in factors.items()})
+def pack_factors(
+    factors: Factors, dtype: str, generator: torch.Generator | None = None
+) -> ArrayRecord:
+    tensors = {f"{c}/{name}": pack(x, dtype, generator) for c, name, x in factors.items()}
+    return ArrayRecord(tensors)
 
 
 def unpack_factors(
@@ -126,7 +141,10 @@ def unpack_pairs(record: ArrayRecord) -> dict[str, Pair | Tensor]:
 
 
 def pack_download(download: Download, dtype: str) -> RecordDict:
-    """Everything of a download but what is the same for all clients (`Job` carries that)."""
+    """Everything of a download but what is the same for all clients (`Job` carries that).
+
+    Base changes stay, so a rounding error in them would stay and add up: they travel in float32.
+    """
     scale = download.send.scale
     settings: dict[str, Any] = {
         "scale-names": list(scale),
@@ -147,10 +165,14 @@ def pack_download(download: Download, dtype: str) -> RecordDict:
         {"send": pack_factors(download.send, dtype), "download": ConfigRecord(settings)}
     )
     for v in download.base:
-        content[f"base-{v.number}"] = pack_pairs(v.delta, dtype)
+        content[f"base-{v.number}"] = pack_pairs(v.delta, _lasting(dtype))
     if download.fold:
-        content["fold"] = pack_pairs(download.fold, dtype)
+        content["fold"] = pack_pairs(download.fold, "bfloat16" if dtype in LEVELS else dtype)
     return content
+
+
+def _lasting(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
 
 
 def unpack_download(content: RecordDict) -> Download:
@@ -193,6 +215,8 @@ class Job:
     base_number: int
     fingerprint: str
     labels: tuple[str, ...]
+    last_round: int = 0
+    """The last round in which this client's reply was accepted."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -207,6 +231,7 @@ class Job:
                 "base-number": self.base_number,
                 "fingerprint": self.fingerprint,
                 "labels": list(self.labels),
+                "last-round": self.last_round,
             }
         )
 
@@ -223,6 +248,7 @@ class Job:
             x["base-number"],
             x["fingerprint"],
             tuple(x["labels"]),
+            x["last-round"],
         )
 
 

@@ -1,6 +1,9 @@
 """Clients that fail, lie or send rubbish: each costs its own reply, and never the run."""
 
 import math
+import pickle
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,10 +143,8 @@ def foreign(_: Message, reply: Message, __: Bad) -> Message:
 
 
 def pickled(_: Message, reply: Message, __: Bad) -> Message:
-    import pickle
-
     arrays(reply)[first_key(reply)] = Array(
-        dtype="float32", shape=(2, 24), stype="fedlora.float32", data=pickle.dumps([1.0])
+        dtype="float32", shape=(3, 24), stype="fedlora.float32", data=pickle.dumps([1.0])
     )
     return reply
 
@@ -181,8 +182,6 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 def test_a_bad_reply_is_refused_with_client_round_and_reason(
     settings: Settings, what: str
 ) -> None:
-    import re
-
     spoil, reason = SPOILT[what]
     given = quick("fedex", **{"output.keep-updates": True, "lora.target-modules": "query"})
     first = AtFirst()
@@ -241,8 +240,6 @@ def test_when_all_fail_the_run_stops_and_resumes_to_the_same_bytes(
 
 
 def test_a_client_that_never_answers_is_left_out_at_the_deadline(settings: Settings) -> None:
-    import time
-
     def sleeps(_: Message, reply: Message, __: Bad) -> Message:
         time.sleep(8)
         return reply

@@ -1,7 +1,6 @@
 """Per-example gradients against the slow way, and what they refuse."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from private_setting import Build, Setting, norm
 from torch import nn
 
 from fedlora.errors import PrivacyError
-from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
 from fedlora.privacy.chance import Chance
+from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
 from fedlora.privacy.per_example import clipping, kept_apart
 from fedlora.privacy.probe import check_apart
 
@@ -195,8 +194,8 @@ def test_bf16_gradients_are_clipped_by_the_norm_of_what_is_summed(settings: Buil
 
 
 @pytest.fixture
-def bert(settings: Build) -> Iterator[Setting]:
-    yield Setting(settings("bert"), torch.float32)
+def bert(settings: Build) -> Setting:
+    return Setting(settings("bert"), torch.float32)
 
 
 def refusal(s: Setting) -> str:

@@ -1,0 +1,368 @@
+"""`fedlora compare synthetic`: every strategy on a teacher whose best model is known.
+
+Client i draws X_i and answers with its own teacher, in two linear modules of different sizes:
+
+    Y_i = (W0 + dW + h dW_i) X_i + noise        dW, dW_i of low rank; h is how much clients differ
+
+Training is gradient descent on that squared loss, through the strategies' own two halves, their
+downloads and uploads counted as they would travel. No transformer, no Flower: seconds for all.
+
+    excess      (loss of the global model - floor) / (loss of W0 - floor), over all clients' rows
+    own         the same of the model each client holds, on its own rows
+    deviation   from (E), the largest of the rounds, as the server's proof computes it
+
+The floor is the loss of the best single full-rank W, by least squares: 0 is optimal for one
+model, 1 is no better than W0; `own` may fall below 0, where clients keep models of their own.
+The learning rate of each strategy is the best of RATES on its final excess (own, where the
+strategy has no global model); which one is in the table.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor, nn
+
+from fedlora.adapter import Factors, Pair, dense, kaiming
+from fedlora.lowrank import accumulate
+from fedlora.proof import Target, probes, prove
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import (
+    Client,
+    Layer,
+    Round,
+    Start,
+    Upload,
+    Version,
+    seeded,
+    top_ranks,
+    travelling,
+    whole_download,
+)
+from fedlora.train import extra_loss
+from fedlora.wire import count_bytes, pack_download, pack_factors
+
+SIZES = {"layers.0.proj": (24, 40), "layers.1.proj": (32, 20)}  # (d, k)
+EXAMPLES = (60, 100, 40, 80, 120, 90)
+RATES = (0.01, 0.03, 0.1)
+TEACHER_RANK = 4
+ALPHA = 8.0
+NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """The clients' data as second moments, which is all that a squared loss needs."""
+
+    W0: Mapping[str, Tensor]
+    xx: Sequence[Mapping[str, Tensor]]
+    """X X^T / n (k, k) of each client."""
+    yx: Sequence[Mapping[str, Tensor]]
+    """(Y - W0 X) X^T / n (d, k)."""
+    yy: Sequence[float]
+
+    def loss(self, client: int, change: Mapping[str, Tensor]) -> Tensor:
+        """Mean over the client's examples of |Y - (W0 + change) X|^2."""
+        total = torch.tensor(self.yy[client], dtype=torch.float64)
+        for m, D in change.items():
+            total = total + ((D @ self.xx[client][m]) * D).sum() - 2 * (D * self.yx[client][m]).sum()
+        return total
+
+    def everywhere(self, change: Mapping[str, Tensor]) -> float:
+        """The loss over all clients' examples."""
+        losses = [n * float(self.loss(i, change)) for i, n in enumerate(EXAMPLES)]
+        return sum(losses) / sum(EXAMPLES)
+
+    def floor(self) -> float:
+        """The least loss of one model: W0 + (sum n yx) (sum n xx)^-1."""
+        best = {}
+        for m in SIZES:
+            xx = sum(n * x[m] for n, x in zip(EXAMPLES, self.xx, strict=True))
+            yx = sum(n * x[m] for n, x in zip(EXAMPLES, self.yx, strict=True))
+            best[m] = torch.linalg.solve(xx, yx, left=False)
+        return self.everywhere(best)
+
+
+def make_task(seed: int, h: float) -> Task:
+    """Teachers and data; h = 0 gives all clients one teacher."""
+    W0, common, xx, yx, yy = {}, {}, [], [], []
+    for m, (d, k) in SIZES.items():
+        W0[m] = _noise((d, k), seed, -1, f"W0/{m}") / k**0.5
+        common[m] = _low_rank(d, k, seed, -1, m)
+    for i, n in enumerate(EXAMPLES):
+        moments: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        square = 0.0
+        for m, (d, k) in SIZES.items():
+            X = _noise((k, n), seed, i, f"X/{m}")
+            teacher = common[m] + h * _low_rank(d, k, seed, i, m)
+            E = teacher @ X + NOISE * _noise((d, n), seed, i, f"E/{m}")  # Y - W0 X
+            moments[0][m], moments[1][m] = X @ X.T / n, E @ X.T / n
+            square += float(E.square().sum()) / n
+        xx.append(moments[0])
+        yx.append(moments[1])
+        yy.append(square)
+    return Task(W0, xx, yx, yy)
+
+
+@dataclass
+class Place:
+    """One client's machine."""
+
+    kept: Factors = field(default_factory=Factors)
+    has_memory: bool = False
+    base_version: int = 0
+    base: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, versions: Sequence[Version]) -> None:
+        for v in versions:
+            for m, delta in v.delta.items():
+                self.base[m] = accumulate(None if v.snapshot else self.base.get(m), delta)
+            self.base_version = v.number
+
+
+@dataclass
+class Outcome:
+    """One strategy's run."""
+
+    strategy: str
+    ranks: Sequence[int]
+    rate: float = 0.0
+    excess: float = float("nan")
+    own: float = float("nan")
+    deviation: float = 0.0
+    down: int = 0
+    up: int = 0
+    once: int = 0
+    """Of what came down, what only a newcomer's first download held."""
+    curve: list[float] = field(default_factory=list)
+    refused: str = ""
+
+
+def clients_of(ranks: Sequence[int]) -> list[Client]:
+    """One client for each of EXAMPLES, the ranks cycled over them."""
+    return [
+        Client(
+            i,
+            {m: Layer(d, k, r, ALPHA / r) for m, (d, k) in SIZES.items()},
+        )
+        for i in range(len(EXAMPLES))
+        for r in [ranks[i % len(ranks)]]
+    ]
+
+
+def compare(
+    names: Sequence[str],
+    ranks: Sequence[int] = (4,),
+    rounds: int = 15,
+    steps: int = 5,
+    h: float = 0.5,
+    seed: int = 0,
+    rates: Sequence[float] = RATES,
+) -> Iterator[Outcome]:
+    """Each strategy at its best rate; one that refuses these ranks with its reason."""
+    task = make_task(seed, h)
+    for name in names:
+        strategy, clients = STRATEGIES[name](), clients_of(ranks)
+        if problems := list(strategy.problems(clients)):
+            yield Outcome(name, ranks, refused=problems[0])
+            continue
+        runs = [play(name, strategy, task, clients, rounds, steps, rate, seed) for rate in rates]
+        judged = "own" if strategy.promise == "shared" else "excess"
+        yield replace(min(runs, key=lambda r: _finite(getattr(r, judged))), ranks=ranks)
+
+
+def play(
+    name: str,
+    strategy: Any,
+    task: Task,
+    clients: Sequence[Client],
+    rounds: int,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> Outcome:
+    """All the rounds of one strategy at one rate, every client in each."""
+    state = begin(strategy, task, clients, seed)
+    places = {c.id: Place() for c in clients}
+    done = Outcome(name, (), rate)
+    zero, floor = task.everywhere({}), task.floor()
+    first: dict[int, int] = {}
+    for number in range(1, rounds + 1):
+        round, uploads = Round(number, seed), []
+        version = _version(strategy, state)
+        target = Target(probes(clients, 4, seed, number))
+        for c in clients:
+            sent, down, up = visit(strategy, state, task, c, places[c.id], round, steps, rate)
+            uploads.append(sent)
+            target.add(strategy.trained(state, sent, round), sent.num_examples)
+            done.down, done.up = done.down + down, done.up + up
+            if number == 1:
+                first[c.id] = down
+            elif number == 2:
+                done.once += max(0, first[c.id] - down)
+        if not all(torch.isfinite(x).all() for u in uploads for _, _, x in u.sent.items()):
+            return done  # diverged at this rate: excess stays NaN
+        state = strategy.aggregate(state, uploads, round)
+        proof = prove(strategy, state, version, clients, target, round, "float32")
+        done.deviation = max(done.deviation, proof.deviation)
+        done.curve.append((task.everywhere(model_of(strategy, state)) - floor) / (zero - floor))
+    after = Round(rounds + 1, seed)
+    own = [float(task.loss(c.id, held(strategy, state, c, places[c.id], after))) for c in clients]
+    mean = sum(n * x for n, x in zip(EXAMPLES, own, strict=True)) / sum(EXAMPLES)
+    done.own = (mean - floor) / (zero - floor)
+    if getattr(strategy, "average_at_end", False):
+        kept = [Upload(c, places[c.id].kept, EXAMPLES[c.id]) for c in clients]
+        state = strategy.finish(state, kept)
+    done.excess = (task.everywhere(model_of(strategy, state)) - floor) / (zero - floor)
+    return done
+
+
+def begin(strategy: Any, task: Task, clients: Sequence[Client], seed: int) -> Any:
+    """The strategy's first state, as the server makes it."""
+    ranks = top_ranks(clients)
+    A = {m: kaiming(ranks[m], k, seeded(seed, 0, 0, m)).double() for m, (_, k) in SIZES.items()}
+    B = {m: torch.zeros(d, ranks[m], dtype=torch.float64) for m, (d, _) in SIZES.items()}
+    scale = {m: ALPHA / r for m, r in ranks.items()}
+    state = strategy.init(Start(Factors(scale, A, B), clients, task.W0, seed))
+    if getattr(strategy, "wants_gradient", False):
+        mean = {}
+        for m, (d, _) in SIZES.items():
+            signs = [n * -x[m].sign() for n, x in zip(EXAMPLES, task.yx, strict=True)]
+            mean[m] = Pair(sum(signs) / sum(EXAMPLES), torch.eye(d, dtype=torch.float64))
+        state = strategy.from_gradient(state, mean)
+    return state
+
+
+def visit(
+    strategy: Any,
+    state: Any,
+    task: Task,
+    client: Client,
+    place: Place,
+    round: Round,
+    steps: int,
+    rate: float,
+) -> tuple[Upload, int, int]:
+    """A client's round: download, train, upload. The upload, and the bytes each way."""
+    me = replace(client, base_version=place.base_version, has_memory=place.has_memory)
+    download = whole_download(strategy, state, me, round, True)
+    place.take(download.base)
+    loaded = _double(strategy.start(download, place.kept, me, round))
+    base = _with(place.base, download.fold)
+    trained = descend(loaded, download, task, client.id, base, steps, rate)
+    sent, place.kept = strategy.upload(trained, place.kept)
+    sent = travelling(sent, download.trainable)
+    place.has_memory = True
+    down = count_bytes(pack_download(download, "float32"))
+    up = count_bytes(RecordDict({"sent": pack_factors(sent, "float32")}))
+    return Upload(client, sent, EXAMPLES[client.id]), down, up
+
+
+def descend(
+    loaded: Factors,
+    download: Any,
+    task: Task,
+    client: int,
+    base: Mapping[str, Tensor],
+    steps: int,
+    rate: float,
+) -> Factors:
+    """Plain gradient descent on what `trainable` names; a copy of all the factors after it."""
+    R = {m: _core(x, download.block) for m, x in loaded.R.items()}
+    live: dict[str, dict[str, nn.Parameter]] = {
+        "A": {m: nn.Parameter(x.clone()) for m, x in loaded.A.items()},
+        "B": {m: nn.Parameter(x.clone()) for m, x in loaded.B.items()},
+        "R": R,
+    }
+    params = [p for c, ps in live.items() if c in download.trainable for p in ps.values()]
+    received = {p: p.detach().clone() for p in params}
+    optimizer = torch.optim.SGD(params, lr=rate)
+    for _ in range(steps):
+        factors = Factors(loaded.scale, live["A"], live["B"], live["R"])
+        change = _with(base, factors.adapter())
+        loss = task.loss(client, change) + extra_loss(live, received, download.penalty, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 10.0)
+        optimizer.step()
+    columns = {c: {m: p.detach().clone() for m, p in ps.items()} for c, ps in live.items()}
+    return Factors(loaded.scale, **columns)
+
+
+def _core(R: Tensor, block: int) -> nn.Parameter:
+    """A core that trains: whole, or in its diagonal blocks alone where `block` is not 0."""
+    live = nn.Parameter(R.clone())
+    if block:
+        inside = torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
+        live.register_hook(lambda gradient: gradient * inside)
+    return live
+
+
+def model_of(strategy: Any, state: Any) -> dict[str, Tensor]:
+    """The global model less W0."""
+    effective, place = strategy.effective(state), Place()
+    place.take(effective.base)
+    return _with(place.base, effective.factors.adapter())
+
+
+def held(
+    strategy: Any, state: Any, client: Client, place: Place, round: Round
+) -> dict[str, Tensor]:
+    """The model less W0 that a client begins its next round with."""
+    me = replace(client, base_version=place.base_version, has_memory=place.has_memory)
+    download = whole_download(strategy, state, me, round, True)
+    place.take(download.base)
+    loaded = _double(strategy.start(download, place.kept, me, round))
+    return _with(_with(place.base, download.fold), loaded.adapter())
+
+
+def _with(base: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    total = {m: x.double() for m, x in base.items()}
+    for m, pair in pairs.items():
+        total[m] = (total[m] + dense(pair) if m in total else dense(pair)).double()
+    return total
+
+
+def _double(x: Factors) -> Factors:
+    columns = {c: {m: t.double() for m, t in getattr(x, c).items()} for c in ("A", "B", "R")}
+    return Factors(x.scale, **columns)
+
+
+def _version(strategy: Any, state: Any) -> int:
+    base = strategy.effective(state).base
+    return base[-1].number if base else 0
+
+
+def _noise(size: Sequence[int], seed: int, client: int, purpose: str) -> Tensor:
+    generator = seeded(seed, 0, client, f"teacher/{purpose}")
+    return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+
+def _low_rank(d: int, k: int, seed: int, client: int, m: str) -> Tensor:
+    """A change of rank TEACHER_RANK whose entries have mean square 1 / k."""
+    U = _noise((d, TEACHER_RANK), seed, client, f"U/{m}")
+    V = _noise((TEACHER_RANK, k), seed, client, f"V/{m}")
+    return U @ V / (TEACHER_RANK * k) ** 0.5
+
+
+def _finite(x: float) -> float:
+    return x if x == x else float("inf")
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """One table: results above, refusals with their reasons below."""
+    head = ["strategy", "promise", "rate", "excess", "own", "deviation", "down", "up", "once"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for o in outcomes:
+        if o.refused:
+            continue
+        cells = [
+            o.strategy, STRATEGIES[o.strategy]().promise, f"{o.rate:g}", f"{o.excess:.3f}",
+            f"{o.own:.3f}", f"{o.deviation:.1e}", f"{o.down / 1e3:.0f} kB", f"{o.up / 1e3:.0f} kB",
+            f"{o.once / 1e3:.0f} kB",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    refused = [f"- {o.strategy}: {o.refused}" for o in outcomes if o.refused]
+    return "\n".join([*rows, *(["", "Refused:", "", *refused] if refused else [])]) + "\n"

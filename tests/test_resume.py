@@ -1,0 +1,234 @@
+"""Killed at any point and resumed, a run ends with the bytes of one that never was."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from tiny_federation import ROOT, Ran, federate, python, quick
+
+from fedlora.config import Config
+from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
+
+Settings = Callable[..., dict[str, object]]
+
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fedlora import checkpoint, client, journal, memory, train
+from tiny_federation import federate
+
+given, point, round = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wrap(owner, name, before=None, after=None):
+    real = getattr(owner, name)
+    def wrapped(*args, **options):
+        if before: before(*args)
+        result = real(*args, **options)
+        if after: after(*args)
+        return result
+    setattr(owner, name, wrapped)
+
+def is_(path, part, round):
+    return part in str(path) and f"round-{round:05}" in str(path)
+
+if point == "mid-client":
+    seen = []
+    def second(model, rows, columns, config, number, who, *rest):
+        seen.append(number == round)
+        if sum(seen) == 2: die()
+    wrap(client, "fit", before=second)
+elif point == "memory-kept":
+    def kept(self, number, keep):
+        if number == round: die()
+    wrap(memory.ClientMemory, "remember", after=kept)
+elif point == "first-reply":
+    def replied(self, records, keeps=False):
+        if self.job.round == round: die()
+    wrap(client.Desk, "reply", after=replied)
+elif point == "half-a-checkpoint":
+    def half(path, data):
+        if is_(path, "/checkpoint/", round):
+            Path(path.parent, f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
+            die()
+    wrap(checkpoint, "write_atomically", before=half)
+elif point == "checkpoint-kept":
+    def whole(path, tree, *rest):
+        if is_(path, "/checkpoint/", round): die()
+    wrap(checkpoint, "save", after=whole)
+elif point == "half-a-line":
+    def line(self, number, tree, record):
+        if number == round:
+            text = self.rounds.read_text()
+            self.rounds.write_text(text[:-40])
+            die()
+    wrap(journal.Journal, "commit", after=line)
+federate(given)
+"""
+POINTS = ("mid-client", "first-reply", "half-a-checkpoint", "checkpoint-kept", "half-a-line")
+CASES = [
+    *(("fedsa", point, 2) for point in (*POINTS, "memory-kept")),
+    *(("fedex", point, 3) for point in ("mid-client", "checkpoint-kept")),
+    *(("flora", point, 3) for point in ("first-reply", "half-a-checkpoint")),
+    ("fslora", "mid-client", 2),
+    ("fedsb", "memory-kept", 2),
+    ("fedex", "checkpoint-kept", 0),
+    ("fedex", "half-a-checkpoint", 0),
+]
+
+
+def partly(name: str, **changes: object) -> dict[str, object]:
+    """Two of four clients a round, so that most resume as ones that were away."""
+    return quick(
+        name, **{"clients.count": 4, "clients.per-round": 2, "run.rounds": 4, **changes}
+    )
+
+
+@pytest.mark.parametrize(("name", "point", "round"), CASES)
+def test_a_run_killed_and_resumed_ends_like_one_that_was_not(
+    settings: Settings, name: str, point: str, round: int
+) -> None:
+    given = settings(**partly(name))
+    killed = python(KILLER, json.dumps(given), point, str(round))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    ran = federate({**given, "run.resume": True})
+    whole = federate({**given, "run.name": "whole"})
+    assert ran.adapter == whole.adapter
+    assert ran.metrics == whole.metrics
+    assert not list(ran.directory.rglob("checkpoint/*.half.tmp"))
+
+
+def test_killed_twice_with_two_workers_it_still_ends_the_same(settings: Settings) -> None:
+    given = settings(**partly("fedsa", **{"simulate.workers": 2}))
+    for n, round in enumerate((2, 3)):
+        now = {**given, "run.resume": bool(n)}
+        killed = python(KILLER, json.dumps(now), "checkpoint-kept", str(round))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    ran = federate({**given, "run.resume": True})
+    whole = federate({**given, "run.name": "whole"})
+    assert ran.adapter == whole.adapter
+    assert ran.metrics == whole.metrics
+
+
+def interrupted(settings: Settings, name: str, **changes: object) -> dict[str, object]:
+    """A run that stopped after round 2 of 4."""
+
+    def stop(server: Any) -> None:
+        real = server.observer.round_started
+
+        def started(number: int, cohort: list[int]) -> None:
+            if number == 3:
+                raise KeyboardInterrupt
+            real(number, cohort)
+
+        server.observer.round_started = started
+
+    given = settings(**partly(name, **changes))
+    with pytest.raises(KeyboardInterrupt):
+        federate(given, before=stop)
+    return {**given, "run.resume": True}
+
+
+def test_a_changed_key_is_refused_by_name(settings: Settings) -> None:
+    given = interrupted(settings, "fedex")
+    changed = {**given, "train.lr": 0.01, "clients.per-round": 3}
+    with pytest.raises(CheckpointError) as caught:
+        federate(changed)
+    assert "train.lr: was 0.05, is 0.01" in str(caught.value)
+    assert "clients.per-round: was 2, is 3" in str(caught.value)
+    assert "strategy.name" not in str(caught.value)
+
+
+def test_another_strategy_cannot_take_the_state_over(settings: Settings) -> None:
+    given = interrupted(settings, "fedex")
+    with pytest.raises(FedLoraError, match=r"strategy\.name: was 'fedex', is 'flora'"):
+        federate({**given, "strategy.name": "flora"})
+
+
+def test_what_is_not_of_the_experiment_may_change(settings: Settings) -> None:
+    given = interrupted(settings, "fedex")
+    ran = federate({**given, "simulate.workers": 2, "output.keep-updates": True})
+    whole = federate({**given, "run.name": "whole", "run.resume": False})
+    assert ran.adapter == whole.adapter
+
+
+def test_a_damaged_last_checkpoint_costs_one_round(settings: Settings) -> None:
+    given = interrupted(settings, "fedex")
+    directory = Path(str(given["run.out"]), "run")
+    newest = sorted((directory / "checkpoint").glob("round-*"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    ran = federate(given)
+    whole = federate({**given, "run.name": "whole", "run.resume": False})
+    assert ran.adapter == whole.adapter
+    assert ran.metrics == whole.metrics
+
+
+def test_lost_client_memory_is_said_and_not_made_up(settings: Settings) -> None:
+    given = interrupted(settings, "fedsa", **{"round.min-replies": 2})
+    shutil.rmtree(Path(str(given["run.out"]), "run", "clients"))
+    with pytest.raises(FedLoraError, match="has lost its memory of round") as caught:
+        federate(given)
+    assert ClientMemoryError.__name__ in str(caught.value)
+
+
+def test_a_finished_run_resumed_changes_nothing(settings: Settings) -> None:
+    given = settings(**partly("fedsa"))
+    ran = federate(given)
+    adapter, metrics = ran.adapter, ran.metrics
+    again = federate({**given, "run.resume": True})
+    assert again.adapter == adapter
+    assert again.metrics == metrics
+
+
+def test_resuming_where_nothing_was_begun_begins(settings: Settings) -> None:
+    given = settings(**quick("fedex", **{"run.resume": True}))
+    assert [r["round"] for r in federate(given).rounds] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_says_how_to_resume_and_that_works(
+    settings: Settings, tmp_path: Path, workers: int
+) -> None:
+    changes = {"run.rounds": 300, "train.lr-schedule": "constant", "simulate.workers": workers}
+    config = Config.read(settings(**quick("fedex", **changes)))
+    (tmp_path / "x.toml").write_text(tomli_w.dumps(config.flat()))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "fedlora.cli", "simulate"]
+    with subprocess.Popen(
+        [*command, str(tmp_path / "x.toml")],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as running:  # fmt: skip
+        assert running.stdout
+        before = []
+        for line in running.stdout:
+            before.append(line)
+            if line.startswith("round 2/"):
+                break
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: workers get it too
+        rest = running.stdout.read()
+        code = running.wait(60)
+    said = "".join([*before, rest])
+    directory = tmp_path / "run"
+    assert code == 130, said
+    assert f"continue with: fedlora simulate --resume {directory}" in rest
+    assert "Traceback" not in said
+    done = len(Ran(directory).rounds) - 1
+    again = subprocess.run(
+        [*command, "--resume", str(directory), "--set", f"run.rounds={done + 1}", "--quiet"],
+        env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [r["round"] for r in Ran(directory).rounds] == list(range(done + 2))
