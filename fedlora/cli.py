@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedlora.deploy.cli import app as deploy
+from fedlora.privacy.cli import app as privacy
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning of Hugging Face models on Flower.",
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(deploy, name="deploy")
+app.add_typer(privacy, name="privacy")
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a key: --set train.lr=1e-3")
@@ -63,6 +65,50 @@ def simulate(
     from simulations.run import flower, local
 
     (local if engine == "local" else flower)(config, overrides, quiet)
+
+
+@app.command()
+def compare(
+    experiment: Annotated[
+        str, typer.Argument(help="A file, a shipped experiment's name, or synthetic.")
+    ],
+    strategies: Annotated[
+        str | None, typer.Option(help="all, or names: a,b. Default: the experiment's own.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2.")] = None,
+    set_: Set = None,
+    equal: Annotated[str, typer.Option(help="rounds, or bytes: as many rounds as fit.")] = "rounds",
+    out: Annotated[
+        Path | None, typer.Option(help="Where; default: runs/compare/EXPERIMENT.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="The experiment's full size.")] = False,
+    workers: Annotated[int, typer.Option(help="Runs at a time; 0: one a core.")] = 0,
+) -> None:
+    """Run an experiment with many strategies and seeds, and write one table of them all.
+
+    Stopped, the same command goes on where it was.
+    """
+    from fedlora.config import parse_overrides
+
+    if equal not in ("rounds", "bytes"):
+        raise typer.BadParameter("must be rounds or bytes", param_hint="--equal")
+    try:
+        numbers = [int(x) for x in seeds.split(",")] if seeds else None
+    except ValueError:
+        raise typer.BadParameter("must be numbers: 0,1,2", param_hint="--seeds") from None
+    if experiment == "synthetic":
+        from simulations import synthetic
+
+        synthetic.main(strategies, numbers, out)
+        return
+    from simulations.compare import main as grid
+
+    directory = grid(
+        experiment, strategies, numbers, parse_overrides(set_ or []), equal, out, full,
+        workers or os.cpu_count() or 1,
+    )  # fmt: skip
+    typer.echo((directory / "table.md").read_text())
+    typer.echo(f"{directory}/table.csv, table.md, table.html")
 
 
 @app.command()

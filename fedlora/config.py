@@ -413,6 +413,7 @@ class Config(_Section):
         """Read an experiment file, with `key = value` overrides on top."""
         try:
             given = tomllib.loads(Path(path).read_text())
+            given.pop("compare", None)  # of `fedlora compare` alone: simulations/compare.py
         except FileNotFoundError:
             raise ConfigError([f"{path}: no such file"]) from None
         except tomllib.TOMLDecodeError as e:

@@ -18,6 +18,7 @@ machine and engine. Local evaluation and the server's own work take no virtual t
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -162,15 +163,17 @@ def parse_classes(parts: Sequence[str]) -> tuple[Device, ...]:
     return tuple(found)
 
 
+ADDED = re.compile(r"\blora_|\bmodules_to_save\b")
+"""Parameters that PEFT added: which, depends on what was loaded before."""
+
+
 def operations(base: nn.Module, depth_of: Any) -> tuple[float, float]:
     """Operations a token of the forward pass, and of one layer's backward pass."""
-    tables = {
-        id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
+    tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     seen = {
         n: p.numel()
         for n, p in base.named_parameters()
-        if id(p) not in tables and p.ndim > 1 and "lora_" not in n
+        if id(p) not in tables and p.ndim > 1 and not ADDED.search(n)
     }
     inside: dict[int, int] = {}
     for name, numel in seen.items():

@@ -67,6 +67,8 @@ class Saved:
     """Virtual seconds so far, where there is a device model."""
     moments: Any = None
     """The server optimiser's."""
+    clip: float = 0.0
+    """Client-level DP's clip norm, where it adapts."""
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:

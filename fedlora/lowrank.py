@@ -16,11 +16,24 @@ def wide(x: Tensor) -> Tensor:
 def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
     """The exact weighted sum of the pairs' deltas, as one pair of rank R = sum of their ranks."""
     weights = weights or [1.0] * len(pairs)
-    A = torch.cat([wide(p.A) for p in pairs])  # (R, k)
-    B = torch.cat(
-        [wide(p.B) * (w * p.scale) for w, p in zip(weights, pairs, strict=True)], dim=1
-    )  # (d, R)
+    A, B = _empty_stack(pairs)  # (R, k), (d, R)
+    ranks = [p.rank for p in pairs]
+    for p, w, rows, columns in zip(pairs, weights, A.split(ranks), B.split(ranks, 1), strict=True):
+        rows.copy_(p.A)
+        torch.mul(p.B, w * p.scale, out=columns)
     return Pair(A, B)
+
+
+def _empty_stack(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Room for the pairs' factors side by side: filled in place, nothing is copied twice."""
+    R, dtype = sum(p.rank for p in pairs), wide(pairs[0].A[:0]).dtype
+    for p in pairs:
+        for x in (p.A, p.B):
+            dtype = torch.promote_types(dtype, x.dtype)
+    return (
+        pairs[0].A.new_empty(R, pairs[0].A.shape[1], dtype=dtype),
+        pairs[0].B.new_empty(pairs[0].B.shape[0], R, dtype=dtype),
+    )
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,14 +65,18 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     The gap is the covariance sum_i p_i (B_i - Bbar)(A_i - Abar), whose last term folds into the
     others: sum_{i<m} p_i (B_i - Bbar)(A_i - A_m). Scales are folded into B first; p sums to 1.
     """
-    B_ = [p.scale * wide(p.B) for p in pairs]
-    A_ = [wide(p.A) for p in pairs]
-    B_mean = sum((w * b for w, b in zip(weights, B_, strict=True)), torch.zeros_like(B_[0]))
-    rows = [a - A_[-1] for a in A_[:-1]]
-    columns = [w * (b - B_mean) for w, b in zip(weights[:-1], B_[:-1], strict=True)]
-    if not rows:
-        return Pair(A_[0].new_zeros(0, A_[0].shape[1]), B_[0].new_zeros(B_[0].shape[0], 0))
-    return Pair(torch.cat(rows), torch.cat(columns, dim=1))
+    last, first = pairs[-1], pairs[:-1]
+    A, B = _empty_stack([*first] or [tail(last, last.rank)])
+    B_mean = torch.zeros_like(wide(last.B))
+    for p, w in zip(pairs, weights, strict=True):
+        B_mean.add_(p.B, alpha=w * p.scale)
+    ranks = [p.rank for p in first]
+    for p, w, rows, columns in zip(
+        first, weights[:-1], A.split(ranks), B.split(ranks, 1), strict=True
+    ):
+        torch.sub(p.A, last.A, out=rows)
+        torch.sub(p.B if p.scale == 1 else p.scale * wide(p.B), B_mean, out=columns).mul_(w)
+    return Pair(A, B)
 
 
 def pad(pair: Pair, rank: int) -> Pair:
@@ -82,6 +99,8 @@ def pick(pair: Pair, ranks: Tensor) -> Pair:
 
 def extend(pair: Pair, whole: Pair, ranks: Tensor | None = None) -> Pair:
     """`whole` with the pair in place of these ranks, or of the leading ones; at its scale."""
+    if ranks is None and pair.rank == whole.rank and pair.scale == whole.scale:
+        return Pair(wide(pair.A), wide(pair.B), whole.scale)
     ranks = torch.arange(pair.rank) if ranks is None else ranks
     A, B = wide(whole.A), wide(whole.B)
     A = A.index_copy(0, ranks, wide(pair.A).to(A))

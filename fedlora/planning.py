@@ -125,9 +125,7 @@ class Planner:
             depth = self.passed(self.ranks(member))
             moved = (facts["bytes_down"] + facts["bytes_up"]) / 4
             wire = max(0.0, facts.get("elapsed_seconds", 0.0) - facts["seconds"])
-            seen = Timing(
-                facts["forward_seconds"], facts["backward_seconds"] / depth, wire / moved
-            )
+            seen = Timing(facts["forward_seconds"], facts["backward_seconds"] / depth, wire / moved)
         else:
             return member
         old = Timing(**member.timing) if member.timing else seen
@@ -165,6 +163,8 @@ class Planner:
 
     def _tokens(self, facts: Mapping[str, Any]) -> int:
         """Where a client does not say, the most its steps can have held."""
-        return int(facts.get("steps") or 0) * self.config.train.batch_size * (
-            self.config.data.max_length
+        return (
+            int(facts.get("steps") or 0)
+            * self.config.train.batch_size
+            * (self.config.data.max_length)
         )

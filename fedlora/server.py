@@ -36,6 +36,7 @@ from fedlora.first_gradient import survey
 from fedlora.intake import POLL, Gathered, Schemas, exchange, read_reply
 from fedlora.journal import Journal, Member, Saved
 from fedlora.planning import Planner
+from fedlora.privacy.central import CentralPrivacy
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
 from fedlora.screening import refusals, screen
 from fedlora.server_opt import Moments, build_optimizer, refusal, stepped
@@ -76,6 +77,7 @@ class FederatedLora(FlowerStrategy):
         self.begun = time.perf_counter()
         self.schemas = Schemas(self.strategy)
         self.planner = Planner(config, self.model)
+        self.central = CentralPrivacy.of(config)
         self.clock = 0.0  # virtual seconds
         self.moments = Moments()
 
@@ -110,15 +112,23 @@ class FederatedLora(FlowerStrategy):
         begun = time.perf_counter()
         round = Round(number, self.config.run.seed)
         self.members = self.planner.replan(self.members)
+        if self.central:
+            everyone = [self.client(i) for i in self.members]
+            self.central.open_round(
+                self.strategy, self.state, everyone, round, self.token, self.observer.note
+            )
         cohort = self.sample(round)
         self.observer.round_started(number, cohort)
         clients = [self.client(i) for i in cohort]
-        target = Target(probes(clients, self.config.proof.probes, round.seed, number))
+        seen = clients or [self.client(i) for i in self.members]
+        target = Target(probes(seen, self.config.proof.probes, round.seed, number))
         base = self._base_outputs(target)
         gathered = Gathered()
         version = self._base_number()
 
         uploads = self._screened(self._uploads(grid, clients, round, gathered), round, gathered)
+        if self.central:
+            uploads = self.central.mean(uploads, round)
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
@@ -152,6 +162,8 @@ class FederatedLora(FlowerStrategy):
     def sample(self, round: Round) -> list[int]:
         """The round's cohort, from (seed, round) and the clients that are connected."""
         there = sorted(i for i in self.members if i in self.nodes)
+        if self.central and self.central.poisson:
+            return self.central.cohort(there, round)
         n = self.config.clients.per_round
         if not n or n >= len(there):
             return there
@@ -230,6 +242,7 @@ class FederatedLora(FlowerStrategy):
                 self.baselines = dict(saved.baselines)
                 self.before, self.clock = saved.seconds, saved.clock
                 self.moments = saved.moments or Moments()
+                self.central = CentralPrivacy.of(self.config, saved.clip)
                 self.observer.note(f"resuming {self.journal.directory} after round {done}")
         self.token = self.token or uuid.uuid4().hex
         return done
@@ -417,7 +430,8 @@ class FederatedLora(FlowerStrategy):
             state = self.strategy.aggregate(self.state, chain([first], uploads), round)
             for _ in uploads:  # a strategy that stopped early: nothing is left unread
                 pass
-        if first is None or len(gathered.accepted) < self.config.round.min_replies:
+        enough = 0 if self.central and self.central.poisson else self.config.round.min_replies
+        if first is None or len(gathered.accepted) < enough:
             reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in gathered.failures)
             raise RoundError(
                 f"round {round.number}: {len(gathered.accepted)} updates were accepted, "
@@ -544,6 +558,7 @@ class FederatedLora(FlowerStrategy):
             "proof": proof and proof.record(),
             **self._virtual(gathered),
             **({"robust": asdict(gathered.verdict)} if gathered.verdict else {}),
+            **({"privacy": self.central.record()} if self.central else {}),
         }
 
     def _virtual(self, gathered: Gathered) -> dict[str, Any]:
@@ -568,6 +583,7 @@ class FederatedLora(FlowerStrategy):
             self.seconds(),
             clock=self.clock,
             moments=self.moments,
+            clip=self.central.C if self.central else 0.0,
         )
 
     def seconds(self) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedlora.config import Config
+from fedlora.console import quiet_libraries
 from fedlora.data import ClientRows, Corpus, load_node
 from fedlora.data import load as load_corpus
 from fedlora.model import Model
@@ -24,7 +25,12 @@ class _Once:
         return self.value
 
 
-_model = _Once(Model)
+def _load_model(config: Config, labels: tuple[str, ...]) -> Model:
+    quiet_libraries()  # whichever process this is: what they would say, no user can act on
+    return Model(config, labels)
+
+
+_model = _Once(_load_model)
 _corpus = _Once(load_corpus)
 
 

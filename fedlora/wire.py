@@ -176,6 +176,7 @@ def _lasting(dtype: str) -> str:
 
 
 def unpack_download(content: RecordDict) -> Download:
+    """The inverse of `pack_download`."""
     settings = content.config_records["download"]
     scale = dict(zip(_seq(settings, "scale-names"), _seq(settings, "scale-values"), strict=True))
     snapshots = set(_seq(settings, "snapshots"))

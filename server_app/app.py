@@ -4,6 +4,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config
+from fedlora.console import Progress
 from fedlora.server import FederatedLora
 
 app = ServerApp()
@@ -11,4 +12,6 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    FederatedLora(Config.read(context.run_config)).start(grid)
+    config = Config.read(context.run_config)
+    with Progress(config.run.rounds) as observer:
+        FederatedLora(config, observer).start(grid)

@@ -19,6 +19,7 @@ strategy has no global model); which one is in the table.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from flwr.app import RecordDict
 from torch import Tensor, nn
 
 from fedlora.adapter import Factors, Pair, dense, kaiming
+from fedlora.errors import ConfigError
 from fedlora.lowrank import accumulate
 from fedlora.proof import Target, probes, prove
 from fedlora.strategies import STRATEGIES
@@ -41,7 +43,7 @@ from fedlora.strategies.base import (
     travelling,
     whole_download,
 )
-from fedlora.train import extra_loss
+from fedlora.train import extra_loss, threads
 from fedlora.wire import count_bytes, pack_download, pack_factors
 
 SIZES = {"layers.0.proj": (24, 40), "layers.1.proj": (32, 20)}  # (d, k)
@@ -67,7 +69,9 @@ class Task:
         """Mean over the client's examples of |Y - (W0 + change) X|^2."""
         total = torch.tensor(self.yy[client], dtype=torch.float64)
         for m, D in change.items():
-            total = total + ((D @ self.xx[client][m]) * D).sum() - 2 * (D * self.yx[client][m]).sum()
+            total = (
+                total + ((D @ self.xx[client][m]) * D).sum() - 2 * (D * self.yx[client][m]).sum()
+            )
         return total
 
     def everywhere(self, change: Mapping[str, Tensor]) -> float:
@@ -270,34 +274,51 @@ def descend(
     rate: float,
 ) -> Factors:
     """Plain gradient descent on what `trainable` names; a copy of all the factors after it."""
-    R = {m: _core(x, download.block) for m, x in loaded.R.items()}
-    live: dict[str, dict[str, nn.Parameter]] = {
+    live = {
         "A": {m: nn.Parameter(x.clone()) for m, x in loaded.A.items()},
         "B": {m: nn.Parameter(x.clone()) for m, x in loaded.B.items()},
-        "R": R,
+        "R": {m: nn.Parameter(x.clone()) for m, x in loaded.R.items()},
     }
     params = [p for c, ps in live.items() if c in download.trainable for p in ps.values()]
-    received = {p: p.detach().clone() for p in params}
-    optimizer = torch.optim.SGD(params, lr=rate)
     for _ in range(steps):
-        factors = Factors(loaded.scale, live["A"], live["B"], live["R"])
-        change = _with(base, factors.adapter())
-        loss = task.loss(client, change) + extra_loss(live, received, download.penalty, 0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 10.0)
-        optimizer.step()
+        gradients = _gradients(loaded.scale, live, task, client, base, download.block)
+        for c, ps in live.items():
+            for m, p in ps.items():
+                p.grad = gradients[c][m]
+        if download.penalty:
+            extra = extra_loss(live, {}, download.penalty, 0.0)
+            if isinstance(extra, Tensor):
+                extra.backward()
+        with torch.no_grad():
+            for p in params:
+                p.sub_(p.grad, alpha=rate)
     columns = {c: {m: p.detach().clone() for m, p in ps.items()} for c, ps in live.items()}
     return Factors(loaded.scale, **columns)
 
 
-def _core(R: Tensor, block: int) -> nn.Parameter:
-    """A core that trains: whole, or in its diagonal blocks alone where `block` is not 0."""
-    live = nn.Parameter(R.clone())
-    if block:
-        inside = torch.block_diag(*[torch.ones(block, block)] * (len(R) // block)).to(R)
-        live.register_hook(lambda gradient: gradient * inside)
-    return live
+@torch.no_grad()
+def _gradients(
+    scale: Mapping[str, float],
+    live: Mapping[str, Mapping[str, nn.Parameter]],
+    task: Task,
+    client: int,
+    base: Mapping[str, Tensor],
+    block: int,
+) -> dict[str, dict[str, Tensor]]:
+    """Of the loss in A, B and R: with G = 2 (D xx - yx), s R^T B^T G, s G A^T R^T, s B^T G A^T."""
+    found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "R": {}}
+    for m, A in live["A"].items():
+        B, R, s = live["B"][m], live["R"].get(m), scale[m]
+        BR, RA = (B, A) if R is None else (B @ R, R @ A)
+        D = s * (BR @ A) + base[m] if m in base else s * (BR @ A)
+        G = 2 * (D @ task.xx[client][m] - task.yx[client][m])
+        found["A"][m], found["B"][m] = s * (BR.T @ G), s * (G @ RA.T)
+        if R is not None:
+            found["R"][m] = s * (B.T @ G @ A.T)
+            if block:
+                cores = [torch.ones(block, block)] * (len(R) // block)
+                found["R"][m] *= torch.block_diag(*cores)
+    return found
 
 
 def model_of(strategy: Any, state: Any) -> dict[str, Tensor]:
@@ -366,3 +387,24 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     refused = [f"- {o.strategy}: {o.refused}" for o in outcomes if o.refused]
     return "\n".join([*rows, *(["", "Refused:", "", *refused] if refused else [])]) + "\n"
+
+
+RANKS = {"equal ranks": (4,), "mixed ranks": (4, 8, 12)}
+
+
+def main(strategies: str | None, seeds: Sequence[int] | None, out: Path | None) -> None:
+    """`fedlora compare synthetic`: a table for equal ranks and one for mixed, printed and kept."""
+    names = list(STRATEGIES) if strategies in (None, "all") else strategies.split(",")
+    if wrong := [n for n in names if n not in STRATEGIES]:
+        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(STRATEGIES)}"])
+    text = ""
+    with threads(1):
+        for seed in seeds or (0,):
+            for title, ranks in RANKS.items():
+                table = markdown(list(compare(names, ranks, seed=seed)))
+                text += f"## {title} ({', '.join(map(str, ranks))}), seed {seed}\n\n{table}\n"
+                print(f"## {title}, seed {seed}\n\n{table}", flush=True)
+    directory = out or Path("runs", "compare", "synthetic")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "table.md").write_text(text)
+    print(f"{directory / 'table.md'}")

@@ -11,6 +11,7 @@ from scipy import stats
 
 from fedlora.config import Config
 from fedlora.errors import ConfigError, PrivacyError
+from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Spend, calibrate, epsilon
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Ledger
@@ -89,7 +90,12 @@ def second_opinion(spends: list[Spend], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-GRID = [(0.05, 1.0, 200, 1e-5), (0.25, 3.0, 100, 1e-4), (1.0, 5.0, 30, 1e-5), (0.1, 100, 10, 1e-5)]
+LONG = [(0.05, 1.0, 200, 1e-5), (0.25, 3.0, 100, 1e-4), (0.004, 0.6, 3000, 1e-6)]
+GRID = [
+    (1.0, 5.0, 30, 1e-5),
+    (0.1, 100, 10, 1e-5),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in LONG),
+]
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps", "delta"), GRID)
@@ -104,14 +110,16 @@ def test_epsilon_is_that_of_an_independent_accountant_and_never_below(
 
 
 def test_rounds_of_different_noise_compose_as_the_other_accountant_says() -> None:
-    spends = [Spend(0.1, 1.0, 20), Spend(0.2, 2.0, 10), Spend(0.1, 1.0, 20)]
-    ours, theirs = epsilon(spends, 1e-5), second_opinion(spends, 1e-5)
+    spends = [Spend(1.0, 8.0, 9), Spend(0.5, 6.0, 5), Spend(1.0, 8.0, 9)]
+    ours, theirs = epsilon(spends, 1e-3), second_opinion(spends, 1e-3)
     assert theirs - 1e-3 <= ours <= theirs + 0.02
-    assert epsilon(spends[:1], 1e-5) < epsilon(spends[:2], 1e-5) < ours
-    assert ours > 1.3 * epsilon(spends[:1], 1e-5)  # a new accountant each round claims that
+    assert ours > 1.3 * epsilon(spends[:1], 1e-3)  # a new accountant each round claims that
 
 
-@pytest.mark.parametrize(("target", "q", "steps"), [(1.0, 1.0, 30), (8.0, 0.1, 30)])
+@pytest.mark.parametrize(
+    ("target", "q", "steps"),
+    [(1.0, 1.0, 30), pytest.param(8.0, 0.1, 30, marks=pytest.mark.slow)],
+)
 def test_calibrated_noise_keeps_the_budget_and_wastes_little(
     target: float, q: float, steps: int
 ) -> None:
@@ -128,6 +136,12 @@ def test_limits_of_epsilon() -> None:
 
 
 # -- the local loop ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The RDP bound for epsilon, where the test is not about it."""
+    monkeypatch.setattr(accounting, "_composed", accounting._loose)
 
 
 def fitted(s: Setting, tmp_path, round: int = 1, **changes: object):
@@ -149,6 +163,7 @@ PRIVATE = {
 }
 
 
+@pytest.mark.usefixtures("_quick")
 def test_a_step_on_an_empty_sample_is_noise_alone_and_is_paid_for(
     settings: Build, tmp_path
 ) -> None:
@@ -167,6 +182,7 @@ def test_a_step_on_an_empty_sample_is_noise_alone_and_is_paid_for(
     assert [c.spend.steps for c in ledger.read().charges] == [1]
 
 
+@pytest.mark.usefixtures("_quick")
 def test_noise_is_fresh_each_step_round_and_restart(settings: Build, tmp_path) -> None:
     """Fresh from the system though run.seed is the same; the same only on express demand."""
     s = Setting(settings("bert", **PRIVATE))
@@ -183,10 +199,14 @@ def test_noise_is_fresh_each_step_round_and_restart(settings: Build, tmp_path) -
     assert torch.equal(found[2], found[3])
 
 
+@pytest.mark.usefixtures("_quick")
 def test_huge_clip_and_tiny_noise_at_q_1_is_full_batch_gradient_descent(
     settings: Build, tmp_path
 ) -> None:
     s = Setting(settings("bert", **PRIVATE))
+    for module in s.model.peft.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     grads = s.one_by_one(list(range(len(s.rows))))
     want = {p: -sum(g[p] for g in grads) / len(s.rows) for p in s.params}
     changes = {
@@ -200,10 +220,13 @@ def test_huge_clip_and_tiny_noise_at_q_1_is_full_batch_gradient_descent(
 
 
 def test_a_plan_counts_the_steps_of_all_rounds(settings: Build) -> None:
-    config = Config.read(settings("bert", **{"privacy.epsilon": 3.0, "privacy.delta": 1e-3}))
+    given = {"privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3}
+    plan = Plan.of(Config.read(settings("bert", **given)), 30)
+    assert (plan.q, plan.steps, plan.sigma) == (8 / 30, 4, 1.0)
+    given = {"privacy.epsilon": 3.0, "privacy.delta": 1e-3, "privacy.sample-rate": 1.0}
+    config = Config.read(settings("bert", **given, **{"train.steps": 4}))
     plan = Plan.of(config, 30)
-    assert (plan.q, plan.steps) == (8 / 30, 4)
-    planned = Spend(plan.q, plan.sigma, 4 * config.run.rounds)
+    planned = Spend(1.0, plan.sigma, 4 * config.run.rounds)
     assert 2.9 < epsilon([planned], 1e-3) <= 3.0
     with pytest.raises(PrivacyError, match="1/n"):
         Plan.of(config, 1000)

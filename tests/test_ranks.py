@@ -209,7 +209,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(
         return forward
 
     for name, module in model.peft.named_modules():
-        if name.endswith((".layer.0", ".layer.1", ".layers.0", ".layers.1", "embeddings", "tokens")):
+        if name.endswith(
+            (".layer.0", ".layer.1", ".layers.0", ".layers.1", "embeddings", "tokens")
+        ):
             module.register_forward_hook(watch(name))
     rows = site.encoded("train", 0, config, labels)
     from fedlora.text import batches
@@ -314,16 +316,16 @@ def test_fedavgm_at_rate_1_without_momentum_is_the_mean(settings: Settings) -> N
     a, _ = read_tensors(plain.directory / "adapter" / "adapter_model.safetensors")
     b, _ = read_tensors(stepped.directory / "adapter" / "adapter_model.safetensors")
     for name, x in a.items():
-        torch.testing.assert_close(b[name], x, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(b[name], x, rtol=1e-4, atol=2e-5)
 
 
 def test_a_resumed_optimiser_goes_on_with_its_moments(settings: Settings) -> None:
     given = {**quick("fedavg"), "server.optimizer": "fedadam", "server.lr": 0.01}
     given |= {"train.lr-schedule": "constant", "devices.classes": DEVICES}
-    whole = federate(settings(**given, **{"run.name": "whole", "run.rounds": 3}))
-    federate(settings(**given, **{"run.name": "parts", "run.rounds": 2}))
+    whole = federate(settings(**{**given, "run.name": "whole", "run.rounds": 3}))
+    federate(settings(**{**given, "run.name": "parts", "run.rounds": 2}))
     parts = federate(
-        settings(**given, **{"run.name": "parts", "run.rounds": 3, "run.resume": True})
+        settings(**{**given, "run.name": "parts", "run.rounds": 3, "run.resume": True})
     )
     assert whole.adapter == parts.adapter
     clocks = [r["virtual"]["clock"] for r in whole.rounds[1:]]

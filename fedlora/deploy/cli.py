@@ -27,7 +27,7 @@ def init(
         str, typer.Option(help="The server's name or address, as nodes reach it.")
     ] = "127.0.0.1",
     ranks: Annotated[
-        str, typer.Option(help='The nodes\' ranks, cycled: "4,8,16". Default: the experiment\'s.')
+        str, typer.Option(help="The nodes' ranks, cycled: \"4,8,16\". Default: the experiment's.")
     ] = "",
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS and no node keys. For trials only.")
@@ -132,6 +132,6 @@ def run(
     with host.operating(plan) as operator:
         run_id, results = host.start_run(plan, operator, overrides)
         typer.echo(f"run {run_id}; results in {results}")
-        ended = host.follow(plan, operator, run_id, results, typer.echo)
+        ended = host.follow(operator, run_id, results, typer.echo)
     typer.echo(ended)
-    finish(plan, results, ended)
+    finish(plan, results, run_id, ended)

@@ -25,7 +25,7 @@ HOP = {
 }  # fmt: skip
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """A request's body is over the limit."""
 
 
@@ -56,7 +56,7 @@ class Gate:
             request.headers["transfer-encoding"] = "chunked"
         try:
             await self._pass_on(await self.client.send(request, stream=True), send)
-        except TooLarge:
+        except TooLargeError:
             await self._refuse(scope, send, 413, f"the body is over {self.limit} bytes")
         except httpx.HTTPError as e:
             await self._refuse(scope, send, 502, f"the SuperLink does not answer: {e!r}")
@@ -68,7 +68,7 @@ class Gate:
             part: bytes = event.get("body", b"")
             total += len(part)
             if total > self.limit:
-                raise TooLarge
+                raise TooLargeError
             more = event["type"] == "http.request" and event.get("more_body", False)
             if part:
                 yield part

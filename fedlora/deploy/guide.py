@@ -9,7 +9,7 @@ def readme(plan: Plan) -> str:
         f"The server's certificate ends on {expiry(plan.server / 'server.pem'):%Y-%m-%d}; "
         "`fedlora deploy renew DIR` writes a new one.\n"
         if plan.secure
-        else "**Plaintext: this deployment was made with --insecure. For trials on one host only.**\n"
+        else "**Plaintext, since it was made with --insecure: for trials on one host only.**\n"
     )
     return f"""\
 # A fedlora deployment: one server, {plan.clients} nodes

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora.deploy.operator import Operator
+from fedlora.deploy.operator import Operator, environment
 from fedlora.deploy.plan import CONNECTION, Plan
 from fedlora.deploy.supervise import end, is_running, read_state, state_file
 from fedlora.errors import DeployError
@@ -32,9 +32,8 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         raise DeployError(f"{plan.directory} is up already; `fedlora deploy status` shows it")
     plan.run_directory.mkdir(mode=0o700, exist_ok=True)
     down(plan, say)  # what a killed supervisor left behind
-    registered = plan.run_directory / "registered.json"
     if not (plan.server / "state.db").exists():
-        registered.unlink(missing_ok=True)
+        _registered(plan).unlink(missing_ok=True)
     until = time.monotonic() + timeout
     with (plan.run_directory / "supervisor.log").open("ab") as log:
         subprocess.Popen(
@@ -48,7 +47,7 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
     _wait(lambda: healthy(plan), until, plan, "the SuperLink")
     say("the SuperLink answers")
     with Operator(plan) as operator:
-        if not registered.exists():
+        if not _registered(plan).exists():
             register(plan, operator)
             say(f"{plan.clients} nodes registered")
         _wait(lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes")
@@ -91,7 +90,7 @@ def register(plan: Plan, operator: Operator) -> None:
 
     A deployment without keys has nothing to register: its nodes are whoever connects.
     """
-    ids = {}
+    ids = registered(plan)
     for i in range(plan.clients) if plan.secure else ():
         key = plan.node(i) / "node.pub"
         name = f"node-{i}"
@@ -101,9 +100,33 @@ def register(plan: Plan, operator: Operator) -> None:
         except DeployError as e:
             if "already in use" not in str(e):  # an `up` that was cut short got this far
                 raise
-            ids[name] = ""
-    path = plan.run_directory / "registered.json"
-    path.write_text(json.dumps(ids))
+        _registered(plan).with_suffix(".part").write_text(json.dumps(ids))
+    _registered(plan).with_suffix(".part").unlink(missing_ok=True)
+    _registered(plan).write_text(json.dumps(ids))
+
+
+def registered(plan: Plan) -> dict[str, str]:
+    """Node name to Flower's id, of those whose keys the SuperLink has."""
+    for path in (_registered(plan), _registered(plan).with_suffix(".part")):
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+    return {}
+
+
+def _registered(plan: Plan) -> Path:
+    return plan.run_directory / "registered.json"
+
+
+def said(plan: Plan, run_id: str, lines: int) -> str:
+    """The last lines of what a run's ServerApp printed, as Flower kept them."""
+    found = subprocess.run(
+        [str(Path(sys.executable).parent / "flwr"), "log", run_id, CONNECTION, "--show"],
+        env=environment(plan.directory / "operator"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return "\n".join(found.stdout.rstrip().splitlines()[-lines:])
 
 
 def online(operator: Operator) -> int:
@@ -121,9 +144,7 @@ def operating(plan: Plan) -> Iterator[Operator]:
         yield operator
 
 
-def start_run(
-    plan: Plan, operator: Operator, overrides: Mapping[str, Any]
-) -> tuple[str, Path]:
+def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> tuple[str, Path]:
     """Send the app and start a run; its id, and the directory of its results.
 
     Raises:
@@ -144,9 +165,7 @@ def start_run(
     return str(answer["run-id"]), plan.server / config.run.out / config.run.name
 
 
-def follow(
-    plan: Plan, operator: Operator, run_id: str, directory: Path, say: Say, every: float = 3.0
-) -> str:
+def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: float = 3.0) -> str:
     """Say each round as it is on record, until the run ends; its last status."""
     rounds, seen = directory / "rounds.jsonl", 0
     status = ""

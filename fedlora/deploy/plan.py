@@ -1,10 +1,10 @@
 """What a deployment consists of, kept in its deploy.toml.
 
-    DIR/deploy.toml
-    DIR/ca/            the authority's key and certificate: stays with the operator
-    DIR/server/        goes to the server's machine
-    DIR/nodes/node-0/  goes to that node's machine
-    DIR/app/           the Flower app that `flwr run` sends; the experiment is in its pyproject.toml
+DIR/deploy.toml
+DIR/ca/            the authority's key and certificate: stays with the operator
+DIR/server/        goes to the server's machine
+DIR/nodes/node-0/  goes to that node's machine
+DIR/app/           the Flower app that `flwr run` sends; the experiment is in its pyproject.toml
 """
 
 import contextlib

@@ -30,7 +30,7 @@ def superlink(plan: Plan) -> str:
     keys = "--ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key"
     trust = f"{keys} --enable-supernode-auth" if plan.secure else "--insecure"
     return _script(
-        "The SuperLink. On loopback: its Control API lets whoever reaches it run code on all nodes.",
+        "The SuperLink. On loopback: whoever reaches its Control API can run code on all nodes.",
         f"flower-superlink {trust} --host 127.0.0.1 --port {plan.port} \\\n"
         "  --isolation process --database state.db --disable-runtime-dependency-installation",
     )
@@ -124,7 +124,7 @@ def compose(plan: Plan) -> str:
         if plan.warm:
             services[f"worker-{i}"] = _service(f"nodes/node-{i}", "worker.sh", network_mode="none")
     tree = {"services": services, "networks": {"fleet": {}}}
-    note = "# docker compose up -d; the image needs fedlora installed: see Dockerfile. (YAML is JSON.)"
+    note = "# docker compose up -d; the Dockerfile installs fedlora. (JSON is YAML.)"
     return f"{note}\n{json.dumps(tree, indent=2)}\n"
 
 

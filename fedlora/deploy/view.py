@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedlora.deploy.host import healthy
+from fedlora.deploy.host import healthy, registered, said
 from fedlora.deploy.operator import Operator
 from fedlora.deploy.plan import Plan
 from fedlora.deploy.supervise import is_running, read_state
@@ -49,15 +49,16 @@ def processes(plan: Plan) -> Table:
 
 def nodes(plan: Plan, found: list[dict[str, Any]]) -> Table:
     table = Table("node", "rank", "status", "online for", "node id", title="Nodes")
-    known = {f"node-{i}": str(plan.rank(i)) for i in range(plan.clients)}
-    for node in sorted(found, key=lambda n: str(n.get("name"))):
-        name = str(node.get("name") or "")
+    ranks = {f"node-{i}": str(plan.rank(i)) for i in range(plan.clients)}
+    names = {node_id: name for name, node_id in registered(plan).items()}
+    for node in sorted(found, key=lambda n: names.get(str(n["node-id"]), "")):
+        name = names.get(str(node["node-id"]), "")
         online = node.get("status") == "online"
         table.add_row(
             name,
-            known.get(name, ""),
+            ranks.get(name, ""),
             "[green]online[/]" if online else f"[red]{node.get('status')}[/]",
-            str(node.get("online-elapsed") or ""),
+            f"{float(node.get('online-elapsed') or 0):.0f} s" if online else "",
             str(node.get("node-id")),
         )
     return table
@@ -82,14 +83,14 @@ def tail(plan: Plan, name: str, lines: int) -> str:
         raise DeployError(f"no log of {name!r}; there are: {there}") from None
 
 
-def finish(plan: Plan, results: Path, status: str) -> None:
+def finish(plan: Plan, results: Path, run_id: str, status: str) -> None:
     """The report and the summary of a run that ended.
 
     Raises:
         DeployError: it did not complete.
     """
     if status != "finished:completed":
-        last = tail(plan, "superexec", 25)
+        last = said(plan, run_id, 25)
         raise DeployError(
             f"the run ended as {status}; the ServerApp's last words:\n{last}\n"
             f"Mend the cause, then `fedlora deploy run {plan.directory} --resume`"

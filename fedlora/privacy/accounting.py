@@ -52,15 +52,13 @@ def epsilon(spends: Iterable[Spend], delta: float) -> float:
         if s.steps and s.q:
             totals[s.sigma, s.q] = totals.get((s.sigma, s.q), 0) + s.steps
     history = tuple((sigma, q, steps) for (sigma, q), steps in sorted(totals.items()))
-    return _composed(history, delta)
+    if any(sigma <= 0 for sigma, _, _ in history):
+        return math.inf
+    return _composed(history, delta) if history else 0.0
 
 
 @functools.lru_cache(maxsize=4096)
 def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    if not history:
-        return 0.0
-    if any(sigma <= 0 for sigma, _, _ in history):
-        return math.inf
     from opacus.accountants import PRVAccountant
 
     bound = _loose(history, delta)

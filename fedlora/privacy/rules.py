@@ -58,6 +58,11 @@ def _by_client(config: "Config") -> Iterator[str]:
         )
     if config.output.keep_updates:
         yield "output.keep-updates = true: it keeps each client's update as it came, un-noised"
+    if config.robust.method != "none":
+        yield (
+            f"robust.method = {config.robust.method!r}: which updates it lets count depends on "
+            "all of them, which no clipping bounds; the clipping of each limits its harm already"
+        )
     if config.privacy.microbatch:
         yield "privacy.microbatch: is for privacy.level = 'example' only"
     if config.privacy.sample_rate and config.clients.per_round:

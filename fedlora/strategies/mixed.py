@@ -64,49 +64,49 @@ def mean_ranks(
     With w_i the weight (n_i unless given), W its sum over the clients that sent the module and
     W_j the sum over those that hold rank j,
 
-        unchanged   x_j + sum_i w_i (x_ij - x_j) / W
-        skipped     x_j + sum_i w_i (x_ij - x_j) / W_j
+        unchanged   (sum_i w_i x_ij + (W - W_j) x_j) / W
+        skipped     sum_i w_i x_ij / W_j
         zero        sum_i w_i x_ij / W
 
     Scales are folded into B. A rank that no one holds stays bit for bit, under "zero" too: zeros
     in A and in B would be a direction that never learns again.
     Summed in float32 at least, returned in the dtype of `before`; what no one sent is carried.
     """
-    changes: dict[tuple[str, str], Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
     held: dict[tuple[str, str], Tensor] = {}
     totals: dict[tuple[str, str], float] = {}
     for u in uploads:
         for column, name, x in u.sent.items():
-            key, old = (column, name), wide(getattr(before, column)[name])
+            key, old = (column, name), getattr(before, column)[name]
             by_rank = column in ("A", "B")
             dim = 1 if column == "B" else 0
             w = float(u.num_examples) if weight is None or not by_rank else weight(u, name)
-            if key not in changes:
-                changes[key] = torch.zeros_like(old)
-                size = old.shape[dim] if by_rank else 1
-                held[key], totals[key] = old.new_zeros(size), 0.0
+            if key not in sums:
+                sums[key] = torch.zeros_like(old, dtype=wide(old[:0]).dtype)
+                held[key] = sums[key].new_zeros(old.shape[dim] if by_rank else 1)
+                totals[key] = 0.0
             totals[key] += w
             ratio = u.sent.scale[name] / before.scale[name] if column == "B" else 1.0
-            if not by_rank:
-                changes[key].add_(wide(x) - old, alpha=w)
-                held[key] += w
-                continue
-            index = rows(u, name)
-            change = wide(x) * ratio - old.index_select(dim, index)
-            changes[key].index_add_(dim, index, change.to(old), alpha=w)
-            held[key].index_add_(0, index, torch.full_like(index, w, dtype=old.dtype))
+            if not by_rank or rows is leading:  # one pass over x, and no temporary
+                n = x.shape[dim] if by_rank else 1
+                (sums[key].narrow(dim, 0, n) if by_rank else sums[key]).add_(x, alpha=w * ratio)
+                held[key][:n] += w
+            else:
+                index = rows(u, name)
+                sums[key].index_add_(dim, index, x.to(sums[key]), alpha=w * ratio)
+                held[key].index_add_(0, index, torch.full_like(index, w, dtype=held[key].dtype))
     columns = {c: dict(getattr(before, c)) for c in COLUMNS}
-    for (column, name), change in changes.items():
+    for (column, name), total in sums.items():
         old, hits, W = columns[column][name], held[column, name], totals[column, name]
         if W == 0:
             continue
-        shape = [1] * old.ndim
         if column in ("A", "B"):
-            shape[1 if column == "B" else 0] = -1
-        hits = hits.view(shape)
-        stays = torch.where(hits > 0, hits / W, 1) if absent == "zero" else torch.ones_like(hits)
-        divisor = torch.where(hits > 0, hits, 1) if absent == "skipped" else W
-        columns[column][name] = (wide(old) * stays + change / divisor).to(old.dtype)
+            hits = hits.view((1, -1) if column == "B" else (-1, 1))
+        if absent == "unchanged" and not bool((hits == W).all()):
+            total = total + (W - hits) * wide(old)
+        there = hits > 0
+        mean = total / (torch.where(there, hits, 1) if absent == "skipped" else W)
+        columns[column][name] = torch.where(there, mean.to(old.dtype), old)
     return Factors(before.scale, **columns)
 
 

@@ -1,0 +1,303 @@
+"""Client-level DP at the server: a clipped, uniformly weighted, noised mean of what clients send.
+
+    Delta_i = sent_i - what it would have sent untrained      over all its tensors, as one vector
+    S       = sum_i min(1, C / |Delta_i|) Delta_i + z C N(0, 1)
+    mean    = S / m           m: the planned cohort, or q N under Poisson sampling, not the replies
+
+McMahan et al., "Learning Differentially Private Recurrent Language Models", 2018,
+https://arxiv.org/abs/1710.06963; adaptive clipping after Andrew et al., "Differentially Private
+Learning with Adaptive Clipping", 2021, https://arxiv.org/abs/1905.03871:
+
+    b = (sum_i ([|Delta_i| <= C] - 1/2) + N(0, s_b^2)) / m + 1/2
+    C <- C exp(-rate (b - gamma))
+    z for the sum: (z^-2 - (2 s_b)^-2)^(-1/2), so that both together cost what z alone would
+
+The strategy then aggregates one upload, the private mean, and stays unaware of DP. That is right
+exactly where its aggregate depends on the uploads through their mean: `follows_the_mean` measures
+it. It holds for averages of factors (both, B alone, A alone) and of Fed-SB's R. It fails for exact
+strategies, which need each B_i A_i: noise on sum_i B_i A_i has full rank d k, which no adapter can
+carry, so those are refused.
+
+Formal guarantee
+    The server's states are (epsilon, delta)-DP for adding or removing one client, epsilon from the
+    server's ledger. The server itself sees every update and is trusted. A fixed cohort claims no
+    amplification: every round counts whole. Under privacy.sample-rate, each client is in a round
+    with that probability, drawn from the system, not from run.seed.
+
+Edge cases
+    an update of norm 0           contributes 0; the factor is 1
+    no reply, or none sampled     the noise alone, divided by m as always
+    clip norm that adapts         noise uses the C that clipped; the new C serves the next round
+    late or refused replies       lower the sum, never the noise or m
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Factors, apply
+from fedlora.config import Config
+from fedlora.errors import PrivacyError, StrategyError
+from fedlora.privacy.accounting import Spend, calibrate
+from fedlora.privacy.chance import Chance
+from fedlora.privacy.ledger import Charge, Ledger
+from fedlora.privacy.mechanism import rounded
+from fedlora.strategies.base import Client, Effective, Round, Strategy, Upload, seeded, travelling
+
+Vector = dict[tuple[str, str], Tensor]
+
+
+@dataclass
+class CentralPrivacy:
+    """One run's mechanism at the server. `C` is all that it carries from round to round."""
+
+    config: Config
+    ledger: Ledger
+    N: int
+    C: float
+    epsilon: float = 0.0
+    unclipped: float | None = None
+    start: Upload | None = None
+    """What any client would send this round if it did not train."""
+
+    @classmethod
+    def of(cls, config: Config, C: float = 0.0) -> "CentralPrivacy | None":
+        """The config's, or None where client-level DP is off. `C`: of a run that is resumed."""
+        p = config.privacy
+        if not p.by_client:
+            return None
+        if p.delta >= 1 / config.clients.count:
+            raise PrivacyError(
+                f"privacy.delta = {p.delta:g} must be below 1 / clients.count = "
+                f"{1 / config.clients.count:.2g}"
+            )
+        root = Path(p.ledger) if p.ledger else Path(config.run.out, config.run.name, "privacy")
+        return cls(config, Ledger(root, "clients"), config.clients.count, C or p.clip_norm)
+
+    @property
+    def q(self) -> float:
+        """Of the accounting: 1 where the cohort's size is fixed."""
+        return self.config.privacy.sample_rate or 1.0
+
+    @property
+    def m(self) -> float:
+        """What a sum is divided by."""
+        if self.config.privacy.sample_rate:
+            return self.q * self.N
+        return float(min(self.config.clients.per_round or self.N, self.N))
+
+    @property
+    def z(self) -> float:
+        p = self.config.privacy
+        return p.noise_multiplier or calibrate(p.epsilon, p.delta, self.q, self.config.run.rounds)
+
+    @property
+    def z_sum(self) -> float:
+        """Of the sum's own noise, where some of the budget goes to the count of unclipped."""
+        if not self.config.privacy.clip_quantile:
+            return self.z
+        return float((self.z**-2 - (2 * self.s_b) ** -2) ** -0.5)
+
+    @property
+    def s_b(self) -> float:
+        return max(self.m / 20, self.z)
+
+    def noise_to_signal(self, numbers: int) -> float:
+        """Norm of the mean's noise over the largest norm that the mean can have without noise."""
+        return self.z_sum * math.sqrt(numbers) / self.m
+
+    @property
+    def poisson(self) -> bool:
+        """Is each client in a round by chance of its own?"""
+        return bool(self.config.privacy.sample_rate)
+
+    def open_round(
+        self,
+        strategy: Strategy[Any],
+        state: Any,
+        clients: Sequence[Client],
+        round: Round,
+        run: str,
+        say: Callable[[str], None],
+    ) -> None:
+        """Check and pay, before anything is sent.
+
+        Raises:
+            StrategyError: these clients, or this strategy, cannot be made private.
+            PrivacyError: the budget does not allow another round.
+        """
+        check(strategy, state, clients, round)
+        first, self.start = self.start is None, untrained(strategy, state, clients[0], round)
+        self.pay(run, round.number)
+        if first:
+            numbers = sum(x.numel() for x in vector(self.start.sent).values())
+            say(
+                f"client-level DP: noise multiplier {self.z_sum:.3g} on {numbers} numbers and a "
+                f"cohort of {self.m:g}: the mean's noise is {self.noise_to_signal(numbers):.2g} "
+                "times the longest that the mean itself can be"
+            )
+
+    def pay(self, run: str, round: int) -> None:
+        """Charge the ledger for a round."""
+        p = self.config.privacy
+        noise = "reproducible" if p.insecure_reproducible_noise else "system"
+        charge = Charge(
+            Spend(self.q, self.z, 1), self.C, p.delta, "client", run=run, round=round, noise=noise
+        )
+        self.epsilon = self.ledger.reserve(charge, p.epsilon)
+
+    def cohort(self, there: Sequence[int], round: Round) -> list[int]:
+        """A Poisson sample of the clients; its size is as secret as its members."""
+        u = self._chance(round, "sampling").uniforms(len(there))
+        return [i for i, x in zip(there, u.tolist(), strict=True) if x < self.q]
+
+    def mean(self, uploads: Iterable[Upload], round: Round) -> Iterator[Upload]:
+        """The private mean, as the one upload there is."""
+        assert self.start is not None
+        chance = self._chance(round, "noise")
+        start = vector(self.start.sent)
+        total = {key: torch.zeros(x.shape, dtype=torch.float64) for key, x in start.items()}
+        bits = 0.0
+        for upload in uploads:
+            delta = {k: x.double() - start[k].double() for k, x in vector(upload.sent).items()}
+            norm = math.sqrt(sum(float(x.square().sum()) for x in delta.values()))
+            factor = min(1.0, self.C * (1 - 1e-9) / norm) if norm else 1.0
+            for key, x in delta.items():
+                total[key].add_(x, alpha=factor)
+            bits += (norm <= self.C) - 0.5
+        std = self.z_sum * self.C
+        sent = {}
+        for key, x in total.items():
+            z = chance.gaussians(x.numel()).view(x.shape)
+            noised = rounded(x.add_(z, alpha=std), std) / self.m
+            sent[key] = (start[key].double() + noised).to(start[key].dtype)
+        self._adapt(bits, chance)
+        yield replace(self.start, sent=factors(sent, self.start.sent), num_examples=1)
+
+    def record(self) -> dict[str, Any]:
+        p = self.config.privacy
+        return {
+            "level": "client",
+            "epsilon": self.epsilon,
+            "delta": p.delta,
+            "sigma": self.z,
+            "q": self.q,
+            "next_clip": self.C,
+            "unclipped": self.unclipped,
+            "noise": "reproducible" if p.insecure_reproducible_noise else "system",
+        }
+
+    def _adapt(self, bits: float, chance: Chance) -> None:
+        p = self.config.privacy
+        if not p.clip_quantile:
+            return
+        noise = float(chance.gaussians(1)) * self.s_b
+        self.unclipped = (bits + noise) / self.m + 0.5
+        self.C *= math.exp(-p.clip_rate * (self.unclipped - p.clip_quantile))
+
+    def _chance(self, round: Round, purpose: str) -> Chance:
+        if self.config.privacy.insecure_reproducible_noise:
+            return Chance.reproducible(round.seed, round.number, -1, purpose)
+        return Chance()
+
+
+def vector(sent: Factors) -> Vector:
+    """All that is sent, by column and name."""
+    return {(column, name): x for column, name, x in sent.items()}
+
+
+def factors(v: Mapping[tuple[str, str], Tensor], like: Factors) -> Factors:
+    columns: dict[str, dict[str, Tensor]] = {}
+    for (column, name), x in v.items():
+        columns.setdefault(column, {})[name] = x
+    return Factors(like.scale, **columns)
+
+
+def begun(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> Factors:
+    """What a newcomer of these layers starts the round with."""
+    new = replace(client, has_memory=False, base_version=_version(strategy, state))
+    return strategy.start(strategy.download(state, new, round), Factors(), new, round)
+
+
+def untrained(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> Upload:
+    """What a client would send back if it did not train."""
+    sent, _ = strategy.upload(begun(strategy, state, client, round), Factors())
+    trains = strategy.download(state, client, round).trainable
+    return Upload(client, travelling(sent, trains), 1)
+
+
+def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
+    """Each round, before anything is sent.
+
+    Raises:
+        StrategyError: these clients, or this strategy's aggregate, cannot be made private.
+    """
+    first = begun(strategy, state, clients[0], round)
+    if any(not _same(first, begun(strategy, state, c, round)) for c in clients[1:]):
+        raise StrategyError(
+            "privacy.level = 'client' clips updates of one model, but the clients start the round "
+            "from different factors (ranks, layers, or a choice of the strategy); set one rank in "
+            "clients.ranks, or privacy.level = 'example'"
+        )
+    if not follows_the_mean(strategy, state, clients[0], round):
+        raise StrategyError(
+            f"privacy.level = 'client': {type(strategy).__name__} does not aggregate through the "
+            "mean of what clients send, so noise on that mean would not cover it (an exact "
+            "aggregate of B_i A_i needs noise of full rank, which no adapter carries); use "
+            "fedavg, ffa, rolora, fedsvd or fedsb, or privacy.level = 'example'"
+        )
+
+
+def _same(one: Factors, other: Factors) -> bool:
+    a, b = vector(one), vector(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def follows_the_mean(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> bool:
+    """Is the aggregate of two uploads that of their mean? Measured on two made-up ones."""
+    base = untrained(strategy, state, client, round)
+    g = seeded(round.seed, round.number, 0, "follows the mean")
+    moved = []
+    for _ in range(2):
+        change = {
+            k: x + 0.1 * torch.randn(x.shape, generator=g) for k, x in vector(base.sent).items()
+        }
+        moved.append(replace(base, sent=factors(change, base.sent)))
+    a, b = (vector(u.sent) for u in moved)
+    middle = replace(base, sent=factors({k: (a[k] + b[k]) / 2 for k in a}, base.sent))
+    two = strategy.effective(strategy.aggregate(state, iter(moved), round))
+    one = strategy.effective(strategy.aggregate(state, iter([middle]), round))
+    x = {m: torch.randn(layer.k, 2, generator=g) for m, layer in client.layers.items()}
+    used, want = _outputs(two, x), _outputs(one, x)
+    size = max(float(y.norm()) for y in want.values())
+    same = all(torch.allclose(used[m], want[m], rtol=0, atol=1e-4 * size + 1e-9) for m in want)
+    raw, other = vector(two.factors), vector(one.factors)
+    equal = {
+        k
+        for k in other
+        if raw[k].shape == other[k].shape and torch.allclose(raw[k], other[k], 1e-4, 1e-5)
+    }
+    heads = {k for k in other if k[0] == "other"}
+    return same and heads <= equal and (size > 0 or equal == set(other))
+
+
+def _outputs(effective: Effective, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    adapter = effective.factors.adapter()
+    result = {}
+    for m, probe in x.items():
+        y = adapter[m](probe) if m in adapter else torch.zeros(1)
+        for version in effective.base:
+            if m in version.delta:
+                y = y + apply(version.delta[m], probe)
+        result[m] = y
+    return result
+
+
+def _version(strategy: Strategy[Any], state: Any) -> int:
+    base = strategy.effective(state).base
+    return base[-1].number if base else 0

@@ -1,0 +1,302 @@
+"""The result of a comparison: table.csv, table.md, table.html and plots/.
+
+A row is one strategy under one variant, over its seeds: means, and for the score the half width
+of its 95 % interval from Student's t, which is what a few seeds can say. Nothing is tested.
+"""
+
+import base64
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.run_files import ACCURACY, Metric, RunFiles, finite, read
+from fedlora.units import duration, percent, size, tiny
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+"""Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
+
+
+@dataclass
+class Row:
+    """One strategy under one variant."""
+
+    variant: str
+    strategy: str
+    promise: str
+    reason: str = ""
+    metric: Metric = ACCURACY
+    runs: list[RunFiles] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    """The final central score of each seed."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Means over the seeds."""
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.score) if self.score else None
+
+    @property
+    def half(self) -> float | None:
+        return interval(self.score)
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96 + 2.4 / (len(values) - 1)
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def row(
+    variant: str, strategy: str, promise: str, directories: Sequence[Path], reason: str = ""
+) -> Row:
+    """A row from the runs of its seeds."""
+    found = Row(variant, strategy, promise, reason, runs=[read(d) for d in directories])
+    if not found.runs:
+        return found
+    found.metric = found.runs[0].metric
+    key = found.metric.key
+    found.score = [s for r in found.runs if (s := finite(r.summary.get("final"), key)) is not None]
+    each = [_numbers(r, key) for r in found.runs]
+    for name in {n: None for numbers in each for n in numbers}:
+        values = [n[name] for n in each if name in n]
+        found.numbers[name] = statistics.fmean(values)
+    return found
+
+
+def _numbers(run: RunFiles, key: str) -> dict[str, float]:
+    """Every number of one run that the table has a column for."""
+    rounds = run.trained
+    numbers: dict[str, float | None] = {
+        "rounds": float(len(rounds)),
+        "up": float(sum(r["bytes"]["up"] for r in rounds)),
+        "down": float(sum(r["bytes"]["down"] for r in rounds)),
+        "once": float(once(rounds)),
+        "deviation": max(
+            (finite(r.get("proof"), "deviation") or 0.0 for r in rounds), default=None
+        ),
+        "seconds": finite(run.summary, "seconds"),
+        "virtual": finite(run.summary, "virtual_seconds"),
+    }
+    waits = [finite(r.get("virtual"), "waiting") for r in rounds]
+    if any(w is not None for w in waits):
+        numbers["waiting"] = sum(w or 0.0 for w in waits) / len(waits)
+    for kind, found in (run.summary.get("clients") or {}).items():
+        numbers[f"own {kind}"] = finite(found, key)
+        if kind == "final":
+            numbers["worst tenth"] = finite(found, f"worst_tenth_{key}")
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def once(rounds: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that came down only because a client was new: its first download less its second."""
+    seen: dict[str, list[int]] = {}
+    for r in rounds:
+        for i, facts in (r.get("clients") or {}).items():
+            seen.setdefault(str(i), []).append(int(facts["bytes_down"]))
+    return sum(max(0, down[0] - down[1]) for down in seen.values() if len(down) > 1)
+
+
+def reached(run: RunFiles, target: float) -> tuple[float, float] | None:
+    """Bytes and virtual seconds at the first evaluation that meets the target."""
+    moved, key = 0.0, run.metric.key
+    for r in run.rounds:
+        moved += sum((r.get("bytes") or {}).values())
+        value = finite(r.get("evaluation"), key)
+        if (
+            r["round"]
+            and value is not None
+            and (value == target or run.metric.better(value, target))
+        ):
+            return moved, finite(r.get("virtual"), "clock") or math.nan
+    return None
+
+
+def target_of(rows: Sequence[Row]) -> float | None:
+    """A score that every row meets, in the mean: 95 % of the lowest final one."""
+    means = [r.mean for r in rows if r.mean is not None]
+    if not means or not rows or not all(r.metric.share for r in rows if r.score):
+        return None
+    return 0.95 * min(means)
+
+
+# -- columns --------------------------------------------------------------------------------------
+
+Text = Callable[[float | None], str]
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, str, Text]]:
+    """(title, key in Row.numbers, how to write it) of the columns that any row fills."""
+    metric = next((r.metric for r in rows if r.score), ACCURACY)
+    every: list[tuple[str, str, Text]] = [
+        ("rounds", "rounds", lambda x: "-" if x is None else f"{x:.0f}"),
+        ("worst 10 % of clients", "worst tenth", metric.text),
+        ("clients' own test", "own final", metric.text),
+        ("personalised", "own personalized", metric.text),
+        ("alone", "own alone", metric.text),
+        ("bytes up", "up", size),
+        ("bytes down", "down", size),
+        ("of it once", "once", size),
+        ("bytes to target", "bytes to target", size),
+        ("deviation", "deviation", tiny),
+        ("virtual time", "virtual", duration),
+        ("to target", "time to target", duration),
+        ("waiting a round", "waiting", duration),
+        ("wall time", "seconds", duration),
+    ]
+    return [c for c in every if any(c[1] in r.numbers for r in rows)]
+
+
+def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table, results only."""
+    shown, variants = columns(rows), any(r.variant for r in rows)
+    metric = next((r.metric for r in rows if r.score), ACCURACY)
+    head = [*(["variant"] if variants else []), "strategy", "promise", "seeds", metric.title]
+    body = []
+    for r in rows:
+        if not r.runs:
+            continue
+        score = metric.text(r.mean)
+        if r.half is not None:
+            score += f" +- {100 * r.half:.1f}" if metric.share else f" +- {r.half:.3f}"
+        body.append([
+            *([r.variant] if variants else []), r.strategy, r.promise, str(len(r.runs)), score,
+            *(text(r.numbers.get(key)) for _, key, text in shown),
+        ])  # fmt: skip
+    return [*head, *(title for title, _, _ in shown)], body
+
+
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """What has no result, each with its reason."""
+    return [f"{' '.join(filter(None, (r.variant, r.strategy)))}: {r.reason or 'no result'}"
+            for r in rows if not r.runs]  # fmt: skip
+
+
+def complete(rows: Sequence[Row]) -> float | None:
+    """Fill in what needs all the rows: bytes and time to a score that all meet; that score."""
+    target = target_of(rows)
+    if target is not None:
+        for r in rows:
+            met = [found for run in r.runs if (found := reached(run, target))]
+            if met and len(met) == len(r.runs):
+                r.numbers["bytes to target"] = statistics.fmean(b for b, _ in met)
+                if not math.isnan(met[0][1]):
+                    r.numbers["time to target"] = statistics.fmean(t for _, t in met)
+    return target
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def write(out: Path, title: str, claim: str, rows: Sequence[Row], command: str) -> None:
+    """table.csv, table.md, table.html and plots/ in the directory."""
+    from simulations.compare_plots import draw
+
+    target = complete(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.csv").write_text(as_csv(rows))
+    drawn = draw(rows)
+    (out / "plots").mkdir(exist_ok=True)
+    for name, data in drawn.items():
+        (out / "plots" / f"{name}.png").write_bytes(data)
+    (out / "table.md").write_text(as_markdown(title, claim, rows, command, target))
+    (out / "table.html").write_text(as_html(title, claim, rows, command, target, drawn))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Full precision, one line a row, refusals with their reason."""
+    keys = list({k: None for r in rows for k in r.numbers})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["variant", "strategy", "promise", "seeds", "metric", "mean", "half95",
+                    *keys, "refused"])  # fmt: skip
+    for r in rows:
+        table.writerow([
+            r.variant, r.strategy, r.promise, len(r.runs), r.metric.key, r.mean, r.half,
+            *(r.numbers.get(k) for k in keys), r.reason if not r.runs else "",
+        ])  # fmt: skip
+    return text.getvalue()
+
+
+def as_markdown(
+    title: str, claim: str, rows: Sequence[Row], command: str, target: float | None
+) -> str:
+    head, body = texts(rows)
+    lines = [f"# {title}", "", claim, "", f"    {command}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    lines += ["", *notes(rows, target)]
+    if refused := refusals(rows):
+        lines += ["", "Without a result:", "", *(f"- {r}" for r in refused)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(rows: Sequence[Row], target: float | None) -> list[str]:
+    """What the columns mean, and the baselines."""
+    found = [
+        "The interval is 95 %, from Student's t over the seeds; a difference within it is none."
+    ]
+    if target is not None and any("bytes to target" in r.numbers for r in rows):
+        found.append(f"The target is {percent(target)}: 95 % of the lowest row's final score.")
+    baselines = next((b for r in rows for run in r.runs if (b := run.baselines())), {})
+    metric = next((r.metric for r in rows if r.score), ACCURACY)
+    if baselines:
+        said = ", ".join(f"{name} {metric.text(value)}" for name, value in baselines.items())
+        found.append(f"Baselines (first seed): {said}.")
+    return found
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; margin: 2rem auto; max-width: 72rem;
+       padding: 0 1rem }
+pre { white-space: pre-wrap; color: #475569 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
+</style>
+<h1>{{ title }}</h1>
+<pre>{{ claim }}</pre>
+<pre><code>{{ command }}</code></pre>
+<div class="wide"><table>
+<tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
+{% for cells in body %}<tr>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% for note in notes %}<p>{{ note }}</p>
+{% endfor %}
+{% if refused %}<h2>Without a result</h2>
+<ul>{% for r in refused %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}
+{% for name, data in plots.items() %}<img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
+{% endfor %}</html>
+"""
+
+
+def as_html(
+    title: str,
+    claim: str,
+    rows: Sequence[Row],
+    command: str,
+    target: float | None,
+    plots: Mapping[str, bytes],
+) -> str:
+    """One page that needs nothing beside it."""
+    from jinja2 import Environment
+
+    head, body = texts(rows)
+    page: str = Environment(autoescape=True).from_string(PAGE).render(
+        title=title, claim=claim, command=command, head=head, body=body,
+        notes=notes(rows, target), refused=refusals(rows),
+        plots={name: base64.b64encode(data).decode() for name, data in plots.items()},
+    )  # fmt: skip
+    return page

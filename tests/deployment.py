@@ -1,0 +1,59 @@
+"""What the tests against real processes share: a deployment of tiny models, up."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config
+from fedlora.deploy import host
+from fedlora.deploy.layout import Wanted, init
+from fedlora.deploy.operator import Operator
+from fedlora.deploy.plan import Plan
+
+
+def brought_up(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
+    overrides = {k: v for k, v in given.items() if k not in ("clients.count", "run.out")}
+    plan = init(Wanted(directory, clients, overrides=overrides, **wanted))
+    host.up(plan, print, timeout=300.0)
+    return plan
+
+
+def ran(plan: Plan, overrides: dict[str, Any] | None = None, during=None) -> tuple[str, Path]:
+    """Run to the end; the status and the results. `during(directory)` is called all the while."""
+    with Operator(plan) as operator:
+        run_id, results = host.start_run(plan, operator, overrides or {})
+        status = ""
+        while not status.startswith("finished"):
+            if during is not None:
+                during(results)
+            time.sleep(1.0)
+            status = operator.status(run_id)
+    if status != "finished:completed":
+        print(host.said(plan, run_id, 60))
+    return status, results
+
+
+def simulated(plan: Plan, out: Path) -> Path:
+    """The same experiment on LocalGrid, in this process; its directory."""
+    import tomllib
+
+    from client_app.app import app
+    from fedlora.server import FederatedLora
+    from simulations.grid import LocalGrid
+
+    tree = tomllib.loads((plan.app / "pyproject.toml").read_text())
+    flat = Config.read(tree["tool"]["flwr"]["app"]["config"]).flat()
+    config = Config.read({**flat, "run.out": str(out), "run.name": "local"})
+    with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
+        FederatedLora(config).start(grid)
+    return out / "local"
+
+
+def adapter(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def rounds(run: Path) -> list[dict[str, Any]]:
+    path = run / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,132 @@
+"""The warm worker: the same bytes, and an error reply whatever becomes of it."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, RecordDict
+
+from fedlora import handover
+from fedlora.deploy import worker
+
+
+def test_the_short_lived_process_imports_no_torch() -> None:
+    code = "import sys, client_app.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sockets are named relative to it: their paths are short, and pytest's are long."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def warm(directory: Path) -> Iterator[str]:
+    assert directory == Path.cwd()
+    server = worker.serve(Path("w.sock"))
+    yield "w.sock"
+    server.stop(None).wait()
+
+
+def final_bytes(settings, name: str, socket: str = "") -> bytes:
+    from client_app.app import app
+    from fedlora.config import Config
+    from fedlora.server import FederatedLora
+    from simulations.grid import LocalGrid
+
+    config = Config.read(settings(**{"run.name": name, "run.rounds": 2}))
+    nodes = {i: {"worker-socket": socket} for i in range(config.clients.count)} if socket else None
+    with LocalGrid(app, config.clients.count, config.flat(), 1, nodes) as grid:
+        server = FederatedLora(config)
+        server.start(grid)
+    return (server.journal.directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_federation_through_a_worker_ends_in_the_same_bytes(settings, warm: str) -> None:
+    assert final_bytes(settings, "warm", warm) == final_bytes(settings, "alone")
+
+
+def test_the_socket_is_its_owners_alone(warm: str) -> None:
+    assert stat.S_IMODE(os.stat(warm).st_mode) & 0o077 == 0
+
+
+def a_message(ttl: float = 60.0):
+    from client_app.app import app
+    from simulations.grid import LocalGrid, _name
+
+    grid = LocalGrid(app, 1, {})
+    message = Message(RecordDict(), 1000, "query", ttl=ttl)
+    _name(message)
+    return message, grid.contexts[1000]
+
+
+@pytest.mark.usefixtures("directory")
+def test_a_worker_that_never_was_there_is_done_without() -> None:
+    message, context = a_message()
+    context.node_config["worker-socket"] = "nobody.sock"
+    reply = handover.answer("query", message, context)
+    assert reply.content.config_records["facts"]["client"] == 0
+
+
+DYING = """
+import os, sys, time
+from pathlib import Path
+from fedlora.deploy import worker
+def answer(self, data):
+    {what}
+worker.Desk._reply = answer
+sys.modules["fedlora.client"] = sys.modules["fedlora.console"] = type(sys)("light")
+sys.modules["fedlora.console"].quiet_libraries = lambda: None
+sys.argv = ["", "--socket", "w.sock"]
+worker.main()
+"""
+
+
+@pytest.fixture
+def dying(directory: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen]:
+    assert directory == Path.cwd()
+    process = subprocess.Popen([sys.executable, "-c", DYING.format(what=request.param)])
+    end = time.monotonic() + 20
+    while not Path("w.sock").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("dying", ["os._exit(9)"], indirect=True)
+@pytest.mark.usefixtures("dying")
+def test_a_crash_of_the_worker_is_an_error_reply() -> None:
+    message, context = a_message()
+    context.node_config["worker-socket"] = "w.sock"
+    reply = handover.answer("train", message, context)
+    assert reply.error.code == handover.WORKER_LOST
+    assert "was lost with this message in hand" in reply.error.reason
+
+
+@pytest.mark.parametrize("dying", ["time.sleep(600)"], indirect=True)
+def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(dying) -> None:
+    message, context = a_message(ttl=2.0)
+    context.node_config["worker-socket"] = "w.sock"
+    begun = time.monotonic()
+    reply = handover.answer("train", message, context)
+    assert reply.error.code == handover.WORKER_LOST
+    assert "DEADLINE" in reply.error.reason
+    assert time.monotonic() - begun < 8
+    assert dying.wait(10) == worker.ABANDONED, "nobody waits for that work: its supervisor restarts"
+
+
+def test_a_broken_installation_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedlora import client
+
+    monkeypatch.delattr(client, "train")  # as where the installed version is another
+    message, context = a_message()
+    reply = handover.answer("train", message, context)
+    assert "AttributeError" in reply.error.reason

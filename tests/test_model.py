@@ -1,0 +1,363 @@
+"""The model in memory: bases that move and come back bit for bit, adapters at their own scales."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Factors, Pair, clone, dense
+from fedlora.config import Config
+from fedlora.errors import ModelError
+from fedlora.lowrank import accumulate
+from fedlora.model import PREFIX, Model
+from fedlora.strategies.base import BaseLog, Client, Version, seeded
+
+Settings = Callable[..., dict[str, object]]
+MODELS = ("bert", "gpt2", "llama")
+
+
+def build(settings: Settings, kind: str, **changes: object) -> Model:
+    return Model(Config.read(settings(kind, **changes)), ("x", "y", "z") if kind == "bert" else ())
+
+
+def drawn(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(model: Model, r: int, seed: int) -> dict[str, Pair]:
+    return {
+        m: Pair(drawn(r, s.k, seed=seed), drawn(s.d, r, seed=seed + 1), 1 / (seed + 2))
+        for m, s in model.shapes.items()
+    }
+
+
+def factors(model: Model, ranks: int, seed: int, core: bool = False) -> Factors:
+    own = pairs(model, ranks, seed)
+    head = {n: drawn(*x.shape, seed=seed) for n, x in model.read().other.items()}
+    return Factors(
+        {m: p.scale for m, p in own.items()},
+        {m: p.A for m, p in own.items()},
+        {m: p.B for m, p in own.items()},
+        {m: drawn(ranks, ranks, seed=seed + 2) for m in own} if core else {},
+        head,
+    )
+
+
+def base_bits(model: Model) -> dict[str, Tensor]:
+    return {
+        m: model.peft.get_submodule(PREFIX + m).get_base_layer().weight.detach().clone()
+        for m in model.shapes
+    }
+
+
+def assert_bits(x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
+    assert x.keys() == y.keys()
+    for m in x:
+        assert torch.equal(x[m], y[m]), m
+
+
+def versions(model: Model, n: int) -> list[Version]:
+    return [Version(i, pairs(model, 1 + i % 3, 10 * i)) for i in range(1, n + 1)]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_layers_found_are_not_all_square(settings: Settings, kind: str) -> None:
+    """Or a transposed weight would pass every test here."""
+    shapes = build(settings, kind).shapes.values()
+    assert any(s.d != s.k for s in shapes)
+    assert all(s.fan_in_fan_out == (kind == "gpt2") for s in shapes)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_w0_is_given_as_d_by_k_and_stays_w0_when_the_base_moves(
+    settings: Settings, kind: str
+) -> None:
+    model = build(settings, kind)
+    before = {m: W.clone() for m, W in model.weights().items()}
+    assert {m: tuple(W.shape) for m, W in before.items()} == {
+        m: (s.d, s.k) for m, s in model.shapes.items()
+    }
+    model.rebase("run", versions(model, 2))
+    assert_bits(before, model.weights())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_fold_is_gone_to_the_last_bit_when_it_is_over(settings: Settings, kind: str) -> None:
+    model = build(settings, kind)
+    model.rebase("run", versions(model, 2))
+    before = base_bits(model)
+    with model.folded(pairs(model, 2, 99)):
+        assert not any(torch.equal(x, before[m]) for m, x in base_bits(model).items())
+    assert_bits(base_bits(model), before)
+    with pytest.raises(RuntimeError, match="training failed"), model.folded(pairs(model, 2, 98)):
+        raise RuntimeError("training failed")
+    assert_bits(base_bits(model), before)
+
+
+def test_a_fold_that_does_not_fit_leaves_nothing_behind(settings: Settings) -> None:
+    model = build(settings, "gpt2")
+    before = base_bits(model)
+    bad = pairs(model, 2, 99)
+    last = list(bad)[-1]
+    bad[last] = Pair(drawn(2, 3), drawn(4, 2))
+    with pytest.raises(RuntimeError), model.folded(bad):
+        pass
+    assert_bits(base_bits(model), before)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_step_by_step_or_at_once_the_base_has_the_same_bits(settings: Settings, kind: str) -> None:
+    log = versions(build(settings, kind), 5)
+    stepwise, at_once, returned = (build(settings, kind) for _ in range(3))
+    for n in range(1, 6):
+        stepwise.rebase("run", log[:n])
+    at_once.rebase("run", log)
+    returned.rebase("another run", versions(returned, 3)[::-1][:1])
+    returned.rebase("run", log)
+    returned.rebase("run", log[:2])  # back, as a resumed server is
+    returned.rebase("run", log)
+    assert_bits(base_bits(stepwise), base_bits(at_once))
+    assert_bits(base_bits(stepwise), base_bits(returned))
+    stepwise.rebase("run", [])
+    assert_bits(base_bits(stepwise), base_bits(build(settings, kind)))
+
+
+def test_a_snapshot_leads_to_the_bits_of_what_it_stands_for(settings: Settings) -> None:
+    steady, away, joining = (build(settings, "gpt2") for _ in range(3))
+    log, seen = BaseLog(), []
+    for n in range(1, 31):
+        log = log.add(pairs(steady, 2, n))
+        seen += log.since(n - 1)
+        steady.rebase("run", seen)
+        if n in (3, 30):
+            away.rebase("run", [*seen[:3], *log.since(3)] if n == 30 else seen)
+    joining.rebase("run", log.versions)
+    assert any(v.snapshot for v in log.versions)
+    assert_bits(base_bits(steady), base_bits(away))
+    assert_bits(base_bits(steady), base_bits(joining))
+
+
+def test_a_rebase_that_failed_half_way_is_not_built_upon(settings: Settings) -> None:
+    model = build(settings, "gpt2")
+    log = versions(model, 3)
+    bad = dict(log[1].delta)
+    bad[list(bad)[-1]] = drawn(3, 3)
+    with pytest.raises(RuntimeError):
+        model.rebase("run", [log[0], Version(2, bad)])
+    model.rebase("run", log)
+    whole = build(settings, "gpt2")
+    whole.rebase("run", log)
+    assert_bits(base_bits(model), base_bits(whole))
+
+
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_layer_computes_w0_and_all_that_was_added(
+    settings: Settings, kind: str, core: bool
+) -> None:
+    model = build(settings, kind)
+    log, fold, mine = versions(model, 2), pairs(model, 2, 50), factors(model, 3, 70, core)
+    model.rebase("run", log)
+    with model.folded(fold):
+        model.load(mine)
+        for m, s in model.shapes.items():
+            W = model.weights()[m].double()
+            for v in log:
+                W = W + dense(v.delta[m]).double()
+            p = fold[m]
+            W = W + p.scale * p.B.double() @ p.A.double()
+            R = mine.R[m].double() if core else torch.eye(3, dtype=torch.float64)
+            W = W + mine.scale[m] * mine.B[m].double() @ R @ mine.A[m].double()
+            x = drawn(4, s.k, seed=5)
+            layer = model.peft.get_submodule(PREFIX + m)
+            with torch.no_grad():
+                got = layer(x[None])[0]
+                bias = layer.get_base_layer().bias
+            want = x.double() @ W.T + (0 if bias is None else bias.detach().double())
+            gap = (got.double() - want).norm() / want.norm()
+            assert gap < 1e-5, (m, float(gap))
+
+
+@pytest.mark.parametrize(("rslora", "power"), [(False, 1.0), (True, 0.5)])
+def test_the_scale_is_alpha_over_r_or_over_its_root(
+    settings: Settings, rslora: bool, power: float
+) -> None:
+    model = build(settings, "bert", **{"lora.use-rslora": rslora, "lora.alpha": 6.0})
+    m = next(iter(model.shapes))
+    for r in (1, 3, 5):
+        assert model.layers({m: r})[m].scale == pytest.approx(6.0 / r**power)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_loaded_is_read_back(settings: Settings, kind: str) -> None:
+    model = build(settings, kind)
+    for ranks, core in ((3, False), (2, True), (3, True), (3, False)):
+        given = factors(model, ranks, 7 + ranks, core)
+        model.load(given)
+        for (c, n, x), (d, o, y) in zip(given.items(), model.read().items(), strict=True):
+            assert (c, n) == (d, o)
+            assert torch.equal(x, y)
+        assert model.read().scale == given.scale
+
+
+def test_what_was_read_does_not_change_when_training_goes_on(settings: Settings) -> None:
+    model = build(settings, "bert")
+    model.load(factors(model, 2, 3, core=True))
+    read = model.read()
+    kept = clone(read)
+    for column in model.trainable(frozenset({"A", "B", "R", "other"})).values():
+        for p in column.values():
+            p.data.add_(1.0)
+    for (_, _, x), (_, _, y) in zip(read.items(), kept.items(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_the_first_factors_depend_on_the_seed_and_the_ranks_alone(
+    settings: Settings, rank: int
+) -> None:
+    def client(model: Model, r: int) -> Client:
+        return Client(-1, model.layers(dict.fromkeys(model.shapes, r)))
+
+    fresh, used = build(settings, "bert"), build(settings, "bert")
+    torch.rand(11)
+    used.load(factors(used, rank, 3, core=True))
+    used.init_factors(client(used, rank), 8)
+    used.load(factors(used, rank, 4))
+    before = torch.random.get_rng_state()
+    one, two = (m.init_factors(client(m, rank), 7) for m in (fresh, used))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not one.R
+    assert [k[:2] for k in one.items()] == [k[:2] for k in two.items()]
+    for (c, n, x), (_, _, y) in zip(one.items(), two.items(), strict=True):
+        assert torch.equal(x, y), (c, n)
+        assert (x == 0).all() == (c == "B" or n.endswith("bias"))
+    other = fresh.init_factors(client(fresh, rank), 8)
+    assert not any(torch.equal(one.A[m], other.A[m]) for m in one.A)
+
+
+def test_only_what_is_asked_for_gets_gradients(settings: Settings) -> None:
+    model = build(settings, "bert")
+    model.load(factors(model, 2, 3, core=True))
+    live = model.trainable(frozenset({"R", "other"}))
+    wanted = {id(p) for column in live.values() for p in column.values()}
+    assert set(live) == {"R", "other"}
+    assert {id(p) for p in model.peft.parameters() if p.requires_grad} <= wanted
+    assert all(p.requires_grad for column in live.values() for p in column.values())
+
+
+def test_outside_its_blocks_a_core_gets_no_gradient(settings: Settings) -> None:
+    model = build(settings, "llama")
+    model.load(factors(model, 4, 3, core=True), block=2)
+    live = model.trainable(frozenset({"R"}))["R"]
+    m = next(iter(live))
+    live[m].sum().backward()  # type: ignore[no-untyped-call]
+    inside = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
+    assert torch.equal(live[m].grad, inside)
+
+
+def test_a_target_that_matches_nothing_lists_what_there_is(settings: Settings) -> None:
+    with pytest.raises(ModelError, match=r"q_proj matches no linear module.* it has .*query, value"):
+        build(settings, "bert", **{"lora.target-modules": "query,q_proj"})
+
+
+def test_all_linear_leaves_head_and_output_out(settings: Settings) -> None:
+    bert = build(settings, "bert", **{"lora.target-modules": "all-linear"}).shapes
+    assert "classifier" not in bert
+    assert {"bert.pooler.dense", "bert.encoder.layer.1.output.dense"} <= bert.keys()
+    llama = build(settings, "llama", **{"lora.target-modules": "all-linear"}).shapes
+    assert "lm_head" not in llama
+    assert len(llama) == 2 * 7
+
+
+@pytest.mark.parametrize(("layers", "depth"), [("1", 1), ("-1", 1), ("0", 0), ("-2", 0)])
+def test_layers_may_be_chosen_from_either_end(
+    settings: Settings, layers: str, depth: int
+) -> None:
+    shapes = build(settings, "bert", **{"lora.layers": layers}).shapes
+    assert len(shapes) == 3
+    assert all(f"layer.{depth}." in m for m in shapes)
+
+
+@pytest.mark.parametrize("layers", ["2", "-3", "x"])
+def test_a_layer_that_is_not_there_is_refused(settings: Settings, layers: str) -> None:
+    with pytest.raises(ModelError, match=r"lora\.layers = .*from -2 to 1"):
+        build(settings, "bert", **{"lora.layers": layers})
+
+
+def test_heads_are_those_of_the_task_and_those_asked_for(settings: Settings) -> None:
+    def others(kind: str, **changes: object) -> set[str]:
+        return set(build(settings, kind, **changes).read().other)
+
+    assert others("bert") == {"classifier.weight", "classifier.bias"}
+    assert others("llama") == set()
+    more = others("bert", **{"lora.modules-to-save": "pooler.dense"})
+    assert more == {*others("bert"), "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    with pytest.raises(ModelError, match="modules-to-save: nothing matches no module"):
+        build(settings, "bert", **{"lora.modules-to-save": "nothing"})
+
+
+def test_a_tensor_the_model_does_not_train_is_refused(settings: Settings) -> None:
+    model = build(settings, "bert")
+    with pytest.raises(ModelError, match=r"foreign: this model trains no such tensor"):
+        model.load(Factors(other={"foreign": torch.zeros(1)}))
+
+
+def test_without_factors_the_adapter_adds_nothing(settings: Settings) -> None:
+    model = build(settings, "gpt2")
+    model.load(factors(model, 1, 3))
+    model.load(Factors())
+    x = drawn(1, 3, 24)
+    m = next(iter(model.shapes))
+    layer = model.peft.get_submodule(PREFIX + m)
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+def test_the_fingerprint_is_of_the_untouched_base(
+    settings: Settings, tiny: dict[str, str]
+) -> None:
+    model = build(settings, "llama")
+    before = model.fingerprint
+    model.rebase("run", versions(model, 1))
+    model.load(factors(model, 2, 1))
+    assert model.fingerprint == before == build(settings, "llama").fingerprint
+    assert before != build(settings, "gpt2").fingerprint
+
+
+def test_sixty_four_clients_cost_no_memory(settings: Settings) -> None:
+    """One base and a few rank profiles, however many clients come by."""
+    model = build(settings, "bert")
+    process = psutil.Process(os.getpid())
+
+    def visit(i: int) -> None:
+        ranks = 1 + i % 12
+        with model.folded(pairs(model, 1, i)):
+            model.load(factors(model, ranks, i))
+
+    for i in range(24):
+        visit(i)
+    parameters = sum(p.numel() for p in model.peft.parameters())
+    before = process.memory_info().rss
+    for i in range(24, 64 + 24):
+        visit(i)
+    assert process.memory_info().rss - before < 20e6
+    assert sum(p.numel() for p in model.peft.parameters()) <= 1.1 * parameters
+    assert len(model.peft.peft_config) <= 9
+
+
+def test_accumulate_is_the_sum_in_order() -> None:
+    g = seeded(0, 0, 0, "x")
+    x, pair = torch.randn(5, 7, generator=g), Pair(drawn(2, 7), drawn(5, 2), 0.5)
+    assert torch.equal(accumulate(None, pair), pair.delta())
+    assert torch.equal(accumulate(x, pair), x + pair.delta())
+
+
+def test_a_model_that_is_not_there_is_named(settings: Settings, tmp_path: Path) -> None:
+    given: dict[str, Any] = settings("bert", **{"model.path": str(tmp_path / "nowhere")})
+    with pytest.raises(Exception, match="nowhere"):
+        Model(Config.read(given), ("x",))
