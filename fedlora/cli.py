@@ -201,6 +201,7 @@ def main() -> None:
     """Run the command; what a user can mend is said in one paragraph, without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages
     _guard(app)
 
 

@@ -24,10 +24,12 @@ Scalar = bool | int | float | str
 
 
 def _names(value: Any) -> Any:
-    """ "a, b" or ["a", "b"]: Flower's flat config has no lists, TOML files have."""
+    """ "a, b" or ["a", "b"], [-2, -1]: Flower's flat config has no lists, TOML files have."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(str(v) if isinstance(v, int) else v for v in value)
 
 
 def _ranks(value: Any) -> Any:
@@ -130,7 +132,7 @@ class Clients(_Section):
     """Cycled over the clients: "4,8,16" gives client 3 rank 4."""
 
 
-class Ranks(_Section):
+class RankPolicy(_Section):
     """Which modules a client adapts, and at which rank: fedlora/ranks.py."""
 
     policy: Literal["list", "share", "capability", "legend"] = "list"
@@ -217,7 +219,11 @@ class Round(_Section):
     min_replies: Annotated[int, Field(gt=0)] = 1
     """Fewer accepted replies than this stop the run, with its checkpoint intact."""
     wait_for_clients: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds to wait before round 1 for `clients.count` nodes."""
+    """Seconds to wait before round 1 for `clients.count` nodes; later, for one that went away."""
+    max_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Refuse an update whose adapter, or whose other tensors, are larger than this; 0: any."""
+    quarantine_after: Annotated[int, Field(ge=0)] = 5
+    """A client that sent so many bad updates in a row is asked no more; 0: never."""
 
 
 class Evaluate(_Section):
@@ -368,7 +374,7 @@ class Config(_Section):
     output: Output = Output()
     simulate: Simulate = Simulate()
     privacy: Privacy = Privacy()
-    ranks: Ranks = Ranks()
+    ranks: RankPolicy = RankPolicy()
     devices: Devices = Devices()
     server: Server = Server()
     robust: Robust = Robust()

@@ -4,6 +4,7 @@ Whatever is wrong with a reply costs that reply alone: it is refused with the re
 and the round goes on with the others.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedlora.adapter import Factors
 from fedlora.errors import UpdateError
+from fedlora.lowrank import norm
 from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
 from fedlora.wire import Shapes, count_bytes, unpack_factors
 
@@ -126,6 +128,26 @@ def read_reply(
         "after": part_of(metrics, "after."),
     }
     return Upload(client, sent, n), facts
+
+
+def check_norm(
+    strategy: Strategy[Any], state: Any, upload: Upload, round: Round, most: float
+) -> None:
+    """Refuse an update that is far too large, however it is factored. 0 lets any pass.
+
+    Raises:
+        UpdateError: with the norm found.
+    """
+    if not most:
+        return
+    adapter = strategy.trained(state, upload, round)
+    other = (float(x.double().norm()) for x in upload.sent.other.values())
+    for what, found in (
+        ("adapter", math.hypot(*(float(norm(p)) for p in adapter.values()))),
+        ("other tensors", math.hypot(*other)),
+    ):
+        if not found <= most:
+            raise UpdateError(f"the norm of its {what} is {found:.3g}, round.max-norm = {most:g}")
 
 
 class Schemas:

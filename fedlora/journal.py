@@ -37,6 +37,8 @@ class Member:
     base_version: int = 0
     rounds: int = 0
     failures: int = 0
+    offences: int = 0
+    """Bad updates since the last good one; what only fails or is late is none."""
     bytes_down: int = 0
     bytes_up: int = 0
     examples: int = 0
@@ -123,7 +125,11 @@ class Journal:
         return None
 
     def commit(self, round: int, tree: Any, record: Mapping[str, Any]) -> None:
-        """Save the state after a round, then put the round on record."""
+        """Save the state after a round, then put the round on record.
+
+        Raises:
+            CheckpointError: the disk is full, say. The round before it is whole.
+        """
         line = json.dumps(_plain(record))
         notes = {
             "round": str(round),
@@ -131,9 +137,15 @@ class Journal:
             "line": line,
         }
         path = self.directory / "checkpoint" / f"round-{round:05}.safetensors"
-        checkpoint.save(path, tree, notes)
-        with self.rounds.open("a") as f:
-            f.write(line + "\n")
+        try:
+            checkpoint.save(path, tree, notes)
+            with self.rounds.open("a") as f:
+                f.write(line + "\n")
+        except OSError as e:
+            raise CheckpointError(
+                f"round {round} could not be saved in {self.directory}: {e.strerror}. The "
+                "checkpoint before it is whole: if the disk is full, free some, then resume."
+            ) from e
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 

@@ -8,6 +8,10 @@ from torch import Tensor
 from fedlora.adapter import Delta, Pair, dense
 
 
+ITERATIONS = 4
+"""Passes of `leading_svd` over a stack; each brings the truncation nearer the best one."""
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least: what sums, QR and SVD are done in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -20,7 +24,7 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair
     ranks = [p.rank for p in pairs]
     for p, w, rows, columns in zip(pairs, weights, A.split(ranks), B.split(ranks, 1), strict=True):
         rows.copy_(p.A)
-        torch.mul(p.B, w * p.scale, out=columns)
+        torch.mul(wide(p.B), w * p.scale, out=columns)
     return Pair(A, B)
 
 
@@ -55,8 +59,30 @@ def compress(pair: Pair, rank: int) -> Pair:
     where S is 0 it would zero a row of A and a column of B together: a direction that never
     learns.
     """
-    U, S, Vh = svd(pair)
+    U, S, Vh = leading_svd(pair, rank)
     return Pair(A=Vh[:rank].contiguous(), B=U[:, :rank] * S[:rank])
+
+
+def leading_svd(pair: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rank` singular triples of the pair's delta: U (d, rank), S (rank), Vh (rank, k).
+
+    Of a wide stack that little is kept of, by subspace iteration through the factors (Halko,
+    Martinsson, Tropp 2011, algorithm 4.4): O((d + k) R rank) in place of O((d + k) R^2). `svd` is
+    its oracle; the error of the truncation is within 1e-3 of the optimum's, relative.
+    """
+    width = 2 * rank + 16
+    if min(pair.rank, pair.B.shape[0], pair.A.shape[1]) <= 3 * width:
+        U, S, Vh = svd(pair)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    A, B = wide(pair.A), wide(pair.B)
+    generator = torch.Generator().manual_seed(0)  # which directions it starts from is immaterial
+    start = torch.randn(A.shape[1], width, generator=generator).to(A)
+    Q, _ = torch.linalg.qr(B @ (A @ start))  # (d, width)
+    for _ in range(ITERATIONS):
+        Q, _ = torch.linalg.qr(A.T @ (B.T @ Q))
+        Q, _ = torch.linalg.qr(B @ (A @ Q))
+    U, S, Vh = torch.linalg.svd(pair.scale * (Q.T @ B) @ A, full_matrices=False)
+    return Q @ U[:, :rank], S[:rank], Vh[:rank]
 
 
 def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -74,8 +100,8 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     for p, w, rows, columns in zip(
         first, weights[:-1], A.split(ranks), B.split(ranks, 1), strict=True
     ):
-        torch.sub(p.A, last.A, out=rows)
-        torch.sub(p.B if p.scale == 1 else p.scale * wide(p.B), B_mean, out=columns).mul_(w)
+        torch.sub(wide(p.A), wide(last.A), out=rows)
+        torch.sub(wide(p.B) if p.scale == 1 else p.scale * wide(p.B), B_mean, out=columns).mul_(w)
     return Pair(A, B)
 
 

@@ -75,8 +75,8 @@ class Planner:
             )
         if self.legend and strategy.requires.client_memory:
             yield (
-                f"ranks.policy = 'legend' changes a client's layers from round to round, and {name} "
-                "keeps a part of each layer on the client; use fedavg, fedex, flora or rolora"
+                f"ranks.policy = 'legend' changes a client's layers from round to round, and "
+                f"{name} keeps a part of each layer on the client; use fedavg, fedex, flora or rolora"
             )
         if self.legend and self.config.privacy.on and not self.devices:
             yield (

@@ -33,11 +33,12 @@ from fedlora.console import Observer, Silent
 from fedlora.errors import FedLoraError, RoundError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.first_gradient import survey
-from fedlora.intake import POLL, Gathered, Schemas, exchange, read_reply
+from fedlora.intake import POLL, Gathered, Schemas, check_norm, exchange, read_reply
 from fedlora.journal import Journal, Member, Saved
 from fedlora.planning import Planner
 from fedlora.privacy.central import CentralPrivacy
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
+from fedlora.roster import Roster
 from fedlora.screening import refusals, screen
 from fedlora.server_opt import Moments, build_optimizer, refusal, stepped
 from fedlora.strategies.base import (
@@ -76,6 +77,7 @@ class FederatedLora(FlowerStrategy):
         self.before = 0.0  # seconds of the run's earlier starts
         self.begun = time.perf_counter()
         self.schemas = Schemas(self.strategy)
+        self.roster = Roster(self.observer.note)
         self.planner = Planner(config, self.model)
         self.central = CentralPrivacy.of(config)
         self.clock = 0.0  # virtual seconds
@@ -111,6 +113,8 @@ class FederatedLora(FlowerStrategy):
         """One round, from sampling to checkpoint; its line of rounds.jsonl."""
         begun = time.perf_counter()
         round = Round(number, self.config.run.seed)
+        self._look(grid)
+        self.roster.wait(lambda: self._look(grid), self.config.round.wait_for_clients)
         self.members = self.planner.replan(self.members)
         if self.central:
             everyone = [self.client(i) for i in self.members]
@@ -161,7 +165,8 @@ class FederatedLora(FlowerStrategy):
 
     def sample(self, round: Round) -> list[int]:
         """The round's cohort, from (seed, round) and the clients that are connected."""
-        there = sorted(i for i in self.members if i in self.nodes)
+        most = self.config.round.quarantine_after or float("inf")
+        there = sorted(i for i, m in self.members.items() if i in self.nodes and m.offences < most)
         if self.central and self.central.poisson:
             return self.central.cohort(there, round)
         n = self.config.clients.per_round
@@ -251,16 +256,8 @@ class FederatedLora(FlowerStrategy):
         """Ask every node who it is, until the clients the config counts on are there."""
         want = self.config.clients.count
         until = time.monotonic() + self.config.round.wait_for_clients
-        asked: set[int] = set()
         while True:
-            new = [n for n in grid.get_node_ids() if n not in asked]
-            seconds = self.config.round.wait_for_clients
-            messages = [Message(RecordDict(), n, "query", ttl=seconds) for n in new]
-            asked |= set(new)
-            for _, reply in exchange(grid, messages, seconds):
-                if not reply.has_error():
-                    facts = reply.content.config_records["facts"]
-                    self._welcome(int(facts["client"]), facts, reply)  # type: ignore[arg-type]
+            self._look(grid)
             if len(self.nodes) >= want:
                 break
             if time.monotonic() > until:
@@ -282,10 +279,32 @@ class FederatedLora(FlowerStrategy):
             raise StrategyError("\n".join(problems))
         self.summary()
 
-    def _welcome(self, i: int, facts: Mapping[str, Any], reply: Message) -> None:
-        self.nodes[i] = reply.metadata.src_node_id
-        if i not in self.members:
-            self.members[i] = self.planner.welcome(i, facts)
+    def _look(self, grid: Grid) -> None:
+        """See which nodes are there, and take in those that are new."""
+        for i, facts in self.roster.look(grid, self.config.round.wait_for_clients or 1.0):
+            self._welcome(i, facts)
+        self.nodes = {i: n for i, n in self.roster.nodes.items() if i in self.members}
+
+    def _welcome(self, i: int, facts: Mapping[str, Any]) -> None:
+        if i in self.members:
+            return
+        member = self.planner.welcome(i, facts)
+        if self.state is not None and (reason := self._too_late(member)):
+            self.observer.note(f"client {i} came after the start and is left out: {reason}")
+            return
+        self.members[i] = member
+
+    def _too_late(self, member: Member) -> str:
+        """Why a client cannot join a run that has begun; empty if it can."""
+        if self.config.privacy.by_client:
+            return "privacy.level = 'client' is calibrated to the clients of the start"
+        most = self.planner.widest(list(self.members.values()))
+        if any(rank > most.get(m, 0) for m, rank in self.planner.ranks(member).items()):
+            return f"its rank {member.rank} is above the largest the run began with"
+        self.members[member.id] = member
+        clients = [self.client(i) for i in sorted(self.members)]
+        del self.members[member.id]
+        return "; ".join(self.strategy.problems(clients))
 
     def _begin(self, grid: Grid) -> None:
         """The first state, the baselines, and the model before any training: round 0."""
@@ -396,8 +415,9 @@ class FederatedLora(FlowerStrategy):
         try:
             schema = self.schemas.of(self.state, client, self._base_number(), round)
             upload, facts = read_reply(reply, client, round, self.token, schema)
+            check_norm(self.strategy, self.state, upload, round, self.config.round.max_norm)
         except FedLoraError as e:
-            self._refuse(client.id, round, str(e), gathered)
+            self._refuse(client.id, round, str(e), gathered, offence=not reply.has_error())
             return None
         facts["bytes_down"] = gathered.down.get(client.id, 0)
         facts["elapsed_seconds"] = time.perf_counter() - gathered.asked.get(client.id, 0.0)
@@ -471,11 +491,17 @@ class FederatedLora(FlowerStrategy):
     def _folds(self) -> bool:
         return self.config.ranks.absent == "fold"
 
-    def _refuse(self, i: int, round: Round, reason: str, gathered: Gathered) -> None:
+    def _refuse(
+        self, i: int, round: Round, reason: str, gathered: Gathered, offence: bool = False
+    ) -> None:
         gathered.failures.append({"client": i, "round": round.number, "reason": reason})
         if i in self.members:
             m = self.members[i]
-            self.members[i] = replace(m, failures=m.failures + 1)
+            self.members[i] = replace(
+                m, failures=m.failures + 1, offences=m.offences + int(offence)
+            )
+            if offence and m.offences + 1 == self.config.round.quarantine_after:
+                self.observer.note(f"client {i} is asked no more: {m.offences + 1} bad updates")
         self.observer.client_failed(i, reason)
 
     def _credit(self, gathered: Gathered, number: int, version: int) -> None:
@@ -487,6 +513,7 @@ class FederatedLora(FlowerStrategy):
                 m,
                 memory_round=number if facts["keeps"] else 0,
                 last_round=number,
+                offences=0,
                 base_version=version,
                 rounds=m.rounds + 1,
                 bytes_down=m.bytes_down + facts["bytes_down"],

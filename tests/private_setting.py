@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fedlora import site
 from fedlora.adapter import Factors
 from fedlora.config import Config
-from fedlora.model import Model
-from fedlora.strategies.base import Client, Start
+from fedlora.model import Model, inside
+from fedlora.strategies.base import Client, Round, Start
 from fedlora.text import Encoded, collate
 from fedlora.train import example_losses
 
@@ -17,19 +17,19 @@ from fedlora.train import example_losses
 class Setting:
     """A client's model, loaded with what its strategy sends in round 1, B moved away from 0."""
 
-    def __init__(self, given: dict[str, object], dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, given: dict[str, object], dtype: torch.dtype = torch.float64, rank: int = 3
+    ) -> None:
         self.config = Config.read(given)
         self.labels = site.corpus(self.config).labels
         self.model = Model(self.config, self.labels)
         self.model.peft.to(dtype)
         self.rows: Encoded = site.encoded("train", 0, self.config, self.labels)
         strategy = self.config.build_strategy()
-        ranks = dict.fromkeys(self.model.shapes, 3)
+        ranks = dict.fromkeys(self.model.shapes, rank)
         client = Client(0, self.model.layers(ranks))
         first = self.model.init_factors(client, 0)
         state = strategy.init(Start(first, [client], self.model.weights()))
-        from fedlora.strategies.base import Round
-
         came = strategy.download(state, client, Round(1, 0))
         self.columns = came.trainable
         self.block = came.block
@@ -44,8 +44,6 @@ class Setting:
 
         B, R, other = (moved(dict(getattr(factors, c))) for c in ("B", "R", "other"))
         if self.block:
-            from fedlora.model import inside
-
             R = {m: x * inside(x, self.block) for m, x in R.items()}
         A = {m: x.to(dtype) for m, x in factors.A.items()}
         self.model.load(Factors(factors.scale, A, B, R, other), self.block)

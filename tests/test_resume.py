@@ -1,82 +1,97 @@
 """Killed at any point and resumed, a run ends with the bytes of one that never was."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
-from tiny_federation import ROOT, Ran, federate, python, quick
+from tiny_federation import ROOT, Ran, federate, quick
 
+from fedlora import checkpoint, client, journal, memory
 from fedlora.config import Config
 from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
 
 Settings = Callable[..., dict[str, object]]
 
-KILLER = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from fedlora import checkpoint, client, journal, memory, train
-from tiny_federation import federate
-
-given, point, round = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-
-def die():
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
-def wrap(owner, name, before=None, after=None):
+
+def wrap(owner: Any, name: str, before: Any = None, after: Any = None) -> None:
+    """Have `before` and `after` called around every call, with its arguments."""
     real = getattr(owner, name)
-    def wrapped(*args, **options):
-        if before: before(*args)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if before:
+            before(*args)
         result = real(*args, **options)
-        if after: after(*args)
+        if after:
+            after(*args)
         return result
+
     setattr(owner, name, wrapped)
 
-def is_(path, part, round):
-    return part in str(path) and f"round-{round:05}" in str(path)
 
-if point == "mid-client":
-    seen = []
-    def second(model, rows, columns, config, number, who, *rest):
-        seen.append(number == round)
-        if sum(seen) == 2: die()
-    wrap(client, "fit", before=second)
-elif point == "memory-kept":
-    def kept(self, number, keep):
-        if number == round: die()
-    wrap(memory.ClientMemory, "remember", after=kept)
-elif point == "first-reply":
-    def replied(self, records, keeps=False):
-        if self.job.round == round: die()
-    wrap(client.Desk, "reply", after=replied)
-elif point == "half-a-checkpoint":
-    def half(path, data):
-        if is_(path, "/checkpoint/", round):
+def plant(point: str, round: int) -> None:
+    """Arrange for this process to be killed at a point of a round."""
+    seen: list[bool] = []
+
+    def checkpoint_of(path: Path) -> bool:
+        return "/checkpoint/" in str(path) and f"round-{round:05}" in path.name
+
+    def second_client(*args: Any) -> None:
+        seen.append(args[4] == round)
+        if sum(seen) == 2:
+            die()
+
+    def half_written(path: Path, data: bytes) -> None:
+        if checkpoint_of(path):
             Path(path.parent, f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
             die()
-    wrap(checkpoint, "write_atomically", before=half)
-elif point == "checkpoint-kept":
-    def whole(path, tree, *rest):
-        if is_(path, "/checkpoint/", round): die()
-    wrap(checkpoint, "save", after=whole)
-elif point == "half-a-line":
-    def line(self, number, tree, record):
+
+    def half_a_line(self: journal.Journal, number: int, *_: Any) -> None:
         if number == round:
-            text = self.rounds.read_text()
-            self.rounds.write_text(text[:-40])
+            self.rounds.write_text(self.rounds.read_text()[:-40])
             die()
-    wrap(journal.Journal, "commit", after=line)
-federate(given)
-"""
+
+    match point:
+        case "mid-client":
+            wrap(client, "fit", before=second_client)
+        case "memory-kept":
+            remember = memory.ClientMemory
+            wrap(remember, "remember", after=lambda self, n, _: die() if n == round else None)
+        case "first-reply":
+            wrap(client.Desk, "reply", before=lambda x, *_: die() if x.job.round == round else None)
+        case "half-a-checkpoint":
+            wrap(checkpoint, "write_atomically", before=half_written)
+        case "checkpoint-kept":
+            wrap(checkpoint, "save", after=lambda p, *_: die() if checkpoint_of(p) else None)
+        case "half-a-line":
+            wrap(journal.Journal, "commit", after=half_a_line)
+
+
+def kill_at(point: str, round: int, given: dict[str, object]) -> None:
+    """Run in a process of its own until it is killed there."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            plant(point, round)
+            federate(given)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), f"exit {status}: never came to {point}"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
 POINTS = ("mid-client", "first-reply", "half-a-checkpoint", "checkpoint-kept", "half-a-line")
 CASES = [
     *(("fedsa", point, 2) for point in (*POINTS, "memory-kept")),
@@ -101,8 +116,7 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(
     settings: Settings, name: str, point: str, round: int
 ) -> None:
     given = settings(**partly(name))
-    killed = python(KILLER, json.dumps(given), point, str(round))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    kill_at(point, round, given)
     ran = federate({**given, "run.resume": True})
     whole = federate({**given, "run.name": "whole"})
     assert ran.adapter == whole.adapter
@@ -114,8 +128,7 @@ def test_killed_twice_with_two_workers_it_still_ends_the_same(settings: Settings
     given = settings(**partly("fedsa", **{"simulate.workers": 2}))
     for n, round in enumerate((2, 3)):
         now = {**given, "run.resume": bool(n)}
-        killed = python(KILLER, json.dumps(now), "checkpoint-kept", str(round))
-        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        kill_at("checkpoint-kept", round, now)
     ran = federate({**given, "run.resume": True})
     whole = federate({**given, "run.name": "whole"})
     assert ran.adapter == whole.adapter

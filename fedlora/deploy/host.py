@@ -35,15 +35,7 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
     if not (plan.server / "state.db").exists():
         _registered(plan).unlink(missing_ok=True)
     until = time.monotonic() + timeout
-    with (plan.run_directory / "supervisor.log").open("ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "fedlora.deploy.supervise", str(plan.directory)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd=plan.directory,
-        )
+    _supervise(plan)
     _wait(lambda: healthy(plan), until, plan, "the SuperLink")
     say("the SuperLink answers")
     with Operator(plan) as operator:
@@ -52,6 +44,23 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
             say(f"{plan.clients} nodes registered")
         _wait(lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes")
     say(f"{plan.clients} nodes are connected")
+
+
+def _supervise(plan: Plan) -> None:
+    """Start the supervisor in a session of its own, for it outlives this process."""
+    log = str(plan.run_directory / "supervisor.log")
+    command = [sys.executable, "-m", "fedlora.deploy.supervise", str(plan.directory)]
+    os.posix_spawn(
+        sys.executable,
+        command,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
 
 
 def down(plan: Plan, say: Say) -> None:

@@ -1,0 +1,283 @@
+"""What example-level DP costs: one training step by every way there is, side by side.
+
+    make bench-dp                                     both model types, as below
+    python benchmarks/dp_step.py --rounds 31 --length 128
+
+Models of MiniLM's size (6 layers, hidden 384) with LoRA of rank 8 on query and value, batch 8, AdamW;
+random weights, since no speed depends on them. All ways take turns within every round, so that what
+else the machine does hits all alike; single thread, CPU time, and the median over rounds of each
+way's ratio to the plain step of the same round. Memory is the peak of the process's resident set
+above what it was before the step.
+
+    plain        the LoRA step without privacy
+    ours         fedlora.privacy: per-example gradients, clipping, AES-CTR noise, the same optimiser
+    hooks        Opacus, grad_sample_mode="hooks"
+    ghost        Opacus, grad_sample_mode="ghost" (two backward passes)
+    torch.func   vmap(grad) over functional_call, then clip and noise
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from fedlora.privacy.chance import Chance
+from fedlora.privacy.mechanism import ClippedSum
+from fedlora.privacy.per_example import kept_apart
+
+C, SIGMA, RANK, BATCH = 0.3, 1.0, 8, 8
+Step = Callable[[], None]
+
+
+def build(kind: str, attention: str) -> nn.Module:
+    torch.manual_seed(0)
+    common = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
+    common |= {"intermediate_size": 1536, "attn_implementation": attention}
+    if kind == "bert":
+        base: nn.Module = BertForSequenceClassification(
+            BertConfig(vocab_size=30522, num_labels=6, hidden_dropout_prob=0.0,
+                       attention_probs_dropout_prob=0.0, **common)
+        )  # fmt: skip
+        targets = ["query", "value"]
+    else:
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **common, pad_token_id=0))
+        targets = ["q_proj", "v_proj"]
+    heads = ["classifier"] if kind == "bert" else None
+    model = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=16, target_modules=targets, modules_to_save=heads)
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    return model.train()
+
+
+def data(kind: str, length: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 3999, (BATCH, length), generator=g)
+    labels = torch.randint(0, 6, (BATCH,), generator=g) if kind == "bert" else ids.clone()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.ndim == 1:
+        return cross_entropy(logits, labels, reduction="none")
+    token = cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return token.mean(1)
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    return losses(
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+        batch["labels"],
+    )
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def plain(kind: str, batch: dict[str, Tensor]) -> Step:
+    model = build(kind, "sdpa")
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        forward(model, batch).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(kind: str, batch: dict[str, Tensor]) -> Step:
+    model = build(kind, "sdpa")
+    params = tuple(trained(model))
+    optimizer = torch.optim.AdamW(params, lr=1e-4)
+    chance = Chance()
+    sink = kept_apart(model, "default", frozenset(params)).__enter__()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        clipped = ClippedSum(params, C)
+        forward(model, batch).sum().backward()
+        clipped.add(sink.take(BATCH))
+        for p, g in clipped.noised(SIGMA, chance).items():
+            p.grad = (g / BATCH).to(p.dtype)
+        optimizer.step()
+
+    return step
+
+
+def opacus(kind: str, batch: dict[str, Tensor], mode: str) -> Step:
+    from opacus import PrivacyEngine
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model = build(kind, "sdpa")
+    optimizer: Any = torch.optim.AdamW(trained(model), lr=1e-4)
+    loader = DataLoader(TensorDataset(torch.zeros(10 * BATCH, 1)), batch_size=BATCH)
+    made = PrivacyEngine().make_private(
+        module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=SIGMA,
+        max_grad_norm=C, poisson_sampling=False, grad_sample_mode=mode, wrap_model=False,
+        criterion=nn.CrossEntropyLoss(reduction="mean"),
+    )  # fmt: skip
+    optimizer = made[1]
+
+    def hooks() -> None:
+        optimizer.zero_grad()
+        forward(model, batch).mean().backward()
+        optimizer.step()
+
+    def ghost() -> None:
+        optimizer.zero_grad()
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"]
+        if labels.ndim == 1:
+            made[2](out, labels).backward()
+        else:
+            shape = (BATCH, labels.shape[1] - 1)
+            flat = out[:, :-1].reshape(-1, out.shape[-1])
+            made[2](flat, labels[:, 1:].reshape(-1), shape).backward()
+        optimizer.step()
+
+    return hooks if mode == "hooks" else ghost
+
+
+def functional(kind: str, batch: dict[str, Tensor]) -> Step:
+    from torch.func import functional_call, grad, vmap
+
+    model = build(kind, "eager")
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=1e-4)
+    mask = torch.zeros(1, 1, 1, 1)  # no padding: an additive mask that hides nothing
+    if kind != "bert":
+        length = batch["input_ids"].shape[1]
+        mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+
+    def one(live: dict[str, Tensor], ids: Tensor, label: Tensor) -> Tensor:
+        inputs = {"input_ids": ids[None], "attention_mask": mask.expand(1, 1, -1, len(ids))}
+        if kind != "bert":
+            inputs["use_cache"] = False
+        else:
+            inputs["attention_mask"] = mask.expand(1, 1, len(ids), len(ids))
+        out = functional_call(model, live, (), inputs).logits
+        return losses(out, label[None])[0]
+
+    each = vmap(grad(one), in_dims=(None, 0, 0), randomness="different")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        live = {n: p.detach() for n, p in params.items()}
+        grads = each(live, batch["input_ids"], batch["labels"])
+        norms = sum(g.flatten(1).square().sum(1) for g in grads.values()) ** 0.5
+        c = (C / norms).clamp(max=1.0)
+        for n, p in params.items():
+            total = torch.tensordot(c, grads[n], 1)
+            p.grad = (total + SIGMA * C * torch.randn_like(total)) / BATCH
+        optimizer.step()
+
+    return step
+
+
+WAYS: dict[str, Callable[[str, dict[str, Tensor]], Step]] = {
+    "plain": plain,
+    "ours": ours,
+    "hooks": lambda kind, batch: opacus(kind, batch, "hooks"),
+    "ghost": lambda kind, batch: opacus(kind, batch, "ghost"),
+    "torch.func": functional,
+}
+
+
+def memory(step: Step) -> float:
+    """Peak MB of the resident set during a step, above what it was."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    step()
+    return (status("VmHWM") - before) / 1024
+
+
+def measure(kind: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
+    batch = data(kind, length)
+    steps: dict[str, Step] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name, make in WAYS.items():
+        try:
+            steps[name] = make(kind, batch)
+            for _ in range(2):
+                steps[name]()
+        except Exception as e:
+            steps.pop(name, None)
+            print(f"  {kind} {name}: {type(e).__name__}: {str(e)[:120]}")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for n in range(rounds):
+        order = list(steps) if n % 2 else list(steps)[::-1]
+        for name in order:
+            begun = time.process_time()
+            steps[name]()
+            times[name].append(time.process_time() - begun)
+    for name in steps:
+        ratios = [t / p for t, p in zip(times[name], times["plain"], strict=True)]
+        peaks = [memory(steps[name]) for _ in range(3)]
+        found[name] = {
+            "milliseconds": 1000 * statistics.median(times[name]),
+            "ratio": statistics.median(ratios),
+            "ratio_of_minima": min(times[name]) / min(times["plain"]),
+            "peak_mb": statistics.median(peaks),
+        }
+    for row in found.values():
+        row["memory_ratio"] = row["peak_mb"] / max(found["plain"]["peak_mb"], 1e-9)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--kinds", default="bert,llama")
+    parser.add_argument("--out", default="benchmarks/results/dp_step.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results = {}
+    for kind in args.kinds.split(","):
+        results[kind] = measure(kind, args.length, args.rounds)
+        print(f"\n{kind}, T = {args.length}, batch {BATCH}, rank {RANK}, {args.rounds} rounds")
+        print(f"{'':12}{'ms':>8}{'x plain':>9}{'by minima':>11}{'peak MB':>9}{'x plain':>9}")
+        for name, x in results[kind].items():
+            print(
+                f"{name:12}{x['milliseconds']:8.0f}{x['ratio']:9.2f}{x['ratio_of_minima']:11.2f}"
+                f"{x['peak_mb']:9.0f}{x['memory_ratio']:9.2f}"
+            )
+    about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    settings = {"rounds": args.rounds, "length": args.length, "batch": BATCH, "rank": RANK}
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).write_text(
+        json.dumps({**about, **settings, "results": results}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

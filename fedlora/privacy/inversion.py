@@ -1,0 +1,68 @@
+"""Reading the text out of one update: which tokens lie in the span of a LoRA gradient.
+
+After Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", 2024,
+https://arxiv.org/abs/2405.15586, on the factors of the first adapted layer:
+
+    dA = (v R)^T X    rows in span{x_t}        dB^T = s w^T G  columns of w: span{A x_t}
+    dR = v^T U        rows in span{A x_t}
+
+x_t is the embedding of token t at its position, one of |V| * positions known vectors. While fewer
+distinct (token, position) pairs than the rank are in the update, each of them lies in the span and
+nothing else does. So low rank is no protection where the rank exceeds the number of tokens, and
+Fed-SB and FFA leak as LoRA does; noise, or summing over clients, ends it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-3
+"""Relative distance from the span within which a candidate counts as in it."""
+
+DROP = 1e-5
+"""Singular values below this part of the largest are rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Of the (token, position) pairs that were in the update, and of those that were named."""
+
+    recall: float
+    precision: float
+    named: int
+
+
+def invert(
+    change: Tensor, candidates: Tensor, truth: set[int], drop: float = DROP
+) -> Found:
+    """Which candidates (n, k) lie in the row space of a change (., k); truth by candidate index.
+
+    Where the rows span the whole space everything lies in it: that names nothing.
+    """
+    change, candidates = change.double(), candidates.double()
+    _, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    rank = int((drop * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
+    if not 0 < rank < candidates.shape[1]:
+        return Found(0.0, 0.0, 0)
+    V = Vh[:rank].T
+    gap = (candidates - candidates @ V @ V.T).norm(dim=1) / candidates.norm(dim=1)
+    named = set(torch.nonzero(gap < TOLERANCE).flatten().tolist())
+    hits = len(named & truth)
+    return Found(hits / len(truth), hits / len(named) if named else 0.0, len(named))
+
+
+@torch.no_grad()
+def embeddings(embed: nn.Module, vocabulary: int, positions: int) -> Tensor:
+    """Each token at each position through an encoder's embedding module, (V * positions, k).
+
+    Row token * positions + position.
+    """
+    ids = torch.arange(vocabulary)[:, None].expand(-1, positions)
+    found: Tensor = embed(input_ids=ids)
+    return found.reshape(vocabulary * positions, -1)
+
+
+def pairs(ids: Tensor, positions: int) -> set[int]:
+    """The candidate indices of one text's ids (n,)."""
+    return {int(token) * positions + at for at, token in enumerate(ids)}
