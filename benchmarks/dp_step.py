@@ -3,11 +3,11 @@
     make bench-dp                                     both model types, as below
     python benchmarks/dp_step.py --rounds 31 --length 128
 
-Models of MiniLM's size (6 layers, hidden 384) with LoRA of rank 8 on query and value, batch 8, AdamW;
-random weights, since no speed depends on them. All ways take turns within every round, so that what
+Models of MiniLM's size (6 layers, hidden 384) with LoRA of rank 8 on query and value, batch 8,
+AdamW; random weights, since no speed depends on them. All ways take turns within every round, so that what
 else the machine does hits all alike; single thread, CPU time, and the median over rounds of each
-way's ratio to the plain step of the same round. Memory is the peak of the process's resident set
-above what it was before the step.
+way's ratio to the plain step of the same round. Memory is the peak of what torch has allocated
+during a step, above what it had before.
 
     plain        the LoRA step without privacy
     ours         fedlora.privacy: per-example gradients, clipping, AES-CTR noise, the same optimiser
@@ -112,9 +112,10 @@ def ours(kind: str, batch: dict[str, Tensor]) -> Step:
     params = tuple(trained(model))
     optimizer = torch.optim.AdamW(params, lr=1e-4)
     chance = Chance()
-    sink = kept_apart(model, "default", frozenset(params)).__enter__()
+    apart = kept_apart(model, "default", frozenset(params))
+    sink = apart.__enter__()
 
-    def step() -> None:
+    def step(_: Any = apart) -> None:  # held, or its end would come at once
         optimizer.zero_grad(set_to_none=True)
         clipped = ClippedSum(params, C)
         forward(model, batch).sum().backward()
@@ -154,7 +155,7 @@ def opacus(kind: str, batch: dict[str, Tensor], mode: str) -> Step:
         else:
             shape = (BATCH, labels.shape[1] - 1)
             flat = out[:, :-1].reshape(-1, out.shape[-1])
-            made[2](flat, labels[:, 1:].reshape(-1), shape).backward()
+            made[2](flat, labels[:, 1:].reshape(-1), shape=shape).backward()
         optimizer.step()
 
     return hooks if mode == "hooks" else ghost
@@ -206,17 +207,18 @@ WAYS: dict[str, Callable[[str, dict[str, Tensor]], Step]] = {
 
 
 def memory(step: Step) -> float:
-    """Peak MB of the resident set during a step, above what it was."""
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(key)))
+    """Peak MB that torch holds during a step, above what it held before."""
+    from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    step()
-    return (status("VmHWM") - before) / 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    held = peak = 0
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def measure(kind: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -240,7 +242,7 @@ def measure(kind: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
             times[name].append(time.process_time() - begun)
     for name in steps:
         ratios = [t / p for t, p in zip(times[name], times["plain"], strict=True)]
-        peaks = [memory(steps[name]) for _ in range(3)]
+        peaks = [memory(steps[name])]
         found[name] = {
             "milliseconds": 1000 * statistics.median(times[name]),
             "ratio": statistics.median(ratios),

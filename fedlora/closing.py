@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedlora.data import describe
 from fedlora.export import save_peft
 from fedlora.intake import exchange, part_of
+from fedlora.privacy.summary import summary as privacy
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.wire import unpack_factors
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from fedlora.server import FederatedLora
 
 
-def close(server: "FederatedLora", grid: Grid) -> None:
-    """Collect, evaluate on every client, write adapter/, clients.jsonl and summary.json."""
+def close(server: "FederatedLora", grid: Grid, stopped: str = "") -> None:
+    """Collect, evaluate on every client, write adapter/, clients.jsonl and summary.json.
+
+    `stopped` says why the run ended before its last round, if it did.
+    """
     if getattr(server.strategy, "average_at_end", False):
         collect(server, grid)
     effective = server.strategy.effective(server.state)
@@ -27,7 +31,7 @@ def close(server: "FederatedLora", grid: Grid) -> None:
         final_scores(server, grid)
     server.load(effective)
     save_peft(server.model, effective, server.journal.directory / "adapter")
-    write_records(server)
+    write_records(server, stopped)
 
 
 def collect(server: "FederatedLora", grid: Grid) -> None:
@@ -142,6 +146,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
             },
             "virtual_seconds": server.clock or None,
             "sent": server.schemas.columns(),
+            "privacy": privacy(c, server.journal.lines()),
             "stopped": stopped,
         }
     )

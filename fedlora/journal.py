@@ -149,6 +149,10 @@ class Journal:
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The rounds on record, in order."""
+        return [json.loads(line) for line in self.rounds.read_text().splitlines()]
+
     def update(self, round: int, upload: Upload) -> None:
         """Keep one accepted update as the client sent it."""
         path = self.directory / "updates" / f"round-{round:03}" / f"client-{upload.client.id}"

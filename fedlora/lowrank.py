@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fedlora.adapter import Delta, Pair, dense
 
-
-ITERATIONS = 4
+ITERATIONS = 8
 """Passes of `leading_svd` over a stack; each brings the truncation nearer the best one."""
 
 

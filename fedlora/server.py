@@ -30,13 +30,15 @@ from fedlora import personal, site
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
-from fedlora.errors import FedLoraError, RoundError, StrategyError
+from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.first_gradient import survey
 from fedlora.intake import POLL, Gathered, Schemas, check_norm, exchange, read_reply
 from fedlora.journal import Journal, Member, Saved
 from fedlora.planning import Planner
 from fedlora.privacy.central import CentralPrivacy
+from fedlora.privacy.probe import check_apart
+from fedlora.privacy.summary import EXHAUSTED
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
 from fedlora.roster import Roster
 from fedlora.screening import refusals, screen
@@ -98,14 +100,21 @@ class FederatedLora(FlowerStrategy):
         if done < 0:
             self._begin(grid)
             done = 0
-        result = Result()
+        result, stopped = Result(), ""
         for number in range(done + 1, self.config.run.rounds + 1):
-            record = self.round(grid, number)
+            try:
+                record = self.round(grid, number)
+            except (PrivacyError, RoundError) as e:
+                if EXHAUSTED not in str(e):
+                    raise
+                stopped = f"before round {number}: {e}"
+                self.observer.note(f"stopped {stopped}")
+                break
             self.observer.round_done(record)
             result.train_metrics_clientapp[number] = MetricRecord({"loss": record["train_loss"]})
             if scores := record["evaluation"]:
                 result.evaluate_metrics_serverapp[number] = MetricRecord(dict(scores))
-        close(self, grid)
+        close(self, grid, stopped)
         result.arrays = pack_factors(self.strategy.effective(self.state).factors, "float32")
         return result
 
@@ -320,6 +329,9 @@ class FederatedLora(FlowerStrategy):
         if self.config.evaluate.baselines:
             self._baselines()
         self.load(self.strategy.effective(self.state))
+        if self.config.privacy.by_example:
+            first = self.strategy.download(self.state, clients[0], Round(1, self.config.run.seed))
+            check_apart(self.model, self.model.trainable(first.trainable))
         record = self._record(0, Gathered(), [], None, self.evaluate(0))
         record["seconds"] = {"total": time.perf_counter() - begun}
         self._commit(0, record)

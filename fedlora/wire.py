@@ -1,8 +1,8 @@
 """Factors to Flower records and back, with every size checked before anything is allocated.
 
 A tensor travels as `Array(dtype, shape, stype="fedlora.<dtype>", data)` whose data are its raw
-little-endian bytes, or for "int8" and "int4" those of `quantize`. No built-in strategy of Flower can read that type, so none can average
-adapters by mistake. Nothing here is pickled.
+little-endian bytes, or for "int8" and "int4" those of `quantize`. No built-in strategy of Flower
+can read that type, so none can average adapters by mistake. Nothing here is pickled.
 """
 
 import math

@@ -14,7 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 
-WORDS = "red green blue cat dog bird one two three up down left right what who where is the".split()
+WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three", "up", "down", "left", "right", "what", "who", "where", "is", "the"]
 LABELS = ("colour", "animal", "number")
 CUES = {
     "colour": ["red", "green", "blue"],

@@ -85,7 +85,9 @@ def reshape(shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Spoil:
 
 def metric(name: str, value: Any) -> Spoil:
     def spoil(_: Message, reply: Message, __: Bad) -> Message:
-        reply.content["metrics"] = MetricRecord({**reply.content.metric_records["metrics"], name: value})
+        reply.content["metrics"] = MetricRecord(
+            {**reply.content.metric_records["metrics"], name: value}
+        )
         return reply
 
     return spoil
@@ -179,9 +181,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_bad_reply_is_refused_with_client_round_and_reason(
-    settings: Settings, what: str
-) -> None:
+def test_a_bad_reply_is_refused_with_client_round_and_reason(settings: Settings, what: str) -> None:
     spoil, reason = SPOILT[what]
     given = quick("fedex", **{"output.keep-updates": True, "lora.target-modules": "query"})
     first = AtFirst()

@@ -77,7 +77,11 @@ def test_an_export_computes_the_federated_model_in_a_fresh_process(
     untrained = reloaded("merged", kind, "", Path(tiny[kind])) if kind != "bert" else None
     export_run(ran.directory, tmp_path / "peft")
     export_run(ran.directory, tmp_path / "merged", merged=True)
-    for form, directory in (("peft", "peft"), ("merged", "merged"), ("peft, merged by PEFT", "peft")):
+    for form, directory in (
+        ("peft", "peft"),
+        ("merged", "merged"),
+        ("peft, merged by PEFT", "peft"),
+    ):
         got = reloaded(form, kind, tiny[kind], tmp_path / directory)
         gap = np.abs(got - want).max() / np.abs(want).max()
         assert gap < 1e-5, (form, gap)
@@ -124,9 +128,7 @@ def test_what_is_written_says_where_it_belongs(
             )
 
 
-def test_a_truncated_export_says_what_it_cost(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_truncated_export_says_what_it_cost(settings: Settings, tmp_path: Path) -> None:
     ran, _ = played(settings, "llama", "flora")
     whole = dense_adapter(ran.directory / "adapter")
     done = export_run(ran.directory, tmp_path / "out", rank=2)

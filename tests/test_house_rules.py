@@ -18,7 +18,17 @@ PACKAGES = ("fedlora", "server_app", "client_app", "simulations")
 SOURCES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 TREES = {p: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES}
-FORBIDDEN_NAMES = {"utils", "util", "common", "helper", "helpers", "manager", "misc", "core", "process"}
+FORBIDDEN_NAMES = {
+    "utils",
+    "util",
+    "common",
+    "helper",
+    "helpers",
+    "manager",
+    "misc",
+    "core",
+    "process",
+}
 
 # Which modules may import which: each only from its own level's names or from those below.
 LEVELS = (
@@ -84,11 +94,7 @@ def test_no_file_is_named_for_nothing() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
     mine = level(name_of(path))
-    upward = [
-        m
-        for m in imports(TREES[path])
-        if m.split(".")[0] in PACKAGES and level(m) > mine
-    ]
+    upward = [m for m in imports(TREES[path]) if m.split(".")[0] in PACKAGES and level(m) > mine]
     assert not upward, f"{name_of(path)} imports {upward} from above"
 
 
@@ -110,7 +116,17 @@ def test_no_two_modules_import_each_other() -> None:
 
 
 def test_strategies_know_tensors_only() -> None:
-    allowed = {"torch", "fedlora", "math", "hashlib", "collections", "dataclasses", "typing", "functools", "itertools"}
+    allowed = {
+        "torch",
+        "fedlora",
+        "math",
+        "hashlib",
+        "collections",
+        "dataclasses",
+        "typing",
+        "functools",
+        "itertools",
+    }
     for path, tree in TREES.items():
         if "strategies" in path.parts:
             assert {m.split(".")[0] for m in imports(tree)} <= allowed, path.name
@@ -141,7 +157,14 @@ def test_nothing_is_drawn_from_a_global_generator() -> None:
         for name, call in calls(tree):
             own = name in ("np.random.default_rng", "np.random.Generator", "np.random.PCG64")
             assert own or not name.startswith(GLOBAL_DRAWS), where(path, call)
-            if name in ("torch.randn", "torch.rand", "torch.randint", "torch.randperm", "torch.bernoulli", "torch.multinomial"):
+            if name in (
+                "torch.randn",
+                "torch.rand",
+                "torch.randint",
+                "torch.randperm",
+                "torch.bernoulli",
+                "torch.multinomial",
+            ):
                 given = {k.arg for k in call.keywords}
                 assert "generator" in given, where(path, call)
 
@@ -161,7 +184,9 @@ def test_nothing_is_pickled() -> None:
         }
         assert not named & risky, path.name
         for name, call in calls(tree):
-            assert name not in ("torch.load", "torch.save", "np.load", "numpy.load"), where(path, call)
+            assert name not in ("torch.load", "torch.save", "np.load", "numpy.load"), where(
+                path, call
+            )
 
 
 class Bomb:
@@ -205,7 +230,11 @@ def test_a_strategys_name_is_compared_nowhere() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare):
                 sides = [node.left, *node.comparators]
-                flat = [e for s in sides for e in (s.elts if isinstance(s, ast.Tuple | ast.List | ast.Set) else [s])]
+                flat = [
+                    e
+                    for s in sides
+                    for e in (s.elts if isinstance(s, ast.Tuple | ast.List | ast.Set) else [s])
+                ]
                 named = {e.value for e in flat if isinstance(e, ast.Constant)} & set(STRATEGIES)
                 assert not named, f"{where(path, node)} compares with {named}"
             if isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
@@ -251,4 +280,3 @@ def test_a_strategys_file_begins_with_its_paper(name: str) -> None:
     assert "Differs from the paper" in doc
     assert "Deviation from (E)" in doc
     assert "Costs" in doc
-

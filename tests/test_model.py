@@ -262,7 +262,9 @@ def test_outside_its_blocks_a_core_gets_no_gradient(settings: Settings) -> None:
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is(settings: Settings) -> None:
-    with pytest.raises(ModelError, match=r"q_proj matches no linear module.* it has .*query, value"):
+    with pytest.raises(
+        ModelError, match=r"q_proj matches no linear module.* it has .*query, value"
+    ):
         build(settings, "bert", **{"lora.target-modules": "query,q_proj"})
 
 
@@ -276,9 +278,7 @@ def test_all_linear_leaves_head_and_output_out(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(("layers", "depth"), [("1", 1), ("-1", 1), ("0", 0), ("-2", 0)])
-def test_layers_may_be_chosen_from_either_end(
-    settings: Settings, layers: str, depth: int
-) -> None:
+def test_layers_may_be_chosen_from_either_end(settings: Settings, layers: str, depth: int) -> None:
     shapes = build(settings, "bert", **{"lora.layers": layers}).shapes
     assert len(shapes) == 3
     assert all(f"layer.{depth}." in m for m in shapes)
@@ -318,9 +318,7 @@ def test_without_factors_the_adapter_adds_nothing(settings: Settings) -> None:
     assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
-def test_the_fingerprint_is_of_the_untouched_base(
-    settings: Settings, tiny: dict[str, str]
-) -> None:
+def test_the_fingerprint_is_of_the_untouched_base(settings: Settings, tiny: dict[str, str]) -> None:
     model = build(settings, "llama")
     before = model.fingerprint
     model.rebase("run", versions(model, 1))

@@ -178,9 +178,11 @@ def test_a_federation_reports_the_epsilon_of_its_ledgers(settings: Build, tmp_pa
         told = {"train_loss", "seconds", "train_seconds", "before", "after"}
         assert all(facts[key] is None for key in told)
         assert facts["examples"] == 1
-    ledgers = list(Path(tmp_path).rglob("ledgers/*.jsonl"))
-    assert len(ledgers) == 2
-    assert all(len(read_ledger(path).charges) == 2 for path in ledgers)
+    files = list(Path(tmp_path).rglob("ledgers/*.jsonl"))
+    assert len(files) == 2
+    assert all(len(read_ledger(path).charges) == 2 for path in files)
+    summary = json.loads((server.journal.directory / "summary.json").read_text())["privacy"]
+    assert summary["epsilon"] == {i: f["privacy"]["epsilon"] for i, f in last.items()}
 
 
 def test_a_repeated_round_is_paid_for_again_and_two_runs_compose(
@@ -197,10 +199,10 @@ def test_a_spent_budget_stops_the_client_with_its_reason(settings: Build, tmp_pa
     given = {**PRIVATE, "privacy.epsilon": 2.0, "privacy.noise-multiplier": 0.0}
     given |= {"run.rounds": 1, "privacy.ledger": str(tmp_path / "shared")}
     run(settings("bert", **given))
-    with pytest.raises(RoundError, match="privacy budget is spent"):
-        run(settings("bert", **given, **{"run.name": "again"}))
-    recorded = (tmp_path / "again").exists()
-    assert recorded
+    server = run(settings("bert", **given, **{"run.name": "again"}))
+    summary = json.loads((server.journal.directory / "summary.json").read_text())
+    assert "the privacy budget is spent" in summary["stopped"]
+    assert [line["round"] for line in lines(server)] == [0]
 
 
 def test_a_ledger_that_is_gone_stops_the_client(settings: Build, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
 
 Settings = Callable[..., dict[str, object]]
 
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -106,9 +107,7 @@ CASES = [
 
 def partly(name: str, **changes: object) -> dict[str, object]:
     """Two of four clients a round, so that most resume as ones that were away."""
-    return quick(
-        name, **{"clients.count": 4, "clients.per-round": 2, "run.rounds": 4, **changes}
-    )
+    return quick(name, **{"clients.count": 4, "clients.per-round": 2, "run.rounds": 4, **changes})
 
 
 @pytest.mark.parametrize(("name", "point", "round"), CASES)

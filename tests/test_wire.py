@@ -119,7 +119,9 @@ def test_a_download_comes_back_whole() -> None:
 
 
 def test_the_plainest_download_comes_back() -> None:
-    came = unpack_download(over_the_wire(pack_download(Download(Factors(), frozenset()), "float32")))
+    came = unpack_download(
+        over_the_wire(pack_download(Download(Factors(), frozenset()), "float32"))
+    )
     assert (came.base, came.fold, came.penalty, came.block) == ((), {}, None, 0)
 
 
@@ -135,7 +137,18 @@ def forged(shape: tuple[int, ...], data: bytes = b"\0" * 12, dtype: str = "float
 
 @pytest.mark.parametrize(
     "shape",
-    [(2**40,), (2**31, 2**31), (2**62, 0), (2**70, 0), (2**63,), (4,), (2,), (-3,), (-1, -3), (3, -1, -1)],
+    [
+        (2**40,),
+        (2**31, 2**31),
+        (2**62, 0),
+        (2**70, 0),
+        (2**63,),
+        (4,),
+        (2,),
+        (-3,),
+        (-1, -3),
+        (3, -1, -1),
+    ],
 )
 def test_a_shape_that_its_bytes_do_not_fill_is_refused_and_never_allocated(
     shape: tuple[int, ...],
@@ -254,5 +267,3 @@ def test_what_the_other_side_will_hold_is_what_it_gets() -> None:
     came = unpack_factors(pack_factors(sent, "bfloat16"), sent.scale)
     for (_, _, x), (_, _, y) in zip(came.items(), roundtrip(sent, "bfloat16").items(), strict=True):
         assert torch.equal(x, y)
-
-

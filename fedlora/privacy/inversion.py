@@ -33,9 +33,7 @@ class Found:
     named: int
 
 
-def invert(
-    change: Tensor, candidates: Tensor, truth: set[int], drop: float = DROP
-) -> Found:
+def invert(change: Tensor, candidates: Tensor, truth: set[int], drop: float = DROP) -> Found:
     """Which candidates (n, k) lie in the row space of a change (., k); truth by candidate index.
 
     Where the rows span the whole space everything lies in it: that names nothing.

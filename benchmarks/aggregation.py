@@ -1,0 +1,148 @@
+"""Aggregating 100 clients' adapters of a 7B model, against reading them once, and a dense SVD."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.measure import Row, forked, paired, spent
+from fedlora.adapter import Factors, Pair
+from fedlora.lowrank import compress, stack
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import Client, Layer, Round, Start, Upload, travelling
+
+READ = ("fedavg", "ffa", "fedsa", "fedsb", "fedex", "flora")
+STREAMS = ("fedavg", "ffa", "fedsa", "fedsb")
+RANK = 16
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    torch.set_num_threads(1)
+    clients, side, layers = (20, 512, 1) if quick else (100, 4096, 2)
+    what = f"{clients} clients, {layers} of 32 layers, q and v of {side} x {side}, r = {RANK}"
+    for name in READ:
+        _, value, _ = forked(_against_reading, name, clients, side, layers)[0]
+        yield Row(
+            f"aggregation: {name}", value, "<= 3",
+            f"CPU time of aggregate / of one sum over every tensor sent; {what}; one thread",
+        )  # fmt: skip
+    yield from _truncation(quick, clients, side)
+    for name in STREAMS:
+        few, many = (_peak_held(name, n, side) for n in (4, clients))
+        yield Row(
+            f"aggregation memory: {name}", many / few, "<= 1.2",
+            f"most tensors alive at once, {clients} clients / 4, as replies stream in",
+        )  # fmt: skip
+
+
+def _against_reading(name: str, n: int, side: int, layers: int) -> tuple[str, float, float]:
+    strategy, state, uploads = _federation(name, n, side, layers)
+    held = list(uploads)
+
+    def read() -> None:
+        for u in held:
+            for _, _, x in u.sent.items():
+                x.sum()
+
+    read()
+    ratio, took, _ = paired(lambda: strategy.aggregate(state, iter(held), Round(1, 0)), read, 3)
+    return name, ratio, took
+
+
+def _federation(name: str, n: int, side: int, layers: int):  # type: ignore[no-untyped-def]
+    """A strategy, its first state, and a generator of n uploads of the columns it sends."""
+    names = [f"layers.{i}.{x}" for i in range(layers) for x in ("q_proj", "v_proj")]
+    held = {m: Layer(side, side, RANK, 1.0) for m in names}
+    chance = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.empty(shape).uniform_(-0.01, 0.01, generator=chance)
+
+    def factors(core: bool) -> Factors:
+        return Factors(
+            dict.fromkeys(names, 1.0),
+            {m: draw(RANK, side) for m in names},
+            {m: draw(side, RANK) for m in names},
+            {m: draw(RANK, RANK) for m in names} if core else {},
+        )
+
+    clients = [Client(i, held) for i in range(n)]
+    strategy = STRATEGIES[name]()
+    weights = {m: torch.zeros(1) for m in names}
+    state = strategy.init(Start(factors(False), clients, weights))
+    trainable = strategy.download(state, clients[0], Round(1, 0)).trainable
+
+    def uploads() -> Iterator[Upload]:
+        for c in clients:
+            sent, _ = strategy.upload(factors("R" in trainable), Factors())
+            yield Upload(c, travelling(sent, trainable), 10 + c.id)
+
+    return strategy, state, uploads()
+
+
+def _truncation(quick: bool, clients: int, side: int) -> Iterator[Row]:
+    """FlexLoRA's step: the best rank 64 of a weighted mean, from factors and from a dense SVD."""
+    threads = 2
+    torch.set_num_threads(threads)
+    keep = 8 if quick else 64
+    for kind in ("alike", "unrelated"):
+        pairs = _updates(kind, clients, side)
+        whole = stack(pairs, [1 / clients] * clients)
+        dense = torch.zeros(side, side)
+        reference: list[torch.Tensor] = []
+
+        def dense_svd(pairs=pairs, dense=dense, found=reference) -> None:  # type: ignore[no-untyped-def]
+            total = dense.zero_()
+            for p in pairs:
+                total += p.delta() / clients
+            U, S, Vh = torch.linalg.svd(total, full_matrices=False)
+            found[:] = [S, U[:, :keep] * S[:keep], Vh[:keep]]
+
+        ours = spent(lambda p=pairs: compress(stack(p, [1 / clients] * clients), keep))
+        theirs = spent(dense_svd)
+        how = f"CPU time, {clients} clients of {kind} updates, {side} x {side}, rank {keep}"
+        yield Row(f"truncation ({kind}): speed", theirs / ours, ">= 20", f"dense SVD / ours; {how}")
+        best = reference[0][keep:].double().square().sum().sqrt()
+        gap = (compress(whole, keep).delta().double() - dense.double()).norm()
+        yield Row(
+            f"truncation ({kind}): excess error", float(gap / best) - 1, "<= 1e-3",
+            "error over the optimal truncation's, relative, less 1",
+        )  # fmt: skip
+    torch.set_num_threads(1)
+
+
+def _updates(kind: str, n: int, side: int) -> list[Pair]:
+    """Clients' pairs: "unrelated" ones are noise; "alike" ones share most of their directions."""
+    chance = torch.Generator().manual_seed(1)
+    A, B = torch.randn(RANK, side, generator=chance), torch.randn(side, RANK, generator=chance)
+    share = 0.0 if kind == "unrelated" else 1.0
+    return [
+        Pair(
+            share * A + torch.randn(RANK, side, generator=chance) / 2,
+            share * B + torch.randn(side, RANK, generator=chance) / 2,
+        )
+        for _ in range(n)
+    ]
+
+
+def _peak_held(name: str, n: int, side: int) -> float:
+    """Most bytes of tensors alive at once while n uploads, each made when asked for, come in."""
+    import gc
+
+    strategy, state, uploads = _federation(name, n, side, 1)
+    most = 0.0
+
+    def watched() -> Iterator[Upload]:
+        nonlocal most
+        for u in uploads:
+            yield u
+            del u
+            alive = {
+                x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for x in gc.get_objects()
+                if isinstance(x, torch.Tensor)
+            }
+            most = max(most, float(sum(alive.values())))
+
+    gc.collect()
+    strategy.aggregate(state, watched(), Round(1, 0))
+    return most

@@ -1,0 +1,40 @@
+"""What a run's records say of its privacy: the terms of the promise, and epsilon by client."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedlora.config import Config
+
+EXHAUSTED = "the privacy budget is spent"
+"""In the reason of every refusal that only a larger budget would lift."""
+
+
+def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary's entry: {} without DP. `rounds` are the lines of rounds.jsonl."""
+    p = config.privacy
+    if not p.on:
+        return {}
+    found: dict[str, Any] = {
+        "unit": "one example of one client" if p.by_example else "one client with all its examples",
+        "adjacency": "add or remove one unit",
+        "budget": f"epsilon = {p.epsilon:g}" if p.epsilon else "none: epsilon is counted only",
+        "delta": p.delta,
+        "clip_norm": p.clip_norm,
+        "accountant": "PRV, its upper bound (Opacus)",
+        "noise": "AES-CTR keyed by the system"
+        if not p.insecure_reproducible_noise
+        else "REPRODUCIBLE FROM run.seed: THERE IS NO PRIVACY",
+        "losses_counts_scores": "sent WITHOUT NOISE, outside of the promise"
+        if p.release_metrics
+        else "kept on the clients",
+        "promise": "docs/privacy.md",
+    }
+    last: dict[str, Mapping[str, Any]] = {}
+    for line in rounds:
+        if "privacy" in line:
+            found |= {key: line["privacy"][key] for key in ("epsilon", "sigma", "q")}
+        clients = (line.get("clients") or {}).items()
+        last |= {str(i): facts["privacy"] for i, facts in clients if facts.get("privacy")}
+    for key in ("epsilon", "sigma", "q") if last else ():
+        found[key] = {i: facts[key] for i, facts in last.items()}
+    return found

@@ -1,0 +1,178 @@
+"""`fedlora compare`: the grid, its table, and that it goes on where it was."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from fedlora.config import Config
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.strategies import STRATEGIES
+from simulations import compare
+from simulations.compare_table import Row, interval, once, row, target_of
+
+Settings = Callable[..., dict[str, object]]
+SHIPPED = sorted(p.stem for p in compare.SHIPPED.glob("*.toml"))
+GRIDS = [
+    "many-clients", "mixed-ranks", "label-skew", "exact-vs-averaged", "bytes", "legend",
+]  # fmt: skip
+
+
+def experiment(tmp_path: Path, settings: dict[str, object], **table: object) -> Path:
+    path = tmp_path / "tiny.toml"
+    given = {k: v for k, v in settings.items() if k not in ("run.out", "run.name")}
+    path.write_text("# Claim: it runs.\n\n" + tomli_w.dumps({**given, "compare": table}))
+    return path
+
+
+# -- the shipped experiments --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_shipped_experiment_says_its_claim_and_every_cell_of_it_is_a_valid_config(
+    name: str,
+) -> None:
+    found = compare.Experiment.load(name)
+    assert "Claim under test" in found.claim
+    for full in (False, True):
+        names = compare.chosen(None, found)
+        grid = compare.cells(found, names, found.seeds, {}, Path("x"), full)
+        assert len(grid) == len(names) * len(found.seeds) * len(found.variants)
+        configs = [Config.load(found.path, cell.given) for cell in grid]
+        for cell, config in zip(grid, configs, strict=True):
+            assert (config.strategy.name, config.run.seed) == (cell.strategy, cell.seed)
+
+
+def test_an_experiment_with_a_compare_table_is_a_config_file_still() -> None:
+    assert Config.load(compare.SHIPPED / "legend.toml").devices.classes
+
+
+# -- what is asked for ----------------------------------------------------------------------------
+
+
+def test_all_means_every_strategy_and_names_are_checked() -> None:
+    found = compare.Experiment.load("bytes")
+    assert compare.chosen("all", found) == list(STRATEGIES)
+    assert compare.chosen("ffa, fedex", found) == ["ffa", "fedex"]
+    with pytest.raises(ConfigError, match="fedx is none of fedavg"):
+        compare.chosen("fedx", found)
+
+
+def test_an_experiment_that_is_not_there_is_answered_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"nor one of.*legend"):
+        compare.Experiment.load("nothing")
+
+
+def test_a_key_that_compare_has_not_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("[compare]\nstrategy = 1\n")
+    with pytest.raises(ConfigError, match=r"compare\.strategy: must be one of"):
+        compare.Experiment.load(str(path))
+
+
+def test_what_the_command_sets_goes_over_the_strategy_over_the_variant_over_full(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = experiment(
+        tmp_path, settings(), full={"run.rounds": 9, "train.lr": 1.0, "lora.alpha": 1.0},
+        variants={"v": {"train.lr": 2.0, "lora.alpha": 2.0}}, set={"fedex": {"lora.alpha": 3.0}},
+    )  # fmt: skip
+    found = compare.Experiment.load(str(path))
+    (cell,) = compare.cells(found, ["fedex"], [0], {"train.batch-size": 4}, tmp_path, True)
+    config = Config.load(path, cell.given)
+    assert (config.run.rounds, config.train.lr, config.lora.alpha) == (9, 2.0, 3.0)
+    assert config.train.batch_size == 4
+
+
+# -- a whole grid -----------------------------------------------------------------------------------
+
+
+def test_a_grid_writes_one_table_with_results_refusals_and_plots_and_goes_on_where_it_was(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = experiment(
+        tmp_path,
+        settings(**{"run.rounds": 2, "train.steps": 1, "clients.count": 3}),
+        strategies=["fedex", "fedavg"],
+        seeds=[0],
+        set={"fedex": {"train.optimizer": "sgd"}},
+    )
+    out = tmp_path / "out"
+
+    def go(**more: object) -> None:
+        compare.main(str(path), None, None, {}, "rounds", out, False, 2)
+
+    go()
+    with (out / "table.csv").open() as f:
+        table = {r["strategy"]: r for r in csv.DictReader(f)}
+    assert 0 <= float(table["fedex"]["mean"]) <= 1
+    assert float(table["fedex"]["up"]) > 0
+    assert float(table["fedex"]["deviation"]) < 2e-5
+    assert "one rank for all" in table["fedavg"]["refused"]
+    markdown = (out / "table.md").read_text()
+    assert "Claim: it runs." in markdown
+    assert "| fedex | exact | 1 |" in markdown
+    assert "fedavg: StrategyError: fedavg averages factors" in markdown
+    page = (out / "table.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list((out / "plots").glob("*.png"))) >= 3
+    summary = out / "cells" / "all" / "fedex" / "seed-0" / "summary.json"
+    written = summary.stat().st_mtime_ns
+    begun = list((out / "cells/all/fedavg").glob("seed-0/checkpoint"))
+    assert begun == []  # refused before round 1
+    found = compare.Experiment.load(str(path))
+    grid = compare.cells(found, ["fedex"], [0], {}, out, False)
+    compare.run(found, grid, 1, lambda _: None)
+    assert summary.stat().st_mtime_ns == written
+    other = compare.cells(found, ["fedex"], [0], {"train.lr": 0.1}, out, False)
+    with pytest.raises(FedLoraError, match=r"another train\.lr .*another --out"):
+        compare.run(found, other, 1, lambda _: None)
+
+
+def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = experiment(tmp_path, settings(**{"run.rounds": 10}))
+    found = compare.Experiment.load(str(path))
+    grid = compare.cells(found, ["fedex", "ffa", "flora"], [0, 1], {}, tmp_path / "out", False)
+    bytes_ = {"fedex": (100, 100), "ffa": (300, 10), "flora": (150, 250)}
+
+    def fake(_: object, sizes: list[compare.Cell], *__: object) -> None:
+        for cell in sizes:
+            cell.directory.mkdir(parents=True)
+            first, second = bytes_[cell.strategy]
+            lines = [{"bytes": {"up": n, "down": 0}} for n in (0, first, second)]
+            (cell.directory / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            (cell.directory / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(compare, "run", fake)
+    compare.equal_bytes(found, grid, 1, lambda _: None)
+    rounds = {c.strategy: c.given["run.rounds"] for c in grid}
+    assert rounds == {"fedex": 10, "ffa": 40, "flora": 4}  # ffa is held at four times the rounds
+
+
+# -- the table's numbers ----------------------------------------------------------------------------
+
+
+def test_the_interval_is_student_s() -> None:
+    assert interval([1.0]) is None
+    assert interval([0.0, 1.0, 2.0]) == pytest.approx(4.303 / 3**0.5)  # s = 1
+    assert interval([float(n) for n in range(40)]) == pytest.approx(3.739, rel=0.01)
+
+
+def test_once_is_what_a_client_is_sent_only_the_first_time() -> None:
+    rounds = [
+        {"clients": {"0": {"bytes_down": 50}}},
+        {"clients": {"0": {"bytes_down": 20}, "1": {"bytes_down": 50}}},
+        {"clients": {"0": {"bytes_down": 20}, "1": {"bytes_down": 60}}},
+    ]
+    assert once(rounds) == 30
+
+
+def test_the_target_is_one_that_all_meet() -> None:
+    rows = [Row("", "a", "exact", score=[0.8, 0.6]), Row("", "b", "exact", score=[0.5])]
+    assert target_of(rows) == pytest.approx(0.475)
+    assert target_of([]) is None
+    assert row("", "a", "exact", [], "why").reason == "why"
