@@ -26,6 +26,10 @@ lint: $(READY)
 
 check: lint test
 
+# Every figure of docs/benchmarks.md, side by side with its peer; 15 minutes on two free cores.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run
+
 # The DP step beside the plain one, Opacus and torch.func: a table, and benchmarks/results/.
 bench-dp: $(READY)
 	$(BIN)/python benchmarks/dp_step.py

@@ -19,6 +19,7 @@ from client_app.app import app as client_app
 from fedlora import site
 from fedlora.client import Desk, answer, query
 from fedlora.config import Config
+from fedlora.opening import begin, meet
 from fedlora.server import FederatedLora
 from fedlora.strategies.base import seeded, travelling
 from fedlora.text import batches
@@ -51,8 +52,8 @@ def federation(
     with LocalGrid(app, config.clients.count, config.flat(), workers) as grid:
         server = FederatedLora(config)
         server._open()
-        server._meet(grid)
-        server._begin(grid)
+        meet(server, grid)
+        begin(server, grid)
         yield server, grid
 
 
@@ -131,7 +132,9 @@ def workers(quick: bool) -> Iterator[Row]:
             found = []
             for number in range(1, 2 + times):
                 clock = time.perf_counter
-                seconds = [spent(lambda s=s, g=g: s.round(g, number), clock) for s, g in (one, two)]
+                seconds = [
+                    spent(lambda s=s, g=g, n=number: s.round(g, n), clock) for s, g in (one, two)
+                ]
                 found.append(seconds[0] / seconds[1])
     yield Row(
         "two workers: speed over one", statistics.median(found[1:]), ">= 1.6",
@@ -182,9 +185,7 @@ def growth(quick: bool) -> Iterator[Row]:
                for n, x in found.items()}  # fmt: skip
     how = "; ".join(f"{n}: {x}" for n, x in seconds.items())
     last, before = sizes[-1], sizes[-2]
-    begin = (found[last]["start"] - found[sizes[0]]["start"]) / max(
-        found[before]["start"] - found[sizes[0]]["start"], 1e-3
-    )
+    begin = found[last]["start"] / found[before]["start"]
     yield Row(f"growth: start at {last} / at {before} clients", begin, "<= 12", how)
     yield Row(
         f"growth: a round at {last} / at {before} clients",
@@ -192,7 +193,8 @@ def growth(quick: bool) -> Iterator[Row]:
         "CPU time of a round of at most 100 no-op clients",
     )  # fmt: skip
     yield Row(
-        f"growth: memory at {last} / at {before} clients", found[last]["peak"] / found[before]["peak"],
+        f"growth: memory at {last} / at {before} clients",
+        found[last]["peak"] / found[before]["peak"],
         "<= 1.15", "peak RSS of the process",
     )  # fmt: skip
     yield Row(f"growth: seconds to start {last} clients", found[last]["start"], "<= 10", how)

@@ -10,17 +10,17 @@ import time
 
 begun = time.perf_counter()
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+import numpy as np  # noqa: E402
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+from flwr.serverapp.strategy import FedAvg  # noqa: E402
 
 client_app = ClientApp()
 
 
 @client_app.train()
-def train(message: Message, context: Context) -> Message:
+def train(message: Message, _: Context) -> Message:
     arrays = message.content["arrays"]
     metrics = MetricRecord({"num-examples": 1})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
@@ -30,7 +30,7 @@ def server(rounds: int, megabytes: float) -> ServerApp:
     app = ServerApp()
 
     @app.main()
-    def main(grid: Grid, context: Context) -> None:
+    def main(grid: Grid, _: Context) -> None:
         x = np.zeros(int(megabytes * 2**20 / 4 / 4), np.float32)
         arrays = ArrayRecord({f"w{i}": Array(x) for i in range(4)})
         strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)

@@ -1,8 +1,297 @@
-"""Placeholder."""
+"""Local training against the loops people write, and two prototypes that are not in fedlora."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.engine import federation, quickstart
+from benchmarks.measure import Row, paired, spent
+from fedlora import site
+from fedlora.client import read_config
+from fedlora.config import Config
+from fedlora.loading import load_base, load_tokenizer
+from fedlora.model import Model
+from fedlora.strategies.base import Client
+from fedlora.text import Encoded, collate
+from fedlora.train import example_losses, fit
+from simulations.grid import LocalGrid
+
+ALL = frozenset({"A", "B", "other"})
+Step = Callable[[], Any]
 
 
-def flowertune(q):
-    yield from ()
+def flowertune(quick: bool) -> Iterator[Row]:
+    """FlowerTune's pattern: each call loads the base, tokenises, trains, returns its adapter."""
+    torch.set_num_threads(1)
+    rounds, changes = (1, {"train__steps": 2, "clients__count": 2}) if quick else (3, {})
+    with tempfile.TemporaryDirectory() as d:
+        config = quickstart(d, clients__ranks="8", **changes)
+        site.corpus(config)
+
+        def ours() -> None:
+            site._model.key = site._model.value = None  # loading is part of it
+            with federation(config) as (server, grid):
+                for number in range(1, rounds + 1):
+                    server.round(grid, number)
+
+        def theirs() -> None:
+            initial = ArrayRecord(get_peft_model_state_dict(_loaded(config)))
+            with LocalGrid(naive, config.clients.count, config.flat(), 1) as grid:
+                strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)
+                strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds)
+
+        wall, cpu = time.perf_counter(), time.process_time()
+        theirs()
+        between = time.perf_counter(), time.process_time()
+        ours()
+        wall = (between[0] - wall) / (time.perf_counter() - between[0])
+        cpu = (between[1] - cpu) / (time.process_time() - between[1])
+    how = (f"{rounds} rounds of {config.clients.count} clients, base loaded in every call, on the "
+           "same model, data and engine, nothing evaluated; ours loads its model once")  # fmt: skip
+    yield Row("quickstart: speed over FlowerTune's pattern", wall, ">= 3", how)
+    yield Row("quickstart: the same in CPU time", cpu, "", how)
 
 
-step = prefix = batched = flowertune
+naive = ClientApp()
+
+
+def _loaded(config: Config) -> Any:
+    base = load_base(config.model, site.corpus(config).labels, config.run.seed)
+    return get_peft_model(
+        base,
+        LoraConfig(r=8, lora_alpha=config.lora.alpha, modules_to_save=["classifier"],
+                   target_modules=list(config.lora.target_modules)),
+    )  # fmt: skip
+
+
+@naive.train()
+def _naive(message: Message, context: Context) -> Message:
+    config = read_config(context)
+    model, tokenizer = _loaded(config), load_tokenizer(config.model)
+    arrays: ArrayRecord = message.content["arrays"]  # type: ignore[assignment]
+    set_peft_model_state_dict(model, arrays.to_torch_state_dict())
+    corpus = site.corpus(config)
+    rows = corpus.client(int(context.node_config["partition-id"])).train
+    labels = torch.tensor([corpus.labels.index(x) for x in rows.label])
+    found = tokenizer(list(rows.text), truncation=True, max_length=config.data.max_length)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=config.train.lr)
+    model.train()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    for part in order.split(config.train.batch_size)[: config.train.steps or None]:
+        inputs = tokenizer.pad(
+            {"input_ids": [found["input_ids"][i] for i in part.tolist()]}, return_tensors="pt"
+        )
+        loss = cross_entropy(model(**inputs).logits, labels[part])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, config.train.grad_clip)
+        optimizer.step()
+    content = {
+        "arrays": ArrayRecord(get_peft_model_state_dict(model)),
+        "metrics": MetricRecord({"num-examples": len(rows)}),
+    }
+    return Message(RecordDict(content), reply_to=message)
+
+
+# -- one client's steps -------------------------------------------------------------------------
+
+
+def _ready(config: Config) -> tuple[Model, Encoded]:
+    """The quickstart's model with client 0's adapter loaded and all in training, and its rows."""
+    labels = site.corpus(config).labels
+    model = site.model(config, labels)
+    client = Client(0, model.layers(dict.fromkeys(model.shapes, 8)))
+    model.load(model.init_factors(client, 0))
+    model.trainable(ALL)
+    return model, site.encoded("train", 0, config, labels)
+
+
+def _padded(rows: Encoded, numbers: Tensor, width: int) -> dict[str, Tensor]:
+    """A batch padded to the maximum length, as `padding="max_length"` gives it."""
+    batch = collate(rows, numbers)
+    missing = width - batch["input_ids"].shape[1]
+    return {
+        k: x
+        if k == "labels"
+        else nn.functional.pad(x, (0, missing), value=rows.pad * (k[0] == "i"))
+        for k, x in batch.items()
+    }
+
+
+def step(quick: bool) -> Iterator[Row]:
+    """Our epoch over a plain loop's, and what adapting only the last layers saves."""
+    torch.set_num_threads(1)
+    steps, times = (2, 1) if quick else (24, 3)
+    with tempfile.TemporaryDirectory() as d:
+        seconds: dict[str, float] = {}
+        for layers in ("", "-2,-1", "-1"):
+            config = quickstart(d, train__steps=steps, lora__layers=layers)
+            model, rows = _ready(config)
+
+            def ours(config=config, model=model, rows=rows) -> None:  # type: ignore[no-untyped-def]
+                fit(model, rows, ALL, config, 1, 0)
+
+            ours()
+            if not layers:
+                size, width = config.train.batch_size, config.data.max_length
+                theirs = _plain(model, rows, steps, size, width)
+                ratio, _, _ = paired(theirs, ours, times)
+                yield Row(
+                    "local step: speed over a plain loop", ratio, ">= 2",
+                    f"CPU time of {steps} steps; plain PyTorch padded to {width}, float32",
+                )  # fmt: skip
+            seconds[layers] = min(spent(ours) for _ in range(times))
+    for layers, n in (("-2,-1", 2), ("-1", 1)):
+        yield Row(
+            f"local step: adapting the last {n} of 6 layers / all", seconds[layers] / seconds[""],
+            "", "CPU time; no gradient passes below the first adapted layer",
+        )  # fmt: skip
+
+
+def _plain(model: Model, rows: Encoded, steps: int, size: int, width: int) -> Step:
+    params = [p for p in model.peft.parameters() if p.requires_grad]
+
+    def run() -> None:
+        optimizer = torch.optim.AdamW(params, lr=1e-4)
+        model.peft.train()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        for n in range(steps):
+            batch = _padded(rows, order.roll(-n * size)[:size], width)
+            labels = batch.pop("labels")
+            loss = cross_entropy(model.peft(**batch).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+
+    return run
+
+
+# -- prototypes ---------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """In place of the embeddings: hidden states that are known already."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+@contextlib.contextmanager
+def _from_layer(encoder: Any, n: int, hidden: Tensor) -> Iterator[None]:
+    """The encoder begins at layer n, with these states as its input."""
+    whole, embeddings = encoder.encoder.layer, encoder.embeddings
+    encoder.encoder.layer, encoder.embeddings = whole[n:], _Given(hidden)
+    try:
+        yield
+    finally:
+        encoder.encoder.layer, encoder.embeddings = whole, embeddings
+
+
+def prefix(quick: bool) -> Iterator[Row]:
+    """The input of the first adapted layer kept from the first epoch: a prototype."""
+    torch.set_num_threads(1)
+    steps, times = (2, 1) if quick else (16, 3)
+    with tempfile.TemporaryDirectory() as d:
+        config = quickstart(d, lora__layers="-1")
+        model, rows = _ready(config)
+        model.peft.train()
+        encoder: Any = model.peft.get_base_model().encoder
+        depth = len(encoder.encoder.layer)
+        batches = [collate(rows, p) for p in torch.arange(len(rows)).split(16)[:steps]]
+        kept: list[Tensor] = []
+        hook = encoder.encoder.layer[depth - 1].register_forward_pre_hook(
+            lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        whole_loss = [float(example_losses(model, b).mean()) for b in batches]
+        hook.remove()
+        cached = [x.detach() for x in kept]
+        short_loss = []
+        for b, x in zip(batches, cached, strict=True):
+            with _from_layer(encoder, depth - 1, x):
+                short_loss.append(float(example_losses(model, b).mean()))
+
+        def whole() -> None:
+            for b in batches:
+                example_losses(model, b).mean().backward()  # type: ignore[no-untyped-call]
+
+        def short() -> None:
+            for b, x in zip(batches, cached, strict=True):
+                with _from_layer(encoder, depth - 1, x):
+                    example_losses(model, b).mean().backward()  # type: ignore[no-untyped-call]
+
+        ratio, _, _ = paired(short, whole, times)
+    how = (
+        f"CPU time of {steps} steps, the last of {depth} layers adapted; prototype, not in fedlora"
+    )
+    yield Row("frozen prefix kept: step / whole step", ratio, "", how)
+    equal = float(whole_loss == short_loss)
+    yield Row("frozen prefix kept: losses equal bit for bit", equal, ">= 1", "1: yes; prototype")
+
+
+def batched(quick: bool) -> Iterator[Row]:
+    """Several clients' batches through the frozen base in one pass: a prototype."""
+    torch.set_num_threads(1)
+    times = 1 if quick else 5
+    with tempfile.TemporaryDirectory() as d:
+        model, rows = _ready(quickstart(d))
+        model.peft.train()
+        for clients, size in ((4, 4), (4, 16), (8, 2)):
+            parts = torch.arange(clients * size).split(size)
+            apart = [collate(rows, p) for p in parts]
+            together = collate(rows, torch.arange(clients * size))
+
+            def each(apart: Sequence[dict[str, Tensor]] = apart) -> None:
+                for b in apart:
+                    example_losses(model, b).mean().backward()  # type: ignore[no-untyped-call]
+
+            def at_once(together: dict[str, Tensor] = together, n: int = clients) -> None:
+                with _side_by_side(model, n):
+                    example_losses(model, together).mean().backward()  # type: ignore[no-untyped-call]
+
+            each(), at_once()
+            ratio, _, _ = paired(each, at_once, times)
+            yield Row(
+                f"batched adapters: {clients} clients x {size} examples", ratio, "",
+                "speed over one after the other, forward and backward; prototype, built at >= 1.3",
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _side_by_side(model: Model, clients: int) -> Iterator[None]:
+    """Each adapted layer applies the n-th client's own factors to the n-th part of the batch."""
+    undo = []
+    for _, layer in model._on():
+        A = layer.lora_A[model.active].weight.detach().expand(clients, -1, -1).clone()
+        B = layer.lora_B[model.active].weight.detach().expand(clients, -1, -1).clone()
+        A.requires_grad_(), B.requires_grad_()
+
+        def forward(x: Tensor, *_: Any, A=A, B=B, layer=layer, **__: Any) -> Tensor:  # type: ignore[no-untyped-def]
+            parts = x.reshape(clients, -1, x.shape[-1])
+            delta = parts @ A.transpose(1, 2) @ B.transpose(1, 2) * layer.scaling[model.active]
+            y: Tensor = layer.base_layer(x)
+            return y + delta.reshape(y.shape)
+
+        layer.forward = forward
+        undo.append(layer)
+    try:
+        yield
+    finally:
+        for layer in undo:
+            del layer.forward

@@ -25,6 +25,7 @@ def build(experiment: str, target: Path) -> None:
     from fedlora.config import Config
     from fedlora.console import quiet_libraries
     from fedlora.handover import pack
+    from fedlora.opening import begin, meet
     from fedlora.server import FederatedLora
     from fedlora.strategies.base import Round
     from simulations.grid import LocalGrid
@@ -36,8 +37,8 @@ def build(experiment: str, target: Path) -> None:
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
         server = FederatedLora(config)
         server._open()
-        server._meet(grid)
-        server._begin(grid)
+        meet(server, grid)
+        begin(server, grid)
         message = server.message(server.client(0), Round(1, config.run.seed), "train")
         context = grid.contexts[message.metadata.dst_node_id]
         message.metadata.__dict__["_message_id"] = "0" * 32

@@ -59,9 +59,16 @@ def load(path: Path, *types: type) -> Any:
 
 
 def notes(path: Path) -> dict[str, str]:
-    """The strings that were saved beside the tree."""
-    with safe_open(path, framework="pt") as f:
-        metadata: dict[str, str] = f.metadata() or {}
+    """The strings that were saved beside the tree.
+
+    Raises:
+        CheckpointError: the file is not there or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata: dict[str, str] = f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path} is damaged: {e}") from e
     return {k: v for k, v in metadata.items() if k != "tree"}
 
 

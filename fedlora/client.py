@@ -10,7 +10,6 @@ Every handler answers every message: whatever goes wrong comes back as an error 
 reason, since a node that gets no reply waits for it for ever.
 """
 
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +19,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from fedlora import feedback, site
+from fedlora import capability, feedback, site
 from fedlora.adapter import Factors
 from fedlora.config import Config
 from fedlora.errors import FedLoraError, ModelError, PrivacyError
@@ -59,8 +57,7 @@ def query(_: Message, context: Context) -> RecordDict:
         "client": int(node.get("partition-id", context.node_id % 2**31)),
         "rank": int(node.get("rank", 0)),  # 0: the server decides
         "layers": int(node.get("layers", 0)),  # the most it has memory to train; 0: all
-        "cores": os.cpu_count() or 1,
-        "bfloat16": bool(torch.cpu._is_avx512_bf16_supported()),
+        **capability.facts(),
     }
     return RecordDict({"facts": ConfigRecord(facts)})
 
@@ -231,6 +228,7 @@ def read_config(context: Context) -> Config:
     own = {
         "data.node-path": context.node_config.get("data-path"),
         "output.client-memory": context.node_config.get("memory"),
+        "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
     }
     given = {**context.run_config, **{key: value for key, value in own.items() if value}}
     return Config.read(given)

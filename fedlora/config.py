@@ -163,7 +163,7 @@ class Devices(_Section):
     """A device model with a virtual clock, for simulation: fedlora/devices.py."""
 
     classes: Names = ()
-    """name:compute:Mbit/s[:layers], cycled over the clients: "fast:1:100,slow:0.2:5". Empty: off."""
+    """name:compute:Mbit/s[:layers], "fast:1:100,slow:0.2:5". Empty: off."""
     gflops: Annotated[float, Field(gt=0)] = 50.0
     """Billions of operations a second of a device of compute 1."""
     jitter: Annotated[float, Field(ge=0)] = 0.1
@@ -257,6 +257,8 @@ class Privacy(_Section):
     """What one unit of protection is: an example of a client, or a client with all it has."""
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     """The budget over all rounds; the noise is calibrated to it. 0: off, or by noise-multiplier."""
+    max_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """A node's own limit, from its node config: it refuses whatever exceeds it. 0: none."""
     noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
     """Noise over clip-norm, in place of epsilon; then epsilon is counted, without a limit."""
     clip_norm: Annotated[float, Field(gt=0)] = 0.3
@@ -336,6 +338,15 @@ class Output(_Section):
     client_memory: str = ""
     """Directory of the clients' own memory; empty: clients/ in the run's directory. A deployed
     node names its own in its node config."""
+    log: Literal["text", "json"] = "text"
+    """json: one JSON object an event on standard output, beside the text."""
+    metrics_port: Annotated[int, Field(ge=0, lt=65536)] = 0
+    """Serve the run's figures to Prometheus on this port of the server's loopback; 0: off."""
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml",
+        "dvclive", "swanlab",
+    ] = "none"  # fmt: skip
+    """An experiment tracker, through accelerate.tracking; its files go to the run's directory."""
 
 
 class Simulate(_Section):

@@ -149,8 +149,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         FedLoraError: what would stop the run before its first round.
     """
     from fedlora import site
-    from fedlora.strategies.base import Client, Round, Start, top_ranks
-    from fedlora.wire import count_bytes, pack_download, pack_factors
+    from fedlora.strategies.base import Client
 
     findings = []
     corpus = site.corpus(config)
@@ -178,29 +177,8 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         findings.append(Finding("problem", f"strategy.name = {config.strategy.name!r}: {problem}"))
     if any(f.level == "problem" for f in findings):
         return findings, Table()
-    whole = Client(-1, model.layers(top_ranks(clients)))
-    start = Start(
-        model.init_factors(whole, config.run.seed), clients, model.weights(), config.run.seed
-    )
-    state = strategy.init(start)
-    table = Table("client", "rank", "rows", "test", "steps a round", "down", "up", title="Plan")
-    round = Round(1, config.run.seed)
+    table, largest = _plan(config, model, strategy, clients, corpus)
     per_round = config.clients.per_round or config.clients.count
-    largest = 0
-    for c in clients:
-        sent = strategy.download(state, c, round)
-        factors = strategy.start(sent, Start(start.factors, [], {}).factors, c, round)
-        up = count_bytes_of(pack_factors(strategy.upload(factors, factors)[0], config.wire.dtype))
-        down = count_bytes(pack_download(sent, config.wire.dtype))
-        largest = max(largest, up + down)
-        n = len(corpus.client(c.id).train)
-        steps = config.train.steps or max(
-            1, round_up(n * config.train.epochs / config.train.batch_size)
-        )
-        table.add_row(
-            str(c.id), str(ranks[c.id % len(ranks)]), str(n), str(len(corpus.client(c.id).test)),
-            str(steps), f"{down / 1e3:.0f} kB", f"{up / 1e3:.0f} kB",
-        )  # fmt: skip
     need = _memory(model, config, largest * per_round)
     have = _available()
     findings.append(
@@ -220,12 +198,35 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     return findings, table
 
 
-def count_bytes_of(record: Any) -> int:
-    return int(record.count_bytes())
+def _plan(
+    config: Config, model: Any, strategy: Any, clients: Any, corpus: Any
+) -> tuple[Table, int]:
+    """What each client does in a round, and the most bytes one client's messages take."""
+    from fedlora.strategies.base import Client, Round, Start, top_ranks
+    from fedlora.text import steps_in
+    from fedlora.wire import count_bytes, pack_download, pack_factors
 
-
-def round_up(x: float) -> int:
-    return int(-(-x // 1))
+    whole = Client(-1, model.layers(top_ranks(clients)))
+    factors = model.init_factors(whole, config.run.seed)
+    state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
+    round = Round(1, config.run.seed)
+    table = Table("client", "rank", "rows", "test", "steps a round", "down", "up", title="Plan")
+    largest = 0
+    for c in clients:
+        sent = strategy.download(state, c, round)
+        begun = strategy.start(sent, factors, c, round)
+        back = pack_factors(strategy.upload(begun, begun)[0], config.wire.dtype)
+        down, up = count_bytes(pack_download(sent, config.wire.dtype)), back.count_bytes()
+        largest = max(largest, up + down)
+        rows = corpus.client(c.id)
+        train = config.train
+        steps = steps_in(len(rows.train), train.batch_size, train.steps, train.epochs)
+        rank = max(layer.rank for layer in c.layers.values())
+        table.add_row(
+            str(c.id), str(rank), str(len(rows.train)), str(len(rows.test)), str(steps),
+            f"{down / 1e3:.0f} kB", f"{up / 1e3:.0f} kB",
+        )  # fmt: skip
+    return table, largest
 
 
 def _memory(model: Any, config: Config, in_flight: int) -> float:

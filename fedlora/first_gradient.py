@@ -79,7 +79,7 @@ def first_signs(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor
     with model.base_gradients() as gradients:
         for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
             losses = example_losses(model, batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
             seen += len(losses)
             if seen >= EXAMPLES:
                 break

@@ -59,7 +59,7 @@ def ask(socket: Path, kind: str, message: Message, context: Context) -> Message 
         try:
             data = call(pack(kind, message, context), timeout=left(message))
         except grpc.RpcError as e:
-            why = f"{e.code().name}: {e.details()}"  # type: ignore[attr-defined]
+            why = f"{e.code().name}: {e.details()}"
             reason = f"the node's worker was lost with this message in hand ({why})"
             return Message(Error(WORKER_LOST, reason), reply_to=message)
     reply = message_from_proto(ProtoMessage.FromString(data))
@@ -90,6 +90,7 @@ def pack(kind: str, message: Message, context: Context) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[str, Message, Context]:
+    """The kind, the message and the context that `pack` put together."""
     from flwr.common.serde import context_from_proto, message_from_proto
     from flwr.proto.message_pb2 import Context as ProtoContext
     from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -109,7 +110,7 @@ def _reachable(channel: object, socket: Path) -> bool:
     until = time.monotonic() + READY
     while socket.exists() or time.monotonic() < until - READY + 1.0:
         try:
-            asked = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[no-untyped-call]
+            asked = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=2.0
             )
             if asked.status == health_pb2.HealthCheckResponse.SERVING:

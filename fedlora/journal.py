@@ -106,22 +106,34 @@ class Journal:
         Raises:
             CheckpointError: the configuration has changed; says in which keys.
         """
+        if (was := self._begun_with()) is not None:
+            self._check_config(was)
+        for left in self.directory.rglob(".*.tmp"):  # of a write that was cut short
+            left.unlink(missing_ok=True)
         if (found := self.last(*types)) is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.rounds.write_text("")
             self._write_config()
             return -1, None
         tree, notes = found
-        self._check_config(json.loads(notes["config"]))
         self._rewrite(json.loads(notes["line"]))
         self._write_config()
         return int(notes["round"]), tree
 
     def last(self, *types: type) -> tuple[Any, dict[str, str]] | None:
-        """The newest checkpoint that is whole, and its notes; None where there is none."""
+        """The newest checkpoint that is whole, and its notes; None where there is none.
+
+        Raises:
+            CheckpointError: there are some, and none can be read. Never a fresh start instead.
+        """
+        problems: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
-            with contextlib.suppress(CheckpointError):  # damaged: the one before it is whole
+            try:
                 return checkpoint.load(path, *types), checkpoint.notes(path)
+            except CheckpointError as e:  # damaged: the one before it is whole
+                problems.append(e)
+        if problems:
+            raise problems[0]
         return None
 
     def commit(self, round: int, tree: Any, record: Mapping[str, Any]) -> None:
@@ -172,6 +184,14 @@ class Journal:
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.directory / "checkpoint").glob("round-*.safetensors"))
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """The config in the newest checkpoint whose notes can be read."""
+        for path in self._checkpoints()[::-1]:
+            with contextlib.suppress(CheckpointError):
+                config: dict[str, Any] = json.loads(checkpoint.notes(path)["config"])
+                return config
+        return None
 
     def _check_config(self, was: Mapping[str, Any]) -> None:
         now = self.config.flat()

@@ -52,7 +52,7 @@ class Core(LoraVariant):  # type: ignore[misc]
 def inside(R: Tensor, block: int) -> Tensor:
     """1 in the diagonal blocks of this size of a core, 0 elsewhere; (r, r)."""
     blocks = [torch.ones(block, block)] * (len(R) // block)
-    mask: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    mask: Tensor = torch.block_diag(*blocks)
     return mask.to(R)
 
 
@@ -166,7 +166,7 @@ class Model:
                     self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
                     if block:
                         self.masks[R] = mask = inside(R, block)
-                        R.register_hook(functools.partial(_masked, mask))  # type: ignore[no-untyped-call]
+                        R.register_hook(functools.partial(_masked, mask))
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
                 for _, layer in self._on():
@@ -181,7 +181,7 @@ class Model:
         """A copy of the active adapter, core and head."""
         on = {m: layer for m, layer in self._modules.items() if self.active in layer.lora_A}
         return Factors(
-            {m: self._scale[m] for m in on},
+            {m: self._scale.get(m, x.scaling[self.active]) for m, x in on.items()},
             {m: x.lora_A[self.active].weight.detach().clone() for m, x in on.items()},
             {m: x.lora_B[self.active].weight.detach().clone() for m, x in on.items()},
             {m: R.detach().clone() for m, R in self._cores.items()},

@@ -5,7 +5,9 @@
     planner.spent(i, round, facts)        virtual seconds, where there is a device model
     planner.learned(member, facts, spent) the member with its times brought up to date
 
-Plans and times are part of the members, and so of the checkpoint.
+Plans and times are part of the members, and so of the checkpoint. Without a device model the time
+on the wire is what a reply took beyond its client's own work: on LocalGrid with fewer workers than
+clients that includes the wait for a worker, so plan by `devices.classes` there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,8 +77,8 @@ class Planner:
             )
         if self.legend and strategy.requires.client_memory:
             yield (
-                f"ranks.policy = 'legend' changes a client's layers from round to round, and "
-                f"{name} keeps a part of each layer on the client; use fedavg, fedex, flora or rolora"
+                "ranks.policy = 'legend' changes a client's layers from round to round, and "
+                f"{name} keeps a part of each on the client; use fedavg, fedex, flora or rolora"
             )
         if self.legend and self.config.privacy.on and not self.devices:
             yield (

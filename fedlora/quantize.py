@@ -1,5 +1,8 @@
 """Tensors in 8 or 4 bits: one float32 scale a row, and integers of that row's step.
 
+Rows are taken along the longer side: those of A are (r, k)'s, those of B are its columns, so a
+scale is one rank's and costs nothing beside its integers.
+
     step_i = max_j |x_ij| / Q        Q = 127 or 7
     q_ij   = floor(x_ij / step_i + u_ij),  u uniform in [0, 1) from the generator
 
@@ -25,8 +28,9 @@ def size(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def quantize(x: Tensor, dtype: str, generator: torch.Generator | None = None) -> bytes:
+    """Scales and integers; stochastic with a generator, to nearest without."""
     levels = LEVELS[dtype]
-    wide = x.detach().to(torch.float32).reshape(_rows(tuple(x.shape)), -1)
+    wide = _long(x.detach().to(torch.float32))
     scale = wide.abs().amax(dim=1, keepdim=True) / levels  # (rows, 1)
     u = torch.full_like(wide, 0.5) if generator is None else _uniform(wide, generator)
     q = torch.floor(wide / scale.clamp(min=1e-38) + u).nan_to_num(0.0).clamp(-levels, levels)
@@ -47,11 +51,22 @@ def dequantize(data: bytes, shape: tuple[int, ...], dtype: str) -> Tensor:
     if dtype == "int4":
         low, high = (raw << 4) >> 4, raw >> 4  # arithmetic shifts keep the sign
         raw = torch.stack([low, high], dim=1).reshape(-1)[:n]
-    return (raw.to(torch.float32).reshape(rows, -1) * scale[:, None]).reshape(shape)
+    x = raw.to(torch.float32).reshape(rows, -1) * scale[:, None]
+    return x.T.contiguous() if _tall(shape) else x.reshape(shape)
 
 
 def _rows(shape: tuple[int, ...]) -> int:
+    if _tall(shape):
+        return shape[1]
     return shape[0] if len(shape) > 1 else 1
+
+
+def _tall(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] > shape[1] > 0
+
+
+def _long(x: Tensor) -> Tensor:
+    return x.T if _tall(tuple(x.shape)) else x.reshape(_rows(tuple(x.shape)), -1)
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

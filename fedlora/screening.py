@@ -11,7 +11,8 @@ judged; it shares its client's fate.
 
 Composes with every strategy that sees a client's whole update: the last two leave the strategy's
 average as it is, over other clients or other weights, and a shortened update is an update. It
-does not with one that keeps a factor on its clients, nor with client-level privacy.
+does not with one that keeps a factor on its clients, nor (privacy/rules.py) with client-level
+privacy.
 """
 
 import statistics
@@ -51,11 +52,6 @@ def refusals(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"robust.method = '{method}': {config.strategy.name} keeps a factor on its clients, so "
             "the server never sees what an update does, and the other factor alone can be made "
             "any length without changing the model; use fedavg, fedex or ffa"
-        )
-    if config.privacy.by_client:
-        yield (
-            f"robust.method = '{method}': which updates it takes depends on all of them, so no "
-            "one client's influence is bounded by privacy.clip-norm; set it to 'none'"
         )
     if method in ("krum", "multi-krum"):
         n = config.clients.per_round or config.clients.count

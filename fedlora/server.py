@@ -14,7 +14,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -26,32 +26,30 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import personal, site
+from fedlora import compose, site
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
-from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError
+from fedlora.errors import FedLoraError, PrivacyError, RoundError
 from fedlora.evaluate import evaluate
-from fedlora.first_gradient import survey
-from fedlora.intake import POLL, Gathered, Schemas, check_norm, exchange, read_reply
-from fedlora.journal import Journal, Member, Saved
+from fedlora.intake import Gathered, Schemas, check_norm, exchange, read_reply
+from fedlora.journal import Journal, Member, Saved, state_types
+from fedlora.opening import begin, look, meet
 from fedlora.planning import Planner
 from fedlora.privacy.central import CentralPrivacy
-from fedlora.privacy.probe import check_apart
 from fedlora.privacy.summary import EXHAUSTED
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
 from fedlora.roster import Roster
-from fedlora.screening import refusals, screen
-from fedlora.server_opt import Moments, build_optimizer, refusal, stepped
+from fedlora.server_opt import Moments
 from fedlora.strategies.base import (
     Client,
     Effective,
     Round,
-    Start,
     Upload,
     seeded,
     whole_download,
 )
+from fedlora.watch import watched
 from fedlora.wire import Job, count_bytes, pack_download, pack_factors
 
 
@@ -79,7 +77,7 @@ class FederatedLora(FlowerStrategy):
         self.before = 0.0  # seconds of the run's earlier starts
         self.begun = time.perf_counter()
         self.schemas = Schemas(self.strategy)
-        self.roster = Roster(self.observer.note)
+        self.roster = Roster(lambda text: self.observer.note(text))
         self.planner = Planner(config, self.model)
         self.central = CentralPrivacy.of(config)
         self.clock = 0.0  # virtual seconds
@@ -95,10 +93,14 @@ class FederatedLora(FlowerStrategy):
             RoundError: fewer than round.min-replies answered; the checkpoint is intact.
             ProofError: an aggregation that promises to be exact was not.
         """
+        with watched(self.observer, self.config, self.journal.directory) as self.observer:
+            return self._run(grid)
+
+    def _run(self, grid: Grid) -> Result:
         done = self._open()
-        self._meet(grid)
+        meet(self, grid)
         if done < 0:
-            self._begin(grid)
+            begin(self, grid)
             done = 0
         result, stopped = Result(), ""
         for number in range(done + 1, self.config.run.rounds + 1):
@@ -122,8 +124,8 @@ class FederatedLora(FlowerStrategy):
         """One round, from sampling to checkpoint; its line of rounds.jsonl."""
         begun = time.perf_counter()
         round = Round(number, self.config.run.seed)
-        self._look(grid)
-        self.roster.wait(lambda: self._look(grid), self.config.round.wait_for_clients)
+        look(self, grid)
+        self.roster.wait(lambda: look(self, grid), self.config.round.wait_for_clients)
         self.members = self.planner.replan(self.members)
         if self.central:
             everyone = [self.client(i) for i in self.members]
@@ -139,7 +141,8 @@ class FederatedLora(FlowerStrategy):
         gathered = Gathered()
         version = self._base_number()
 
-        uploads = self._screened(self._uploads(grid, clients, round, gathered), round, gathered)
+        uploads = self._uploads(grid, clients, round, gathered)
+        uploads = compose.screened(self, uploads, round, gathered)
         if self.central:
             uploads = self.central.mean(uploads, round)
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
@@ -155,13 +158,13 @@ class FederatedLora(FlowerStrategy):
             proof = replace(proof, model_deviation=deviation)
         if self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
-        state = self._step(state, clients, round)
+        state = compose.stepped(self, state, clients, round)
         scores = self.evaluate(number)
         evaluated = time.perf_counter()
 
         self.state = state
         self._credit(gathered, number, version)
-        record = self._record(number, gathered, cohort, proof, scores)
+        record = self.record(number, gathered, cohort, proof, scores)
         record["seconds"] = {
             "clients": gathered.waited,
             "aggregate": aggregated - begun - gathered.waited,
@@ -169,7 +172,7 @@ class FederatedLora(FlowerStrategy):
             "evaluate": evaluated - proved,
             "total": time.perf_counter() - begun,
         }
-        self._commit(number, record)
+        self.commit(number, record)
         return record
 
     def sample(self, round: Round) -> list[int]:
@@ -245,11 +248,7 @@ class FederatedLora(FlowerStrategy):
             self.journal.open()
             done = -1
         else:
-            name = type(self.strategy).__module__
-            types = [
-                t for t in vars(__import__(name, fromlist=["_"])).values() if isinstance(t, type)
-            ]
-            done, saved = self.journal.resume(Saved, Member, *types)
+            done, saved = self.journal.resume(Saved, Member, *state_types(self.strategy))
             if saved is not None:
                 self.token, self.state = saved.token, saved.state
                 self.members = dict(saved.members)
@@ -260,102 +259,6 @@ class FederatedLora(FlowerStrategy):
                 self.observer.note(f"resuming {self.journal.directory} after round {done}")
         self.token = self.token or uuid.uuid4().hex
         return done
-
-    def _meet(self, grid: Grid) -> None:
-        """Ask every node who it is, until the clients the config counts on are there."""
-        want = self.config.clients.count
-        until = time.monotonic() + self.config.round.wait_for_clients
-        while True:
-            self._look(grid)
-            if len(self.nodes) >= want:
-                break
-            if time.monotonic() > until:
-                raise RoundError(
-                    f"{len(self.nodes)} of clients.count = {want} nodes are connected after "
-                    f"{self.config.round.wait_for_clients:g} s; start more nodes (with `flwr run`: "
-                    f"--federation-config 'num-supernodes={want}'), or lower clients.count"
-                )
-            time.sleep(POLL)
-        clients = [self.client(i) for i in sorted(self.members)]
-        problems = [
-            *self.strategy.problems(clients),
-            *self.planner.problems(self.strategy),
-            *refusals(self.config, self.strategy),
-            *self._step_refused(),
-            *personal.refusals(self.config),
-        ]
-        if problems:
-            raise StrategyError("\n".join(problems))
-        self.summary()
-
-    def _look(self, grid: Grid) -> None:
-        """See which nodes are there, and take in those that are new."""
-        for i, facts in self.roster.look(grid, self.config.round.wait_for_clients or 1.0):
-            self._welcome(i, facts)
-        self.nodes = {i: n for i, n in self.roster.nodes.items() if i in self.members}
-
-    def _welcome(self, i: int, facts: Mapping[str, Any]) -> None:
-        if i in self.members:
-            return
-        member = self.planner.welcome(i, facts)
-        if self.state is not None and (reason := self._too_late(member)):
-            self.observer.note(f"client {i} came after the start and is left out: {reason}")
-            return
-        self.members[i] = member
-
-    def _too_late(self, member: Member) -> str:
-        """Why a client cannot join a run that has begun; empty if it can."""
-        if self.config.privacy.by_client:
-            return "privacy.level = 'client' is calibrated to the clients of the start"
-        most = self.planner.widest(list(self.members.values()))
-        if any(rank > most.get(m, 0) for m, rank in self.planner.ranks(member).items()):
-            return f"its rank {member.rank} is above the largest the run began with"
-        self.members[member.id] = member
-        clients = [self.client(i) for i in sorted(self.members)]
-        del self.members[member.id]
-        return "; ".join(self.strategy.problems(clients))
-
-    def _begin(self, grid: Grid) -> None:
-        """The first state, the baselines, and the model before any training: round 0."""
-        begun = time.perf_counter()
-        clients = [self.client(i) for i in sorted(self.members)]
-        members = [self.members[c.id] for c in clients]
-        whole = Client(-1, self.model.layers(self.planner.widest(members)))
-        factors = self.model.init_factors(whole, self.config.run.seed)
-        start = Start(factors, clients, self.model.weights(), self.config.run.seed)
-        self.state = self.strategy.init(start)
-        if getattr(self.strategy, "wants_gradient", False):
-            self.state = self.strategy.from_gradient(self.state, survey(self, grid, clients))  # type: ignore[attr-defined]
-        if self.config.evaluate.baselines:
-            self._baselines()
-        self.load(self.strategy.effective(self.state))
-        if self.config.privacy.by_example:
-            first = self.strategy.download(self.state, clients[0], Round(1, self.config.run.seed))
-            check_apart(self.model, self.model.trainable(first.trainable))
-        record = self._record(0, Gathered(), [], None, self.evaluate(0))
-        record["seconds"] = {"total": time.perf_counter() - begun}
-        self._commit(0, record)
-        self.observer.round_done(record)
-
-    def _baselines(self) -> None:
-        from fedlora import baselines
-
-        trainable = any(len(c.train) for c in self.corpus.clients) and len(self.corpus.test)
-        if self.config.model.task != "classification" or not trainable:
-            return
-        found: dict[str, Callable[[], Mapping[str, float]]] = {
-            "majority class": lambda: baselines.majority(self.corpus),
-            "TF-IDF + logistic regression": lambda: baselines.tfidf(self.corpus),
-            "trained head only": lambda: baselines.trained_head(self.corpus, self._features),
-        }
-        for name, compute in found.items():
-            self.baselines[name] = compute()
-            self.observer.baseline(name, self.baselines[name])
-
-    def _features(self, texts: Sequence[str]) -> Any:
-        from fedlora.features import frozen_features
-
-        return frozen_features(self.model, texts, self.config)
 
     # -- one round's messages -----------------------------------------------------------------
 
@@ -433,13 +336,9 @@ class FederatedLora(FlowerStrategy):
             return None
         facts["bytes_down"] = gathered.down.get(client.id, 0)
         facts["elapsed_seconds"] = time.perf_counter() - gathered.asked.get(client.id, 0.0)
-        if virtual := self.planner.spent(client, round.number, facts):
-            gathered.virtual[client.id] = virtual
-            limit, took = self.config.devices.deadline, virtual[0].total
-            if limit and took > limit:
-                reason = f"{took:.3g} virtual seconds, devices.deadline = {limit:g}"
-                self._refuse(client.id, round, reason, gathered)
-                return None
+        if reason := compose.late(self, client, round, facts, gathered):
+            self._refuse(client.id, round, reason, gathered)
+            return None
         gathered.accepted.append(client.id)
         gathered.clients[client.id] = facts
         if self.config.output.keep_updates:
@@ -471,33 +370,6 @@ class FederatedLora(FlowerStrategy):
                 f"it is in {self.journal.directory / 'checkpoint'}; mend the cause and resume."
             )
         return state
-
-    def _screened(
-        self, uploads: Iterator[Upload], round: Round, gathered: Gathered
-    ) -> Iterator[Upload]:
-        """The uploads that robust.method lets count; as they come where it is none."""
-        if self.config.robust.method == "none":
-            return uploads
-        found = list(uploads)
-        if not found:
-            return iter(found)
-        kept, gathered.verdict = screen(found, self.strategy, self.state, round, self.config)
-        return iter(kept)
-
-    def _step(self, state: Any, clients: Sequence[Client], round: Round) -> Any:
-        """The state after server.optimizer's step, loaded; as it is where there is none."""
-        if (optimizer := build_optimizer(self.config.server)) is None:
-            return state
-        downloads = (self.strategy.download(self.state, c, round).trainable for c in clients)
-        trained = frozenset[str]().union(*downloads)
-        state, self.moments = stepped(optimizer, self.moments, self.state, state, trained)
-        self.load(self.strategy.effective(state))
-        return state
-
-    def _step_refused(self) -> Iterator[str]:
-        chosen = self.config.server.optimizer
-        if chosen != "none" and (reason := refusal(self.strategy)):
-            yield f"server.optimizer = '{chosen}': {reason}"
 
     @property
     def _folds(self) -> bool:
@@ -571,7 +443,7 @@ class FederatedLora(FlowerStrategy):
 
     # -- records ------------------------------------------------------------------------------
 
-    def _record(
+    def record(
         self,
         number: int,
         gathered: Gathered,
@@ -595,22 +467,12 @@ class FederatedLora(FlowerStrategy):
                 "up": sum(c["bytes_up"] for c in clients.values()),
             },
             "proof": proof and proof.record(),
-            **self._virtual(gathered),
+            **compose.virtual(self, gathered),
             **({"robust": asdict(gathered.verdict)} if gathered.verdict else {}),
             **({"privacy": self.central.record()} if self.central else {}),
         }
 
-    def _virtual(self, gathered: Gathered) -> dict[str, Any]:
-        """What the round would have taken on the config's devices."""
-        if not (devices := self.planner.devices) or not gathered.virtual:
-            return {}
-        spent = {i: s for i, (s, _) in gathered.virtual.items()}
-        works = {i: w for i, (_, w) in gathered.virtual.items()}
-        found = devices.record(spent, works, self.clock, self.config.devices.deadline)
-        self.clock = found["clock"]
-        return {"virtual": found}
-
-    def _commit(self, number: int, record: Mapping[str, Any]) -> None:
+    def commit(self, number: int, record: Mapping[str, Any]) -> None:
         self.journal.commit(number, self._saved(), record)
 
     def _saved(self) -> Saved:

@@ -72,7 +72,7 @@ def fit(
             loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
             optimizer.zero_grad(set_to_none=True)
             middle = time.perf_counter()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             forward += middle - start
             backward += time.perf_counter() - middle
             tokens += batch["input_ids"].numel()

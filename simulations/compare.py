@@ -84,7 +84,8 @@ class Experiment:
         for line in text.splitlines():
             if not line.startswith("#"):
                 break
-            comment.append(line.removeprefix("#").strip())
+            if not line.startswith("#     fedlora "):
+                comment.append(line.removeprefix("#").strip())
         return cls(
             path,
             "\n".join(comment).strip(),

@@ -227,6 +227,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 def as_markdown(
     title: str, claim: str, rows: Sequence[Row], command: str, target: float | None
 ) -> str:
+    """The table as a Markdown page, with the claim and the command that made it."""
     head, body = texts(rows)
     lines = [f"# {title}", "", claim, "", f"    {command}", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

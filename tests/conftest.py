@@ -14,7 +14,9 @@ import torch
 
 torch.set_num_threads(1)
 
-WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three", "up", "down", "left", "right", "what", "who", "where", "is", "the"]
+WORDS = (
+    "red green blue cat dog bird one two three up down left right what who where is the".split()  # noqa: SIM905
+)
 LABELS = ("colour", "animal", "number")
 CUES = {
     "colour": ["red", "green", "blue"],

@@ -1,7 +1,7 @@
 """What the tests against real processes share: a deployment of tiny models, up."""
 
 import json
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,19 @@ def ran(plan: Plan, overrides: dict[str, Any] | None = None, during=None) -> tup
     """Run to the end; the status and the results. `during(directory)` is called all the while."""
     with Operator(plan) as operator:
         run_id, results = host.start_run(plan, operator, overrides or {})
-        status = ""
-        while not status.startswith("finished"):
-            if during is not None:
+        over = threading.Event()
+
+        def strike() -> None:
+            while during is not None and not over.wait(0.5):
                 during(results)
-            time.sleep(1.0)
-            status = operator.status(run_id)
+
+        beside = threading.Thread(target=strike)
+        beside.start()
+        try:
+            status = host.follow(operator, run_id, results, print)
+        finally:
+            over.set()
+            beside.join()
     if status != "finished:completed":
         print(host.said(plan, run_id, 60))
     return status, results

@@ -231,7 +231,7 @@ def test_when_all_fail_the_run_stops_and_resumes_to_the_same_bytes(
     settings: Settings, name: str
 ) -> None:
     given = settings(**quick(name, **{"run.rounds": 3}))
-    with pytest.raises(RoundError, match="round 2: 0 updates .* resume"):
+    with pytest.raises(RoundError, match=r"round 2: 0 updates .* resume"):
         federate(given, Bad(poison(math.nan), (0, 1, 2), (2,)))
     ran = federate({**given, "run.resume": True})
     whole = federate({**given, "run.name": "whole"})

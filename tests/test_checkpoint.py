@@ -163,7 +163,8 @@ from fedlora.checkpoint import save
 n = 0
 while True:
     n += 1
-    save(Path(sys.argv[1]), {"n": n, "x": torch.full((300, 300), float(n)), "y": torch.full((7,), n)})
+    x, y = torch.full((300, 300), float(n)), torch.full((7,), n)
+    save(Path(sys.argv[1]), {"n": n, "x": x, "y": y})
     if n == 1:
         print("begun", flush=True)
 """

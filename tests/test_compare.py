@@ -87,7 +87,7 @@ def test_what_the_command_sets_goes_over_the_strategy_over_the_variant_over_full
     assert config.train.batch_size == 4
 
 
-# -- a whole grid -----------------------------------------------------------------------------------
+# -- a whole grid ----------------------------------------------------------------------------------
 
 
 def test_a_grid_writes_one_table_with_results_refusals_and_plots_and_goes_on_where_it_was(
@@ -153,7 +153,7 @@ def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
     assert rounds == {"fedex": 10, "ffa": 40, "flora": 4}  # ffa is held at four times the rounds
 
 
-# -- the table's numbers ----------------------------------------------------------------------------
+# -- the table's numbers ---------------------------------------------------------------------------
 
 
 def test_the_interval_is_student_s() -> None:

@@ -13,7 +13,7 @@ from deployment import adapter, brought_up, ran, rounds, simulated
 from fedlora.deploy import host, keys, scripts
 from fedlora.deploy.operator import environment
 from fedlora.deploy.plan import Plan
-from fedlora.deploy.supervise import read_state
+from fedlora.deploy.supervise import end, read_state
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,10 @@ def test_four_nodes_end_in_the_bytes_of_local_grid(deployed: Plan, tmp_path: Pat
 
 
 def test_the_server_side_killed_twice_ends_in_the_same_bytes(deployed: Plan, tmp_path) -> None:
-    """The SuperLink is killed in round 1, the ServerApp in round 2; then the run is resumed."""
+    """The SuperLink is killed in round 1, the ServerApp in round 2.
+
+    A run outlives the SuperLink if that is back within Flower's 60 s; else it is resumed.
+    """
     done: set[str] = set()
 
     def strike(results: Path) -> None:
@@ -53,11 +56,13 @@ def test_the_server_side_killed_twice_ends_in_the_same_bytes(deployed: Plan, tmp
                 done.add("serverapp")
 
     status, results = ran(deployed, {"run.name": "struck"}, strike)
+    for _ in range(3):
+        if status == "finished:completed":
+            break
+        status, _ = ran(deployed, {"run.name": "struck", "run.resume": True}, strike)
     assert done == {"superlink", "serverapp"}
-    assert status == "finished:failed"
-    assert len(rounds(results)) == 2, "round 1 outlived the SuperLink"
-    status, _ = ran(deployed, {"run.name": "struck", "run.resume": True})
     assert status == "finished:completed"
+    assert [r["round"] for r in rounds(results)] == [0, 1, 2]
     assert adapter(results) == adapter(simulated(deployed, tmp_path))
 
 
@@ -105,15 +110,19 @@ def test_a_stranger_is_refused_and_harms_nothing(deployed: Plan, tmp_path: Path,
         f"--port {deployed.node_ports[0]}", f"--port {free_ports(1)[0]} --max-retries 1"
     )
     (tmp_path / "node.sh").write_text(text)
-    done = subprocess.run(
-        ["/bin/sh", str(tmp_path / "node.sh")],
-        env=environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode != 0
+    with (tmp_path / "log").open("wb") as log:
+        stranger = subprocess.Popen(
+            ["/bin/sh", str(tmp_path / "node.sh")],
+            env=environment(tmp_path / "home"),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            assert stranger.wait(120) != 0
+        finally:
+            end([stranger.pid], grace=1.0)
+    said = (tmp_path / "log").read_text()
     assert (
         "activate SuperNode" in said or "CERTIFICATE_VERIFY_FAILED" in said or "certificate" in said
     )

@@ -35,7 +35,7 @@ def app() -> ClientApp:
 
 
 def ask(node: int, **asked: object) -> Message:
-    record = ConfigRecord({k: v for k, v in asked.items()})  # type: ignore[misc]
+    record = ConfigRecord(dict(asked))  # type: ignore[misc]
     return Message(RecordDict({"asked": record}), FIRST_NODE + node, "query")
 
 

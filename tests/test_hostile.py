@@ -352,3 +352,18 @@ def test_a_roster_asks_a_liar_three_times_and_no_more() -> None:
         for _ in range(5):
             assert list(roster.look(grid, 1.0)) == []
     assert len(said) == 3
+
+
+# -- what a node says it can do -----------------------------------------------------------------
+
+
+def test_a_node_says_what_it_has_to_train_with() -> None:
+    with LocalGrid(client_app, 1, {}) as grid:
+        ask = Message(RecordDict(), 1000, "query")
+        grid.push_messages([ask])
+        (reply,) = grid.pull_messages([ask.metadata.message_id])
+    facts = read_facts(reply)
+    assert 0.1 < float(facts["gflops"]) < 1e5
+    assert 10 < int(facts["memory-mb"]) < 2**31
+    assert int(facts["cores"]) >= 1
+    assert isinstance(facts["bfloat16"], bool)

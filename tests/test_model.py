@@ -38,7 +38,8 @@ def pairs(model: Model, r: int, seed: int) -> dict[str, Pair]:
 
 def factors(model: Model, ranks: int, seed: int, core: bool = False) -> Factors:
     own = pairs(model, ranks, seed)
-    head = {n: drawn(*x.shape, seed=seed) for n, x in model.read().other.items()}
+    live = model.trainable(frozenset({"other"})).get("other", {})
+    head = {n: drawn(*x.shape, seed=seed) for n, x in live.items()}
     return Factors(
         {m: p.scale for m, p in own.items()},
         {m: p.A for m, p in own.items()},
@@ -292,7 +293,8 @@ def test_a_layer_that_is_not_there_is_refused(settings: Settings, layers: str) -
 
 def test_heads_are_those_of_the_task_and_those_asked_for(settings: Settings) -> None:
     def others(kind: str, **changes: object) -> set[str]:
-        return set(build(settings, kind, **changes).read().other)
+        model = build(settings, kind, **changes)
+        return set(model.trainable(frozenset({"other"})).get("other", {}))
 
     assert others("bert") == {"classifier.weight", "classifier.bias"}
     assert others("llama") == set()

@@ -112,12 +112,11 @@ def recall(settings: Build, tmp_path, column: str, sigma: float) -> tuple[float,
     private_fit(s.model, rows, s.columns, config, 1, 0, None, Ledger(tmp_path, "d"))
     change = p.detach() - before
     encoder = s.model.peft.base_model.model.bert.embeddings
-    positions = n + 2
-    candidates = embeddings(encoder, 32, positions)
+    candidates = embeddings(encoder, 32, n + 2)
     if column != "A":
         A = s.model.read().A[QUERY]
-        candidates = candidates @ A.T
-    found = invert(change, candidates, pairs(one, positions), drop=1e-11)
+        candidates = (x @ A.T for x in candidates)
+    found = invert(change, candidates, pairs(one, 32), drop=1e-11)
     return found.recall, found.precision
 
 

@@ -212,3 +212,12 @@ def test_a_ledger_that_is_gone_stops_the_client(settings: Build, tmp_path: Path)
         os.unlink(path)
     with pytest.raises(RoundError, match="is gone"):
         run(settings("bert", **given, **{"run.name": "again"}))
+
+
+def test_a_nodes_own_limit_holds_whatever_the_run_says(settings: Build, tmp_path: Path) -> None:
+    """The run counts epsilon without a limit; each of its nodes has one."""
+    limit = epsilon([Spend(0.25, 2.0, 2)], DELTA)
+    server = run(settings("bert", **PRIVATE, **{"privacy.max-epsilon": limit}))
+    summary = json.loads((server.journal.directory / "summary.json").read_text())
+    assert "before round 2" in summary["stopped"]
+    assert list(summary["privacy"]["epsilon"].values()) == pytest.approx([limit] * 2)

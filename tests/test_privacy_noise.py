@@ -238,6 +238,7 @@ def test_a_plan_counts_the_steps_of_all_rounds(settings: Build) -> None:
         ({"privacy.epsilon": 3.0, "privacy.noise-multiplier": 1.0}, ["both set"]),
         ({"privacy.level": "client"}, ["needs privacy.epsilon"]),
         ({"privacy.insecure-reproducible-noise": True}, ["privacy is off"]),
+        ({"privacy.max-epsilon": 2.0}, ["this node's limit"]),
         (
             {"privacy.epsilon": 3.0, "lora.form": "dora", "lora.init": "eva"},
             ["lora.form", "lora.init"],

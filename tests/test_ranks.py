@@ -289,7 +289,7 @@ def test_a_layer_limit_that_no_policy_heeds_is_refused(settings: Settings) -> No
         federate(settings(**quick("fedex"), **{"devices.classes": "slow:1:1:1"}))
 
 
-# -- server optimisers, robust aggregation, personalisation in a run ---------------------------------
+# -- server optimisers, robust aggregation, personalisation in a run -------------------------------
 
 
 @pytest.mark.parametrize(

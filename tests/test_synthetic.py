@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedlora.strategies import STRATEGIES
-from simulations.synthetic import EXAMPLES, Outcome, compare, make_task, markdown
+from simulations.synthetic import Outcome, compare, markdown
+from simulations.teacher import EXAMPLES, make_task
 
 GENERAL = {"fedavg", "fedex", "flora", "flexlora", "rolora", "fslora"}
 """Strategies whose model can be any of the teacher's rank; a fixed A or core keeps others away."""

@@ -95,6 +95,7 @@ class Gate:
 
 
 def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key: str) -> None:
+    """Serve until SIGTERM; in plaintext, on both sides, where there is no `ca`."""
     import uvicorn
 
     host, _, port = listen.rpartition(":")
@@ -116,6 +117,7 @@ def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key
 
 
 def main() -> None:
+    """Serve as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--listen", required=True)
     parser.add_argument("--upstream", required=True)

@@ -3,27 +3,19 @@
 from fedlora.deploy.keys import expiry
 from fedlora.deploy.plan import Plan
 
-
-def readme(plan: Plan) -> str:
-    until = (
-        f"The server's certificate ends on {expiry(plan.server / 'server.pem'):%Y-%m-%d}; "
-        "`fedlora deploy renew DIR` writes a new one.\n"
-        if plan.secure
-        else "**Plaintext, since it was made with --insecure: for trials on one host only.**\n"
-    )
-    return f"""\
-# A fedlora deployment: one server, {plan.clients} nodes
+TEXT = """\
+# A fedlora deployment: one server, {clients} nodes
 
 {until}
 `fedlora` must be installed, in one version, on every machine.
 
 ## All on this host
 
-    fedlora deploy up {plan.directory}        # start everything, restart what dies
-    fedlora deploy status {plan.directory}    # who is there
-    fedlora deploy run {plan.directory}       # run the experiment, follow its rounds
-    fedlora deploy logs {plan.directory} node-0
-    fedlora deploy down {plan.directory}
+    fedlora deploy up {directory}        # start everything, restart what dies
+    fedlora deploy status {directory}    # who is there
+    fedlora deploy run {directory}       # run the experiment, follow its rounds
+    fedlora deploy logs {directory} node-0
+    fedlora deploy down {directory}
 
 Results are in `server/runs/`. Change the experiment in `app/pyproject.toml` or with `--set`.
 
@@ -40,12 +32,12 @@ On the server (the authority's key is not needed there):
     sh /opt/fedlora/server/superexec.sh
     sh /opt/fedlora/server/gate.sh         # or nginx with server/nginx.conf; open this port only
 
-From your machine, over `ssh -L {plan.port}:127.0.0.1:{plan.port} server`, since Control is on the
+From your machine, over `ssh -L {port}:127.0.0.1:{port} server`, since Control is on the
 server's loopback and nowhere else:
 
-    export FLWR_HOME={plan.directory / "operator"}
-    flwr supernode register {plan.node(0) / "node.pub"} fedlora --name node-0    # once a node
-    flwr run {plan.app} fedlora --stream
+    export FLWR_HOME={directory}/operator
+    flwr supernode register {directory}/nodes/node-0/node.pub fedlora --name node-0    # once a node
+    flwr run {directory}/app fedlora --stream
     flwr list fedlora --format json        # the run's status; `flwr run` exits 0 either way
 
 On node 0's machine:
@@ -67,3 +59,14 @@ Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its 
   loopback, and why the gate lets only /v1/fleet/* pass.
 - A node runs the app that the server sends. Its operator trusts the server with that.
 """
+
+
+def readme(plan: Plan) -> str:
+    """The text, with this deployment's paths and ports."""
+    until = "**Plaintext, since it was made with --insecure: for trials on one host only.**\n"
+    if plan.secure:
+        day = f"{expiry(plan.server / 'server.pem'):%Y-%m-%d}"
+        until = (
+            f"The server's certificate ends on {day}; `fedlora deploy renew DIR` makes another.\n"
+        )
+    return TEXT.format(clients=plan.clients, until=until, directory=plan.directory, port=plan.port)

@@ -19,6 +19,8 @@ from fedlora.deploy.supervise import end, is_running, read_state, state_file
 from fedlora.errors import DeployError
 
 Say = Callable[[str], None]
+PATIENCE = 300.0
+"""Seconds that `follow` bears a SuperLink that does not answer."""
 
 
 def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
@@ -83,6 +85,7 @@ def down(plan: Plan, say: Say) -> None:
 
 
 def healthy(plan: Plan) -> bool:
+    """Does the SuperLink answer, with the certificate that it should have?"""
     scheme, context = "http", None
     if plan.secure:
         scheme, context = "https", ssl.create_default_context(cafile=plan.server / "ca.crt")
@@ -178,9 +181,14 @@ def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: fl
     """Say each round as it is on record, until the run ends; its last status."""
     rounds, seen = directory / "rounds.jsonl", 0
     status = ""
+    answered = time.monotonic()
     while not status.startswith("finished"):
         time.sleep(every)
-        status = operator.status(run_id)
+        try:
+            status, answered = operator.status(run_id), time.monotonic()
+        except DeployError:  # the SuperLink may be starting again
+            if time.monotonic() - answered > PATIENCE:
+                raise
         lines = rounds.read_text().splitlines() if rounds.exists() else []
         for line in lines[seen:]:
             say(told(json.loads(line)))

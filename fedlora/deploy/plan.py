@@ -13,6 +13,7 @@ import socket
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -82,7 +83,9 @@ class Plan:
         path = directory / "deploy.toml"
         try:
             tree = tomllib.loads(path.read_text())
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+            lists: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()
+            }
             return cls(directory=directory.resolve(), **lists)
         except FileNotFoundError:
             raise DeployError(

@@ -54,6 +54,7 @@ def gate(plan: Plan) -> str:
 
 
 def node(plan: Plan, i: int) -> str:
+    """A SuperNode with its own key, rank, data and memory."""
     trust = "--insecure"
     if plan.secure:
         trust = "--root-certificates ca.crt --auth-supernode-private-key node.key"

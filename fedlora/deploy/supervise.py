@@ -170,7 +170,7 @@ def end_group(leader: int, with_signal: int) -> None:
 
 def _alive(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -205,7 +205,7 @@ def is_running(entry: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(entry["pid"])
         same = abs(process.create_time() - entry["created"]) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.NoSuchProcess, TypeError, KeyError):
         return False
 

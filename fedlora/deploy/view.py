@@ -24,6 +24,7 @@ def tables(plan: Plan) -> Iterator[Table]:
 
 
 def processes(plan: Plan) -> Table:
+    """What the supervisor runs here, and what it will start again."""
     state = read_state(plan)
     table = Table("process", "pid", "state", "restarts", "last exit", title=str(plan.directory))
     everything = {"supervisor": state["supervisor"], **state["children"]} if state else {}
@@ -48,6 +49,7 @@ def processes(plan: Plan) -> Table:
 
 
 def nodes(plan: Plan, found: list[dict[str, Any]]) -> Table:
+    """The registered nodes and whether they are connected."""
     table = Table("node", "rank", "status", "online for", "node id", title="Nodes")
     ranks = {f"node-{i}": str(plan.rank(i)) for i in range(plan.clients)}
     names = {node_id: name for name, node_id in registered(plan).items()}

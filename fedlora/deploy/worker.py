@@ -59,20 +59,20 @@ class Desk:
             site.forget_data()
             self.run = context.run_id
         reply = client.answer(getattr(client, HANDLERS[kind]), message, context)
-        return message_to_proto(reply).SerializeToString()
+        return bytes(message_to_proto(reply).SerializeToString())
 
 
 def serve(socket: Path) -> grpc.Server:
     """Listen, and say so once the slow imports are done."""
     socket.unlink(missing_ok=True)
-    desk, state = Desk(), health.HealthServicer()  # type: ignore[no-untyped-call]
+    desk, state = Desk(), health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
     handler = grpc.unary_unary_rpc_method_handler(desk.answer)
     service, _, method = METHOD.strip("/").partition("/")
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
     )
-    health_pb2_grpc.add_HealthServicer_to_server(state, server)  # type: ignore[no-untyped-call]
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
     state.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     before = os.umask(0o177)
     try:
@@ -91,6 +91,7 @@ def serve(socket: Path) -> grpc.Server:
 
 
 def main() -> None:
+    """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
     socket: Path = parser.parse_args().socket

@@ -23,3 +23,29 @@ def ledger(
         raise PrivacyError(f"{path}: no privacy ledger here")
     for file in found:
         statement(file)
+
+
+@app.command()
+def audit(
+    config: Annotated[Path, typer.Argument(help="An experiment file (TOML).", show_default=False)],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Override a key: --set run.rounds=5")
+    ] = None,
+    epsilons: Annotated[str, typer.Option(help="Budgets to compare; 0 is none.")] = "0,8,3,1",
+    strategies: Annotated[str, typer.Option(help="Which to compare.")] = "fedavg,ffa,fedex,fedsb",
+    out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("runs/privacy"),
+) -> None:
+    """Measure what an experiment's privacy costs, and attack it; one HTML report."""
+    from fedlora.config import Config, parse_overrides
+    from fedlora.console import quiet_libraries
+
+    quiet_libraries()
+    from simulations.privacy_lab import Lab, page
+
+    lab = Lab(
+        Config.load(config, parse_overrides(set_ or [])),
+        out,
+        [float(x) for x in epsilons.split(",")],
+        strategies.split(","),
+    )
+    typer.echo(f"report: {page(lab, lab.run())}")

@@ -12,6 +12,7 @@ nothing else does. So low rank is no protection where the rank exceeds the numbe
 Fed-SB and FFA leak as LoRA does; noise, or summing over clients, ends it.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,34 +34,38 @@ class Found:
     named: int
 
 
-def invert(change: Tensor, candidates: Tensor, truth: set[int], drop: float = DROP) -> Found:
-    """Which candidates (n, k) lie in the row space of a change (., k); truth by candidate index.
+def invert(
+    change: Tensor, candidates: Iterable[Tensor], truth: set[int], drop: float = DROP
+) -> Found:
+    """Which candidates lie in the row space of a change (., k); truth by index over all of them.
 
-    Where the rows span the whole space everything lies in it: that names nothing.
+    `candidates` come in parts (n, k). Where the rows span the whole space everything lies in it:
+    that names nothing.
     """
-    change, candidates = change.double(), candidates.double()
-    _, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    _, S, Vh = torch.linalg.svd(change.double(), full_matrices=False)
     rank = int((drop * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
-    if not 0 < rank < candidates.shape[1]:
+    if not 0 < rank < change.shape[1]:
         return Found(0.0, 0.0, 0)
-    V = Vh[:rank].T
-    gap = (candidates - candidates @ V @ V.T).norm(dim=1) / candidates.norm(dim=1)
-    named = set(torch.nonzero(gap < TOLERANCE).flatten().tolist())
+    named: set[int] = set()
+    seen = 0
+    for part in candidates:
+        V = Vh[:rank].T.to(part)
+        gap = (part - part @ V @ V.T).norm(dim=1) / part.norm(dim=1)
+        named |= {seen + i for i in torch.nonzero(gap < TOLERANCE).flatten().tolist()}
+        seen += len(part)
     hits = len(named & truth)
     return Found(hits / len(truth), hits / len(named) if named else 0.0, len(named))
 
 
 @torch.no_grad()
-def embeddings(embed: nn.Module, vocabulary: int, positions: int) -> Tensor:
-    """Each token at each position through an encoder's embedding module, (V * positions, k).
-
-    Row token * positions + position.
-    """
-    ids = torch.arange(vocabulary)[:, None].expand(-1, positions)
-    found: Tensor = embed(input_ids=ids)
-    return found.reshape(vocabulary * positions, -1)
+def embeddings(embed: nn.Module, vocabulary: int, positions: int) -> Iterator[Tensor]:
+    """Each token at one position after the other through an encoder's embedding, (V, k) a time."""
+    ids = torch.arange(vocabulary)[:, None]
+    for at in range(positions):
+        found: Tensor = embed(input_ids=ids, position_ids=torch.tensor([[at]]))
+        yield found.reshape(vocabulary, -1)
 
 
-def pairs(ids: Tensor, positions: int) -> set[int]:
+def pairs(ids: Tensor, vocabulary: int) -> set[int]:
     """The candidate indices of one text's ids (n,)."""
-    return {int(token) * positions + at for at, token in enumerate(ids)}
+    return {at * vocabulary + int(token) for at, token in enumerate(ids)}

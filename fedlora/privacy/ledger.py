@@ -149,7 +149,7 @@ class Ledger:
                 spent = contents.epsilon(charge.delta)
                 raise PrivacyError(
                     f"the privacy budget is spent: epsilon is {spent:.4g}, and "
-                    f"{charge.spend.steps} steps more make {after:.4g}, above privacy.epsilon = "
+                    f"{charge.spend.steps} steps more make {after:.4g}, above the limit of "
                     f"{budget:g} at delta = {charge.delta:g} ({self.path}); nothing was trained"
                 )
             if contents.torn:

@@ -209,7 +209,8 @@ class PerExample(LoraVariant):  # type: ignore[misc]
         A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         x = module.lora_dropout[active_adapter](x)
         s = module.scaling[active_adapter]
-        out: Tensor = result + _Adapter.apply(x, A, B, self.R, s, self.sink)  # type: ignore[no-untyped-call]
+        adapted: Any = _Adapter.apply
+        out: Tensor = result + adapted(x, A, B, self.R, s, self.sink)
         return out
 
 
@@ -302,8 +303,10 @@ def _heads(peft: nn.Module, name: str) -> Iterator[nn.Linear]:
 
 
 def _head(head: nn.Linear, sink: Sink) -> Any:
+    apply: Any = _Linear.apply
+
     def forward(x: Tensor) -> Tensor:
-        out: Tensor = _Linear.apply(x, head.weight, head.bias, sink)  # type: ignore[no-untyped-call]
+        out: Tensor = apply(x, head.weight, head.bias, sink)
         return out
 
     return forward

@@ -25,6 +25,11 @@ def refused(config: "Config") -> Iterator[str]:
         yield "privacy.level = 'client': needs privacy.epsilon or privacy.noise-multiplier"
     if p.insecure_reproducible_noise and not p.on:
         yield "privacy.insecure-reproducible-noise = true: there is no noise; privacy is off"
+    if p.max_epsilon and (not p.by_example or p.release_metrics or p.insecure_reproducible_noise):
+        yield (
+            f"privacy.max-epsilon = {p.max_epsilon:g} is this node's limit: it takes part only at "
+            "privacy.level = 'example', without release-metrics and insecure-reproducible-noise"
+        )
     if not p.on:
         return
     if getattr(config.build_strategy(), "wants_gradient", False):

@@ -103,7 +103,8 @@ def private_fit(
     plan = Plan.of(config, len(encoded))
     live = model.trainable(columns)
     check_apart(model, live)
-    spent = ledger.reserve(plan.charge(config, run, round), config.privacy.epsilon)
+    limits = [x for x in (config.privacy.epsilon, config.privacy.max_epsilon) if x]
+    spent = ledger.reserve(plan.charge(config, run, round), min(limits, default=0.0))
     params = tuple(p for ps in live.values() for p in ps.values())
     received = {p: p.detach().clone() for p in params}
     optimizer = build_optimizer(live, config.train, learning_rate(config, round))
@@ -124,7 +125,7 @@ def private_fit(
                 p.grad = (g / (plan.q * plan.n)).to(p.dtype).mul_(model.masks.get(p, one))
             extra = extra_loss(live, received, penalty, config.train.prox)
             if isinstance(extra, torch.Tensor):
-                extra.backward()  # type: ignore[no-untyped-call]
+                extra.backward()
             if config.train.grad_clip:
                 nn.utils.clip_grad_norm_(params, config.train.grad_clip)
             optimizer.step()
@@ -148,7 +149,7 @@ def clipped_sum(
     size = config.privacy.microbatch or config.train.batch_size
     for part in microbatches(chosen, encoded.lengths, size):
         losses = example_losses(model, collate(encoded, part))
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()
         clipped.add(sink.take(len(part)))
         loss += float(losses.detach().nansum())
     return clipped, loss

@@ -1,0 +1,119 @@
+"""What comes before round 1: meeting the clients, the first state, baselines and round 0."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flwr.serverapp import Grid
+
+from fedlora import compose
+from fedlora.errors import RoundError, StrategyError
+from fedlora.first_gradient import survey
+from fedlora.intake import POLL, Gathered
+from fedlora.journal import Member
+from fedlora.privacy.probe import check_apart
+from fedlora.strategies.base import (
+    Client,
+    Round,
+    Start,
+)
+
+if TYPE_CHECKING:
+    from fedlora.server import FederatedLora
+
+
+def meet(server: "FederatedLora", grid: Grid) -> None:
+    """Ask every node who it is, until the clients the config counts on are there."""
+    want = server.config.clients.count
+    until = time.monotonic() + server.config.round.wait_for_clients
+    while True:
+        look(server, grid)
+        if len(server.nodes) >= want:
+            break
+        if time.monotonic() > until:
+            raise RoundError(
+                f"{len(server.nodes)} of clients.count = {want} nodes are connected after "
+                f"{server.config.round.wait_for_clients:g} s; start more nodes (with `flwr run`: "
+                f"--federation-config 'num-supernodes={want}'), or lower clients.count"
+            )
+        time.sleep(POLL)
+    clients = [server.client(i) for i in sorted(server.members)]
+    problems = [
+        *server.strategy.problems(clients),
+        *compose.refusals(server),
+    ]
+    if problems:
+        raise StrategyError("\n".join(problems))
+    server.summary()
+
+
+def look(server: "FederatedLora", grid: Grid) -> None:
+    """See which nodes are there, and take in those that are new."""
+    for i, facts in server.roster.look(grid, server.config.round.wait_for_clients or 1.0):
+        _welcome(server, i, facts)
+    server.nodes = {i: n for i, n in server.roster.nodes.items() if i in server.members}
+
+
+def _welcome(server: "FederatedLora", i: int, facts: Mapping[str, Any]) -> None:
+    if i in server.members:
+        return
+    member = server.planner.welcome(i, facts)
+    if server.state is not None and (reason := _too_late(server, member)):
+        server.observer.note(f"client {i} came after the start and is left out: {reason}")
+        return
+    server.members[i] = member
+
+
+def _too_late(server: "FederatedLora", member: Member) -> str:
+    """Why a client cannot join a run that has begun; empty if it can."""
+    if server.config.privacy.by_client:
+        return "privacy.level = 'client' is calibrated to the clients of the start"
+    most = server.planner.widest(list(server.members.values()))
+    if any(rank > most.get(m, 0) for m, rank in server.planner.ranks(member).items()):
+        return f"its rank {member.rank} is above the largest the run began with"
+    server.members[member.id] = member
+    clients = [server.client(i) for i in sorted(server.members)]
+    del server.members[member.id]
+    return "; ".join(server.strategy.problems(clients))
+
+
+def begin(server: "FederatedLora", grid: Grid) -> None:
+    """The first state, the baselines, and the model before any training: round 0."""
+    begun = time.perf_counter()
+    clients = [server.client(i) for i in sorted(server.members)]
+    members = [server.members[c.id] for c in clients]
+    whole = Client(-1, server.model.layers(server.planner.widest(members)))
+    factors = server.model.init_factors(whole, server.config.run.seed)
+    start = Start(factors, clients, server.model.weights(), server.config.run.seed)
+    server.state = server.strategy.init(start)
+    if getattr(server.strategy, "wants_gradient", False):
+        server.state = server.strategy.from_gradient(server.state, survey(server, grid, clients))  # type: ignore[attr-defined]
+    if server.config.evaluate.baselines:
+        _baselines(server)
+    server.load(server.strategy.effective(server.state))
+    if server.config.privacy.by_example:
+        first = server.strategy.download(server.state, clients[0], Round(1, server.config.run.seed))
+        check_apart(server.model, server.model.trainable(first.trainable))
+    record = server.record(0, Gathered(), [], None, server.evaluate(0))
+    record["seconds"] = {"total": time.perf_counter() - begun}
+    server.commit(0, record)
+    server.observer.round_done(record)
+
+
+def _baselines(server: "FederatedLora") -> None:
+    from fedlora import baselines
+    from fedlora.features import frozen_features
+
+    trainable = any(len(c.train) for c in server.corpus.clients) and len(server.corpus.test)
+    if server.config.model.task != "classification" or not trainable:
+        return
+    found: dict[str, Callable[[], Mapping[str, float]]] = {
+        "majority class": lambda: baselines.majority(server.corpus),
+        "TF-IDF + logistic regression": lambda: baselines.tfidf(server.corpus),
+        "trained head only": lambda: baselines.trained_head(
+            server.corpus, lambda texts: frozen_features(server.model, texts, server.config)
+        ),
+    }
+    for name, compute in found.items():
+        server.baselines[name] = compute()
+        server.observer.baseline(name, server.baselines[name])
