@@ -4,7 +4,7 @@
     python benchmarks/dp_step.py --rounds 31 --length 128
 
 Models of MiniLM's size (6 layers, hidden 384) with LoRA of rank 8 on query and value, batch 8,
-AdamW; random weights, since no speed depends on them. All ways take turns within every round, so that what
+AdamW; random weights, since no speed depends on them. All ways take turns in a round, so what
 else the machine does hits all alike; single thread, CPU time, and the median over rounds of each
 way's ratio to the plain step of the same round. Memory is the peak of what torch has allocated
 during a step, above what it had before.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -45,9 +46,8 @@ def load(path: Path, *types: type) -> Any:
         CheckpointError: the file is not there, is damaged, or holds what is not expected.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            skeleton = json.loads(f.metadata()["tree"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        data = path.read_bytes()  # one read: a writer may put another file here meanwhile
+        skeleton, tensors = json.loads(_metadata(data)["tree"]), from_bytes(data)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
@@ -56,6 +56,13 @@ def load(path: Path, *types: type) -> Any:
         return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The strings in a safetensors file's head."""
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return found
 
 
 def notes(path: Path) -> dict[str, str]:

@@ -59,7 +59,10 @@ def test_rslora_and_all_linear_layers_work(settings: Build, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_reentrant_checkpointing_changes_no_gradient(settings: Build, kind: str) -> None:
     s = Setting(settings(kind, **{"train.gradient-checkpointing": True}))
-    s.model.peft.train()
+    s.model.peft.train()  # checkpointing is off in eval mode; dropout would differ by batch
+    for module in s.model.peft.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     agree(s, 2e-7 if kind == "llama" else 1e-12)
 
 

@@ -7,6 +7,10 @@
     ledger.py        what was spent, in a file that outlives the process
     training.py      the local loop under example-level DP
     central.py       client-level DP at the server
+    probe.py         are a model's examples kept apart? measured before training
+    audit.py         a lower bound on epsilon, from canaries
+    inversion.py     the text in one update
+    summary.py       what a run's records say; statement.py: what a ledger says
     rules.py         what cannot be private together, said before round 1
 
 Imports point down this list's dependencies only; nothing here knows of Flower.
