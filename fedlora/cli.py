@@ -211,7 +211,8 @@ def _guard(run: Callable[[], Any]) -> None:
     try:
         run()
     except FedLoraError as e:
-        typer.secho(f"{type(e).__name__}: {e}", fg="red", err=True)
+        said = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
+        typer.secho(said, fg="red", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -88,6 +88,10 @@ class MeanPooled(nn.Module):
     The head starts at zero, so that no client's noise comes from its initialisation.
     """
 
+    is_gradient_checkpointing = False
+    """PEFT takes a model that does not say for one that checkpoints, and makes its embeddings ask
+    for a gradient: every frozen layer below the first adapter would pay for a backward pass."""
+
     def __init__(self, encoder: PreTrainedModel, labels: Sequence[str]) -> None:
         super().__init__()
         self.encoder = encoder
@@ -115,6 +119,7 @@ class MeanPooled(nn.Module):
 
     def activation_checkpointing_enable(self, kwargs: Any = None) -> None:
         checkpoint_activations(self.encoder, kwargs)
+        self.is_gradient_checkpointing = True
 
     def enable_input_require_grads(self) -> None:
         self.encoder.enable_input_require_grads()

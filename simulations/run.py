@@ -70,7 +70,7 @@ def _resumable(directory: Path, observer: Any) -> Iterator[None]:
         raise
     except FedLoraError as e:
         if (directory / "checkpoint").exists():
-            raise type(e)(f"{e}\n{hint}") from None
+            e.add_note(hint)
         raise
 
 

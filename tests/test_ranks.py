@@ -184,11 +184,14 @@ def test_without_a_device_model_legend_plans_by_what_was_measured(settings: Sett
 # -- frozen lower layers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("bert", "default"), ("bert", "mean"), ("gpt2", "default"), ("llama", "default")],
+)
 def test_no_gradient_is_computed_below_the_first_adapted_layer(
-    settings: Settings, kind: str
+    settings: Settings, kind: str, pooling: str
 ) -> None:
-    config = Config.read(settings(kind))
+    config = Config.read(settings(kind, **{"model.pooling": pooling}))
     labels = site.corpus(config).labels
     model = Model(config, labels)
     last = {m: 2 for m in model.shapes if ".1." in f".{m}."}
@@ -208,10 +211,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(
 
         return forward
 
+    watched = tuple(f".{layers}.{n}" for layers in ("layer", "layers", "h") for n in (0, 1))
     for name, module in model.peft.named_modules():
-        if name.endswith(
-            (".layer.0", ".layer.1", ".layers.0", ".layers.1", "embeddings", "tokens")
-        ):
+        if name.endswith(watched) or isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(watch(name))
     rows = site.encoded("train", 0, config, labels)
     from fedlora.text import batches

@@ -220,6 +220,18 @@ def test_a_damaged_last_checkpoint_costs_one_round(settings: Settings) -> None:
     assert ran.metrics == whole.metrics
 
 
+def test_where_no_checkpoint_can_be_read_nothing_is_begun_anew(settings: Settings) -> None:
+    """A resume that silently starts from round 1 would also overwrite what there is."""
+    given = interrupted(settings, "fedex")
+    directory = Path(str(given["run.out"]), "run")
+    lines = (directory / "rounds.jsonl").read_text()
+    for path in (directory / "checkpoint").glob("round-*"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"round-00002\.safetensors is damaged"):
+        federate(given)
+    assert (directory / "rounds.jsonl").read_text() == lines
+
+
 def test_lost_client_memory_is_said_and_not_made_up(settings: Settings) -> None:
     given = interrupted(settings, "fedsa", **{"round.min-replies": 2})
     shutil.rmtree(Path(str(given["run.out"]), "run", "clients"))

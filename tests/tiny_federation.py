@@ -86,11 +86,15 @@ def federate(
     settings: Mapping[str, object],
     app: Callable[..., Any] = client_app,
     before: Callable[[FederatedLora], None] = lambda _: None,
+    nodes: Mapping[int, Mapping[str, object]] | None = None,
 ) -> Ran:
-    """Run to the end in this process; `before` may reach into the server before it starts."""
+    """Run to the end in this process; `before` may reach into the server before it starts.
+
+    `nodes` are the clients' own node configs, as a deployed node has one.
+    """
     config = Config.read(settings)
     count, workers = config.clients.count, config.simulate.workers
-    with LocalGrid(app, count, config.flat(), workers) as grid:  # type: ignore[arg-type]
+    with LocalGrid(app, count, config.flat(), workers, nodes) as grid:  # type: ignore[arg-type]
         server = FederatedLora(config)
         before(server)
         server.start(grid)
