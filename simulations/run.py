@@ -86,14 +86,15 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
     quiet_libraries()
     config = _absolute(Config.load(path, overrides))
     directory = Path(config.run.out, config.run.name)
-    if shutil.which("flower-superlink") is None or not _has_ray():
+    search = commands()
+    if shutil.which("flower-superlink", path=search) is None or not _has_ray():
         raise RoundError("Flower's engine needs Ray: pip install 'fedlora[flower-simulation]'")
     home = directory / "flower"
     app = write_app(home / "app", config)
     port = _free_port()
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": search,
         "FLWR_HOME": str(home / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -113,6 +114,11 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
         run_id = _submit(app, config, environment)
         _follow(run_id, directory, environment, observer, home)
     return finish(directory, config.output.plots)
+
+
+def commands() -> str:
+    """Where Flower's commands are: beside this interpreter, whether or not that is on PATH."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def write_app(directory: Path, config: Config) -> Path:
