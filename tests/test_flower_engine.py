@@ -1,4 +1,4 @@
-"""The same two apps on Flower's own simulation engine, in a network namespace with loopback only."""
+"""The same two apps on Flower's own simulation engine, in a namespace with loopback only."""
 
 import importlib.util
 import os
