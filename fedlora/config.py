@@ -211,6 +211,9 @@ class Train(_Section):
     threads: Annotated[int, Field(gt=0)] = 1
     """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
     gradient_checkpointing: bool = False
+    prefix_cache: Annotated[int, Field(ge=0)] = 0
+    """Megabytes a process may remember of what enters the first adapted layer, where lora.layers
+    leaves frozen layers below it and nothing in them drops out: fedlora/prefix.py. 0: off."""
 
 
 class Round(_Section):

@@ -36,7 +36,7 @@ def _classification(model: Model, rows: Encoded, config: Config) -> dict[str, fl
     logits, labels = [], []
     for batch in eval_batches(rows, config.evaluate.batch_size):
         labels.append(batch.pop("labels"))
-        logits.append(model.peft(**batch).logits.float())
+        logits.append(model.logits(batch))
     return metrics.classification(torch.cat(logits), torch.cat(labels), len(model.labels))
 
 
@@ -44,7 +44,7 @@ def _language(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
     losses, tokens = [], []
     for batch in eval_batches(rows, config.evaluate.batch_size):
         labels = batch.pop("labels")
-        losses.append(token_losses(model.peft(**batch).logits.float(), labels))
+        losses.append(token_losses(model.logits(batch), labels))
         tokens.append((labels[:, 1:] != IGNORE).sum(1))
     return metrics.language(torch.cat(losses), torch.cat(tokens))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedlora.config import Config
 from fedlora.model import Model
+from fedlora.train import autocast
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: i
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     try:
-        with model.peft.disable_adapter():
+        with model.peft.disable_adapter(), autocast(config.train.precision):
             for start in range(0, len(order), batch):
                 part = [texts[i] for i in order[start : start + batch]]
                 model.peft(

@@ -27,6 +27,7 @@ from fedlora.errors import ModelError
 from fedlora.layers import adapter_config, find_layers
 from fedlora.loading import checkpoint_activations, fingerprint, load_base, load_tokenizer
 from fedlora.lowrank import accumulate
+from fedlora.prefix import Prefix
 from fedlora.strategies.base import Client, Layer, Version, seeded
 
 PREFIX = "base_model.model."
@@ -75,6 +76,7 @@ class Model:
             base.enable_input_require_grads()
         self.shapes = find_layers(base, config)
         self._fingerprint = fingerprint(base)
+        self._prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, 1))
@@ -202,6 +204,13 @@ class Model:
             for p in params.values():
                 p.requires_grad_(column in columns)
         return {c: params for c, params in live.items() if c in columns and params}
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
+        if self._prefix:
+            return self._prefix.logits(self.peft, inputs).float()
+        logits: Tensor = self.peft(**inputs).logits
+        return logits.float()
 
     # -- the base ---------------------------------------------------------------------------
 

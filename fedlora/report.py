@@ -90,6 +90,11 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     s, metric = run.summary, run.metric
     if s["final"]:
         yield f"final {metric.title}", metric.text(s["final"].get(metric.key))
+    if "exact_match" in (s["final"] or {}):
+        first, last = (finite(x, "exact_match") for x in (run.first, s["final"]))
+        yield "exact match, untuned and final", f"{percent(first)} and {percent(last)}"
+    if not metric.share and run.first:
+        yield f"untuned {metric.title}", metric.text(run.first.get(metric.key))
     if s["best"]:
         yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
     for name, value in run.baselines().items():

@@ -36,8 +36,8 @@ _corpus = _Once(load_corpus)
 
 def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
-    key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing, labels,
-           config.ranks.policy)  # fmt: skip
+    key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
+           config.train.prefix_cache, labels, config.ranks.policy)  # fmt: skip
     found: Model = _model(key, config, labels)
     return found
 

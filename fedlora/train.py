@@ -91,7 +91,7 @@ def example_losses(model: Model, batch: Batch) -> Tensor:
     """Each example's own loss, (batch,), in float32."""
     labels = batch["labels"]
     inputs = {key: x for key, x in batch.items() if key != "labels"}
-    logits = model.peft(**inputs).logits.float()
+    logits = model.logits(inputs)
     if labels.ndim == 1:
         return cross_entropy(logits, labels, reduction="none")
     return token_losses(logits, labels)

@@ -1,0 +1,138 @@
+"""The frozen layers below the first adapted one: computed once an example, then remembered.
+
+Where only the last layers train, the states that enter the first of them are a function of the
+example alone. They are always computed in groups of GROUP examples of one length, short groups
+filled up: a matrix product's order of summation depends on its size, and this one's size on the
+example alone. So the states are the same bits whoever computes them, when, and for whichever
+batch, and what was forgotten for want of room comes back to the same bits. Computed in the
+batches as they come (train.prefix-cache = 0) they differ by rounding.
+"""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.config import Config
+from fedlora.layers import Shape, depth_of
+
+GROUP = 8
+
+
+class Prefix:
+    """The first `depth` layers of a base whose adapted modules all lie above them."""
+
+    def __init__(self, layers: nn.ModuleList, depth: int, megabytes: int) -> None:
+        self.layers, self.depth = layers, depth
+        self.room = megabytes * 2**20
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # least recently used first
+        self._size = 0
+        self.computed = 0
+        """Examples computed so far."""
+
+    @classmethod
+    def of(cls, base: nn.Module, shapes: Mapping[str, Shape], config: Config) -> "Prefix | None":
+        """The prefix that may be remembered; None where nothing is frozen below, or it varies."""
+        found = {m.split(f".{depth_of(m)}.")[0] for m in shapes if depth_of(m) is not None}
+        depths = [d for m in shapes if (d := depth_of(m)) is not None]
+        whole = len(found) == 1 and len(depths) == len(shapes) and min(depths, default=0) > 0
+        varies = (
+            bool(config.lora.modules_to_save)  # they may lie below
+            or config.train.gradient_checkpointing
+            or any(_drops(m) for m in base.modules())
+        )
+        if not config.train.prefix_cache or not whole or varies:
+            return None
+        layers = base.get_submodule(found.pop())
+        if not isinstance(layers, nn.ModuleList):
+            return None
+        return cls(layers, min(depths), config.train.prefix_cache)
+
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the model makes of a batch that is padded on the right."""
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        columns = [inputs[c] for c in ("input_ids", "token_type_ids") if c in inputs]
+        how = b"bf16" if torch.is_autocast_enabled("cpu") else b""
+        rows = [torch.stack([c[i, :n] for c in columns]) for i, n in enumerate(lengths)]
+        keys = [how + row.numpy().tobytes() for row in rows]  # of (1 or 2, tokens) numbers
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._kept}
+        found = self._computed(model, missing)
+        states = [found[key] if key in found else self._kept[key] for key in keys]
+        self._keep(dict(zip(keys, states, strict=True)))
+        hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (b, t, width)
+        with self._given(hidden):
+            logits: Tensor = model(**inputs).logits
+        return logits
+
+    def _keep(self, states: Mapping[bytes, Tensor]) -> None:
+        """Remember these as the most recently used, and forget what there is no room for."""
+        for key, x in states.items():
+            if key not in self._kept:
+                self._size += x.nbytes
+            self._kept[key] = x
+            self._kept.move_to_end(key)
+        while self._size > self.room:
+            self._size -= self._kept.popitem(last=False)[1].nbytes
+
+    def _computed(self, model: nn.Module, rows: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
+        """What enters the first adapted layer for each of these examples, (tokens, width)."""
+        found: dict[bytes, Tensor] = {}
+        by_length: dict[int, list[bytes]] = {}
+        for key, row in rows.items():
+            by_length.setdefault(row.shape[1], []).append(key)
+        for same in by_length.values():
+            for start in range(0, len(same), GROUP):
+                group = same[start : start + GROUP]
+                full = [rows[key] for key in group] + [rows[group[0]]] * (GROUP - len(group))
+                states = self._enter(model, torch.stack(full, dim=1))
+                found |= {key: states[i].clone() for i, key in enumerate(group)}
+                self.computed += len(group)
+        return found
+
+    def _enter(self, model: nn.Module, columns: Tensor) -> Tensor:
+        """Run the model on (1 or 2, examples, tokens) up to its first adapted layer."""
+        inputs = dict(zip(("input_ids", "token_type_ids"), columns, strict=False))
+        inputs["attention_mask"] = torch.ones_like(columns[0])
+
+        def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        hook = self.layers[self.depth].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except _Reached as reached:
+            return reached.states
+        finally:
+            hook.remove()
+        raise AssertionError("the model ended without entering its first adapted layer")
+
+    @contextlib.contextmanager
+    def _given(self, hidden: Tensor) -> Iterator[None]:
+        """Within it, the prefix gives back these states and computes nothing."""
+        skipped = list(self.layers)[: self.depth]
+        for layer in skipped:
+            layer.forward = lambda *_, **__: hidden
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)
+    """The states that enter the first adapted layer."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def _drops(module: nn.Module) -> bool:
+    """Has it dropout? Then its output is not a function of its input."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    rate = getattr(module, "attention_dropout", 0.0)
+    return isinstance(rate, float) and rate > 0

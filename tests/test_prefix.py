@@ -1,0 +1,106 @@
+"""Frozen layers below the first adapted one are computed once an example, and change no result."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_federation import federate, quick
+
+from fedlora.config import Config
+from fedlora.model import Model
+from fedlora.prefix import GROUP
+from fedlora.strategies.base import Client, seeded
+from fedlora.text import Encoded, batches, encode
+
+Settings = Callable[..., dict[str, object]]
+LAST = {"lora.layers": "-1", "model.dropout": 0.0}
+
+
+def ready(settings: Settings, kind: str, **changes: object) -> tuple[Model, Encoded, Config]:
+    from fedlora.data import load
+
+    config = Config.read(settings(kind, **{**LAST, **changes}))
+    corpus = load(config.data, config.model.task, 1, 0)
+    labels = corpus.labels
+    model = Model(config, labels)
+    model.load(model.init_factors(Client(0, model.layers(dict.fromkeys(model.shapes, 2))), 0))
+    return model, encode(corpus.client(0).train, model.tokenizer, labels, 64), config
+
+
+def epoch(model: Model, rows: Encoded, seed: int) -> list[torch.Tensor]:
+    """The logits of every batch of an epoch."""
+    found = []
+    with torch.no_grad():
+        for batch in batches(rows, 5, seeded(seed, 0, 0, "batches")):
+            batch.pop("labels")
+            found.append(model.logits(batch))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_what_was_forgotten_comes_back_to_the_same_bits(settings: Settings, kind: str) -> None:
+    roomy, rows, _ = ready(settings, kind, **{"train.prefix-cache": 64})
+    tight, _, _ = ready(settings, kind, **{"train.prefix-cache": 1})
+    assert roomy._prefix
+    assert tight._prefix
+    tight._prefix.room = 3000  # a few examples
+    for seed in (0, 1):  # other batches, other neighbours, other padding
+        for x, y in zip(epoch(roomy, rows, seed), epoch(tight, rows, seed), strict=True):
+            assert torch.equal(x, y)
+    distinct = len({tuple(rows.ids[a:b].tolist()) for a, b in rows.starts.unfold(0, 2, 1)})
+    assert roomy._prefix.computed == distinct, "once each, however often it is needed"
+    assert tight._prefix.computed > distinct
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_batched_as_they_come_the_results_differ_by_rounding(settings: Settings, kind: str) -> None:
+    kept, rows, _ = ready(settings, kind, **{"train.prefix-cache": 64})
+    plain, _, _ = ready(settings, kind)
+    assert plain._prefix is None
+    real = [b["attention_mask"].bool() for b in batches(rows, 5, seeded(0, 0, 0, "batches"))]
+    for x, y, mask in zip(epoch(kept, rows, 0), epoch(plain, rows, 0), real, strict=True):
+        x, y = (x, y) if kind == "bert" else (x[mask], y[mask])
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_layers_are_whole_again_after_each_batch(settings: Settings) -> None:
+    model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
+    epoch(model, rows, 0)
+    assert model._prefix
+    assert all("forward" not in vars(layer) for layer in model._prefix.layers)
+
+
+def test_examples_are_computed_in_groups_of_one_shape(settings: Settings) -> None:
+    model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
+    assert model._prefix
+    shapes = []
+    inside = model._prefix.layers[0].intermediate
+    inside.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    epoch(model, rows, 0)
+    assert {shape[0] for shape in shapes} == {GROUP}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora.layers": ""},  # nothing is frozen below the first layer
+        {"model.dropout": 0.1},
+        {"train.gradient-checkpointing": True},
+        {"lora.modules-to-save": "word_embeddings"},
+    ],
+)
+def test_it_is_off_where_the_prefix_trains_or_varies(settings: Settings, changes) -> None:
+    model, _, _ = ready(settings, "bert", **{"train.prefix-cache": 64, **changes})
+    assert model._prefix is None
+
+
+def test_a_federation_with_it_ends_in_the_same_bytes_on_one_worker_and_on_two(
+    settings: Settings,
+) -> None:
+    def run(name: str, workers: int) -> bytes:
+        given = quick("fedex", **LAST, **{"train.prefix-cache": 8, "train.steps": 4})
+        return federate(
+            settings(**given, **{"run.name": name, "simulate.workers": workers})
+        ).adapter
+
+    assert run("one", 1) == run("two", 2)
