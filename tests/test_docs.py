@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from strategy_federation import fitting, play
 from test_contract import COSTS
 from tiny_federation import ROOT
 from typer.main import get_command
@@ -125,6 +126,19 @@ def test_the_overview_says_of_every_strategy_what_its_code_says() -> None:
         sizes = {"d": 1024, "k": 1024, "r": 8, "m": 8, "t": 0}
         for way, formula in zip(("up", "down"), COSTS[name], strict=True):
             assert row[way].removeprefix("from ") == f"{4 * eval(formula, sizes):,}", (name, way)
+
+
+@every_strategy
+def test_what_is_sent_once_is_what_the_overview_says(name: str) -> None:
+    rows = {row["strategy"]: row for row in table(DOCS / "strategies" / "index.md", "strategy")}
+    strategy = STRATEGIES[name]()
+    first, second = play(strategy, fitting(strategy), [(0, 1, 2), (0, 1, 2)])
+    formula = {"0": "0", "32,768": "r * k", "65,536": "r * (d + k)"}[rows[name]["once"]]
+    for new, back in zip(first.visits, second.visits, strict=True):
+        layers = new.upload.client.layers.values()
+        once = sum(eval(formula, {"d": x.d, "k": x.k, "r": x.rank}) for x in layers)
+        more = sum(new.sent_down[c] - back.sent_down[c] for c in "ABR") + new.sent_down["base"]
+        assert max(0, more) == once  # florist's rank may grow from round to round
 
 
 def test_what_goes_with_what_is_what_the_code_refuses() -> None:
