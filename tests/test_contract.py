@@ -205,10 +205,13 @@ def test_no_reply_changes_nothing(strategy: Any) -> None:
 
 @every_strategy
 def test_aggregate_changes_none_of_its_arguments(strategy: Any) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    tensors = [*walk(last.before), *(t for u in last.uploads for _, _, t in u.sent.items())]
+    """Of a state that was not aggregated before: writing the same into it twice changes nothing."""
+    *_, first = play(strategy, fitting(strategy), [(0, 1, 2)])
+    state, round = first.after, Round(2, SEED)
+    uploads = [visit(strategy, state, c, Site(), round).upload for c in fitting(strategy)]
+    tensors = [*walk(state), *(t for u in uploads for _, _, t in u.sent.items())]
     before = [t.clone() for t in tensors]
-    strategy.aggregate(last.before, last.uploads, last.round)
+    strategy.aggregate(state, uploads, round)
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, before, strict=True))
 
 

@@ -1,0 +1,116 @@
+"""Write docs/configuration.md from the config tree: `python docs/generate_configuration.py`.
+
+Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
+stands under its field, in fedlora/config.py or, for a strategy's options, in the strategy's file.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from fedlora import config as tree
+from fedlora.strategies import STRATEGIES
+
+PAGE = Path(__file__).parent / "configuration.md"
+
+HEAD = """# Configuration
+
+Written by `docs/generate_configuration.py` from `fedlora/config.py`; `make docs` writes it anew.
+
+An experiment file is TOML, one table a section; every key has a default. A key is overridden with
+`--set section.key=value`, or by `-c 'section.key=value'` of `flwr run`. Unknown keys and wrong
+types are refused, all problems at once. `fedlora config FILE` prints every key, resolved, and a
+run's directory keeps that as `config.toml`. Lists may be written as TOML lists or as text,
+`ranks = [4, 8]` or `ranks = "4,8"`.
+"""
+
+
+def described(source: str) -> dict[str, dict[str, str]]:
+    """By class and field, the string literal under the field; by class and "", its docstring."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        texts = found[node.name] = {"": ast.get_docstring(node) or ""}
+        for field, below in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                texts[field.target.id] = inspect.cleandoc(str(below.value.value))
+    return found
+
+
+def kind(field: Any) -> str:
+    """What a key takes, in words: from the annotation and its bounds."""
+    hint = field.annotation
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(f"`{value}`" for value in get_args(hint))
+    if get_origin(hint) is tuple:
+        return "whole numbers > 0" if get_args(hint)[0] is int else "names"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [
+        f"{signs[name]} {getattr(part, name)}"
+        for part in field.metadata
+        for name in signs
+        if getattr(part, name, None) is not None
+    ]
+    words = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
+    return " ".join([words[hint], ", ".join(limits)]).strip()
+
+
+def table(section: str, model: Any, texts: dict[str, str]) -> Iterator[str]:
+    flat = tree.Config().flat()
+    yield "| key | takes | default | |"
+    yield "|---|---|---|---|"
+    for name, field in model.model_fields.items():
+        key = f"{section}.{name}".replace("_", "-")
+        if key in flat:
+            default = flat[key]
+            text = str(default).lower() if isinstance(default, bool) else str(default)
+            shown = f"`{text}`" if text else "empty"
+            said = " ".join(texts.get(name, "").split()).replace("<", "&lt;").replace("|", "\\|")
+            yield f"| `{name.replace('_', '-')}` | {kind(field)} | {shown} | {said} |"
+
+
+def page() -> str:
+    """The whole page."""
+    texts = described(inspect.getsource(tree))
+    lines = [HEAD]
+    for section, field in tree.Config.model_fields.items():
+        model = tree.StrategySection if section == "strategy" else field.annotation
+        mine = texts.get(model.__name__, {})  # type: ignore[union-attr]
+        lines += [f"## [{section}]", ""]
+        if mine.get(""):
+            lines += [mine[""], ""]
+        if section == "strategy":
+            lines += strategies()
+        else:
+            lines += [*table(section, model, mine), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def strategies() -> Iterator[str]:
+    yield "`name` is one of " + ", ".join(f"[`{n}`](strategies/{n}.md)" for n in STRATEGIES) + "."
+    yield f'Default: `"{tree.Config().strategy.name}"`. A strategy\'s options have a table of their'
+    yield "own, `[strategy.fedex]`; those of strategies that a run does not use are left alone."
+    yield ""
+    for name, cls in STRATEGIES.items():
+        section = tree.StrategySection.model_fields.get(name.replace("-", "_"))
+        if section is not None:
+            texts = described(inspect.getsource(sys.modules[cls.__module__]))[cls.__name__]
+            yield f"### [strategy.{name}]"
+            yield ""
+            yield f"What each does is on [its page](strategies/{name}.md#options)."
+            yield ""
+            yield from table(f"strategy.{name}", section.annotation, texts)
+            yield ""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
