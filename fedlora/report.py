@@ -15,7 +15,7 @@ from fedlora import report_view as view
 from fedlora import report_words as words
 from fedlora.report_page import CAPTIONS, PAGE, STYLE
 from fedlora.run_files import RunFiles, finite, read
-from fedlora.units import duration, size, tiny
+from fedlora.units import duration, percent, size, tiny
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,11 +90,11 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     s, metric = run.summary, run.metric
     if s["final"]:
         yield f"final {metric.title}", metric.text(s["final"].get(metric.key))
+    if not metric.share and metric.key in run.untuned:
+        yield f"untuned {metric.title}", metric.text(run.untuned[metric.key])
     if "exact_match" in (s["final"] or {}):
-        first, last = (finite(x, "exact_match") for x in (run.first, s["final"]))
-        yield "exact match, untuned and final", f"{percent(first)} and {percent(last)}"
-    if not metric.share and run.first:
-        yield f"untuned {metric.title}", metric.text(run.first.get(metric.key))
+        yield "final exact match", percent(finite(s["final"], "exact_match"))
+        yield "untuned exact match", percent(finite(run.untuned, "exact_match"))
     if s["best"]:
         yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
     for name, value in run.baselines().items():

@@ -73,6 +73,11 @@ class RunFiles:
                 return metric
         return LOSS
 
+    @property
+    def untuned(self) -> Record:
+        """The scores before round 1; empty where there are none."""
+        return next((r.get("evaluation") or {} for r in self.rounds if r["round"] == 0), {})
+
     def baselines(self) -> dict[str, float]:
         """The value of each baseline that has the run's metric, by name."""
         known = self.summary["baselines"].items()
