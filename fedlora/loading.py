@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -157,7 +158,10 @@ def _converted(directory: str, gguf: str) -> str:
     if target.exists():
         return str(target)
     cache.mkdir(parents=True, exist_ok=True)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, of a few seconds, once
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf, dtype=torch.float32
+        )
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "transformers_version"):
         settings.pop(key, None)
