@@ -75,7 +75,8 @@ class Planner:
                 "devices.classes limits how many layers a class trains, and only ranks.policy = "
                 "'legend' gives clients different layers; leave out the limit, or set that policy"
             )
-        if self.legend and strategy.requires.client_memory:
+        keeps = strategy.requires.client_memory or getattr(strategy, "reinit", "") == "keep-A"
+        if self.legend and keeps:
             yield (
                 "ranks.policy = 'legend' changes a client's layers from round to round, and "
                 f"{name} keeps a part of each on the client; use fedavg, fedex, flora or rolora"

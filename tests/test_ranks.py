@@ -173,6 +173,8 @@ def test_what_a_client_does_not_adapt_is_folded_in_and_costs_its_bytes(settings:
 def test_a_strategy_that_keeps_layers_on_its_clients_refuses_legend(settings: Settings) -> None:
     with pytest.raises(StrategyError, match=r"legend.*fedsa.*use fedavg"):
         federate(settings(**quick("fedsa", **SUBSETS)))
+    with pytest.raises(StrategyError, match=r"legend.*flora.*use fedavg"):
+        federate(settings(**quick("flora", **SUBSETS, **{"strategy.flora.reinit": "keep-A"})))
 
 
 def test_without_a_device_model_legend_plans_by_what_was_measured(settings: Settings) -> None:
