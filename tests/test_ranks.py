@@ -174,7 +174,8 @@ def test_a_strategy_that_keeps_layers_on_its_clients_refuses_legend(settings: Se
     with pytest.raises(StrategyError, match=r"legend.*fedsa.*use fedavg"):
         federate(settings(**quick("fedsa", **SUBSETS)))
     with pytest.raises(StrategyError, match=r"legend.*flora.*use fedavg"):
-        federate(settings(**quick("flora", **SUBSETS, **{"strategy.flora.reinit": "keep-A"})))
+        keeps = {**SUBSETS, "strategy.flora.reinit": "keep-A", "run.name": "keeps"}
+        federate(settings(**quick("flora", **keeps)))
 
 
 def test_without_a_device_model_legend_plans_by_what_was_measured(settings: Settings) -> None:
