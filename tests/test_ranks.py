@@ -173,8 +173,8 @@ def test_what_a_client_does_not_adapt_is_folded_in_and_costs_its_bytes(settings:
 def test_a_strategy_that_keeps_layers_on_its_clients_refuses_legend(settings: Settings) -> None:
     with pytest.raises(StrategyError, match=r"legend.*fedsa.*use fedavg"):
         federate(settings(**quick("fedsa", **SUBSETS)))
+    keeps = {**SUBSETS, "strategy.flora.reinit": "keep-A", "run.name": "keeps"}
     with pytest.raises(StrategyError, match=r"legend.*flora.*use fedavg"):
-        keeps = {**SUBSETS, "strategy.flora.reinit": "keep-A", "run.name": "keeps"}
         federate(settings(**quick("flora", **keeps)))
 
 
