@@ -13,7 +13,6 @@ left; else the round ends with a RoundError, with nothing learned and the checkp
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from fedlora.secure import masking
 from fedlora.secure.masking import Words
 from fedlora.secure.rules import TOGETHER, unsummable
 from fedlora.secure.terms import SMALLEST, Terms, neighbours
-from fedlora.secure.vector import Kind, Layout, decode
+from fedlora.secure.vector import Kind, Layout, decode, kinds_of
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.wire import count_bytes
 
@@ -88,7 +87,10 @@ class SecureRound:
         shared = set(boxes)
         summed = self._collect(boxes)
         total = self._unmask(keys, shared, summed)
-        found, loss, error = decode(total, len(summed), self.layout, self.kinds, self.terms)
+        try:
+            found, loss, error = decode(total, len(summed), self.layout, self.kinds, self.terms)
+        except UpdateError as e:
+            raise self._failed(str(e)) from None
         self.gathered.loss = None if self.server.config.privacy.on else loss
         self.gathered.secure = {
             "asked": len(self.ids),
@@ -284,22 +286,17 @@ class SecureRound:
     # -- who is left --------------------------------------------------------------------------
 
     def _kinds(self, clients: Sequence[Client]) -> list[Kind]:
-        found: dict[Any, Kind] = {}
-        server = self.server
-        for client in clients:
-            shapes, scale = server.schemas.of(
-                server.state, client, server.base_number(), self.round
-            )
-            key = (tuple(sorted(shapes.items())), tuple(sorted(scale.items())))
-            kind = found.setdefault(key, Kind((), shapes, scale))
-            found[key] = replace(kind, clients=(*kind.clients, client))
-        for kind in found.values():
+        server, base = self.server, self.server.base_number()
+        found = kinds_of(
+            (c, *server.schemas.of(server.state, c, base, self.round)) for c in clients
+        )
+        for kind in found:
             if len(kind.clients) < TOGETHER:
                 self._refuse(
                     kind.clients[0].id,
                     "it is the only one of its ranks in this round: its update would be no sum",
                 )
-        return [kind for kind in found.values() if len(kind.clients) >= TOGETHER]
+        return [kind for kind in found if len(kind.clients) >= TOGETHER]
 
     def _enough(self, did: str, left: set[int], among: set[int] | None = None) -> None:
         need = self.terms.threshold

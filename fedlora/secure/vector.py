@@ -20,7 +20,7 @@ Formal guarantee
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,18 @@ class Kind:
     clients: tuple[Client, ...]
     shapes: Shapes
     scale: Mapping[str, float]
+
+
+def kinds_of(
+    clients: Iterable[tuple[Client, Shapes, Mapping[str, float]]],
+) -> list[Kind]:
+    """The clients by what they send: tensors of which shapes, at which scales."""
+    found: dict[Any, Kind] = {}
+    for client, shapes, scale in clients:
+        key = (tuple(sorted(shapes.items())), tuple(sorted(scale.items())))
+        kind = found.setdefault(key, Kind((), shapes, scale))
+        found[key] = replace(kind, clients=(*kind.clients, client))
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +118,9 @@ def encode(sent: Factors, n: int, loss: float, kind: int, layout: Layout, terms:
         )
     whole = np.zeros(len(layout), dtype=np.int64)
     whole[kind] = n
-    whole[layout.kinds] = _integers(torch.tensor(loss / LOSS), n, "the training loss", terms)
+    whole[layout.kinds] = _integers(
+        torch.tensor(loss / LOSS, dtype=torch.float64), n, "the training loss", terms
+    )
     mine = folded(sent)
     for key, shape, place in layout.places():
         if key in mine:
@@ -135,10 +149,11 @@ def decode(
         for kind, w in zip(kinds, weights, strict=True):
             if key in kind.shapes:
                 held[_corner(kind.shapes[key])] += w
-        mean = signed[place].reshape(shape) / terms.unit / np.where(held > 0, held, 1)
+        sums = np.asarray(signed[place].reshape(shape) / terms.unit)  # 0-d where the tensor is
+        mean = torch.from_numpy(sums) / torch.from_numpy(np.where(held > 0, held, 1))
         for kind, found in zip(kinds, columns, strict=True):
             if key in kind.shapes:
-                mine = torch.from_numpy(mean[_corner(kind.shapes[key])].copy()).float()
+                mine = mean[_corner(kind.shapes[key])].to(torch.float32).contiguous()
                 found.setdefault(key[0], {})[key[1]] = mine
     uploads = [
         Upload(kind.clients[0], unfolded(Factors(kind.scale, **found)), w)
