@@ -82,6 +82,7 @@ class FederatedLora(FlowerStrategy):
         self.planner = Planner(config, self.model)
         self.central = CentralPrivacy.of(config)
         self.secure = config.secure.aggregation
+        self.summable: set[Any] = set()  # what secure aggregation was found to go with
         self.clock = 0.0  # virtual seconds
         self.moments = Moments()
 

@@ -1,7 +1,9 @@
 """Secure aggregation: the sum is right, one client is never seen, and who breaks the rules is."""
 
+import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -566,6 +568,43 @@ def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(
     check_close(got, in_the_clear(given, (2,)))
 
 
+def spoiled(stage: str, content: RecordDict) -> None:
+    """A reply that says something else than it must."""
+    said = content.config_records.get("secagg")
+    match stage:
+        case "setup":
+            said["keys"] = [b"no key", said["keys"][1]]
+        case "share":
+            said["boxes"] = said["boxes"][1:]
+        case "collect":
+            array = content.array_records["masked"]["vector"]
+            short = replace(array, data=array.data[4:])
+            content.array_records["masked"]["vector"] = short
+        case "unmask":
+            said["clients"] = [*said["clients"][1:], 99]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_reply_that_is_not_as_it_must_be_costs_its_client_alone(
+    settings: Settings, stage: str
+) -> None:
+    given = settings(**five())
+
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if (
+            message.metadata.message_type.endswith(stage)
+            and context.node_config["partition-id"] == 2
+        ):
+            spoiled(stage, reply.content)
+        return reply
+
+    got = play(given, app=app)
+    (failure,) = got.last["failures"]
+    assert (failure["client"], failure["reason"].split(":")[0]) == (2, stage)
+    check_close(got, in_the_clear(given, () if stage == "unmask" else (2,)))
+
+
 def test_a_client_that_lost_its_secrets_between_two_stages_is_a_drop_out(
     settings: Settings,
 ) -> None:
@@ -681,11 +720,15 @@ def test_doctor_says_that_it_is_on_and_what_it_costs(settings: Settings) -> None
 
 
 @pytest.mark.slow
-def test_flowers_engine_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_path) -> None:
+def test_flowers_engine_ends_in_the_bytes_of_local_grid(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tomli_w
 
     from simulations.run import flower
 
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     given = settings(**five(**{"run.rounds": 2, "clients.count": 3, "run.name": "local"}))
     local = federate(given)
     (file := tmp_path / "experiment.toml").write_text(
@@ -698,7 +741,7 @@ def test_flowers_engine_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_
 
 
 @pytest.mark.slow
-def test_a_deployment_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_path) -> None:
+def test_a_deployment_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_path: Path) -> None:
     from deployment import adapter, brought_up, ran, rounds, simulated
 
     from fedlora.deploy import host

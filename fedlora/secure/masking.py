@@ -42,7 +42,7 @@ from fedlora.privacy.chance import Chance
 Words = npt.NDArray[np.unsignedinteger]
 """Integers modulo 2^32 or 2^64; numpy's arithmetic on them is that."""
 
-BAD_KEY = (ValueError, TypeError, InvalidKey, UnsupportedAlgorithm)
+BAD_KEY = (ValueError, TypeError, AttributeError, InvalidKey, UnsupportedAlgorithm)
 
 
 def words(bits: int) -> "np.dtype[np.unsignedinteger]":
@@ -53,6 +53,12 @@ def key_pair() -> tuple[bytes, bytes]:
     """A fresh (private, public) pair."""
     private, public = generate_key_pairs()
     return private_key_to_bytes(private), public_key_to_bytes(public)
+
+
+def check_public(key: bytes) -> None:
+    """Raises PrivacyError where it is not a public key that secrets can be agreed with."""
+    private, _ = key_pair()
+    _agreed(private, key)
 
 
 def fresh_seed() -> bytes:

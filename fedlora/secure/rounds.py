@@ -72,10 +72,9 @@ class SecureRound:
                 f"{len(self.ids)} clients are not alone of their ranks, and it takes {SMALLEST}"
             )
         self.terms = Terms.of(server.config, len(self.ids))
-        if reason := unsummable(server.strategy, server.state, self.kinds, round):
-            raise StrategyError(reason)
         self.near = neighbours(self.ids, self.terms.shares, round)
         self.layout = Layout.over([kind.shapes for kind in self.kinds])
+        self._check()
         self.totals: dict[int, Words] = {}
         self.keeps: dict[int, bool] = {}
         self.up: dict[int, int] = {}
@@ -103,13 +102,30 @@ class SecureRound:
             self._accept(i)
         return found
 
+    def _check(self) -> None:
+        """Does the strategy go on sums? Measured once for each set of tensors that it asks for."""
+        asked = tuple(tuple(sorted(kind.shapes.items())) for kind in self.kinds)
+        if asked in self.server.summable:
+            return
+        if reason := unsummable(self.server.strategy, self.server.state, self.kinds, self.round):
+            raise StrategyError(reason)
+        self.server.summable.add(asked)
+
     # -- the stages ---------------------------------------------------------------------------
 
     def _setup(self) -> dict[int, list[bytes]]:
         asked = {i: ConfigRecord({"cohort": self.terms.cohort}) for i in self.ids}
 
+        seen: set[bytes] = set()
+
         def read(_: int, content: RecordDict) -> list[bytes]:
-            return _blobs(content.config_records["secagg"]["keys"], 2)
+            found = _blobs(content.config_records["secagg"]["keys"], 2)
+            for key in found:  # one that the others could not use would cost all of them
+                masking.check_public(key)
+                if key in seen:
+                    raise UpdateError("its public keys are not its own alone")
+                seen.add(key)
+            return found
 
         keys = self._stage("setup", asked, read)
         self._enough("answered with their keys", set(keys))
