@@ -35,3 +35,23 @@ def gradient(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     return answer("evaluate", message, context)
+
+
+@app.train("secagg_setup")
+def secagg_setup(message: Message, context: Context) -> Message:
+    return answer("secagg_setup", message, context)
+
+
+@app.train("secagg_share")
+def secagg_share(message: Message, context: Context) -> Message:
+    return answer("secagg_share", message, context)
+
+
+@app.train("secagg_collect")
+def secagg_collect(message: Message, context: Context) -> Message:
+    return answer("secagg_collect", message, context)
+
+
+@app.train("secagg_unmask")
+def secagg_unmask(message: Message, context: Context) -> Message:
+    return answer("secagg_unmask", message, context)

@@ -5,6 +5,7 @@
     gradient    a sketch of the first gradient, where the strategy begins with one
     query       who am I: client number, rank if the node sets one, what this machine has
     collect     what I have kept, where the strategy asks for it once at the end
+    secagg_...  the four stages of a secure aggregation, in place of train
 
 Every handler answers every message: whatever goes wrong comes back as an error reply with its
 reason, since a node that gets no reply waits for it for ever.
@@ -19,7 +20,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 from fedlora import capability, feedback, site
 from fedlora.adapter import Factors
@@ -30,10 +40,12 @@ from fedlora.first_gradient import sketch
 from fedlora.memory import ClientMemory
 from fedlora.model import Model
 from fedlora.personal import alone, personalized
+from fedlora.secure.member import Member
+from fedlora.secure.terms import Terms
 from fedlora.strategies.base import Client, Download, Round, Strategy, travelling
 from fedlora.text import Encoded
 from fedlora.train import Fit, fit, threads
-from fedlora.wire import Job, pack_factors, unpack_download
+from fedlora.wire import Job, pack_factors, seq, unpack_download
 
 Handler = Callable[[Message, Context], RecordDict]
 
@@ -66,44 +78,31 @@ def train(message: Message, context: Context) -> RecordDict:
     """One round of local training."""
     begun = time.perf_counter()
     desk = Desk.open(message, context)
-    config, job = desk.config, desk.job
-    rows = site.encoded("train", job.client, config, job.labels)
-    test = site.encoded("test", job.client, config, job.labels)
-    scores: dict[str, float] = {}
-    with threads(config.train.threads), desk.ready() as (model, kept):
-        judged = config.evaluate.clients and desk.tells
-        if judged:
-            scores |= _named("before", evaluate(model, test, config))
-        outcome = desk.fit(model, rows)
-        if judged:
-            scores |= _named("after", evaluate(model, test, config))
-        trained = model.read()
-    whole, keep = desk.strategy.upload(trained, kept)
-    sent = travelling(whole, desk.download.trainable)
-    keeps = any(True for _ in keep.items())
-    if keeps:
-        desk.memory.remember(job.round, keep)
+    desk.check_clear("an update")
+    done = desk.train()
     metrics: dict[str, Any] = {
-        "num-examples": len(rows) if desk.tells else 1,
-        "steps": outcome.steps,
-        **_named("privacy", outcome.privacy),
+        "num-examples": done.examples if desk.tells else 1,
+        "steps": done.fit.steps,
+        **_named("privacy", done.fit.privacy),
     }
     if desk.tells:
         metrics |= {
-            "loss": outcome.loss,
-            "train-seconds": outcome.seconds,
-            "forward-seconds": outcome.forward,
-            "backward-seconds": outcome.backward,
-            "tokens": outcome.tokens,
+            "loss": done.fit.loss,
+            "train-seconds": done.fit.seconds,
+            "forward-seconds": done.fit.forward,
+            "backward-seconds": done.fit.backward,
+            "tokens": done.fit.tokens,
             "seconds": time.perf_counter() - begun,
-            **scores,
+            **done.scores,
         }
-    return desk.reply({"sent": feedback.send(desk, sent), "metrics": MetricRecord(metrics)}, keeps)
+    sent = feedback.send(desk, done.sent)
+    return desk.reply({"sent": sent, "metrics": MetricRecord(metrics)}, done.keeps)
 
 
 def gradient(message: Message, context: Context) -> RecordDict:
     """A sketch of the first gradient's sign, for a strategy that begins with it."""
     desk = Desk.open(message, context)
+    desk.check_clear("a first gradient")
     if desk.config.privacy.on:
         raise PrivacyError("a sketch of the first gradient has no noise; nothing was sent")
     rows = site.encoded("train", desk.job.client, desk.config, desk.job.labels)
@@ -135,6 +134,7 @@ def score(message: Message, context: Context) -> RecordDict:
 def collect(message: Message, context: Context) -> RecordDict:
     """What this client has kept, for a strategy that averages it once at the end."""
     desk = Desk.open(message, context)
+    desk.check_clear("what it kept")
     kept = desk.memory.recall(desk.job.memory_round)
     rows = site.encoded("train", desk.job.client, desk.config, desk.job.labels)
     return desk.reply(
@@ -143,6 +143,62 @@ def collect(message: Message, context: Context) -> RecordDict:
             "metrics": MetricRecord({"num-examples": len(rows) if desk.tells else 1}),
         }
     )
+
+
+# -- secure aggregation: see fedlora/secure/member.py -------------------------------------------
+
+
+def secagg_setup(message: Message, context: Context) -> RecordDict:
+    """Two fresh public keys for this round."""
+    desk, asked = Desk.open(message, context), message.content.config_records["secagg"]
+    keys = desk.member().setup(desk.terms(asked["cohort"]))  # type: ignore[arg-type]
+    return desk.reply({"secagg": ConfigRecord({"keys": list(keys)})})
+
+
+def secagg_share(message: Message, context: Context) -> RecordDict:
+    """Shares of this client's secrets, each for one neighbour to read."""
+    desk, asked = Desk.open(message, context), message.content.config_records["secagg"]
+    of, flat = seq(asked, "clients"), seq(asked, "keys")
+    keys = {i: (flat[2 * n], flat[2 * n + 1]) for n, i in enumerate(of)}
+    boxes = desk.member().share(keys, desk.terms)
+    record = ConfigRecord({"clients": list(boxes), "boxes": list(boxes.values())})
+    return desk.reply({"secagg": record})
+
+
+def secagg_collect(message: Message, context: Context) -> RecordDict:
+    """One round of local training, of which only a masked vector leaves."""
+    from fedlora.secure.vector import Layout, encode
+
+    desk, asked = Desk.open(message, context), message.content.config_records["secagg"]
+    boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
+    masker = desk.member().open(boxes, desk.terms)
+    done, private = desk.train(), desk.config.privacy.on
+    n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
+    layout = Layout.read(asked)
+    vector = encode(done.sent, n, loss, int(asked["kind"]), layout, masker.terms)  # type: ignore[arg-type]
+    x = masker.masked(vector)
+    array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
+    return desk.reply({"masked": ArrayRecord({"vector": array})}, done.keeps)
+
+
+def secagg_unmask(message: Message, context: Context) -> RecordDict:
+    """The shares that take the masks off the sum, and off nothing else."""
+    desk, asked = Desk.open(message, context), message.content.config_records["secagg"]
+    shares = desk.member().unmask(seq(asked, "active"), seq(asked, "dead"), desk.terms)
+    found = sorted(shares.items())
+    record = ConfigRecord({"clients": [i for i, _ in found], "shares": [x for _, x in found]})
+    return desk.reply({"secagg": record})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of local training came to."""
+
+    sent: Factors
+    keeps: bool
+    examples: int
+    fit: Fit
+    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +242,49 @@ class Desk:
     @property
     def tells(self) -> bool:
         """May counts, losses, scores and timings leave? Under DP no noise covers them."""
+        if self.config.secure.aggregation:
+            return False
         return not self.config.privacy.on or self.config.privacy.release_metrics
+
+    def check_clear(self, what: str) -> None:
+        """Raises PrivacyError where nothing of this client may leave but in a sum."""
+        if self.config.secure.aggregation:
+            raise PrivacyError(
+                f"secure.aggregation is on: client {self.job.client} does not send {what} in the "
+                "clear"
+            )
+
+    def terms(self, cohort: int) -> Terms:
+        """A secure aggregation's, for a cohort of this size."""
+        return Terms.of(self.config, cohort)
+
+    def member(self) -> Member:
+        """This client in this round's secure aggregation."""
+        if not self.config.secure.aggregation:
+            raise PrivacyError("secure.aggregation is off on this client, and on at the server")
+        job = self.job
+        return Member(self.memory.own / "secure", job.client, job.round, job.incarnation)
+
+    def train(self) -> Trained:
+        """Train the download on this client's rows, remember, and give what is to leave."""
+        config, job = self.config, self.job
+        rows = site.encoded("train", job.client, config, job.labels)
+        test = site.encoded("test", job.client, config, job.labels)
+        scores: dict[str, float] = {}
+        with threads(config.train.threads), self.ready() as (model, kept):
+            judged = config.evaluate.clients and self.tells
+            if judged:
+                scores |= _named("before", evaluate(model, test, config))
+            outcome = self.fit(model, rows)
+            if judged:
+                scores |= _named("after", evaluate(model, test, config))
+            trained = model.read()
+        whole, keep = self.strategy.upload(trained, kept)
+        sent = travelling(whole, self.download.trainable)
+        keeps = any(True for _ in keep.items())
+        if keeps:
+            self.memory.remember(job.round, keep)
+        return Trained(sent, keeps, len(rows), outcome, scores)
 
     def fit(self, model: Model, rows: Encoded) -> Fit:
         """Train on these rows: under example-level DP, paid for in this data set's ledger."""
@@ -229,6 +327,7 @@ def read_config(context: Context) -> Config:
         "data.node-path": context.node_config.get("data-path"),
         "output.client-memory": context.node_config.get("memory"),
         "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
+        "secure.aggregation": context.node_config.get("secure-aggregation"),
     }
     given = {**context.run_config, **{key: value for key, value in own.items() if value}}
     return Config.read(given)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora import personal, screening, server_opt
 from fedlora.intake import Gathered
+from fedlora.secure import rules as secure
 from fedlora.strategies.base import Client, Round, Upload
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def refusals(server: "FederatedLora") -> Iterator[str]:
     if chosen != "none" and (reason := server_opt.refusal(strategy)):
         yield f"server.optimizer = '{chosen}': {reason}"
     yield from personal.refusals(config)
+    if config.secure.aggregation:
+        yield from secure.alone([server.client(i) for i in sorted(server.members)])
 
 
 def screened(

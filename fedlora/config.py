@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fedlora.errors import ConfigError
 from fedlora.privacy.rules import refused
+from fedlora.secure import rules as secure_rules
 from fedlora.strategies import STRATEGIES, Strategy
 
 Scalar = bool | int | float | str
@@ -303,6 +304,24 @@ class Privacy(_Section):
         return self.on and self.level == "client"
 
 
+class Secure(_Section):
+    """Secure aggregation, so that the server learns sums only: fedlora/secure/."""
+
+    aggregation: bool = False
+    num_shares: Annotated[int, Field(ge=0)] = 0
+    """Pieces of each client's secrets: odd, one for each neighbour and its own; 0: all clients."""
+    reconstruction_threshold: Annotated[int, Field(ge=0)] = 0
+    """Pieces that put one together: the fewest clients of a sum; 0: more than half."""
+    clipping_range: Annotated[float, Field(gt=0)] = 8.0
+    """Values outside of +- this are an error of their client, which sends nothing."""
+    max_weight: Annotated[int, Field(gt=0)] = 10_000
+    """The most examples of one client. The larger, the coarser."""
+    modulus_bits: Literal[32, 64] = 32
+    """Of each integer that travels: 4 bytes a value, or 8."""
+    stage_deadline: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds for each of the three stages without training."""
+
+
 class Server(_Section):
     """What the server does with a round's mean: fedlora/server_opt.py."""
 
@@ -399,6 +418,7 @@ class Config(_Section):
     server: Server = Server()
     robust: Robust = Robust()
     personalize: Personalize = Personalize()
+    secure: Secure = Secure()
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Config":
@@ -429,7 +449,7 @@ class Config(_Section):
             except ValidationError as e:
                 problems += [_problem(name, error, flat) for error in e.errors()]
         if not problems:
-            problems = [*refused(cls(**built))]
+            problems = [*refused(cls(**built)), *secure_rules.refused(cls(**built))]
         if problems:
             raise ConfigError(problems)
         return cls(**built)

@@ -177,7 +177,9 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         findings.append(Finding("problem", f"strategy.name = {config.strategy.name!r}: {problem}"))
     if any(f.level == "problem" for f in findings):
         return findings, Table()
-    table, largest = _plan(config, model, strategy, clients, corpus)
+    state = _begun(config, model, strategy, clients)
+    findings += _secure(config, strategy, state, clients)
+    table, largest = _plan(config, strategy, state, clients, corpus)
     per_round = config.clients.per_round or config.clients.count
     need = _memory(model, config, largest * per_round)
     have = _available()
@@ -198,23 +200,69 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     return findings, table
 
 
-def _plan(
-    config: Config, model: Any, strategy: Any, clients: Any, corpus: Any
-) -> tuple[Table, int]:
-    """What each client does in a round, and the most bytes one client's messages take."""
-    from fedlora.strategies.base import Client, Round, Start, top_ranks
-    from fedlora.text import steps_in
-    from fedlora.wire import count_bytes, pack_download, pack_factors
+def _begun(config: Config, model: Any, strategy: Any, clients: Any) -> Any:
+    """The strategy's first state."""
+    from fedlora.strategies.base import Client, Start, top_ranks
 
     whole = Client(-1, model.layers(top_ranks(clients)))
     factors = model.init_factors(whole, config.run.seed)
-    state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
+    return strategy.init(Start(factors, clients, model.weights(), config.run.seed))
+
+
+def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator[Finding]:
+    """Whether secure aggregation can be, what it hides and what it costs."""
+    from fedlora.intake import Schemas
+    from fedlora.secure.rules import alone, unsummable
+    from fedlora.secure.terms import Terms
+    from fedlora.secure.vector import Layout, kinds_of
+    from fedlora.strategies.base import Round
+
+    if not config.secure.aggregation:
+        return
+    problems, round = list(alone(clients)), Round(1, config.run.seed)
+    schemas = Schemas(strategy)
+    kinds = kinds_of((c, *schemas.of(state, c, 0, round)) for c in clients)
+    if not problems:
+        problems = [*filter(None, [unsummable(strategy, state, kinds, round)])]
+    for problem in problems:
+        yield Finding("problem", problem)
+    if problems:
+        return
+    K = config.clients.per_round or config.clients.count
+    terms, numbers = Terms.of(config, K), len(Layout.over([kind.shapes for kind in kinds]))
+    size = terms.bits // 8
+    yield Finding(
+        "ok",
+        f"secure aggregation: the server learns sums over {terms.threshold} to {K} clients; up to "
+        f"{K - terms.threshold} of {K} may drop out" + (
+            "" if terms.shares >= K else f" (of each client's {terms.shares} neighbours, "
+            f"{terms.shares - terms.threshold})"
+        ),
+    )  # fmt: skip
+    yield Finding(
+        "ok",
+        f"secure aggregation costs 4 messages a client and round in place of 1, and up {numbers} "
+        f"numbers of {size} bytes ({numbers * size / 1e3:.0f} kB), whatever wire.dtype; it moves "
+        f"a mean over clients of {terms.weight if terms.weight == 1 else 100} examples by at most "
+        f"{terms.error(K, K * min(terms.weight, 100)):.1g}",
+    )
+
+
+def _plan(
+    config: Config, strategy: Any, state: Any, clients: Any, corpus: Any
+) -> tuple[Table, int]:
+    """What each client does in a round, and the most bytes one client's messages take."""
+    from fedlora.adapter import Factors
+    from fedlora.strategies.base import Round
+    from fedlora.text import steps_in
+    from fedlora.wire import count_bytes, pack_download, pack_factors
+
     round = Round(1, config.run.seed)
     table = Table("client", "rank", "rows", "test", "steps a round", "down", "up", title="Plan")
     largest = 0
     for c in clients:
         sent = strategy.download(state, c, round)
-        begun = strategy.start(sent, factors, c, round)
+        begun = strategy.start(sent, Factors(), c, round)
         back = pack_factors(strategy.upload(begun, begun)[0], config.wire.dtype)
         down, up = count_bytes(pack_download(sent, config.wire.dtype)), back.count_bytes()
         largest = max(largest, up + down)

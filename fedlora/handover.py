@@ -42,6 +42,10 @@ HANDLERS = {
     "train": "train",
     "gradient": "gradient",
     "evaluate": "score",
+    "secagg_setup": "secagg_setup",
+    "secagg_share": "secagg_share",
+    "secagg_collect": "secagg_collect",
+    "secagg_unmask": "secagg_unmask",
 }
 """Kind of message to the function of fedlora.client that answers it."""
 

@@ -41,6 +41,10 @@ class Gathered:
     """What robust.method did."""
     waited: float = 0.0
     """Seconds spent waiting for clients."""
+    loss: float | None = None
+    """The mean training loss, where the clients' own are not told."""
+    secure: Mapping[str, Any] | None = None
+    """What a secure aggregation came to."""
 
 
 def exchange(
@@ -85,23 +89,14 @@ def read_reply(
     Raises:
         UpdateError, WireError: what is wrong with it. Nothing of a declared size was allocated.
     """
-    if reply.has_error():
-        raise UpdateError(str(reply.error.reason))
+    tag = tag_of(reply, client, round, token)
     content = reply.content
     try:
-        tag: Mapping[str, Any] = content.config_records["reply"]
         metrics: Mapping[str, Any] = content.metric_records["metrics"]
         record = content.array_records["sent"]
-        said = (tag["round"], tag["token"], tag["client"])
         keeps, n = tag["keeps"], metrics["num-examples"]
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}") from None
-    if said != (round.number, token, client.id):
-        raise UpdateError(
-            f"the reply is client {said[2]}'s of round {said[0]}"
-            + ("" if said[1] == token else " of another run")
-            + f", not client {client.id}'s of round {round.number}"
-        )
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
     if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
@@ -111,10 +106,39 @@ def read_reply(
     for column, name, x in sent.items():
         if not torch.isfinite(x).all():
             raise UpdateError(f"{column} of {name} holds NaN or Inf")
-    facts = {
+    return Upload(client, sent, n), facts_of(client, bool(keeps), metrics, count_bytes(content))
+
+
+def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:
+    """What a reply says it answers, which is what was asked.
+
+    Raises:
+        UpdateError: it is an error, or of another client, round or run.
+    """
+    if reply.has_error():
+        raise UpdateError(str(reply.error.reason))
+    try:
+        tag: Mapping[str, Any] = reply.content.config_records["reply"]
+        said = (tag["round"], tag["token"], tag["client"])
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}") from None
+    if said != (round.number, token, client.id):
+        raise UpdateError(
+            f"the reply is client {said[2]}'s of round {said[0]}"
+            + ("" if said[1] == token else " of another run")
+            + f", not client {client.id}'s of round {round.number}"
+        )
+    return tag
+
+
+def facts_of(
+    client: Client, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
+) -> dict[str, Any]:
+    """What is noted of a client in a round; what it did not say is None, and 1 example."""
+    return {
         "rank": max(layer.rank for layer in client.layers.values()),
-        "keeps": bool(keeps),
-        "examples": n,
+        "keeps": keeps,
+        "examples": metrics.get("num-examples", 1),
         "steps": metrics.get("steps"),
         "train_loss": metrics.get("loss"),
         "seconds": metrics.get("seconds"),
@@ -123,11 +147,10 @@ def read_reply(
         "forward_seconds": metrics.get("forward-seconds"),
         "backward_seconds": metrics.get("backward-seconds"),
         "tokens": metrics.get("tokens"),
-        "bytes_up": count_bytes(content),
+        "bytes_up": bytes_up,
         "before": part_of(metrics, "before."),
         "after": part_of(metrics, "after."),
     }
-    return Upload(client, sent, n), facts
 
 
 def check_norm(

@@ -90,8 +90,16 @@ def left(run: RunFiles) -> Iterator[tuple[str, str]]:
     if records:
         sent = run.summary.get("sent")
         which = f"the factors {', '.join(sent)}" if sent else "the factors its strategy sends"
-        yield "Trained factors", f"{which}, of {count(len(modules(run)), 'module')}, each round"
-        yield "Example counts", "how many rows the client trained on, each round"
+        if found := modules(run):
+            which += f", of {count(len(found), 'module')}"
+        masked = [r["secure"]["summed"] for r in run.trained if r.get("secure")]
+        if masked:
+            yield "Trained factors", f"{which}, each round, masked: known is their sum alone"
+            yield "Counts and losses", "masked as well: known is their sum over the clients"
+            yield "Clients in a sum", f"{min(masked)} at least; docs/privacy.md says against whom"
+        else:
+            yield "Trained factors", f"{which}, each round"
+            yield "Example counts", "how many rows the client trained on, each round"
     if any(found.get("train_loss") is not None for found in records):
         yield "Training losses", "their mean over the client's steps, each round"
     scored = [found.get(when) or {} for found in records for when in ("before", "after")]

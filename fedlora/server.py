@@ -30,7 +30,7 @@ from fedlora import compose, site
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
-from fedlora.errors import FedLoraError, PrivacyError, RoundError
+from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.intake import Gathered, Schemas, check_norm, exchange, read_reply
 from fedlora.journal import Journal, Member, Saved, state_types
@@ -40,6 +40,7 @@ from fedlora.privacy.central import CentralPrivacy
 from fedlora.privacy.summary import EXHAUSTED
 from fedlora.proof import Proof, Target, model_deviation, probes, prove
 from fedlora.roster import Roster
+from fedlora.secure.rounds import uploads as secure_uploads
 from fedlora.server_opt import Moments
 from fedlora.strategies.base import (
     Client,
@@ -80,6 +81,8 @@ class FederatedLora(FlowerStrategy):
         self.roster = Roster(lambda text: self.observer.note(text))
         self.planner = Planner(config, self.model)
         self.central = CentralPrivacy.of(config)
+        self.secure = config.secure.aggregation
+        self.summable: set[Any] = set()  # what secure aggregation was found to go with
         self.clock = 0.0  # virtual seconds
         self.moments = Moments()
 
@@ -139,24 +142,28 @@ class FederatedLora(FlowerStrategy):
         target = Target(probes(seen, self.config.proof.probes, round.seed, number))
         base = self._base_outputs(target)
         gathered = Gathered()
-        version = self._base_number()
+        version = self.base_number()
 
-        uploads = self._uploads(grid, clients, round, gathered)
+        gather = secure_uploads if self.secure else FederatedLora._uploads
+        uploads = gather(self, grid, clients, round, gathered)
         uploads = compose.screened(self, uploads, round, gathered)
         if self.central:
             uploads = self.central.mean(uploads, round)
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
-        proof = prove(
-            self.strategy, state, version, kinds, target, round, self.config.wire.dtype, self._folds
-        )
+        proof = None
+        if not self.secure or self.strategy.promise != "approximate":  # from a sum, one cannot tell
+            proof = prove(
+                self.strategy, state, version, kinds, target, round, self.config.wire.dtype,
+                self._folds,
+            )  # fmt: skip
         proved = time.perf_counter()
         self.load(self.strategy.effective(state))
-        if proof.promise == "exact":
+        if proof and proof.promise == "exact":
             deviation = model_deviation(base, self.model.probe(target.x), target)
             proof = replace(proof, model_deviation=deviation)
-        if self.config.proof.enforce:
+        if proof and self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
         state = compose.stepped(self, state, clients, round)
         scores = self.evaluate(number)
@@ -199,6 +206,11 @@ class FederatedLora(FlowerStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message a client of the round's cohort; none shares a mutable record."""
+        if self.secure:
+            raise StrategyError(
+                "secure.aggregation takes four messages a round, so it needs this strategy's own "
+                "loop: call start(grid), or set it to false"
+            )
         round = Round(server_round, self.config.run.seed)
         for i in self.sample(round):
             yield self.message(self.client(i), round, "train")
@@ -216,7 +228,7 @@ class FederatedLora(FlowerStrategy):
             if reply.metadata.src_node_id in of_node
         )
         self.state = self._aggregate((u for u in good if u), round, gathered)
-        self._credit(gathered, server_round, self._base_number())
+        self._credit(gathered, server_round, self.base_number())
         loss = _weighted(gathered.clients.values(), "train_loss")
         effective = self.strategy.effective(self.state)
         return pack_factors(effective.factors, "float32"), MetricRecord({"loss": loss})
@@ -262,7 +274,15 @@ class FederatedLora(FlowerStrategy):
 
     # -- one round's messages -----------------------------------------------------------------
 
-    def message(self, client: Client, round: Round, kind: str, bare: bool = False) -> Message:
+    def message(
+        self,
+        client: Client,
+        round: Round,
+        kind: str,
+        bare: bool = False,
+        seconds: float | None = None,
+    ) -> Message:
+        """One client's message: its job and, unless it is bare, its download."""
         member = self.members[client.id]
         job = Job(
             round=round.number,
@@ -271,7 +291,7 @@ class FederatedLora(FlowerStrategy):
             client=client.id,
             ranks={m: layer.rank for m, layer in client.layers.items()},
             memory_round=member.memory_round,
-            base_number=self._base_number(),
+            base_number=self.base_number(),
             fingerprint=self.model.fingerprint,
             labels=self.labels,
             last_round=member.last_round,
@@ -281,10 +301,9 @@ class FederatedLora(FlowerStrategy):
             download = whole_download(self.strategy, self.state, client, round, self._folds)
             content = pack_download(download, self.config.wire.dtype)
         content["job"] = job.record()
+        ttl = seconds or self.config.round.deadline
         group = str(round.number)
-        return Message(
-            content, self.nodes[client.id], kind, ttl=self.config.round.deadline, group_id=group
-        )
+        return Message(content, self.nodes[client.id], kind, ttl=ttl, group_id=group)
 
     def _uploads(
         self, grid: Grid, clients: Sequence[Client], round: Round, gathered: Gathered
@@ -319,7 +338,7 @@ class FederatedLora(FlowerStrategy):
         for i in waiting:
             if i not in here:
                 reason = f"no reply within {self.config.round.deadline:g} s"
-                self._refuse(i, round, reason, gathered)
+                self.refuse(i, round, reason, gathered)
             elif upload := here[i]:
                 yield upload
 
@@ -328,16 +347,16 @@ class FederatedLora(FlowerStrategy):
     ) -> Upload | None:
         """A reply as an upload, or None with the reason on record."""
         try:
-            schema = self.schemas.of(self.state, client, self._base_number(), round)
+            schema = self.schemas.of(self.state, client, self.base_number(), round)
             upload, facts = read_reply(reply, client, round, self.token, schema)
             check_norm(self.strategy, self.state, upload, round, self.config.round.max_norm)
         except FedLoraError as e:
-            self._refuse(client.id, round, str(e), gathered, offence=not reply.has_error())
+            self.refuse(client.id, round, str(e), gathered, offence=not reply.has_error())
             return None
         facts["bytes_down"] = gathered.down.get(client.id, 0)
         facts["elapsed_seconds"] = time.perf_counter() - gathered.asked.get(client.id, 0.0)
         if reason := compose.late(self, client, round, facts, gathered):
-            self._refuse(client.id, round, reason, gathered)
+            self.refuse(client.id, round, reason, gathered)
             return None
         gathered.accepted.append(client.id)
         gathered.clients[client.id] = facts
@@ -375,9 +394,10 @@ class FederatedLora(FlowerStrategy):
     def _folds(self) -> bool:
         return self.config.ranks.absent == "fold"
 
-    def _refuse(
+    def refuse(
         self, i: int, round: Round, reason: str, gathered: Gathered, offence: bool = False
     ) -> None:
+        """Put on record why a client's reply does not count."""
         gathered.failures.append({"client": i, "round": round.number, "reason": reason})
         if i in self.members:
             m = self.members[i]
@@ -419,7 +439,7 @@ class FederatedLora(FlowerStrategy):
         self.load(replace(effective, factors=replace(effective.factors, B=bare)))
         return self.model.probe(target.x)
 
-    def _base_number(self) -> int:
+    def base_number(self) -> int:
         base = self.strategy.effective(self.state).base
         return base[-1].number if base else 0
 
@@ -456,7 +476,9 @@ class FederatedLora(FlowerStrategy):
             "round": number,
             "time": _now(),
             "strategy": self.config.strategy.name,
-            "train_loss": _weighted(clients.values(), "train_loss"),
+            "train_loss": _weighted(clients.values(), "train_loss")
+            if gathered.loss is None
+            else gathered.loss,
             "evaluation": scores,
             "cohort": cohort,
             "accepted": sorted(gathered.accepted),
@@ -470,6 +492,7 @@ class FederatedLora(FlowerStrategy):
             **compose.virtual(self, gathered),
             **({"robust": asdict(gathered.verdict)} if gathered.verdict else {}),
             **({"privacy": self.central.record()} if self.central else {}),
+            **({"secure": gathered.secure} if gathered.secure else {}),
         }
 
     def commit(self, number: int, record: Mapping[str, Any]) -> None:

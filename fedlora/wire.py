@@ -178,22 +178,22 @@ def _lasting(dtype: str) -> str:
 def unpack_download(content: RecordDict) -> Download:
     """The inverse of `pack_download`."""
     settings = content.config_records["download"]
-    scale = dict(zip(_seq(settings, "scale-names"), _seq(settings, "scale-values"), strict=True))
-    snapshots = set(_seq(settings, "snapshots"))
+    scale = dict(zip(seq(settings, "scale-names"), seq(settings, "scale-values"), strict=True))
+    snapshots = set(seq(settings, "snapshots"))
     fold: Adapter = {}
     if "fold" in content.array_records:
         pairs = unpack_pairs(content.array_records["fold"])
         fold = {m: p for m, p in pairs.items() if isinstance(p, Pair)}
     penalty = None
     if "penalty" in settings:
-        keep = zip(_seq(settings, "penalty-names"), _seq(settings, "penalty-keep"), strict=True)
+        keep = zip(seq(settings, "penalty-names"), seq(settings, "penalty-keep"), strict=True)
         penalty = Penalty(settings["penalty"], float(settings["penalty-weight"]), dict(keep))  # type: ignore[arg-type]
     return Download(
         send=unpack_factors(content.array_records["send"], scale),
-        trainable=frozenset(_seq(settings, "trainable")),
+        trainable=frozenset(seq(settings, "trainable")),
         base=tuple(
             Version(n, unpack_pairs(content.array_records[f"base-{n}"]), n in snapshots)
-            for n in _seq(settings, "base")
+            for n in seq(settings, "base")
         ),
         fold=fold,
         penalty=penalty,
@@ -267,7 +267,8 @@ def count_bytes(content: RecordDict) -> int:
     return data + int(recorddict_to_proto(bare).ByteSize())
 
 
-def _seq(settings: ConfigRecord, key: str) -> Sequence[Any]:
+def seq(settings: ConfigRecord, key: str) -> Sequence[Any]:
+    """A list of a record."""
     value = settings[key]
     assert isinstance(value, list)
     return value

@@ -273,7 +273,7 @@ def follows_the_mean(strategy: Strategy[Any], state: Any, client: Client, round:
     two = strategy.effective(strategy.aggregate(state, iter(moved), round))
     one = strategy.effective(strategy.aggregate(state, iter([middle]), round))
     x = {m: torch.randn(layer.k, 2, generator=g) for m, layer in client.layers.items()}
-    used, want = _outputs(two, x), _outputs(one, x)
+    used, want = outputs(two, x), outputs(one, x)
     size = max(float(y.norm()) for y in want.values())
     same = all(torch.allclose(used[m], want[m], rtol=0, atol=1e-4 * size + 1e-9) for m in want)
     raw, other = vector(two.factors), vector(one.factors)
@@ -286,7 +286,8 @@ def follows_the_mean(strategy: Strategy[Any], state: Any, client: Client, round:
     return same and heads <= equal and (size > 0 or equal == set(other))
 
 
-def _outputs(effective: Effective, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(effective: Effective, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What adapter and base changes together make of probes x (k, n), by module."""
     adapter = effective.factors.adapter()
     result = {}
     for m, probe in x.items():

@@ -42,6 +42,12 @@ class Chance:
     def _integers(self, n: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
         return np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8") >> np.uint64(11)
 
+    def words(
+        self, n: int, dtype: "np.dtype[np.unsignedinteger]"
+    ) -> "np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]":
+        """n unsigned integers, uniform over all that the dtype holds."""
+        return np.frombuffer(self._stream.update(bytes(dtype.itemsize * n)), dtype=dtype)
+
     def uniforms(self, n: int) -> Tensor:
         """n numbers of [0, 1), multiples of 2^-53, float64."""
         return torch.from_numpy(self._integers(n) * 2.0**-53)
