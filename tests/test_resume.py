@@ -259,7 +259,11 @@ def test_ctrl_c_says_how_to_resume_and_that_works(settings: Settings, tmp_path: 
     config = Config.read(settings(**quick("fedex", **changes)))
     (tmp_path / "x.toml").write_text(tomli_w.dumps(config.flat()))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "fedlora.cli", "simulate"]
+    at_a_terminal = (  # a shell's background job ignores SIGINT, and so would its children
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from fedlora.cli import main; main()"
+    )
+    command = [sys.executable, "-c", at_a_terminal, "simulate"]
     with subprocess.Popen(
         [*command, str(tmp_path / "x.toml")],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
