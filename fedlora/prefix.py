@@ -1,16 +1,17 @@
 """The frozen layers below the first adapted one: computed once an example, then remembered.
 
 Where only the last layers train, the states that enter the first of them are a function of the
-example alone. They are always computed in groups of GROUP examples of one length, short groups
-filled up: a matrix product's order of summation depends on its size, and this one's size on the
-example alone. So the states are the same bits whoever computes them, when, and for whichever
-batch, and what was forgotten for want of room comes back to the same bits. Computed in the
-batches as they come (train.prefix-cache = 0) they differ by rounding.
+example alone. They are always computed in groups of GROUP examples whose lengths round up to the
+same multiple of WIDTH, padded to it, short groups filled up: a matrix product's order of summation
+depends on its size, and this one's size on the example alone. So the states are the same bits
+whoever computes them, when, and for whichever batch, and what was forgotten for want of room
+comes back to the same bits. Computed in the batches as they come (train.prefix-cache = 0) they
+differ by rounding.
 """
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fedlora.config import Config
 from fedlora.layers import Shape, depth_of
 
-GROUP = 8
+GROUP, WIDTH = 4, 8
 
 
 class Prefix:
@@ -80,22 +81,25 @@ class Prefix:
     def _computed(self, model: nn.Module, rows: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
         """What enters the first adapted layer for each of these examples, (tokens, width)."""
         found: dict[bytes, Tensor] = {}
-        by_length: dict[int, list[bytes]] = {}
+        by_width: dict[int, list[bytes]] = {}
         for key, row in rows.items():
-            by_length.setdefault(row.shape[1], []).append(key)
-        for same in by_length.values():
-            for start in range(0, len(same), GROUP):
-                group = same[start : start + GROUP]
+            by_width.setdefault(-(-row.shape[1] // WIDTH) * WIDTH, []).append(key)
+        for width, alike in by_width.items():
+            for start in range(0, len(alike), GROUP):
+                group = alike[start : start + GROUP]
                 full = [rows[key] for key in group] + [rows[group[0]]] * (GROUP - len(group))
-                states = self._enter(model, torch.stack(full, dim=1))
-                found |= {key: states[i].clone() for i, key in enumerate(group)}
+                states = self._enter(model, full, width)
+                found |= {key: states[i, : rows[key].shape[1]].clone()
+                          for i, key in enumerate(group)}  # fmt: skip
                 self.computed += len(group)
         return found
 
-    def _enter(self, model: nn.Module, columns: Tensor) -> Tensor:
-        """Run the model on (1 or 2, examples, tokens) up to its first adapted layer."""
-        inputs = dict(zip(("input_ids", "token_type_ids"), columns, strict=False))
-        inputs["attention_mask"] = torch.ones_like(columns[0])
+    def _enter(self, model: nn.Module, rows: Sequence[Tensor], width: int) -> Tensor:
+        """Rows of (1 or 2, tokens) up to the first adapted layer: (n, width, hidden)."""
+        padded = torch.stack([nn.functional.pad(row, (0, width - row.shape[1])) for row in rows], 1)
+        inputs = dict(zip(("input_ids", "token_type_ids"), padded, strict=False))
+        lengths = torch.tensor([[row.shape[1]] for row in rows])
+        inputs["attention_mask"] = (torch.arange(width) < lengths).long()
 
         def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(args[0] if args else kwargs["hidden_states"])

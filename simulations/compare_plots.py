@@ -148,6 +148,7 @@ def beside_deviation(rows: Sequence[Row]) -> Figure | None:
     for n, (x, y) in at.items():
         ax.errorbar(x, y, yerr=rows[n].half, fmt="o", color=look(n)["color"], label=label(rows[n]))
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}"))
     ax.set_xlabel("largest relative deviation from sum p_i s_i B_i A_i")
     ax.set_ylabel(f"test {rows[0].metric.title}")
     if rows[0].metric.share:

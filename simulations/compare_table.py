@@ -1,7 +1,9 @@
 """The result of a comparison: table.csv, table.md, table.html and plots/.
 
 A row is one strategy under one variant, over its seeds: means, and for the score the half width
-of its 95 % interval from Student's t, which is what a few seeds can say. Nothing is tested.
+of its 95 % interval from Student's t, which is what a few seeds can say. A seed also decides the
+split and the test rows, and strategies share those; so the difference from the first strategy is
+taken seed by seed, and has an interval of its own. Nothing is tested.
 """
 
 import base64
@@ -35,6 +37,8 @@ class Row:
     """The final central score of each seed."""
     numbers: dict[str, float] = field(default_factory=dict)
     """Means over the seeds."""
+    against: str = ""
+    """The score less the first row's of the same seed, with its interval."""
 
     @property
     def mean(self) -> float | None:
@@ -126,6 +130,29 @@ def target_of(rows: Sequence[Row]) -> float | None:
     return 0.95 * min(means)
 
 
+def compared(rows: Sequence[Row]) -> str:
+    """Fill in each row's difference from the first of its variant, seed by seed; what that is.
+
+    Where a variant has one strategy only, the difference is from the table's first row.
+    """
+    scored = [r for r in rows if r.score]
+    alone = len({r.variant for r in scored}) == len(scored)
+    for r in scored:
+        first = next(x for x in scored if alone or x.variant == r.variant)
+        if r is not first and len(r.score) == len(first.score) > 1:
+            r.against = plus([a - b for a, b in zip(r.score, first.score, strict=True)], r.metric)
+    if not scored or not any(r.against for r in scored):
+        return ""
+    return scored[0].variant if alone else scored[0].strategy
+
+
+def plus(differences: Sequence[float], metric: Metric) -> str:
+    """ "+1.2 +- 0.8" of a share in points, or of a plain number."""
+    unit, digits = (100, 1) if metric.share else (1, 3)
+    half = interval(differences) or 0.0
+    return f"{unit * statistics.fmean(differences):+.{digits}f} +- {unit * half:.{digits}f}"
+
+
 # -- columns --------------------------------------------------------------------------------------
 
 Text = Callable[[float | None], str]
@@ -157,7 +184,9 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table, results only."""
     shown, variants = columns(rows), any(r.variant for r in rows)
     metric = next((r.metric for r in rows if r.score), ACCURACY)
+    first = compared(rows)
     head = [*(["variant"] if variants else []), "strategy", "promise", "seeds", metric.title]
+    head += [f"less {first}'s"] if first else []
     body = []
     for r in rows:
         if not r.runs:
@@ -167,6 +196,7 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             score += f" +- {100 * r.half:.1f}" if metric.share else f" +- {r.half:.3f}"
         body.append([
             *([r.variant] if variants else []), r.strategy, r.promise, str(len(r.runs)), score,
+            *([r.against or "-"] if first else []),
             *(text(r.numbers.get(key)) for _, key, text in shown),
         ])  # fmt: skip
     return [*head, *(title for title, _, _ in shown)], body
@@ -199,6 +229,7 @@ def write(out: Path, title: str, claim: str, rows: Sequence[Row], command: str) 
     from simulations.compare_plots import draw
 
     target = complete(rows)
+    compared(rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.csv").write_text(as_csv(rows))
     drawn = draw(rows)
@@ -215,11 +246,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["variant", "strategy", "promise", "seeds", "metric", "mean", "half95",
-                    *keys, "refused"])  # fmt: skip
+                    "against_first", *keys, "refused"])  # fmt: skip
     for r in rows:
         table.writerow([
             r.variant, r.strategy, r.promise, len(r.runs), r.metric.key, r.mean, r.half,
-            *(r.numbers.get(k) for k in keys), r.reason if not r.runs else "",
+            r.against, *(r.numbers.get(k) for k in keys), r.reason if not r.runs else "",
         ])  # fmt: skip
     return text.getvalue()
 
@@ -243,6 +274,11 @@ def notes(rows: Sequence[Row], target: float | None) -> list[str]:
     found = [
         "The interval is 95 %, from Student's t over the seeds; a difference within it is none."
     ]
+    if any(r.against for r in rows):
+        found.append(
+            'A difference ("less") is taken seed by seed, in points where the score is a share: '
+            "its interval leaves out what a seed's split and test rows do to all alike."
+        )
     if target is not None and any("bytes to target" in r.numbers for r in rows):
         found.append(f"The target is {percent(target)}: 95 % of the lowest row's final score.")
     baselines = next((b for r in rows for run in r.runs if (b := run.baselines())), {})

@@ -12,7 +12,7 @@ from fedlora.config import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.strategies import STRATEGIES
 from simulations import compare
-from simulations.compare_table import Row, interval, once, row, target_of
+from simulations.compare_table import Row, compared, interval, once, row, target_of
 
 Settings = Callable[..., dict[str, object]]
 SHIPPED = sorted(p.stem for p in compare.SHIPPED.glob("*.toml"))
@@ -176,3 +176,22 @@ def test_the_target_is_one_that_all_meet() -> None:
     assert target_of(rows) == pytest.approx(0.475)
     assert target_of([]) is None
     assert row("", "a", "exact", [], "why").reason == "why"
+
+
+def test_a_difference_is_taken_seed_by_seed_and_so_is_its_interval() -> None:
+    """Seeds that differ by 20 points for both strategies say nothing against a steady 2 points."""
+    first = Row("", "fedavg", "approximate", score=[0.5, 0.6, 0.7])
+    better = Row("", "fedex", "exact", score=[0.52, 0.621, 0.719])
+    other = Row("x", "fedavg", "approximate", score=[0.1, 0.2, 0.3])
+    fewer = Row("", "flora", "exact", score=[0.9, 0.9])
+    assert compared([first, better, fewer, other]) == "fedavg"
+    assert (first.against, fewer.against, other.against) == ("", "", ""), "nothing to pair with"
+    assert better.against == "+2.0 +- 0.2"
+    assert better.half is not None
+    assert better.half > 0.2
+
+
+def test_variants_of_one_strategy_are_compared_with_the_first_variant() -> None:
+    rows = [Row(v, "fedex", "exact", score=s) for v, s in (("a", [0.5, 0.6]), ("b", [0.4, 0.5]))]
+    assert compared(rows) == "a"
+    assert rows[1].against == "-10.0 +- 0.0"

@@ -8,7 +8,7 @@ from tiny_federation import federate, quick
 
 from fedlora.config import Config
 from fedlora.model import Model
-from fedlora.prefix import GROUP
+from fedlora.prefix import GROUP, WIDTH
 from fedlora.strategies.base import Client, seeded
 from fedlora.text import Encoded, batches, encode
 
@@ -78,6 +78,7 @@ def test_examples_are_computed_in_groups_of_one_shape(settings: Settings) -> Non
     inside.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     epoch(model, rows, 0)
     assert {shape[0] for shape in shapes} == {GROUP}
+    assert {shape[1] % WIDTH for shape in shapes} == {0}
 
 
 @pytest.mark.parametrize(
