@@ -17,21 +17,25 @@ An experiment is a config file, and may say in its [compare] table what to compa
     "data.limit" = 0
 
 Each cell, one variant x strategy x seed, is a run of `fedlora simulate` in a process of its own,
-in OUT/cells/VARIANT/STRATEGY/seed-N. Cells that are done are kept, ones that were begun go on, so
-the same command continues a grid that was stopped. What a strategy refuses is in the table too.
+in OUT/cells/VARIANT/STRATEGY/seed-N, forked from one that has imported everything. Cells that are
+done are kept, ones that were begun go on, so the same command continues a grid that was stopped.
+What a strategy refuses is in the table too.
 
 --equal bytes gives every strategy as many rounds as it takes to move the bytes that the first one
 moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS times run.rounds.
 """
 
+import functools
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ from simulations.compare_table import Row, row, write
 
 SHIPPED = Path(__file__).parent / "experiments"
 MOST_ROUNDS = 4
+PRELOAD = ["fedlora.server", "client_app.app", "simulations.grid", "simulations.run"]
 REFUSED = ("ConfigError", "StrategyError")
 
 
@@ -171,7 +176,7 @@ def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = p
     if kept := len(grid) - len(todo):
         say(f"{kept} of {len(grid)} cells are done already")
     waiting = list(todo)
-    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}  # by the cell's place
+    running: dict[int, tuple[BaseProcess, float]] = {}  # by the cell's place
     count = 0
     try:
         while waiting or running:
@@ -179,7 +184,7 @@ def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = p
                 place = len(todo) - len(waiting)
                 running[place] = (_start(waiting.pop(0), experiment), time.monotonic())
             time.sleep(0.2)
-            for place in [n for n, (p, _) in running.items() if p.poll() is not None]:
+            for place in [n for n, (p, _) in running.items() if not p.is_alive()]:
                 _, begun = running.pop(place)
                 cell = todo[place]
                 count += 1
@@ -284,26 +289,42 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
     return cell.done
 
 
-def _start(cell: Cell, experiment: Experiment) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "fedlora.cli", "simulate", "--quiet"]
+def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
+    arguments = ["fedlora", "simulate", "--quiet"]
     if (cell.directory / "checkpoint").exists():
-        command += ["--resume", str(cell.directory)]
+        arguments += ["--resume", str(cell.directory)]
     else:
         config = Config.load(experiment.path, cell.given)
         cell.directory.parent.mkdir(parents=True, exist_ok=True)
         path = cell.directory.with_suffix(".toml")
         path.write_text(config.toml())
         (cell.directory / "rounds.jsonl").unlink(missing_ok=True)  # begun, without a checkpoint
-        command.append(str(path))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()}
-    log = cell.directory.with_suffix(".log").open("wb")
-    with log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        arguments.append(str(path))
+    process = _forkserver().Process(
+        target=_cell, args=(arguments, str(cell.directory.with_suffix(".log")))
+    )
+    process.start()
+    return process
 
 
-def _path() -> str:
-    root = str(Path(__file__).parent.parent)
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+@functools.cache
+def _forkserver() -> ForkServerContext:
+    """What cells are forked from: a process that has imported everything and computed nothing."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # cells share the cores
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _cell(arguments: list[str], log: str) -> None:
+    """One run, as the command would do it, with all it says in the log."""
+    with Path(log).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = arguments
+    from fedlora.cli import main as command
+
+    command()
 
 
 def _finish(cell: Cell) -> None:
