@@ -127,7 +127,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
         {
             "name": c.run.name,
             "strategy": c.strategy.name,
-            "promise": server.strategy.promise,
+            "promise": server.promise,
             "rounds": c.run.rounds,
             "seconds": server.seconds(),
             "model": c.model.path,

@@ -4,13 +4,16 @@ Every strategy's model is W0 + sum of low-rank changes, so one adapter holds it:
 stacked, and where that outgrows the layer, recompressed without loss.
 """
 
+import copy
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -91,6 +94,8 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     The scale is folded into B, so alpha = r on every module. Returns the relative error of
     truncating to `rank` (0: as exact as stacking is).
     """
+    if model.form.kind != "factors":
+        return _save_form(model, effective, directory)
     adapter, error = total(effective), 0.0
     if rank:
         adapter, error = truncate(adapter, rank)
@@ -103,31 +108,65 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
+    tensors = {}
+    for m, p in adapter.items():
+        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A
+        tensors[f"{PREFIX}{m}.lora_B.weight"] = p.scale * p.B
+    other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}
+    tensors |= {PREFIX + name[cut:]: x for name, x in other.items()}
+    _write(model, config, tensors, effective, directory)
+    return error
+
+
+def _save_form(model: Model, effective: Effective, directory: Path) -> float:
+    """A form that is not LoRA, as PEFT itself names its tensors; frozen random ones go along."""
+    model.load(effective.factors)
+    config = copy.deepcopy(model.peft.peft_config[model.active])
+    cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
+    config.target_modules = [m[cut:] for m in model.shapes]
+    found = get_peft_model_state_dict(model.peft, adapter_name=model.active)
+    tensors = {}
+    for key, x in found.items():
+        name = key.removeprefix(PREFIX)
+        if key == name:
+            tensors[key] = x
+        elif not _of_head(name, cut):
+            tensors[PREFIX + name[cut:]] = x
+    _write(model, config, tensors, effective, directory)
+    return 0.0
+
+
+def _of_head(name: str, cut: int) -> bool:
+    """Is this a tensor of a mean-pooled model's head, which lies beside the encoder?"""
+    return bool(cut) and not name.startswith(ENCODER)
+
+
+def _write(
+    model: Model, config: Any, tensors: dict[str, Tensor], effective: Effective, directory: Path
+) -> None:
+    pooled = model.config.model.pooling == "mean"
     config.inference_mode = True
     config.base_model_name_or_path = locate(model.config.model.path)
     config.task_type = _task_type(model.config)
-    config.modules_to_save = None if cut else config.modules_to_save
-    tensors = {}
-    for m, p in adapter.items():
-        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A.contiguous()
-        tensors[f"{PREFIX}{m}.lora_B.weight"] = (p.scale * p.B).contiguous()
+    config.modules_to_save = None if pooled else config.modules_to_save
     directory.mkdir(parents=True, exist_ok=True)
-    if cut:
+    if pooled:
         save_head(effective, directory)
-    else:
-        tensors |= {PREFIX + name: x.contiguous() for name, x in effective.factors.other.items()}
     config.save_pretrained(str(directory))
+    tensors = {
+        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
+    }
     path = directory / "adapter_model.safetensors"
     write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
     if model.labels:
         labels = json.dumps(list(model.labels))
         write_atomically(directory / "labels.json", labels.encode())
-    return error
 
 
 def save_head(effective: Effective, directory: Path) -> None:
     """A mean-pooled model's linear head, and how to use it: no library has a class for it."""
-    head = {name: x.contiguous() for name, x in effective.factors.other.items()}
+    other = effective.factors.other.items()
+    head = {name: x.contiguous() for name, x in other if _of_head(name, len(ENCODER))}
     write_atomically(directory / HEAD, to_bytes(head, metadata={"format": "pt"}))
     write_atomically(directory / "README.md", USE_HEAD.encode())
 
@@ -140,6 +179,9 @@ def _task_type(config: Config) -> str:
 
 def save_merged(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
     """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it."""
+    if model.config.lora.form != "lora":
+        _save_whole(model, _merged_by_peft(model, effective), effective, directory)
+        return 0.0
     base = load_base(model.config.model, model.labels, model.config.run.seed)
     adapter, error = total(effective), 0.0
     if rank:
@@ -152,13 +194,28 @@ def save_merged(model: Model, effective: Effective, directory: Path, rank: int =
         named = dict(base.named_parameters())
         for name, x in effective.factors.other.items():
             named[name].copy_(x)
+    _save_whole(model, base, effective, directory)
+    return error
+
+
+def _merged_by_peft(model: Model, effective: Effective) -> Any:
+    """The base with a form's change merged in by PEFT's own code, which alone knows it."""
+    with tempfile.TemporaryDirectory() as made:
+        save_peft(model, effective, Path(made))
+        found = load_exported(model.config, model.labels, Path(made), merged=False)
+    if isinstance(found, MeanPooled):
+        found.encoder = found.encoder.merge_and_unload()
+        return found
+    return found.merge_and_unload()
+
+
+def _save_whole(model: Model, base: Any, effective: Effective, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(base, MeanPooled):
         save_head(effective, directory)
         base = base.encoder
     base.save_pretrained(str(directory))
     model.tokenizer.save_pretrained(str(directory))
-    return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,16 @@
 """Which modules of a model are adapted, their sizes, and PEFT's config for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import peft
 from peft import LoraConfig
 from torch import nn
 
-from fedlora.config import Config
-from fedlora.errors import ModelError
+from fedlora.config import Config, parse_overrides
+from fedlora.errors import ConfigError, ModelError
+from fedlora.forms import FORMS, Form, moves_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,13 @@ def head_names(base: nn.Module, config: Config) -> list[str]:
 
 def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> Any:
     """PEFT's config for these ranks; each module named in full, so that nothing else matches."""
-    lora = config.lora
+    lora, form = config.lora, FORMS[config.lora.form]
     heads = [*config.lora.modules_to_save]
     if config.model.task == "classification":
         heads = ["classifier", "score", *heads]
     top = max(ranks.values())
+    if form.kind != "factors":
+        return form_config(config, form, shapes, ranks, top, heads)
     return LoraConfig(
         r=top,
         lora_alpha=lora.alpha,
@@ -106,5 +110,52 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
         use_dora=lora.form == "dora",
         fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
         modules_to_save=heads or None,
-        init_lora_weights=True if lora.init == "default" else lora.init,
+        # What moves the base is done once, by `Model.init_factors`: attaching never touches W0.
+        init_lora_weights=lora.init == "default" or moves_base(lora.init) or lora.init,
     )
+
+
+RESERVED = {"target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode"}
+ALPHAS = ("alpha", "randlora_alpha")
+SEEDS = ("projection_prng_key", "random_loc_seed", "random_seed")
+"""What PEFT calls alpha, and the seed of what a form freezes."""
+
+
+def form_config(
+    config: Config,
+    form: Form,
+    shapes: Mapping[str, Shape],
+    modules: Mapping[str, int],
+    size: int,
+    heads: Sequence[str],
+) -> Any:
+    """PEFT's config of a form that is not LoRA: all that it draws is drawn from run.seed.
+
+    Raises:
+        ConfigError: lora.options names what the form has not.
+    """
+    lora, cls = config.lora, getattr(peft, form.config)
+    known = {f.name for f in fields(cls)}
+    wanted: dict[str, Any] = dict.fromkeys(ALPHAS, lora.alpha)
+    wanted |= dict.fromkeys(SEEDS, config.run.seed)
+    wanted["fan_in_fan_out"] = any(shapes[m].fan_in_fan_out for m in modules)
+    settings = {name: value for name, value in wanted.items() if name in known} | dict(form.given)
+    if form.size:
+        settings[form.size] = size
+    if lora.dropout:
+        name = next((n for n in known if n in ("module_dropout", f"{lora.form}_dropout")), "")
+        if not name:
+            raise ConfigError([f"lora.dropout: {lora.form} has none; set it to 0"])
+        settings[name] = lora.dropout
+    options = parse_overrides([*lora.options])
+    if unknown := [key for key in options if key not in known - RESERVED - {form.size}]:
+        raise ConfigError(
+            [f"lora.options: {lora.form} has no {unknown[0]!r}; "
+             f"it has {', '.join(sorted(known - RESERVED - {form.size}))}"]
+        )  # fmt: skip
+    try:
+        return cls(
+            target_modules=list(modules), modules_to_save=[*heads] or None, **settings, **options
+        )
+    except (TypeError, ValueError) as e:
+        raise ConfigError([f"lora.form = {lora.form!r}: {e}"]) from e

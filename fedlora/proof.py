@@ -56,10 +56,15 @@ class Target:
     total: dict[str, Tensor] = field(default_factory=dict)
     weight: dict[str, Tensor] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
+    floor: Mapping[str, float] = field(default_factory=dict)
+    """What a deviation is relative to, where |delta_i x| is smaller."""
 
     def add(self, trained: Adapter, n: int) -> None:
-        for m, pair in trained.items():
-            y = _double(pair)(self.x[m])  # (d, n)
+        self.add_outputs({m: _double(pair)(self.x[m]) for m, pair in trained.items()}, n)
+
+    def add_outputs(self, outputs: Mapping[str, Tensor], n: int) -> None:
+        """One client's delta_i x (d, n) by module, however they were found."""
+        for m, y in outputs.items():
             rows = torch.full((y.shape[0], 1), float(n), dtype=torch.float64)
             self.total[m] = _padded_sum(self.total.get(m), n * y)
             self.weight[m] = _padded_sum(self.weight.get(m), rows)
@@ -70,7 +75,7 @@ class Target:
 
     def scale(self, m: str) -> float:
         """sum_i p_i |delta_i x|: what rounding is relative to, also where the mean cancels."""
-        return self.size[m] / float(self.weight[m].max())
+        return max(self.size[m] / float(self.weight[m].max()), self.floor.get(m, 0.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import compose, site
+from fedlora import compose, forms, measured, site
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
@@ -68,6 +68,8 @@ class FederatedLora(FlowerStrategy):
         self.corpus = site.corpus(config)
         self.labels = self.corpus.labels
         self.model = site.model(config, self.labels)
+        self.promise = forms.promise(self.model.form, self.strategy)
+        self.measured = measured.measures(self)
         self.incarnation = uuid.uuid4().hex[:8]
         self.token = ""
         self.state: Any = None
@@ -136,8 +138,12 @@ class FederatedLora(FlowerStrategy):
         self.observer.round_started(number, cohort)
         clients = [self.client(i) for i in cohort]
         seen = clients or [self.client(i) for i in self.members]
-        target = Target(probes(seen, self.config.proof.probes, round.seed, number))
-        base = self._base_outputs(target)
+        if self.measured:
+            target = measured.target(self, round)
+        else:
+            target = Target(probes(seen, self.config.proof.probes, round.seed, number))
+        through_model = self.promise == "exact" and not self.measured
+        base = self._base_outputs(target) if through_model else {}
         gathered = Gathered()
         version = self._base_number()
 
@@ -148,12 +154,14 @@ class FederatedLora(FlowerStrategy):
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
-        proof = prove(
-            self.strategy, state, version, kinds, target, round, self.config.wire.dtype, self._folds
-        )
+        if self.measured:
+            proof = measured.prove(self, state, kinds, target, round)
+        else:
+            dtype = self.config.wire.dtype
+            proof = prove(self.strategy, state, version, kinds, target, round, dtype, self._folds)
         proved = time.perf_counter()
         self.load(self.strategy.effective(state))
-        if proof.promise == "exact":
+        if through_model:
             deviation = model_deviation(base, self.model.probe(target.x), target)
             proof = replace(proof, model_deviation=deviation)
         if self.config.proof.enforce:
@@ -236,7 +244,7 @@ class FederatedLora(FlowerStrategy):
         """Say what is about to run."""
         c = self.config
         self.observer.note(
-            f"{c.strategy.name} ({self.strategy.promise}), {len(self.members)} clients of ranks "
+            f"{c.strategy.name} ({self.promise}), {len(self.members)} clients of ranks "
             f"{sorted({m.rank for m in self.members.values()})}, {c.run.rounds} rounds"
         )
 
@@ -351,7 +359,10 @@ class FederatedLora(FlowerStrategy):
     def _noted(self, uploads: Iterator[Upload], round: Round, target: Target) -> Iterator[Upload]:
         """The uploads, each added to the proof's target as it passes."""
         for upload in uploads:
-            target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
+            if self.measured:
+                measured.add(self, target, upload, round)
+            else:
+                target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
             yield upload
 
     def _aggregate(self, uploads: Iterator[Upload], round: Round, gathered: Gathered) -> Any:
@@ -431,7 +442,7 @@ class FederatedLora(FlowerStrategy):
         every, last = self.config.evaluate.every, number >= self.config.run.rounds
         if not every or (number % every and not last):
             return None
-        if number and self.strategy.promise == "shared":
+        if number and self.promise == "shared":
             return None
         return self.score()
 
