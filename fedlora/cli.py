@@ -196,6 +196,8 @@ def export(
     typer.echo(
         f"wrote {done.directory}; logits equal the federated model's to {done.deviation:.1e}"
     )
+    if done.rounding > 1e-3:
+        typer.echo(f"rounding to the weights' dtype changed the update by {done.rounding:.2%}")
     if rank:
         typer.echo(f"truncating to rank {rank} changed the update by {done.truncation:.2%}")
 

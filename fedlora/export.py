@@ -63,6 +63,13 @@ def total(effective: Effective) -> Adapter:
     return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
 
 
+def beginning(effective: Effective, origin: Adapter) -> Effective:
+    """The model with what its initialisation took out of W0 as the first of its base changes."""
+    if not origin:
+        return effective
+    return Effective((Version(0, origin), *effective.base), effective.factors)
+
+
 def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
     deltas = [v.delta[m] for v in base if m in v.delta]
     pairs = [d for d in deltas if isinstance(d, Pair)] + ([pair] if pair else [])
@@ -177,25 +184,43 @@ def _task_type(config: Config) -> str:
     return "FEATURE_EXTRACTION" if config.model.pooling == "mean" else "SEQ_CLS"
 
 
-def save_merged(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
-    """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it."""
+def save_merged(
+    model: Model, effective: Effective, directory: Path, rank: int = 0
+) -> tuple[float, float]:
+    """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it.
+
+    Returns the relative Frobenius error of truncating the change, and of rounding it to the
+    weights' dtype.
+
+    Raises:
+        ModelError: the base is quantised, so its weights cannot take a change.
+    """
+    if model.config.model.quantization != "none":
+        raise ModelError(
+            f"model.quantization = {model.config.model.quantization!r}: quantised weights cannot "
+            "take the change; export it as peft, which keeps it beside them"
+        )
     if model.config.lora.form != "lora":
         _save_whole(model, _merged_by_peft(model, effective), effective, directory)
-        return 0.0
+        return 0.0, 0.0
     base = load_base(model.config.model, model.labels, model.config.run.seed)
     adapter, error = total(effective), 0.0
     if rank:
         adapter, error = truncate(adapter, rank)
+    lost = size = 0.0
     with torch.no_grad():
         for m, pair in adapter.items():
             weight = base.get_submodule(m).weight
             change = pair.delta().T if model.shapes[m].fan_in_fan_out else pair.delta()
+            want = weight.double() + change
             weight.copy_(weight.float() + change)
+            lost += float((weight.double() - want).square().sum())
+            size += float(change.double().square().sum())
         named = dict(base.named_parameters())
         for name, x in effective.factors.other.items():
             named[name].copy_(x)
     _save_whole(model, base, effective, directory)
-    return error
+    return error, (lost / size) ** 0.5 if size else 0.0
 
 
 def _merged_by_peft(model: Model, effective: Effective) -> Any:
@@ -227,6 +252,8 @@ class Exported:
     """Relative Frobenius error of the change, 0 where nothing was cut."""
     deviation: float
     """Largest difference of its logits from the federated model's, over their largest."""
+    rounding: float = 0.0
+    """Relative Frobenius error of the change from rounding it into the weights' dtype."""
 
 
 def export_run(
@@ -246,13 +273,15 @@ def export_run(
     saved: Saved = found[0]
     corpus = site.corpus(config)
     model = site.model(config, corpus.labels)
-    effective = strategy.effective(saved.state)
+    effective = beginning(strategy.effective(saved.state), saved.origin)
     if client is not None:
         effective = _of_client(client, config, strategy, saved, model)
-    write = save_merged if merged else save_peft
-    truncation = write(model, effective, out, rank)
+    if merged:
+        truncation, rounding = save_merged(model, effective, out, rank)
+    else:
+        truncation, rounding = save_peft(model, effective, out, rank), 0.0
 
-    model.rebase("export", effective.base)
+    model.rebase("export", effective.base[bool(saved.origin) :], saved.origin)
     model.load(effective.factors)
     batch = next(eval_batches(site.encoded("central", -1, config, corpus.labels), 16))
     inputs = {key: x for key, x in batch.items() if key != "labels"}
@@ -262,7 +291,7 @@ def export_run(
     deviation = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
     if not rank and not deviation < TOLERANCE[config.model.dtype]:
         raise ModelError(f"{out}: its logits deviate from the federated model's by {deviation:.1e}")
-    return Exported(out, truncation, deviation)
+    return Exported(out, truncation, deviation, rounding)
 
 
 def load_exported(config: Config, labels: Sequence[str], directory: Path, merged: bool) -> Any:
@@ -290,4 +319,5 @@ def _of_client(
     me = Client(i, layers, member.base_version, member.memory_round > 0)
     round = Round(config.run.rounds + 1, config.run.seed)
     factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)
-    return Effective(strategy.effective(saved.state).base, factors)
+    base = strategy.effective(saved.state).base
+    return beginning(Effective(base, factors), saved.origin)

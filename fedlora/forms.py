@@ -202,6 +202,11 @@ def refused(config: "Config") -> Iterator[str]:
             f"robust.method = {config.robust.method!r}: it judges updates by their products B A, "
             f"and {lora.form} has none; use lora.form = 'lora'"
         )
+    if moves_base(lora.init) and config.wire.dtype != "float32":
+        yield (
+            f"lora.init = {lora.init!r} with wire.dtype = {config.wire.dtype!r}: A and B hold W0's "
+            "leading part, which would be rounded on the way; use wire.dtype = 'float32'"
+        )
     if form.kind == "factors":
         if lora.options:
             yield f"lora.options: PEFT's own settings of a form; {lora.form} has keys of its own"

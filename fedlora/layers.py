@@ -1,13 +1,15 @@
 """Which modules of a model are adapted, their sizes, and PEFT's config for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import peft
 from peft import LoraConfig
-from torch import nn
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
 
+from fedlora.adapter import Adapter, Factors, Pair
 from fedlora.config import Config, parse_overrides
 from fedlora.errors import ConfigError, ModelError
 from fedlora.forms import FORMS, Form, moves_base
@@ -110,9 +112,34 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
         use_dora=lora.form == "dora",
         fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
         modules_to_save=heads or None,
-        # What moves the base is done once, by `Model.init_factors`: attaching never touches W0.
-        init_lora_weights=lora.init == "default" or moves_base(lora.init) or lora.init,
-    )
+    )  # lora.init is done once, by `initial`: attaching never touches W0
+
+
+def initial(W: Tensor, rank: int, scale: float, init: str) -> Pair:
+    """A (rank, k) and B (d, rank) as PEFT's lora.init makes them from W0 (d, k), which stays.
+
+    Draws from the global generator, as PEFT does: seed it.
+    """
+    d, k = W.shape
+    scratch = nn.Linear(k, d, bias=False, device=W.device)
+    scratch.weight.data = W.detach().float().clone()
+    settings = LoraConfig(init_lora_weights=init)
+    try:
+        made = LoraLinear(scratch, "x", config=settings, r=rank, lora_alpha=scale * rank)
+    except ValueError as e:
+        raise ModelError(f"lora.init = {init!r}: {e}; change clients.ranks") from e
+    A, B = made.lora_A["x"].weight.detach(), made.lora_B["x"].weight.detach()
+    return Pair(A.contiguous(), B.contiguous(), scale)
+
+
+def taken_out(config: Config, factors: Factors) -> Adapter:
+    """What lora.init takes out of the base, -s B A of the first factors; of most inits nothing.
+
+    With it W0 + taken out + s B A = W0, so training starts from W0.
+    """
+    if not moves_base(config.lora.init):
+        return {}
+    return {m: replace(pair, scale=-pair.scale) for m, pair in factors.adapter().items()}
 
 
 RESERVED = {"target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode"}

@@ -22,11 +22,12 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Adapter, Delta, Factors
 from fedlora.config import Config
+from fedlora.config import Model as ModelConfig
 from fedlora.errors import ModelError
 from fedlora.forms import FORMS, fixed_rank
-from fedlora.layers import adapter_config, find_layers
+from fedlora.layers import adapter_config, find_layers, initial
 from fedlora.loading import (
     checkpoint_activations,
     fingerprint,
@@ -34,8 +35,8 @@ from fedlora.loading import (
     load_base,
     load_tokenizer,
 )
-from fedlora.lowrank import accumulate
-from fedlora.strategies.base import Client, Layer, Version, seeded
+from fedlora.moving_base import MovingBase
+from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 
 PREFIX = "base_model.model."
 KEPT_PROFILES = 8
@@ -56,6 +57,13 @@ class Core(LoraVariant):  # type: ignore[misc]
         inner = inner @ self.R.T.to(inner.dtype)
         out: Tensor = result + B(inner) * module.scaling[active_adapter]
         return out
+
+
+def beside(config: ModelConfig) -> bool:
+    """Do changes of this base stay beside its weights? By themselves, where those would round."""
+    if config.merge == "auto":
+        return config.dtype != "float32" or config.quantization != "none"
+    return config.merge == "keep-as-adapter"
 
 
 def inside(R: Tensor, block: int) -> Tensor:
@@ -94,9 +102,7 @@ class Model:
         self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
-        self._origin: dict[str, Tensor] = {}  # W0 of the modules whose base has moved
-        self._shift: dict[str, Tensor] = {}  # what they moved by
-        self._base: tuple[str, int] = ("", 0)
+        self.base = MovingBase(self._modules, self.shapes, beside(config.model))
         self._scale: Mapping[str, float] = {}
         if self.rank:
             frozen = dict(x for m, layer in self._modules.items() for x in frozen_tensors(m, layer))
@@ -130,14 +136,12 @@ class Model:
 
     def weights(self) -> dict[str, Tensor]:
         """W0 of every adaptable module, (d, k), without copying where it lies that way."""
-        found = {}
-        for m, layer in self._modules.items():
-            W = self._origin.get(m, layer.get_base_layer().weight)
-            found[m] = W.detach().T if self.shapes[m].fan_in_fan_out else W.detach()
-        return found
+        return self.base.weights()
 
     def init_factors(self, client: Client, seed: int) -> Factors:
-        """PEFT's own initialisation at the client's ranks, seeded; B is zero, the head as loaded.
+        """PEFT's own initialisation at the client's ranks, seeded; the head as loaded.
+
+        B is zero, but where lora.init takes s B A out of the base: see `layers.taken_out`.
 
         The same (seed, ranks) gives the same factors, whatever was loaded before. A form that is
         not LoRA begins as it was attached, from run.seed.
@@ -154,7 +158,12 @@ class Model:
                 self.peft.delete_adapter(old)
             self._cores = {}
             self._scale = {m: layer.scale for m, layer in client.layers.items()}
-            return self.read()
+            first = self.read()
+            if self.config.lora.init == "default":
+                return first
+            W, layers = self.weights(), client.layers.items()
+            made = {m: initial(W[m], x.rank, x.scale, self.config.lora.init) for m, x in layers}
+            return as_factors(made, first.other)
 
     # -- loading and reading ----------------------------------------------------------------
 
@@ -235,38 +244,19 @@ class Model:
 
     # -- the base ---------------------------------------------------------------------------
 
-    def rebase(self, token: str, versions: Sequence[Version]) -> None:
-        """Set every base weight to W0 plus these changes, in order.
+    def rebase(
+        self, token: str, versions: Sequence[Version], start: Mapping[str, Delta] | None = None
+    ) -> None:
+        """Set every base weight to W0 plus `start` plus these changes, in order.
 
-        `token` names the run. Continues from the changes folded already where it can; the bits
-        are the same as from the start, because the sum of the changes is kept, not the weight.
+        `token` names the run, and with it `start`. Continues from the changes it has already where
+        it can; the bits are the same as from the beginning.
         """
-        target = versions[-1].number if versions else 0
-        run, number = self._base
-        rest = [v for v in versions if v.number > number]
-        follows = run == token and target >= number and not any(v.snapshot for v in rest)
-        if not follows or len(rest) != target - number:
-            self._reset()
-            rest = list(versions)
-        self._base = ("", 0)  # until it is whole
-        for version in rest:
-            for m, delta in version.delta.items():
-                before = None if version.snapshot else self._shift.get(m)
-                self._shift[m] = accumulate(before, delta)
-        for m in {m for v in rest for m in v.delta}:
-            self._set_weight(m, self._shift[m])
-        self._base = (token, target)
+        self.base.rebase(token, versions, start)
 
-    @contextlib.contextmanager
-    def folded(self, fold: Adapter) -> Iterator[None]:
+    def folded(self, fold: Adapter) -> contextlib.AbstractContextManager[None]:
         """Within it, these pairs are part of the base; after it, the base has its old bits."""
-        try:
-            for m, pair in fold.items():
-                self._set_weight(m, accumulate(self._shift.get(m), pair))
-            yield
-        finally:
-            for m in fold:
-                self._set_weight(m, self._shift.get(m))
+        return self.base.folded(fold)
 
     @contextlib.contextmanager
     def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
@@ -290,8 +280,11 @@ class Model:
     def probe(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each adapted module of x now makes of its columns x[m] (k, n): (d, n)."""
         self.peft.eval()
+        own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
-            return {m: self._modules[m](x[m].T.float()).T.double() for m in x}
+            if own:  # in the model's own precision
+                return {m: self._modules[m](x[m].T.float()).T.double() for m in x}
+            return {m: self._in_float64(m)(x[m].T.double()).T for m in x}
 
     def change(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """f(x): what the adapter adds to each module's output for columns x[m] (k, n), (d, n).
@@ -302,11 +295,25 @@ class Model:
         found = {}
         with torch.no_grad():
             for m, columns in x.items():
-                layer = copy.deepcopy(self._modules[m]).double().eval()
+                layer = self._in_float64(m)
                 whole = layer(columns.T)
                 layer.enable_adapters(False)
                 found[m] = (whole - layer(columns.T)).T
         return found
+
+    def _in_float64(self, m: str) -> Any:
+        """A copy of a module that rounds nothing: what its tensors hold is what it computes with.
+
+        A quantised weight, which nothing changes, is 0 in it.
+        """
+        layer, memo = self._modules[m], dict[int, Any]()
+        base = layer.get_base_layer()
+        if not base.weight.is_floating_point():
+            d, k = self.shapes[m].d, self.shapes[m].k
+            memo[id(base)] = empty = nn.Linear(k, d, bias=False)
+            nn.init.zeros_(empty.weight)
+            empty._forward_hooks = base._forward_hooks
+        return copy.deepcopy(layer, memo).double().eval()
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -371,25 +378,3 @@ class Model:
             self.active = next(iter(self._profiles.values()))
             self.peft.set_adapter(self.active)
         self.peft.delete_adapter(name)
-
-    def _set_weight(self, m: str, shift: Tensor | None) -> None:
-        weight = self._modules[m].get_base_layer().weight
-        if not weight.is_floating_point():
-            raise ModelError(
-                f"{m}: its weight is quantised ({weight.dtype}) and cannot take a base change; "
-                "set model.merge = 'keep-as-adapter', or use a strategy whose base does not move"
-            )
-        with torch.no_grad():
-            if m not in self._origin:
-                self._origin[m] = weight.detach().clone()
-            W0 = self._origin[m]
-            if shift is None:
-                weight.copy_(W0)
-            else:
-                turned = shift.T if self.shapes[m].fan_in_fan_out else shift
-                weight.copy_(W0.float() + turned if W0.dtype != turned.dtype else W0 + turned)
-
-    def _reset(self) -> None:
-        for m in self._shift:
-            self._set_weight(m, None)
-        self._shift = {}

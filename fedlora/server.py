@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora import compose, forms, measured, site
+from fedlora.adapter import Adapter
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
@@ -38,7 +39,7 @@ from fedlora.opening import begin, look, meet
 from fedlora.planning import Planner
 from fedlora.privacy.central import CentralPrivacy
 from fedlora.privacy.summary import EXHAUSTED
-from fedlora.proof import Proof, Target, model_deviation, probes, prove
+from fedlora.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
 from fedlora.roster import Roster
 from fedlora.server_opt import Moments
 from fedlora.strategies.base import (
@@ -50,7 +51,7 @@ from fedlora.strategies.base import (
     whole_download,
 )
 from fedlora.watch import watched
-from fedlora.wire import Job, count_bytes, pack_download, pack_factors
+from fedlora.wire import Job, count_bytes, pack_download, pack_factors, pack_pairs
 
 
 class FederatedLora(FlowerStrategy):
@@ -73,6 +74,7 @@ class FederatedLora(FlowerStrategy):
         self.incarnation = uuid.uuid4().hex[:8]
         self.token = ""
         self.state: Any = None
+        self.origin: Adapter = {}  # what lora.init took out of the base
         self.members: dict[int, Member] = {}
         self.nodes: dict[int, int] = {}  # client id -> Flower node id, of this connection
         self.baselines: dict[str, Mapping[str, float]] = {}
@@ -138,10 +140,7 @@ class FederatedLora(FlowerStrategy):
         self.observer.round_started(number, cohort)
         clients = [self.client(i) for i in cohort]
         seen = clients or [self.client(i) for i in self.members]
-        if self.measured:
-            target = measured.target(self, round)
-        else:
-            target = Target(probes(seen, self.config.proof.probes, round.seed, number))
+        target = self._target(seen, round)
         through_model = self.promise == "exact" and not self.measured
         base = self._base_outputs(target) if through_model else {}
         gathered = Gathered()
@@ -154,16 +153,13 @@ class FederatedLora(FlowerStrategy):
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
-        if self.measured:
-            proof = measured.prove(self, state, kinds, target, round)
-        else:
-            dtype = self.config.wire.dtype
-            proof = prove(self.strategy, state, version, kinds, target, round, dtype, self._folds)
+        proof = self._proved(state, version, kinds, target, round)
         proved = time.perf_counter()
         self.load(self.strategy.effective(state))
         if through_model:
             deviation = model_deviation(base, self.model.probe(target.x), target)
-            proof = replace(proof, model_deviation=deviation)
+            rounding = 0.0 if self.model.base.beside else WEIGHTS[self.config.model.dtype]
+            proof = replace(proof, model_deviation=deviation, model_bound=rounding)
         if self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
         state = compose.stepped(self, state, clients, round)
@@ -258,7 +254,7 @@ class FederatedLora(FlowerStrategy):
         else:
             done, saved = self.journal.resume(Saved, Member, *state_types(self.strategy))
             if saved is not None:
-                self.token, self.state = saved.token, saved.state
+                self.token, self.state, self.origin = saved.token, saved.state, saved.origin
                 self.members = dict(saved.members)
                 self.baselines = dict(saved.baselines)
                 self.before, self.clock = saved.seconds, saved.clock
@@ -288,6 +284,8 @@ class FederatedLora(FlowerStrategy):
         if not bare:
             download = whole_download(self.strategy, self.state, client, round, self._folds)
             content = pack_download(download, self.config.wire.dtype)
+            if self.origin and not member.last_round:  # once: it keeps it
+                content["origin"] = pack_pairs(self.origin, "float32")
         content["job"] = job.record()
         group = str(round.number)
         return Message(
@@ -353,6 +351,21 @@ class FederatedLora(FlowerStrategy):
             self.journal.update(round.number, upload)
         self.observer.client_done(client.id, facts)
         return upload
+
+    # -- the proof ----------------------------------------------------------------------------
+
+    def _target(self, clients: Sequence[Client], round: Round) -> Target:
+        if self.measured:
+            return measured.target(self, round)
+        return Target(probes(clients, self.config.proof.probes, round.seed, round.number))
+
+    def _proved(
+        self, state: Any, before: int, kinds: Sequence[Client], target: Target, round: Round
+    ) -> Proof:
+        if self.measured:
+            return measured.prove(self, state, kinds, target, round)
+        dtype, folds = self.config.wire.dtype, self._folds
+        return prove(self.strategy, state, before, kinds, target, round, dtype, folds)
 
     # -- aggregation --------------------------------------------------------------------------
 
@@ -420,7 +433,7 @@ class FederatedLora(FlowerStrategy):
 
     def load(self, effective: Effective) -> None:
         """Make the server's own model what the strategy says it is."""
-        self.model.rebase(f"{self.token}/{self.incarnation}", effective.base)
+        self.model.rebase(f"{self.token}/{self.incarnation}", effective.base, self.origin)
         self.model.load(effective.factors)
 
     def _base_outputs(self, target: Target) -> dict[str, torch.Tensor]:
@@ -496,6 +509,7 @@ class FederatedLora(FlowerStrategy):
             clock=self.clock,
             moments=self.moments,
             clip=self.central.C if self.central else 0.0,
+            origin=self.origin,
         )
 
     def seconds(self) -> float:

@@ -17,7 +17,7 @@ from fedlora import forms
 from fedlora.adapter import Factors
 from fedlora.cli import app
 from fedlora.config import Config
-from fedlora.errors import ConfigError, ModelError, ProofError
+from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
 from fedlora.export import export_run, load_exported
 from fedlora.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
 from fedlora.model import Model
@@ -345,3 +345,95 @@ def test_fedsa_on_vera_shares_d_and_keeps_b(settings: Settings) -> None:
     assert ran.rounds[-1]["proof"]["deviation"] < 1e-6
     assert len([*(ran.directory / "clients").rglob("round-*.safetensors")]) >= 3
     assert not any(bool(B.any()) for B in server.state.B.values())  # b never left a client
+
+
+# -- initialisations and bases of low precision ---------------------------------------------------
+
+
+def test_pissa_takes_one_part_out_of_the_base_for_clients_of_any_rank(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Narrow clients train the leading part of what the widest took out; the rest is folded."""
+    seen: list[FederatedLora] = []
+    more = {"lora.init": "pissa", "clients.ranks": "2,3,5", "train.steps": 3}
+    federated = settings(**quick("fedex", **more))
+    ran = federate(federated, before=seen.append)
+    for r in ran.rounds[1:]:
+        assert not r["failures"]
+        assert r["proof"]["deviation"] < r["proof"]["bound"]
+        assert r["proof"]["model_deviation"] < r["proof"]["bound"]
+    assert len([*(ran.directory / "clients").rglob("base/00000.safetensors")]) == 1
+    origin = seen[0].origin
+    assert {p.rank for p in origin.values()} == {5}
+    for m, W in seen[0].model.weights().items():
+        S = torch.linalg.svdvals(W)
+        assert torch.allclose(origin[m].delta().norm(), S[:5].norm(), rtol=1e-4)
+    for merged in (False, True):
+        out = tmp_path / str(merged)
+        assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
+
+
+def test_a_resumed_run_from_pissa_has_the_same_bits(settings: Settings) -> None:
+    more = {"lora.init": "pissa", "clients.ranks": "2,3", "run.rounds": 3}
+
+    def breaks(server: FederatedLora) -> None:
+        real = server.round
+
+        def round(grid: Any, number: int) -> Any:
+            if number == 3:
+                raise RuntimeError("power cut")
+            return real(grid, number)
+
+        server.round = round  # type: ignore[method-assign]
+
+    given = settings(**quick("ffa", **more))
+    with pytest.raises(RuntimeError, match="power cut"):
+        federate(given, before=breaks)
+    resumed = federate({**given, "run.resume": True})
+    whole = federate({**given, "run.name": "whole"})
+    assert resumed.adapter == whole.adapter
+
+
+@pytest.mark.parametrize("name", ["flora", "fedsa", "fedsb", "hetlora"])
+def test_a_strategy_that_begins_with_its_own_factors_refuses_pissa(
+    settings: Settings, name: str
+) -> None:
+    with pytest.raises(StrategyError, match=rf"lora.init = 'pissa': {name} begins with .*; use"):
+        federate(settings(**quick(name, **{"lora.init": "pissa"})))
+
+
+def test_pissa_is_refused_where_the_wire_would_round_the_base(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"use wire.dtype = 'float32'"):
+        Config.read(settings(**{"lora.init": "pissa", "wire.dtype": "int8"}))
+
+
+def test_the_proof_says_what_rounding_costs_a_bfloat16_base(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """flora: all that is learned goes into the base."""
+    found, lost = {}, {}
+    for merge in ("auto", "into-base"):
+        low = {"model.dtype": "bfloat16", "model.merge": merge, "run.name": merge}
+        ran = federate(settings(**quick("flora", **{**low, "train.steps": 3})))
+        proof = ran.rounds[-1]["proof"]
+        assert proof["deviation"] < proof["bound"]
+        found[merge] = proof["model_deviation"]
+        assert proof["model_deviation"] < proof["model_bound"]
+        lost[merge] = export_run(ran.directory, tmp_path / merge, merged=True).rounding
+    assert found["auto"] < 1e-6
+    assert 1e-4 < found["into-base"] < 1e-2
+    assert lost["auto"] > 1e-3
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_base_federates_with_its_changes_beside_it(
+    settings: Settings, tmp_path: Path, bits: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    ran = federate(settings("llama", **quick("fedex", **{"model.quantization": bits})))
+    for r in ran.rounds[1:]:
+        assert not r["failures"]
+        assert r["proof"]["model_deviation"] < r["proof"]["bound"]
+    assert export_run(ran.directory, tmp_path / "peft").deviation < 0.05
+    with pytest.raises(ModelError, match="quantised weights cannot take the change"):
+        export_run(ran.directory, tmp_path / "merged", merged=True)
