@@ -85,6 +85,12 @@ FORMS: dict[str, Form] = {
                    "VBLoRAConfig", "r"),
 }  # fmt: skip
 
+ON_QUANTISED = (
+    "lora", "vera", "randlora", "gralora", "fourierft", "waveft", "c3a", "miss", "beft", "vblora",
+)  # fmt: skip
+"""Forms that add a term of their own to W0 x, so that W0 may be stored in 8 or 4 bits; the others
+read W0, and what PEFT makes of a quantised one differs by form and by device."""
+
 LEFT_OUT: dict[str, str] = {
     "adalora": "each client would prune ranks by its own importance scores; use ranks.policy = "
     "'legend', or strategy.name = 'lora-a2', which choose ranks for a federation",
@@ -202,6 +208,8 @@ def refused(config: "Config") -> Iterator[str]:
             f"robust.method = {config.robust.method!r}: it judges updates by their products B A, "
             f"and {lora.form} has none; use lora.form = 'lora'"
         )
+    if config.model.quantization != "none":
+        yield from _quantised_refused(config)
     if moves_base(lora.init) and config.wire.dtype != "float32":
         yield (
             f"lora.init = {lora.init!r} with wire.dtype = {config.wire.dtype!r}: A and B hold W0's "
@@ -218,6 +226,20 @@ def refused(config: "Config") -> Iterator[str]:
         )
     if lora.use_rslora:
         yield f"lora.use-rslora = true: is the scale of LoRA's factors; {lora.form} has none"
+
+
+def _quantised_refused(config: "Config") -> Iterator[str]:
+    model, form = config.model, config.lora.form
+    if form not in ON_QUANTISED:
+        yield (
+            f"lora.form = {form!r} with model.quantization = {model.quantization!r}: this form "
+            f"reads W0; use {', '.join(ON_QUANTISED)}"
+        )
+    if model.merge == "into-base":
+        yield (
+            f"model.merge = 'into-base' with model.quantization = {model.quantization!r}: "
+            "quantised weights cannot take a change; use 'keep-as-adapter' or 'auto'"
+        )
 
 
 def _init_refused(init: str, form: str) -> Iterator[str]:

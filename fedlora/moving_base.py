@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -63,9 +64,8 @@ class MovingBase:
         for m, layer in self._layers.items():
             W = self._origin.get(m, layer.weight)
             if not W.is_floating_point():
-                from peft.utils.integrations import dequantize_module_weight
-
-                W = dequantize_module_weight(layer)
+                # Not PEFT's dequantize_module_weight: on a CPU it loses an 8-bit weight's scale.
+                W = dequantize_bnb_weight(W, state=getattr(layer, "state", None))
             found[m] = W.detach().T if self._shapes[m].fan_in_fan_out else W.detach()
         return found
 

@@ -425,6 +425,15 @@ def test_the_proof_says_what_rounding_costs_a_bfloat16_base(
     assert lost["auto"] > 1e-3
 
 
+def test_a_quantised_base_takes_no_form_that_reads_it_and_no_change(settings: Settings) -> None:
+    low = {"model.quantization": "4bit"}
+    for form in set(FORMS) - set(forms.ON_QUANTISED):
+        with pytest.raises(ConfigError, match="this form reads W0; use lora"):
+            Config.read(given(settings, form, "fedavg", **low))
+    with pytest.raises(ConfigError, match="quantised weights cannot take a change"):
+        Config.read(settings(**low, **{"model.merge": "into-base"}))
+
+
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_federates_with_its_changes_beside_it(
     settings: Settings, tmp_path: Path, bits: str
