@@ -142,6 +142,25 @@ def strategies() -> None:
 
 
 @app.command()
+def forms() -> None:
+    """List the adapter forms: what trains, and which strategies average it, and how exactly."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedlora import forms as known
+
+    table = Table(*known.HEADINGS, title="Adapter forms")
+    for row in known.rows():
+        table.add_row(*row)
+    Console().print(table)
+    Console().print("lora.init: " + "; ".join(f"{n}: {text}" for n, text in known.INITS.items()))
+    Console().print(
+        "Not here: " + ", ".join(sorted({*known.LEFT_OUT, *known.INITS_LEFT_OUT})) + "; "
+        "naming one says why and what to use."
+    )
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="An experiment file to check as well.")
@@ -177,6 +196,8 @@ def export(
     typer.echo(
         f"wrote {done.directory}; logits equal the federated model's to {done.deviation:.1e}"
     )
+    if done.rounding > 1e-3:
+        typer.echo(f"rounding to the weights' dtype changed the update by {done.rounding:.2%}")
     if rank:
         typer.echo(f"truncating to rank {rank} changed the update by {done.truncation:.2%}")
 

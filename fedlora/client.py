@@ -32,20 +32,21 @@ from flwr.app import (
 )
 
 from fedlora import capability, feedback, site
-from fedlora.adapter import Factors
+from fedlora.adapter import Delta, Factors
 from fedlora.config import Config
 from fedlora.errors import FedLoraError, ModelError, PrivacyError
 from fedlora.evaluate import evaluate
 from fedlora.first_gradient import sketch
+from fedlora.forms import moves_base
 from fedlora.memory import ClientMemory
 from fedlora.model import Model
 from fedlora.personal import alone, personalized
 from fedlora.secure.member import Member
 from fedlora.secure.terms import Terms
-from fedlora.strategies.base import Client, Download, Round, Strategy, travelling
+from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
 from fedlora.text import Encoded
 from fedlora.train import Fit, fit, threads
-from fedlora.wire import Job, pack_factors, seq, unpack_download
+from fedlora.wire import Job, pack_factors, seq, unpack_download, unpack_pairs
 
 Handler = Callable[[Message, Context], RecordDict]
 
@@ -210,6 +211,8 @@ class Desk:
     strategy: Strategy[Any]
     memory: ClientMemory
     download: Download
+    origin: Mapping[str, Delta]
+    """What the run's initialisation takes out of the base, in the first message."""
 
     @classmethod
     def open(cls, message: Message, context: Context) -> "Desk":
@@ -219,7 +222,9 @@ class Desk:
         memory = ClientMemory(root, job.client, job.token)
         bare = "download" not in message.content.config_records
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
-        return cls(config, job, config.build_strategy(), memory, download)
+        first = message.content.get("origin")
+        origin = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
+        return cls(config, job, config.build_strategy(), memory, download, origin)
 
     @property
     def token(self) -> str:
@@ -306,8 +311,11 @@ class Desk:
         download, job = self.download, self.job
         model = self.model()
         kept = self.memory.recall(job.memory_round)
+        if self.origin:
+            self.memory.add_base([Version(0, self.origin)])
         self.memory.add_base(download.base)
-        model.rebase(self.token, self.memory.base_to(job.base_number))
+        start = self.memory.origin() if moves_base(self.config.lora.init) else {}
+        model.rebase(self.token, self.memory.base_to(job.base_number), start)
         me = Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
         round = Round(job.round, self.config.run.seed)
         factors = self.strategy.start(download, kept, me, round)

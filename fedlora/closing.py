@@ -9,7 +9,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.data import describe
-from fedlora.export import save_peft
+from fedlora.export import beginning, save_peft
 from fedlora.intake import exchange, part_of
 from fedlora.privacy.summary import summary as privacy
 from fedlora.strategies.base import Client, Round, Upload
@@ -30,6 +30,7 @@ def close(server: "FederatedLora", grid: Grid, stopped: str = "") -> None:
     if server.config.evaluate.clients:
         final_scores(server, grid)
     server.load(effective)
+    effective = beginning(effective, server.origin)
     save_peft(server.model, effective, server.journal.directory / "adapter")
     write_records(server, stopped)
 
@@ -127,7 +128,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
         {
             "name": c.run.name,
             "strategy": c.strategy.name,
-            "promise": server.strategy.promise,
+            "promise": server.promise,
             "rounds": c.run.rounds,
             "seconds": server.seconds(),
             "model": c.model.path,

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from fedlora import forms
 from fedlora.errors import ConfigError
 from fedlora.privacy.rules import refused
 from fedlora.secure import rules as secure_rules
@@ -189,9 +190,11 @@ class Lora(_Section):
     modules_to_save: Names = ()
     """Modules trained whole besides the head of a classifier."""
     init: str = "default"
-    """PEFT's init_lora_weights: default, gaussian, pissa, olora, eva, ..."""
+    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora."""
     form: str = "lora"
     """The adapter form: lora, dora, vera, ... (`fedlora forms` lists them)."""
+    options: Renames = ()
+    """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
 
 
 class Train(_Section):
@@ -449,7 +452,9 @@ class Config(_Section):
             except ValidationError as e:
                 problems += [_problem(name, error, flat) for error in e.errors()]
         if not problems:
-            problems = [*refused(cls(**built)), *secure_rules.refused(cls(**built))]
+            built_config = cls(**built)
+            for rules in (forms.refused, refused, secure_rules.refused):
+                problems += rules(built_config)
         if problems:
             raise ConfigError(problems)
         return cls(**built)

@@ -149,6 +149,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         FedLoraError: what would stop the run before its first round.
     """
     from fedlora import site
+    from fedlora.forms import promise
     from fedlora.strategies.base import Client
 
     findings = []
@@ -193,8 +194,9 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings.append(
         Finding(
             "ok",
-            f"plan: {config.strategy.name} ({strategy.promise}), {config.run.rounds} rounds of "
-            f"{per_round} clients, lr {config.train.lr:g} ({config.train.lr_schedule})",
+            f"plan: {config.strategy.name} ({promise(model.form, strategy)}), "
+            f"{config.run.rounds} rounds of {per_round} clients, "
+            f"lr {config.train.lr:g} ({config.train.lr_schedule})",
         )
     )
     return findings, table

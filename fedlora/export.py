@@ -4,13 +4,16 @@ Every strategy's model is W0 + sum of low-rank changes, so one adapter holds it:
 stacked, and where that outgrows the layer, recompressed without loss.
 """
 
+import copy
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -60,6 +63,13 @@ def total(effective: Effective) -> Adapter:
     return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
 
 
+def beginning(effective: Effective, origin: Adapter) -> Effective:
+    """The model with what its initialisation took out of W0 as the first of its base changes."""
+    if not origin:
+        return effective
+    return Effective((Version(0, origin), *effective.base), effective.factors)
+
+
 def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
     deltas = [v.delta[m] for v in base if m in v.delta]
     pairs = [d for d in deltas if isinstance(d, Pair)] + ([pair] if pair else [])
@@ -91,6 +101,8 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     The scale is folded into B, so alpha = r on every module. Returns the relative error of
     truncating to `rank` (0: as exact as stacking is).
     """
+    if model.form.kind != "factors":
+        return _save_form(model, effective, directory)
     adapter, error = total(effective), 0.0
     if rank:
         adapter, error = truncate(adapter, rank)
@@ -103,31 +115,65 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
     config.init_lora_weights = True
+    tensors = {}
+    for m, p in adapter.items():
+        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A
+        tensors[f"{PREFIX}{m}.lora_B.weight"] = p.scale * p.B
+    other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}
+    tensors |= {PREFIX + name[cut:]: x for name, x in other.items()}
+    _write(model, config, tensors, effective, directory)
+    return error
+
+
+def _save_form(model: Model, effective: Effective, directory: Path) -> float:
+    """A form that is not LoRA, as PEFT itself names its tensors; frozen random ones go along."""
+    model.load(effective.factors)
+    config = copy.deepcopy(model.peft.peft_config[model.active])
+    cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
+    config.target_modules = [m[cut:] for m in model.shapes]
+    found = get_peft_model_state_dict(model.peft, adapter_name=model.active)
+    tensors = {}
+    for key, x in found.items():
+        name = key.removeprefix(PREFIX)
+        if key == name:
+            tensors[key] = x
+        elif not _of_head(name, cut):
+            tensors[PREFIX + name[cut:]] = x
+    _write(model, config, tensors, effective, directory)
+    return 0.0
+
+
+def _of_head(name: str, cut: int) -> bool:
+    """Is this a tensor of a mean-pooled model's head, which lies beside the encoder?"""
+    return bool(cut) and not name.startswith(ENCODER)
+
+
+def _write(
+    model: Model, config: Any, tensors: dict[str, Tensor], effective: Effective, directory: Path
+) -> None:
+    pooled = model.config.model.pooling == "mean"
     config.inference_mode = True
     config.base_model_name_or_path = locate(model.config.model.path)
     config.task_type = _task_type(model.config)
-    config.modules_to_save = None if cut else config.modules_to_save
-    tensors = {}
-    for m, p in adapter.items():
-        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A.contiguous()
-        tensors[f"{PREFIX}{m}.lora_B.weight"] = (p.scale * p.B).contiguous()
+    config.modules_to_save = None if pooled else config.modules_to_save
     directory.mkdir(parents=True, exist_ok=True)
-    if cut:
+    if pooled:
         save_head(effective, directory)
-    else:
-        tensors |= {PREFIX + name: x.contiguous() for name, x in effective.factors.other.items()}
     config.save_pretrained(str(directory))
+    tensors = {
+        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
+    }
     path = directory / "adapter_model.safetensors"
     write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
     if model.labels:
         labels = json.dumps(list(model.labels))
         write_atomically(directory / "labels.json", labels.encode())
-    return error
 
 
 def save_head(effective: Effective, directory: Path) -> None:
     """A mean-pooled model's linear head, and how to use it: no library has a class for it."""
-    head = {name: x.contiguous() for name, x in effective.factors.other.items()}
+    other = effective.factors.other.items()
+    head = {name: x.contiguous() for name, x in other if _of_head(name, len(ENCODER))}
     write_atomically(directory / HEAD, to_bytes(head, metadata={"format": "pt"}))
     write_atomically(directory / "README.md", USE_HEAD.encode())
 
@@ -138,27 +184,63 @@ def _task_type(config: Config) -> str:
     return "FEATURE_EXTRACTION" if config.model.pooling == "mean" else "SEQ_CLS"
 
 
-def save_merged(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
-    """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it."""
+def save_merged(
+    model: Model, effective: Effective, directory: Path, rank: int = 0
+) -> tuple[float, float]:
+    """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it.
+
+    Returns the relative Frobenius error of truncating the change, and of rounding it to the
+    weights' dtype.
+
+    Raises:
+        ModelError: the base is quantised, so its weights cannot take a change.
+    """
+    if model.config.model.quantization != "none":
+        raise ModelError(
+            f"model.quantization = {model.config.model.quantization!r}: quantised weights cannot "
+            "take the change; export it as peft, which keeps it beside them"
+        )
+    if model.config.lora.form != "lora":
+        _save_whole(model, _merged_by_peft(model, effective), effective, directory)
+        return 0.0, 0.0
     base = load_base(model.config.model, model.labels, model.config.run.seed)
     adapter, error = total(effective), 0.0
     if rank:
         adapter, error = truncate(adapter, rank)
+    lost = size = 0.0
     with torch.no_grad():
         for m, pair in adapter.items():
             weight = base.get_submodule(m).weight
             change = pair.delta().T if model.shapes[m].fan_in_fan_out else pair.delta()
+            want = weight.double() + change
             weight.copy_(weight.float() + change)
+            lost += float((weight.double() - want).square().sum())
+            size += float(change.double().square().sum())
         named = dict(base.named_parameters())
         for name, x in effective.factors.other.items():
             named[name].copy_(x)
+    _save_whole(model, base, effective, directory)
+    return error, (lost / size) ** 0.5 if size else 0.0
+
+
+def _merged_by_peft(model: Model, effective: Effective) -> Any:
+    """The base with a form's change merged in by PEFT's own code, which alone knows it."""
+    with tempfile.TemporaryDirectory() as made:
+        save_peft(model, effective, Path(made))
+        found = load_exported(model.config, model.labels, Path(made), merged=False)
+    if isinstance(found, MeanPooled):
+        found.encoder = found.encoder.merge_and_unload()
+        return found
+    return found.merge_and_unload()
+
+
+def _save_whole(model: Model, base: Any, effective: Effective, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(base, MeanPooled):
         save_head(effective, directory)
         base = base.encoder
     base.save_pretrained(str(directory))
     model.tokenizer.save_pretrained(str(directory))
-    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +252,8 @@ class Exported:
     """Relative Frobenius error of the change, 0 where nothing was cut."""
     deviation: float
     """Largest difference of its logits from the federated model's, over their largest."""
+    rounding: float = 0.0
+    """Relative Frobenius error of the change from rounding it into the weights' dtype."""
 
 
 def export_run(
@@ -189,13 +273,15 @@ def export_run(
     saved: Saved = found[0]
     corpus = site.corpus(config)
     model = site.model(config, corpus.labels)
-    effective = strategy.effective(saved.state)
+    effective = beginning(strategy.effective(saved.state), saved.origin)
     if client is not None:
         effective = _of_client(client, config, strategy, saved, model)
-    write = save_merged if merged else save_peft
-    truncation = write(model, effective, out, rank)
+    if merged:
+        truncation, rounding = save_merged(model, effective, out, rank)
+    else:
+        truncation, rounding = save_peft(model, effective, out, rank), 0.0
 
-    model.rebase("export", effective.base)
+    model.rebase("export", effective.base[bool(saved.origin) :], saved.origin)
     model.load(effective.factors)
     batch = next(eval_batches(site.encoded("central", -1, config, corpus.labels), 16))
     inputs = {key: x for key, x in batch.items() if key != "labels"}
@@ -205,7 +291,7 @@ def export_run(
     deviation = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
     if not rank and not deviation < TOLERANCE[config.model.dtype]:
         raise ModelError(f"{out}: its logits deviate from the federated model's by {deviation:.1e}")
-    return Exported(out, truncation, deviation)
+    return Exported(out, truncation, deviation, rounding)
 
 
 def load_exported(config: Config, labels: Sequence[str], directory: Path, merged: bool) -> Any:
@@ -233,4 +319,5 @@ def _of_client(
     me = Client(i, layers, member.base_version, member.memory_round > 0)
     round = Round(config.run.rounds + 1, config.run.seed)
     factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)
-    return Effective(strategy.effective(saved.state).base, factors)
+    base = strategy.effective(saved.state).base
+    return beginning(Effective(base, factors), saved.origin)

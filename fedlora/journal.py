@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import checkpoint
+from fedlora.adapter import Adapter
 from fedlora.config import Config
 from fedlora.errors import CheckpointError
 from fedlora.server_opt import Moments
@@ -71,6 +72,8 @@ class Saved:
     """The server optimiser's."""
     clip: float = 0.0
     """Client-level DP's clip norm, where it adapts."""
+    origin: Adapter = field(default_factory=dict)
+    """What lora.init took out of the base."""
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:

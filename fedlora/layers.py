@@ -1,14 +1,18 @@
 """Which modules of a model are adapted, their sizes, and PEFT's config for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import peft
 from peft import LoraConfig
-from torch import nn
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
 
-from fedlora.config import Config
-from fedlora.errors import ModelError
+from fedlora.adapter import Adapter, Factors, Pair
+from fedlora.config import Config, parse_overrides
+from fedlora.errors import ConfigError, ModelError
+from fedlora.forms import FORMS, Form, moves_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +95,13 @@ def head_names(base: nn.Module, config: Config) -> list[str]:
 
 def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> Any:
     """PEFT's config for these ranks; each module named in full, so that nothing else matches."""
-    lora = config.lora
+    lora, form = config.lora, FORMS[config.lora.form]
     heads = [*config.lora.modules_to_save]
     if config.model.task == "classification":
         heads = ["classifier", "score", *heads]
     top = max(ranks.values())
+    if form.kind != "factors":
+        return form_config(config, form, shapes, ranks, top, heads)
     return LoraConfig(
         r=top,
         lora_alpha=lora.alpha,
@@ -106,5 +112,77 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
         use_dora=lora.form == "dora",
         fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
         modules_to_save=heads or None,
-        init_lora_weights=True if lora.init == "default" else lora.init,
-    )
+    )  # lora.init is done once, by `initial`: attaching never touches W0
+
+
+def initial(W: Tensor, rank: int, scale: float, init: str) -> Pair:
+    """A (rank, k) and B (d, rank) as PEFT's lora.init makes them from W0 (d, k), which stays.
+
+    Draws from the global generator, as PEFT does: seed it.
+    """
+    d, k = W.shape
+    scratch = nn.Linear(k, d, bias=False, device=W.device)
+    scratch.weight.data = W.detach().float().clone()
+    settings = LoraConfig(init_lora_weights=init)
+    try:
+        made = LoraLinear(scratch, "x", config=settings, r=rank, lora_alpha=scale * rank)
+    except ValueError as e:
+        raise ModelError(f"lora.init = {init!r}: {e}; change clients.ranks") from e
+    A, B = made.lora_A["x"].weight.detach(), made.lora_B["x"].weight.detach()
+    return Pair(A.contiguous(), B.contiguous(), scale)
+
+
+def taken_out(config: Config, factors: Factors) -> Adapter:
+    """What lora.init takes out of the base, -s B A of the first factors; of most inits nothing.
+
+    With it W0 + taken out + s B A = W0, so training starts from W0.
+    """
+    if not moves_base(config.lora.init):
+        return {}
+    return {m: replace(pair, scale=-pair.scale) for m, pair in factors.adapter().items()}
+
+
+RESERVED = {"target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode"}
+ALPHAS = ("alpha", "randlora_alpha")
+SEEDS = ("projection_prng_key", "random_loc_seed", "random_seed")
+"""What PEFT calls alpha, and the seed of what a form freezes."""
+
+
+def form_config(
+    config: Config,
+    form: Form,
+    shapes: Mapping[str, Shape],
+    modules: Mapping[str, int],
+    size: int,
+    heads: Sequence[str],
+) -> Any:
+    """PEFT's config of a form that is not LoRA: all that it draws is drawn from run.seed.
+
+    Raises:
+        ConfigError: lora.options names what the form has not.
+    """
+    lora, cls = config.lora, getattr(peft, form.config)
+    known = {f.name for f in fields(cls)}
+    wanted: dict[str, Any] = dict.fromkeys(ALPHAS, lora.alpha)
+    wanted |= dict.fromkeys(SEEDS, config.run.seed)
+    wanted["fan_in_fan_out"] = any(shapes[m].fan_in_fan_out for m in modules)
+    settings = {name: value for name, value in wanted.items() if name in known} | dict(form.given)
+    if form.size:
+        settings[form.size] = size
+    if lora.dropout:
+        name = next((n for n in known if n in ("module_dropout", f"{lora.form}_dropout")), "")
+        if not name:
+            raise ConfigError([f"lora.dropout: {lora.form} has none; set it to 0"])
+        settings[name] = lora.dropout
+    options = parse_overrides([*lora.options])
+    if unknown := [key for key in options if key not in known - RESERVED - {form.size}]:
+        raise ConfigError(
+            [f"lora.options: {lora.form} has no {unknown[0]!r}; "
+             f"it has {', '.join(sorted(known - RESERVED - {form.size}))}"]
+        )  # fmt: skip
+    try:
+        return cls(
+            target_modules=list(modules), modules_to_save=[*heads] or None, **settings, **options
+        )
+    except (TypeError, ValueError) as e:
+        raise ConfigError([f"lora.form = {lora.form!r}: {e}"]) from e

@@ -6,11 +6,12 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -126,15 +127,26 @@ class MeanPooled(nn.Module):
         self.encoder.enable_input_require_grads()
 
 
-def fingerprint(base: nn.Module) -> str:
-    """A digest over samples of every tensor: differs when any tensor was loaded differently."""
-    digest = hashlib.sha256()
-    for name, p in base.named_parameters():
+def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:
+    """A digest over samples of every tensor: differs when any tensor was made differently."""
+    digest = hashlib.sha256(before.encode())
+    for name, p in tensors.items():
         flat = p.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = flat[::step].float().contiguous()
         digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def frozen_tensors(m: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a PEFT layer drew and keeps: projections, masks, locations, by name.
+
+    Without what follows from W0 alone, which has its own digest.
+    """
+    for name, value in [*vars(layer).items(), *layer.named_children()]:
+        if name not in ("base_layer", "delora_w_norm") and isinstance(value, Mapping | BufferDict):
+            found = value.items()
+            yield from ((f"{m}.{name}", x) for _, x in found if type(x) is Tensor and x.ndim)
 
 
 def _source(config: ModelConfig) -> tuple[str, str]:

@@ -2,16 +2,17 @@
 
     <root>/client-<id>/round-00003.safetensors    what `upload` kept in round 3
     <root>/base/00002.safetensors                 base change 2, as the server sent it
+    <root>/base/00000.safetensors                 what lora.init takes out of the base, if it does
 
 The server says with each message which round's memory it builds on: the last round whose reply
 it accepted. So a reply that was lost, or a server that went back to its last checkpoint, finds
 the client as it was then. A client keeps that one and the newest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedlora.adapter import Factors
+from fedlora.adapter import Delta, Factors
 from fedlora.checkpoint import load, save
 from fedlora.errors import CheckpointError, ClientMemoryError
 from fedlora.strategies.base import Version
@@ -68,6 +69,21 @@ class ClientMemory:
         """Store base changes; a snapshot makes all up to its number superfluous."""
         for v in versions:
             save(self.base / f"{v.number:05}.safetensors", v)
+
+    def origin(self) -> Mapping[str, Delta]:
+        """What the run's initialisation takes out of the base.
+
+        Raises:
+            ClientMemoryError: it is gone.
+        """
+        try:
+            version: Version = load(self.base / "00000.safetensors")
+        except CheckpointError as e:
+            raise ClientMemoryError(
+                f"client {self.client} lacks what lora.init took out of the base ({e}); restore "
+                f"{self.base}, or start the run anew"
+            ) from e
+        return version.delta
 
     def base_to(self, number: int) -> list[Version]:
         """The changes that lead from W0 to that version, in order.

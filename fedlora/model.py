@@ -11,24 +11,33 @@ All the clients of a process share the base; what differs between them is `Facto
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Adapter, Delta, Factors
 from fedlora.config import Config
+from fedlora.config import Model as ModelConfig
 from fedlora.errors import ModelError
-from fedlora.layers import adapter_config, find_layers
-from fedlora.loading import checkpoint_activations, fingerprint, load_base, load_tokenizer
-from fedlora.lowrank import accumulate
+from fedlora.forms import FORMS, fixed_rank
+from fedlora.layers import adapter_config, find_layers, initial
+from fedlora.loading import (
+    checkpoint_activations,
+    fingerprint,
+    frozen_tensors,
+    load_base,
+    load_tokenizer,
+)
+from fedlora.moving_base import MovingBase
 from fedlora.prefix import Prefix
-from fedlora.strategies.base import Client, Layer, Version, seeded
+from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 
 PREFIX = "base_model.model."
 KEPT_PROFILES = 8
@@ -45,9 +54,17 @@ class Core(LoraVariant):  # type: ignore[misc]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        inner = A(module.lora_dropout[active_adapter](x)) @ self.R.T  # (..., r)
+        inner = A(module.lora_dropout[active_adapter](x))  # (..., r)
+        inner = inner @ self.R.T.to(inner.dtype)
         out: Tensor = result + B(inner) * module.scaling[active_adapter]
         return out
+
+
+def beside(config: ModelConfig) -> bool:
+    """Do changes of this base stay beside its weights? By themselves, where those would round."""
+    if config.merge == "auto":
+        return config.dtype != "float32" or config.quantization != "none"
+    return config.merge == "keep-as-adapter"
 
 
 def inside(R: Tensor, block: int) -> Tensor:
@@ -74,23 +91,25 @@ class Model:
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
             base.enable_input_require_grads()
+        self.form, self.rank = FORMS[config.lora.form], fixed_rank(config)
         self.shapes = find_layers(base, config)
-        self._fingerprint = fingerprint(base)
+        self._fingerprint = fingerprint(dict(base.named_parameters()))
         self._prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
-        self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, 1))
-        self._modules: dict[str, LoraLayer] = {
-            name.removeprefix(PREFIX): m
-            for name, m in self.peft.named_modules()
-            if isinstance(m, LoraLayer)
+        self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
+        self._modules: dict[str, Any] = {
+            m: self.peft.get_submodule(PREFIX + m) for m in self.shapes
         }
+        self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
-        self._origin: dict[str, Tensor] = {}  # W0 of the modules whose base has moved
-        self._shift: dict[str, Tensor] = {}  # what they moved by
-        self._base: tuple[str, int] = ("", 0)
+        self.base = MovingBase(self._modules, self.shapes, beside(config.model))
         self._scale: Mapping[str, float] = {}
+        if self.rank:
+            frozen = dict(x for m, layer in self._modules.items() for x in frozen_tensors(m, layer))
+            self._fingerprint = fingerprint(frozen, self._fingerprint)
+            self._first = self.read()
 
     # -- what a client can train ------------------------------------------------------------
 
@@ -100,8 +119,15 @@ class Model:
         return self._fingerprint
 
     def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
-        """The client's layers at these ranks, each with alpha's scale; under legend one for all."""
+        """The client's layers at these ranks, each with alpha's scale; under legend one for all.
+
+        VeRA's are of rank 1, between its projections; other forms have a size and no ranks.
+        """
         lora = self.config.lora
+        if self.form.kind == "vectors":
+            return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
+        if self.rank:
+            return {m: Layer(self.shapes[m].d, self.shapes[m].k, self.rank, 1.0) for m in ranks}
         top = max(ranks.values(), default=0) if self.config.ranks.policy == "legend" else 0
         power = 0.5 if lora.use_rslora else 1
         return {
@@ -112,17 +138,19 @@ class Model:
 
     def weights(self) -> dict[str, Tensor]:
         """W0 of every adaptable module, (d, k), without copying where it lies that way."""
-        found = {}
-        for m, layer in self._modules.items():
-            W = self._origin.get(m, layer.get_base_layer().weight)
-            found[m] = W.detach().T if self.shapes[m].fan_in_fan_out else W.detach()
-        return found
+        return self.base.weights()
 
     def init_factors(self, client: Client, seed: int) -> Factors:
-        """PEFT's own initialisation at the client's ranks, seeded; B is zero, the head as loaded.
+        """PEFT's own initialisation at the client's ranks, seeded; the head as loaded.
 
-        The same (seed, ranks) gives the same factors, whatever was loaded before.
+        B is zero, but where lora.init takes s B A out of the base: see `layers.taken_out`.
+
+        The same (seed, ranks) gives the same factors, whatever was loaded before. A form that is
+        not LoRA begins as it was attached, from run.seed.
         """
+        if self.rank:
+            self.load(self._first)
+            return self.read()
         ranks = {m: layer.rank for m, layer in client.layers.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(seed, 0, 0, "init").initial_seed())
@@ -132,12 +160,19 @@ class Model:
                 self.peft.delete_adapter(old)
             self._cores = {}
             self._scale = {m: layer.scale for m, layer in client.layers.items()}
-            return self.read()
+            first = self.read()
+            if self.config.lora.init == "default":
+                return first
+            W, layers = self.weights(), client.layers.items()
+            made = {m: initial(W[m], x.rank, x.scale, self.config.lora.init) for m, x in layers}
+            return as_factors(made, first.other)
 
     # -- loading and reading ----------------------------------------------------------------
 
     def select(self, ranks: Mapping[str, int]) -> None:
         """Make the adapter of these ranks the active one, attaching it if it is not there."""
+        if self.rank:
+            return
         key = tuple(sorted(ranks.items()))
         if key not in self._profiles:
             self._attach(self.peft, ranks)
@@ -159,11 +194,14 @@ class Model:
         self._cores, self.masks = {}, {}
         with torch.no_grad():
             for m, A in factors.A.items():
-                layer = self._modules[m]
-                layer.lora_A[self.active].weight.copy_(A)
-                layer.lora_B[self.active].weight.copy_(factors.B[m])
+                layer, (a, b) = self._modules[m], self._sides(m)
+                a.copy_(A if a.ndim > 1 else A[0])
+                b.copy_(factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
+                if self.rank:
+                    continue
                 layer.scaling[self.active] = factors.scale[m]
-                layer.lora_variant.pop(self.active, None)
+                if isinstance(layer.lora_variant.get(self.active), Core):
+                    del layer.lora_variant[self.active]
                 if m in factors.R:
                     self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
                     if block:
@@ -171,8 +209,8 @@ class Model:
                         R.register_hook(functools.partial(_masked, mask))
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
-                for _, layer in self._on():
-                    layer.lora_B[self.active].weight.zero_()
+                for m in self._on():
+                    self._sides(m)[1].zero_()
             mine = self._other()
             for name, tensor in factors.other.items():
                 if name not in mine:
@@ -181,11 +219,12 @@ class Model:
 
     def read(self) -> Factors:
         """A copy of the active adapter, core and head."""
-        on = {m: layer for m, layer in self._modules.items() if self.active in layer.lora_A}
+        sides = {m: self._sides(m) for m in self._on()}
+        scaling = {m: 1.0 if self.rank else self._modules[m].scaling[self.active] for m in sides}
         return Factors(
-            {m: self._scale.get(m, x.scaling[self.active]) for m, x in on.items()},
-            {m: x.lora_A[self.active].weight.detach().clone() for m, x in on.items()},
-            {m: x.lora_B[self.active].weight.detach().clone() for m, x in on.items()},
+            {m: self._scale.get(m, s) for m, s in scaling.items()},
+            {m: A.detach().reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
+            {m: B.detach().reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
             {m: R.detach().clone() for m, R in self._cores.items()},
             {name: p.detach().clone() for name, p in self._other().items()},
         )
@@ -193,8 +232,8 @@ class Model:
     def trainable(self, columns: frozenset[str]) -> dict[str, dict[str, nn.Parameter]]:
         """The live parameters of these columns, which alone get gradients, by column and name."""
         live: dict[str, dict[str, nn.Parameter]] = {
-            "A": {m: x.lora_A[self.active].weight for m, x in self._on()},
-            "B": {m: x.lora_B[self.active].weight for m, x in self._on()},
+            "A": {m: self._sides(m)[0] for m in self._on()},
+            "B": {m: self._sides(m)[1] for m in self._on()},
             "R": dict(self._cores),
             "other": self._other(),
         }
@@ -214,38 +253,19 @@ class Model:
 
     # -- the base ---------------------------------------------------------------------------
 
-    def rebase(self, token: str, versions: Sequence[Version]) -> None:
-        """Set every base weight to W0 plus these changes, in order.
+    def rebase(
+        self, token: str, versions: Sequence[Version], start: Mapping[str, Delta] | None = None
+    ) -> None:
+        """Set every base weight to W0 plus `start` plus these changes, in order.
 
-        `token` names the run. Continues from the changes folded already where it can; the bits
-        are the same as from the start, because the sum of the changes is kept, not the weight.
+        `token` names the run, and with it `start`. Continues from the changes it has already where
+        it can; the bits are the same as from the beginning.
         """
-        target = versions[-1].number if versions else 0
-        run, number = self._base
-        rest = [v for v in versions if v.number > number]
-        follows = run == token and target >= number and not any(v.snapshot for v in rest)
-        if not follows or len(rest) != target - number:
-            self._reset()
-            rest = list(versions)
-        self._base = ("", 0)  # until it is whole
-        for version in rest:
-            for m, delta in version.delta.items():
-                before = None if version.snapshot else self._shift.get(m)
-                self._shift[m] = accumulate(before, delta)
-        for m in {m for v in rest for m in v.delta}:
-            self._set_weight(m, self._shift[m])
-        self._base = (token, target)
+        self.base.rebase(token, versions, start)
 
-    @contextlib.contextmanager
-    def folded(self, fold: Adapter) -> Iterator[None]:
+    def folded(self, fold: Adapter) -> contextlib.AbstractContextManager[None]:
         """Within it, these pairs are part of the base; after it, the base has its old bits."""
-        try:
-            for m, pair in fold.items():
-                self._set_weight(m, accumulate(self._shift.get(m), pair))
-            yield
-        finally:
-            for m in fold:
-                self._set_weight(m, self._shift.get(m))
+        return self.base.folded(fold)
 
     @contextlib.contextmanager
     def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
@@ -269,22 +289,76 @@ class Model:
     def probe(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each adapted module of x now makes of its columns x[m] (k, n): (d, n)."""
         self.peft.eval()
+        own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
-            return {m: self._modules[m](x[m].T.float()).T.double() for m in x}
+            if own:  # in the model's own precision
+                return {m: self._modules[m](x[m].T.float()).T.double() for m in x}
+            return {m: self._in_float64(m)(x[m].T.double()).T for m in x}
+
+    def change(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """f(x): what the adapter adds to each module's output for columns x[m] (k, n), (d, n).
+
+        Through the modules themselves, in float64: rounding in them hides no wrong mean. Copies
+        one module at a time.
+        """
+        found = {}
+        with torch.no_grad():
+            for m, columns in x.items():
+                layer = self._in_float64(m)
+                whole = layer(columns.T)
+                layer.enable_adapters(False)
+                found[m] = (whole - layer(columns.T)).T
+        return found
+
+    def _in_float64(self, m: str) -> Any:
+        """A copy of a module that rounds nothing: what its tensors hold is what it computes with.
+
+        A quantised weight, which nothing changes, is 0 in it.
+        """
+        layer, memo = self._modules[m], dict[int, Any]()
+        base = layer.get_base_layer()
+        if not base.weight.is_floating_point():
+            d, k = self.shapes[m].d, self.shapes[m].k
+            memo[id(base)] = empty = nn.Linear(k, d, bias=False)
+            nn.init.zeros_(empty.weight)
+            empty._forward_hooks = base._forward_hooks
+        return copy.deepcopy(layer, memo).double().eval()
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _on(self) -> Iterator[tuple[str, LoraLayer]]:
-        return ((m, x) for m, x in self._modules.items() if self.active in x.lora_A)
+    def _on(self) -> list[str]:
+        """The modules whose A and B side the active adapter has."""
+        if self.form.kind == "vectors":
+            return [*self._modules]
+        if self.rank:
+            return []
+        return [m for m, x in self._modules.items() if self.active in x.lora_A]
+
+    def _sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, k) and B (d, r) of a module; or VeRA's vectors in their place, (r) and (d)."""
+        x = self._modules[m]
+        if self.form.kind == "vectors":
+            return x.vera_lambda_d[self.active], x.vera_lambda_b[self.active]
+        return x.lora_A[self.active].weight, x.lora_B[self.active].weight
+
+    def _own_tensors(self) -> dict[str, nn.Parameter]:
+        """What trains of a form without sides, by its name in PEFT's files."""
+        return {
+            ".".join(
+                part for part in name.removeprefix(PREFIX).split(".") if part != self.active
+            ): p
+            for name, p in self.peft.named_parameters()
+            if p.requires_grad and "modules_to_save" not in name
+        }
 
     def _other(self) -> dict[str, nn.Parameter]:
         """Trained tensors that are no LoRA factor: heads, magnitudes, by their plain names."""
-        found: dict[str, nn.Parameter] = {}
+        found = dict(self._tensors)
         for name, module in self.peft.named_modules():
             if isinstance(module, ModulesToSaveWrapper) and self.active in module.modules_to_save:
                 for tail, p in module.modules_to_save[self.active].named_parameters():
                     found[f"{name.removeprefix(PREFIX)}.{tail}"] = p
-        for m, layer in self._on():
+        for m, layer in self._modules.items():
             if self.active in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
                 found[f"{m}.lora_magnitude_vector"] = magnitudes[self.active].weight
         return found
@@ -298,7 +372,11 @@ class Model:
                 base.add_adapter(name, peft_config)
                 model = base
             else:
-                model = get_peft_model(base, peft_config, adapter_name=name)
+                torch.manual_seed(seeded(self.config.run.seed, 0, 0, "form").initial_seed())
+                try:
+                    model = get_peft_model(base, peft_config, adapter_name=name)
+                except (ValueError, TypeError) as e:
+                    raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name
         return model
@@ -309,25 +387,3 @@ class Model:
             self.active = next(iter(self._profiles.values()))
             self.peft.set_adapter(self.active)
         self.peft.delete_adapter(name)
-
-    def _set_weight(self, m: str, shift: Tensor | None) -> None:
-        weight = self._modules[m].get_base_layer().weight
-        if not weight.is_floating_point():
-            raise ModelError(
-                f"{m}: its weight is quantised ({weight.dtype}) and cannot take a base change; "
-                "set model.merge = 'keep-as-adapter', or use a strategy whose base does not move"
-            )
-        with torch.no_grad():
-            if m not in self._origin:
-                self._origin[m] = weight.detach().clone()
-            W0 = self._origin[m]
-            if shift is None:
-                weight.copy_(W0)
-            else:
-                turned = shift.T if self.shapes[m].fan_in_fan_out else shift
-                weight.copy_(W0.float() + turned if W0.dtype != turned.dtype else W0 + turned)
-
-    def _reset(self) -> None:
-        for m in self._shift:
-            self._set_weight(m, None)
-        self._shift = {}

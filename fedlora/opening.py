@@ -1,22 +1,21 @@
 """What comes before round 1: meeting the clients, the first state, baselines and round 0."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
 from fedlora import compose
+from fedlora.adapter import Factors
 from fedlora.errors import RoundError, StrategyError
 from fedlora.first_gradient import survey
 from fedlora.intake import POLL, Gathered
 from fedlora.journal import Member
+from fedlora.layers import taken_out
 from fedlora.privacy.probe import check_apart
-from fedlora.strategies.base import (
-    Client,
-    Round,
-    Start,
-)
+from fedlora.proof import Target, kinds, outputs, probes
+from fedlora.strategies.base import Client, Round, Start, whole_download
 
 if TYPE_CHECKING:
     from fedlora.server import FederatedLora
@@ -85,7 +84,10 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
     whole = Client(-1, server.model.layers(server.planner.widest(members)))
     factors = server.model.init_factors(whole, server.config.run.seed)
     start = Start(factors, clients, server.model.weights(), server.config.run.seed)
+    server.origin = taken_out(server.config, factors)
     server.state = server.strategy.init(start)
+    if factors.adapter() and server.config.lora.init != "default":
+        _check_begins(server, clients, factors)
     if getattr(server.strategy, "wants_gradient", False):
         server.state = server.strategy.from_gradient(server.state, survey(server, grid, clients))  # type: ignore[attr-defined]
     if server.config.evaluate.baselines:
@@ -98,6 +100,30 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
     record["seconds"] = {"total": time.perf_counter() - begun}
     server.commit(0, record)
     server.observer.round_done(record)
+
+
+def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: Factors) -> None:
+    """Every kind of client must begin with the B A that lora.init made, wherever it lies.
+
+    Raises:
+        StrategyError: the strategy begins otherwise, so a client would not start from W0.
+    """
+    round = Round(1, server.config.run.seed)
+    want = factors.adapter()
+    target = Target(probes(clients, 1, round.seed, 0))
+    target.add(want, 1)
+    for client in kinds(clients):
+        came = whole_download(server.strategy, server.state, client, round, fold_absent=True)
+        loaded = server.strategy.start(came, Factors(), client, round)
+        for m, y in outputs(target, came.base, loaded.adapter(), came.fold).items():
+            size = want[m].scale * float(want[m].A.norm() * want[m].B.norm())
+            if not float((y - target.mean(m)).norm()) <= 1e-4 * size:
+                init, name = server.config.lora.init, server.config.strategy.name
+                raise StrategyError(
+                    f"lora.init = {init!r}: {name} begins with factors of its own, or cuts "
+                    "these where ranks differ, so clients would not start from the base model; use "
+                    "fedavg, ffa, fedex or rolora, or lora.init = 'default'"
+                )
 
 
 def _baselines(server: "FederatedLora") -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fedlora.checkpoint import save
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
+from fedlora.layers import taken_out
 from fedlora.model import Model
 from fedlora.strategies.base import Client
 from fedlora.text import Encoded
@@ -53,9 +54,10 @@ def alone(desk: "Desk", rows: Encoded, test: Encoded) -> Scores:
     """Train from W0 for as many rounds as the client had its turn in, on average; its scores."""
     config, job = desk.config, desk.job
     model = desk.model()
-    model.rebase(f"{desk.token}/alone", [])
     me = Client(job.client, model.layers(job.ranks))
-    model.load(model.init_factors(me, config.run.seed))
+    first = model.init_factors(me, config.run.seed)
+    model.rebase(f"{desk.token}/alone/{job.client}", [], taken_out(config, first))
+    model.load(first)
     turns = (config.clients.per_round or config.clients.count) / config.clients.count
     rounds = max(1, int(config.run.rounds * turns + 0.5))
     for n in range(rounds):

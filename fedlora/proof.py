@@ -32,6 +32,9 @@ from fedlora.strategies.base import (
 )
 from fedlora.wire import ROUNDING, pack_download, unpack_download
 
+WEIGHTS = {"float32": 0.0, "bfloat16": 1e-2, "float16": 2e-3}
+"""What a base of this dtype may round of its own output, |W x|, when a change goes into it."""
+
 
 def probes(client_layers: Sequence[Client], n: int, seed: int, round: int) -> dict[str, Tensor]:
     """x (k, n) for every module any client adapts, unit columns, anew each round."""
@@ -56,10 +59,15 @@ class Target:
     total: dict[str, Tensor] = field(default_factory=dict)
     weight: dict[str, Tensor] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
+    floor: Mapping[str, float] = field(default_factory=dict)
+    """What a deviation is relative to, where |delta_i x| is smaller."""
 
     def add(self, trained: Adapter, n: int) -> None:
-        for m, pair in trained.items():
-            y = _double(pair)(self.x[m])  # (d, n)
+        self.add_outputs({m: _double(pair)(self.x[m]) for m, pair in trained.items()}, n)
+
+    def add_outputs(self, outputs: Mapping[str, Tensor], n: int) -> None:
+        """One client's delta_i x (d, n) by module, however they were found."""
+        for m, y in outputs.items():
             rows = torch.full((y.shape[0], 1), float(n), dtype=torch.float64)
             self.total[m] = _padded_sum(self.total.get(m), n * y)
             self.weight[m] = _padded_sum(self.weight.get(m), rows)
@@ -70,7 +78,7 @@ class Target:
 
     def scale(self, m: str) -> float:
         """sum_i p_i |delta_i x|: what rounding is relative to, also where the mean cancels."""
-        return self.size[m] / float(self.weight[m].max())
+        return max(self.size[m] / float(self.weight[m].max()), self.floor.get(m, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +92,8 @@ class Proof:
     layers: Mapping[str, float]
     profiles: int
     model_deviation: float | None = None
+    model_bound: float = 0.0
+    """What the model itself may deviate by: more, where its weights round what goes into them."""
 
     @property
     def worst(self) -> str:
@@ -96,6 +106,7 @@ class Proof:
             "bound": self.bound,
             "norm": self.norm,
             "model_deviation": self.model_deviation,
+            "model_bound": max(self.bound, self.model_bound),
             "worst_layer": self.worst,
             "profiles": self.profiles,
             "layers": dict(self.layers),
@@ -105,11 +116,14 @@ class Proof:
         """Raises ProofError where an exact strategy, or the model built from it, is not exact."""
         if self.promise == "approximate":
             return
-        for what, value in (("the download", self.deviation), ("the model", self.model_deviation)):
-            if value is not None and not value <= self.bound:
+        for what, value, bound in (
+            ("the download", self.deviation, self.bound),
+            ("the model", self.model_deviation, max(self.bound, self.model_bound)),
+        ):
+            if value is not None and not value <= bound:
                 raise ProofError(
                     f"round {round}: {strategy} promises an exact aggregation, but {what} "
-                    f"deviates from sum p_i s_i B_i A_i by {value:.2e} (bound {self.bound:.0e}), "
+                    f"deviates from sum p_i s_i B_i A_i by {value:.2e} (bound {bound:.0e}), "
                     f"most in {self.worst}. The state before this round is in the checkpoint; "
                     "nothing of this round was kept. proof.enforce = false goes on regardless."
                 )

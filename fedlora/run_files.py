@@ -134,9 +134,10 @@ def breaks_promise(proof: Record) -> bool:
     """
     if proof.get("bound") is None or proof.get("promise") == "approximate":
         return False
-    found = [proof.get("deviation", 0.0)]
-    found += [proof["model_deviation"]] if proof.get("model_deviation") is not None else []
-    return any(deviation is None or not deviation <= proof["bound"] for deviation in found)
+    found = [(proof.get("deviation", 0.0), proof["bound"])]
+    if proof.get("model_deviation") is not None:
+        found.append((proof["model_deviation"], proof.get("model_bound", proof["bound"])))
+    return any(value is None or not value <= bound for value, bound in found)
 
 
 def _derived(run_dir: Path, rounds: tuple[Record, ...], config: Record) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import compose, site
+from fedlora import compose, forms, measured, site
+from fedlora.adapter import Adapter
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
@@ -38,7 +39,7 @@ from fedlora.opening import begin, look, meet
 from fedlora.planning import Planner
 from fedlora.privacy.central import CentralPrivacy
 from fedlora.privacy.summary import EXHAUSTED
-from fedlora.proof import Proof, Target, model_deviation, probes, prove
+from fedlora.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
 from fedlora.roster import Roster
 from fedlora.secure.rounds import uploads as secure_uploads
 from fedlora.server_opt import Moments
@@ -51,7 +52,7 @@ from fedlora.strategies.base import (
     whole_download,
 )
 from fedlora.watch import watched
-from fedlora.wire import Job, count_bytes, pack_download, pack_factors
+from fedlora.wire import Job, count_bytes, pack_download, pack_factors, pack_pairs
 
 
 class FederatedLora(FlowerStrategy):
@@ -69,9 +70,12 @@ class FederatedLora(FlowerStrategy):
         self.corpus = site.corpus(config)
         self.labels = self.corpus.labels
         self.model = site.model(config, self.labels)
+        self.promise = forms.promise(self.model.form, self.strategy)
+        self.measured = measured.measures(self)
         self.incarnation = uuid.uuid4().hex[:8]
         self.token = ""
         self.state: Any = None
+        self.origin: Adapter = {}  # what lora.init took out of the base
         self.members: dict[int, Member] = {}
         self.nodes: dict[int, int] = {}  # client id -> Flower node id, of this connection
         self.baselines: dict[str, Mapping[str, float]] = {}
@@ -139,8 +143,9 @@ class FederatedLora(FlowerStrategy):
         self.observer.round_started(number, cohort)
         clients = [self.client(i) for i in cohort]
         seen = clients or [self.client(i) for i in self.members]
-        target = Target(probes(seen, self.config.proof.probes, round.seed, number))
-        base = self._base_outputs(target)
+        target = self._target(seen, round)
+        through_model = self.promise == "exact" and not self.measured
+        base = self._base_outputs(target) if through_model else {}
         gathered = Gathered()
         version = self.base_number()
 
@@ -153,16 +158,14 @@ class FederatedLora(FlowerStrategy):
         aggregated = time.perf_counter()
         kinds = [c for c in clients if c.id in gathered.accepted]
         proof = None
-        if not self.secure or self.strategy.promise != "approximate":  # from a sum, one cannot tell
-            proof = prove(
-                self.strategy, state, version, kinds, target, round, self.config.wire.dtype,
-                self._folds,
-            )  # fmt: skip
+        if not self.secure or self.promise != "approximate":  # from a sum, one cannot tell
+            proof = self._proved(state, version, kinds, target, round)
         proved = time.perf_counter()
         self.load(self.strategy.effective(state))
-        if proof and proof.promise == "exact":
+        if proof and through_model:
             deviation = model_deviation(base, self.model.probe(target.x), target)
-            proof = replace(proof, model_deviation=deviation)
+            rounding = 0.0 if self.model.base.beside else WEIGHTS[self.config.model.dtype]
+            proof = replace(proof, model_deviation=deviation, model_bound=rounding)
         if proof and self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
         state = compose.stepped(self, state, clients, round)
@@ -248,7 +251,7 @@ class FederatedLora(FlowerStrategy):
         """Say what is about to run."""
         c = self.config
         self.observer.note(
-            f"{c.strategy.name} ({self.strategy.promise}), {len(self.members)} clients of ranks "
+            f"{c.strategy.name} ({self.promise}), {len(self.members)} clients of ranks "
             f"{sorted({m.rank for m in self.members.values()})}, {c.run.rounds} rounds"
         )
 
@@ -262,7 +265,7 @@ class FederatedLora(FlowerStrategy):
         else:
             done, saved = self.journal.resume(Saved, Member, *state_types(self.strategy))
             if saved is not None:
-                self.token, self.state = saved.token, saved.state
+                self.token, self.state, self.origin = saved.token, saved.state, saved.origin
                 self.members = dict(saved.members)
                 self.baselines = dict(saved.baselines)
                 self.before, self.clock = saved.seconds, saved.clock
@@ -300,6 +303,8 @@ class FederatedLora(FlowerStrategy):
         if not bare:
             download = whole_download(self.strategy, self.state, client, round, self._folds)
             content = pack_download(download, self.config.wire.dtype)
+            if self.origin and not member.last_round:  # once: it keeps it
+                content["origin"] = pack_pairs(self.origin, "float32")
         content["job"] = job.record()
         ttl = seconds or self.config.round.deadline
         group = str(round.number)
@@ -365,12 +370,30 @@ class FederatedLora(FlowerStrategy):
         self.observer.client_done(client.id, facts)
         return upload
 
+    # -- the proof ----------------------------------------------------------------------------
+
+    def _target(self, clients: Sequence[Client], round: Round) -> Target:
+        if self.measured:
+            return measured.target(self, round)
+        return Target(probes(clients, self.config.proof.probes, round.seed, round.number))
+
+    def _proved(
+        self, state: Any, before: int, kinds: Sequence[Client], target: Target, round: Round
+    ) -> Proof:
+        if self.measured:
+            return measured.prove(self, state, kinds, target, round)
+        dtype, folds = self.config.wire.dtype, self._folds
+        return prove(self.strategy, state, before, kinds, target, round, dtype, folds)
+
     # -- aggregation --------------------------------------------------------------------------
 
     def _noted(self, uploads: Iterator[Upload], round: Round, target: Target) -> Iterator[Upload]:
         """The uploads, each added to the proof's target as it passes."""
         for upload in uploads:
-            target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
+            if self.measured:
+                measured.add(self, target, upload, round)
+            else:
+                target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
             yield upload
 
     def _aggregate(self, uploads: Iterator[Upload], round: Round, gathered: Gathered) -> Any:
@@ -429,7 +452,7 @@ class FederatedLora(FlowerStrategy):
 
     def load(self, effective: Effective) -> None:
         """Make the server's own model what the strategy says it is."""
-        self.model.rebase(f"{self.token}/{self.incarnation}", effective.base)
+        self.model.rebase(f"{self.token}/{self.incarnation}", effective.base, self.origin)
         self.model.load(effective.factors)
 
     def _base_outputs(self, target: Target) -> dict[str, torch.Tensor]:
@@ -451,7 +474,7 @@ class FederatedLora(FlowerStrategy):
         every, last = self.config.evaluate.every, number >= self.config.run.rounds
         if not every or (number % every and not last):
             return None
-        if number and self.strategy.promise == "shared":
+        if number and self.promise == "shared":
             return None
         return self.score()
 
@@ -508,6 +531,7 @@ class FederatedLora(FlowerStrategy):
             clock=self.clock,
             moments=self.moments,
             clip=self.central.C if self.central else 0.0,
+            origin=self.origin,
         )
 
     def seconds(self) -> float:

@@ -8,6 +8,7 @@ from fedlora.config import Config
 from fedlora.console import quiet_libraries
 from fedlora.data import ClientRows, Corpus, load_node
 from fedlora.data import load as load_corpus
+from fedlora.forms import fixed_rank
 from fedlora.model import Model
 from fedlora.text import Encoded, encode
 
@@ -37,7 +38,8 @@ _corpus = _Once(load_corpus)
 def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
-           config.train.prefix_cache, labels, config.ranks.policy)  # fmt: skip
+           config.train.prefix_cache, labels, config.ranks.policy,
+           fixed_rank(config))  # fmt: skip
     found: Model = _model(key, config, labels)
     return found
 

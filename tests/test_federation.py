@@ -168,7 +168,7 @@ def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
         return b"".join(x.get_base_layer().weight.detach().numpy().tobytes() for x in layers)
 
     def noted(self: Model, fold: Any) -> Any:
-        seen.setdefault(self._base[1], set()).add(bits(self))
+        seen.setdefault(self.base._at[1], set()).add(bits(self))
         return folded(self, fold)
 
     monkeypatch.setattr(Model, "folded", noted)

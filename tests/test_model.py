@@ -13,8 +13,10 @@ from torch import Tensor
 from fedlora.adapter import Factors, Pair, clone, dense
 from fedlora.config import Config
 from fedlora.errors import ModelError
+from fedlora.layers import taken_out
 from fedlora.lowrank import accumulate
 from fedlora.model import PREFIX, Model
+from fedlora.proof import WEIGHTS
 from fedlora.strategies.base import BaseLog, Client, Version, seeded
 
 Settings = Callable[..., dict[str, object]]
@@ -361,3 +363,106 @@ def test_a_model_that_is_not_there_is_named(settings: Settings, tmp_path: Path) 
     given: dict[str, Any] = settings("bert", **{"model.path": str(tmp_path / "nowhere")})
     with pytest.raises(Exception, match="nowhere"):
         Model(Config.read(given), ("x",))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_init_that_moves_the_base_moves_it_once_and_starts_from_w0(
+    settings: Settings, kind: str, init: str
+) -> None:
+    """Whatever ranks come and go: a profile that is attached takes nothing out of the base."""
+    plain, model = build(settings, kind), build(settings, kind, **{"lora.init": init})
+    untouched = base_bits(plain)
+    for r in (2, 3, 5):
+        model.load(factors(model, r, r))
+    assert_bits(base_bits(model), untouched)
+    me = Client(-1, model.layers(dict.fromkeys(model.shapes, 4)))
+    first = model.init_factors(me, 7)
+    assert_bits(
+        dict(first.A), dict(build(settings, kind, **{"lora.init": init}).init_factors(me, 7).A)
+    )
+    model.rebase("run", [], taken_out(model.config, first))
+    for r in (2, 3, 5, 4):
+        model.load(factors(model, r, r) if r != 4 else first)
+    for m, W in plain.weights().items():
+        A, B = first.A[m].double(), first.B[m].double()
+        U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+        if init == "pissa":  # the leading part of W0, wherever a sign fell
+            best = U[:, :4] @ torch.diag(S[:4]) @ Vh[:4]
+            assert torch.allclose(first.scale[m] * B @ A, best, atol=1e-5)
+        moved = base_bits(model)[m]
+        moved = moved.T if model.shapes[m].fan_in_fan_out else moved
+        whole = moved.double() + first.scale[m] * B @ A
+        assert torch.allclose(whole, W.double(), atol=1e-6)
+        assert float((moved - W).norm()) > 0.1 * float(W.norm())  # it was moved
+        assert torch.equal(model.weights()[m], W)
+    log = versions(model, 2)
+    model.rebase("run", log, taken_out(model.config, first))
+    model.rebase("other", [])
+    assert_bits(base_bits(model), untouched)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_beside_the_base_changes_add_up_and_the_weights_stay(settings: Settings, kind: str) -> None:
+    model = build(settings, kind, **{"model.merge": "keep-as-adapter"})
+    into = build(settings, kind, **{"model.merge": "into-base"})
+    untouched = base_bits(model)
+    start, log, fold, mine = pairs(model, 2, 40), versions(model, 3), pairs(model, 1, 50), None
+    mine = factors(model, 3, 70)
+    x = {m: drawn(s.k, 4, seed=5).double() for m, s in model.shapes.items()}
+    made = []
+    for each in (model, into):
+        each.rebase("run", log[:2], start)
+        each.rebase("run", log, start)
+        with each.folded(fold):
+            each.load(mine)
+            made.append(each.probe(x))
+    for m in x:
+        assert float((made[0][m] - made[1][m]).norm() / made[1][m].norm()) < 1e-6
+    assert_bits(base_bits(model), untouched)
+    model.rebase("other", [])
+    model.load(Factors())
+    into.rebase("other", [])
+    into.load(Factors())
+    for m, y in model.probe(x).items():
+        assert torch.equal(y, into.probe(x)[m]), m
+
+
+def test_beside_the_base_all_ways_to_a_version_give_the_same_bits(settings: Settings) -> None:
+    beside = {"model.merge": "keep-as-adapter"}
+    steady, away, joining = (build(settings, "gpt2", **beside) for _ in range(3))
+    log, seen = BaseLog(), []
+    for n in range(1, 31):
+        log = log.add(pairs(steady, 2, n))
+        seen += log.since(n - 1)
+        steady.rebase("run", seen)
+        if n in (3, 30):
+            away.rebase("run", [*seen[:3], *log.since(3)] if n == 30 else seen)
+    joining.rebase("run", log.versions)
+    assert any(v.snapshot for v in log.versions)
+    x = {m: drawn(s.k, 4, seed=5) for m, s in steady.shapes.items()}
+    for model in (away, joining):
+        for m, y in steady.probe(x).items():
+            assert torch.equal(model.probe(x)[m], y), m
+
+
+def test_a_bfloat16_base_rounds_what_goes_into_it_and_not_what_stays_beside(
+    settings: Settings,
+) -> None:
+    found = {}
+    for merge in ("into-base", "auto"):
+        model = build(settings, "llama", **{"model.merge": merge, "model.dtype": "bfloat16"})
+        x = {m: drawn(s.k, 4, seed=5).double() for m, s in model.shapes.items()}
+        model.load(Factors())
+        before = model.probe(x)
+        change = {m: Pair(0.1 * p.A, 0.1 * p.B, p.scale) for m, p in pairs(model, 2, 9).items()}
+        model.rebase("run", [Version(1, change)])
+        after = model.probe(x)
+        found[merge] = max(
+            float(
+                (after[m] - before[m] - dense(change[m]).double() @ x[m]).norm() / before[m].norm()
+            )
+            for m in x
+        )
+    assert found["auto"] < 1e-7
+    assert 1e-4 < found["into-base"] < WEIGHTS["bfloat16"]

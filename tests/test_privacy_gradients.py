@@ -213,7 +213,7 @@ def test_batchnorm_is_refused(bert: Setting) -> None:
 
 
 def test_dora_is_refused(settings: Build) -> None:
-    s = Setting(settings("bert", **{"lora.form": "dora"}), torch.float32)
+    s = Setting(settings("bert", **{"lora.form": "dora", "strategy.name": "fedavg"}), torch.float32)
     assert "per-example gradient" in refusal(s)
 
 

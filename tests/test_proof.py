@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora import lowrank
 from fedlora.adapter import Factors, Pair
 from fedlora.errors import ProofError
-from fedlora.model import Model
+from fedlora.moving_base import MovingBase
 from fedlora.strategies import STRATEGIES, base, fedex, fedsvd, ffa, flora, mixed
 from fedlora.strategies.base import BaseLog
 
@@ -82,13 +82,13 @@ def half_of_s(patch: Patch) -> None:
 
 def transposed_fold(patch: Patch) -> None:
     """A base change that lands transposed in the model: square layers raise nothing."""
-    real = Model._set_weight
+    real = MovingBase._set_weight
 
-    def set_weight(self: Model, m: str, shift: Tensor | None) -> None:
+    def set_weight(self: MovingBase, m: str, shift: Tensor | None, *fold: Pair) -> None:
         square = shift is not None and shift.shape[0] == shift.shape[1]
-        real(self, m, shift.T if shift is not None and square else shift)
+        real(self, m, shift.T if shift is not None and square else shift, *fold)
 
-    patch.setattr(Model, "_set_weight", set_weight)
+    patch.setattr(MovingBase, "_set_weight", set_weight)
 
 
 def first_upload_alone(patch: Patch) -> None:

@@ -49,6 +49,9 @@ class Requires:
     """Clients send a sketch of their first gradient's sign before round 1 (`from_gradient`)."""
     own_gauge: bool = False
     """It refactors the model each round, so the factors of two rounds do not subtract."""
+    algebra: Literal["products", "sides", "tensors"] = "products"
+    """What it computes with. products: the products B A and their ranks. sides: A's and B's side
+    each by itself, whatever is between them. tensors: a mean of anything (fedlora/forms.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,16 +370,13 @@ class BaseLog:
         return self.versions[-1].number if self.versions else 0
 
     def add(self, delta: Mapping[str, Delta]) -> "BaseLog":
-        new = Version(self.number + 1, {m: _smaller(change) for m, change in delta.items()})
+        small = {m: dense(x) if _numel(x) > _dense_numel(x) else x for m, x in delta.items()}
+        new = Version(self.number + 1, small)
         log = (*self.versions, new)
         return BaseLog((_snapshot(log[:-1]), new) if _outgrown(log) else log)
 
     def since(self, version: int) -> tuple[Version, ...]:
         return tuple(v for v in self.versions if v.number > version)
-
-
-def _smaller(delta: Delta) -> Delta:
-    return dense(delta) if _numel(delta) > _dense_numel(delta) else delta
 
 
 def _numel(delta: Delta) -> int:

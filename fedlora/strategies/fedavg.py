@@ -35,7 +35,7 @@ from fedlora.strategies.base import (
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
-    requires: ClassVar[Requires] = Requires(equal_ranks=True)
+    requires: ClassVar[Requires] = Requires(equal_ranks=True, algebra="tensors")
 
     @property
     def promise(self) -> Promise:

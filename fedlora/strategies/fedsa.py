@@ -14,6 +14,9 @@ since all hold the same Abar, the mean of their models is one adapter (`average_
 
 Costs, a layer and client: up r_i k, down r_i k; at the end up r_i d. A newcomer gets the head.
 
+FedSA-rsLoRA is lora.use-rslora = true; FedSA-VeRA is lora.form = "vera", whose vector d is A's side
+and whose b is B's (fedlora/forms.py): up r numbers a layer, down r.
+
 Differs from the paper: B stays on the client even where clients share a process; p_i over the
 clients that replied; ranks may differ; the average at the end. A client that was away comes back
 with an old B against a moved A: its loss shows it for a few steps.
@@ -43,7 +46,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSA:
-    requires: ClassVar[Requires] = Requires(client_memory=True)
+    requires: ClassVar[Requires] = Requires(client_memory=True, algebra="sides")
 
     average_at_end: bool = True
     """After the last round ask each client once for its B and head, to export one model."""

@@ -41,7 +41,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FFA:
-    requires: ClassVar[Requires] = Requires(client_memory=True)
+    requires: ClassVar[Requires] = Requires(client_memory=True, algebra="sides")
 
     @property
     def promise(self) -> Promise:

@@ -40,7 +40,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class RoLoRA:
-    requires: ClassVar[Requires] = Requires()
+    requires: ClassVar[Requires] = Requires(algebra="sides")
 
     @property
     def promise(self) -> Promise:
