@@ -288,7 +288,12 @@ def test_the_command_prints_every_form() -> None:
 
 # -- whole federations --------------------------------------------------------------------------
 
-RUNS = [("fourierft", "fedavg"), ("vera", "ffa"), ("dora", "fedavg"), ("randlora", "fedavg")]
+RUNS = [
+    ("fourierft", "fedavg"),
+    ("vera", "ffa"),
+    pytest.param("dora", "fedavg", marks=pytest.mark.slow),
+    pytest.param("randlora", "fedavg", marks=pytest.mark.slow),
+]
 
 
 def run(settings: Settings, form: str, name: str, **changes: object) -> tuple[Any, Any]:
