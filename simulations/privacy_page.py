@@ -86,6 +86,7 @@ def scores(lab: "Lab") -> tuple[str, dict[str, dict[float, list[float]]]]:
 
 
 def utility(lab: "Lab") -> Table:
+    """Scores by method and budget; the probe first."""
     metric, found = scores(lab)
     write = percent if metric == "accuracy" else lambda x: f"{statistics.fmean(x):.3f}"
     heads = ["", *(f"epsilon {budget(e)}" for e in lab.epsilons)]
@@ -96,6 +97,7 @@ def utility(lab: "Lab") -> Table:
 
 
 def epsilons(lab: "Lab") -> Table:
+    """Epsilon claimed and measured of each mechanism."""
     heads = ["mechanism", "epsilon claimed", "epsilon measured", "flagged", "must be flagged"]
     return heads, [
         [r["mechanism"], budget(r["epsilon"]), f"{r['epsilon measured']:.2f}", r["flagged"],
@@ -146,6 +148,7 @@ def seats(lab: "Lab") -> Table:
 
 
 def inversions(lab: "Lab") -> Table:
+    """Part of a sentence read, by strategy and rank; one column a budget."""
     rows = [r for r in lab.rows("inversion") if "tokens" in r]
     recalls = list(dict.fromkeys(k for r in rows for k in r if k.startswith(("no DP", "epsilon"))))
     heads = ["strategy", "rank", "tokens", "sent", *recalls]
@@ -171,6 +174,7 @@ def across(ax: Axes, lab: "Lab") -> None:
 
 
 def plot_utility(lab: "Lab") -> Figure | None:
+    """Score by budget, a line a method; None where nothing was run."""
     metric, found = scores(lab)
     if not any(any(row.values()) for row in found.values()):
         return None
@@ -194,6 +198,7 @@ def plot_utility(lab: "Lab") -> Figure | None:
 
 
 def plot_epsilons(lab: "Lab") -> Figure | None:
+    """Measured epsilon as bars, the claim as a stroke."""
     rows = lab.rows("canaries")
     if not rows:
         return None
@@ -211,6 +216,7 @@ def plot_epsilons(lab: "Lab") -> Figure | None:
 
 
 def plot_models(lab: "Lab") -> Figure | None:
+    """AUC of each attack on the shadow models by budget."""
     rows = {r["epsilon"]: r for r in lab.rows("shadows")}
     at = [i for i, e in enumerate(lab.epsilons) if e in rows]
     if not at:
@@ -226,6 +232,7 @@ def plot_models(lab: "Lab") -> Figure | None:
 
 
 def plot_seats(lab: "Lab") -> Figure | None:
+    """AUC of the server's attack by budget, a panel a client's size."""
     rows = lab.rows("seat")
     sizes = sorted({r["rows"] for r in rows})
     if not rows:
@@ -251,6 +258,7 @@ def chance(ax: Axes) -> None:
 
 
 def plot_inversions(lab: "Lab") -> Figure | None:
+    """Part of a sentence read by strategy and rank: without DP as bars, with it as strokes."""
     rows = [r for r in lab.rows("inversion") if "tokens" in r]
     if not rows:
         return None
