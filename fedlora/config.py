@@ -465,6 +465,7 @@ class Config(_Section):
         try:
             given = tomllib.loads(Path(path).read_text())
             given.pop("compare", None)  # of `fedlora compare` alone: simulations/compare.py
+            given.pop("audit", None)  # of `fedlora privacy audit`: simulations/privacy_lab.py
         except FileNotFoundError:
             raise ConfigError([f"{path}: no such file"]) from None
         except tomllib.TOMLDecodeError as e:

@@ -1,41 +1,98 @@
 """The privacy lab: what an experiment's privacy costs, and what attacks get out of it.
 
-    fedlora privacy audit simulations/experiments/quickstart.toml --epsilons 0,8,1
+    fedlora privacy audit simulations/experiments/privacy.toml
+    fedlora privacy audit simulations/experiments/privacy.toml --quick
 
     utility      accuracy by strategy and epsilon, beside a linear probe under the same epsilon
-    membership   loss threshold on the final model: AUC, and true positives at 5 % false ones
+    membership   LiRA-lite and the loss threshold on models; the server's seat on single updates
     canaries     a measured lower bound on epsilon, and the same with bugs planted
-    inversion    how much of a sentence one update gives away, by strategy and rank
+    inversion    how much of a sentence one upload gives away, by strategy, rank and budget
 
-Results go to <out>/privacy.json after every step, and to <out>/privacy.html.
+An experiment may say in its [audit] table what the lab compares:
+
+    [audit]
+    epsilons = [0, 8, 3, 1]             0: without privacy
+    strategies = ["fedavg", "ffa"]
+    seeds = [0, 1]
+    [audit.open]                        keys where there is no privacy
+    "train.optimizer" = "adamw"
+    [audit.at.1]                        keys at epsilon 1
+    [audit.set.fedsb]                   keys of one strategy, whatever the budget
+    [audit.quick]                       keys of --quick
+
+Each measurement is a row in a file of its own, OUT/rows/NAME.json, so what is done is not done
+again: the same command goes on where it was stopped. The report is OUT/privacy.html.
 """
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fedlora import site
+from fedlora.checkpoint import write_atomically
 from fedlora.config import Config
-from fedlora.model import Model
-from fedlora.privacy.accounting import calibrate
-from fedlora.privacy.audit import audit, telling
-from fedlora.privacy.chance import Chance
-from fedlora.privacy.inversion import embeddings, invert, pairs
-from fedlora.privacy.mechanism import ClippedSum
-from fedlora.privacy.per_example import kept_apart
-from fedlora.privacy.training import Plan
-from fedlora.server import FederatedLora
-from fedlora.strategies.base import Client
-from fedlora.text import Encoded, collate, eval_batches
-from fedlora.train import example_losses
-from simulations.grid import LocalGrid
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.strategies import STRATEGIES
+from fedlora.units import duration
+from simulations import privacy_attacks as attacks
+from simulations import privacy_utility as utility
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+
+KEYS = {"epsilons", "strategies", "seeds", "open", "at", "set", "quick"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the attacks take."""
+
+    pool: int = 240
+    """Rows of which each shadow model has half."""
+    shadows: int = 8
+    memorise: float = 20.0
+    """Epochs of a shadow model without privacy."""
+    rows: Sequence[int] = (16, 128)
+    """Of a client whose single update is attacked."""
+    trials: int = 3
+    tokens: int = 9
+    """Of the sentence that is to be read from an update."""
+    ranks: Sequence[int] = (4, 16, 64)
+    canaries: int = 0
+    """0: as many as tell every planted bug."""
+
+
+QUICK = Size(40, 4, 2.0, (4,), 1, 9, (16,), 2000)
+
+
+PARTS: Mapping[str, Callable[..., Row]] = {
+    "canaries": attacks.canary,
+    "probe": utility.probe,
+    "inversion": attacks.inversion,
+    "shadows": attacks.shadows,
+    "seat": attacks.server_seat,
+    "utility": utility.federation,
+}
+"""Each takes the lab and its row's labels, and gives what it measured."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: a row of one table."""
+
+    part: str
+    labels: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        values = (f"{x:g}" if isinstance(x, float) else str(x) for x in self.labels.values())
+        return "-".join([self.part, *values]).replace(" ", "-").replace(",", "").replace("/", "-")
 
 
 @dataclass
@@ -44,249 +101,199 @@ class Lab:
 
     config: Config
     out: Path
-    epsilons: Sequence[float]
-    strategies: Sequence[str]
+    epsilons: Sequence[float] = (0.0, 8.0, 3.0, 1.0)
+    strategies: Sequence[str] = ("fedavg", "ffa", "fedex", "flora", "fedsa", "fedsb")
+    seeds: Sequence[int] = (0,)
+    table: Mapping[str, Any] = field(default_factory=dict)
+    """[audit], for what depends on strategy and budget."""
+    size: Size = Size()
 
-    def run(self) -> dict[str, Rows]:
-        """All four parts; what is done is on disk after each."""
-        found: dict[str, Rows] = {}
-        for name, part in (
-            ("canaries", canaries(self)),
-            ("inversion", inversion(self)),
-            ("utility", utility(self)),
-        ):
-            found[name] = []
-            for row in part:
-                print(name, row, flush=True)
-                found[name].append(row)
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "privacy.json").write_text(json.dumps(found, indent=2) + "\n")
-        return found
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        overrides: Mapping[str, Any],
+        out: Path,
+        quick: bool = False,
+        **chosen: Sequence[Any] | None,
+    ) -> "Lab":
+        """By the experiment's file; `chosen` are epsilons, strategies, seeds in place of its own.
 
-    def at(self, strategy: str, epsilon: float) -> Config:
+        Raises:
+            ConfigError: the file or its [audit] table is wrong, or there is no such strategy.
+        """
+        config = Config.load(path, overrides)
+        table = tomllib.loads(path.read_text()).get("audit", {})
+        if wrong := sorted(set(table) - KEYS):
+            raise ConfigError([f"{path}: audit.{wrong[0]}: must be one of {sorted(KEYS)}"])
+        if quick:
+            config = Config.read({**config.flat(), **table.get("quick", {}), **overrides})
+        found = {k: chosen.get(k) or table.get(k) or getattr(cls, k) for k in
+                 ("epsilons", "strategies", "seeds")}  # fmt: skip
+        if unknown := [s for s in found["strategies"] if s not in STRATEGIES]:
+            raise ConfigError([f"--strategies: {unknown[0]} is none of {', '.join(STRATEGIES)}"])
+        if quick and not chosen.get("seeds"):
+            found["seeds"] = found["seeds"][:1]
+        lab = cls(config, out, **found, table=table, size=QUICK if quick else Size())
+        for strategy in lab.strategies:  # all that is wrong with them is said before anything runs
+            for epsilon in lab.epsilons:
+                lab.at(strategy, epsilon)
+        return lab
+
+    def at(self, strategy: str, epsilon: float, seed: int | None = None) -> Config:
         """The experiment with this strategy and budget, in a run of its own."""
+        seed = self.config.run.seed if seed is None else seed
+        table = self.table
         changes: dict[str, Any] = {
+            **table.get("set", {}).get(strategy, {}),
+            **(table.get("at", {}).get(f"{epsilon:g}", {}) if epsilon else table.get("open", {})),
             "strategy.name": strategy,
-            "privacy.epsilon": epsilon,
+            "privacy.epsilon": float(epsilon),
             "privacy.noise-multiplier": 0.0,
+            "run.seed": seed,
             "run.out": str(self.out / "runs"),
-            "run.name": f"{strategy}-{epsilon:g}",
+            "run.name": f"{strategy}-{epsilon:g}-{seed}",
             "evaluate.baselines": False,
             "evaluate.clients": False,
             "output.plots": False,
+            "simulate.workers": 1,
         }
         if len(set(self.config.clients.ranks)) > 1:
             changes["clients.ranks"] = str(max(self.config.clients.ranks))
         return Config.read({**self.config.flat(), **changes})
 
+    # -- what there is to measure ---------------------------------------------------------------
 
-# -- utility and membership ----------------------------------------------------------------------
+    def jobs(self) -> list[Job]:
+        """Everything, cheapest first; runs of one model one after the other, so it loads once."""
+        small = {"strategy": self.strategies, "epsilon": self.epsilons}
+        found = [Job("canaries", dict(zip(("mechanism", "epsilon"), x, strict=True)))
+                 for x in attacks.mechanisms(self.epsilons)]  # fmt: skip
+        if self.config.model.task == "classification":
+            found += grid("probe", seed=self.seeds, epsilon=self.epsilons)
+        found += grid("inversion", strategy=self.strategies, rank=self.size.ranks)
+        found += grid("shadows", epsilon=self.epsilons)
+        found += grid("seat", rows=self.size.rows, **small)
+        runs = grid("utility", seed=self.seeds, **small)
+        return found + sorted(runs, key=self._loads)
 
+    def _loads(self, job: Job) -> tuple[int, str]:
+        """What of a run's config makes it load another model."""
+        seed, strategy, epsilon = job.labels.values()
+        return self.seeds.index(seed), str(self.at(strategy, epsilon).lora)
 
-def utility(lab: Lab) -> Iterator[dict[str, Any]]:
-    """Accuracy of every strategy at every epsilon, with the membership attack on each model."""
-    for epsilon in lab.epsilons:
-        if lab.config.model.task == "classification":
-            yield {"strategy": "linear probe", "epsilon": epsilon, **probe(lab, epsilon)}
-        for strategy in lab.strategies:
-            config = lab.at(strategy, epsilon)
-            from client_app.app import app
+    # -- measuring --------------------------------------------------------------------------------
 
-            with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
-                server = FederatedLora(config)
-                server.start(grid)
-            scores = server.score() or {}
-            yield {"strategy": strategy, "epsilon": epsilon, **_main(scores), **_attack(server)}
+    def run(self, workers: int = 1, say: Callable[[str], None] = print) -> None:
+        """Measure what has not been, `workers` rows at a time.
 
+        Raises:
+            FedLoraError: the directory belongs to another experiment, or something could not be
+                measured; everything else has been.
+        """
+        self._open()
+        jobs = self.jobs()
+        todo = [job for job in jobs if self.row(job) is None]
+        if len(todo) < len(jobs):
+            say(f"{len(jobs) - len(todo)} of {len(jobs)} measurements are done already")
+        with tempfile.TemporaryDirectory() as claims:
+            children = [_forked(self, todo, Path(claims), say) for _ in range(workers - 1)]
+            try:
+                self._work(todo, Path(claims), say)
+            finally:
+                for pid in children:
+                    os.waitpid(pid, 0)
+        if missing := [job.name for job in todo if self.row(job) is None]:
+            raise FedLoraError(f"not measured: {', '.join(missing)}; the reasons stand above")
 
-def _main(scores: Mapping[str, float]) -> dict[str, float]:
-    return {key: scores[key] for key in ("accuracy", "loss", "perplexity") if key in scores}
+    def _work(self, todo: Sequence[Job], claims: Path, say: Callable[[str], None]) -> None:
+        """Take jobs that no other process has taken, until there are none."""
+        for n, job in enumerate(todo, 1):
+            try:
+                os.close(os.open(claims / str(n), os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            begun = time.monotonic()
+            try:
+                row = {**job.labels, **PARTS[job.part](self, **job.labels)}
+            except FedLoraError as e:
+                say(f"[{n}/{len(todo)}] {job.name}: {type(e).__name__}: {e}")
+                continue
+            row["seconds"] = time.monotonic() - begun
+            write_atomically(self.file(job), (json.dumps(row, indent=1) + "\n").encode())
+            took = duration(row["seconds"])
+            say(f"[{n}/{len(todo)}] {job.name}: {brief(row, job.labels)}  {took}")
 
+    def _open(self) -> None:
+        """Make the directory this experiment's, or see that it is."""
+        path = self.out / "experiment.json"
+        mine = {"config": self.config.flat(), "audit": dict(self.table), "size": asdict(self.size)}
+        mine["config"] = {k: v for k, v in mine["config"].items() if not k.startswith("run.out")}
+        text = json.dumps(mine, indent=1, sort_keys=True) + "\n"
+        if path.exists() and path.read_text() != text:
+            raise FedLoraError(
+                f"{self.out} has measurements of another experiment or of another size; choose "
+                "another --out, or remove it"
+            )
+        (self.out / "rows").mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
 
-def _attack(server: FederatedLora) -> dict[str, float]:
-    """Loss threshold (Yeom et al., 2018): are training rows' losses lower than unseen rows'?"""
-    parts = [site.encoded("train", i, server.config, server.labels) for i in sorted(server.members)]
-    members = torch.cat([_losses(server.model, rows) for rows in parts])
-    others = _losses(server.model, site.encoded("central", -1, server.config, server.labels))
-    auc, caught = telling(-members, -others)
-    return {"auc": auc, "tpr_at_5": caught}
+    def file(self, job: Job) -> Path:
+        return self.out / "rows" / f"{job.name}.json"
 
+    def row(self, job: Job) -> Row | None:
+        """What was measured; None where nothing was yet."""
+        path = self.file(job)
+        return json.loads(path.read_text()) if path.exists() else None
 
-@torch.no_grad()
-def _losses(model: Model, rows: Encoded) -> Tensor:
-    model.peft.eval()
-    found = [example_losses(model, batch) for batch in eval_batches(rows, 64)]
-    return torch.cat(found)
-
-
-def probe(lab: Lab, epsilon: float, rounds: int = 40, C: float = 0.5) -> dict[str, float]:
-    """DP gradient descent on a linear head over frozen features: what DP-LoRA has to beat.
-
-    Full batches (q = 1), zero-initialised, momentum 0.9, features scaled to length 1 by row; each
-    client clips and noises its own sum, and the server averages.
-    """
-    from fedlora.features import frozen_features
-
-    config = lab.config
-    corpus = site.corpus(config)
-    model = site.model(config, corpus.labels)
-    names = {label: i for i, label in enumerate(corpus.labels)}
-
-    def known(rows: Any) -> tuple[Tensor, Tensor]:
-        x = torch.nn.functional.normalize(frozen_features(model, rows.text, config))
-        y = torch.tensor([names[label] for label in rows.label])
-        return torch.cat([x, torch.ones(len(x), 1)], 1), y
-
-    clients = [known(c.train) for c in corpus.clients]
-    sigma = calibrate(epsilon, config.privacy.delta, 1.0, rounds) if epsilon else 0.0
-    W = torch.zeros(len(names), clients[0][0].shape[1])
-    velocity = torch.zeros_like(W)
-    for _ in range(rounds):
-        steps = []
-        for x, y in clients:
-            g = (x @ W.T).softmax(1) - torch.nn.functional.one_hot(y, len(names))
-            c = (C / (g.norm(dim=1) * x.norm(dim=1)).clamp(min=1e-12)).clamp(max=1.0)
-            noise = Chance().gaussians(W.numel()).view(W.shape).float() * sigma * C
-            steps.append(((c[:, None] * g).T @ x + noise) / len(x))
-        velocity = 0.9 * velocity + torch.stack(steps).mean(0)
-        W = W - 2.0 * velocity
-    x, y = known(corpus.test)
-    return {"accuracy": float(((x @ W.T).argmax(1) == y).float().mean())}
-
-
-# -- canaries ------------------------------------------------------------------------------------
-
-
-def canaries(lab: Lab) -> Iterator[dict[str, Any]]:
-    """The lower bound at each epsilon, and with a quarter of the noise."""
-    delta = lab.config.privacy.delta
-    m = max(1000, min(10_000, int(0.1 / delta)))  # more of them cost the bound 2 m delta
-    for epsilon in lab.epsilons:
-        if epsilon:
-            sigma = calibrate(epsilon, delta, 1.0, 1)
-            yield {
-                "epsilon claimed": epsilon,
-                "epsilon measured": audit(sigma, delta, m),
-                "with a quarter of the noise": audit(sigma / 4, delta, m),
-            }
+    def rows(self, part: str) -> list[Row]:
+        """What was measured of one part, in the order of its jobs."""
+        found = (self.row(job) for job in self.jobs() if job.part == part)
+        return [row for row in found if row is not None]
 
 
-# -- inversion -----------------------------------------------------------------------------------
-
-COLUMNS = {"A": "A (LoRA, FedSA)", "B": "B (FFA)", "R": "R (Fed-SB)"}
-
-
-def inversion(lab: Lab, ranks: Sequence[int] = (8, 16, 64)) -> Iterator[dict[str, Any]]:
-    """Recall of a short sentence's tokens from one step's gradient, with and without noise."""
-    config = Config.read({**lab.config.flat(), "privacy.noise-multiplier": 1.0})
-    corpus = site.corpus(config)
-    model = Model(config, corpus.labels)
-    embed = getattr(getattr(model.peft.base_model.model, "encoder", None), "embeddings", None)
-    first = next(iter(model.shapes))
-    if embed is None:
-        embed = getattr(getattr(model.peft.base_model.model, "bert", None), "embeddings", None)
-    if embed is None:
-        return
-    rows = site.encoded("central", -1, config, corpus.labels)
-    shortest = int((rows.lengths - 9).abs().argmin())
-    batch = collate(rows, torch.tensor([shortest]))
-    for rank in ranks:
-        for column, name in COLUMNS.items():
-            found = {
-                sigma: _inverted(model, embed, first, rank, column, batch, sigma)
-                for sigma in (0.0, 1e-4, _sigma(lab))
-            }
-            tokens = int(rows.lengths[shortest])
-            recalls = [found[s] for s in found]
-            yield {"update of": name, "rank": rank, "tokens": tokens,
-                   "recall without DP": recalls[0], "sigma = 1e-4": recalls[1],
-                   "recall with DP": recalls[2]}  # fmt: skip
+def grid(part: str, **axes: Sequence[Any]) -> list[Job]:
+    """One job for each combination; the last axis changes fastest."""
+    every = itertools.product(*axes.values())
+    return [Job(part, dict(zip(axes, values, strict=True))) for values in every]
 
 
-def _sigma(lab: Lab) -> float:
-    """The least noise of the lab's budgets, for a client of average size."""
-    corpus = site.corpus(lab.config)
-    n = sum(len(c.train) for c in corpus.clients) // len(corpus.clients)
-    budget = max(lab.epsilons)
-    if not budget:
-        return 1.0
-    return Plan.of(lab.at(lab.strategies[0], budget), n).sigma
+def brief(row: Row, labels: Mapping[str, Any]) -> str:
+    """A row's first numbers, for its progress line."""
+    numbers = [(k, v) for k, v in row.items() if isinstance(v, float) and k not in labels]
+    return ", ".join(f"{k} {v:.3g}" for k, v in numbers[:3] if k != "seconds")
 
 
-def _inverted(
-    model: Model, embed: Any, m: str, rank: int, column: str, batch: Any, sigma: float
-) -> float:
-    """One example's gradient of one column of one module, clipped to 1 and noised; its recall."""
-    ranks = dict.fromkeys(model.shapes, rank)
-    factors = model.init_factors(Client(0, model.layers(ranks)), 0)
-    g = torch.Generator().manual_seed(0)
-    B = {k: 0.02 * torch.randn(x.shape, generator=g) for k, x in factors.B.items()}
-    R = {k: torch.eye(rank) for k in factors.A} if column == "R" else {}
-    head = {k: torch.randn(x.shape, generator=g) for k, x in factors.other.items()}
-    model.load(replace(factors, B=B, R=R, other=head))  # a head of zeros gives no gradient at all
-    params = tuple(p for ps in model.trainable(frozenset({column})).values() for p in ps.values())
-    target = model.trainable(frozenset({column}))[column][m]
-    with kept_apart(model.peft, model.active, frozenset(params)) as sink:
-        example_losses(model, batch).sum().backward()
-        clipped = ClippedSum(params, 1.0)
-        clipped.add(sink.take(1))
-    change = clipped.noised(sigma, Chance())[target]
-    ids = batch["input_ids"][0]
-    vocabulary = embed.word_embeddings.weight.shape[0]
-    candidates: Any = embeddings(embed, vocabulary, len(ids) + 1)
-    if column != "A":
-        candidates = (x @ factors.A[m].T for x in candidates)
-    return invert(change, candidates, pairs(ids, vocabulary), drop=1e-6).recall
+def _forked(lab: Lab, todo: Sequence[Job], claims: Path, say: Callable[[str], None]) -> int:
+    """A process of its own that works on the same jobs; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        lab._work(todo, claims, say)
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
-# -- the page --------------------------------------------------------------------------------------
+def main(lab: Lab, workers: int, command: str) -> Path:
+    """The whole command; where its report is. However it ends, the report has what was measured."""
+    from simulations.privacy_page import write
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>Privacy lab</title>
-<style>body{font:15px/1.5 system-ui;max-width:60em;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;text-align:right;
-border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}</style>
-<h1>Privacy lab: {{ name }}</h1>
-<p>epsilon 0 means without privacy. delta = {{ delta }}. Every number was measured by
-<code>fedlora privacy audit</code>; what is promised is in docs/privacy.md.</p>
-{% for title, note, rows in parts if rows %}<h2>{{ title }}</h2><p>{{ note }}</p>
-<table><tr>{% for head in rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for head in rows[0] %}<td>{{ row.get(head, "-") | number }}</td>
-{% endfor %}</tr>{% endfor %}</table>{% endfor %}"""
+    def say(text: str) -> None:
+        print(text, flush=True)
 
-NOTES = {
-    "utility": (
-        "Utility and membership",
-        "auc: how well a threshold on the loss tells training rows from unseen ones (0.5: not at "
-        "all); tpr_at_5: members caught at 5 % false alarms. The linear probe is the baseline.",
-    ),
-    "canaries": (
-        "Epsilon claimed and measured",
-        "Steinke's lower bound at 95 % confidence from 10 000 canaries in one step. Above the "
-        "claim it proves a bug; below, nothing. The last column has a bug planted.",
-    ),
-    "inversion": (
-        "Gradient inversion",
-        "Part of a sentence's (token, position) pairs that one update gives away. Rank above the "
-        "number of tokens leaks everything, unless there is noise.",
-    ),
-}
-
-
-def page(lab: Lab, found: Mapping[str, Rows]) -> Path:
-    """Write privacy.html."""
-    from jinja2 import Environment
-
-    env = Environment(autoescape=True)
-    env.filters["number"] = lambda x: f"{x:.3g}" if isinstance(x, float) else x
-    parts = [(*NOTES[name], found.get(name, [])) for name in NOTES]
-    if (rows := found.get("utility", [])) and rows[0]["strategy"] == "linear probe":
-        keys = {key: None for row in rows for key in row}
-        parts[0] = (*NOTES["utility"], [{k: row.get(k, "-") for k in keys} for row in rows])
-    config = lab.config
-    text = env.from_string(PAGE).render(
-        name=config.run.name, delta=config.privacy.delta, parts=parts
-    )
-    path = lab.out / "privacy.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
+    try:
+        lab.run(workers, say)
+    except KeyboardInterrupt:
+        say(f"stopped; the same command goes on where it was: {command}")
+        raise
+    finally:
+        if (lab.out / "rows").exists():
+            page = write(lab, command)
+            say(f"report: {page}")
+    return page

@@ -1,5 +1,7 @@
 """`fedlora privacy ...`: ledgers read, and attacks on what a run would send."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,21 +33,36 @@ def audit(
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="Override a key: --set run.rounds=5")
     ] = None,
-    epsilons: Annotated[str, typer.Option(help="Budgets to compare; 0 is none.")] = "0,8,3,1",
-    strategies: Annotated[str, typer.Option(help="Which to compare.")] = "fedavg,ffa,fedex,fedsb",
-    out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("runs/privacy"),
+    epsilons: Annotated[
+        str | None, typer.Option(help="Budgets: 0,8,3,1; 0 is none. Default: the experiment's own.")
+    ] = None,
+    strategies: Annotated[str | None, typer.Option(help="Names: a,b.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where; default: runs/privacy/EXPERIMENT.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test of every part.")] = False,
+    workers: Annotated[int, typer.Option(help="Measurements at a time; 0: one a core.")] = 0,
 ) -> None:
-    """Measure what an experiment's privacy costs, and attack it; one HTML report."""
-    from fedlora.config import Config, parse_overrides
+    """Measure what an experiment's privacy costs, and attack it; one HTML report.
+
+    Stopped, the same command goes on where it was.
+    """
+    from fedlora.config import parse_overrides
     from fedlora.console import quiet_libraries
 
+    try:
+        budgets = [float(x) for x in epsilons.split(",")] if epsilons else None
+        numbers = [int(x) for x in seeds.split(",")] if seeds else None
+    except ValueError:
+        raise typer.BadParameter("must be numbers: 0,8,1", param_hint="--epsilons") from None
+    names = strategies.replace(" ", "").split(",") if strategies else None
     quiet_libraries()
-    from simulations.privacy_lab import Lab, page
+    from simulations.privacy_lab import Lab, main
 
-    lab = Lab(
-        Config.load(config, parse_overrides(set_ or [])),
-        out,
-        [float(x) for x in epsilons.split(",")],
-        strategies.split(","),
-    )
-    typer.echo(f"report: {page(lab, lab.run())}")
+    lab = Lab.load(
+        config, parse_overrides(set_ or []),
+        out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick,
+        epsilons=budgets, strategies=names, seeds=numbers,
+    )  # fmt: skip
+    main(lab, workers or os.cpu_count() or 1, " ".join(["fedlora", *sys.argv[1:]]))

@@ -232,6 +232,8 @@ def kept_apart(
     sink = Sink(live, masks or {})
     variants: dict[LoraLinear, Any] = {}
     heads: list[nn.Linear] = []
+    for p in live:
+        p.grad = None  # of a plain training before this
     try:
         for layer in _layers(peft, name):
             variants[layer] = layer.lora_variant.get(name)
