@@ -36,7 +36,7 @@ def test_flowers_engine_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/sbin:/usr/bin:/bin"}
     done = subprocess.run(
         [*ALONE, *command, "--engine", "flower"],
-        env=env, capture_output=True, text=True, timeout=280, check=False,
+        env=env, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     engine = Ran(tmp_path / "engine")
