@@ -146,10 +146,11 @@ def added(changes: list[Change]) -> Change:
 
 def _one_round(config: Config, n: int) -> Config:
     """The run's noise for a client of n rows, with no budget that one round could run out of."""
-    if not config.privacy.on:
-        return config
-    sigma = Plan.of(config, n).sigma
-    return Config.read({**config.flat(), "privacy.epsilon": 0.0, "privacy.noise-multiplier": sigma})
+    changes: dict[str, Any] = {"train.lr-schedule": "constant"}
+    if config.privacy.on:
+        sigma = Plan.of(config, n).sigma
+        changes |= {"privacy.epsilon": 0.0, "privacy.noise-multiplier": sigma}
+    return Config.read({**config.flat(), **changes})
 
 
 def _pool(lab: "Lab", n: int) -> Encoded:
@@ -234,6 +235,7 @@ def _open_layer(config: Config, rank: int) -> Config:
     """The same run with its adapters where inputs can be listed: each token at each position."""
     changes = {"lora.layers": "0", "lora.target-modules": "query", "clients.ranks": str(rank),
                "train.optimizer": "sgd", "train.lr": 1.0, "train.precision": "float32",
+               "train.lr-schedule": "constant",
                "train.prefix-cache": 0}  # fmt: skip
     return Config.read({**config.flat(), **changes})
 

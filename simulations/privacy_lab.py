@@ -132,8 +132,11 @@ class Lab:
                  ("epsilons", "strategies", "seeds")}  # fmt: skip
         if unknown := [s for s in found["strategies"] if s not in STRATEGIES]:
             raise ConfigError([f"--strategies: {unknown[0]} is none of {', '.join(STRATEGIES)}"])
-        if quick and not chosen.get("seeds"):
+        if quick:  # one seed, without privacy and under the smallest budget
             found["seeds"] = found["seeds"][:1]
+            found["epsilons"] = [
+                found["epsilons"][i] for i in sorted({0, len(found["epsilons"]) - 1})
+            ]
         lab = cls(config, out, **found, table=table, size=QUICK if quick else Size())
         for strategy in lab.strategies:  # all that is wrong with them is said before anything runs
             for epsilon in lab.epsilons:

@@ -4,6 +4,7 @@ A run is a federation as `fedlora simulate` makes it, on LocalGrid in this proce
 its own, so that comparing strategies does not spend one budget many times.
 """
 
+import functools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,11 +77,16 @@ def losses(model: Model, rows: Encoded, size: int = 64) -> Tensor:
 def probe(lab: "Lab", seed: int, epsilon: float, rounds: int = 40) -> Row:
     """DP gradient descent on a linear head over the frozen model's features, best of RATES."""
     config = lab.at(lab.strategies[0], epsilon, seed)
-    known = Features(config)
+    known = features(lab.at(lab.strategies[0], 0.0, seed))
     sigma = calibrate(epsilon, config.privacy.delta, 1.0, rounds) if epsilon else 0.0
     scored = {lr: known.fitted(sigma, rounds, lr) for lr in RATES}
     best = max(scored, key=lambda lr: scored[lr])
     return {"accuracy": scored[best], "lr": best}
+
+
+@functools.lru_cache(maxsize=1)
+def features(config: Config) -> "Features":
+    return Features(config)
 
 
 class Features:

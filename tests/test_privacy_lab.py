@@ -64,6 +64,8 @@ def test_the_lab_measures_every_part_and_goes_on_where_it_was(
         rows = lab.rows(part)
         assert rows, part
         assert len(rows) == sum(job.part == part for job in lab.jobs())
+    assert all(r["no DP"] == 1.0 and r["epsilon 8"] == 0.0 for r in lab.rows("inversion"))
+    assert all(r["AUC"] != 0.5 for r in lab.rows("seat"))
     text = page.read_text()
     assert all(title in text for title in ("Utility", "Membership, from models", "inversion"))
     assert text.count("data:image/png") == 5
