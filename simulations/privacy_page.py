@@ -47,6 +47,10 @@ def budget(epsilon: float) -> str:
     return f"{epsilon:g}" if epsilon else "none"
 
 
+def heading(epsilon: float) -> str:
+    return f"epsilon {epsilon:g}" if epsilon else "no DP"
+
+
 def percent(values: Sequence[float]) -> str:
     """The mean, and with several values half of their 95 % interval by Student's t."""
     mean = f"{100 * statistics.fmean(values):.1f}"
@@ -89,7 +93,7 @@ def utility(lab: "Lab") -> Table:
     """Scores by method and budget; the probe first."""
     metric, found = scores(lab)
     write = percent if metric == "accuracy" else lambda x: f"{statistics.fmean(x):.3f}"
-    heads = ["", *(f"epsilon {budget(e)}" for e in lab.epsilons)]
+    heads = ["", *(heading(e) for e in lab.epsilons)]
     return heads, [
         [name, *(write(row[e]) if row.get(e) else "" for e in lab.epsilons)]
         for name, row in found.items()
@@ -131,10 +135,10 @@ def seats(lab: "Lab") -> Table:
     heads = [
         "strategy",
         "rows of the client",
-        *(f"epsilon {budget(e)}" for e in lab.epsilons),
+        *(heading(e) for e in lab.epsilons),
         "+-",
     ]
-    heads += ["none, secure aggregation"] if SECURE else []
+    heads += ["no DP, secure aggregation"] if SECURE else []
     body = []
     for (strategy, n), rows in found.items():
         of = {r["epsilon"]: r for r in rows}
@@ -166,6 +170,13 @@ def look(n: int) -> dict[str, str]:
     return {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
 
 
+def look_of(lab: "Lab", name: str) -> dict[str, str]:
+    """The same for a strategy in every figure."""
+    if name == PROBE:
+        return {"color": "#1f2937", "linestyle": "--", "marker": "s"}
+    return look(list(lab.strategies).index(name))
+
+
 def across(ax: Axes, lab: "Lab") -> None:
     """Budgets from none to the smallest, equally far apart."""
     ax.set_xticks(range(len(lab.epsilons)), [budget(e) for e in lab.epsilons])
@@ -179,16 +190,14 @@ def plot_utility(lab: "Lab") -> Figure | None:
     if not any(any(row.values()) for row in found.values()):
         return None
     figure, (ax,) = new_figure(3.8)
-    step = 0.05
     for n, (name, row) in enumerate(found.items()):
         at = [i for i, e in enumerate(lab.epsilons) if row.get(e)]
         values = [row[lab.epsilons[i]] for i in at]
-        style = {"color": "#1f2937", "linestyle": "--", "marker": "s"} if name == PROBE else look(n)
         ax.errorbar(
-            [i + step * (n - len(found) / 2) for i in at],
+            [i + 0.05 * (n - len(found) / 2) for i in at],
             [statistics.fmean(v) for v in values],
             yerr=[half_of(v) or 0.0 for v in values],
-            label=name, linewidth=1.4, elinewidth=0.8, **style,
+            label=name, linewidth=1.4, elinewidth=0.8, **look_of(lab, name),
         )  # fmt: skip
     across(ax, lab)
     ax.set_ylabel(f"test {metric}")
@@ -211,7 +220,7 @@ def plot_epsilons(lab: "Lab") -> Figure | None:
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel("epsilon: the bar is measured, the stroke is claimed; red proves a bug")
+    ax.set_xlabel("epsilon: bar measured, stroke claimed; red proves a bug")
     return figure
 
 
@@ -239,12 +248,12 @@ def plot_seats(lab: "Lab") -> Figure | None:
         return None
     figure, axes = new_figure(2.6 * len(sizes), rows=len(sizes))
     for ax, size in zip(axes, sizes, strict=True):
-        for n, ((strategy,), mine) in enumerate(
-            by([r for r in rows if r["rows"] == size], "strategy").items()
-        ):
+        here = by([r for r in rows if r["rows"] == size], "strategy")
+        for (strategy,), mine in here.items():
             of = {r["epsilon"]: r["AUC"] for r in mine}
             at = [i for i, e in enumerate(lab.epsilons) if e in of]
-            ax.plot(at, [of[lab.epsilons[i]] for i in at], label=strategy, linewidth=1.4, **look(n))
+            values = [of[lab.epsilons[i]] for i in at]
+            ax.plot(at, values, label=strategy, linewidth=1.4, **look_of(lab, strategy))  # type: ignore[arg-type]
         chance(ax)
         across(ax, lab)
         ax.set_title(f"client of {size} rows", fontsize=10)
@@ -266,15 +275,14 @@ def plot_inversions(lab: "Lab") -> Figure | None:
     ranks = sorted({r["rank"] for r in rows})
     names = list(dict.fromkeys(r["strategy"] for r in rows))
     figure, (ax,) = new_figure(3.0)
-    wide = 0.8 / len(ranks)
     for n, rank in enumerate(ranks):
         of = {r["strategy"]: r for r in rows if r["rank"] == rank}
         for k, recall in enumerate((recalls[0], recalls[-1])):
-            at = [i + (n - (len(ranks) - 1) / 2) * wide for i in range(len(names))]
+            at = [i + (n - (len(ranks) - 1) / 2) * 0.8 / len(ranks) for i in range(len(names))]
             heights = [of.get(name, {}).get(recall, 0.0) for name in names]
             label = f"rank {rank}, {recall}" if not k else None
             if not k:
-                ax.bar(at, heights, wide * 0.9, color=COLOURS[n], label=label)
+                ax.bar(at, heights, 0.72 / len(ranks), color=COLOURS[n], label=label)
             else:
                 ax.scatter(at, heights, marker="_", color="#1f2937", s=60, zorder=3,
                            label=f"any rank, {recall}" if not n else None)  # fmt: skip

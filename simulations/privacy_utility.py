@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-RATES = (0.5, 2.0, 8.0)
+RATES = (0.5, 2.0, 8.0, 32.0)
 """Of the probe, tried at each budget; the best is what counts, which favours the probe."""
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-TOLERANCE = 1e-3
-"""Relative distance from the span within which a candidate counts as in it."""
+TOLERANCES = (0.1, 0.01, 1e-3)
+"""Relative distances from the span within which a candidate counts as in it. An update is read off
+float32 numbers far larger than it, which blurs the span of a small change of A."""
 
 DROP = 1e-5
 """Singular values below this part of the largest are rounding."""
@@ -40,19 +41,22 @@ def invert(
     """Which candidates lie in the row space of a change (., k); truth by index over all of them.
 
     `candidates` come in parts (n, k). Where the rows span the whole space everything lies in it:
-    that names nothing.
+    that names nothing. Of the tolerances the widest counts that names no more than the rank, since
+    no more than that can be independent.
     """
     _, S, Vh = torch.linalg.svd(change.double(), full_matrices=False)
     rank = int((drop * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
     if not 0 < rank < change.shape[1]:
         return Found(0.0, 0.0, 0)
-    named: set[int] = set()
+    within: dict[float, set[int]] = {tolerance: set() for tolerance in TOLERANCES}
     seen = 0
     for part in candidates:
         V = Vh[:rank].T.to(part)
         gap = (part - part @ V @ V.T).norm(dim=1) / part.norm(dim=1)
-        named |= {seen + i for i in torch.nonzero(gap < TOLERANCE).flatten().tolist()}
+        for tolerance, found in within.items():
+            found |= {seen + i for i in torch.nonzero(gap < tolerance).flatten().tolist()}
         seen += len(part)
+    named = next((x for x in within.values() if len(x) <= rank), set())
     hits = len(named & truth)
     return Found(hits / len(truth), hits / len(named) if named else 0.0, len(named))
 
