@@ -1,7 +1,7 @@
 """Write docs/configuration.md from the config tree: `python docs/generate_configuration.py`.
 
 Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
-stands under its field, in fedlora/config.py or, for a strategy's options, in the strategy's file.
+stands under its field, in fedlora/sections.py or, for a strategy's options, in the strategy's file.
 """
 
 import ast
@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from fedlora import config as tree
+from fedlora import sections
+from fedlora.config import Config
 from fedlora.strategies import STRATEGIES
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 HEAD = """# Configuration
 
-Written by `docs/generate_configuration.py` from `fedlora/config.py`; `make docs` writes it anew.
+Written by `docs/generate_configuration.py` from `fedlora/sections.py`; `make docs` writes it anew.
 
 An experiment file is TOML, one table a section; every key has a default. A key is overridden with
 `--set section.key=value`, or by `-c 'section.key=value'` of `flwr run`. Unknown keys and wrong
@@ -65,7 +66,7 @@ def kind(field: Any) -> str:
 
 
 def table(section: str, model: Any, texts: dict[str, str]) -> Iterator[str]:
-    flat = tree.Config().flat()
+    flat = Config().flat()
     yield "| key | takes | default | |"
     yield "|---|---|---|---|"
     for name, field in model.model_fields.items():
@@ -80,10 +81,10 @@ def table(section: str, model: Any, texts: dict[str, str]) -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    texts = described(inspect.getsource(tree))
+    texts = described(inspect.getsource(sections))
     lines = [HEAD]
-    for section, field in tree.Config.model_fields.items():
-        model = tree.StrategySection if section == "strategy" else field.annotation
+    for section, field in Config.model_fields.items():
+        model = sections.StrategySection if section == "strategy" else field.annotation
         mine = texts.get(model.__name__, {})  # type: ignore[union-attr]
         lines += [f"## [{section}]", ""]
         if mine.get(""):
@@ -97,11 +98,11 @@ def page() -> str:
 
 def strategies() -> Iterator[str]:
     yield "`name` is one of " + ", ".join(f"[`{n}`](strategies/{n}.md)" for n in STRATEGIES) + "."
-    yield f'Default: `"{tree.Config().strategy.name}"`. A strategy\'s options have a table of their'
+    yield f'Default: `"{Config().strategy.name}"`. A strategy\'s options have a table of their'
     yield "own, `[strategy.fedex]`; those of strategies that a run does not use are left alone."
     yield ""
     for name, cls in STRATEGIES.items():
-        section = tree.StrategySection.model_fields.get(name.replace("-", "_"))
+        section = sections.StrategySection.model_fields.get(name.replace("-", "_"))
         if section is not None:
             texts = described(inspect.getsource(sys.modules[cls.__module__]))[cls.__name__]
             yield f"### [strategy.{name}]"

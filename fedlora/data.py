@@ -16,9 +16,9 @@ from typing import Literal
 
 import torch
 
-from fedlora.config import Data
 from fedlora.errors import DataError
 from fedlora.partition import partition
+from fedlora.sections import Data
 from fedlora.strategies.base import seeded
 from fedlora.tables import column, prompts, quoted, read
 

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedlora.config import Model as ModelConfig
 from fedlora.errors import ModelError
+from fedlora.sections import Model as ModelConfig
 from fedlora.sources import locate
 from fedlora.strategies.base import seeded
 

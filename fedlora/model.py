@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Delta, Factors
 from fedlora.config import Config
-from fedlora.config import Model as ModelConfig
 from fedlora.errors import ModelError
 from fedlora.forms import FORMS, fixed_rank
 from fedlora.layers import adapter_config, find_layers, initial
@@ -37,6 +36,7 @@ from fedlora.loading import (
 )
 from fedlora.moving_base import MovingBase
 from fedlora.prefix import Prefix
+from fedlora.sections import Model as ModelConfig
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 
 PREFIX = "base_model.model."

@@ -10,8 +10,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from fedlora.config import Data
 from fedlora.errors import DataError
+from fedlora.sections import Data
 from fedlora.strategies.base import seeded
 from fedlora.tables import quoted
 

@@ -29,8 +29,8 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 
-from fedlora.config import Data
 from fedlora.errors import DataError, FedLoraError
+from fedlora.sections import Data
 from fedlora.sources import locate
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedlora.config import Config, Train
+from fedlora.config import Config
 from fedlora.model import Model
+from fedlora.sections import Train
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.text import IGNORE, Batch, Encoded, batches
 

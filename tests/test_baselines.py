@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from fedlora.baselines import majority, tfidf, trained_head
-from fedlora.config import Data
 from fedlora.data import ClientRows, Corpus, Rows, load
 from fedlora.metrics import classification, exact_match, language, scores
+from fedlora.sections import Data
 
 LABELS = ("a", "b", "c")
 

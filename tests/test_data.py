@@ -13,9 +13,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, are_prog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.config import Config, Data
+from fedlora.config import Config
 from fedlora.data import Corpus, Rows, _split, describe, load, load_node
 from fedlora.errors import ConfigError, DataError
+from fedlora.sections import Data
 
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
 SPLITS = {"test_size": 6, "partition": "iid", "client_test_fraction": 0.25}
