@@ -83,6 +83,7 @@ def virtual(server: "FederatedLora", gathered: Gathered) -> dict[str, Any]:
         return {}
     spent = {i: s for i, (s, _) in gathered.virtual.items()}
     works = {i: w for i, (_, w) in gathered.virtual.items()}
-    found = devices.record(spent, works, server.clock, server.config.devices.deadline)
+    landed = gathered.landed if server.config.round.buffer else None
+    found = devices.record(spent, works, server.clock, server.config.devices.deadline, landed)
     server.clock = found["clock"]
     return {"virtual": found}

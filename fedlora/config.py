@@ -15,9 +15,8 @@ from typing import Any
 import tomli_w
 from pydantic import Field, ValidationError
 
-from fedlora import forms
 from fedlora.errors import ConfigError
-from fedlora.privacy.rules import refused
+from fedlora.rules import refused
 from fedlora.sections import (
     Clients,
     Data,
@@ -41,7 +40,6 @@ from fedlora.sections import (
     Train,
     Wire,
 )
-from fedlora.secure import rules as secure_rules
 from fedlora.strategies import STRATEGIES, Strategy
 
 Scalar = bool | int | float | str
@@ -99,8 +97,7 @@ class Config(Section):
                 problems += [_problem(name, error, flat) for error in e.errors()]
         if not problems:
             built_config = cls(**built)
-            for rules in (forms.refused, refused, secure_rules.refused):
-                problems += rules(built_config)
+            problems += refused(built_config)
         if problems:
             raise ConfigError(problems)
         return cls(**built)

@@ -114,17 +114,27 @@ class Devices:
         )
 
     def record(
-        self, spent: Mapping[int, Spent], works: Mapping[int, Work], clock: float, deadline: float
+        self,
+        spent: Mapping[int, Spent],
+        works: Mapping[int, Work],
+        clock: float,
+        deadline: float,
+        landed: float | None = None,
     ) -> dict[str, Any]:
-        """The "virtual" part of a round's record; `clock` is when the round began."""
+        """The "virtual" part of a round's record; `clock` is when the round began.
+
+        landed: when its last update came, of rounds in which nobody waits for another.
+        """
         totals = [s.total for s in spent.values()]
         late = [i for i, s in spent.items() if deadline and s.total > deadline]
         took = max(totals, default=0.0)
         took = min(took, deadline) if deadline else took
+        if landed is not None:
+            took = max(0.0, landed - clock)
         return {
             "seconds": took,
             "clock": clock + took,
-            "waiting": waiting([min(t, took) for t in totals]),
+            "waiting": 0.0 if landed is not None else waiting([min(t, took) for t in totals]),
             "late": sorted(late),
             "clients": {
                 i: {

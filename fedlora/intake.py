@@ -43,6 +43,10 @@ class Gathered:
     """Seconds spent waiting for clients."""
     loss: float | None = None
     """The mean training loss, where the clients' own are not told."""
+    stale: dict[int, int] = field(default_factory=dict)
+    """Rounds that passed since an accepted client was asked, where there is a buffer."""
+    landed: float = 0.0
+    """Virtual seconds, when the buffer was full."""
     secure: Mapping[str, Any] | None = None
     """What a secure aggregation came to."""
 
@@ -59,10 +63,10 @@ def exchange(
     for message in messages:
         for mid in grid.push_messages([message]):
             pending[mid] = message.metadata.dst_node_id
-        yield from _ready(grid, pending)
+        yield from ready(grid, pending)
     pause = POLL
     while pending and time.monotonic() < until:
-        for pair in _ready(grid, pending):
+        for pair in ready(grid, pending):
             pause = POLL
             yield pair
         if pending:
@@ -70,7 +74,8 @@ def exchange(
             pause = min(1.2 * pause, SLOWEST_POLL)
 
 
-def _ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
+def ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
+    """(who, reply) of the messages that are answered, which `pending` then no longer holds."""
     for mid in list(pending):
         for reply in grid.pull_messages([mid]):
             if (node := pending.pop(mid, None)) is not None:

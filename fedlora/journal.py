@@ -74,6 +74,8 @@ class Saved:
     """Client-level DP's clip norm, where it adapts."""
     origin: Adapter = field(default_factory=dict)
     """What lora.init took out of the base."""
+    buffer: Mapping[str, Any] = field(default_factory=dict)
+    """Who was training, and on which round's state, where there is a buffer."""
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:

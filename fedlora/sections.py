@@ -221,6 +221,13 @@ class Round(Section):
     """Seconds to wait before round 1 for `clients.count` nodes; later, for one that went away."""
     max_norm: Annotated[float, Field(ge=0)] = 0.0
     """Refuse an update whose adapter, or whose other tensors, are larger than this; 0: any."""
+    buffer: Annotated[int, Field(ge=0)] = 0
+    """A round ends with so many updates, of whichever round's model: fedlora/buffered.py. 0: it
+    waits for all that it asked."""
+    max_staleness: Annotated[int, Field(ge=0)] = 10
+    """With a buffer: updates of a model older than so many rounds do not count; 0: all do."""
+    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5
+    """With a buffer: an update of a model that is n rounds old counts (1 + n)^-this."""
     quarantine_after: Annotated[int, Field(ge=0)] = 5
     """A client that sent so many bad updates in a row is asked no more; 0: never."""
 

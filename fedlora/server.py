@@ -13,8 +13,7 @@ one reply costs that reply alone.
 import random
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -26,20 +25,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import compose, forms, measured, site
+from fedlora import buffered, compose, forms, measured, site
 from fedlora.adapter import Adapter
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
-from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError
+from fedlora.errors import PrivacyError, RoundError, StrategyError
 from fedlora.evaluate import evaluate
-from fedlora.intake import Gathered, Schemas, check_norm, exchange, read_reply
+from fedlora.intake import Gathered, Schemas
 from fedlora.journal import Journal, Member, Saved, state_types
 from fedlora.opening import begin, look, meet
 from fedlora.planning import Planner
 from fedlora.privacy.central import CentralPrivacy
 from fedlora.privacy.summary import EXHAUSTED
 from fedlora.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
+from fedlora.replies import one as accepted
+from fedlora.replies import uploads as ordered_uploads
 from fedlora.roster import Roster
 from fedlora.secure.rounds import uploads as secure_uploads
 from fedlora.server_opt import Moments
@@ -52,7 +53,7 @@ from fedlora.strategies.base import (
     whole_download,
 )
 from fedlora.watch import watched
-from fedlora.wire import Job, count_bytes, pack_download, pack_factors, pack_pairs
+from fedlora.wire import Job, pack_download, pack_factors, pack_pairs
 
 
 class FederatedLora(FlowerStrategy):
@@ -88,6 +89,7 @@ class FederatedLora(FlowerStrategy):
         self.secure = config.secure.aggregation
         self.summable: set[Any] = set()  # what secure aggregation was found to go with
         self.clock = 0.0  # virtual seconds
+        self.buffer = buffered.Buffer()
         self.moments = Moments()
 
     # -- the run ----------------------------------------------------------------------------
@@ -142,21 +144,22 @@ class FederatedLora(FlowerStrategy):
         cohort = self.sample(round)
         self.observer.round_started(number, cohort)
         clients = [self.client(i) for i in cohort]
-        seen = clients or [self.client(i) for i in self.members]
+        seen = clients
+        if self.config.round.buffer or not clients:
+            seen = [self.client(i) for i in self.members]
         target = self._target(seen, round)
         through_model = self.promise == "exact" and not self.measured
         base = self._base_outputs(target) if through_model else {}
         gathered = Gathered()
         version = self.base_number()
 
-        gather = secure_uploads if self.secure else FederatedLora._uploads
-        uploads = gather(self, grid, clients, round, gathered)
+        uploads = self._gather()(self, grid, clients, round, gathered)
         uploads = compose.screened(self, uploads, round, gathered)
         if self.central:
             uploads = self.central.mean(uploads, round)
         state = self._aggregate(self._noted(uploads, round, target), round, gathered)
         aggregated = time.perf_counter()
-        kinds = [c for c in clients if c.id in gathered.accepted]
+        kinds = [self.client(i) for i in sorted(gathered.accepted)]
         proof = None
         if not self.secure or self.promise != "approximate":  # from a sum, one cannot tell
             proof = self._proved(state, version, kinds, target, round)
@@ -168,7 +171,7 @@ class FederatedLora(FlowerStrategy):
             proof = replace(proof, model_deviation=deviation, model_bound=rounding)
         if proof and self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
-        state = compose.stepped(self, state, clients, round)
+        state = compose.stepped(self, state, seen, round)
         scores = self.evaluate(number)
         evaluated = time.perf_counter()
 
@@ -188,14 +191,18 @@ class FederatedLora(FlowerStrategy):
     def sample(self, round: Round) -> list[int]:
         """The round's cohort, from (seed, round) and the clients that are connected."""
         most = self.config.round.quarantine_after or float("inf")
-        there = sorted(i for i, m in self.members.items() if i in self.nodes and m.offences < most)
+        busy, n = self.buffer.flights, self.config.clients.per_round
+        there = sorted(
+            i
+            for i, m in self.members.items()
+            if i in self.nodes and i not in busy and m.offences < most
+        )
         if self.central and self.central.poisson:
             return self.central.cohort(there, round)
-        n = self.config.clients.per_round
-        if not n or n >= len(there):
+        if not n or n - len(busy) >= len(there):
             return there
         chance = random.Random(seeded(round.seed, round.number, 0, "sample").initial_seed())
-        return sorted(chance.sample(there, n))
+        return sorted(chance.sample(there, max(0, n - len(busy))))
 
     def client(self, i: int) -> Client:
         """A client as the strategy sees it now."""
@@ -226,7 +233,7 @@ class FederatedLora(FlowerStrategy):
         gathered = Gathered()
         of_node = {node: self.client(i) for i, node in self.nodes.items()}
         good = (
-            self._accept(reply, of_node[reply.metadata.src_node_id], round, gathered)
+            accepted(self, reply, of_node[reply.metadata.src_node_id], round, gathered)
             for reply in replies
             if reply.metadata.src_node_id in of_node
         )
@@ -270,12 +277,20 @@ class FederatedLora(FlowerStrategy):
                 self.baselines = dict(saved.baselines)
                 self.before, self.clock = saved.seconds, saved.clock
                 self.moments = saved.moments or Moments()
+                if saved.buffer:
+                    self.buffer.restore(self, saved.buffer)
                 self.central = CentralPrivacy.of(self.config, saved.clip)
                 self.observer.note(f"resuming {self.journal.directory} after round {done}")
         self.token = self.token or uuid.uuid4().hex
         return done
 
     # -- one round's messages -----------------------------------------------------------------
+
+    def _gather(self) -> Callable[..., Iterator[Upload]]:
+        """How a round's updates come in."""
+        if self.secure:
+            return secure_uploads
+        return buffered.uploads if self.config.round.buffer else ordered_uploads
 
     def message(
         self,
@@ -284,8 +299,12 @@ class FederatedLora(FlowerStrategy):
         kind: str,
         bare: bool = False,
         seconds: float | None = None,
+        state: Any = None,
     ) -> Message:
-        """One client's message: its job and, unless it is bare, its download."""
+        """One client's message: its job and, unless it is bare, its download of `state`.
+
+        state: by default the server's newest.
+        """
         member = self.members[client.id]
         job = Job(
             round=round.number,
@@ -301,7 +320,9 @@ class FederatedLora(FlowerStrategy):
         )
         content = RecordDict()
         if not bare:
-            download = whole_download(self.strategy, self.state, client, round, self._folds)
+            download = whole_download(
+                self.strategy, state or self.state, client, round, self._folds
+            )
             content = pack_download(download, self.config.wire.dtype)
             if self.origin and not member.last_round:  # once: it keeps it
                 content["origin"] = pack_pairs(self.origin, "float32")
@@ -309,66 +330,6 @@ class FederatedLora(FlowerStrategy):
         ttl = seconds or self.config.round.deadline
         group = str(round.number)
         return Message(content, self.nodes[client.id], kind, ttl=ttl, group_id=group)
-
-    def _uploads(
-        self, grid: Grid, clients: Sequence[Client], round: Round, gathered: Gathered
-    ) -> Iterator[Upload]:
-        """The round's accepted updates in the cohort's order, each as soon as its turn has come.
-
-        Sums depend on their order, so a reply that overtakes another waits for it here.
-        """
-
-        def messages() -> Iterator[Message]:
-            for client in clients:
-                message = self.message(client, round, "train")
-                gathered.down[client.id] = count_bytes(message.content)
-                gathered.asked[client.id] = time.perf_counter()
-                yield message
-
-        of_node = {self.nodes[c.id]: c for c in clients}
-        waiting = deque(c.id for c in clients)
-        here: dict[int, Upload | None] = {}
-        answers = exchange(grid, messages(), self.config.round.deadline)
-        while waiting:
-            begun = time.perf_counter()
-            node, reply = next(answers, (-1, None))
-            gathered.waited += time.perf_counter() - begun
-            if reply is None:
-                break
-            client = of_node[node]
-            here[client.id] = self._accept(reply, client, round, gathered)
-            while waiting and waiting[0] in here:
-                if upload := here[waiting.popleft()]:
-                    yield upload
-        for i in waiting:
-            if i not in here:
-                reason = f"no reply within {self.config.round.deadline:g} s"
-                self.refuse(i, round, reason, gathered)
-            elif upload := here[i]:
-                yield upload
-
-    def _accept(
-        self, reply: Message, client: Client, round: Round, gathered: Gathered
-    ) -> Upload | None:
-        """A reply as an upload, or None with the reason on record."""
-        try:
-            schema = self.schemas.of(self.state, client, self.base_number(), round)
-            upload, facts = read_reply(reply, client, round, self.token, schema)
-            check_norm(self.strategy, self.state, upload, round, self.config.round.max_norm)
-        except FedLoraError as e:
-            self.refuse(client.id, round, str(e), gathered, offence=not reply.has_error())
-            return None
-        facts["bytes_down"] = gathered.down.get(client.id, 0)
-        facts["elapsed_seconds"] = time.perf_counter() - gathered.asked.get(client.id, 0.0)
-        if reason := compose.late(self, client, round, facts, gathered):
-            self.refuse(client.id, round, reason, gathered)
-            return None
-        gathered.accepted.append(client.id)
-        gathered.clients[client.id] = facts
-        if self.config.output.keep_updates:
-            self.journal.update(round.number, upload)
-        self.observer.client_done(client.id, facts)
-        return upload
 
     # -- the proof ----------------------------------------------------------------------------
 
@@ -438,8 +399,8 @@ class FederatedLora(FlowerStrategy):
             m = self.planner.learned(m, facts, gathered.virtual.get(i))
             self.members[i] = replace(
                 m,
-                memory_round=number if facts["keeps"] else 0,
-                last_round=number,
+                memory_round=facts["round"] if facts["keeps"] else 0,
+                last_round=facts["round"],
                 offences=0,
                 base_version=version,
                 rounds=m.rounds + 1,
@@ -516,6 +477,7 @@ class FederatedLora(FlowerStrategy):
             **({"robust": asdict(gathered.verdict)} if gathered.verdict else {}),
             **({"privacy": self.central.record()} if self.central else {}),
             **({"secure": gathered.secure} if gathered.secure else {}),
+            **({"staleness": gathered.stale} if self.config.round.buffer else {}),
         }
 
     def commit(self, number: int, record: Mapping[str, Any]) -> None:
@@ -532,6 +494,7 @@ class FederatedLora(FlowerStrategy):
             moments=self.moments,
             clip=self.central.C if self.central else 0.0,
             origin=self.origin,
+            buffer=self.buffer.saved() if self.config.round.buffer else {},
         )
 
     def seconds(self) -> float:

@@ -10,11 +10,12 @@ from private_setting import Build
 from test_privacy_ledger import lines, run
 
 from fedlora.adapter import Factors
+from fedlora.algebra import factors, vector
 from fedlora.config import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Spend, epsilon
-from fedlora.privacy.central import CentralPrivacy, check, factors, vector
+from fedlora.privacy.central import CentralPrivacy, check
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round, Start, Upload
 

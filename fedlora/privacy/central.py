@@ -32,24 +32,21 @@ Edge cases
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedlora.adapter import Factors, apply
+from fedlora.algebra import begun, factors, follows_the_mean, same, untrained, vector
 from fedlora.config import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Charge, Ledger
 from fedlora.privacy.mechanism import rounded
-from fedlora.strategies.base import Client, Effective, Round, Strategy, Upload, seeded, travelling
-
-Vector = dict[tuple[str, str], Tensor]
+from fedlora.strategies.base import Client, Round, Strategy, Upload
 
 
 @dataclass
@@ -206,31 +203,6 @@ class CentralPrivacy:
         return Chance()
 
 
-def vector(sent: Factors) -> Vector:
-    """All that is sent, by column and name."""
-    return {(column, name): x for column, name, x in sent.items()}
-
-
-def factors(v: Mapping[tuple[str, str], Tensor], like: Factors) -> Factors:
-    columns: dict[str, dict[str, Tensor]] = {}
-    for (column, name), x in v.items():
-        columns.setdefault(column, {})[name] = x
-    return Factors(like.scale, **columns)
-
-
-def begun(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> Factors:
-    """What a newcomer of these layers starts the round with."""
-    new = replace(client, has_memory=False, base_version=_version(strategy, state))
-    return strategy.start(strategy.download(state, new, round), Factors(), new, round)
-
-
-def untrained(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> Upload:
-    """What a client would send back if it did not train."""
-    sent, _ = strategy.upload(begun(strategy, state, client, round), Factors())
-    trains = strategy.download(state, client, round).trainable
-    return Upload(client, travelling(sent, trains), 1)
-
-
 def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
     """Each round, before anything is sent.
 
@@ -238,7 +210,7 @@ def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round:
         StrategyError: these clients, or this strategy's aggregate, cannot be made private.
     """
     first = begun(strategy, state, clients[0], round)
-    if any(not _same(first, begun(strategy, state, c, round)) for c in clients[1:]):
+    if any(not same(first, begun(strategy, state, c, round)) for c in clients[1:]):
         raise StrategyError(
             "privacy.level = 'client' clips updates of one model, but the clients start the round "
             "from different factors (ranks, layers, or a choice of the strategy); set one rank in "
@@ -251,54 +223,3 @@ def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round:
             "aggregate of B_i A_i needs noise of full rank, which no adapter carries); use "
             "fedavg, ffa, rolora, fedsvd or fedsb, or privacy.level = 'example'"
         )
-
-
-def _same(one: Factors, other: Factors) -> bool:
-    a, b = vector(one), vector(other)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def follows_the_mean(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> bool:
-    """Is the aggregate of two uploads that of their mean? Measured on two made-up ones."""
-    base = untrained(strategy, state, client, round)
-    g = seeded(round.seed, round.number, 0, "follows the mean")
-    moved = []
-    for _ in range(2):
-        change = {
-            k: x + 0.1 * torch.randn(x.shape, generator=g) for k, x in vector(base.sent).items()
-        }
-        moved.append(replace(base, sent=factors(change, base.sent)))
-    a, b = (vector(u.sent) for u in moved)
-    middle = replace(base, sent=factors({k: (a[k] + b[k]) / 2 for k in a}, base.sent))
-    two = strategy.effective(strategy.aggregate(state, iter(moved), round))
-    one = strategy.effective(strategy.aggregate(state, iter([middle]), round))
-    x = {m: torch.randn(layer.k, 2, generator=g) for m, layer in client.layers.items()}
-    used, want = outputs(two, x), outputs(one, x)
-    size = max(float(y.norm()) for y in want.values())
-    same = all(torch.allclose(used[m], want[m], rtol=0, atol=1e-4 * size + 1e-9) for m in want)
-    raw, other = vector(two.factors), vector(one.factors)
-    equal = {
-        k
-        for k in other
-        if raw[k].shape == other[k].shape and torch.allclose(raw[k], other[k], 1e-4, 1e-5)
-    }
-    heads = {k for k in other if k[0] == "other"}
-    return same and heads <= equal and (size > 0 or equal == set(other))
-
-
-def outputs(effective: Effective, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What adapter and base changes together make of probes x (k, n), by module."""
-    adapter = effective.factors.adapter()
-    result = {}
-    for m, probe in x.items():
-        y = adapter[m](probe) if m in adapter else torch.zeros(1)
-        for version in effective.base:
-            if m in version.delta:
-                y = y + apply(version.delta[m], probe)
-        result[m] = y
-    return result
-
-
-def _version(strategy: Strategy[Any], state: Any) -> int:
-    base = strategy.effective(state).base
-    return base[-1].number if base else 0

@@ -120,7 +120,7 @@ def unsummable(
     Measured on made-up updates of two clients of each kind: its state after them must be its
     state after the uploads that stand for their sum.
     """
-    from fedlora.privacy.central import factors, outputs, untrained, vector
+    from fedlora.algebra import factors, outputs, untrained, vector
     from fedlora.secure.vector import Layout, decode, encode
     from fedlora.strategies.base import seeded
 
