@@ -1,22 +1,15 @@
 """The figures of a comparison: score by round, by bytes, by virtual time; clients; deviation."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from fedlora.report_axes import (
-    BLUE,
-    GREEN,
     GREY,
-    ORANGE,
-    OTHERS,
-    RED,
-    STYLE,
     by_round,
     client_rows,
     new_figure,
@@ -25,23 +18,18 @@ from fedlora.report_axes import (
     with_legend,
 )
 from fedlora.run_files import RunFiles, finite
+from simulations import page
 from simulations.compare_table import Row
+from simulations.page import drawn
 
-COLOURS = (BLUE, ORANGE, GREEN, RED, *OTHERS, GREY, "#f472b6", "#38bdf8", "#facc15")
+COLOURS = (*page.COLOURS, GREY, "#f472b6", "#38bdf8", "#facc15")
 DASHES = ("-", "--", ":", "-.")
 
 
 def draw(rows: Sequence[Row]) -> dict[str, bytes]:
     """The figures that there is data for, as PNG, by name."""
-    drawn = {}
-    rows = [r for r in rows if r.runs]
-    with mpl.rc_context(dict(STYLE)):
-        for name, figure in FIGURES.items():
-            if (made := figure(rows)) is not None:
-                buffer = io.BytesIO()
-                made.savefig(buffer, format="png", dpi=130)
-                drawn[name] = buffer.getvalue()
-    return drawn
+    there = [r for r in rows if r.runs]
+    return drawn({name: partial(figure, there) for name, figure in FIGURES.items()})
 
 
 def label(r: Row) -> str:

@@ -6,7 +6,6 @@ split and the test rows, and strategies share those; so the difference from the 
 taken seed by seed, and has an interval of its own. Nothing is tested.
 """
 
-import base64
 import csv
 import io
 import math
@@ -18,9 +17,7 @@ from typing import Any
 
 from fedlora.run_files import ACCURACY, Metric, RunFiles, finite, read
 from fedlora.units import duration, percent, size, tiny
-
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-"""Student's t, 97.5 %, for 1, 2, ... degrees of freedom."""
+from simulations.page import interval, markdown, render
 
 
 @dataclass
@@ -47,14 +44,6 @@ class Row:
     @property
     def half(self) -> float | None:
         return interval(self.score)
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96 + 2.4 / (len(values) - 1)
-    return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def row(
@@ -261,9 +250,7 @@ def as_markdown(
     """The table as a Markdown page, with the claim and the command that made it."""
     head, body = texts(rows)
     lines = [f"# {title}", "", claim, "", f"    {command}", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in body]
-    lines += ["", *notes(rows, target)]
+    lines += [*markdown(head, body), "", *notes(rows, target)]
     if refused := refusals(rows):
         lines += ["", "Without a result:", "", *(f"- {r}" for r in refused)]
     return "\n".join(lines) + "\n"
@@ -289,33 +276,15 @@ def notes(rows: Sequence[Row], target: float | None) -> list[str]:
     return found
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; margin: 2rem auto; max-width: 72rem;
-       padding: 0 1rem }
-pre { white-space: pre-wrap; color: #475569 }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
-</style>
-<h1>{{ title }}</h1>
-<pre>{{ claim }}</pre>
+BODY = """<pre>{{ claim }}</pre>
 <pre><code>{{ command }}</code></pre>
-<div class="wide"><table>
-<tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
-{% for cells in body %}<tr>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
+{{ table(head, body) }}
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}
 {% if refused %}<h2>Without a result</h2>
 <ul>{% for r in refused %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}
-{% for name, data in plots.items() %}<img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
-{% endfor %}</html>
+{% for name in plots %}{{ figure(name, plots[name]) }}
+{% endfor %}
 """
 
 
@@ -328,12 +297,8 @@ def as_html(
     plots: Mapping[str, bytes],
 ) -> str:
     """One page that needs nothing beside it."""
-    from jinja2 import Environment
-
     head, body = texts(rows)
-    page: str = Environment(autoescape=True).from_string(PAGE).render(
-        title=title, claim=claim, command=command, head=head, body=body,
+    return render(
+        BODY, plots, title=title, claim=claim, command=command, head=head, body=body,
         notes=notes(rows, target), refused=refusals(rows),
-        plots={name: base64.b64encode(data).decode() for name, data in plots.items()},
     )  # fmt: skip
-    return page

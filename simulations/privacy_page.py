@@ -1,31 +1,25 @@
 """The lab's report: one page with every table and plot, and the tables as Markdown."""
 
-import base64
-import io
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from fedlora.checkpoint import write_atomically
 from fedlora.report_axes import (
-    BLUE,
     GREEN,
     GREY,
-    ORANGE,
-    OTHERS,
     RED,
-    STYLE,
     new_figure,
     share,
     with_legend,
 )
+from simulations.page import COLOURS, drawn, interval, markdown, render
 from simulations.privacy_attacks import SECURE
 
 if TYPE_CHECKING:
@@ -35,7 +29,6 @@ Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
 """Heads, and rows of cells."""
 
-COLOURS = (BLUE, ORANGE, GREEN, RED, *OTHERS)
 MARKERS = "osD^vPX*"
 PROBE = "linear probe"
 
@@ -54,18 +47,8 @@ def heading(epsilon: float) -> str:
 def percent(values: Sequence[float]) -> str:
     """The mean, and with several values half of their 95 % interval by Student's t."""
     mean = f"{100 * statistics.fmean(values):.1f}"
-    half = half_of(values)
+    half = interval(values)
     return mean if half is None else f"{mean} +- {100 * half:.1f}"
-
-
-def half_of(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of a mean, by Student's t; None of one value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return float(t.ppf(0.975, len(values) - 1)) * spread
 
 
 def by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -196,7 +179,7 @@ def plot_utility(lab: "Lab") -> Figure | None:
         ax.errorbar(
             [i + 0.05 * (n - len(found) / 2) for i in at],
             [statistics.fmean(v) for v in values],
-            yerr=[half_of(v) or 0.0 for v in values],
+            yerr=[interval(v) or 0.0 for v in values],
             label=name, linewidth=1.4, elinewidth=0.8, **look_of(lab, name),
         )  # fmt: skip
     across(ax, lab)
@@ -334,31 +317,13 @@ PARTS: Mapping[str, tuple[str, str, Callable[..., Table], Callable[..., Figure |
     ),
 }  # fmt: skip
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Privacy lab: {{ name }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; margin: 2rem auto; max-width: 60rem;
-       padding: 0 1rem }
-pre { white-space: pre-wrap; color: #475569 }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
-</style>
-<h1>Privacy lab: {{ name }}</h1>
-<pre><code>{{ command }}</code></pre>
+BODY = """<pre><code>{{ command }}</code></pre>
 <p>{{ setting }}</p>
-{% for key, title, note, (heads, body) in parts %}<h2>{{ title }}</h2>
+{% for key, part, note, (heads, body) in parts %}<h2>{{ part }}</h2>
 <p>{{ note }}</p>
-<div class="wide"><table>
-<tr>{% for h in heads %}<th>{{ h }}</th>{% endfor %}</tr>
-{% for cells in body %}<tr>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
-{% if key in plots %}<img alt="{{ title }}" src="data:image/png;base64,{{ plots[key] }}">
-{% endif %}{% endfor %}</html>
+{{ table(heads, body) }}
+{% if key in plots %}{{ figure(part, plots[key]) }}{% endif %}
+{% endfor %}
 """
 
 
@@ -374,26 +339,16 @@ def setting(lab: "Lab") -> str:
 
 def write(lab: "Lab", command: str) -> Path:
     """privacy.html, privacy.md and plots/ of what has been measured so far."""
-    from jinja2 import Environment
-
     parts = [(k, title, note, table(lab)) for k, (title, note, table, _) in PARTS.items()]
     parts = [p for p in parts if p[3][1]]
-    plots = {}
-    (lab.out / "plots").mkdir(exist_ok=True)
-    with mpl.rc_context(dict(STYLE)):
-        for key, (_, _, _, draw) in PARTS.items():
-            if (figure := draw(lab)) is not None:
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", dpi=130)
-                plots[key] = base64.b64encode(buffer.getvalue()).decode()
-                (lab.out / "plots" / f"{key}.png").write_bytes(buffer.getvalue())
-    text = Environment(autoescape=True).from_string(PAGE).render(
-        name=lab.config.run.name, command=command, setting=setting(lab), parts=parts, plots=plots
-    )  # fmt: skip
-    lines = [f"# Privacy lab: {lab.config.run.name}", "", f"    {command}", "", setting(lab)]
-    for _, title, note, (heads, body) in parts:
-        lines += ["", f"## {title}", "", note, "", "| " + " | ".join(heads) + " |"]
-        lines += ["|" + "---|" * len(heads), *("| " + " | ".join(x) + " |" for x in body)]
+    plots = drawn({key: partial(draw, lab) for key, (_, _, _, draw) in PARTS.items()})
+    for key, png in plots.items():
+        write_atomically(lab.out / "plots" / f"{key}.png", png)
+    title = f"Privacy lab: {lab.config.run.name}"
+    text = render(BODY, plots, title=title, command=command, setting=setting(lab), parts=parts)
+    lines = [f"# {title}", "", f"    {command}", "", setting(lab)]
+    for _, part, note, (heads, body) in parts:
+        lines += ["", f"## {part}", "", note, "", *markdown(heads, body)]
     write_atomically(lab.out / "privacy.md", ("\n".join(lines) + "\n").encode())
     path = lab.out / "privacy.html"
     write_atomically(path, text.encode())

@@ -15,6 +15,7 @@ import click
 import pytest
 import yaml
 from strategy_federation import fitting, play
+from test_buffered import TAKES
 from test_contract import COSTS
 from tiny_federation import ROOT
 from typer.main import get_command
@@ -151,6 +152,7 @@ def test_what_goes_with_what_is_what_the_code_refuses() -> None:
             "server optimiser": YES[server_opt.refusal(cls()) is None],
             "robust aggregation": YES[cls().promise != "shared"],
             "LEGEND": YES[not needs.client_memory],
+            "late updates": YES[name in TAKES],
             "quantised base": YES[not needs.moving_base],
         }, name
 
