@@ -111,7 +111,9 @@ def read_reply(
     for column, name, x in sent.items():
         if not torch.isfinite(x).all():
             raise UpdateError(f"{column} of {name} holds NaN or Inf")
-    return Upload(client, sent, n), facts_of(client, bool(keeps), metrics, count_bytes(content))
+    return Upload(client, sent, n), facts_of(
+        client, round, bool(keeps), metrics, count_bytes(content)
+    )
 
 
 def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:
@@ -137,10 +139,11 @@ def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[
 
 
 def facts_of(
-    client: Client, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
+    client: Client, round: Round, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
 ) -> dict[str, Any]:
     """What is noted of a client in a round; what it did not say is None, and 1 example."""
     return {
+        "round": round.number,
         "rank": max(layer.rank for layer in client.layers.values()),
         "keeps": keeps,
         "examples": metrics.get("num-examples", 1),

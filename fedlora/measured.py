@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.proof import Proof, Target, _compare, kinds
+from fedlora.proof import Proof, Target, compare, kinds
 from fedlora.strategies.base import Client, Round, Upload, as_factors, whole_download
 from fedlora.wire import ROUNDING, pack_download, unpack_download
 
@@ -79,5 +79,5 @@ def prove(
     else:
         server.model.load(server.strategy.effective(state).factors)
         used.append(server.model.change(target.x))
-    layers, total, norm = _compare(used, target)
+    layers, total, norm = compare(used, target)
     return Proof(server.promise, total, ROUNDING[dtype], norm, layers, len(used))

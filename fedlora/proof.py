@@ -157,7 +157,7 @@ def prove(
             came = unpack_download(pack_download(sent, dtype))
             made = _used_by(strategy, came, there, target, round)
             used.append(made if fold_absent else {m: made[m] for m in client.layers if m in made})
-    layers, total, norm = _compare(used, target)
+    layers, total, norm = compare(used, target)
     return Proof(strategy.promise, total, ROUNDING[dtype], norm, layers, len(used))
 
 
@@ -216,9 +216,10 @@ def _used_by(
     return outputs(target, came.base, factors.adapter(), came.fold)
 
 
-def _compare(
+def compare(
     used: Sequence[Mapping[str, Tensor]], target: Target
 ) -> tuple[dict[str, float], float, float]:
+    """The worst relative deviation by module, over all modules, and the target's norm."""
     layers: dict[str, float] = {}
     worst = norm = 0.0
     for outcome in used:

@@ -94,7 +94,7 @@ def read(
     except FedLoraError as e:
         server.refuse(client.id, round, str(e), gathered, offence=not reply.has_error())
         return None
-    return upload, {**facts, "round": round.number}
+    return upload, facts
 
 
 def accept(

@@ -130,8 +130,9 @@ def test_step_by_step_or_at_once_the_base_has_the_same_bits(settings: Settings, 
     assert_bits(base_bits(stepwise), base_bits(build(settings, kind)))
 
 
-def test_a_snapshot_leads_to_the_bits_of_what_it_stands_for(settings: Settings) -> None:
-    steady, away, joining = (build(settings, "gpt2") for _ in range(3))
+def three_ways(settings: Settings, **changes: object) -> list[Model]:
+    """Models that were there in every round, in the 3rd and the last, and in the last alone."""
+    steady, away, joining = (build(settings, "gpt2", **changes) for _ in range(3))
     log, seen = BaseLog(), []
     for n in range(1, 31):
         log = log.add(pairs(steady, 2, n))
@@ -141,6 +142,11 @@ def test_a_snapshot_leads_to_the_bits_of_what_it_stands_for(settings: Settings) 
             away.rebase("run", [*seen[:3], *log.since(3)] if n == 30 else seen)
     joining.rebase("run", log.versions)
     assert any(v.snapshot for v in log.versions)
+    return [steady, away, joining]
+
+
+def test_a_snapshot_leads_to_the_bits_of_what_it_stands_for(settings: Settings) -> None:
+    steady, away, joining = three_ways(settings)
     assert_bits(base_bits(steady), base_bits(away))
     assert_bits(base_bits(steady), base_bits(joining))
 
@@ -430,16 +436,7 @@ def test_beside_the_base_changes_add_up_and_the_weights_stay(settings: Settings,
 
 def test_beside_the_base_all_ways_to_a_version_give_the_same_bits(settings: Settings) -> None:
     beside = {"model.merge": "keep-as-adapter"}
-    steady, away, joining = (build(settings, "gpt2", **beside) for _ in range(3))
-    log, seen = BaseLog(), []
-    for n in range(1, 31):
-        log = log.add(pairs(steady, 2, n))
-        seen += log.since(n - 1)
-        steady.rebase("run", seen)
-        if n in (3, 30):
-            away.rebase("run", [*seen[:3], *log.since(3)] if n == 30 else seen)
-    joining.rebase("run", log.versions)
-    assert any(v.snapshot for v in log.versions)
+    steady, away, joining = three_ways(settings, **beside)
     x = {m: drawn(s.k, 4, seed=5) for m, s in steady.shapes.items()}
     for model in (away, joining):
         for m, y in steady.probe(x).items():

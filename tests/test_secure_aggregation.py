@@ -660,7 +660,7 @@ def test_nothing_of_one_client_leaves_in_the_clear(settings: Settings) -> None:
         for record in content.array_records.values():
             assert [a.stype for a in record.values()] == ["fedlora.masked"]
     for facts in got.last["clients"].values():
-        told = {"rank", "keeps", "examples", "bytes_up", "bytes_down"}
+        told = {"round", "rank", "keeps", "examples", "bytes_up", "bytes_down"}
         assert all(value is None for key, value in facts.items() if key not in told)
         assert facts["examples"] == 1
 

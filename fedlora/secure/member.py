@@ -62,7 +62,7 @@ class Member:
             raise PrivacyError(f"a sum over {terms.cohort} clients: must be {SMALLEST} at least")
         self._begin()
         (sk1, pk1), (sk2, pk2) = masking.key_pair(), masking.key_pair()
-        self._leave("share", cohort=terms.cohort, sk1=sk1, pk1=pk1, sk2=sk2, pk2=pk2)
+        self.leave("share", cohort=terms.cohort, sk1=sk1, pk1=pk1, sk2=sk2, pk2=pk2)
         return pk1, pk2
 
     def share(self, keys: Keys, cohort_terms: TermsOf) -> Boxes:
@@ -90,7 +90,7 @@ class Member:
                 own[i] = (b, k)
             else:
                 boxes[i] = masking.seal(s["sk2"], keys[i][1], self.me, i, b, k)
-        self._leave("collect", **s, seed=seed, keys=dict(keys), shares=own)
+        self.leave("collect", **s, seed=seed, keys=dict(keys), shares=own)
         return boxes
 
     def open(self, boxes: Boxes, cohort_terms: TermsOf) -> "Masker":
@@ -167,7 +167,7 @@ class Member:
             raise PrivacyError(f"round {self.round} was begun by another start of the server")
         return found
 
-    def _leave(self, stage: str, **state: Any) -> None:
+    def leave(self, stage: str, **state: Any) -> None:
         data = json.dumps(_text({**state, "incarnation": self.incarnation}))
         write_atomically(self._file(stage), data.encode())
 
@@ -188,7 +188,7 @@ class Masker:
             if i != self.member.me:
                 shared = masking.pair_mask(s["sk1"], s["keys"][i][0], n, bits)
                 masking.cancel(total, self.member.me, i, shared)
-        self.member._leave("unmask", cohort=s["cohort"], shares=s["shares"])
+        self.member.leave("unmask", cohort=s["cohort"], shares=s["shares"])
         return np.asarray(total)
 
 

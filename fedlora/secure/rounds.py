@@ -293,7 +293,7 @@ class SecureRound:
 
     def _accept(self, i: int) -> None:
         """Put a client of the sum on record, with what is known of it."""
-        facts = facts_of(self.client[i], self.keeps[i], {}, self.up[i])
+        facts = facts_of(self.client[i], self.round, self.keeps[i], {}, self.up[i])
         facts["bytes_down"] = self.gathered.down[i]
         self.gathered.accepted.append(i)
         self.gathered.clients[i] = facts
