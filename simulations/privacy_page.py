@@ -76,7 +76,7 @@ def utility(lab: "Lab") -> Table:
     """Scores by method and budget; the probe first."""
     metric, found = scores(lab)
     write = percent if metric == "accuracy" else lambda x: f"{statistics.fmean(x):.3f}"
-    heads = ["", *(heading(e) for e in lab.epsilons)]
+    heads = ["strategy", *(heading(e) for e in lab.epsilons)]
     return heads, [
         [name, *(write(row[e]) if row.get(e) else "" for e in lab.epsilons)]
         for name, row in found.items()
