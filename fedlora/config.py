@@ -40,6 +40,7 @@ from fedlora.sections import (
     Train,
     Wire,
 )
+from fedlora.settled import settled
 from fedlora.strategies import STRATEGIES, Strategy
 
 Scalar = bool | int | float | str
@@ -96,11 +97,11 @@ class Config(Section):
             except ValidationError as e:
                 problems += [_problem(name, error, flat) for error in e.errors()]
         if not problems:
-            built_config = cls(**built)
-            problems += refused(built_config)
+            config = settled(cls(**built))
+            problems += refused(config)
         if problems:
             raise ConfigError(problems)
-        return cls(**built)
+        return config
 
     @classmethod
     def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> "Config":

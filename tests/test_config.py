@@ -13,6 +13,7 @@ from tiny_federation import ROOT
 
 from fedlora.config import Config, parse_overrides, write_defaults
 from fedlora.errors import ConfigError
+from fedlora.settled import settled
 from fedlora.strategies import STRATEGIES
 
 FLAT = Config().flat()
@@ -50,8 +51,7 @@ def test_flower_takes_every_value_as_it_is() -> None:
 
 
 def test_flat_and_read_are_inverse() -> None:
-    assert Config.read(FLAT) == Config()
-    assert Config.read({}) == Config()
+    assert Config.read(FLAT) == Config.read({}) == settled(Config())
 
 
 def test_toml_and_read_are_inverse(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_all_problems_are_said_at_once_each_with_its_key() -> None:
     assert len(found) == 7
     assert 'lora.alhpa: no such key; did you mean "lora.alpha"?' in found
     assert "nonsense.key: no such key" in found
-    assert "train.lr = -1.0: must be greater than 0" in text
+    assert "train.lr = -1.0: must be greater than or equal to 0" in text
     assert "train.batch-size = '8': must be a valid integer" in text
     assert "strategy.name = 'fedexx'" in text
     assert "'lora-a2'" in text  # what it may be
@@ -208,4 +208,27 @@ def test_nothing_raises_anything_but_a_config_error(given: dict[str, Any]) -> No
         config = Config.read(given)
     except ConfigError:
         return
+    assert Config.read(config.flat()) == config
+
+
+# -- defaults that depend on other keys ---------------------------------------------------------
+
+
+def test_what_is_not_set_is_what_the_lab_found_best_under_dp() -> None:
+    private = Config.read({"privacy.epsilon": 3.0, "privacy.clip-norm": 0.5})
+    assert (private.train.optimizer, private.train.momentum, private.train.lr) == ("sgd", 0.8, 6.0)
+    assert (private.model.pooling, private.lora.layers) == ("mean", ("-1",))
+    assert Config.read({"privacy.epsilon": 1.0}).train.lr == pytest.approx(1 / 0.3)
+    open_ = Config.read({})
+    assert (open_.train.optimizer, open_.train.momentum, open_.train.lr) == ("adamw", 0.0, 2e-3)
+    assert (open_.model.pooling, open_.lora.layers) == ("default", ())
+    by_client = Config.read({"privacy.epsilon": 3.0, "privacy.level": "client"})
+    assert by_client.train.optimizer == "adamw", "its noise is at the server, not in the steps"
+
+
+def test_what_is_set_stays_under_dp_and_settling_twice_changes_nothing() -> None:
+    given = {"privacy.epsilon": 3.0, "train.optimizer": "adamw", "model.pooling": "default"}
+    config = Config.read({**given, "lora.layers": "", "train.momentum": 0.0})
+    assert (config.train.optimizer, config.train.lr) == ("adamw", 1e-2)
+    assert (config.model.pooling, config.lora.layers) == ("default", ())
     assert Config.read(config.flat()) == config

@@ -49,6 +49,9 @@ from fedlora.train import (
     learning_rate,
 )
 
+RATE = 0.1
+"""Of a step's sample where privacy.sample-rate is not set: large steps bear their noise better."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -75,7 +78,7 @@ class Plan:
             raise PrivacyError(
                 f"privacy.delta = {p.delta:g} must be below 1/n = {1 / n:.2g}, n = {n} examples"
             )
-        q = p.sample_rate or min(1.0, train.batch_size / n)
+        q = p.sample_rate or min(1.0, max(RATE, train.batch_size / n))
         steps = train.steps or max(1, round(train.epochs / q))
         planned = steps * config.run.rounds
         sigma = p.noise_multiplier or calibrate(p.epsilon, p.delta, q, planned)
