@@ -178,7 +178,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         findings.append(Finding("problem", f"strategy.name = {config.strategy.name!r}: {problem}"))
     if any(f.level == "problem" for f in findings):
         return findings, Table()
-    state = _begun(config, model, strategy, clients)
+    state = _begun(config, model, strategy, clients, corpus)
     findings += _secure(config, strategy, state, clients)
     table, largest = _plan(config, strategy, state, clients, corpus)
     per_round = config.clients.per_round or config.clients.count
@@ -202,12 +202,13 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     return findings, table
 
 
-def _begun(config: Config, model: Any, strategy: Any, clients: Any) -> Any:
+def _begun(config: Config, model: Any, strategy: Any, clients: Any, corpus: Any) -> Any:
     """The strategy's first state."""
+    from fedlora.calibration import first_factors
     from fedlora.strategies.base import Client, Start, top_ranks
 
     whole = Client(-1, model.layers(top_ranks(clients)))
-    factors = model.init_factors(whole, config.run.seed)
+    factors = first_factors(model, whole, config, corpus)
     return strategy.init(Start(factors, clients, model.weights(), config.run.seed))
 
 

@@ -100,11 +100,12 @@ LEFT_OUT: dict[str, str] = {
     "lora-fa": "freezing A is a strategy's: use strategy.name = 'ffa'",
     "lora+": "it is an optimiser's setting: use train.lr-ratio-b",
     "rslora": "it is lora's scale: use lora.use-rslora = true",
-    "pissa": "it is an initialisation: use lora.init = 'pissa'",
+    **{i: f"it is an initialisation: use lora.init = {i!r}" for i in
+       ("pissa", "eva", "corda", "lora_ga")},
     "boft": "PEFT's code for it compiles CUDA where it can, so machines differ; use oft",
     "bone": "PEFT has it as MiSS: use miss, or bat for its first form",
     **dict.fromkeys(
-        ("adamss", "frod", "osf", "psoft", "tinylora", "corda"),
+        ("adamss", "frod", "osf", "psoft", "tinylora"),
         "its frozen parts are a decomposition of W0 that each machine would compute for itself, "
         "equal in neither sign nor rounding; use vera, randlora or fourierft",
     ),
@@ -141,21 +142,22 @@ INITS: dict[str, str] = {
     "orthogonal": "A and B random with B A = 0",
     "pissa": "B A the leading part of W0's SVD; the base keeps the rest",
     "olora": "s B A from the QR of W0; the base keeps the rest",
+    "eva": "A the leading principal directions of the module's inputs on lora.calibration, B = 0",
+    "corda": "s B A the part of W0 that matters most on those inputs; the base keeps the rest",
+    "lora_ga": "A and B from the SVD of the loss's gradient there; s B A is taken out of the base",
 }
 """Of lora.init; "pissa_niter_N" is pissa by a randomised SVD of N passes."""
 
+CALIBRATED = ("eva", "corda", "lora_ga")
+"""Inits that look at rows: those of lora.calibration (fedlora/calibration.py)."""
+
 INITS_LEFT_OUT: dict[str, str] = {
-    **dict.fromkeys(
-        ("eva", "corda", "lora_ga"),
-        "it reads training examples, which are with the clients; use strategy.name = 'fedsb' with "
-        "strategy.fedsb.init-from = 'update-approx', which asks them for a sketch of a gradient",
-    ),
     "loftq": "it makes up for the rounding of a 4-bit base; use pissa, which this runs",
     "mica": "it freezes B for good, and strategies say themselves what is frozen; use lora-fa's "
     "counterpart, strategy.name = 'ffa'",
 }
 
-MOVES_BASE = ("pissa", "olora")
+MOVES_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Inits that take s B A out of the base, so that training starts from W0."""
 
 
@@ -192,6 +194,7 @@ def refused(config: "Config") -> Iterator[str]:
     """What of the config's form and initialisation cannot be, each with what to do instead."""
     lora = config.lora
     yield from _init_refused(lora.init, lora.form)
+    yield from _calibration_refused(config)
     if lora.form not in FORMS:
         near = difflib.get_close_matches(lora.form, [*FORMS, *LEFT_OUT], n=1)
         why = LEFT_OUT.get(lora.form) or (
@@ -252,6 +255,34 @@ def _init_refused(init: str, form: str) -> Iterator[str]:
         yield f"lora.init = {init!r}: must be {', '.join(INITS)} or pissa_niter_N"
     elif moves_base(init) and form == "dora":
         yield f"lora.init = {init!r}: moves the base, whose norm DoRA divides by; use 'default'"
+
+
+def _calibration_refused(config: "Config") -> Iterator[str]:
+    init, path = config.lora.init, config.lora.calibration
+    if init not in CALIBRATED:
+        if path:
+            yield (
+                f"lora.calibration = {path!r}: only lora.init = {', '.join(CALIBRATED)} read rows; "
+                "set one of them, or leave it empty"
+            )
+        return
+    if not path:
+        yield (
+            f"lora.init = {init!r}: looks at rows, and the clients' stay with them; name rows that "
+            "are no client's, such as a public text of the same kind, in lora.calibration"
+        )
+    if path and path in (config.data.path, config.data.test_path):
+        yield (f"lora.calibration = {path!r}: these rows train or test the model; name other ones")
+    if config.personalize.alone:
+        yield (
+            f"personalize.alone = true with lora.init = {init!r}: a client alone has no "
+            "calibration rows to begin from; set it to false"
+        )
+    if init == "lora_ga" and config.model.quantization != "none":
+        yield (
+            f"lora.init = 'lora_ga' with model.quantization = {config.model.quantization!r}: "
+            "quantised weights have no gradient; use eva or corda"
+        )
 
 
 def _niter(init: str) -> bool:

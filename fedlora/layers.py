@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import peft
-from peft import LoraConfig
+from peft import LoraConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
@@ -115,15 +116,27 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
     )  # lora.init is done once, by `initial`: attaching never touches W0
 
 
-def initial(W: Tensor, rank: int, scale: float, init: str) -> Pair:
+OWN_SETTINGS = {
+    "corda": {"corda_config": CordaConfig()},
+    "lora_ga": {"lora_ga_config": LoraGAConfig()},
+}
+"""What PEFT asks for beside the init's name: its own defaults."""
+
+
+def initial(
+    W: Tensor, rank: int, scale: float, init: str, found: Mapping[str, Any] | None = None
+) -> Pair:
     """A (rank, k) and B (d, rank) as PEFT's lora.init makes them from W0 (d, k), which stays.
 
-    Draws from the global generator, as PEFT does: seed it.
+    `found` is what PEFT wants to find on the layer: see `calibration`. Draws from the global
+    generator, as PEFT does: seed it.
     """
     d, k = W.shape
     scratch = nn.Linear(k, d, bias=False, device=W.device)
     scratch.weight.data = W.detach().float().clone()
-    settings = LoraConfig(init_lora_weights=init)
+    for name, value in (found or {}).items():
+        setattr(scratch, name, value)
+    settings = LoraConfig(init_lora_weights=init, **OWN_SETTINGS.get(init, {}))
     try:
         made = LoraLinear(scratch, "x", config=settings, r=rank, lora_alpha=scale * rank)
     except ValueError as e:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedlora.adapter import Adapter, Delta, Factors
 from fedlora.config import Config
 from fedlora.errors import ModelError
-from fedlora.forms import FORMS, fixed_rank
+from fedlora.forms import CALIBRATED, FORMS, fixed_rank
 from fedlora.layers import adapter_config, find_layers, initial
 from fedlora.loading import (
     checkpoint_activations,
@@ -140,13 +140,14 @@ class Model:
         """W0 of every adaptable module, (d, k), without copying where it lies that way."""
         return self.base.weights()
 
-    def init_factors(self, client: Client, seed: int) -> Factors:
+    def init_factors(self, client: Client, seed: int, made: Adapter | None = None) -> Factors:
         """PEFT's own initialisation at the client's ranks, seeded; the head as loaded.
 
         B is zero, but where lora.init takes s B A out of the base: see `layers.taken_out`.
 
         The same (seed, ranks) gives the same factors, whatever was loaded before. A form that is
-        not LoRA begins as it was attached, from run.seed.
+        not LoRA begins as it was attached, from run.seed. `made` are the pairs, where they are not
+        made here (`calibration.first_factors`).
         """
         if self.rank:
             self.load(self._first)
@@ -160,11 +161,13 @@ class Model:
                 self.peft.delete_adapter(old)
             self._cores = {}
             self._scale = {m: layer.scale for m, layer in client.layers.items()}
-            first = self.read()
-            if self.config.lora.init == "default":
+            first, init = self.read(), self.config.lora.init
+            if made is None and init == "default":
                 return first
+            if made is None and init in CALIBRATED:
+                raise ModelError(f"lora.init = {init!r}: begins from lora.calibration, not here")
             W, layers = self.weights(), client.layers.items()
-            made = {m: initial(W[m], x.rank, x.scale, self.config.lora.init) for m, x in layers}
+            made = made or {m: initial(W[m], x.rank, x.scale, init) for m, x in layers}
             return as_factors(made, first.other)
 
     # -- loading and reading ----------------------------------------------------------------

@@ -177,7 +177,10 @@ class Lora(Section):
     modules_to_save: Names = ()
     """Modules trained whole besides the head of a classifier."""
     init: str = "default"
-    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora."""
+    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda,
+    lora_ga."""
+    calibration: str = ""
+    """For eva, corda and lora_ga: rows that are no client's, read by the server as data.path is."""
     form: str = "lora"
     """The adapter form: lora, dora, vera, ... (`fedlora forms` lists them)."""
     options: Renames = ()
