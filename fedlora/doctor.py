@@ -150,6 +150,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     """
     from fedlora import site
     from fedlora.forms import promise
+    from fedlora.ranks import patterned
     from fedlora.strategies.base import Client
 
     findings = []
@@ -169,9 +170,9 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
     )
     strategy = config.build_strategy()
-    ranks = config.clients.ranks
+    ranks, pattern = config.clients.ranks, config.lora.rank_pattern
     clients = [
-        Client(i, model.layers(dict.fromkeys(model.shapes, ranks[i % len(ranks)])))
+        Client(i, model.layers(patterned(model.shapes, ranks[i % len(ranks)], pattern)))
         for i in range(config.clients.count)
     ]
     for problem in strategy.problems(clients):

@@ -29,6 +29,7 @@ from fedlora.loading import MeanPooled, load_base
 from fedlora.lowrank import compress, norm, stack, svd
 from fedlora.memory import ClientMemory
 from fedlora.model import PREFIX, Model
+from fedlora.ranks import patterned
 from fedlora.sources import locate
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round, Version
@@ -315,7 +316,7 @@ def _of_client(
     member = saved.members[i]
     root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
     kept = ClientMemory(root, i, saved.token).recall(member.memory_round)
-    layers = model.layers(dict.fromkeys(model.shapes, member.rank))
+    layers = model.layers(patterned(model.shapes, member.rank, config.lora.rank_pattern))
     me = Client(i, layers, member.base_version, member.memory_round > 0)
     round = Round(config.run.rounds + 1, config.run.seed)
     factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)

@@ -92,8 +92,8 @@ ON_QUANTISED = (
 read W0, and what PEFT makes of a quantised one differs by form and by device."""
 
 LEFT_OUT: dict[str, str] = {
-    "adalora": "each client would prune ranks by its own importance scores; use ranks.policy = "
-    "'legend', or strategy.name = 'lora-a2', which choose ranks for a federation",
+    "adalora": "each client would prune ranks by its own importance scores; use lora.rank-pattern "
+    "for ranks by module, ranks.policy = 'legend' or strategy.name = 'lora-a2', which choose them",
     "alora": "it acts after an invocation only, and a change of the base acts everywhere; use lora",
     "lora-xs": "its r x r core between frozen factors is a strategy's: use strategy.name = 'fedsb' "
     "with strategy.fedsb.init-from = 'svd-w0'",
@@ -204,6 +204,12 @@ def refused(config: "Config") -> Iterator[str]:
         yield f"lora.form = {lora.form!r}: {why}"
         return
     form = FORMS[lora.form]
+    if lora.rank_pattern and (form.kind != "factors" or config.ranks.policy == "legend"):
+        yield (
+            f"lora.rank-pattern with lora.form = {lora.form!r} and ranks.policy = "
+            f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and legend has a rule "
+            "of its own; leave it empty"
+        )
     if reason := refusal(form, config.build_strategy()):
         yield f"lora.form = {lora.form!r} with strategy.name = {config.strategy.name!r}: {reason}"
     if lora.form != "lora" and config.robust.method != "none" and form.kind != "factors":
@@ -222,7 +228,13 @@ def refused(config: "Config") -> Iterator[str]:
         if lora.options:
             yield f"lora.options: PEFT's own settings of a form; {lora.form} has keys of its own"
         return
-    if len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
+    if not form.size:
+        if config.clients.ranks != type(config.clients)().ranks or config.ranks.policy != "list":
+            yield (
+                f"lora.form = {lora.form!r}: has one size, of which clients.ranks and ranks.policy "
+                "say nothing; leave both out"
+            )
+    elif len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
         yield (
             f"lora.form = {lora.form!r}: every client has the same tensors; set one rank in "
             "clients.ranks, and ranks.policy = 'list'"

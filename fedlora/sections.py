@@ -179,6 +179,9 @@ class Lora(Section):
     init: str = "default"
     """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda,
     lora_ga."""
+    rank_pattern: Renames = ()
+    """Every client's rank in the modules that a regular expression matches to their end, in place
+    of clients.ranks: "value=8, layer.0.*=2"; the first that matches counts."""
     calibration: str = ""
     """For eva, corda and lora_ga: rows that are no client's, read by the server as data.path is."""
     form: str = "lora"

@@ -21,6 +21,7 @@ from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
 from fedlora.export import export_run, load_exported
 from fedlora.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
 from fedlora.model import Model
+from fedlora.ranks import patterned
 from fedlora.server import FederatedLora
 from fedlora.strategies import STRATEGIES, fedavg
 from fedlora.strategies.base import (
@@ -47,6 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # tor
 
 def given(settings: Settings, form: str, name: str, **changes: object) -> dict[str, object]:
     more = {"lora.form": form, "clients.ranks": str(RANK), "lora.options": OPTIONS.get(form, "")}
+    more |= {} if FORMS[form].size else {"clients.ranks": "4,8,16"}  # its default
     return settings(**{**more, "strategy.name": name, **changes})
 
 
@@ -87,12 +89,13 @@ def gap(got: Mapping[str, Tensor], want: Mapping[str, Tensor], bare: Mapping[str
     )
 
 
-def round_of(model: Model, strategy: Any) -> tuple[float, float]:
+def round_of(
+    model: Model, strategy: Any, ranks: Mapping[str, int] | None = None
+) -> tuple[float, float]:
     """The model's deviation from the mean of what clients trained, and the shared side's."""
     x = inputs(model)
-    clients = [
-        Client(i, model.layers(dict.fromkeys(model.shapes, RANK))) for i in range(len(EXAMPLES))
-    ]
+    ranks = ranks or dict.fromkeys(model.shapes, RANK)
+    clients = [Client(i, model.layers(ranks)) for i in range(len(EXAMPLES))]
     first = model.init_factors(replace(clients[0], id=-1), SEED)
     model.rebase("none", [])
     with model.peft.disable_adapter():
@@ -149,6 +152,21 @@ def test_a_form_under_a_strategy_is_averaged_as_promised_or_refused(
         assert whole < 10
     if type(strategy) is fedavg.FedAvg and promise != "exact":
         assert whole > 1e-3, "a counterexample, or it should promise to be exact"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_by_module_are_averaged_as_promised(settings: Settings, name: str) -> None:
+    model, strategy = built(settings, "lora"), STRATEGIES[name]()
+    ranks = patterned(model.shapes, RANK, ("value=8", "layer.1.*=12"))
+    assert set(ranks.values()) == {4, 8, 12}
+    assert not [*strategy.problems([Client(0, model.layers(ranks))])]
+    whole, shared = round_of(model, strategy, ranks)
+    if strategy.promise == "exact":
+        assert whole < 3 * BOUND  # of higher ranks than RANK
+    elif strategy.promise == "shared":
+        assert shared < 1e-6
+    else:
+        assert whole < 10
 
 
 def spread(model: Model, names: set[str], only: str = "") -> float:
@@ -249,6 +267,7 @@ def test_a_misspelt_form_is_named_with_the_nearest(settings: Settings) -> None:
         ({"robust.method": "median"}, "judges updates by their products"),
         ({"lora.use-rslora": True}, "lora.use-rslora = true"),
         ({"lora.init": "pissa"}, "begins as PEFT begins it"),
+        ({"lora.rank-pattern": "value=2"}, "leave it empty"),
     ],
 )
 def test_what_a_form_cannot_be_asked_is_refused(
@@ -256,6 +275,14 @@ def test_what_a_form_cannot_be_asked_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         Config.read(given(settings, "fourierft", "fedavg", **changes))
+
+
+def test_ranks_of_a_form_that_has_one_size_are_no_setting(settings: Settings) -> None:
+    for form in (f for f, x in FORMS.items() if not x.size):
+        Config.read(given(settings, form, "fedavg"))
+        for changes in ({"clients.ranks": "8"}, {"ranks.policy": "capability"}):
+            with pytest.raises(ConfigError, match=r"has one size, of which clients\.ranks"):
+                Config.read(given(settings, form, "fedavg", **changes))
 
 
 def test_options_that_a_form_has_not_are_listed(settings: Settings) -> None:
