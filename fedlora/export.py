@@ -201,6 +201,11 @@ def save_merged(
             f"model.quantization = {model.config.model.quantization!r}: quantised weights cannot "
             "take the change; export it as peft, which keeps it beside them"
         )
+    if model.form.after:
+        raise ModelError(
+            f"lora.form = {model.config.lora.form!r}: weights act on every token, and this change "
+            "from its invocation on only; export it as peft"
+        )
     if model.config.lora.form != "lora":
         _save_whole(model, _merged_by_peft(model, effective), effective, directory)
         return 0.0, 0.0

@@ -43,6 +43,8 @@ class Form:
     """PEFT's class."""
     size: str = ""
     """Which of PEFT's settings clients.ranks gives; none: the form has one size only."""
+    after: bool = False
+    """It acts on a row's tokens from an invocation on, and not on those before."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ from PEFT's, so that training starts from W0."""
 
@@ -51,6 +53,8 @@ FORMS: dict[str, Form] = {
     "lora": Form("s B A x", "factors", "multilinear", "LoraConfig", "r"),
     "dora": Form("(m / |W0 + s B A| - 1) W0 x + (m / |W0 + s B A|) s B A x", "factors",
                  "not linear", "LoraConfig", "r"),
+    "alora": Form("s B A x from the invocation's tokens on, 0 before", "factors", "multilinear",
+                  "LoraConfig", "r", after=True),
     "vera": Form("diag(b) B0 diag(d) A0 x", "vectors", "multilinear", "VeraConfig", "r"),
     "randlora": Form("sum_j B_j diag(l_j) A0 diag(g_j) x", "tensors", "multilinear",
                      "RandLoraConfig", "r"),
@@ -60,17 +64,17 @@ FORMS: dict[str, Form] = {
     "lokr": Form("s (C kron B A) x", "tensors", "multilinear", "LoKrConfig", "r"),
     "hira": Form("(W0 * B A) x", "tensors", "multilinear", "HiraConfig", "r"),
     "fourierft": Form("a Re IDFT(c at fixed places) x", "tensors", "linear", "FourierFTConfig",
-                      "n_frequency", {"init_weights": True}),
+                      "n_frequency", given={"init_weights": True}),
     "waveft": Form("a IDWT(c at fixed places) x", "tensors", "linear", "WaveFTConfig",
                    "n_frequency"),
     "c3a": Form("block-circulant(c) x", "tensors", "linear", "C3AConfig", "block_size",
-                {"init_weights": True}),
+                given={"init_weights": True}),
     "shira": Form("S x, S on a fixed random mask", "tensors", "linear", "ShiraConfig", "r"),
     "miss": Form("D repeated along x, summed in groups", "tensors", "linear", "MissConfig", "r"),
     "bat": Form("(W0 D + D) in blocks x (Bone)", "tensors", "linear", "MissConfig", "r",
-                {"init_weights": "bat"}),
+                given={"init_weights": "bat"}),
     "ia3": Form("(l - 1) * W0 x", "tensors", "linear", "IA3Config", "",
-                {"feedforward_modules": []}),
+                given={"feedforward_modules": []}),
     "beft": Form("b added to the output", "tensors", "linear", "BeftConfig"),
     "supertuning": Form("S x, S where W0 is largest", "tensors", "linear", "SupertuningConfig"),
     "oft": Form("(W0 R - W0) x, R = Cayley(Q) in blocks", "tensors", "not linear", "OFTConfig",
@@ -94,7 +98,6 @@ read W0, and what PEFT makes of a quantised one differs by form and by device.""
 LEFT_OUT: dict[str, str] = {
     "adalora": "each client would prune ranks by its own importance scores; use lora.rank-pattern "
     "for ranks by module, ranks.policy = 'legend' or strategy.name = 'lora-a2', which choose them",
-    "alora": "it acts after an invocation only, and a change of the base acts everywhere; use lora",
     "lora-xs": "its r x r core between frozen factors is a strategy's: use strategy.name = 'fedsb' "
     "with strategy.fedsb.init-from = 'svd-w0'",
     "lora-fa": "freezing A is a strategy's: use strategy.name = 'ffa'",
@@ -172,6 +175,16 @@ def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
             f"{name} recombines the ranks of B A, and this form has two vectors between frozen "
             "projections; use fedavg, ffa, rolora or fedsa"
         )
+    if form.after and strategy.requires.moving_base:
+        return (
+            f"{name} moves the base, which acts on every token, and this form only from its "
+            "invocation on; use fedavg, ffa, rolora or fedsvd"
+        )
+    if form.after and strategy.requires.beside_factors:
+        return (
+            f"{name} has more than A and B, a core between them or ranks folded into the base, "
+            "and PEFT's code for this form those two alone; use fedavg, ffa, rolora or fedsvd"
+        )
     if form.kind == "factors" and form.law == "not linear":
         if strategy.requires.moving_base:
             return f"{name} moves the base, whose norm this form divides by; use fedavg or fedsa"
@@ -217,6 +230,7 @@ def refused(config: "Config") -> Iterator[str]:
             f"robust.method = {config.robust.method!r}: it judges updates by their products B A, "
             f"and {lora.form} has none; use lora.form = 'lora'"
         )
+    yield from _invocation_refused(config, form)
     if config.model.quantization != "none":
         yield from _quantised_refused(config)
     if moves_base(lora.init) and config.wire.dtype != "float32":
@@ -243,6 +257,33 @@ def refused(config: "Config") -> Iterator[str]:
         yield f"lora.use-rslora = true: is the scale of LoRA's factors; {lora.form} has none"
 
 
+def _invocation_refused(config: "Config", form: Form) -> Iterator[str]:
+    lora = config.lora
+    if not form.after:
+        if lora.invocation:
+            yield f"lora.invocation: is alora's; {lora.form} acts on every token; leave it empty"
+        return
+    if config.model.task != "causal-lm":
+        yield (
+            f"lora.form = {lora.form!r} with model.task = {config.model.task!r}: what a classifier "
+            "reads is no continuation; use lora"
+        )
+    if not lora.invocation:
+        yield (
+            f"lora.form = {lora.form!r}: needs lora.invocation, a text that every prompt has, such "
+            "as the head of the assistant's turn in the chat template"
+        )
+    if len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
+        yield f"lora.form = {lora.form!r}: {ONE_RANK}"
+
+
+ONE_RANK = (
+    "what a client of a lower rank or fewer layers does not train would be folded into its base, "
+    "which acts on every token; give all clients one rank, by ranks.policy = 'list'"
+)
+"""Why a form that acts from an invocation on goes with no mixed ranks."""
+
+
 def _quantised_refused(config: "Config") -> Iterator[str]:
     model, form = config.model, config.lora.form
     if form not in ON_QUANTISED:
@@ -267,6 +308,11 @@ def _init_refused(init: str, form: str) -> Iterator[str]:
         yield f"lora.init = {init!r}: must be {', '.join(INITS)} or pissa_niter_N"
     elif moves_base(init) and form == "dora":
         yield f"lora.init = {init!r}: moves the base, whose norm DoRA divides by; use 'default'"
+    elif moves_base(init) and form in FORMS and FORMS[form].after:
+        yield (
+            f"lora.init = {init!r}: takes s B A out of the base on every token, and {form} gives "
+            "it back from its invocation on only; use 'default' or 'eva'"
+        )
 
 
 def _calibration_refused(config: "Config") -> Iterator[str]:

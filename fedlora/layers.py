@@ -14,6 +14,7 @@ from fedlora.adapter import Adapter, Factors, Pair
 from fedlora.config import Config, parse_overrides
 from fedlora.errors import ConfigError, ModelError
 from fedlora.forms import FORMS, Form, moves_base
+from fedlora.invocation import invocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
     if form.kind != "factors":
         return form_config(config, form, shapes, ranks, top, heads)
     return LoraConfig(
+        alora_invocation_tokens=invocation(config.model, lora.invocation) if form.after else None,
+        task_type="CAUSAL_LM" if form.after else None,  # PEFT looks for the invocation there only
         r=top,
         lora_alpha=lora.alpha,
         rank_pattern={f"^{m}$": r for m, r in ranks.items() if r != top},

@@ -26,6 +26,7 @@ from fedlora.adapter import Adapter, Delta, Factors
 from fedlora.config import Config
 from fedlora.errors import ModelError
 from fedlora.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.invocation import offsets
 from fedlora.layers import adapter_config, find_layers, initial
 from fedlora.loading import (
     checkpoint_activations,
@@ -249,6 +250,8 @@ class Model:
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
+        if self.form.after:
+            inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}
         if self._prefix:
             return self._prefix.logits(self.peft, inputs).float()
         logits: Tensor = self.peft(**inputs).logits
@@ -295,8 +298,13 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                return {m: self._modules[m](x[m].T.float()).T.double() for m in x}
-            return {m: self._in_float64(m)(x[m].T.double()).T for m in x}
+                return {m: self._at(self._modules[m], x[m].T.float()).T.double() for m in x}
+            return {m: self._at(self._in_float64(m), x[m].T.double()).T for m in x}
+
+    def _at(self, layer: Any, x: Tensor) -> Tensor:
+        """A module's output for rows of x, each a token that its adapter acts on."""
+        y: Tensor = layer(x, alora_offsets=[1] * len(x)) if self.form.after else layer(x)
+        return y
 
     def change(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """f(x): what the adapter adds to each module's output for columns x[m] (k, n), (d, n).

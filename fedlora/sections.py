@@ -186,6 +186,9 @@ class Lora(Section):
     """For eva, corda and lora_ga: rows that are no client's, read by the server as data.path is."""
     form: str = "lora"
     """The adapter form: lora, dora, vera, ... (`fedlora forms` lists them)."""
+    invocation: str = ""
+    """For alora: the text from whose last place in a row on the adapters act, which every prompt
+    must have, such as the head of the assistant's turn."""
     options: Renames = ()
     """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
 

@@ -37,6 +37,7 @@ from fedlora.strategies.base import (
 
 Settings = Callable[..., dict[str, object]]
 OPTIONS = {"supertuning": "sparsity=0.9", "vblora": "num_vectors=8,vector_length=4"}
+INVOCATION = "what is"
 RANK, SEED, EXAMPLES = 4, 3, (10, 31, 7)
 BOUND = 1e-6  # of what float32 tensors hold, seen through layers in float64
 CELLS = [(form, name) for form in FORMS for name in STRATEGIES]
@@ -49,7 +50,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # tor
 def given(settings: Settings, form: str, name: str, **changes: object) -> dict[str, object]:
     more = {"lora.form": form, "clients.ranks": str(RANK), "lora.options": OPTIONS.get(form, "")}
     more |= {} if FORMS[form].size else {"clients.ranks": "4,8,16"}  # its default
-    return settings(**{**more, "strategy.name": name, **changes})
+    kind = "llama" if form == "alora" else "bert"
+    more |= (
+        {"data.prompt": "{text} what is", "lora.invocation": INVOCATION} if kind == "llama" else {}
+    )
+    return settings(kind, **{**more, "strategy.name": name, **changes})
 
 
 def built(settings: Settings, form: str) -> Model:
@@ -57,7 +62,8 @@ def built(settings: Settings, form: str) -> Model:
     config = Config.read(given(settings, form, "fedavg"))
     key = (form, config.model.path)
     if key not in MODELS:
-        MODELS[key] = Model(config, ("x", "y", "z"))
+        labels = ("x", "y", "z") if config.model.task == "classification" else ()
+        MODELS[key] = Model(config, labels)
     return MODELS[key]
 
 
@@ -67,9 +73,13 @@ def inputs(model: Model) -> dict[str, Tensor]:
 
 
 def outputs(model: Model, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the adapted layers make of x (n, k) now, in float64, through PEFT's own forward."""
+    """What the adapted layers make of x (n, k) now, in float64, through PEFT's own forward.
+
+    Each row a token of its own, at which an invocation has begun.
+    """
+    at = {"alora_offsets": [1] * len(next(iter(x.values())))} if model.form.after else {}
     with torch.no_grad():
-        return {m: copy.deepcopy(model._modules[m]).double().eval()(x[m]) for m in x}
+        return {m: copy.deepcopy(model._modules[m]).double().eval()(x[m], **at) for m in x}
 
 
 def moved(model: Model, columns: frozenset[str], client: int, round: int) -> None:
@@ -229,6 +239,66 @@ def test_what_a_form_freezes_follows_from_the_seed_alone(settings: Settings, for
         moved(other, frozenset({"A", "B", "other"}), 0, 0)
         assert one.fingerprint != other.fingerprint
         assert gap(outputs(one, x), outputs(other, x), outputs(other, x)) > 1e-3
+
+
+def test_alora_changes_nothing_before_its_invocation(settings: Settings) -> None:
+    """Each row from its own, padded or not, and in what it generates."""
+    model = built(settings, "alora")
+    ids = [model.tokenizer.encode(f"{a} what is {b}") for a, b in
+           (("red cat", "the"), ("one two what is three left", "right up"))]  # fmt: skip
+    width = max(map(len, ids))
+    rows = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    mask = (rows > 0).long()
+    starts = [2, 6]  # of the last invocation
+    inputs = {"input_ids": rows, "attention_mask": mask}
+    model.load(model.init_factors(Client(0, model.layers(dict.fromkeys(model.shapes, RANK))), SEED))
+    moved(model, frozenset({"A", "B"}), 0, 0)
+    with torch.no_grad():
+        got = model.logits(inputs)
+        with model.peft.disable_adapter():
+            bare = model.logits(inputs)
+    for n, (start, row) in enumerate(zip(starts, ids, strict=True)):
+        assert torch.equal(got[n, :start], bare[n, :start])
+        assert not torch.isclose(got[n, start : len(row)], bare[n, start : len(row)]).all(-1).any()
+    with pytest.raises(ModelError, match=r"is not in the row 'red cat the', .* end data.prompt"):
+        model.logits({"input_ids": torch.tensor([model.tokenizer.encode("red cat the")])})
+
+
+def test_what_goes_with_no_invocation_is_refused(settings: Settings) -> None:
+    for changes, says in (
+        ({"lora.invocation": ""}, "needs lora.invocation, a text that every prompt has"),
+        ({"clients.ranks": "2,4"}, "would be folded into its base, .*; give all clients one rank"),
+        ({"ranks.policy": "legend"}, "would be folded into its base"),
+        ({"lora.init": "pissa"}, "takes s B A out of the base on every token"),
+        ({"lora.form": "lora"}, "lora.invocation: is alora's; lora acts on every token"),
+        ({"privacy.epsilon": 3.0}, "only LoRA factors and linear heads have per-example"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            Config.read(given(settings, "alora", "fedavg", **changes))
+    with pytest.raises(ConfigError, match="what a classifier reads is no continuation; use lora"):
+        Config.read(settings(**{"lora.form": "alora", "lora.invocation": "is"}))
+    with pytest.raises(
+        StrategyError, match=r"client 1 (has )?rank 2: .* give all clients one rank"
+    ):
+        federate(given(settings, "alora", "ffa", **quick("ffa", **{"clients.ranks": "3"})),
+                 nodes={1: {"rank": 2}})  # fmt: skip
+
+
+def test_a_federation_of_alora_learns_is_proved_and_exported_as_peft_alone(
+    settings: Settings, tmp_path: Path
+) -> None:
+    more = {"clients.ranks": "4", "run.rounds": 3, "train.steps": 6, "evaluate.every": 1,
+            "evaluate.generate-tokens": 2}  # fmt: skip
+    ran = federate(given(settings, "alora", "ffa", **quick("ffa", **more)))
+    for r in ran.rounds[1:]:
+        assert not r["failures"]
+        assert r["proof"]["model_deviation"] < r["proof"]["bound"]
+        assert r["proof"]["norm"] > 0
+    first, last = ran.rounds[0]["evaluation"], ran.rounds[-1]["evaluation"]
+    assert last["loss"] < first["loss"]
+    assert export_run(ran.directory, tmp_path / "peft").deviation < 1e-5
+    with pytest.raises(ModelError, match=r"weights act on every token, .* export it as peft"):
+        export_run(ran.directory, tmp_path / "merged", merged=True)
 
 
 def test_dora_is_dora(settings: Settings) -> None:

@@ -47,6 +47,8 @@ class Requires:
     moving_base: bool = False
     first_gradient: bool = False
     """Clients send a sketch of their first gradient's sign before round 1 (`from_gradient`)."""
+    beside_factors: bool = False
+    """Even at equal ranks it has a core between A and B, or folds ranks into a client's base."""
     own_gauge: bool = False
     """It refactors the model each round, so the factors of two rounds do not subtract."""
     algebra: Literal["products", "sides", "tensors"] = "products"
