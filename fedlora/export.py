@@ -7,7 +7,7 @@ stacked, and where that outgrows the layer, recompressed without loss.
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def total(effective: Effective) -> Adapter:
     return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
 
 
-def beginning(effective: Effective, origin: Adapter) -> Effective:
+def beginning(effective: Effective, origin: Mapping[str, Delta]) -> Effective:
     """The model with what its initialisation took out of W0 as the first of its base changes."""
     if not origin:
         return effective

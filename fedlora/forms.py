@@ -90,7 +90,8 @@ FORMS: dict[str, Form] = {
 }  # fmt: skip
 
 ON_QUANTISED = (
-    "lora", "vera", "randlora", "gralora", "fourierft", "waveft", "c3a", "miss", "beft", "vblora",
+    "lora", "alora", "vera", "randlora", "gralora", "fourierft", "waveft", "c3a", "miss", "beft",
+    "vblora",
 )  # fmt: skip
 """Forms that add a term of their own to W0 x, so that W0 may be stored in 8 or 4 bits; the others
 read W0, and what PEFT makes of a quantised one differs by form and by device."""
@@ -145,6 +146,7 @@ INITS: dict[str, str] = {
     "orthogonal": "A and B random with B A = 0",
     "pissa": "B A the leading part of W0's SVD; the base keeps the rest",
     "olora": "s B A from the QR of W0; the base keeps the rest",
+    "loftq": "s B A the leading part of what rounding W0 to 4 bits loses; the base is rounded",
     "eva": "A the leading principal directions of the module's inputs on lora.calibration, B = 0",
     "corda": "s B A the part of W0 that matters most on those inputs; the base keeps the rest",
     "lora_ga": "A and B from the SVD of the loss's gradient there; s B A is taken out of the base",
@@ -155,13 +157,12 @@ CALIBRATED = ("eva", "corda", "lora_ga")
 """Inits that look at rows: those of lora.calibration (fedlora/calibration.py)."""
 
 INITS_LEFT_OUT: dict[str, str] = {
-    "loftq": "it makes up for the rounding of a 4-bit base; use pissa, which this runs",
     "mica": "it freezes B for good, and strategies say themselves what is frozen; use lora-fa's "
     "counterpart, strategy.name = 'ffa'",
 }
 
-MOVES_BASE = ("pissa", "olora", "corda", "lora_ga")
-"""Inits that take s B A out of the base, so that training starts from W0."""
+MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Inits that take s B A out of the base, so that training starts from W0; or what is rounded."""
 
 
 def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
@@ -286,6 +287,8 @@ ONE_RANK = (
 
 def _quantised_refused(config: "Config") -> Iterator[str]:
     model, form = config.model, config.lora.form
+    if config.lora.init == "loftq" and model.quantization == "8bit":
+        yield "lora.init = 'loftq' with model.quantization = '8bit': is of 4 bits; use '4bit'"
     if form not in ON_QUANTISED:
         yield (
             f"lora.form = {form!r} with model.quantization = {model.quantization!r}: this form "
@@ -347,9 +350,9 @@ def _niter(init: str) -> bool:
     return init.startswith("pissa_niter_") and init.removeprefix("pissa_niter_").isdigit()
 
 
-def moves_base(init: str) -> bool:
-    """Does this init take its factors' product out of the base?"""
-    return init in MOVES_BASE or _niter(init)
+def moves_base(init: str, quantization: str = "none") -> bool:
+    """Does this init take something out of the base? LoftQ not where it is rounded already."""
+    return (init in MOVES_BASE or _niter(init)) and (init != "loftq" or quantization == "none")
 
 
 def fixed_rank(config: "Config") -> int:

@@ -10,11 +10,13 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Factors, Pair
+from fedlora import loftq
+from fedlora.adapter import Delta, Factors, Pair
 from fedlora.config import Config, parse_overrides
 from fedlora.errors import ConfigError, ModelError
 from fedlora.forms import FORMS, Form, moves_base
 from fedlora.invocation import invocation
+from fedlora.strategies.base import Layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +150,25 @@ def initial(
     return Pair(A.contiguous(), B.contiguous(), scale)
 
 
-def taken_out(config: Config, factors: Factors) -> Adapter:
+def first_pairs(
+    config: Config, layers: Mapping[str, Layer], W: Mapping[str, Tensor]
+) -> dict[str, Pair]:
+    """The pairs that lora.init makes from the weights W (d, k) alone, by module."""
+    if config.lora.init == "loftq":
+        return loftq.pairs(W, config.model, layers, config.run.seed)
+    return {m: initial(W[m], x.rank, x.scale, config.lora.init) for m, x in layers.items()}
+
+
+def taken_out(config: Config, factors: Factors, W: Mapping[str, Tensor]) -> Mapping[str, Delta]:
     """What lora.init takes out of the base, -s B A of the first factors; of most inits nothing.
 
-    With it W0 + taken out + s B A = W0, so training starts from W0.
+    With it W0 + taken out + s B A = W0, so training starts from W0; from near it under LoftQ, which
+    takes out what rounding W0 (d, k) loses.
     """
-    if not moves_base(config.lora.init):
+    if not moves_base(config.lora.init, config.model.quantization):
         return {}
+    if config.lora.init == "loftq":
+        return {m: loftq.nf4(W[m]) - W[m].float() for m in factors.A}
     return {m: replace(pair, scale=-pair.scale) for m, pair in factors.adapter().items()}
 
 

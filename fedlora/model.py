@@ -27,7 +27,7 @@ from fedlora.config import Config
 from fedlora.errors import ModelError
 from fedlora.forms import CALIBRATED, FORMS, fixed_rank
 from fedlora.invocation import offsets
-from fedlora.layers import adapter_config, find_layers, initial
+from fedlora.layers import adapter_config, find_layers, first_pairs
 from fedlora.loading import (
     checkpoint_activations,
     fingerprint,
@@ -167,8 +167,7 @@ class Model:
                 return first
             if made is None and init in CALIBRATED:
                 raise ModelError(f"lora.init = {init!r}: begins from lora.calibration, not here")
-            W, layers = self.weights(), client.layers.items()
-            made = made or {m: initial(W[m], x.rank, x.scale, init) for m, x in layers}
+            made = made or first_pairs(self.config, client.layers, self.weights())
             return as_factors(made, first.other)
 
     # -- loading and reading ----------------------------------------------------------------

@@ -86,7 +86,7 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
     whole = Client(-1, server.model.layers(server.planner.widest(members)))
     factors = first_factors(server.model, whole, server.config, server.corpus)
     start = Start(factors, clients, server.model.weights(), server.config.run.seed)
-    server.origin = taken_out(server.config, factors)
+    server.origin = taken_out(server.config, factors, server.model.weights())
     server.state = server.strategy.init(start)
     if factors.adapter() and server.config.lora.init != "default":
         _check_begins(server, clients, factors)

@@ -177,8 +177,8 @@ class Lora(Section):
     modules_to_save: Names = ()
     """Modules trained whole besides the head of a classifier."""
     init: str = "default"
-    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda,
-    lora_ga."""
+    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva,
+    corda, lora_ga."""
     rank_pattern: Renames = ()
     """Every client's rank in the modules that a regular expression matches to their end, in place
     of clients.ranks: "value=8, layer.0.*=2"; the first that matches counts."""

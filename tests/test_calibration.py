@@ -97,7 +97,7 @@ def test_eva_begins_with_the_leading_directions_of_the_inputs_largest_first(
         Vh = torch.linalg.svd(X - X.mean(0), full_matrices=False)[2][:4]
         assert torch.allclose((first.A[m].double() @ Vh.T).abs(), torch.eye(4).double(), atol=1e-3)
         assert not bool(first.B[m].any())
-        assert taken_out(model.config, first) == {}  # the base stays
+        assert taken_out(model.config, first, model.weights()) == {}  # the base stays
 
 
 def test_eva_is_as_pefts_own_code_finds_it(settings: Settings, public: str) -> None:

@@ -20,6 +20,7 @@ from fedlora.config import Config
 from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
 from fedlora.export import export_run, load_exported
 from fedlora.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
+from fedlora.memory import ClientMemory
 from fedlora.model import Model
 from fedlora.ranks import patterned
 from fedlora.server import FederatedLora
@@ -496,6 +497,24 @@ def test_a_resumed_run_from_pissa_has_the_same_bits(settings: Settings) -> None:
     assert resumed.adapter == whole.adapter
 
 
+def test_loftqs_base_is_the_same_on_every_client_and_goes_into_the_export(
+    settings: Settings, tmp_path: Path
+) -> None:
+    seen: list[FederatedLora] = []
+    more = {"lora.init": "loftq", "clients.ranks": "2,3,5"}
+    ran = federate(settings(**quick("fedex", **more)), before=seen.append)
+    assert not any(r["failures"] for r in ran.rounds)
+    assert ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]
+    server, stored = seen[0], [*(ran.directory / "clients").rglob("base/00000.safetensors")]
+    assert len(stored) == 1
+    kept = ClientMemory(ran.directory / "clients", 0, server.token).origin()
+    assert kept.keys() == server.origin.keys() == server.model.shapes.keys()
+    for m, moved in server.origin.items():
+        assert torch.equal(kept[m], moved), m
+    for merged in (False, True):
+        assert export_run(ran.directory, tmp_path / str(merged), merged=merged).deviation < 1e-5
+
+
 @pytest.mark.parametrize("name", ["flora", "fedsa", "fedsb", "hetlora"])
 def test_a_strategy_that_begins_with_its_own_factors_refuses_pissa(
     settings: Settings, name: str
@@ -548,3 +567,28 @@ def test_a_quantised_base_federates_with_its_changes_beside_it(
     assert export_run(ran.directory, tmp_path / "peft").deviation < 0.05
     with pytest.raises(ModelError, match="quantised weights cannot take the change"):
         export_run(ran.directory, tmp_path / "merged", merged=True)
+
+
+def test_loftq_on_a_base_of_four_bits_takes_nothing_out_of_it(settings: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    low = {"model.quantization": "4bit", "lora.init": "loftq", "clients.ranks": "2,6"}
+    seen: list[FederatedLora] = []
+    ran = federate(settings("llama", **quick("ffa", **low)), before=seen.append)
+    assert not any(r["failures"] for r in ran.rounds)
+    server = seen[0]
+    assert not server.origin
+    whole = Model(Config.read(settings("llama")), ()).weights()
+    me = Client(-1, server.model.layers(dict.fromkeys(server.model.shapes, 6)))
+    first = server.model.init_factors(me, 0)
+    for m, Q in server.model.weights().items():
+        gap = whole[m] - Q.float()
+        left = gap - first.scale[m] * first.B[m] @ first.A[m]
+        assert 0 < float(left.norm()) < 0.8 * float(gap.norm())
+
+
+def test_alora_trains_on_a_base_of_four_bits(settings: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    low = {"model.quantization": "4bit", "clients.ranks": "3"}
+    ran = federate(given(settings, "alora", "ffa", **quick("ffa", **low)))
+    assert not any(r["failures"] for r in ran.rounds)
+    assert 0 < ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]
