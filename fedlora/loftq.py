@@ -9,8 +9,8 @@ bitsandbytes, and leaves s out, so the few lines are here:
 
     model.quantization = "4bit"    Q is the base as bitsandbytes holds it; W0 is read once more from
                                    the files, at the server, and let go
-    a float base                   Q is computed here, and Q - W0 travels once, dense (d, k), as what
-                                   PiSSA takes out does: all clients hold the same bits of Q
+    a float base                   Q is computed here, and Q - W0 travels once, dense (d, k), as
+                                   what PiSSA takes out does: all clients hold the same bits of Q
 
 Training starts near W0, not from it: what A and B of the largest rank leave out stays rounded.
 """

@@ -247,7 +247,7 @@ class Model:
                 p.requires_grad_(column in columns)
         return {c: params for c, params in live.items() if c in columns and params}
 
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
         if self.form.after:
             inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}

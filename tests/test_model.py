@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Factors, Pair, clone, dense
 from fedlora import loftq
+from fedlora.adapter import Factors, Pair, clone, dense
 from fedlora.config import Config
 from fedlora.errors import ModelError
 from fedlora.layers import taken_out
