@@ -314,7 +314,8 @@ class Desk:
         if self.origin:
             self.memory.add_base([Version(0, self.origin)])
         self.memory.add_base(download.base)
-        start = self.memory.origin() if moves_base(self.config.lora.init) else {}
+        init, stored = self.config.lora.init, self.config.model.quantization
+        start = self.memory.origin() if moves_base(init, stored) else {}
         model.rebase(self.token, self.memory.base_to(job.base_number), start)
         me = Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
         round = Round(job.round, self.config.run.seed)

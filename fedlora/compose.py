@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora import personal, screening, server_opt
+from fedlora.forms import ONE_RANK
 from fedlora.intake import Gathered
 from fedlora.secure import rules as secure
-from fedlora.strategies.base import Client, Round, Upload
+from fedlora.strategies.base import Client, Round, Upload, uneven
 
 if TYPE_CHECKING:
     from fedlora.server import FederatedLora
@@ -25,6 +26,8 @@ def refusals(server: "FederatedLora") -> Iterator[str]:
     config, strategy = server.config, server.strategy
     yield from server.planner.problems(strategy)
     yield from screening.refusals(config, strategy)
+    if server.model.form.after and (gap := uneven([server.client(i) for i in server.members])):
+        yield f"lora.form = {config.lora.form!r}, but {gap}: {ONE_RANK}"
     chosen = config.server.optimizer
     if chosen != "none" and (reason := server_opt.refusal(strategy)):
         yield f"server.optimizer = '{chosen}': {reason}"

@@ -127,6 +127,24 @@ def load_node(data: Data, task: Task, labels: Sequence[str], seed: int = 0) -> C
     return _client(rows, data, seed, 0)
 
 
+def load_calibration(data: Data, task: Task, path: str, corpus: Corpus) -> Rows:
+    """The rows of lora.calibration: none of the corpus's own, as far as this process can tell.
+
+    Raises:
+        DataError: as in `load`, or a row is a client's or the central test set's too.
+    """
+    rows = _rows(data, "lora.calibration", path, task)
+    _check_labels(rows, corpus.labels, path)
+    parts = [corpus.test, *(part for c in corpus.clients for part in (c.train, c.test))]
+    known = {key for part in parts for key in part.keys}
+    if also := [text for text, key in zip(rows.text, rows.keys, strict=True) if key in known]:
+        raise DataError(
+            f"lora.calibration = {path!r}: {len(also)} of its {len(rows)} rows are a client's or "
+            f"the central test set's, such as {also[0][:60]!r}; take them out, or name other rows"
+        )
+    return rows
+
+
 def describe(corpus: Corpus) -> dict[int, dict[str, int]]:
     """Client to label to its training rows of that label; "" where the data has no labels."""
     counts = [Counter(c.train.label or [""] * len(c.train)) for c in corpus.clients]

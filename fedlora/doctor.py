@@ -150,6 +150,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     """
     from fedlora import site
     from fedlora.forms import promise
+    from fedlora.ranks import patterned
     from fedlora.strategies.base import Client
 
     findings = []
@@ -169,16 +170,16 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
     )
     strategy = config.build_strategy()
-    ranks = config.clients.ranks
+    ranks, pattern = config.clients.ranks, config.lora.rank_pattern
     clients = [
-        Client(i, model.layers(dict.fromkeys(model.shapes, ranks[i % len(ranks)])))
+        Client(i, model.layers(patterned(model.shapes, ranks[i % len(ranks)], pattern)))
         for i in range(config.clients.count)
     ]
     for problem in strategy.problems(clients):
         findings.append(Finding("problem", f"strategy.name = {config.strategy.name!r}: {problem}"))
     if any(f.level == "problem" for f in findings):
         return findings, Table()
-    state = _begun(config, model, strategy, clients)
+    state = _begun(config, model, strategy, clients, corpus)
     findings += _secure(config, strategy, state, clients)
     table, largest = _plan(config, strategy, state, clients, corpus)
     per_round = config.clients.per_round or config.clients.count
@@ -202,12 +203,13 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     return findings, table
 
 
-def _begun(config: Config, model: Any, strategy: Any, clients: Any) -> Any:
+def _begun(config: Config, model: Any, strategy: Any, clients: Any, corpus: Any) -> Any:
     """The strategy's first state."""
+    from fedlora.calibration import first_factors
     from fedlora.strategies.base import Client, Start, top_ranks
 
     whole = Client(-1, model.layers(top_ranks(clients)))
-    factors = model.init_factors(whole, config.run.seed)
+    factors = first_factors(model, whole, config, corpus)
     return strategy.init(Start(factors, clients, model.weights(), config.run.seed))
 
 

@@ -7,7 +7,7 @@ stacked, and where that outgrows the layer, recompressed without loss.
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fedlora.loading import MeanPooled, load_base
 from fedlora.lowrank import compress, norm, stack, svd
 from fedlora.memory import ClientMemory
 from fedlora.model import PREFIX, Model
+from fedlora.ranks import patterned
 from fedlora.sources import locate
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round, Version
@@ -63,7 +64,7 @@ def total(effective: Effective) -> Adapter:
     return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
 
 
-def beginning(effective: Effective, origin: Adapter) -> Effective:
+def beginning(effective: Effective, origin: Mapping[str, Delta]) -> Effective:
     """The model with what its initialisation took out of W0 as the first of its base changes."""
     if not origin:
         return effective
@@ -200,6 +201,11 @@ def save_merged(
             f"model.quantization = {model.config.model.quantization!r}: quantised weights cannot "
             "take the change; export it as peft, which keeps it beside them"
         )
+    if model.form.after:
+        raise ModelError(
+            f"lora.form = {model.config.lora.form!r}: weights act on every token, and this change "
+            "from its invocation on only; export it as peft"
+        )
     if model.config.lora.form != "lora":
         _save_whole(model, _merged_by_peft(model, effective), effective, directory)
         return 0.0, 0.0
@@ -315,7 +321,7 @@ def _of_client(
     member = saved.members[i]
     root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
     kept = ClientMemory(root, i, saved.token).recall(member.memory_round)
-    layers = model.layers(dict.fromkeys(model.shapes, member.rank))
+    layers = model.layers(patterned(model.shapes, member.rank, config.lora.rank_pattern))
     me = Client(i, layers, member.base_version, member.memory_round > 0)
     round = Round(config.run.rounds + 1, config.run.seed)
     factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)

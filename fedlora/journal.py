@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import checkpoint
-from fedlora.adapter import Adapter
+from fedlora.adapter import Delta
 from fedlora.config import Config
 from fedlora.errors import CheckpointError
 from fedlora.server_opt import Moments
@@ -72,7 +72,7 @@ class Saved:
     """The server optimiser's."""
     clip: float = 0.0
     """Client-level DP's clip norm, where it adapts."""
-    origin: Adapter = field(default_factory=dict)
+    origin: Mapping[str, Delta] = field(default_factory=dict)
     """What lora.init took out of the base."""
     buffer: Mapping[str, Any] = field(default_factory=dict)
     """Who was training, and on which round's state, where there is a buffer."""

@@ -5,14 +5,18 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import peft
-from peft import LoraConfig
+from peft import LoraConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Factors, Pair
+from fedlora import loftq
+from fedlora.adapter import Delta, Factors, Pair
 from fedlora.config import Config, parse_overrides
 from fedlora.errors import ConfigError, ModelError
 from fedlora.forms import FORMS, Form, moves_base
+from fedlora.invocation import invocation
+from fedlora.strategies.base import Layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,8 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
     if form.kind != "factors":
         return form_config(config, form, shapes, ranks, top, heads)
     return LoraConfig(
+        alora_invocation_tokens=invocation(config.model, lora.invocation) if form.after else None,
+        task_type="CAUSAL_LM" if form.after else None,  # PEFT looks for the invocation there only
         r=top,
         lora_alpha=lora.alpha,
         rank_pattern={f"^{m}$": r for m, r in ranks.items() if r != top},
@@ -115,15 +121,27 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
     )  # lora.init is done once, by `initial`: attaching never touches W0
 
 
-def initial(W: Tensor, rank: int, scale: float, init: str) -> Pair:
+OWN_SETTINGS = {
+    "corda": {"corda_config": CordaConfig()},
+    "lora_ga": {"lora_ga_config": LoraGAConfig()},
+}
+"""What PEFT asks for beside the init's name: its own defaults."""
+
+
+def initial(
+    W: Tensor, rank: int, scale: float, init: str, found: Mapping[str, Any] | None = None
+) -> Pair:
     """A (rank, k) and B (d, rank) as PEFT's lora.init makes them from W0 (d, k), which stays.
 
-    Draws from the global generator, as PEFT does: seed it.
+    `found` is what PEFT wants to find on the layer: see `calibration`. Draws from the global
+    generator, as PEFT does: seed it.
     """
     d, k = W.shape
     scratch = nn.Linear(k, d, bias=False, device=W.device)
     scratch.weight.data = W.detach().float().clone()
-    settings = LoraConfig(init_lora_weights=init)
+    for name, value in (found or {}).items():
+        setattr(scratch, name, value)
+    settings = LoraConfig(init_lora_weights=init, **OWN_SETTINGS.get(init, {}))
     try:
         made = LoraLinear(scratch, "x", config=settings, r=rank, lora_alpha=scale * rank)
     except ValueError as e:
@@ -132,13 +150,25 @@ def initial(W: Tensor, rank: int, scale: float, init: str) -> Pair:
     return Pair(A.contiguous(), B.contiguous(), scale)
 
 
-def taken_out(config: Config, factors: Factors) -> Adapter:
+def first_pairs(
+    config: Config, layers: Mapping[str, Layer], W: Mapping[str, Tensor]
+) -> dict[str, Pair]:
+    """The pairs that lora.init makes from the weights W (d, k) alone, by module."""
+    if config.lora.init == "loftq":
+        return loftq.pairs(W, config.model, layers, config.run.seed)
+    return {m: initial(W[m], x.rank, x.scale, config.lora.init) for m, x in layers.items()}
+
+
+def taken_out(config: Config, factors: Factors, W: Mapping[str, Tensor]) -> Mapping[str, Delta]:
     """What lora.init takes out of the base, -s B A of the first factors; of most inits nothing.
 
-    With it W0 + taken out + s B A = W0, so training starts from W0.
+    With it W0 + taken out + s B A = W0, so training starts from W0; from near it under LoftQ, which
+    takes out what rounding W0 (d, k) loses.
     """
-    if not moves_base(config.lora.init):
+    if not moves_base(config.lora.init, config.model.quantization):
         return {}
+    if config.lora.init == "loftq":
+        return {m: loftq.nf4(W[m]) - W[m].float() for m in factors.A}
     return {m: replace(pair, scale=-pair.scale) for m, pair in factors.adapter().items()}
 
 

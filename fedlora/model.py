@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from fedlora.adapter import Adapter, Delta, Factors
 from fedlora.config import Config
 from fedlora.errors import ModelError
-from fedlora.forms import FORMS, fixed_rank
-from fedlora.layers import adapter_config, find_layers, initial
+from fedlora.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.invocation import offsets
+from fedlora.layers import adapter_config, find_layers, first_pairs
 from fedlora.loading import (
     checkpoint_activations,
     fingerprint,
@@ -140,13 +141,14 @@ class Model:
         """W0 of every adaptable module, (d, k), without copying where it lies that way."""
         return self.base.weights()
 
-    def init_factors(self, client: Client, seed: int) -> Factors:
+    def init_factors(self, client: Client, seed: int, made: Adapter | None = None) -> Factors:
         """PEFT's own initialisation at the client's ranks, seeded; the head as loaded.
 
         B is zero, but where lora.init takes s B A out of the base: see `layers.taken_out`.
 
         The same (seed, ranks) gives the same factors, whatever was loaded before. A form that is
-        not LoRA begins as it was attached, from run.seed.
+        not LoRA begins as it was attached, from run.seed. `made` are the pairs, where they are not
+        made here (`calibration.first_factors`).
         """
         if self.rank:
             self.load(self._first)
@@ -160,11 +162,12 @@ class Model:
                 self.peft.delete_adapter(old)
             self._cores = {}
             self._scale = {m: layer.scale for m, layer in client.layers.items()}
-            first = self.read()
-            if self.config.lora.init == "default":
+            first, init = self.read(), self.config.lora.init
+            if made is None and init == "default":
                 return first
-            W, layers = self.weights(), client.layers.items()
-            made = {m: initial(W[m], x.rank, x.scale, self.config.lora.init) for m, x in layers}
+            if made is None and init in CALIBRATED:
+                raise ModelError(f"lora.init = {init!r}: begins from lora.calibration, not here")
+            made = made or first_pairs(self.config, client.layers, self.weights())
             return as_factors(made, first.other)
 
     # -- loading and reading ----------------------------------------------------------------
@@ -244,8 +247,10 @@ class Model:
                 p.requires_grad_(column in columns)
         return {c: params for c, params in live.items() if c in columns and params}
 
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
+        if self.form.after:
+            inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}
         if self._prefix:
             return self._prefix.logits(self.peft, inputs).float()
         logits: Tensor = self.peft(**inputs).logits
@@ -292,8 +297,13 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                return {m: self._modules[m](x[m].T.float()).T.double() for m in x}
-            return {m: self._in_float64(m)(x[m].T.double()).T for m in x}
+                return {m: self._at(self._modules[m], x[m].T.float()).T.double() for m in x}
+            return {m: self._at(self._in_float64(m), x[m].T.double()).T for m in x}
+
+    def _at(self, layer: Any, x: Tensor) -> Tensor:
+        """A module's output for rows of x, each a token that its adapter acts on."""
+        y: Tensor = layer(x, alora_offsets=[1] * len(x)) if self.form.after else layer(x)
+        return y
 
     def change(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """f(x): what the adapter adds to each module's output for columns x[m] (k, n), (d, n).

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from flwr.serverapp import Grid
 
 from fedlora import compose
 from fedlora.adapter import Factors
+from fedlora.calibration import first_factors
 from fedlora.errors import RoundError, StrategyError
 from fedlora.first_gradient import survey
 from fedlora.intake import POLL, Gathered
@@ -82,9 +84,9 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
     clients = [server.client(i) for i in sorted(server.members)]
     members = [server.members[c.id] for c in clients]
     whole = Client(-1, server.model.layers(server.planner.widest(members)))
-    factors = server.model.init_factors(whole, server.config.run.seed)
+    factors = first_factors(server.model, whole, server.config, server.corpus)
     start = Start(factors, clients, server.model.weights(), server.config.run.seed)
-    server.origin = taken_out(server.config, factors)
+    server.origin = taken_out(server.config, factors, server.model.weights())
     server.state = server.strategy.init(start)
     if factors.adapter() and server.config.lora.init != "default":
         _check_begins(server, clients, factors)
@@ -105,6 +107,8 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
 def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: Factors) -> None:
     """Every kind of client must begin with the B A that lora.init made, wherever it lies.
 
+    Where B = 0, with rows of A that are of those it made.
+
     Raises:
         StrategyError: the strategy begins otherwise, so a client would not start from W0.
     """
@@ -117,13 +121,21 @@ def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: F
         loaded = server.strategy.start(came, Factors(), client, round)
         for m, y in outputs(target, came.base, loaded.adapter(), came.fold).items():
             size = want[m].scale * float(want[m].A.norm() * want[m].B.norm())
-            if not float((y - target.mean(m)).norm()) <= 1e-4 * size:
+            same = float((y - target.mean(m)).norm()) <= 1e-4 * size
+            if not same or (m in loaded.A and not size and not _within(loaded.A[m], want[m].A)):
                 init, name = server.config.lora.init, server.config.strategy.name
                 raise StrategyError(
                     f"lora.init = {init!r}: {name} begins with factors of its own, or cuts "
                     "these where ranks differ, so clients would not start from the base model; use "
                     "fedavg, ffa, fedex or rolora, or lora.init = 'default'"
                 )
+
+
+def _within(A: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Do the rows of A (r, k) lie in the space of those of `whole`?"""
+    Q = torch.linalg.qr(whole.double().T)[0]  # (k, rank)
+    rows = A.double()
+    return float((rows - rows @ Q @ Q.T).norm()) <= 1e-4 * float(rows.norm())
 
 
 def _baselines(server: "FederatedLora") -> None:

@@ -56,7 +56,7 @@ def alone(desk: "Desk", rows: Encoded, test: Encoded) -> Scores:
     model = desk.model()
     me = Client(job.client, model.layers(job.ranks))
     first = model.init_factors(me, config.run.seed)
-    model.rebase(f"{desk.token}/alone/{job.client}", [], taken_out(config, first))
+    model.rebase(f"{desk.token}/alone/{job.client}", [], taken_out(config, first, model.weights()))
     model.load(first)
     turns = (config.clients.per_round or config.clients.count) / config.clients.count
     rounds = max(1, int(config.run.rounds * turns + 0.5))

@@ -20,7 +20,17 @@ from fedlora.devices import Devices, Spent, Work, operations, parse_classes
 from fedlora.journal import Member
 from fedlora.layers import depth_of
 from fedlora.model import Model
-from fedlora.ranks import CORES, Legend, Plan, Timing, able, by_depth, parse_shares, shared_out
+from fedlora.ranks import (
+    CORES,
+    Legend,
+    Plan,
+    Timing,
+    able,
+    by_depth,
+    parse_shares,
+    patterned,
+    shared_out,
+)
 from fedlora.strategies.base import Client, Strategy
 
 
@@ -33,6 +43,7 @@ class Planner:
         self.layers = by_depth({m: depth_of(m) for m in model.shapes})
         self.legend = self._legend() if config.ranks.policy == "legend" else None
         self.devices = self._devices(model) if config.devices.classes else None
+        self.at(1)  # an error in lora.rank-pattern is one now
 
     # -- ranks --------------------------------------------------------------------------------
 
@@ -48,13 +59,17 @@ class Planner:
 
     def ranks(self, member: Member) -> Plan:
         """Module to rank: what the member adapts now."""
-        return member.plan or dict.fromkeys(self.shapes, member.rank)
+        return member.plan or self.at(member.rank)
+
+    def at(self, rank: int) -> Plan:
+        """A client's plan at this rank, but for lora.rank-pattern."""
+        return patterned(self.shapes, rank, self.config.lora.rank_pattern)
 
     def widest(self, members: Sequence[Member]) -> Plan:
         """The largest rank of every module over the run: what the strategy begins with."""
         if self.legend:
             return self.legend.plan(len(self.layers))
-        return dict.fromkeys(self.shapes, max(m.rank for m in members))
+        return self.at(max(m.rank for m in members))
 
     def replan(self, members: Mapping[int, Member]) -> dict[int, Member]:
         """The members with this round's depths."""

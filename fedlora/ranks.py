@@ -23,7 +23,8 @@ yet trains K_max layers. All layers have one scale, alpha / r of the last one.
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from fedlora.errors import ConfigError
@@ -56,6 +57,47 @@ def able(ranks: Sequence[int], stated: int, cores: float, per_core: int, cap: in
     fitting = [r for r in ranks if r <= per_core * cores]
     rank = stated or max(fitting, default=min(ranks))
     return min(rank, cap) if cap else rank
+
+
+def patterned(modules: Iterable[str], rank: int, pattern: Sequence[str]) -> dict[str, int]:
+    """`rank` in every module, but what the first part "regex=rank" that matches it says.
+
+    As PEFT's rank_pattern: the expression must match the module's path, or the end of it that
+    follows a dot.
+
+    Raises:
+        ConfigError: an expression is none, a rank is no positive number, or a part matches nothing.
+    """
+    rules = _rules(pattern)
+    found, used = {}, set()
+    for m in modules:
+        part = next((p for p, (rule, _) in rules.items() if rule.fullmatch(m)), None)
+        found[m] = rank if part is None else rules[part][1]
+        used |= {part}
+    if missed := [p for p in pattern if p not in used]:
+        raise ConfigError(
+            [
+                f"lora.rank-pattern: {missed[0]!r} is the first match of no adapted module; the "
+                f"modules are {', '.join(found)}"
+            ]
+        )
+    return found
+
+
+def _rules(pattern: Sequence[str]) -> dict[str, tuple[re.Pattern[str], int]]:
+    rules = {}
+    for part in pattern:
+        expression, _, number = part.rpartition("=")
+        try:
+            rules[part] = re.compile(rf"(.*\.)?({expression})"), int(number)
+        except (re.error, ValueError):
+            rules[part] = re.compile(""), 0
+        if rules[part][1] < 1:
+            raise ConfigError(
+                [f"lora.rank-pattern: {part!r} must be a regular expression, '=' and a positive "
+                 "rank, as in 'value=8'"]
+            )  # fmt: skip
+    return rules
 
 
 def parse_shares(parts: Sequence[str]) -> dict[int, float]:

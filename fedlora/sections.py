@@ -7,42 +7,10 @@ written from this file.
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field, create_model
 
+from fedlora.keys import Names, Ranks, Renames, Section
 from fedlora.strategies import STRATEGIES
-
-
-def _names(value: Any) -> Any:
-    """ "a, b" or ["a", "b"], [-2, -1]: Flower's flat config has no lists, TOML files have."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if not isinstance(value, list):
-        return value
-    return tuple(str(v) if isinstance(v, int) else v for v in value)
-
-
-def _ranks(value: Any) -> Any:
-    """ "4,8,16", [4, 8, 16] or 8."""
-    try:
-        parts = (value,) if isinstance(value, int) else _names(value)
-        ranks = tuple(int(part) if isinstance(part, str) else part for part in parts)
-    except (ValueError, TypeError):
-        ranks = ()
-    if not ranks or any(type(r) is not int or r < 1 for r in ranks):
-        raise ValueError('must be positive integers, as in "8" or "4,8,16"')
-    return ranks
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]
-
-Renames = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^[^=]+=.*\S")], ...], BeforeValidator(_names)
-]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -178,9 +146,18 @@ class Lora(Section):
     modules_to_save: Names = ()
     """Modules trained whole besides the head of a classifier."""
     init: str = "default"
-    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora."""
+    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva,
+    corda, lora_ga."""
+    rank_pattern: Renames = ()
+    """Every client's rank in the modules that a regular expression matches to their end, in place
+    of clients.ranks: "value=8, layer.0.*=2"; the first that matches counts."""
+    calibration: str = ""
+    """For eva, corda and lora_ga: rows that are no client's, read by the server as data.path is."""
     form: str = "lora"
     """The adapter form: lora, dora, vera, ... (`fedlora forms` lists them)."""
+    invocation: str = ""
+    """For alora: the text from whose last place in a row on the adapters act, which every prompt
+    must have, such as the head of the assistant's turn."""
     options: Renames = ()
     """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
 

@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora import buffered, compose, forms, measured, site
-from fedlora.adapter import Adapter
+from fedlora.adapter import Delta
 from fedlora.closing import close
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
@@ -76,7 +76,7 @@ class FederatedLora(FlowerStrategy):
         self.incarnation = uuid.uuid4().hex[:8]
         self.token = ""
         self.state: Any = None
-        self.origin: Adapter = {}  # what lora.init took out of the base
+        self.origin: Mapping[str, Delta] = {}  # what lora.init took out of the base
         self.members: dict[int, Member] = {}
         self.nodes: dict[int, int] = {}  # client id -> Flower node id, of this connection
         self.baselines: dict[str, Mapping[str, float]] = {}

@@ -21,6 +21,7 @@ from fedlora.config import Config
 from fedlora.model import Model
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.training import private_fit
+from fedlora.ranks import patterned
 from fedlora.strategies.base import Client, Download, Round, Start, Upload, travelling
 from fedlora.text import Encoded
 from fedlora.train import fit
@@ -42,8 +43,8 @@ class Seat:
     def __post_init__(self) -> None:
         self.strategy: Any = self.config.build_strategy()
         self.model: Model = site.model(self.config, site.corpus(self.config).labels)
-        ranks = dict.fromkeys(self.model.shapes, max(self.config.clients.ranks))
-        self.layers = self.model.layers(ranks)
+        top, pattern = max(self.config.clients.ranks), self.config.lora.rank_pattern
+        self.layers = self.model.layers(patterned(self.model.shapes, top, pattern))
         first = self.model.init_factors(Client(-1, self.layers), self.config.run.seed)
         everyone = [self.client(i) for i in range(self.clients)]
         start = Start(first, everyone, self.model.weights(), self.config.run.seed)

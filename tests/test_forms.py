@@ -20,7 +20,9 @@ from fedlora.config import Config
 from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
 from fedlora.export import export_run, load_exported
 from fedlora.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
+from fedlora.memory import ClientMemory
 from fedlora.model import Model
+from fedlora.ranks import patterned
 from fedlora.server import FederatedLora
 from fedlora.strategies import STRATEGIES, fedavg
 from fedlora.strategies.base import (
@@ -36,6 +38,7 @@ from fedlora.strategies.base import (
 
 Settings = Callable[..., dict[str, object]]
 OPTIONS = {"supertuning": "sparsity=0.9", "vblora": "num_vectors=8,vector_length=4"}
+INVOCATION = "what is"
 RANK, SEED, EXAMPLES = 4, 3, (10, 31, 7)
 BOUND = 1e-6  # of what float32 tensors hold, seen through layers in float64
 CELLS = [(form, name) for form in FORMS for name in STRATEGIES]
@@ -47,7 +50,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # tor
 
 def given(settings: Settings, form: str, name: str, **changes: object) -> dict[str, object]:
     more = {"lora.form": form, "clients.ranks": str(RANK), "lora.options": OPTIONS.get(form, "")}
-    return settings(**{**more, "strategy.name": name, **changes})
+    more |= {} if FORMS[form].size else {"clients.ranks": "4,8,16"}  # its default
+    kind = "llama" if form == "alora" else "bert"
+    more |= (
+        {"data.prompt": "{text} what is", "lora.invocation": INVOCATION} if kind == "llama" else {}
+    )
+    return settings(kind, **{**more, "strategy.name": name, **changes})
 
 
 def built(settings: Settings, form: str) -> Model:
@@ -55,7 +63,8 @@ def built(settings: Settings, form: str) -> Model:
     config = Config.read(given(settings, form, "fedavg"))
     key = (form, config.model.path)
     if key not in MODELS:
-        MODELS[key] = Model(config, ("x", "y", "z"))
+        labels = ("x", "y", "z") if config.model.task == "classification" else ()
+        MODELS[key] = Model(config, labels)
     return MODELS[key]
 
 
@@ -65,9 +74,13 @@ def inputs(model: Model) -> dict[str, Tensor]:
 
 
 def outputs(model: Model, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the adapted layers make of x (n, k) now, in float64, through PEFT's own forward."""
+    """What the adapted layers make of x (n, k) now, in float64, through PEFT's own forward.
+
+    Each row a token of its own, at which an invocation has begun.
+    """
+    at = {"alora_offsets": [1] * len(next(iter(x.values())))} if model.form.after else {}
     with torch.no_grad():
-        return {m: copy.deepcopy(model._modules[m]).double().eval()(x[m]) for m in x}
+        return {m: copy.deepcopy(model._modules[m]).double().eval()(x[m], **at) for m in x}
 
 
 def moved(model: Model, columns: frozenset[str], client: int, round: int) -> None:
@@ -87,12 +100,13 @@ def gap(got: Mapping[str, Tensor], want: Mapping[str, Tensor], bare: Mapping[str
     )
 
 
-def round_of(model: Model, strategy: Any) -> tuple[float, float]:
+def round_of(
+    model: Model, strategy: Any, ranks: Mapping[str, int] | None = None
+) -> tuple[float, float]:
     """The model's deviation from the mean of what clients trained, and the shared side's."""
     x = inputs(model)
-    clients = [
-        Client(i, model.layers(dict.fromkeys(model.shapes, RANK))) for i in range(len(EXAMPLES))
-    ]
+    ranks = ranks or dict.fromkeys(model.shapes, RANK)
+    clients = [Client(i, model.layers(ranks)) for i in range(len(EXAMPLES))]
     first = model.init_factors(replace(clients[0], id=-1), SEED)
     model.rebase("none", [])
     with model.peft.disable_adapter():
@@ -149,6 +163,21 @@ def test_a_form_under_a_strategy_is_averaged_as_promised_or_refused(
         assert whole < 10
     if type(strategy) is fedavg.FedAvg and promise != "exact":
         assert whole > 1e-3, "a counterexample, or it should promise to be exact"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_by_module_are_averaged_as_promised(settings: Settings, name: str) -> None:
+    model, strategy = built(settings, "lora"), STRATEGIES[name]()
+    ranks = patterned(model.shapes, RANK, ("value=8", "layer.1.*=12"))
+    assert set(ranks.values()) == {4, 8, 12}
+    assert not [*strategy.problems([Client(0, model.layers(ranks))])]
+    whole, shared = round_of(model, strategy, ranks)
+    if strategy.promise == "exact":
+        assert whole < 3 * BOUND  # of higher ranks than RANK
+    elif strategy.promise == "shared":
+        assert shared < 1e-6
+    else:
+        assert whole < 10
 
 
 def spread(model: Model, names: set[str], only: str = "") -> float:
@@ -213,6 +242,66 @@ def test_what_a_form_freezes_follows_from_the_seed_alone(settings: Settings, for
         assert gap(outputs(one, x), outputs(other, x), outputs(other, x)) > 1e-3
 
 
+def test_alora_changes_nothing_before_its_invocation(settings: Settings) -> None:
+    """Each row from its own, padded or not, and in what it generates."""
+    model = built(settings, "alora")
+    ids = [model.tokenizer.encode(f"{a} what is {b}") for a, b in
+           (("red cat", "the"), ("one two what is three left", "right up"))]  # fmt: skip
+    width = max(map(len, ids))
+    rows = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    mask = (rows > 0).long()
+    starts = [2, 6]  # of the last invocation
+    inputs = {"input_ids": rows, "attention_mask": mask}
+    model.load(model.init_factors(Client(0, model.layers(dict.fromkeys(model.shapes, RANK))), SEED))
+    moved(model, frozenset({"A", "B"}), 0, 0)
+    with torch.no_grad():
+        got = model.logits(inputs)
+        with model.peft.disable_adapter():
+            bare = model.logits(inputs)
+    for n, (start, row) in enumerate(zip(starts, ids, strict=True)):
+        assert torch.equal(got[n, :start], bare[n, :start])
+        assert not torch.isclose(got[n, start : len(row)], bare[n, start : len(row)]).all(-1).any()
+    with pytest.raises(ModelError, match=r"is not in the row 'red cat the', .* end data.prompt"):
+        model.logits({"input_ids": torch.tensor([model.tokenizer.encode("red cat the")])})
+
+
+def test_what_goes_with_no_invocation_is_refused(settings: Settings) -> None:
+    for changes, says in (
+        ({"lora.invocation": ""}, "needs lora.invocation, a text that every prompt has"),
+        ({"clients.ranks": "2,4"}, "would be folded into its base, .*; give all clients one rank"),
+        ({"ranks.policy": "legend"}, "would be folded into its base"),
+        ({"lora.init": "pissa"}, "takes s B A out of the base on every token"),
+        ({"lora.form": "lora"}, "lora.invocation: is alora's; lora acts on every token"),
+        ({"privacy.epsilon": 3.0}, "only LoRA factors and linear heads have per-example"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            Config.read(given(settings, "alora", "fedavg", **changes))
+    with pytest.raises(ConfigError, match="what a classifier reads is no continuation; use lora"):
+        Config.read(settings(**{"lora.form": "alora", "lora.invocation": "is"}))
+    with pytest.raises(
+        StrategyError, match=r"client 1 (has )?rank 2: .* give all clients one rank"
+    ):
+        federate(given(settings, "alora", "ffa", **quick("ffa", **{"clients.ranks": "3"})),
+                 nodes={1: {"rank": 2}})  # fmt: skip
+
+
+def test_a_federation_of_alora_learns_is_proved_and_exported_as_peft_alone(
+    settings: Settings, tmp_path: Path
+) -> None:
+    more = {"clients.ranks": "4", "run.rounds": 3, "train.steps": 6, "evaluate.every": 1,
+            "evaluate.generate-tokens": 2}  # fmt: skip
+    ran = federate(given(settings, "alora", "ffa", **quick("ffa", **more)))
+    for r in ran.rounds[1:]:
+        assert not r["failures"]
+        assert r["proof"]["model_deviation"] < r["proof"]["bound"]
+        assert r["proof"]["norm"] > 0
+    first, last = ran.rounds[0]["evaluation"], ran.rounds[-1]["evaluation"]
+    assert last["loss"] < first["loss"]
+    assert export_run(ran.directory, tmp_path / "peft").deviation < 1e-5
+    with pytest.raises(ModelError, match=r"weights act on every token, .* export it as peft"):
+        export_run(ran.directory, tmp_path / "merged", merged=True)
+
+
 def test_dora_is_dora(settings: Settings) -> None:
     """The magnitude is a factor of the output; PEFT's layer has it, and loading must keep it."""
     model = built(settings, "dora")
@@ -249,6 +338,7 @@ def test_a_misspelt_form_is_named_with_the_nearest(settings: Settings) -> None:
         ({"robust.method": "median"}, "judges updates by their products"),
         ({"lora.use-rslora": True}, "lora.use-rslora = true"),
         ({"lora.init": "pissa"}, "begins as PEFT begins it"),
+        ({"lora.rank-pattern": "value=2"}, "leave it empty"),
     ],
 )
 def test_what_a_form_cannot_be_asked_is_refused(
@@ -256,6 +346,14 @@ def test_what_a_form_cannot_be_asked_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         Config.read(given(settings, "fourierft", "fedavg", **changes))
+
+
+def test_ranks_of_a_form_that_has_one_size_are_no_setting(settings: Settings) -> None:
+    for form in (f for f, x in FORMS.items() if not x.size):
+        Config.read(given(settings, form, "fedavg"))
+        for changes in ({"clients.ranks": "8"}, {"ranks.policy": "capability"}):
+            with pytest.raises(ConfigError, match=r"has one size, of which clients\.ranks"):
+                Config.read(given(settings, form, "fedavg", **changes))
 
 
 def test_options_that_a_form_has_not_are_listed(settings: Settings) -> None:
@@ -399,6 +497,24 @@ def test_a_resumed_run_from_pissa_has_the_same_bits(settings: Settings) -> None:
     assert resumed.adapter == whole.adapter
 
 
+def test_loftqs_base_is_the_same_on_every_client_and_goes_into_the_export(
+    settings: Settings, tmp_path: Path
+) -> None:
+    seen: list[FederatedLora] = []
+    more = {"lora.init": "loftq", "clients.ranks": "2,3,5"}
+    ran = federate(settings(**quick("fedex", **more)), before=seen.append)
+    assert not any(r["failures"] for r in ran.rounds)
+    assert ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]
+    server, stored = seen[0], [*(ran.directory / "clients").rglob("base/00000.safetensors")]
+    assert len(stored) == 1
+    kept = ClientMemory(ran.directory / "clients", 0, server.token).origin()
+    assert kept.keys() == server.origin.keys() == server.model.shapes.keys()
+    for m, moved in server.origin.items():
+        assert torch.equal(kept[m], moved), m
+    for merged in (False, True):
+        assert export_run(ran.directory, tmp_path / str(merged), merged=merged).deviation < 1e-5
+
+
 @pytest.mark.parametrize("name", ["flora", "fedsa", "fedsb", "hetlora"])
 def test_a_strategy_that_begins_with_its_own_factors_refuses_pissa(
     settings: Settings, name: str
@@ -451,3 +567,28 @@ def test_a_quantised_base_federates_with_its_changes_beside_it(
     assert export_run(ran.directory, tmp_path / "peft").deviation < 0.05
     with pytest.raises(ModelError, match="quantised weights cannot take the change"):
         export_run(ran.directory, tmp_path / "merged", merged=True)
+
+
+def test_loftq_on_a_base_of_four_bits_takes_nothing_out_of_it(settings: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    low = {"model.quantization": "4bit", "lora.init": "loftq", "clients.ranks": "2,6"}
+    seen: list[FederatedLora] = []
+    ran = federate(settings("llama", **quick("ffa", **low)), before=seen.append)
+    assert not any(r["failures"] for r in ran.rounds)
+    server = seen[0]
+    assert not server.origin
+    whole = Model(Config.read(settings("llama")), ()).weights()
+    me = Client(-1, server.model.layers(dict.fromkeys(server.model.shapes, 6)))
+    first = server.model.init_factors(me, 0)
+    for m, Q in server.model.weights().items():
+        gap = whole[m] - Q.float()
+        left = gap - first.scale[m] * first.B[m] @ first.A[m]
+        assert 0 < float(left.norm()) < 0.8 * float(gap.norm())
+
+
+def test_alora_trains_on_a_base_of_four_bits(settings: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    low = {"model.quantization": "4bit", "clients.ranks": "3"}
+    ran = federate(given(settings, "alora", "ffa", **quick("ffa", **low)))
+    assert not any(r["failures"] for r in ran.rounds)
+    assert 0 < ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]

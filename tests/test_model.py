@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlora import loftq
 from fedlora.adapter import Factors, Pair, clone, dense
 from fedlora.config import Config
 from fedlora.errors import ModelError
@@ -387,7 +388,7 @@ def test_an_init_that_moves_the_base_moves_it_once_and_starts_from_w0(
     assert_bits(
         dict(first.A), dict(build(settings, kind, **{"lora.init": init}).init_factors(me, 7).A)
     )
-    model.rebase("run", [], taken_out(model.config, first))
+    model.rebase("run", [], taken_out(model.config, first, model.weights()))
     for r in (2, 3, 5, 4):
         model.load(factors(model, r, r) if r != 4 else first)
     for m, W in plain.weights().items():
@@ -403,7 +404,7 @@ def test_an_init_that_moves_the_base_moves_it_once_and_starts_from_w0(
         assert float((moved - W).norm()) > 0.1 * float(W.norm())  # it was moved
         assert torch.equal(model.weights()[m], W)
     log = versions(model, 2)
-    model.rebase("run", log, taken_out(model.config, first))
+    model.rebase("run", log, taken_out(model.config, first, model.weights()))
     model.rebase("other", [])
     assert_bits(base_bits(model), untouched)
 
@@ -463,3 +464,31 @@ def test_a_bfloat16_base_rounds_what_goes_into_it_and_not_what_stays_beside(
         )
     assert found["auto"] < 1e-7
     assert 1e-4 < found["into-base"] < WEIGHTS["bfloat16"]
+
+
+def test_loftq_begins_on_four_bits_and_near_w0(settings: Settings) -> None:
+    """Its base is NF4 on every client; with the adapter it is nearer to W0, the higher the rank."""
+    plain, model = build(settings, "gpt2"), build(settings, "gpt2", **{"lora.init": "loftq"})
+    gaps = {}
+    for rank in (2, 8):
+        me = Client(-1, model.layers(dict.fromkeys(model.shapes, rank)))
+        first = model.init_factors(me, 7)
+        model.rebase(f"run {rank}", [], taken_out(model.config, first, model.weights()))
+        for m, W in plain.weights().items():
+            Q = base_bits(model)[m]
+            Q = Q.T if model.shapes[m].fan_in_fan_out else Q
+            whole = Q.double() + first.scale[m] * first.B[m].double() @ first.A[m].double()
+            assert torch.allclose(Q, loftq.nf4(W), atol=1e-7)
+            blocks = loftq.nf4(W).reshape(-1, loftq.BLOCK)
+            assert max(len(b.unique()) for b in blocks) <= 16
+            best = torch.linalg.svdvals((W - Q).double())[rank:].norm()
+            assert torch.allclose((W.double() - whole).norm(), best, rtol=1e-4)
+            gaps[rank, m] = float(best)
+    assert all(gaps[8, m] < 0.9 * gaps[2, m] for m in model.shapes)
+
+
+def test_four_bits_are_bitsandbytes_own() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    W = torch.randn(40, 33, generator=torch.Generator().manual_seed(0))
+    stored, state = functional.quantize_4bit(W, quant_type="nf4", compress_statistics=False)
+    assert torch.allclose(loftq.nf4(W), functional.dequantize_4bit(stored, state), atol=1e-6)

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,19 @@ from fedlora import site
 from fedlora.config import Config
 from fedlora.devices import Device, Devices, Work, parse_classes
 from fedlora.errors import ConfigError, StrategyError
+from fedlora.export import export_run
 from fedlora.model import Model
-from fedlora.ranks import Legend, Timing, able, by_depth, parse_shares, shared_out, waiting
+from fedlora.ranks import (
+    Legend,
+    Timing,
+    able,
+    by_depth,
+    parse_shares,
+    patterned,
+    shared_out,
+    waiting,
+)
+from fedlora.server import FederatedLora
 from fedlora.train import example_losses
 
 Settings = Callable[..., dict[str, object]]
@@ -365,3 +377,55 @@ def test_every_client_is_scored_by_the_global_its_own_and_a_lonely_model(
     mean = sum(c["personalized"]["accuracy"] for c in clients) / len(clients)
     assert summary["personalized"]["accuracy"] == pytest.approx(mean)
     assert list(ran.directory.glob("clients/*/client-0/personal.safetensors"))
+
+
+# -- ranks by module ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern", [("value=8",), ("layer.1.*=2", "value=8"), (r".*0\..*query=3",)]
+)
+def test_a_rank_pattern_is_read_as_peft_reads_its_own(
+    settings: Settings, pattern: tuple[str, ...]
+) -> None:
+    from peft.utils.other import get_pattern_key
+
+    model = Model(Config.read(settings()), ("x", "y"))
+    own = dict(part.rsplit("=", 1) for part in pattern)
+    want = {m: int(own.get(get_pattern_key(own.keys(), m), 5)) for m in model.shapes}
+    assert patterned(model.shapes, 5, pattern) == want
+    assert len(set(want.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("walue=8", r"'walue=8' is the first match of no adapted module; .*query"),
+        ("value=8,layer.1.*value=2", "'layer.1.*value=2' is the first match of no"),
+        ("value=0", "'value=0' must be a regular expression, '=' and a positive rank"),
+        ("va(lue=8", "must be a regular expression"),
+        ("value=eight", "must be a regular expression"),
+    ],
+)
+def test_a_rank_pattern_that_says_nothing_is_an_error_before_any_client(
+    settings: Settings, pattern: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        FederatedLora(Config.read(settings(**{"lora.rank-pattern": pattern})))
+
+
+def test_clients_of_any_rank_share_the_pattern_and_are_exported(
+    settings: Settings, tmp_path: Path
+) -> None:
+    more = {"lora.rank-pattern": "value=7", "output.keep-updates": True}
+    ran = federate(settings(**quick("fedex", **more)))
+    for client, rank in enumerate((2, 3, 5)):
+        tensors, notes = ran.update(2, client)
+        for name, x in tensors.items():
+            if name.endswith(".A"):
+                assert x.shape[0] == (7 if ".value" in name else rank)
+        scale = {m: s for m, s in notes["scale"].items() if m.endswith("value")}
+        assert scale
+        assert all(s == pytest.approx(16 / 7) for s in scale.values())
+    assert ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]
+    assert export_run(ran.directory, tmp_path / "out").deviation < 1e-5

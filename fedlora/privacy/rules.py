@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedlora.config import Config
 
-READS_DATA = ("eva", "corda", "lora_ga")
-"""Initialisations of lora.init that look at training examples, without noise."""
-
 
 def refused(config: "Config") -> Iterator[str]:
     """Each combination of settings that no privacy guarantee covers, and what to do instead."""
@@ -36,11 +33,6 @@ def refused(config: "Config") -> Iterator[str]:
         yield (
             f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
             "without noise; choose another, such as strategy.fedsb.init-from = 'orthogonal'"
-        )
-    if config.lora.init in READS_DATA:
-        yield (
-            f"lora.init = {config.lora.init!r}: it is computed from training examples, without "
-            "noise; use 'default', 'pissa' or 'olora'"
         )
     yield from _by_example(config) if p.by_example else _by_client(config)
 

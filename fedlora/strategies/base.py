@@ -47,6 +47,8 @@ class Requires:
     moving_base: bool = False
     first_gradient: bool = False
     """Clients send a sketch of their first gradient's sign before round 1 (`from_gradient`)."""
+    beside_factors: bool = False
+    """Even at equal ranks: a core between A and B, or ranks folded into a client's base."""
     own_gauge: bool = False
     """It refactors the model each round, so the factors of two rounds do not subtract."""
     algebra: Literal["products", "sides", "tensors"] = "products"
@@ -345,12 +347,8 @@ def rest(whole: Adapter, client: Client) -> dict[str, Pair]:
 
 
 def as_factors(adapter: Adapter, other: Tensors) -> Factors:
-    return Factors(
-        {m: p.scale for m, p in adapter.items()},
-        {m: p.A for m, p in adapter.items()},
-        {m: p.B for m, p in adapter.items()},
-        other=other,
-    )
+    A, B = {m: p.A for m, p in adapter.items()}, {m: p.B for m, p in adapter.items()}
+    return Factors({m: p.scale for m, p in adapter.items()}, A, B, other=other)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

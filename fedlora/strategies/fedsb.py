@@ -69,7 +69,7 @@ def outside(state: Factors, m: str, r: int) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class FedSB:
-    requires: ClassVar[Requires] = Requires(client_memory=True)
+    requires: ClassVar[Requires] = Requires(client_memory=True, beside_factors=True)
 
     init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "orthogonal"
     eta: float = 1e-4

@@ -63,7 +63,7 @@ def selection(state: State, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoRAA2:
-    requires: ClassVar[Requires] = Requires()
+    requires: ClassVar[Requires] = Requires(beside_factors=True)
 
     @property
     def promise(self) -> Promise:

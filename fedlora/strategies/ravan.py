@@ -72,7 +72,7 @@ def completed(state: Factors, upload: Upload, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ravan:
-    requires: ClassVar[Requires] = Requires(client_memory=True)
+    requires: ClassVar[Requires] = Requires(client_memory=True, beside_factors=True)
 
     head_rank: int = 4
     """Rank b of one head; the number of heads follows from a client's rank."""

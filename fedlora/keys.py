@@ -1,0 +1,38 @@
+"""What a key's value may be: lists as Flower's flat config and TOML write them, and the section."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _names(value: Any) -> Any:
+    """ "a, b" or ["a", "b"], [-2, -1]: Flower's flat config has no lists, TOML files have."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not isinstance(value, list):
+        return value
+    return tuple(str(v) if isinstance(v, int) else v for v in value)
+
+
+def _ranks(value: Any) -> Any:
+    """ "4,8,16", [4, 8, 16] or 8."""
+    try:
+        parts = (value,) if isinstance(value, int) else _names(value)
+        ranks = tuple(int(part) if isinstance(part, str) else part for part in parts)
+    except (ValueError, TypeError):
+        ranks = ()
+    if not ranks or any(type(r) is not int or r < 1 for r in ranks):
+        raise ValueError('must be positive integers, as in "8" or "4,8,16"')
+    return ranks
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]
+
+Renames = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[^=]+=.*\S")], ...], BeforeValidator(_names)
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
