@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedlora.errors import ConfigError
+from fedlora.keys import Section
 from fedlora.rules import refused
 from fedlora.sections import (
     Clients,
@@ -32,7 +33,6 @@ from fedlora.sections import (
     Robust,
     Round,
     Run,
-    Section,
     Secure,
     Server,
     Simulate,
