@@ -10,6 +10,7 @@ from fedlora.adapter import Factors, Pair
 from fedlora.lowrank import compress, stack
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round, Start, Upload, travelling
+from fedlora.warm_memory import keep_freed_memory
 
 READ = ("fedavg", "ffa", "fedsa", "fedsb", "fedex", "flora")
 STREAMS = ("fedavg", "ffa", "fedsa", "fedsb")
@@ -18,6 +19,7 @@ RANK = 16
 
 def rows(quick: bool) -> Iterator[Row]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the server itself does
     clients, side, layers = (20, 512, 1) if quick else (100, 4096, 2)
     what = f"{clients} clients, {layers} of 32 layers, q and v of {side} x {side}, r = {RANK}"
     for name in READ:

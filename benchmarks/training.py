@@ -33,7 +33,7 @@ Step = Callable[[], Any]
 def flowertune(quick: bool) -> Iterator[Row]:
     """FlowerTune's pattern: each call loads the base, tokenises, trains, returns its adapter."""
     torch.set_num_threads(1)
-    rounds, changes = (1, {"train__steps": 2, "clients__count": 2}) if quick else (3, {})
+    rounds, changes = 1, {"train__steps": 2, "clients__count": 2} if quick else {}
     with tempfile.TemporaryDirectory() as d:
         config = quickstart(d, clients__ranks="8", **changes)
         site.corpus(config)
