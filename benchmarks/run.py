@@ -29,6 +29,7 @@ from benchmarks.measure import Row, forked, machine
 ROOT = Path(__file__).parent.parent
 GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "aggregation": aggregation.rows,
+    "truncation": aggregation.truncation,
     "memory": engine.memory,
     "cold-start": start.rows,
     "round-overhead": engine.overhead,
