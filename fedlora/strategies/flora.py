@@ -12,7 +12,7 @@ Costs, a layer and client: up r_i (d + k); down 0, and (sum_j r_j)(d + k) for ea
 `reinit`: "random" draws A anew each round, as the paper does; "keep-A" goes on with the A that
 the client itself trained last, which warm-starts its row space.
 
-Differs from the paper: weights and scales are folded in (kept in A), so any ranks and alphas add up; the cohort
+Differs from the paper: weights and scales go into A, so any ranks and alphas add up; the cohort
 may be part of the clients, and one that was away gets each stack it missed.
 """
 
