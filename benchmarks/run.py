@@ -23,12 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command itself sets it
 
-from benchmarks import aggregation, engine, start, training, wire
+from benchmarks import aggregation, dp_step, engine, start, training, wire
 from benchmarks.measure import Row, forked, machine
 
 ROOT = Path(__file__).parent.parent
 GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "aggregation": aggregation.rows,
+    "truncation": aggregation.truncation,
     "memory": engine.memory,
     "cold-start": start.rows,
     "round-overhead": engine.overhead,
@@ -37,7 +38,9 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "growth": engine.growth,
     "step": training.step,
     "prefix-cache": training.prefix,
+    "dp-step": dp_step.rows,
     "wire": wire.rows,
+    "wire-accuracy": wire.accuracy,
     "cli": start.command,
     "batched-adapters": training.batched,
 }

@@ -1,4 +1,4 @@
-"""Local training against the loops people write, and two prototypes that are not in fedlora."""
+"""Local training against the loops people write, what is kept of it, and a prototype."""
 
 import contextlib
 import tempfile
@@ -21,9 +21,9 @@ from fedlora.client import read_config
 from fedlora.config import Config
 from fedlora.loading import load_base, load_tokenizer
 from fedlora.model import Model
-from fedlora.strategies.base import Client
-from fedlora.text import Encoded, collate
-from fedlora.train import example_losses, fit
+from fedlora.strategies.base import Client, seeded
+from fedlora.text import Encoded, batches, collate
+from fedlora.train import example_losses, fast_bfloat16, fit
 from simulations.grid import LocalGrid
 
 ALL = frozenset({"A", "B", "other"})
@@ -33,7 +33,7 @@ Step = Callable[[], Any]
 def flowertune(quick: bool) -> Iterator[Row]:
     """FlowerTune's pattern: each call loads the base, tokenises, trains, returns its adapter."""
     torch.set_num_threads(1)
-    rounds, changes = (1, {"train__steps": 2, "clients__count": 2}) if quick else (3, {})
+    rounds, changes = 1, {"train__steps": 2, "clients__count": 2} if quick else {}
     with tempfile.TemporaryDirectory() as d:
         config = quickstart(d, clients__ranks="8", **changes)
         site.corpus(config)
@@ -118,9 +118,9 @@ def _ready(config: Config) -> tuple[Model, Encoded]:
 
 
 def _padded(rows: Encoded, numbers: Tensor, width: int) -> dict[str, Tensor]:
-    """A batch padded to the maximum length, as `padding="max_length"` gives it."""
+    """A batch padded to this length, as `padding="max_length"` gives it; to its longest for 0."""
     batch = collate(rows, numbers)
-    missing = width - batch["input_ids"].shape[1]
+    missing = max(0, width - batch["input_ids"].shape[1])
     return {
         k: x
         if k == "labels"
@@ -145,12 +145,18 @@ def step(quick: bool) -> Iterator[Row]:
             ours()
             if not layers:
                 size, width = config.train.batch_size, config.data.max_length
-                theirs = _plain(model, rows, steps, size, width)
-                ratio, _, _ = paired(theirs, ours, times)
-                yield Row(
-                    "local step: speed over a plain loop", ratio, ">= 2",
-                    f"CPU time of {steps} steps; plain PyTorch padded to {width}, float32",
-                )  # fmt: skip
+                fast = "in bfloat16" if fast_bfloat16() else "float32: no native bfloat16 here"
+                for name, wide, target in (
+                    ("a plain loop", width, ">= 2"),
+                    ("one padded to each batch's longest", 0, ""),
+                ):
+                    theirs = _plain(model, rows, steps, size, wide)
+                    ratio, _, _ = paired(theirs, ours, times)
+                    yield Row(
+                        f"local step: speed over {name}", ratio, target,
+                        f"CPU time of {steps} steps, all layers adapted, so what length buckets "
+                        f"alone give; plain PyTorch, padded to {width} at most; ours {fast}",
+                    )  # fmt: skip
             seconds[layers] = min(spent(ours) for _ in range(times))
     for layers, n in (("-2,-1", 2), ("-1", 1)):
         yield Row(
@@ -178,71 +184,68 @@ def _plain(model: Model, rows: Encoded, steps: int, size: int, width: int) -> St
     return run
 
 
-# -- prototypes ---------------------------------------------------------------------------------
-
-
-class _Given(nn.Module):
-    """In place of the embeddings: hidden states that are known already."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self.hidden
-
-
-@contextlib.contextmanager
-def _from_layer(encoder: Any, n: int, hidden: Tensor) -> Iterator[None]:
-    """The encoder begins at layer n, with these states as its input."""
-    whole, embeddings = encoder.encoder.layer, encoder.embeddings
-    encoder.encoder.layer, encoder.embeddings = whole[n:], _Given(hidden)
-    try:
-        yield
-    finally:
-        encoder.encoder.layer, encoder.embeddings = whole, embeddings
+# -- the frozen layers below the first adapted one ------------------------------------------------
 
 
 def prefix(quick: bool) -> Iterator[Row]:
-    """The input of the first adapted layer kept from the first epoch: a prototype."""
+    """train.prefix-cache over recomputing, and over a pass through all layers."""
     torch.set_num_threads(1)
-    steps, times = (2, 1) if quick else (16, 3)
+    steps, times, kept = (2, 1, ("-1",)) if quick else (12, 3, ("-1", "-2,-1"))
     with tempfile.TemporaryDirectory() as d:
-        config = quickstart(d, lora__layers="-1")
-        model, rows = _ready(config)
-        model.peft.train()
-        encoder: Any = model.peft.get_base_model().encoder
-        depth = len(encoder.encoder.layer)
-        batches = [collate(rows, p) for p in torch.arange(len(rows)).split(16)[:steps]]
-        kept: list[Tensor] = []
-        hook = encoder.encoder.layer[depth - 1].register_forward_pre_hook(
-            lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        whole_loss = [float(example_losses(model, b).mean()) for b in batches]
-        hook.remove()
-        cached = [x.detach() for x in kept]
-        short_loss = []
-        for b, x in zip(batches, cached, strict=True):
-            with _from_layer(encoder, depth - 1, x):
-                short_loss.append(float(example_losses(model, b).mean()))
+        whole, depth = _epoch(quickstart(d, train__steps=steps))
+        for layers in kept:
+            last = len(layers.split(","))
+            changes = {"train__steps": steps, "lora__layers": layers}
+            recomputing, _ = _epoch(quickstart(d, **changes))
+            cached, _ = _epoch(quickstart(d, train__prefix_cache=256, **changes))
+            first = spent(cached) / spent(recomputing)
+            what = f"the last {last} of {depth} layers adapted"
+            how = f"CPU time of the same {steps} steps, {what}"
+            passes = f"prefix cache, last {last} of {depth}: epoch / full pass"
+            ratio, _, _ = paired(cached, whole, times)
+            yield Row(
+                passes, ratio, f"<= {1.5 * last / depth:.3g}",
+                f"from the second epoch on, over all {depth} layers adapted: about K/L = "
+                f"{last / depth:.3f}, of which it may be half over; {how}",
+            )  # fmt: skip
+            ratio, _, _ = paired(cached, recomputing, times)
+            yield Row(f"prefix cache, last {last} of {depth}: epoch / recomputing", ratio, "", how)
+            yield Row(
+                f"prefix cache, last {last} of {depth}: first epoch / recomputing", first, "",
+                f"where everything is computed and kept; {how}",
+            )  # fmt: skip
+        yield Row(
+            "prefix cache: losses equal recomputing's bit for bit", float(_same_losses(d, steps)),
+            ">= 1", "1: yes; two epochs, against a cache that has no room and computes anew",
+        )  # fmt: skip
 
-        def whole() -> None:
-            for b in batches:
-                example_losses(model, b).mean().backward()  # type: ignore[no-untyped-call]
 
-        def short() -> None:
-            for b, x in zip(batches, cached, strict=True):
-                with _from_layer(encoder, depth - 1, x):
-                    example_losses(model, b).mean().backward()  # type: ignore[no-untyped-call]
+def _epoch(config: Config) -> tuple[Step, int]:
+    """The same steps of client 0 each time it is called, and the model's number of layers."""
+    model, rows = _ready(config)
+    depth = len(model.peft.get_base_model().encoder.encoder.layer)  # type: ignore[operator, union-attr]
+    return lambda: fit(model, rows, ALL, config, 1, 0), depth
 
-        ratio, _, _ = paired(short, whole, times)
-    how = (
-        f"CPU time of {steps} steps, the last of {depth} layers adapted; prototype, not in fedlora"
-    )
-    yield Row("frozen prefix kept: step / whole step", ratio, "", how)
-    equal = float(whole_loss == short_loss)
-    yield Row("frozen prefix kept: losses equal bit for bit", equal, ">= 1", "1: yes; prototype")
+
+def _same_losses(directory: str, steps: int) -> bool:
+    """Two epochs' losses with all kept, and with nothing kept: are they the same numbers?"""
+    losses = []
+    for keep in (True, False):
+        changes = {"lora__layers": "-1", "train__epochs": 2.0, "train__steps": 2 * steps}
+        model, rows = _ready(quickstart(directory, train__prefix_cache=256, **changes))
+        assert model._prefix
+        if not keep:
+            model._prefix.room = 0
+        found = []
+        for epoch in (0, 1):
+            chance = seeded(epoch, 0, 0, "batches")
+            for batch in batches(rows, 16, chance, steps):
+                found.append(example_losses(model, batch).tolist())
+        losses.append(found)
+    return losses[0] == losses[1]
+
+
+# -- a prototype that is not in fedlora ----------------------------------------------------------
 
 
 def batched(quick: bool) -> Iterator[Row]:

@@ -1,9 +1,12 @@
-"""Bytes of a message over the raw bytes of its tensors."""
+"""Bytes of a message over the raw bytes of its tensors, and what the short ones cost."""
 
+import statistics
+import tempfile
 from collections.abc import Iterator
 
 import torch
 
+from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row
 from fedlora.adapter import Factors
 from fedlora.strategies.base import Download
@@ -25,4 +28,42 @@ def rows(quick: bool) -> Iterator[Row]:
         yield Row(
             f"wire bytes: {dtype}", sent / raw, f"<= {target}",
             f"serialised message / float32 tensors, {layers} layers, q and v of {side}, r = {r}",
+        )  # fmt: skip
+
+
+T_95 = {2: 12.71, 5: 2.776}
+"""Student's t of a 95 % interval, by the number of seeds."""
+
+
+def accuracy(quick: bool) -> Iterator[Row]:
+    """Test accuracy with int8 on the wire less that with float32, seed by seed."""
+    torch.set_num_threads(1)
+    seeds, rounds, steps = (2, 1, 2) if quick else (5, 3, 8)
+    shorter: dict[str, list[float]] = {"int8": [], "int4": []}
+    plain = []
+    with tempfile.TemporaryDirectory() as d:
+        for seed in range(seeds):
+
+            def score(dtype: str, directory: str = d, seed: int = seed) -> float:
+                config = quickstart(
+                    directory, run__name=f"{dtype}-{seed}", run__seed=seed, wire__dtype=dtype,
+                    clients__count=4, train__steps=steps, lora__layers="-1",
+                    train__prefix_cache=256,
+                )  # fmt: skip
+                with federation(config) as (server, grid):
+                    for number in range(1, rounds + 1):
+                        server.round(grid, number)
+                    found = server.score()
+                assert found
+                return 100 * found["accuracy"]
+
+            plain.append(score("float32"))
+            for dtype, found in shorter.items():
+                found.append(score(dtype) - plain[-1])
+    for dtype, found in shorter.items():
+        half = T_95[seeds] * statistics.stdev(found) / seeds**0.5
+        yield Row(
+            f"wire {dtype}: accuracy less float32's, points", statistics.mean(found), "",
+            f"+- {half:.2f} (95 %, {seeds} seeds), of {statistics.mean(plain):.1f} % with float32; "
+            f"quickstart, fedex, 4 clients, {rounds} rounds of {steps} steps, last layer adapted",
         )  # fmt: skip

@@ -17,26 +17,23 @@ def wide(x: Tensor) -> Tensor:
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
-    """The exact weighted sum of the pairs' deltas, as one pair of rank R = sum of their ranks."""
+    """The exact weighted sum of the pairs' deltas, as one pair of rank R = sum of their ranks.
+
+    Weights and scales go into A, whose blocks are contiguous rows.
+    """
     weights = weights or [1.0] * len(pairs)
-    A, B = _empty_stack(pairs)  # (R, k), (d, R)
-    ranks = [p.rank for p in pairs]
-    for p, w, rows, columns in zip(pairs, weights, A.split(ranks), B.split(ranks, 1), strict=True):
-        rows.copy_(p.A)
-        torch.mul(wide(p.B), w * p.scale, out=columns)
-    return Pair(A, B)
+    A = _room(pairs)  # (R, k)
+    for p, w, rows in zip(pairs, weights, A.split([p.rank for p in pairs]), strict=True):
+        torch.mul(wide(p.A), w * p.scale, out=rows)
+    return Pair(A, torch.cat([wide(p.B) for p in pairs], dim=1).to(A))  # (d, R)
 
 
-def _empty_stack(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Room for the pairs' factors side by side: filled in place, nothing is copied twice."""
-    R, dtype = sum(p.rank for p in pairs), wide(pairs[0].A[:0]).dtype
+def _room(pairs: Sequence[Pair]) -> Tensor:
+    """Room for the pairs' A one above the other, (R, k): filled in place, nothing copied twice."""
+    dtype = torch.float32
     for p in pairs:
-        for x in (p.A, p.B):
-            dtype = torch.promote_types(dtype, x.dtype)
-    return (
-        pairs[0].A.new_empty(R, pairs[0].A.shape[1], dtype=dtype),
-        pairs[0].B.new_empty(pairs[0].B.shape[0], R, dtype=dtype),
-    )
+        dtype = torch.promote_types(dtype, torch.promote_types(p.A.dtype, p.B.dtype))
+    return pairs[0].A.new_empty(sum(p.rank for p in pairs), pairs[0].A.shape[1], dtype=dtype)
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,16 +88,18 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     others: sum_{i<m} p_i (B_i - Bbar)(A_i - A_m). Scales are folded into B first; p sums to 1.
     """
     last, first = pairs[-1], pairs[:-1]
-    A, B = _empty_stack([*first] or [tail(last, last.rank)])
     B_mean = torch.zeros_like(wide(last.B))
     for p, w in zip(pairs, weights, strict=True):
         B_mean.add_(p.B, alpha=w * p.scale)
-    ranks = [p.rank for p in first]
+    A = _room(first or [tail(last, last.rank)])  # ((m - 1) r, k)
+    B = A.new_empty(last.B.shape[0], A.shape[0])  # (d, (m - 1) r)
+    ranks, gap = [p.rank for p in first], torch.empty_like(B_mean)
     for p, w, rows, columns in zip(
         first, weights[:-1], A.split(ranks), B.split(ranks, 1), strict=True
     ):
-        torch.sub(wide(p.A), wide(last.A), out=rows)
-        torch.sub(wide(p.B) if p.scale == 1 else p.scale * wide(p.B), B_mean, out=columns).mul_(w)
+        torch.sub(wide(p.A), wide(last.A), out=rows).mul_(w)
+        torch.sub(wide(p.B) if p.scale == 1 else p.scale * wide(p.B), B_mean, out=gap)
+        columns.copy_(gap)  # not straight into them: rows of r numbers are slow to compute in
     return Pair(A, B)
 
 

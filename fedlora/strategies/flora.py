@@ -4,7 +4,7 @@ Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogene
 Adaptations", NeurIPS 2024, https://arxiv.org/abs/2409.05976
 
     client i   W <- W + B A of each round it lacks;  draws A_i, B_i = 0;  trains and sends both
-    server     B A = [p_1 s_1 B_1 ... p_m s_m B_m] [A_1; ...; A_m]
+    server     B A = [B_1 ... B_m] [p_1 s_1 A_1; ...; p_m s_m A_m]
 
 Deviation from (E): none. The model is the base alone: a fresh adapter has B = 0.
 Costs, a layer and client: up r_i (d + k); down 0, and (sum_j r_j)(d + k) for each round it lacks.
@@ -12,7 +12,7 @@ Costs, a layer and client: up r_i (d + k); down 0, and (sum_j r_j)(d + k) for ea
 `reinit`: "random" draws A anew each round, as the paper does; "keep-A" goes on with the A that
 the client itself trained last, which warm-starts its row space.
 
-Differs from the paper: weights and scales go into B, so any ranks and alphas add up; the cohort
+Differs from the paper: weights and scales go into A, so any ranks and alphas add up; the cohort
 may be part of the clients, and one that was away gets each stack it missed.
 """
 

@@ -74,6 +74,7 @@ def mean_ranks(
     """
     sums: dict[tuple[str, str], Tensor] = {}
     held: dict[tuple[str, str], Tensor] = {}
+    by_width: dict[tuple[str, str], dict[int, float]] = {}  # of those that hold the first n
     totals: dict[tuple[str, str], float] = {}
     for u in uploads:
         for column, name, x in u.sent.items():
@@ -84,13 +85,14 @@ def mean_ranks(
             if key not in sums:
                 sums[key] = torch.zeros_like(old, dtype=wide(old[:0]).dtype)
                 held[key] = sums[key].new_zeros(old.shape[dim] if by_rank else 1)
-                totals[key] = 0.0
+                totals[key], by_width[key] = 0.0, {}
             totals[key] += w
             ratio = u.sent.scale[name] / before.scale[name] if column == "B" else 1.0
             if not by_rank or rows is leading:  # one pass over x, and no temporary
                 n = x.shape[dim] if by_rank else 1
-                (sums[key].narrow(dim, 0, n) if by_rank else sums[key]).add_(x, alpha=w * ratio)
-                held[key][:n] += w
+                total = sums[key].narrow(dim, 0, n) if x.shape != sums[key].shape else sums[key]
+                total.add_(x, alpha=w * ratio)
+                by_width[key][n] = by_width[key].get(n, 0.0) + w
             else:
                 index = rows(u, name)
                 sums[key].index_add_(dim, index, x.to(sums[key]), alpha=w * ratio)
@@ -100,6 +102,8 @@ def mean_ranks(
         old, hits, W = columns[column][name], held[column, name], totals[column, name]
         if W == 0:
             continue
+        for n, w in by_width[column, name].items():
+            hits[:n] += w
         if column in ("A", "B"):
             hits = hits.view((1, -1) if column == "B" else (-1, 1))
         if absent == "unchanged" and not bool((hits == W).all()):

@@ -1,0 +1,20 @@
+"""Memory that a process has freed stays its own, so that the next round need not fault it in again.
+
+glibc gives freed memory back to the system; each page of it is then zeroed anew when it is next
+touched. An aggregation whose result is as large as its uploads paid as much for that as for its
+arithmetic (docs/performance.md).
+"""
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST = 32 * 2**20
+"""Bytes of the largest tensor that is kept so: the most that glibc allows."""
+
+
+def keep_freed_memory() -> None:
+    """From now on, what this process frees it keeps. Nothing where the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
