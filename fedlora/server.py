@@ -122,7 +122,8 @@ class FederatedLora(FlowerStrategy):
                 self.observer.note(f"stopped {stopped}")
                 break
             self.observer.round_done(record)
-            result.train_metrics_clientapp[number] = MetricRecord({"loss": record["train_loss"]})
+            if (loss := record["train_loss"]) is not None:  # no client may tell it under DP
+                result.train_metrics_clientapp[number] = MetricRecord({"loss": loss})
             if scores := record["evaluation"]:
                 result.evaluate_metrics_serverapp[number] = MetricRecord(dict(scores))
         close(self, grid, stopped)
@@ -241,7 +242,8 @@ class FederatedLora(FlowerStrategy):
         self._credit(gathered, server_round, self.base_number())
         loss = _weighted(gathered.clients.values(), "train_loss")
         effective = self.strategy.effective(self.state)
-        return pack_factors(effective.factors, "float32"), MetricRecord({"loss": loss})
+        metrics = MetricRecord({} if loss is None else {"loss": loss})
+        return pack_factors(effective.factors, "float32"), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -502,10 +504,10 @@ class FederatedLora(FlowerStrategy):
         return self.before + time.perf_counter() - self.begun
 
 
-def _weighted(clients: Iterable[Mapping[str, Any]], key: str) -> float:
+def _weighted(clients: Iterable[Mapping[str, Any]], key: str) -> float | None:
     rows = [(c["examples"], c[key]) for c in clients if c.get(key) is not None]
     total = sum(n for n, _ in rows)
-    return sum(n * x for n, x in rows) / total if total else float("nan")
+    return sum(n * x for n, x in rows) / total if total else None
 
 
 def _now() -> str:
