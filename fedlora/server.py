@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -318,17 +318,16 @@ class FederatedLora(FlowerStrategy):
         Sums depend on their order, so a reply that overtakes another waits for it here.
         """
 
-        def messages() -> Iterator[Message]:
-            for client in clients:
-                message = self.message(client, round, "train")
-                gathered.down[client.id] = count_bytes(message.content)
-                gathered.asked[client.id] = time.perf_counter()
-                yield message
+        def message(client: Client) -> Message:
+            made = self.message(client, round, "train")
+            gathered.down[client.id] = count_bytes(made.content)
+            gathered.asked[client.id] = time.perf_counter()
+            return made
 
         of_node = {self.nodes[c.id]: c for c in clients}
         waiting = deque(c.id for c in clients)
         here: dict[int, Upload | None] = {}
-        answers = exchange(grid, messages(), self.config.round.deadline)
+        answers = exchange(grid, map(message, clients), self.config.round.deadline)
         while waiting:
             begun = time.perf_counter()
             node, reply = next(answers, (-1, None))
@@ -337,9 +336,11 @@ class FederatedLora(FlowerStrategy):
                 break
             client = of_node[node]
             here[client.id] = self._accept(reply, client, round, gathered)
+            del reply  # as large as the upload: neither is to be kept longer than it must
             while waiting and waiting[0] in here:
-                if upload := here[waiting.popleft()]:
+                if upload := here.pop(waiting.popleft()):
                     yield upload
+                del upload
         for i in waiting:
             if i not in here:
                 reason = f"no reply within {self.config.round.deadline:g} s"
@@ -395,16 +396,18 @@ class FederatedLora(FlowerStrategy):
             else:
                 target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
             yield upload
+            del upload  # before the next is asked for
 
     def _aggregate(self, uploads: Iterator[Upload], round: Round, gathered: Gathered) -> Any:
         """The next state. The strategy draws the uploads, and so drives the round's replies."""
-        first = next(uploads, None)
-        if first is not None:
-            state = self.strategy.aggregate(self.state, chain([first], uploads), round)
+        first = list(islice(uploads, 1))
+        if some := bool(first):
+            given = chain((first.pop() for _ in (1,)), uploads)  # let go as it is handed over
+            state = self.strategy.aggregate(self.state, given, round)
             for _ in uploads:  # a strategy that stopped early: nothing is left unread
                 pass
         enough = 0 if self.central and self.central.poisson else self.config.round.min_replies
-        if first is None or len(gathered.accepted) < enough:
+        if not some or len(gathered.accepted) < enough:
             reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in gathered.failures)
             raise RoundError(
                 f"round {round.number}: {len(gathered.accepted)} updates were accepted, "

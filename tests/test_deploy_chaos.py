@@ -28,7 +28,7 @@ from fedlora.privacy.ledger import Ledger
 pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("FEDLORA_CHAOS_SEED", "1"))
-CLIENTS, DEADLINE = 3, 45.0
+CLIENTS, DEADLINE = 3, 75.0
 POINTS = ("half-a-checkpoint", "checkpoint-not-renamed", "checkpoint-kept", "half-a-line")
 FAULTS = (
     "the SuperLink killed",
@@ -160,7 +160,7 @@ def test_a_storm_ends_in_the_model_of_the_replies_that_arrived(
         while status != "finished:completed":
             status, results = ran(plan, {"run.resume": starts > 0}, storm)
             starts += 1
-            assert starts <= 3, "the ServerApp is killed once, and a run may outlast one SuperLink"
+            assert starts <= 4, "the ServerApp is killed once; a round without any reply stops a run"
     finally:
         storm.over()
     assert all(s.done for s in storm.strikes)

@@ -139,6 +139,8 @@ def started(plan: Plan, names: list[str]) -> Iterator[None]:
         yield
     finally:
         end([p.pid for p in running[::-1]])
+        for process in running:
+            process.wait()
 
 
 def flwr(plan: Plan, namespace: str, *words: str) -> dict:
@@ -167,7 +169,7 @@ def test_two_machines_over_a_bad_network_end_in_the_bytes_of_local_grid(
             assert round_trip(names[1]) >= 2 * DELAY * 1000 - 1
             status, until = "", time.monotonic() + 300
             while not status.startswith("finished") and time.monotonic() < until:
-                time.sleep(3)
+                time.sleep(5)
                 found = flwr(plan, names[0], "list", "fedlora", "--run-id", run)
                 status = found["runs"][0]["status"] if found.get("runs") else status
         results = plan.server / "runs" / "run"

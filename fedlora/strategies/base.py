@@ -232,6 +232,7 @@ def mean(uploads: Iterable[Upload], before: Factors) -> Factors:
                 weights[key] = 0
             totals[key].add_(x, alpha=u.num_examples * ratio)
             weights[key] += u.num_examples
+        del u  # else it would stay in memory until the next one is there
     columns = {c: dict(getattr(before, c)) for c in COLUMNS}
     for (column, name), total in totals.items():
         if weights[column, name] == 0:
