@@ -1,6 +1,7 @@
 """A grid that plays a seeded schedule of faults, and a clock that costs no time."""
 
 import copy
+import errno
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from tiny_federation import Ran, directory_of
 
 from fedlora import checkpoint, intake, journal
 from fedlora.config import Config
+from fedlora.errors import CheckpointError
 from fedlora.server import FederatedLora
 from simulations.grid import LocalGrid, _name
 
@@ -126,7 +128,7 @@ class Killed(BaseException):
 
 @dataclass
 class Strikes:
-    """Kill the server at these (round, moment) pairs, each once."""
+    """Kill the server, or fill its disk, at these (round, moment) pairs, each once."""
 
     at: Mapping[int, str]
     done: set[int] = field(default_factory=set)
@@ -152,6 +154,11 @@ class Strikes:
                     commit(self, round, tree, record)
                 finally:
                     monkeypatch.setattr(checkpoint.os, "replace", replace)
+            if moment == "disk full":
+                strikes.done.add(round)
+                with monkeypatch.context() as patch:
+                    patch.setattr(checkpoint.os, "fsync", full)
+                    commit(self, round, tree, record)
             if moment == "after the checkpoint":
                 strikes.done.add(round)
 
@@ -169,10 +176,15 @@ class Strikes:
         monkeypatch.setattr(journal.Journal, "commit", committing)
 
 
+def full(_: int) -> None:
+    """Stands in for `fsync` on a disk that has no room left."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def endure(
     settings: Mapping[str, object], plan: Callable[[int, int], str], monkeypatch: Any
 ) -> Ran:
-    """Run to the end under the plan, restarting the server whenever it is killed."""
+    """Run to the end under the plan, resumed whenever the server is killed or its disk is full."""
     from client_app.app import app
 
     monkeypatch.setattr(intake, "time", Clock())
@@ -184,4 +196,8 @@ def endure(
                 FederatedLora(config).start(grid)
                 return Ran(directory_of(settings))
             except Killed:
+                resume = {"run.resume": True}
+            except CheckpointError as e:
+                if "No space left" not in str(e):
+                    raise
                 resume = {"run.resume": True}

@@ -30,7 +30,9 @@ def mortal(plan: Plan) -> Path:
     with (plan.server / "env.sh").open("a") as f:
         f.write(f'export PYTHONPATH="{Path(__file__).parent}:${{PYTHONPATH:-}}"\n')
     app = plan.app / "server_app" / "app.py"
-    planted = f"\nfrom pathlib import Path\n\nfrom killing import obey\n\nobey(Path({str(order)!r}))\n"
+    planted = (
+        f"\nfrom pathlib import Path\n\nfrom killing import obey\n\nobey(Path({str(order)!r}))\n"
+    )
     app.write_text(app.read_text() + planted)
     return order
 

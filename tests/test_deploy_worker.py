@@ -123,7 +123,9 @@ def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(
     assert "DEADLINE" in reply.error.reason
     assert time.monotonic() - begun < 8
     patience = worker.MERCY + 8
-    assert dying.wait(patience) == worker.ABANDONED, "nobody waits for that: its supervisor restarts"
+    assert dying.wait(patience) == worker.ABANDONED, (
+        "nobody waits for that: its supervisor restarts"
+    )
 
 
 SLOW_ONCE = "n = answer.n = getattr(answer, 'n', 0) + 1; time.sleep(4 / n**3); return b''"

@@ -17,7 +17,6 @@ from killing import plant
 from tiny_federation import ROOT, Ran, federate, quick
 from typer.main import get_command
 
-from fedlora import checkpoint, client, journal, memory
 from fedlora.cli import app
 from fedlora.config import Config
 from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
