@@ -2,6 +2,7 @@
 
 import select
 import socket
+import struct
 import threading
 
 
@@ -47,7 +48,8 @@ class Relay:
         self.whole.wait()
         try:
             far = socket.create_connection(("127.0.0.1", self.to))
-        except OSError:
+        except OSError:  # as if nothing listened here: refused, not answered and hung up on
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             near.close()
             return
         with near, far:

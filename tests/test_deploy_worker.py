@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedlora import handover
-from fedlora.deploy import worker
+from fedlora.deploy import node, worker
 
 
 def test_the_short_lived_process_imports_no_torch() -> None:
@@ -143,6 +143,24 @@ def test_a_worker_that_is_only_slow_is_warm_for_the_next_message(dying: subproce
     reply = handover.answer("train", message, context)
     assert not reply.has_error() or "was lost" not in reply.error.reason
     assert dying.poll() is None
+
+
+GIVES_UP = """
+import sys, threading, time
+from importlib.metadata import EntryPoint
+from fedlora.deploy import node
+threading.Thread(target=time.sleep, args=(600,)).start()  # what serves its ClientApps
+EntryPoint.load = lambda self: lambda: print("gave up on", self.name)
+node.main()
+"""
+
+
+def test_a_node_that_gave_up_on_its_server_ends_so_that_it_is_started_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GIVES_UP], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "gave up on flower-supernode\n"
+    assert done.returncode == node.LOST
 
 
 def test_a_broken_installation_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:
