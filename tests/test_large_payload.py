@@ -29,7 +29,7 @@ def peak(directory: Path, clients: int) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs /proc")
 def test_the_server_holds_seven_payloads_however_many_clients_send_one(tmp_path: Path) -> None:
-    """Its state, the model's factors, a message, an upload, the sum; and while saving, two more."""
+    """Its state, the model's factors, a message, an upload, the sum, the checkpoint's bytes."""
     few, many = peak(tmp_path / "few", 2), peak(tmp_path / "many", 6)
     print(f"peak: {few:.2f} payloads with 2 clients, {many:.2f} with 6")
     assert many < few + 0.5
