@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -122,10 +124,18 @@ def test_a_node_leaves_a_server_whose_certificate_has_expired(settings, tmp_path
             env=environment(tmp_path / "home"), stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
+            until = time.monotonic() + 120
+            while not listens(plan.port) and time.monotonic() < until:
+                time.sleep(0.5)
             assert "certificate has expired" in turned_away(plan, plan.node(0))
         finally:
             end([server.pid], grace=5.0)
             server.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def turned_away(plan: Plan, directory: Path) -> str:
