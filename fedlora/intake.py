@@ -57,18 +57,21 @@ def exchange(
     """Send one by one, and give back (node, reply) as each comes, until the deadline.
 
     The node is the one that was asked: an error reply made on its behalf has another sender.
+    No message is held here once it was sent, and no reply once it was given.
     """
     until = time.monotonic() + seconds
     pending: dict[str, int] = {}
     for message in messages:
         for mid in grid.push_messages([message]):
             pending[mid] = message.metadata.dst_node_id
+        del message
         yield from ready(grid, pending)
     pause = POLL
     while pending and time.monotonic() < until:
-        for pair in ready(grid, pending):
+        before = len(pending)
+        yield from ready(grid, pending)
+        if len(pending) < before:
             pause = POLL
-            yield pair
         if pending:
             time.sleep(min(pause, max(0.0, until - time.monotonic())))
             pause = min(1.2 * pause, SLOWEST_POLL)
@@ -77,9 +80,11 @@ def exchange(
 def ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
     """(who, reply) of the messages that are answered, which `pending` then no longer holds."""
     for mid in list(pending):
-        for reply in grid.pull_messages([mid]):
-            if (node := pending.pop(mid, None)) is not None:
-                yield node, reply
+        came = list(grid.pull_messages([mid]))
+        while came:
+            if (node := pending.pop(mid, None)) is None:
+                break
+            yield node, came.pop(0)
 
 
 def read_reply(

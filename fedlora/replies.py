@@ -36,17 +36,16 @@ def uploads(
     Sums depend on their order, so a reply that overtakes another waits for it here.
     """
 
-    def messages() -> Iterator[Message]:
-        for client in clients:
-            message = server.message(client, round, "train")
-            gathered.down[client.id] = count_bytes(message.content)
-            gathered.asked[client.id] = time.perf_counter()
-            yield message
+    def message(client: Client) -> Message:
+        made = server.message(client, round, "train")
+        gathered.down[client.id] = count_bytes(made.content)
+        gathered.asked[client.id] = time.perf_counter()
+        return made
 
     of_node = {server.nodes[c.id]: c for c in clients}
     waiting = deque(c.id for c in clients)
     here: dict[int, Upload | None] = {}
-    answers = exchange(grid, messages(), server.config.round.deadline)
+    answers = exchange(grid, map(message, clients), server.config.round.deadline)
     while waiting:
         begun = time.perf_counter()
         node, reply = next(answers, (-1, None))
@@ -55,9 +54,11 @@ def uploads(
             break
         client = of_node[node]
         here[client.id] = one(server, reply, client, round, gathered)
+        del reply  # as large as the upload: neither is to be kept longer than it must
         while waiting and waiting[0] in here:
-            if upload := here[waiting.popleft()]:
+            if upload := here.pop(waiting.popleft()):
                 yield upload
+            del upload
     for i in waiting:
         if i not in here:
             reason = f"no reply within {server.config.round.deadline:g} s"

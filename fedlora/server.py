@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -322,9 +322,8 @@ class FederatedLora(FlowerStrategy):
         )
         content = RecordDict()
         if not bare:
-            download = whole_download(
-                self.strategy, state or self.state, client, round, self._folds
-            )
+            given = self.state if state is None else state
+            download = whole_download(self.strategy, given, client, round, self._folds)
             content = pack_download(download, self.config.wire.dtype)
             if self.origin and not member.last_round:  # once: it keeps it
                 content["origin"] = pack_pairs(self.origin, "float32")
@@ -358,16 +357,18 @@ class FederatedLora(FlowerStrategy):
             else:
                 target.add(self.strategy.trained(self.state, upload, round), upload.num_examples)
             yield upload
+            del upload  # before the next is asked for
 
     def _aggregate(self, uploads: Iterator[Upload], round: Round, gathered: Gathered) -> Any:
         """The next state. The strategy draws the uploads, and so drives the round's replies."""
-        first = next(uploads, None)
-        if first is not None:
-            state = self.strategy.aggregate(self.state, chain([first], uploads), round)
+        first = list(islice(uploads, 1))
+        if some := bool(first):
+            given = chain((first.pop() for _ in (1,)), uploads)  # let go as it is handed over
+            state = self.strategy.aggregate(self.state, given, round)
             for _ in uploads:  # a strategy that stopped early: nothing is left unread
                 pass
         enough = 0 if self.central and self.central.poisson else self.config.round.min_replies
-        if first is None or len(gathered.accepted) < enough:
+        if not some or len(gathered.accepted) < enough:
             reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in gathered.failures)
             raise RoundError(
                 f"round {round.number}: {len(gathered.accepted)} updates were accepted, "

@@ -1,17 +1,20 @@
 """A grid that plays a seeded schedule of faults, and a clock that costs no time."""
 
 import copy
+import errno
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from flwr.app import Array, Error, Message
 from tiny_federation import Ran, directory_of
 
 from fedlora import checkpoint, intake, journal
 from fedlora.config import Config
+from fedlora.errors import CheckpointError
 from fedlora.server import FederatedLora
 from simulations.grid import LocalGrid, _name
 
@@ -126,7 +129,7 @@ class Killed(BaseException):
 
 @dataclass
 class Strikes:
-    """Kill the server at these (round, moment) pairs, each once."""
+    """Kill the server, or fill its disk, at these (round, moment) pairs, each once."""
 
     at: Mapping[int, str]
     done: set[int] = field(default_factory=set)
@@ -152,6 +155,13 @@ class Strikes:
                     commit(self, round, tree, record)
                 finally:
                     monkeypatch.setattr(checkpoint.os, "replace", replace)
+            if moment == "disk full":
+                strikes.done.add(round)
+                with monkeypatch.context() as patch:
+                    patch.setattr(checkpoint.os, "fsync", full)
+                    with pytest.raises(CheckpointError, match="No space left"):
+                        commit(self, round, tree, record)
+                raise Killed
             if moment == "after the checkpoint":
                 strikes.done.add(round)
 
@@ -167,6 +177,11 @@ class Strikes:
             commit(self, round, tree, record)
 
         monkeypatch.setattr(journal.Journal, "commit", committing)
+
+
+def full(_: int) -> None:
+    """Stands in for `fsync` on a disk that has no room left."""
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def endure(

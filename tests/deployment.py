@@ -2,6 +2,7 @@
 
 import json
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,28 @@ from fedlora.deploy.operator import Operator
 from fedlora.deploy.plan import Plan
 
 
-def brought_up(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
+def prepared(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
     overrides = {k: v for k, v in given.items() if k not in ("clients.count", "run.out")}
-    plan = init(Wanted(directory, clients, overrides=overrides, **wanted))
+    return init(Wanted(directory, clients, overrides=overrides, **wanted))
+
+
+def brought_up(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
+    plan = prepared(directory, given, clients, **wanted)
     host.up(plan, print, timeout=300.0)
     return plan
+
+
+def mortal(plan: Plan) -> Path:
+    """Have this deployment's ServerApp obey a `killing` order; the file to write it to."""
+    order = plan.server / "killed.json"
+    with (plan.server / "env.sh").open("a") as f:
+        f.write(f'export PYTHONPATH="{Path(__file__).parent}:${{PYTHONPATH:-}}"\n')
+    app = plan.app / "server_app" / "app.py"
+    planted = (
+        f"\nfrom pathlib import Path\n\nfrom killing import obey\n\nobey(Path({str(order)!r}))\n"
+    )
+    app.write_text(app.read_text() + planted)
+    return order
 
 
 def ran(plan: Plan, overrides: dict[str, Any] | None = None, during=None) -> tuple[str, Path]:
@@ -41,17 +59,19 @@ def ran(plan: Plan, overrides: dict[str, Any] | None = None, during=None) -> tup
     return status, results
 
 
+def experiment(plan: Plan) -> dict[str, Any]:
+    """The run config that the deployment sends."""
+    tree = tomllib.loads((plan.app / "pyproject.toml").read_text())
+    return Config.read(tree["tool"]["flwr"]["app"]["config"]).flat()
+
+
 def simulated(plan: Plan, out: Path) -> Path:
     """The same experiment on LocalGrid, in this process; its directory."""
-    import tomllib
-
     from client_app.app import app
     from fedlora.server import FederatedLora
     from simulations.grid import LocalGrid
 
-    tree = tomllib.loads((plan.app / "pyproject.toml").read_text())
-    flat = Config.read(tree["tool"]["flwr"]["app"]["config"]).flat()
-    config = Config.read({**flat, "run.out": str(out), "run.name": "local"})
+    config = Config.read({**experiment(plan), "run.out": str(out), "run.name": "local"})
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
         FederatedLora(config).start(grid)
     return out / "local"
@@ -63,4 +83,5 @@ def adapter(run: Path) -> bytes:
 
 def rounds(run: Path) -> list[dict[str, Any]]:
     path = run / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

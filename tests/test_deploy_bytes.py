@@ -1,15 +1,13 @@
 """The bytes that a run says it sent, against those that a proxy at the nodes' door saw."""
 
 import os
-import select
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import write_tokenizer
 from deployment import ran, rounds
+from relay import Relay
 
 from fedlora.deploy import host
 from fedlora.deploy.layout import Wanted, init
@@ -23,54 +21,8 @@ ZERO_TWINS = 4 * 200 * (10 * 256 + 1 * 1024)
 are not sent again, and of its two of 1024 x 200 one."""
 
 
-class Proxy:
-    """Passes TCP through to a port of the loopback, and counts."""
-
-    def __init__(self, port: int) -> None:
-        self.to = port
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.up = self.down = 0
-        self.lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        return int(self.listener.getsockname()[1])
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._carry, args=(near,), daemon=True).start()
-
-    def _carry(self, near: socket.socket) -> None:
-        try:
-            far = socket.create_connection(("127.0.0.1", self.to))
-        except OSError:
-            near.close()
-            return
-        with near, far:
-            while True:
-                ready, _, _ = select.select([near, far], [], [])
-                for source in ready:
-                    try:
-                        data = source.recv(1 << 16)
-                        (far if source is near else near).sendall(data)
-                    except OSError:
-                        return
-                    if not data:
-                        return
-                    with self.lock:
-                        if source is near:
-                            self.up += len(data)
-                        else:
-                            self.down += len(data)
-
-
 @pytest.fixture
-def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Proxy]]:
+def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Relay]]:
     import torch
     from conftest import settings
     from transformers import BertConfig, BertModel
@@ -95,12 +47,12 @@ def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Proxy]]:
     )
     overrides = {k: v for k, v in given.items() if k not in ("clients.count", "run.out")}
     plan = init(Wanted(tmp_path / "dep", 2, overrides=overrides, ranks=(200,)))
-    proxy = Proxy(plan.port)
+    proxy = Relay(plan.port)
     monkeypatch.setitem(os.environ, "FEDLORA_SUPERLINK", f"127.0.0.1:{proxy.port}")
     host.up(plan, print, timeout=300.0)
     yield plan, proxy
     host.down(plan, print)
-    proxy.listener.close()
+    proxy.close()
 
 
 def test_the_bytes_counted_are_those_on_the_wire_within_two_percent(counted) -> None:

@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedlora import handover
-from fedlora.deploy import worker
+from fedlora.deploy import node, worker
 
 
 def test_the_short_lived_process_imports_no_torch() -> None:
@@ -112,7 +112,9 @@ def test_a_crash_of_the_worker_is_an_error_reply() -> None:
 
 
 @pytest.mark.parametrize("dying", ["time.sleep(600)"], indirect=True)
-def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(dying) -> None:
+def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(
+    dying: subprocess.Popen,
+) -> None:
     message, context = a_message(ttl=2.0)
     context.node_config["worker-socket"] = "w.sock"
     begun = time.monotonic()
@@ -120,7 +122,45 @@ def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(d
     assert reply.error.code == handover.WORKER_LOST
     assert "DEADLINE" in reply.error.reason
     assert time.monotonic() - begun < 8
-    assert dying.wait(10) == worker.ABANDONED, "nobody waits for that work: its supervisor restarts"
+    patience = worker.MERCY + 8
+    assert dying.wait(patience) == worker.ABANDONED, (
+        "nobody waits for that: its supervisor restarts"
+    )
+
+
+SLOW_ONCE = "n = answer.n = getattr(answer, 'n', 0) + 1; time.sleep(4 / n**3); return b''"
+
+
+@pytest.mark.parametrize("dying", [SLOW_ONCE], indirect=True)
+def test_a_worker_that_is_only_slow_is_warm_for_the_next_message(dying: subprocess.Popen) -> None:
+    """Ended at its deadline it would load the model anew for each message, and never be in time."""
+    message, context = a_message(ttl=2.0)
+    context.node_config["worker-socket"] = "w.sock"
+    late = handover.answer("train", message, context)
+    assert "DEADLINE" in late.error.reason
+    message, context = a_message(ttl=10.0)
+    context.node_config["worker-socket"] = "w.sock"
+    reply = handover.answer("train", message, context)
+    assert not reply.has_error() or "was lost" not in reply.error.reason
+    assert dying.poll() is None
+
+
+GIVES_UP = """
+import sys, threading, time
+from importlib.metadata import EntryPoint
+from fedlora.deploy import node
+threading.Thread(target=time.sleep, args=(600,)).start()  # what serves its ClientApps
+EntryPoint.load = lambda self: lambda: print("gave up on", self.name)
+node.main()
+"""
+
+
+def test_a_node_that_gave_up_on_its_server_ends_so_that_it_is_started_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GIVES_UP], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "gave up on flower-supernode\n"
+    assert done.returncode == node.LOST
 
 
 def test_a_broken_installation_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:

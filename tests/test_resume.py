@@ -13,73 +13,15 @@ from typing import Any
 import pytest
 import tomli_w
 from click.testing import CliRunner
+from killing import plant
 from tiny_federation import ROOT, Ran, federate, quick
 from typer.main import get_command
 
-from fedlora import checkpoint, client, journal, memory
 from fedlora.cli import app
 from fedlora.config import Config
 from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
 
 Settings = Callable[..., dict[str, object]]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wrap(owner: Any, name: str, before: Any = None, after: Any = None) -> None:
-    """Have `before` and `after` called around every call, with its arguments."""
-    real = getattr(owner, name)
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        if before:
-            before(*args)
-        result = real(*args, **options)
-        if after:
-            after(*args)
-        return result
-
-    setattr(owner, name, wrapped)
-
-
-def plant(point: str, round: int) -> None:
-    """Arrange for this process to be killed at a point of a round."""
-    seen: list[bool] = []
-
-    def checkpoint_of(path: Path) -> bool:
-        return "/checkpoint/" in str(path) and f"round-{round:05}" in path.name
-
-    def second_client(*args: Any) -> None:
-        seen.append(args[4] == round)
-        if sum(seen) == 2:
-            die()
-
-    def half_written(path: Path, data: bytes) -> None:
-        if checkpoint_of(path):
-            path.parent.mkdir(exist_ok=True)
-            Path(path.parent, f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
-            die()
-
-    def half_a_line(self: journal.Journal, number: int, *_: Any) -> None:
-        if number == round:
-            self.rounds.write_text(self.rounds.read_text()[:-40])
-            die()
-
-    match point:
-        case "mid-client":
-            wrap(client, "fit", before=second_client)
-        case "memory-kept":
-            remember = memory.ClientMemory
-            wrap(remember, "remember", after=lambda self, n, _: die() if n == round else None)
-        case "first-reply":
-            wrap(client.Desk, "reply", before=lambda x, *_: die() if x.job.round == round else None)
-        case "half-a-checkpoint":
-            wrap(checkpoint, "write_atomically", before=half_written)
-        case "checkpoint-kept":
-            wrap(checkpoint, "save", after=lambda p, *_: die() if checkpoint_of(p) else None)
-        case "half-a-line":
-            wrap(journal.Journal, "commit", after=half_a_line)
 
 
 def kill_at(point: str, round: int, given: dict[str, object]) -> None:
@@ -102,6 +44,7 @@ CASES = [
     ("fedsa", "memory-kept", 2),
     ("fedsa", "half-a-checkpoint", 2),
     ("fedsa", "checkpoint-kept", 2),
+    ("fedsa", "checkpoint-not-renamed", 2),
     ("fedex", "mid-client", 3),
     ("flora", "first-reply", 3),
     ("fslora", "half-a-line", 2),
@@ -153,7 +96,7 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(
     assert trained == expected_rounds(point, round)
     assert ran.adapter == whole.adapter
     assert ran.metrics == whole.metrics
-    assert not list(ran.directory.rglob("checkpoint/*.half.tmp"))
+    assert not list(ran.directory.rglob("checkpoint/*.tmp"))
 
 
 def test_killed_twice_with_two_workers_it_still_ends_the_same(settings: Settings) -> None:

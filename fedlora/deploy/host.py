@@ -189,7 +189,8 @@ def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: fl
         except DeployError:  # the SuperLink may be starting again
             if time.monotonic() - answered > PATIENCE:
                 raise
-        lines = rounds.read_text().splitlines() if rounds.exists() else []
+        text = rounds.read_text() if rounds.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed ServerApp's last may be half
         for line in lines[seen:]:
             say(told(json.loads(line)))
         seen = max(seen, len(lines))

@@ -68,7 +68,8 @@ def node(plan: Plan, i: int) -> str:
         config.append('worker-socket=\\"worker.sock\\"')
     return _script(
         f"Node {i}. FEDLORA_SUPERLINK overrides where the server is.",
-        f'flower-supernode {trust} --superlink "${{FEDLORA_SUPERLINK:-{plan.fleet_address}}}" \\\n'
+        f"python -m fedlora.deploy.node {trust} \\\n"
+        f'  --superlink "${{FEDLORA_SUPERLINK:-{plan.fleet_address}}}" \\\n'
         f"  --host 127.0.0.1 --port {plan.node_ports[i]} \\\n"
         f'  --node-config "{" ".join(config)}"',
     )

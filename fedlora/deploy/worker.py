@@ -4,13 +4,15 @@
 
 gRPC with its health service on a Unix socket that only its owner can open. One message at a
 time. When the asker is gone (its deadline passed, or it was killed), nobody can use the answer,
-and the work cannot be cut short from within: the process ends, and its supervisor starts another.
+and the work cannot be cut short from within. It may take as long again, so that a node that is
+merely slow is warm for its next message; then the process ends, and its supervisor starts another.
 """
 
 import argparse
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedlora.handover import HANDLERS, METHOD, OPTIONS, unpack
 
 ABANDONED = 75
-"""Exit status where the asker was gone before the work was done."""
+"""Exit status where the asker was gone and the work was not done for as long again."""
+MERCY = 5.0
+"""Seconds that abandoned work has in any case."""
 
 
 class Desk:
@@ -35,10 +39,14 @@ class Desk:
         done = threading.Event()
 
         def over() -> None:
-            if not done.is_set():
+            threading.Thread(target=wait, daemon=True).start()
+
+        def wait() -> None:
+            if not done.wait(max(MERCY, time.monotonic() - begun)):
                 os._exit(ABANDONED)
 
         with self.busy:
+            begun = time.monotonic()
             if not call.add_callback(over):
                 return b""
             try:

@@ -231,9 +231,9 @@ def mean(uploads: Iterable[Upload], before: Factors) -> Factors:
             key = (column, name)
             if key not in totals:
                 totals[key] = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-                weights[key] = 0
             totals[key].add_(x, alpha=u.num_examples * ratio)
-            weights[key] += u.num_examples
+            weights[key] = weights.get(key, 0) + u.num_examples
+        del u  # else it would stay in memory until the next one is there
     columns = {c: dict(getattr(before, c)) for c in COLUMNS}
     for (column, name), total in totals.items():
         if weights[column, name] == 0:

@@ -1,0 +1,87 @@
+"""A process that kills itself with SIGKILL at a chosen point of a chosen round."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedlora import checkpoint, client, journal, memory
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def obey(order: Path) -> None:
+    """Be killed where the file says, {"point": ..., "round": ...}; once, for then it is gone."""
+    if not order.exists():
+        return
+    asked = json.loads(order.read_text())
+
+    def once() -> None:
+        order.unlink()
+        die()
+
+    plant(asked["point"], asked["round"], once)
+
+
+def wrap(owner: Any, name: str, before: Any = None, after: Any = None) -> None:
+    """Have `before` and `after` called around every call, with its arguments."""
+    real = getattr(owner, name)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if before:
+            before(*args)
+        result = real(*args, **options)
+        if after:
+            after(*args)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def plant(point: str, round: int, die: Callable[[], None] = die) -> None:
+    """Arrange for this process to be killed at a point of a round."""
+    seen: list[bool] = []
+
+    def checkpoint_of(path: Path) -> bool:
+        return "/checkpoint/" in str(path) and f"round-{round:05}" in path.name
+
+    def second_client(*args: Any) -> None:
+        seen.append(args[4] == round)
+        if sum(seen) == 2:
+            die()
+
+    def half_written(path: Path, data: bytes) -> None:
+        if checkpoint_of(path):
+            path.parent.mkdir(exist_ok=True)
+            Path(path.parent, f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
+            die()
+
+    def not_yet_renamed(_: str, path: Path) -> None:
+        if checkpoint_of(path):
+            die()
+
+    def half_a_line(self: journal.Journal, number: int, *_: Any) -> None:
+        if number == round:
+            self.rounds.write_text(self.rounds.read_text()[:-40])
+            die()
+
+    match point:
+        case "mid-client":
+            wrap(client, "fit", before=second_client)
+        case "memory-kept":
+            remember = memory.ClientMemory
+            wrap(remember, "remember", after=lambda self, n, _: die() if n == round else None)
+        case "first-reply":
+            wrap(client.Desk, "reply", before=lambda x, *_: die() if x.job.round == round else None)
+        case "half-a-checkpoint":
+            wrap(checkpoint, "write_atomically", before=half_written)
+        case "checkpoint-not-renamed":
+            wrap(checkpoint.os, "replace", before=not_yet_renamed)
+        case "checkpoint-kept":
+            wrap(checkpoint, "save", after=lambda p, *_: die() if checkpoint_of(p) else None)
+        case "half-a-line":
+            wrap(journal.Journal, "commit", after=half_a_line)
