@@ -53,6 +53,8 @@ def load(path: Path, *types: type) -> Any:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
     try:
+        if not isinstance(skeleton, dict):
+            raise ValueError("it holds no tree")
         return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
@@ -99,7 +101,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
+SCALARS = (bool, int, float, str, type(None))
+
+
 def _flatten(x: Any, tensors: dict[str, Tensor]) -> Any:
+    if type(x) in SCALARS:  # first: a run of many clients has a hundred of them a client
+        return x
     if isinstance(x, Tensor):
         name = f"t{len(tensors)}"
         tensors[name] = x.detach()
@@ -113,12 +120,14 @@ def _flatten(x: Any, tensors: dict[str, Tensor]) -> Any:
         return {"tuple": [_flatten(value, tensors) for value in x]}
     if isinstance(x, frozenset):
         return {"set": sorted(x)}
-    if x is None or isinstance(x, bool | int | float | str):
-        return {"value": x}
+    if isinstance(x, SCALARS):
+        return x
     raise TypeError(f"a {type(x).__name__} cannot be kept in a checkpoint")
 
 
 def _build(x: Any, tensors: Mapping[str, Tensor], types: Mapping[str, type], path: Path) -> Any:
+    if not isinstance(x, dict | list):
+        return x
     match x:
         case {"tensor": name}:
             return tensors[name]
@@ -133,6 +142,4 @@ def _build(x: Any, tensors: Mapping[str, Tensor], types: Mapping[str, type], pat
             return tuple(_build(value, tensors, types, path) for value in items)
         case {"set": items}:
             return frozenset(items)
-        case {"value": value}:
-            return value
     raise CheckpointError(f"{path} is damaged: {x!r} is no part of a tree")

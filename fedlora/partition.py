@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from fedlora.errors import DataError
@@ -74,11 +75,15 @@ def _check(size: int, label: Sequence[str], group: Sequence[str], data: Data, cl
 
 
 def _parts(table: Dataset, data: Data, clients: int, seed: int) -> list[list[int]]:
-    """Row numbers by client, as flwr-datasets partitions them."""
+    """Row numbers by client, as flwr-datasets partitions them.
+
+    Its IidPartitioner gives the same as the line here, at 5 ms a client.
+    """
+    if data.partition == "iid":
+        return [part.tolist() for part in np.array_split(np.arange(len(table)), clients)]
     from flwr_datasets import partitioner as by  # seconds to import, which a node is spared
 
     shares: dict[str, Callable[[], Any]] = {
-        "iid": lambda: by.IidPartitioner(clients),
         "dirichlet": lambda: by.DirichletPartitioner(
             clients, "label", data.alpha, min_partition_size=0, self_balancing=False, seed=seed
         ),

@@ -23,6 +23,7 @@ class Roster:
         self.refused = refused
         self.there: set[int] = set()
         self.client_of: dict[int, int] = {}
+        self._node_of: dict[int, int] = {}
         self._tries: dict[int, int] = {}
         self._given_up: set[int] = set()
 
@@ -69,12 +70,13 @@ class Roster:
         return set(self.client_of) - self.there - self._given_up
 
     def _admit(self, node: int, client: int) -> None:
-        holder = self.nodes.get(client)
-        if holder is not None and holder != node:
-            raise UpdateError(f"it says that it is client {client}, which node {holder} is")
-        for other in [n for n, c in self.client_of.items() if c == client and n != node]:
-            del self.client_of[other]  # it came back under another node id
+        holder = self._node_of.get(client, node)
+        if holder != node:
+            if holder in self.there:
+                raise UpdateError(f"it says that it is client {client}, which node {holder} is")
+            del self.client_of[holder]  # it came back under another node id
         self.client_of[node] = client
+        self._node_of[client] = node
 
 
 def read_facts(reply: Message) -> Facts:

@@ -47,6 +47,7 @@ class LocalGrid(Grid):
         TaskIdentity.task_id = TaskIdentity.run_id = RUN_ID  # what Message() reads its run from
         TaskIdentity.node_id = 1
         self._run = Run.create_empty(run_id=RUN_ID)
+        shared = dict(run_config)
         self.contexts = {
             FIRST_NODE + i: Context(
                 run_id=RUN_ID,
@@ -57,7 +58,7 @@ class LocalGrid(Grid):
                     **(node_configs or {}).get(i, {}),
                 },
                 state=RecordDict(),
-                run_config=dict(run_config),
+                run_config=shared,
             )
             for i in range(nodes)
         }

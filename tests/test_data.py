@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fedlora.config import Config
 from fedlora.data import Corpus, Rows, _split, describe, load, load_node
 from fedlora.errors import ConfigError, DataError
+from fedlora.partition import partition
 from fedlora.sections import Data
 
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
@@ -212,6 +213,18 @@ def test_a_partition_gives_every_row_to_one_place(partition, path):
     corpus = load(data, "classification", 4, 1)
     assert all_rows(corpus) == sorted((row["text"], row["label"]) for row in ROWS)
     assert all(len(c.train) and len(c.test) for c in corpus.clients)
+
+
+@pytest.mark.parametrize(("rows", "clients"), [(10, 3), (7, 7), (100, 9)])
+def test_iid_parts_are_those_of_flwr_datasets(rows, clients):
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    oracle = IidPartitioner(clients)
+    oracle.dataset = Dataset.from_dict({"row": list(range(rows))})
+    data = Data(partition="iid", client_test_fraction=0.0)
+    want = [oracle.load_partition(i)["row"][:] for i in range(clients)]
+    assert partition(rows, [], [], data, clients, 0) == want
 
 
 def test_iid_parts_are_equal(path):
