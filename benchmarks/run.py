@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -58,11 +59,14 @@ def group(name: str, quick: bool) -> list[Row]:
 def table(found: dict[str, object]) -> str:
     """The Markdown of docs/benchmarks.md."""
     rows: list[dict[str, object]] = found["rows"]  # type: ignore[assignment]
+    on: dict[str, Any] = found["machine"]  # type: ignore[assignment]
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `make bench`, {found['time']}, on {found['machine']}. Every figure is a ratio",
-        "or a count of two things measured side by side in the same run; see `performance.md`.",
+        f"Written by `make bench`, {found['time']}, on {on['cores']} cores, torch {on['torch']} "
+        f"(load {on['load']:.1f} at the end).",
+        "Every figure is a ratio or a count of two things measured side by side in the same run.",
+        "What is behind them, what was missed and why: the [performance log](performance.md).",
         "",
         "| what | measured | target | met | how |",
         "|---|---|---|---|---|",
