@@ -14,6 +14,11 @@ def _names(value: Any) -> Any:
     return tuple(str(v) if isinstance(v, int) else v for v in value)
 
 
+def _indices(value: Any) -> Any:
+    """-1 as well, as `--set lora.layers=-1` reads it."""
+    return (str(value),) if type(value) is int else _names(value)
+
+
 def _ranks(value: Any) -> Any:
     """ "4,8,16", [4, 8, 16] or 8."""
     try:
@@ -27,6 +32,7 @@ def _ranks(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Indices = Annotated[tuple[str, ...], BeforeValidator(_indices)]
 Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]
 
 Renames = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, create_model
 
-from fedlora.keys import Names, Ranks, Renames, Section
+from fedlora.keys import Indices, Names, Ranks, Renames, Section
 from fedlora.strategies import STRATEGIES
 
 
@@ -138,7 +138,7 @@ class Lora(Section):
     """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
     target_modules: Names = ("query", "value")
     """Module names as PEFT takes them: last names, or "all-linear"."""
-    layers: Names = ("auto",)
+    layers: Indices = ("auto",)
     """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two. auto: all,
     and the last one under example-level DP."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -232,3 +232,9 @@ def test_what_is_set_stays_under_dp_and_settling_twice_changes_nothing() -> None
     assert (config.train.optimizer, config.train.lr) == ("adamw", 1e-2)
     assert (config.model.pooling, config.lora.layers) == ("default", ())
     assert Config.read(config.flat()) == config
+
+
+def test_one_number_is_a_list_of_one_where_a_list_is_wanted() -> None:
+    """As `--set lora.layers=-1` reads it."""
+    assert Config.read(parse_overrides(["lora.layers=-1"])).lora.layers == ("-1",)
+    assert Config.read({"lora.layers": [-2, -1]}).lora.layers == ("-2", "-1")
