@@ -60,8 +60,8 @@ def federation(
 def memory(quick: bool) -> Iterator[Row]:
     """The peak of 64 clients in one process, over that of one.
 
-    The one trains 32 steps: torch keeps something for every new shape of a batch, and one client
-    of two steps would not have seen the shapes that 64 clients do.
+    The one trains 32 steps: its peak grows with the batches it has seen, and one client of two
+    steps has not seen as many shapes of them as 64 clients have.
     """
     many, long = (8, 4) if quick else (64, 32)
 

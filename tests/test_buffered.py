@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 from strategy_federation import EQUAL, make_start, noise
-from tiny_federation import federate, quick
+from tiny_federation import federate, quick, read_tensors
 from torch.testing import assert_close
 
 from client_app.app import app as client_app
@@ -151,6 +151,33 @@ def test_a_run_stopped_between_rounds_ends_in_the_bits_of_one_that_was_not(
     assert cut.adapter == whole.adapter
     for again, once in zip(cut.metrics, whole.metrics, strict=True):
         assert {**again, "bytes": 0} == {**once, "bytes": 0}  # what was sent twice counts twice
+
+
+def test_a_server_optimiser_steps_from_a_buffer_at_its_own_rate(settings: Settings) -> None:
+    """FedAvgM without momentum: half the rate is half of the way, in the first round."""
+    given = {"run.rounds": 1, "server.optimizer": "fedavgm", "server.beta1": 0.0}
+    moved = {}
+    for rate in (1.0, 0.5):
+        ran = federate(asynchronous(settings, f"at-{rate}", **given, **{"server.lr": rate}))
+        tensors, _ = read_tensors(ran.directory / "adapter" / "adapter_model.safetensors")
+        moved[rate] = {name: x for name, x in tensors.items() if "lora_B" in name}  # from zero
+    assert all(float(x.norm()) > 0 for x in moved[1.0].values())
+    for name, x in moved[1.0].items():
+        assert_close(moved[0.5][name], x / 2, rtol=1e-4, atol=1e-7)
+
+
+def test_late_updates_are_judged_by_robust_aggregation_and_paid_for_under_dp(
+    settings: Settings,
+) -> None:
+    judged = federate(asynchronous(settings, "robust", **{"robust.method": "norm-bound"}))
+    assert all(r["robust"] for r in judged.rounds[1:])
+    given = {"privacy.epsilon": 8.0, "privacy.delta": 1e-3, "privacy.sample-rate": 0.5}
+    private = federate(asynchronous(settings, "private", **given))
+    spent = [c["privacy"]["epsilon"] for r in private.rounds[1:] for c in r["clients"].values()]
+    assert len(spent) == 12
+    assert all(0 < epsilon <= 8.0 for epsilon in spent)
+    for ran in (judged, private):
+        assert max(s for r in ran.rounds[1:] for s in r["staleness"].values()) >= 1
 
 
 def slow(client: int, rounds: set[int], seconds: float) -> Callable[..., Message]:
