@@ -81,26 +81,37 @@ def leading_svd(pair: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return Q @ U[:, :rank], S[:rank], Vh[:rank]
 
 
-def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """sum_i p_i D_i - Bbar Abar of equal-rank pairs, as one pair of rank (m - 1) r.
+def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[Pair, Pair]:
+    """Of equal-rank pairs, (Abar, Bbar) and what it misses, sum_i p_i D_i - Bbar Abar.
 
-    The gap is the covariance sum_i p_i (B_i - Bbar)(A_i - Abar), whose last term folds into the
-    others: sum_{i<m} p_i (B_i - Bbar)(A_i - A_m). Scales are folded into B first; p sums to 1.
+    What it misses is the covariance of the factors. Both come from one pass, as a running
+    covariance does (Welford 1962; Bennett et al. 2009): with W_i = p_1 + ... + p_i and the means
+    so far,
+
+        residual_i = residual_{i-1} + p_i W_{i-1} / W_i (B_i - Bbar_{i-1}) (A_i - Abar_{i-1})
+        mean_i     = mean_{i-1} + p_i / W_i (x_i - mean_{i-1})
+
+    so m pairs leave (m - 1) r ranks. The mean is at the first pair's scale, which other scales are
+    folded into through B; a rank that is alike in all pairs is in it bit for bit.
     """
-    last, first = pairs[-1], pairs[:-1]
-    B_mean = torch.zeros_like(wide(last.B))
-    for p, w in zip(pairs, weights, strict=True):
-        B_mean.add_(p.B, alpha=w * p.scale)
-    A = _room(first or [tail(last, last.rank)])  # ((m - 1) r, k)
-    B = A.new_empty(last.B.shape[0], A.shape[0])  # (d, (m - 1) r)
-    ranks, gap = [p.rank for p in first], torch.empty_like(B_mean)
+    first, others = pairs[0], pairs[1:]
+    A = _room(others or [tail(first, first.rank)])  # ((m - 1) r, k)
+    B = A.new_empty(first.B.shape[0], A.shape[0])  # (d, (m - 1) r)
+    mean, so_far = Pair(first.A.to(A, copy=True), first.B.to(A, copy=True), first.scale), weights[0]
+    ranks, gap = [p.rank for p in others], torch.empty_like(mean.B)
     for p, w, rows, columns in zip(
-        first, weights[:-1], A.split(ranks), B.split(ranks, 1), strict=True
+        others, weights[1:], A.split(ranks), B.split(ranks, 1), strict=True
     ):
-        torch.sub(wide(p.A), wide(last.A), out=rows).mul_(w)
-        torch.sub(wide(p.B) if p.scale == 1 else p.scale * wide(p.B), B_mean, out=gap)
+        share = w / (so_far + w)
+        torch.sub(p.A, mean.A, out=rows)
+        mean.A.add_(rows, alpha=share)
+        rows.mul_(so_far * share * first.scale)
+        same = p.scale == first.scale
+        torch.sub(p.B if same else wide(p.B) * (p.scale / first.scale), mean.B, out=gap)
+        mean.B.add_(gap, alpha=share)
         columns.copy_(gap)  # not straight into them: rows of r numbers are slow to compute in
-    return Pair(A, B)
+        so_far += w
+    return mean, Pair(A, B)
 
 
 def pad(pair: Pair, rank: int) -> Pair:

@@ -1,6 +1,7 @@
 """The algebra on pairs against its definition on dense matrices, in float64."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from fedlora.lowrank import (
     extend,
     inner,
     leading_svd,
+    mean_and_residual,
     norm,
     orthonormal,
     pad,
     principal,
     rescale,
-    residual,
     stack,
     svd,
     tail,
@@ -112,7 +113,9 @@ def test_the_residual_is_what_averaging_the_factors_misses(
     p = [w / sum(weights[:m]) for w in weights[:m]]
     A = sum(w * x.A for w, x in zip(p, pairs, strict=True))
     B = sum(w * x.scale * x.B for w, x in zip(p, pairs, strict=True))
-    missed = residual(pairs, p)
+    mean, missed = mean_and_residual(pairs, p)
+    close(mean.A, A)
+    close(mean.scale * mean.B, B)
     close(missed.delta(), summed(pairs, p) - B @ A)
     assert missed.rank == (m - 1) * rank
 
@@ -122,7 +125,7 @@ def test_the_residual_is_the_covariance_of_the_factors_and_has_its_rank() -> Non
     pairs = [pair(r, seed, 1.0) for seed in range(m)]
     A, B = (sum(w * getattr(x, f) for w, x in zip(p, pairs, strict=True)) for f in "AB")
     covariance = sum(w * (x.B - B) @ (x.A - A) for w, x in zip(p, pairs, strict=True))
-    close(residual(pairs, p).delta(), covariance)
+    close(mean_and_residual(pairs, p)[1].delta(), covariance)
     assert torch.linalg.matrix_rank(covariance) == (m - 1) * r < m * r
 
 
@@ -131,7 +134,18 @@ def test_the_residual_vanishes_where_a_factor_is_shared() -> None:
     same_A = [Pair(shared.A, pair(3, s).B, 1.5) for s in range(3)]
     same_B = [Pair(pair(3, s).A, shared.B, 1.5) for s in range(3)]
     for pairs in (same_A, same_B):
-        close(residual(pairs, [0.2, 0.3, 0.5]).delta(), torch.zeros(D, K, dtype=torch.float64))
+        missed = mean_and_residual(pairs, [0.2, 0.3, 0.5])[1]
+        close(missed.delta(), torch.zeros(D, K, dtype=torch.float64))
+
+
+def test_what_all_pairs_share_is_in_their_mean_bit_for_bit_and_no_pair_is_written_to() -> None:
+    shared, kept = pair(3, scale=0.7), pair(3, scale=0.7)
+    mean, _ = mean_and_residual([shared, replace(shared), replace(shared)], [0.2, 0.3, 0.5])
+    assert torch.equal(mean.A, kept.A)
+    assert torch.equal(mean.B, kept.B)
+    mean_and_residual([shared, pair(3, 1, 0.7)], [0.5, 0.5])
+    assert torch.equal(shared.A, kept.A)
+    assert torch.equal(shared.B, kept.B)
 
 
 def test_pad_and_rescale_leave_the_delta_as_it_is() -> None:

@@ -79,29 +79,32 @@ def only_square(clients: Sequence[Client]) -> list[Client]:
 def transposed_residual(patch: Patch) -> None:
     """FedEx-LoRA's reference adds the residual transposed to nn.Linear."""
 
-    def planted(pairs: Any, weights: Any) -> Pair:
-        right = lowrank.residual(pairs, weights)
-        return Pair(right.B.T, right.A.T, right.scale)
+    def planted(pairs: Any, weights: Any) -> tuple[Pair, Pair]:
+        mean, right = lowrank.mean_and_residual(pairs, weights)
+        return mean, Pair(right.B.T, right.A.T, right.scale)
 
-    patch.setattr(fedex, "residual", planted)
+    patch.setattr(fedex, "mean_and_residual", planted)
 
 
 def residual_without_scale(patch: Patch) -> None:
     """FedLLM-Factory forgets alpha / r in the residual."""
 
-    def planted(pairs: Any, weights: Any) -> Pair:
-        return lowrank.residual([replace(p, scale=1.0) for p in pairs], weights)
+    def planted(pairs: Any, weights: Any) -> tuple[Pair, Pair]:
+        bare = [replace(p, scale=1.0) for p in pairs]
+        mean, _ = lowrank.mean_and_residual(pairs, weights)
+        return mean, lowrank.mean_and_residual(bare, weights)[1]
 
-    patch.setattr(fedex, "residual", planted)
+    patch.setattr(fedex, "mean_and_residual", planted)
 
 
 def residual_with_uniform_weights(patch: Patch) -> None:
     """FedLLM-Factory has p_i in one term and 1/m in the other."""
 
-    def planted(pairs: Any, _: Any) -> Pair:
-        return lowrank.residual(pairs, [1 / len(pairs)] * len(pairs))
+    def planted(pairs: Any, weights: Any) -> tuple[Pair, Pair]:
+        mean, _ = lowrank.mean_and_residual(pairs, weights)
+        return mean, lowrank.mean_and_residual(pairs, [1 / len(pairs)] * len(pairs))[1]
 
-    patch.setattr(fedex, "residual", planted)
+    patch.setattr(fedex, "mean_and_residual", planted)
 
 
 def residual_never_added(patch: Patch) -> None:
@@ -217,7 +220,20 @@ def missing_ranks_as_zero(patch: Patch) -> None:
 
 def tail_forgotten(patch: Patch) -> None:
     """A narrow client's fold left out of the average."""
-    patch.setattr(fedex, "mean_ranks", lambda us, s, **_: mixed.mean_ranks(us, s, "zero"))
+
+    def planted(uploads: Any, _: Any) -> Any:
+        pairs = [x for u in uploads for x in u.sent.adapter().items()]
+        top = {m: max((x for n, x in pairs if n == m), key=lambda x: x.rank) for m, _ in pairs}
+
+        def padded(u: Any) -> dict[str, Pair]:
+            return {
+                m: lowrank.pad(lowrank.rescale(x, top[m].scale), top[m].rank)
+                for m, x in u.sent.adapter().items()
+            }
+
+        return mixed.by_module(uploads, padded)
+
+    patch.setattr(fedex, "by_module", planted)
 
 
 def root_of_s_on_one_side(patch: Patch) -> None:

@@ -42,7 +42,8 @@ def no_scale(patch: Patch) -> None:
         return [Pair(p.A, p.B) for p in pairs]
 
     patch.setattr(flora, "stack", lambda pairs, p: lowrank.stack(bare(pairs), p))
-    patch.setattr(fedex, "residual", lambda pairs, p: lowrank.residual(bare(pairs), p))
+    real = lowrank.mean_and_residual
+    patch.setattr(fedex, "mean_and_residual", lambda pairs, p: real(bare(pairs), p))
 
 
 def no_weights(patch: Patch) -> None:
@@ -52,7 +53,8 @@ def no_weights(patch: Patch) -> None:
         return [1 / len(p)] * len(p)
 
     patch.setattr(flora, "stack", lambda pairs, p: lowrank.stack(pairs, even(p)))
-    patch.setattr(fedex, "residual", lambda pairs, p: lowrank.residual(pairs, even(p)))
+    real = lowrank.mean_and_residual
+    patch.setattr(fedex, "mean_and_residual", lambda pairs, p: real(pairs, even(p)))
 
 
 def sum_for_mean(patch: Patch) -> None:

@@ -7,8 +7,8 @@ Foundation Models", ACL 2025, https://arxiv.org/abs/2410.09432
     server     Abar = sum_i p_i A_i,   Bbar = sum_i p_i (s_i / s) B_i
                Res  = sum_i p_i (s_i / s) B_i A_i - Bbar Abar
 
-`Res` is a covariance, so it is U V with U = [p_i (B_i - Bbar)] and V = [A_i - A_m], i < m: rank
-(m - 1) r, less than the m r of a stack. `rank` > 0 keeps the nearest residual of that rank.
+`Res` is a covariance, so it is U V of rank (m - 1) r, less than the m r of a stack, and comes with
+the means from one pass over the updates. `rank` > 0 keeps the nearest residual of that rank.
 
 A client of r_i < r trains the leading ranks; the others, s Bbar[:, r_i:] Abar[r_i:], are folded
 into its base for the round, so it too starts from the whole model.
@@ -22,11 +22,11 @@ residual is never dense; clients that were away get each residual they missed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import compress, extend, residual
+from fedlora.lowrank import compress, extend, mean_and_residual
 from fedlora.strategies.base import (
     BaseLog,
     Client,
@@ -82,14 +82,16 @@ class FedEx:
 
     def aggregate(self, state: State, uploads: Iterable[Upload], round: Round) -> State:
         uploads = list(uploads)  # the residual is made of every one of them
-        held = by_module(uploads, lambda u: self.trained(state, u, round))
-        moved: dict[str, Pair] = {}
-        for m, (pairs, p) in held.items():
-            missed = residual(pairs, p)
-            if missed.rank:
-                moved[m] = compress(missed, self.rank) if self.rank else missed
-        base = state.base.add(moved) if moved else state.base
-        return State(mean_ranks(uploads, state.factors, absent="unchanged"), base)
+        whole = dict(state.factors.adapter())
+        missed: dict[str, Pair] = {}
+        for m, (pairs, p) in by_module(uploads, lambda u: self.trained(state, u, round)).items():
+            mean, gap = mean_and_residual(pairs, p)
+            whole[m] = Pair(mean.A.to(whole[m].A), mean.B.to(whole[m].B), whole[m].scale)
+            if gap.rank:
+                missed[m] = compress(gap, self.rank) if self.rank else gap
+        heads = (replace(u, sent=Factors(other=u.sent.other)) for u in uploads)
+        other = mean_ranks(heads, state.factors, absent="unchanged").other
+        return State(as_factors(whole, other), state.base.add(missed) if missed else state.base)
 
     def trained(self, state: State, upload: Upload, round: Round) -> Adapter:
         whole = state.factors.adapter()
