@@ -13,13 +13,21 @@ An experiment is a config file, and may say in its [compare] table what to compa
     "train.lr" = 0.02
     [compare.variants.fifty]            the whole grid once for each variant
     "clients.count" = 50
+    [compare.variants.fifty.set.ffa]    keys of one strategy in it, over those above
+    "train.lr" = 0.04
     [compare.full]                      keys of --full
     "data.limit" = 0
+    [compare.search]                    chosen for each strategy and variant from these
+    "train.lr" = [0.001, 0.01]
 
 Each cell, one variant x strategy x seed, is a run of `fedlora simulate` in a process of its own,
 in OUT/cells/VARIANT/STRATEGY/seed-N, forked from one that has imported everything. Cells that are
 done are kept, ones that were begun go on, so the same command continues a grid that was stopped.
 What a strategy refuses is in the table too.
+
+A key in [compare.search] is given to each strategy as it does best with: before the grid, one run
+of half the rounds for each of its values, on a seed that the grid has not. --set of it ends the
+search.
 
 --equal bytes gives every strategy as many rounds as it takes to move the bytes that the first one
 moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS times run.rounds.
@@ -27,13 +35,12 @@ moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS tim
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,128 +53,11 @@ from fedlora.journal import NOT_THE_EXPERIMENT
 from fedlora.strategies import STRATEGIES
 from fedlora.units import duration
 from simulations.compare_table import Row, row, write
+from simulations.experiment import Cell, Experiment, cells, chosen, trials
 
-SHIPPED = Path(__file__).parent / "experiments"
 MOST_ROUNDS = 4
 PRELOAD = ["fedlora.server", "client_app.app", "simulations.grid", "simulations.run"]
 REFUSED = ("ConfigError", "StrategyError")
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A config file and its [compare] table."""
-
-    path: Path
-    claim: str
-    """The comment that the file begins with."""
-    strategies: Sequence[str]
-    seeds: Sequence[int]
-    settings: Mapping[str, Mapping[str, Any]]
-    variants: Mapping[str, Mapping[str, Any]]
-    full: Mapping[str, Any]
-
-    @classmethod
-    def load(cls, name: str) -> "Experiment":
-        """By path, or by the name of one that is shipped.
-
-        Raises:
-            ConfigError: it is not there, or its [compare] table has a key that is none.
-        """
-        path = Path(name) if Path(name).exists() else SHIPPED / f"{name}.toml"
-        if not path.exists():
-            have = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
-            raise ConfigError([f"{name}: no such file, nor one of {have}, synthetic"])
-        text = path.read_text()
-        try:
-            table = tomllib.loads(text).get("compare", {})
-        except tomllib.TOMLDecodeError as e:
-            raise ConfigError([f"{path}: not TOML: {e}"]) from None
-        known = {"strategies", "seeds", "set", "variants", "full"}
-        if wrong := sorted(set(table) - known):
-            raise ConfigError([f"{path}: compare.{wrong[0]}: must be one of {sorted(known)}"])
-        comment = []
-        for line in text.splitlines():
-            if not line.startswith("#"):
-                break
-            if not line.startswith("#     fedlora "):
-                comment.append(line.removeprefix("#").strip())
-        return cls(
-            path,
-            "\n".join(comment).strip(),
-            table.get("strategies", list(STRATEGIES)),
-            table.get("seeds", [0, 1, 2]),
-            table.get("set", {}),
-            table.get("variants", {"": {}}),
-            table.get("full", {}),
-        )
-
-
-@dataclass
-class Cell:
-    """One run of the grid."""
-
-    variant: str
-    strategy: str
-    seed: int
-    directory: Path
-    given: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-    """Why it has no result, where it has none."""
-
-    @property
-    def name(self) -> str:
-        return " ".join(x for x in (self.variant, self.strategy, f"seed {self.seed}") if x)
-
-    @property
-    def done(self) -> bool:
-        summary = self.directory / "summary.json"
-        return summary.exists() and not json.loads(summary.read_text()).get("stopped")
-
-
-def chosen(strategies: str | None, experiment: Experiment) -> list[str]:
-    """ "all", "a,b", or what the experiment says.
-
-    Raises:
-        ConfigError: one of them is none; lists those that are.
-    """
-    names = list(experiment.strategies)
-    if strategies:
-        names = [*STRATEGIES] if strategies == "all" else strategies.replace(" ", "").split(",")
-    if wrong := [n for n in names if n not in STRATEGIES]:
-        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(STRATEGIES)}"])
-    return names
-
-
-def cells(
-    experiment: Experiment,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    overrides: Mapping[str, Any],
-    out: Path,
-    full: bool,
-) -> list[Cell]:
-    """The grid, seed by seed, so that a grid that is stopped early compares like with like."""
-    grid = []
-    for seed in seeds:
-        for variant, changes in experiment.variants.items():
-            for name in names:
-                path = out / "cells" / (variant or "all") / name / f"seed-{seed}"
-                given = {
-                    **(experiment.full if full else {}),
-                    **changes,
-                    **experiment.settings.get(name, {}),
-                    **overrides,
-                    "strategy.name": name,
-                    "run.seed": seed,
-                    "run.out": str(path.parent),
-                    "run.name": path.name,
-                    "output.plots": False,
-                    "simulate.workers": 1,
-                    "evaluate.baselines": name == names[0]
-                    and variant == next(iter(experiment.variants)),
-                }
-                grid.append(Cell(variant, name, seed, path, given))
-    return grid
 
 
 def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = print) -> None:
@@ -194,6 +84,40 @@ def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = p
     finally:
         for process, _ in running.values():
             process.terminate()
+
+
+def search(
+    experiment: Experiment,
+    grid: Sequence[Cell],
+    overrides: Mapping[str, Any],
+    out: Path,
+    workers: int,
+    say: Any = print,
+) -> None:
+    """Give every cell, of the values in [compare.search], those that its strategy scores best with.
+
+    Of equals it is the first. A strategy whose config is refused keeps what it has.
+    """
+    keys = {k: values for k, values in experiment.search.items() if k not in overrides}
+    if not keys:
+        return
+    say(f"half the rounds with each of the values of {', '.join(keys)}")
+    groups = trials(experiment, grid, keys, out)
+    run(experiment, [t for tried in groups.values() for t in tried], workers, say)
+    for (variant, name), tried in groups.items():
+        best = max(tried, key=_standing)
+        for cell in grid:
+            if (cell.variant, cell.strategy) == (variant, name):
+                cell.searched = best.searched
+                cell.given.update(best.searched)
+
+
+def _standing(cell: Cell) -> float:
+    """A run's final score with its sign turned where lower is better; the worst without one."""
+    found = row("", cell.strategy, "", [cell.directory] if cell.done else [])
+    if not found.score:
+        return -math.inf
+    return found.score[0] if found.metric.better(1, 0) else -found.score[0]
 
 
 def equal_bytes(
@@ -235,6 +159,7 @@ def rows(grid: Sequence[Cell]) -> list[Row]:
         reason = next((c.reason for c in mine if c.reason), "")
         done = [c.directory for c in mine if c.done]
         found.append(row(variant, name, STRATEGIES[name]().promise, done, reason))
+        found[-1].searched = mine[0].searched
     return found
 
 
@@ -254,10 +179,12 @@ def main(
     out = out or Path("runs", "compare", experiment.path.stem + size)
     names = chosen(strategies, experiment)
     grid = cells(experiment, names, seeds or experiment.seeds, overrides, out, full)
+    search(experiment, grid, overrides, out, workers)
     if equal == "bytes":
         equal_bytes(experiment, grid, workers)
     run(experiment, grid, workers)
-    write(out, experiment.path.stem, experiment.claim, rows(grid), _command())
+    found = rows(grid)
+    write(out, experiment.path.stem, experiment.claim, found, _command(), experiment.search)
     return out
 
 

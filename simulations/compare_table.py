@@ -19,6 +19,10 @@ from fedlora.run_files import ACCURACY, Metric, RunFiles, finite, read
 from fedlora.units import duration, percent, size, tiny
 from simulations.page import interval, markdown, render
 
+Search = Mapping[str, Sequence[Any]]
+"""Keys that were chosen for each row, and the values to choose from."""
+NONE: Search = {}
+
 
 @dataclass
 class Row:
@@ -36,6 +40,8 @@ class Row:
     """Means over the seeds."""
     against: str = ""
     """The score less the first row's of the same seed, with its interval."""
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that were chosen for this row, and what they are."""
 
     @property
     def mean(self) -> float | None:
@@ -174,7 +180,8 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     shown, variants = columns(rows), any(r.variant for r in rows)
     metric = next((r.metric for r in rows if r.score), ACCURACY)
     first = compared(rows)
-    head = [*(["variant"] if variants else []), "strategy", "promise", "seeds", metric.title]
+    keys = list({k: None for r in rows for k in r.searched})
+    head = [*(["variant"] if variants else []), "strategy", "promise", *keys, "seeds", metric.title]
     head += [f"less {first}'s"] if first else []
     body = []
     for r in rows:
@@ -184,7 +191,8 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         if r.half is not None:
             score += f" +- {100 * r.half:.1f}" if metric.share else f" +- {r.half:.3f}"
         body.append([
-            *([r.variant] if variants else []), r.strategy, r.promise, str(len(r.runs)), score,
+            *([r.variant] if variants else []), r.strategy, r.promise,
+            *(str(r.searched.get(k, "-")) for k in keys), str(len(r.runs)), score,
             *([r.against or "-"] if first else []),
             *(text(r.numbers.get(key)) for _, key, text in shown),
         ])  # fmt: skip
@@ -213,7 +221,9 @@ def complete(rows: Sequence[Row]) -> float | None:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def write(out: Path, title: str, claim: str, rows: Sequence[Row], command: str) -> None:
+def write(
+    out: Path, title: str, claim: str, rows: Sequence[Row], command: str, search: Search = NONE
+) -> None:
     """table.csv, table.md, table.html and plots/ in the directory."""
     from simulations.compare_plots import draw
 
@@ -225,42 +235,58 @@ def write(out: Path, title: str, claim: str, rows: Sequence[Row], command: str) 
     (out / "plots").mkdir(exist_ok=True)
     for name, data in drawn.items():
         (out / "plots" / f"{name}.png").write_bytes(data)
-    (out / "table.md").write_text(as_markdown(title, claim, rows, command, target))
-    (out / "table.html").write_text(as_html(title, claim, rows, command, target, drawn))
+    (out / "table.md").write_text(as_markdown(title, claim, rows, command, target, search))
+    (out / "table.html").write_text(as_html(title, claim, rows, command, target, drawn, search))
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Full precision, one line a row, refusals with their reason."""
     keys = list({k: None for r in rows for k in r.numbers})
+    chosen = list({k: None for r in rows for k in r.searched})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["variant", "strategy", "promise", "seeds", "metric", "mean", "half95",
-                    "against_first", *keys, "refused"])  # fmt: skip
+                    "against_first", *chosen, *keys, "refused"])  # fmt: skip
     for r in rows:
         table.writerow([
             r.variant, r.strategy, r.promise, len(r.runs), r.metric.key, r.mean, r.half,
-            r.against, *(r.numbers.get(k) for k in keys), r.reason if not r.runs else "",
+            r.against, *(r.searched.get(k) for k in chosen), *(r.numbers.get(k) for k in keys),
+            r.reason if not r.runs else "",
         ])  # fmt: skip
     return text.getvalue()
 
 
 def as_markdown(
-    title: str, claim: str, rows: Sequence[Row], command: str, target: float | None
+    title: str,
+    claim: str,
+    rows: Sequence[Row],
+    command: str,
+    target: float | None,
+    search: Search = NONE,
 ) -> str:
     """The table as a Markdown page, with the claim and the command that made it."""
     head, body = texts(rows)
     lines = [f"# {title}", "", claim, "", f"    {command}", ""]
-    lines += [*markdown(head, body), "", *notes(rows, target)]
+    lines += [*markdown(head, body), "", *notes(rows, target, search)]
     if refused := refusals(rows):
         lines += ["", "Without a result:", "", *(f"- {r}" for r in refused)]
     return "\n".join(lines) + "\n"
 
 
-def notes(rows: Sequence[Row], target: float | None) -> list[str]:
+def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> list[str]:
     """What the columns mean, and the baselines."""
     found = [
         "The interval is 95 %, from Student's t over the seeds; a difference within it is none."
     ]
+    for key in {k: None for r in rows for k in r.searched}:
+        values = search[key]
+        edge = [" ".join(filter(None, (r.variant, r.strategy))) for r in rows
+                if r.runs and r.searched.get(key) in (values[0], values[-1])]  # fmt: skip
+        found.append(
+            f"{key}: for each row that of {', '.join(map(str, values))} which scored best in one "
+            "run of half the rounds, with a seed that is not in the table."
+            + (f" At an end of these, so more might be had: {', '.join(edge)}." if edge else "")
+        )
     if any(r.against for r in rows):
         found.append(
             'A difference ("less") is taken seed by seed, in points where the score is a share: '
@@ -295,10 +321,11 @@ def as_html(
     command: str,
     target: float | None,
     plots: Mapping[str, bytes],
+    search: Search = NONE,
 ) -> str:
     """One page that needs nothing beside it."""
     head, body = texts(rows)
     return render(
         BODY, plots, title=title, claim=claim, command=command, head=head, body=body,
-        notes=notes(rows, target), refused=refusals(rows),
+        notes=notes(rows, target, search), refused=refusals(rows),
     )  # fmt: skip

@@ -13,10 +13,10 @@ from fedlora.errors import ConfigError, FedLoraError
 from fedlora.strategies import STRATEGIES
 from simulations import compare
 from simulations.compare_table import Row, compared, once, row, target_of
+from simulations.experiment import SHIPPED, Cell, Experiment, cells, chosen
 from simulations.page import interval
 
 Settings = Callable[..., dict[str, object]]
-SHIPPED = sorted(p.stem for p in compare.SHIPPED.glob("*.toml"))
 GRIDS = [
     "many-clients", "mixed-ranks", "label-skew", "exact-vs-averaged", "bytes", "legend",
 ]  # fmt: skip
@@ -36,11 +36,11 @@ def experiment(tmp_path: Path, settings: dict[str, object], **table: object) -> 
 def test_every_shipped_experiment_says_its_claim_and_every_cell_of_it_is_a_valid_config(
     name: str,
 ) -> None:
-    found = compare.Experiment.load(name)
+    found = Experiment.load(name)
     assert "Claim under test" in found.claim
     for full in (False, True):
-        names = compare.chosen(None, found)
-        grid = compare.cells(found, names, found.seeds, {}, Path("x"), full)
+        names = chosen(None, found)
+        grid = cells(found, names, found.seeds, {}, Path("x"), full)
         assert len(grid) == len(names) * len(found.seeds) * len(found.variants)
         configs = [Config.load(found.path, cell.given) for cell in grid]
         for cell, config in zip(grid, configs, strict=True):
@@ -48,30 +48,30 @@ def test_every_shipped_experiment_says_its_claim_and_every_cell_of_it_is_a_valid
 
 
 def test_an_experiment_with_a_compare_table_is_a_config_file_still() -> None:
-    assert Config.load(compare.SHIPPED / "legend.toml").devices.classes
+    assert Config.load(SHIPPED / "legend.toml").devices.classes
 
 
 # -- what is asked for ----------------------------------------------------------------------------
 
 
 def test_all_means_every_strategy_and_names_are_checked() -> None:
-    found = compare.Experiment.load("bytes")
-    assert compare.chosen("all", found) == list(STRATEGIES)
-    assert compare.chosen("ffa, fedex", found) == ["ffa", "fedex"]
+    found = Experiment.load("bytes")
+    assert chosen("all", found) == list(STRATEGIES)
+    assert chosen("ffa, fedex", found) == ["ffa", "fedex"]
     with pytest.raises(ConfigError, match="fedx is none of fedavg"):
-        compare.chosen("fedx", found)
+        chosen("fedx", found)
 
 
 def test_an_experiment_that_is_not_there_is_answered_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"nor one of.*legend"):
-        compare.Experiment.load("nothing")
+        Experiment.load("nothing")
 
 
 def test_a_key_that_compare_has_not_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("[compare]\nstrategy = 1\n")
     with pytest.raises(ConfigError, match=r"compare\.strategy: must be one of"):
-        compare.Experiment.load(str(path))
+        Experiment.load(str(path))
 
 
 def test_what_the_command_sets_goes_over_the_strategy_over_the_variant_over_full(
@@ -81,11 +81,41 @@ def test_what_the_command_sets_goes_over_the_strategy_over_the_variant_over_full
         tmp_path, settings(), full={"run.rounds": 9, "train.lr": 1.0, "lora.alpha": 1.0},
         variants={"v": {"train.lr": 2.0, "lora.alpha": 2.0}}, set={"fedex": {"lora.alpha": 3.0}},
     )  # fmt: skip
-    found = compare.Experiment.load(str(path))
-    (cell,) = compare.cells(found, ["fedex"], [0], {"train.batch-size": 4}, tmp_path, True)
+    found = Experiment.load(str(path))
+    (cell,) = cells(found, ["fedex"], [0], {"train.batch-size": 4}, tmp_path, True)
     config = Config.load(path, cell.given)
     assert (config.run.rounds, config.train.lr, config.lora.alpha) == (9, 2.0, 3.0)
     assert config.train.batch_size == 4
+
+
+def test_a_variant_has_keys_of_its_own_for_one_strategy(tmp_path: Path, settings: Settings) -> None:
+    path = experiment(
+        tmp_path, settings(), set={"ffa": {"train.lr": 3.0, "lora.alpha": 3.0}},
+        variants={
+            "v": {"train.lr": 2.0, "set": {"ffa": {"train.lr": 4.0}}}, "w": {"train.lr": 1.0},
+        },
+    )  # fmt: skip
+    found = Experiment.load(str(path))
+    grid = cells(found, ["ffa", "fedex"], [0], {}, tmp_path, False)
+    rates = {c.name: Config.load(path, c.given).train.lr for c in grid}
+    assert rates == {"v ffa seed 0": 4, "v fedex seed 0": 2, "w ffa seed 0": 3, "w fedex seed 0": 1}
+
+
+def test_keys_of_a_strategy_that_is_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    for where in ("set", "variants.v.set"):
+        path.write_text(f"[compare.{where}.fda]\n'train.lr' = 1.0\n")
+        with pytest.raises(ConfigError, match=rf"compare\.{where}\.fda: must be one of fedavg"):
+            Experiment.load(str(path))
+
+
+def test_a_set_that_would_make_two_variants_one_is_refused(
+    tmp_path: Path, settings: Settings
+) -> None:
+    variants = {"few": {"clients.count": 2}, "many": {"clients.count": 3}}
+    found = Experiment.load(str(experiment(tmp_path, settings(), variants=variants)))
+    with pytest.raises(ConfigError, match=r"clients\.count: variants few and many .* would be one"):
+        cells(found, ["ffa"], [0], {"clients.count": 5}, tmp_path, False)
 
 
 # -- a whole grid ----------------------------------------------------------------------------------
@@ -123,11 +153,11 @@ def test_a_grid_writes_one_table_with_results_refusals_and_plots_and_goes_on_whe
     written = summary.stat().st_mtime_ns
     begun = list((out / "cells/all/fedavg").glob("seed-0/checkpoint"))
     assert begun == []  # refused before round 1
-    found = compare.Experiment.load(str(path))
-    grid = compare.cells(found, ["fedex"], [0], {}, out, False)
+    found = Experiment.load(str(path))
+    grid = cells(found, ["fedex"], [0], {}, out, False)
     compare.run(found, grid, 1, lambda _: None)
     assert summary.stat().st_mtime_ns == written
-    other = compare.cells(found, ["fedex"], [0], {"train.lr": 0.1}, out, False)
+    other = cells(found, ["fedex"], [0], {"train.lr": 0.1}, out, False)
     with pytest.raises(FedLoraError, match=r"another train\.lr .*another --out"):
         compare.run(found, other, 1, lambda _: None)
 
@@ -136,11 +166,11 @@ def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = experiment(tmp_path, settings(**{"run.rounds": 10}))
-    found = compare.Experiment.load(str(path))
-    grid = compare.cells(found, ["fedex", "ffa", "flora"], [0, 1], {}, tmp_path / "out", False)
+    found = Experiment.load(str(path))
+    grid = cells(found, ["fedex", "ffa", "flora"], [0, 1], {}, tmp_path / "out", False)
     bytes_ = {"fedex": (100, 100), "ffa": (300, 10), "flora": (150, 250)}
 
-    def fake(_: object, sizes: list[compare.Cell], *__: object) -> None:
+    def fake(_: object, sizes: list[Cell], *__: object) -> None:
         for cell in sizes:
             cell.directory.mkdir(parents=True)
             first, second = bytes_[cell.strategy]
@@ -152,6 +182,48 @@ def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
     compare.equal_bytes(found, grid, 1, lambda _: None)
     rounds = {c.strategy: c.given["run.rounds"] for c in grid}
     assert rounds == {"fedex": 10, "ffa": 40, "flora": 4}  # ffa is held at four times the rounds
+
+
+def test_search_gives_each_row_the_value_that_it_scores_best_with(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = experiment(
+        tmp_path,
+        settings(**{"run.rounds": 3, "clients.count": 2, "clients.ranks": [2]}),
+        strategies=["fedavg", "ffa"], seeds=[0], search={"train.lr": [1e-9, 3e-2]},
+    )  # fmt: skip
+    out = tmp_path / "out"
+    compare.main(str(path), None, None, {}, "rounds", out, False, 2)
+    with (out / "table.csv").open() as f:
+        table = {r["strategy"]: r for r in csv.DictReader(f)}
+    for name in ("fedavg", "ffa"):
+        tried = [json.loads((out / f"search/all/{name}/train.lr={value}/summary.json").read_text())
+                 for value in (1e-9, 3e-2)]  # fmt: skip
+        low, high = (t["final"]["accuracy"] for t in tried)
+        best = 3e-2 if high > low else 1e-9
+        assert [t["rounds"] for t in tried] == [2, 2], "half of three, rounded up"
+        assert float(table[name]["train.lr"]) == best
+        cell = Config.load(out / f"cells/all/{name}/seed-0/config.toml")
+        assert (cell.train.lr, cell.run.rounds) == (best, 3)
+    markdown = (out / "table.md").read_text()
+    assert "| strategy | promise | train.lr |" in markdown
+    assert "of 1e-09, 0.03 which scored best" in markdown
+    assert "At an end of these, so more might be had: fedavg, ffa." in markdown
+
+
+def test_a_key_that_the_command_sets_is_not_searched(tmp_path: Path, settings: Settings) -> None:
+    search: dict[str, object] = {"train.lr": [1.0, 2.0]}
+    found = Experiment.load(str(experiment(tmp_path, settings(), search=search)))
+    grid = cells(found, ["ffa"], [0], {"train.lr": 3.0}, tmp_path, False)
+    compare.search(found, grid, {"train.lr": 3.0}, tmp_path, 1, lambda _: pytest.fail("searched"))
+    assert (grid[0].searched, grid[0].given["train.lr"]) == ({}, 3.0)
+
+
+def test_values_to_search_must_be_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("[compare.search]\n'train.lr' = 1.0\n")
+    with pytest.raises(ConfigError, match=r"compare\.search\.train\.lr = 1\.0: must be a list"):
+        Experiment.load(str(path))
 
 
 # -- the table's numbers ---------------------------------------------------------------------------
