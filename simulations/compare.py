@@ -223,13 +223,11 @@ def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
     else:
         config = Config.load(experiment.path, cell.given)
         cell.directory.parent.mkdir(parents=True, exist_ok=True)
-        path = cell.directory.with_suffix(".toml")
+        path = cell.beside("toml")
         path.write_text(config.toml())
         (cell.directory / "rounds.jsonl").unlink(missing_ok=True)  # begun, without a checkpoint
         arguments.append(str(path))
-    process = _forkserver().Process(
-        target=_cell, args=(arguments, str(cell.directory.with_suffix(".log")))
-    )
+    process = _forkserver().Process(target=_cell, args=(arguments, str(cell.beside("log"))))
     process.start()
     return process
 
@@ -258,7 +256,7 @@ def _finish(cell: Cell) -> None:
     """Why a cell that did not end well did not."""
     if cell.done:
         return
-    text = cell.directory.with_suffix(".log").read_text(errors="replace").strip()
+    text = cell.beside("log").read_text(errors="replace").strip()
     kinds = [f"{kind}: " for kind in (*REFUSED, "Error")]
     at = next((text.rindex(k) for k in kinds if k in text), max(0, len(text) - 300))
     start = text.rfind("\n", 0, at) + 1

@@ -97,6 +97,10 @@ class Cell:
         values = [f"{key}={value}" for key, value in self.searched.items()]
         return " ".join(filter(None, (self.variant, self.strategy, *values, f"seed {self.seed}")))
 
+    def beside(self, ending: str) -> Path:
+        """A file next to the run's directory, whose own name may have a dot: train.lr=0.01."""
+        return self.directory.with_name(f"{self.directory.name}.{ending}")
+
     @property
     def done(self) -> bool:
         summary = self.directory / "summary.json"

@@ -199,6 +199,8 @@ def test_search_gives_each_row_the_value_that_it_scores_best_with(
     for name in ("fedavg", "ffa"):
         tried = [json.loads((out / f"search/all/{name}/train.lr={value}/summary.json").read_text())
                  for value in (1e-9, 3e-2)]  # fmt: skip
+        logs = {x.name for x in (out / f"search/all/{name}").glob("*.log")}
+        assert logs == {"train.lr=1e-09.log", "train.lr=0.03.log"}, "a log of its own for each"
         low, high = (t["final"]["accuracy"] for t in tried)
         best = 3e-2 if high > low else 1e-9
         assert [t["rounds"] for t in tried] == [2, 2], "half of three, rounded up"
