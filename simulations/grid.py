@@ -5,7 +5,9 @@
 The ServerApp and ClientApp are the ones that a deployment runs; only what carries the messages
 differs. With one worker a client's handler runs inside `push_messages`. With more, each is a
 forked process, so the base model that was loaded before exists once in memory, and messages go
-over pipes as Flower's own protobuf, never pickled. Replies come back as they are done.
+over pipes as Flower's own protobuf, never pickled. Replies come back as they are done. A node goes
+to the worker that served it last where that does not wait: its tokens and the states of its frozen
+layers are kept there.
 """
 
 import os
@@ -65,6 +67,7 @@ class LocalGrid(Grid):
         self.wanted_workers = min(workers, nodes)
         self.workers: list[_Worker] = []
         self._queue: deque[Message] = deque()
+        self._served: dict[int, int] = {}  # node to the place of the worker that served it last
         self._done: dict[str, Message] = {}
         self._selector = selectors.DefaultSelector()
 
@@ -151,11 +154,20 @@ class LocalGrid(Grid):
             if not self._queue:
                 return
             if worker.message is None:
-                message = self._queue.popleft()
+                message = self._next(n)
                 try:
                     worker.give(message)
                 except OSError:
                     self._lost(n, message)
+
+    def _next(self, n: int) -> Message:
+        """What worker n does next: for a node that it, or nobody, has served; else the oldest."""
+        nodes = [m.metadata.dst_node_id for m in self._queue]
+        at = next((i for i, node in enumerate(nodes) if self._served.get(node, n) == n), 0)
+        self._served[nodes[at]] = n
+        message = self._queue[at]
+        del self._queue[at]
+        return message
 
     def _hire(self) -> "_Worker":
         worker = _Worker.fork(self)

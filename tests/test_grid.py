@@ -90,6 +90,15 @@ def test_each_node_answers_its_own_message(workers: int) -> None:
         assert len(pids) <= workers
 
 
+def test_a_worker_prefers_the_nodes_that_it_served_and_waits_for_none() -> None:
+    with LocalGrid(app(), 4, {}, 2) as grid:
+        grid._served = {FIRST_NODE: 0, FIRST_NODE + 1: 1}
+        grid._queue.extend(ask(i) for i in (1, 0, 3))
+        order = [grid._next(0).metadata.dst_node_id - FIRST_NODE for _ in range(3)]
+    assert order == [0, 3, 1], "its own, nobody's, another's"
+    assert grid._served == {FIRST_NODE + i: 0 for i in (0, 1, 3)}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_reply_is_given_once(workers: int) -> None:
     with within(30), LocalGrid(app(), 2, {}, workers) as grid:
