@@ -1,4 +1,5 @@
-"""Write docs/configuration.md from the config tree: `python docs/generate_configuration.py`.
+"""Write docs/configuration.md from the config tree, and the table of docs/forms.md from the forms:
+`python docs/generate_configuration.py`.
 
 Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
 stands under its field, in fedlora/sections.py or, for a strategy's options, in the strategy's file.
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from fedlora import sections
+from fedlora import forms, sections
 from fedlora.config import Config
 from fedlora.strategies import STRATEGIES
 
 PAGE = Path(__file__).parent / "configuration.md"
+FORMS = Path(__file__).parent / "forms.md"
 
 HEAD = """# Configuration
 
@@ -113,5 +115,15 @@ def strategies() -> Iterator[str]:
             yield ""
 
 
+def with_table(text: str) -> str:
+    """The page of forms, its table replaced by what the code says."""
+    table = forms.table()
+    before, head, rest = text.partition(table.partition("\n")[0])
+    if not head:
+        raise SystemExit(f"{FORMS.name}: no table that begins with {table.partition(chr(10))[0]}")
+    return before + table + rest[rest.index("\n\n") + 1 :]
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    FORMS.write_text(with_table(FORMS.read_text(encoding="utf-8")), encoding="utf-8")

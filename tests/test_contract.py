@@ -36,7 +36,7 @@ from fedlora.checkpoint import load, save
 from fedlora.errors import ClientMemoryError
 from fedlora.journal import state_types
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import BaseLog, Client, Requires, Round, Version
+from fedlora.strategies.base import BaseLog, Client, Requires, Round, Upload, Version
 
 VARIANTS = variants()
 FEDERATIONS = {
@@ -56,6 +56,8 @@ RUNS = {
     if not list(strategy.problems(clients)) and ("[" not in name or "mixed" in which)
 }
 EXACT = {key: run for key, run in RUNS.items() if run[0].promise == "exact"}
+WEIGHS_OTHERWISE = ("hetlora",)  # by the norm of each update
+BY_EXAMPLES = {key: run for key, run in RUNS.items() if not key.startswith(WEIGHS_OTHERWISE)}
 REFUSED = {
     f"{name}-{which}": (strategy, clients)
     for name, strategy in VARIANTS.items()
@@ -168,6 +170,45 @@ def test_only_the_ratios_of_num_examples_matter(strategy: Any) -> None:
     tenfold = [dataclasses.replace(u, num_examples=10 * u.num_examples) for u in last.uploads]
     again = strategy.aggregate(last.before, tenfold, last.round)
     assert_same_model(strategy, last.after, again)
+
+
+def at_scale(upload: Upload, c: float) -> Upload:
+    """The same update, written at c times its scale: B, or the core, is divided by c."""
+    sent = upload.sent
+    B, R = ({m: x / c for m, x in columns.items()} for columns in (sent.B, sent.R))
+    layers = {m: dataclasses.replace(x, scale=c * x.scale) for m, x in upload.client.layers.items()}
+    return dataclasses.replace(
+        upload,
+        client=dataclasses.replace(upload.client, layers=layers),
+        sent=dataclasses.replace(
+            sent,
+            scale={m: c * s for m, s in sent.scale.items()},
+            B=sent.B if sent.R else B,
+            R=R,
+        ),
+    )
+
+
+@every_run
+def test_the_same_update_at_another_scale_counts_the_same(
+    strategy: Any, clients: list[Client]
+) -> None:
+    """A scale that is dropped anywhere shows, also where nothing exact is promised."""
+    last = rounds(strategy, clients)[-1]
+    again = [at_scale(u, 1 + i / 2) for i, u in enumerate(last.uploads)]
+    assert_same_model(strategy, last.after, strategy.aggregate(last.before, again, last.round))
+
+
+@pytest.mark.parametrize(("strategy", "clients"), BY_EXAMPLES.values(), ids=BY_EXAMPLES)
+def test_an_update_of_thrice_the_examples_counts_as_three(
+    strategy: Any, clients: list[Client]
+) -> None:
+    last = rounds(strategy, clients)[-1]
+    first, *rest = last.uploads
+    thrice = dataclasses.replace(first, num_examples=3 * first.num_examples)
+    one = strategy.aggregate(last.before, [thrice, *rest], last.round)
+    three = strategy.aggregate(last.before, [first, first, first, *rest], last.round)
+    assert_same_model(strategy, one, three)
 
 
 @every_strategy

@@ -71,14 +71,18 @@ class FSLoRA:
         return Download(Factors(scale, A, B, other=state.other), frozenset({"A", "B", "other"}))
 
     def aggregate(self, state: Factors, uploads: Iterable[Upload], round: Round) -> Factors:
-        # r / k_i belongs to the sketch S_i, not to the factors: it is not folded into them.
-        sketched = (replace(u, sent=replace(u.sent, scale=state.scale)) for u in uploads)
         return mean_ranks(
-            sketched,
+            (self.unsketched(state, u) for u in uploads),
             state,
             absent="skipped" if self.normalize == "hits" else "unchanged",
             rows=lambda u, m: sketch(state, u.client, round, m),
         )
+
+    def unsketched(self, state: Factors, upload: Upload) -> Upload:
+        """r / k_i belongs to the sketch S_i, not to the factors: it is not folded into them."""
+        layers, sent = upload.client.layers, upload.sent
+        scale = {m: s * layers[m].rank / state.A[m].shape[0] for m, s in sent.scale.items()}
+        return replace(upload, sent=replace(sent, scale=scale))
 
     def trained(self, state: Factors, upload: Upload, round: Round) -> Adapter:
         return upload.sent.adapter()
