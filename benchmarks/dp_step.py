@@ -262,7 +262,7 @@ def rows(quick: bool) -> Iterator[Row]:
     """The same for the suite: ours over the plain step, and over Opacus."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rounds = 2 if quick else 9
+    rounds = 2 if quick else 5
     for kind in ("bert", "llama"):
         found = measure(kind, 64, rounds)
         how = f"CPU time, {kind} of MiniLM's size, batch {BATCH}, rank {RANK}, {rounds} rounds"

@@ -41,7 +41,7 @@ def flowertune(quick: bool) -> Iterator[Row]:
     torch.set_num_threads(1)
     changes = {"train__steps": 2, "clients__count": 2} if quick else {"data__limit": LIMIT}
     for shipped in (True, False):
-        wall, cpu = forked(_over_flowertune, changes, 2 if quick else 4, shipped)[0]
+        wall, cpu = forked(_over_flowertune, changes, 4 if shipped and not quick else 2, shipped)[0]
         name = "FlowerTune's pattern" + ("" if shipped else ", no gradient checkpointing")
         how = (
             f"the quickstart's rounds on {LIMIT} rows, same model, layers, data, engine; nothing "
@@ -155,7 +155,7 @@ def _padded(rows: Encoded, numbers: Tensor, width: int) -> dict[str, Tensor]:
 def step(quick: bool) -> Iterator[Row]:
     """Our epoch over a plain loop's, and what adapting only the last layers saves."""
     torch.set_num_threads(1)
-    steps, times = (2, 1) if quick else (12, 3)
+    steps, times = (2, 1) if quick else (12, 2)
     with tempfile.TemporaryDirectory() as d:
         seconds: dict[str, float] = {}
         fast = "in bfloat16" if fast_bfloat16() else "float32: no native bfloat16 here"
@@ -228,7 +228,7 @@ def _plain(model: Model, rows: Encoded, config: Config, width: int) -> Step:
 def prefix(quick: bool) -> Iterator[Row]:
     """train.prefix-cache over recomputing, and over a pass through all layers."""
     torch.set_num_threads(1)
-    steps, times, kept = (2, 1, ("-1",)) if quick else (12, 3, ("-1", "-2,-1"))
+    steps, times, kept = (2, 1, ("-1",)) if quick else (12, 2, ("-1", "-2,-1"))
     with tempfile.TemporaryDirectory() as d:
         whole, depth = _epoch(quickstart(d, train__steps=steps, lora__layers=""))
         for layers in kept:
