@@ -135,9 +135,8 @@ def _bare(server: FederatedLora, number: int) -> None:
 def workers(quick: bool) -> Iterator[Row]:
     """Two processes over one, on two cores, a thread a step."""
     torch.set_num_threads(1)
-    # Of all layers: a step is then long, and what one round costs beside its steps is little of it.
-    changes: dict[str, Any] = {"train__steps": 12, "lora__layers": ""}
-    changes, times = ({"clients__count": 2, "train__steps": 2}, 1) if quick else (changes, 2)
+    clients, steps, times = (2, 2, 1) if quick else (8, 12, 2)
+    changes = {"clients__count": clients, "train__steps": steps, "lora__layers": ""}  # long steps
     with tempfile.TemporaryDirectory() as d:
         alone = quickstart(d, **changes)
         both = quickstart(d, **changes, run__name="two")
@@ -151,8 +150,8 @@ def workers(quick: bool) -> Iterator[Row]:
                 found.append(seconds[0] / seconds[1])
     yield Row(
         "two workers: speed over one", statistics.median(found[1:]), ">= 1.6",
-        f"wall time of a round, the quickstart with all layers adapted, {alone.clients.count} "
-        "clients of 12 steps each, one thread a step",
+        f"wall time of a round, the quickstart with all layers adapted, {clients} "
+        f"clients of {steps} steps each, one thread a step",
     )  # fmt: skip
 
 

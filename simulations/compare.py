@@ -53,7 +53,7 @@ from fedlora.journal import NOT_THE_EXPERIMENT
 from fedlora.strategies import STRATEGIES
 from fedlora.units import duration
 from simulations.compare_table import Row, row, write
-from simulations.experiment import Cell, Experiment, cells, chosen, trials
+from simulations.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 
 MOST_ROUNDS = 4
 PRELOAD = ["fedlora.server", "client_app.app", "simulations.grid", "simulations.run"]
@@ -97,10 +97,15 @@ def search(
     """Give every cell, of the values in [compare.search], those that its strategy scores best with.
 
     Of equals it is the first. A strategy whose config is refused keeps what it has.
+
+    Raises:
+        ConfigError: the grid has the seed of the search, whose choice would then be no stranger's.
     """
     keys = {k: values for k, values in experiment.search.items() if k not in overrides}
     if not keys:
         return
+    if any(cell.seed == SEARCH_SEED for cell in grid):
+        raise ConfigError([f"--seeds {SEARCH_SEED}: [compare.search] runs on it; take another"])
     say(f"half the rounds with each of the values of {', '.join(keys)}")
     groups = trials(experiment, grid, keys, out)
     run(experiment, [t for tried in groups.values() for t in tried], workers, say)

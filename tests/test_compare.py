@@ -13,7 +13,7 @@ from fedlora.errors import ConfigError, FedLoraError
 from fedlora.strategies import STRATEGIES
 from simulations import compare
 from simulations.compare_table import Row, compared, once, row, target_of
-from simulations.experiment import SHIPPED, Cell, Experiment, cells, chosen
+from simulations.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
 from simulations.page import interval
 
 Settings = Callable[..., dict[str, object]]
@@ -219,6 +219,13 @@ def test_a_key_that_the_command_sets_is_not_searched(tmp_path: Path, settings: S
     grid = cells(found, ["ffa"], [0], {"train.lr": 3.0}, tmp_path, False)
     compare.search(found, grid, {"train.lr": 3.0}, tmp_path, 1, lambda _: pytest.fail("searched"))
     assert (grid[0].searched, grid[0].given["train.lr"]) == ({}, 3.0)
+
+
+def test_the_seed_of_the_search_is_refused_to_the_grid(tmp_path: Path, settings: Settings) -> None:
+    found = Experiment.load(str(experiment(tmp_path, settings(), search={"train.lr": [1.0]})))
+    grid = cells(found, ["ffa"], [SEARCH_SEED], {}, tmp_path, False)
+    with pytest.raises(ConfigError, match=r"--seeds 1000: .* take another"):
+        compare.search(found, grid, {}, tmp_path, 1)
 
 
 def test_values_to_search_must_be_a_list(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from doc_tables import load
 from tiny_federation import ROOT, federate, quick
 from torch import Tensor
 from typer.main import get_command
@@ -376,6 +377,13 @@ def test_the_document_holds_the_table() -> None:
     assert forms.table() in text, "run: python docs/generate_configuration.py"
     for name in [*FORMS, *forms.INITS, *LEFT_OUT, *INITS_LEFT_OUT]:
         assert f"`{name}`" in text, name
+
+
+def test_the_generator_writes_the_table_anew_and_nothing_else() -> None:
+    generator = load(ROOT / "docs" / "generate_configuration.py", "docs_generate_configuration")
+    text = (ROOT / "docs" / "forms.md").read_text()
+    last = forms.table().splitlines()[-1] + "\n"
+    assert generator.with_table(text.replace(last, "| stale |\n")) == text
 
 
 def test_the_command_prints_every_form() -> None:
