@@ -6,8 +6,9 @@ For a linear module of k inputs and d outputs, adapted at rank r, x -> W0 x + sc
     B      (d, r)
     delta  (d, k)  =  scale * B @ A        scale is alpha / r, or alpha / sqrt(r) for rsLoRA
 
-`Pair` is what the algebra works on: both factors and their scale. `Factors` is what trains and
-travels: any of A, B, the r x r core R of W0 + scale * B R A, and every other trained tensor.
+`Pair` is what the algebra works on: both factors and their scale. `Stack` is a sum of pairs that
+nobody has needed as one yet. `Factors` is what trains and travels: any of A, B, the r x r core R
+of W0 + scale * B R A, and every other trained tensor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,15 +36,25 @@ class Pair:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+        A, B = self.A.shape, self.B.shape
+        if len(A) != 2 or len(B) != 2 or B[1] != A[0]:
             raise UpdateError(
-                f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply: "
+                f"B {tuple(B)} and A {tuple(A)} do not multiply: "
                 "B's columns and A's rows must both be the rank"
             )
 
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, k), of the delta."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def numel(self) -> int:
+        """Numbers in both factors."""
+        return self.A.numel() + self.B.numel()
 
     def delta(self) -> Tensor:
         """The dense update, (d, k). For folding into a base, export and tests."""
@@ -55,10 +66,51 @@ class Pair:
         return columns
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The exact sum of its pairs' deltas: [B_1 ... B_m] [s_1 A_1; ...; s_m A_m].
+
+    The pairs stay the tensors they are, so a stack costs nothing until `pair` copies it together,
+    which a matrix product or a message does once.
+    """
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def rank(self) -> int:
+        return sum(p.rank for p in self.pairs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, k), of the delta."""
+        return self.pairs[0].shape
+
+    def numel(self) -> int:
+        """Numbers in all factors."""
+        return sum(p.numel() for p in self.pairs)
+
+    def pair(self) -> Pair:
+        """One pair of rank R = sum of the ranks, in float32 at least, at scale 1.
+
+        The scales go into A (R, k), whose blocks are contiguous rows; B is (d, R).
+        """
+        dtype = torch.float32
+        for p in self.pairs:
+            dtype = torch.promote_types(dtype, torch.promote_types(p.A.dtype, p.B.dtype))
+        A = self.pairs[0].A.new_empty(self.rank, self.pairs[0].A.shape[1], dtype=dtype)
+        for p, rows in zip(self.pairs, A.split([p.rank for p in self.pairs]), strict=True):
+            torch.mul(p.A.to(A), p.scale, out=rows)
+        return Pair(A, torch.cat([p.B for p in self.pairs], dim=1).to(A))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The update applied to columns x (k, n), as (d, n)."""
+        return torch.stack([p(x) for p in self.pairs]).sum(0)
+
+
 Adapter = Mapping[str, Pair]
 """Module path, such as "bert.encoder.layer.0.attention.self.query", to its pair."""
 
-Delta = Pair | Tensor
+Delta = Pair | Stack | Tensor
 """A change of one base weight: in factors, or dense (d, k) where that is smaller."""
 
 
@@ -93,11 +145,17 @@ COLUMNS = ("A", "B", "R", "other")
 
 def apply(delta: Delta, x: Tensor) -> Tensor:
     """A base change applied to columns x (k, n): (d, n)."""
-    return delta(x) if isinstance(delta, Pair) else delta @ x
+    return delta @ x if isinstance(delta, Tensor) else delta(x)
 
 
 def dense(delta: Delta) -> Tensor:
+    delta = together(delta)
     return delta.delta() if isinstance(delta, Pair) else delta
+
+
+def together(delta: Delta) -> Pair | Tensor:
+    """A stack as the one pair it is; anything else as it is."""
+    return delta.pair() if isinstance(delta, Stack) else delta
 
 
 def clone(factors: Factors) -> Factors:

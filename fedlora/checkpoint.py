@@ -19,11 +19,11 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fedlora.adapter import Factors, Pair
+from fedlora.adapter import Factors, Pair, Stack
 from fedlora.errors import CheckpointError
 from fedlora.strategies.base import BaseLog, Client, Layer, Version
 
-KNOWN = (Factors, Pair, Version, BaseLog, Client, Layer)
+KNOWN = (Factors, Pair, Stack, Version, BaseLog, Client, Layer)
 
 
 def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:

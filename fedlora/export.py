@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from fedlora import site
-from fedlora.adapter import Adapter, Delta, Pair, dense
+from fedlora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.checkpoint import write_atomically
 from fedlora.config import Config
 from fedlora.errors import CheckpointError, ModelError
@@ -72,7 +72,7 @@ def beginning(effective: Effective, origin: Mapping[str, Delta]) -> Effective:
 
 
 def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
-    deltas = [v.delta[m] for v in base if m in v.delta]
+    deltas = [together(v.delta[m]) for v in base if m in v.delta]
     pairs = [d for d in deltas if isinstance(d, Pair)] + ([pair] if pair else [])
     full = [d for d in deltas if isinstance(d, Tensor)]
     if not full:

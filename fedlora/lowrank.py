@@ -1,11 +1,12 @@
 """Exact algebra on pairs, in float32 at least. Only `accumulate` and `principal` see (d, k)."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Delta, Pair, dense
+from fedlora.adapter import Delta, Pair, Stack, dense
 
 ITERATIONS = 8
 """Passes of `leading_svd` over a stack; each brings the truncation nearer the best one."""
@@ -13,27 +14,18 @@ ITERATIONS = 8
 
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least: what sums, QR and SVD are done in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def weighted(pairs: Sequence[Pair], weights: Sequence[float]) -> Stack:
+    """The exact weighted sum of the pairs' deltas, of rank R = sum of their ranks, not copied."""
+    held = zip(pairs, weights, strict=True)
+    return Stack(tuple(Pair(p.A, p.B, w * p.scale) for p, w in held))
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
-    """The exact weighted sum of the pairs' deltas, as one pair of rank R = sum of their ranks.
-
-    Weights and scales go into A, whose blocks are contiguous rows.
-    """
-    weights = weights or [1.0] * len(pairs)
-    A = _room(pairs)  # (R, k)
-    for p, w, rows in zip(pairs, weights, A.split([p.rank for p in pairs]), strict=True):
-        torch.mul(wide(p.A), w * p.scale, out=rows)
-    return Pair(A, torch.cat([wide(p.B) for p in pairs], dim=1).to(A))  # (d, R)
-
-
-def _room(pairs: Sequence[Pair]) -> Tensor:
-    """Room for the pairs' A one above the other, (R, k): filled in place, nothing copied twice."""
-    dtype = torch.float32
-    for p in pairs:
-        dtype = torch.promote_types(dtype, torch.promote_types(p.A.dtype, p.B.dtype))
-    return pairs[0].A.new_empty(sum(p.rank for p in pairs), pairs[0].A.shape[1], dtype=dtype)
+    """The same as one pair, A (R, k) and B (d, R)."""
+    return (weighted(pairs, weights) if weights else Stack(tuple(pairs))).pair()
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +73,7 @@ def leading_svd(pair: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return Q @ U[:, :rank], S[:rank], Vh[:rank]
 
 
-def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[Pair, Pair]:
+def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[Pair, Stack]:
     """Of equal-rank pairs, (Abar, Bbar) and what it misses, sum_i p_i D_i - Bbar Abar.
 
     What it misses is the covariance of the factors. Both come from one pass, as a running
@@ -94,24 +86,26 @@ def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[
     so m pairs leave (m - 1) r ranks. The mean is at the first pair's scale, which other scales are
     folded into through B; a rank that is alike in all pairs is in it bit for bit.
     """
-    first, others = pairs[0], pairs[1:]
-    A = _room(others or [tail(first, first.rank)])  # ((m - 1) r, k)
-    B = A.new_empty(first.B.shape[0], A.shape[0])  # (d, (m - 1) r)
-    mean, so_far = Pair(first.A.to(A, copy=True), first.B.to(A, copy=True), first.scale), weights[0]
-    ranks, gap = [p.rank for p in others], torch.empty_like(mean.B)
-    for p, w, rows, columns in zip(
-        others, weights[1:], A.split(ranks), B.split(ranks, 1), strict=True
-    ):
-        share = w / (so_far + w)
-        torch.sub(p.A, mean.A, out=rows)
-        mean.A.add_(rows, alpha=share)
-        rows.mul_(so_far * share * first.scale)
-        same = p.scale == first.scale
-        torch.sub(p.B if same else wide(p.B) * (p.scale / first.scale), mean.B, out=gap)
-        mean.B.add_(gap, alpha=share)
-        columns.copy_(gap)  # not straight into them: rows of r numbers are slow to compute in
+    scale = pairs[0].scale
+    A, A_gaps = _mean_and_gaps([p.A for p in pairs], weights)
+    folded = [p.B if p.scale == scale else p.scale / scale * wide(p.B) for p in pairs]
+    B, B_gaps = _mean_and_gaps(folded, weights)
+    sums = list(itertools.accumulate(weights))
+    terms = zip(A_gaps, B_gaps, weights[1:], sums, sums[1:], strict=False)
+    gaps = (Pair(a, b, w * before / after * scale) for a, b, w, before, after in terms)
+    return Pair(A, B, scale), Stack(tuple(gaps))
+
+
+def _mean_and_gaps(xs: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """The mean, and of each x but the first what it differs by from the mean of those before."""
+    first, *others = xs
+    mean = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    gaps, so_far = [], weights[0]
+    for x, w in zip(others, weights[1:], strict=True):
         so_far += w
-    return mean, Pair(A, B)
+        gaps.append(x - mean)
+        mean.add_(gaps[-1], alpha=w / so_far)
+    return mean, gaps
 
 
 def pad(pair: Pair, rank: int) -> Pair:
@@ -135,7 +129,8 @@ def pick(pair: Pair, ranks: Tensor) -> Pair:
 def extend(pair: Pair, whole: Pair, ranks: Tensor | None = None) -> Pair:
     """`whole` with the pair in place of these ranks, or of the leading ones; at its scale."""
     if ranks is None and pair.rank == whole.rank and pair.scale == whole.scale:
-        return Pair(wide(pair.A), wide(pair.B), whole.scale)
+        A, B = wide(pair.A), wide(pair.B)
+        return pair if A is pair.A and B is pair.B else Pair(A, B, whole.scale)
     ranks = torch.arange(pair.rank) if ranks is None else ranks
     A, B = wide(whole.A), wide(whole.B)
     A = A.index_copy(0, ranks, wide(pair.A).to(A))

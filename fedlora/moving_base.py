@@ -18,7 +18,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedlora.adapter import Adapter, Delta, Pair, dense
+from fedlora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.layers import Shape
 from fedlora.lowrank import accumulate
 from fedlora.strategies.base import BaseLog, Version
@@ -28,7 +28,7 @@ class Beside:
     """A forward hook: y + sum of deltas x, in float32 at least."""
 
     def __init__(self) -> None:
-        self.deltas: tuple[Delta, ...] = ()
+        self.deltas: tuple[Pair | Tensor, ...] = ()
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         x = inputs[0]
@@ -137,4 +137,5 @@ class MovingBase:
             self._layers[m].register_forward_hook(self._terms[m])
         changes = [v.delta[m] for v in self._log.versions if m in v.delta]
         start = [self._start[m]] if m in self._start else []
-        self._terms[m].deltas = (*start, *changes, *([fold] if fold else []))
+        every = (*start, *changes, *([fold] if fold else []))
+        self._terms[m].deltas = tuple(together(x) for x in every)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, Pair, apply
+from fedlora.adapter import Adapter, Factors, Pair, apply, together
 from fedlora.errors import ProofError
 from fedlora.strategies.base import (
     Client,
@@ -176,7 +176,7 @@ def outputs(
         y = torch.zeros_like(target.total[m])
         for v in base:
             if m in v.delta:
-                delta = v.delta[m]
+                delta = together(v.delta[m])
                 y = y + apply(_double(delta) if isinstance(delta, Pair) else delta.double(), x)
         for pairs in (fold, adapter):
             if m in pairs:

@@ -9,13 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
-from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
+from fedlora.adapter import COLUMNS, Adapter, Delta, Factors, Pair, Stack, Tensors
 from fedlora.errors import UpdateError, WireError
 from fedlora.quantize import LEVELS, dequantize, quantize, size
 from fedlora.strategies.base import Download, Penalty, Version
@@ -36,9 +37,14 @@ def pack(x: Tensor, dtype: str, generator: torch.Generator | None = None) -> Arr
     if dtype in LEVELS and x.ndim > 1:
         data = quantize(x, dtype, generator)
         return Array(dtype=dtype, shape=tuple(x.shape), stype=f"fedlora.{dtype}", data=data)
-    dtype = "float32" if dtype in LEVELS else dtype
-    raw = x.detach().to(DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
-    return Array(dtype=dtype, shape=tuple(x.shape), stype=f"fedlora.{dtype}", data=raw.tobytes())
+    return _joined([x], tuple(x.shape), "float32" if dtype in LEVELS else dtype)
+
+
+def _joined(xs: Sequence[Tensor], shape: tuple[int, ...], dtype: str) -> Array:
+    """The tensors' numbers one after the other, as they lie, as one Array of this shape."""
+    flat = (x.detach().to(DTYPES[dtype]).contiguous().reshape(-1) for x in xs)
+    data = b"".join(x.view(torch.uint8).numpy().data for x in flat)
+    return Array(dtype=dtype, shape=shape, stype=f"fedlora.{dtype}", data=data)
 
 
 def unpack(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -114,30 +120,52 @@ def roundtrip(factors: Factors, dtype: str) -> Factors:
     return unpack_factors(pack_factors(factors, dtype), factors.scale)
 
 
-def pack_pairs(pairs: Mapping[str, Pair | Tensor], dtype: str) -> ArrayRecord:
-    """Base changes: "A/..", "B/.." with the scale as a 0-d float64 tensor, dense ones as "D/.."."""
+def pack_pairs(pairs: Mapping[str, Delta], dtype: str) -> ArrayRecord:
+    """Base changes: "A/..", "B/.." with the scale as a 0-d float64 tensor, dense ones as "D/..".
+
+    Of a stack, A holds its terms' rows, B its terms one after the other, each as it lies, "s/.."
+    their scales and "r/.." their ranks: the terms are copied once, into the message.
+    """
     record: dict[str, Array] = {}
     for m, delta in pairs.items():
-        if isinstance(delta, Pair):
+        if isinstance(delta, Tensor):
+            record[f"D/{m}"] = pack(delta, dtype)
+            continue
+        terms = delta.pairs if isinstance(delta, Stack) else (delta,)
+        scales = torch.tensor([p.scale for p in terms], dtype=torch.float64)
+        if isinstance(delta, Stack):
+            ranks = torch.tensor([p.rank for p in terms], dtype=torch.float64)
+            record[f"r/{m}"] = pack(ranks, "float64")
+            record[f"A/{m}"] = _joined([p.A for p in terms], (delta.rank, delta.shape[1]), dtype)
+            record[f"B/{m}"] = _joined([p.B for p in terms], (delta.rank * delta.shape[0],), dtype)
+        else:
+            scales = scales[0]
             record[f"A/{m}"] = pack(delta.A, dtype)
             record[f"B/{m}"] = pack(delta.B, dtype)
-            record[f"s/{m}"] = pack(torch.tensor(delta.scale, dtype=torch.float64), "float64")
-        else:
-            record[f"D/{m}"] = pack(delta, dtype)
+        record[f"s/{m}"] = pack(scales, "float64")
     return ArrayRecord(record)
 
 
-def unpack_pairs(record: ArrayRecord) -> dict[str, Pair | Tensor]:
-    """The inverse of `pack_pairs`. Raises WireError where a pair is not whole."""
+def unpack_pairs(record: ArrayRecord) -> dict[str, Delta]:
+    """The inverse of `pack_pairs`. Raises WireError where a change is not whole."""
     x = {key: unpack(array, key) for key, array in record.items()}
     names = dict.fromkeys(key.partition("/")[2] for key in x)
     try:
-        return {
-            m: x[f"D/{m}"] if f"D/{m}" in x else Pair(x[f"A/{m}"], x[f"B/{m}"], x[f"s/{m}"].item())
-            for m in names
-        }
-    except (KeyError, UpdateError, RuntimeError) as e:
+        return {m: _change(x, m) for m in names}
+    except (LookupError, UpdateError, RuntimeError, ValueError, ArithmeticError) as e:
         raise WireError(f"a base change does not decode: {e}") from None
+
+
+def _change(x: Tensors, m: str) -> Delta:
+    if f"D/{m}" in x:
+        return x[f"D/{m}"]
+    A, B, scale = x[f"A/{m}"], x[f"B/{m}"], x[f"s/{m}"]
+    if f"r/{m}" not in x:
+        return Pair(A, B, scale.item())
+    ranks = [int(r) for r in x[f"r/{m}"].tolist()]
+    d = B.numel() // A.shape[0]
+    terms = zip(A.split(ranks), B.split([d * r for r in ranks]), ranks, scale.tolist(), strict=True)
+    return Stack(tuple(Pair(a, b.view(d, r), s) for a, b, r, s in terms))
 
 
 def pack_download(download: Download, dtype: str) -> RecordDict:
@@ -165,10 +193,21 @@ def pack_download(download: Download, dtype: str) -> RecordDict:
         {"send": pack_factors(download.send, dtype), "download": ConfigRecord(settings)}
     )
     for v in download.base:
-        content[f"base-{v.number}"] = pack_pairs(v.delta, _lasting(dtype))
+        content[f"base-{v.number}"] = _packed(v, _lasting(dtype))
     if download.fold:
         content["fold"] = pack_pairs(download.fold, "bfloat16" if dtype in LEVELS else dtype)
     return content
+
+
+_PACKED: WeakKeyDictionary[Version, dict[str, ArrayRecord]] = WeakKeyDictionary()
+
+
+def _packed(version: Version, dtype: str) -> ArrayRecord:
+    """A version's record, of bytes that are made once for all the clients that lack it."""
+    made = _PACKED.setdefault(version, {})
+    if dtype not in made:
+        made[dtype] = pack_pairs(version.delta, dtype)
+    return ArrayRecord(dict(made[dtype]))  # a record of its own: a message's may be changed
 
 
 def _lasting(dtype: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from fedlora.adapter import COLUMNS, Factors, clone, dense, kaiming
+from fedlora.adapter import COLUMNS, Factors, clone, dense, kaiming, together
 from fedlora.lowrank import accumulate
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import (
@@ -182,6 +182,7 @@ def visit(
 
 
 def numel(delta: Any) -> int:
+    delta = together(delta)
     return delta.numel() if isinstance(delta, Tensor) else delta.A.numel() + delta.B.numel()
 
 

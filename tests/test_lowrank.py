@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Pair
+from fedlora.adapter import Pair, Stack, apply, dense
 from fedlora.lowrank import (
     accumulate,
     complement,
@@ -27,6 +27,7 @@ from fedlora.lowrank import (
     stack,
     svd,
     tail,
+    weighted,
 )
 
 D, K = 23, 17
@@ -48,10 +49,10 @@ def summed(pairs: Sequence[Pair], weights: Sequence[float]) -> Tensor:
 
 
 ranks = st.lists(st.integers(1, 6), min_size=1, max_size=5)
-weights = st.lists(st.floats(0.01, 1), min_size=5, max_size=5)
+shares = st.lists(st.floats(0.01, 1), min_size=5, max_size=5)
 
 
-@given(ranks=ranks, weights=weights)
+@given(ranks=ranks, weights=shares)
 @settings(deadline=None, max_examples=40)
 def test_a_stack_is_the_weighted_sum_at_any_ranks(ranks: list[int], weights: list[float]) -> None:
     pairs = [pair(r, seed) for seed, r in enumerate(ranks)]
@@ -104,7 +105,7 @@ def test_a_compressed_pair_leaves_every_direction_able_to_learn() -> None:
     assert (c.A.norm(dim=1) + c.B.norm(dim=0)).min() > 0.5
 
 
-@given(m=st.integers(1, 5), rank=st.integers(1, 4), weights=weights)
+@given(m=st.integers(1, 5), rank=st.integers(1, 4), weights=shares)
 @settings(deadline=None, max_examples=40)
 def test_the_residual_is_what_averaging_the_factors_misses(
     m: int, rank: int, weights: list[float]
@@ -116,8 +117,25 @@ def test_the_residual_is_what_averaging_the_factors_misses(
     mean, missed = mean_and_residual(pairs, p)
     close(mean.A, A)
     close(mean.scale * mean.B, B)
-    close(missed.delta(), summed(pairs, p) - B @ A)
     assert missed.rank == (m - 1) * rank
+    if m > 1:
+        close(dense(missed), summed(pairs, p) - B @ A)
+
+
+def test_a_weighted_sum_is_the_pairs_own_tensors_until_it_is_used() -> None:
+    pairs = [pair(r, r) for r in (2, 3)]
+    total = weighted(pairs, [0.25, 0.75])
+    assert all(t.A is p.A and t.B is p.B for t, p in zip(total.pairs, pairs, strict=True))
+    close(dense(total), summed(pairs, [0.25, 0.75]))
+    x = torch.randn(K, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    close(apply(total, x), dense(total) @ x)
+
+
+def test_a_stack_of_narrow_numbers_is_multiplied_in_float32() -> None:
+    narrow = [Pair(p.A.bfloat16(), p.B.bfloat16(), 1 / 3) for p in (pair(2, 1), pair(3, 2))]
+    made = Stack(tuple(narrow)).pair()
+    assert made.A.dtype == made.B.dtype == torch.float32
+    assert torch.equal(made.A, torch.cat([p.A.float() for p in narrow]) * (1 / 3))
 
 
 def test_the_residual_is_the_covariance_of_the_factors_and_has_its_rank() -> None:
@@ -125,7 +143,7 @@ def test_the_residual_is_the_covariance_of_the_factors_and_has_its_rank() -> Non
     pairs = [pair(r, seed, 1.0) for seed in range(m)]
     A, B = (sum(w * getattr(x, f) for w, x in zip(p, pairs, strict=True)) for f in "AB")
     covariance = sum(w * (x.B - B) @ (x.A - A) for w, x in zip(p, pairs, strict=True))
-    close(mean_and_residual(pairs, p)[1].delta(), covariance)
+    close(dense(mean_and_residual(pairs, p)[1]), covariance)
     assert torch.linalg.matrix_rank(covariance) == (m - 1) * r < m * r
 
 
@@ -135,7 +153,7 @@ def test_the_residual_vanishes_where_a_factor_is_shared() -> None:
     same_B = [Pair(pair(3, s).A, shared.B, 1.5) for s in range(3)]
     for pairs in (same_A, same_B):
         missed = mean_and_residual(pairs, [0.2, 0.3, 0.5])[1]
-        close(missed.delta(), torch.zeros(D, K, dtype=torch.float64))
+        close(dense(missed), torch.zeros(D, K, dtype=torch.float64))
 
 
 def test_what_all_pairs_share_is_in_their_mean_bit_for_bit_and_no_pair_is_written_to() -> None:

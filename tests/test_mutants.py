@@ -80,8 +80,9 @@ def transposed_residual(patch: Patch) -> None:
     """FedEx-LoRA's reference adds the residual transposed to nn.Linear."""
 
     def planted(pairs: Any, weights: Any) -> tuple[Pair, Pair]:
-        mean, right = lowrank.mean_and_residual(pairs, weights)
-        return mean, Pair(right.B.T, right.A.T, right.scale)
+        mean, missed = lowrank.mean_and_residual(pairs, weights)
+        right = missed.pair()
+        return mean, Pair(right.B.T, right.A.T)
 
     patch.setattr(fedex, "mean_and_residual", planted)
 
@@ -126,11 +127,11 @@ def stack_without_scale(patch: Patch) -> None:
     def planted(pairs: Any, weights: Any) -> Pair:
         return lowrank.stack([replace(p, scale=1.0) for p in pairs], weights)
 
-    patch.setattr(flora, "stack", planted)
+    patch.setattr(flora, "weighted", planted)
 
 
 def stack_without_weights(patch: Patch) -> None:
-    patch.setattr(flora, "stack", lambda pairs, _: lowrank.stack(pairs))
+    patch.setattr(flora, "weighted", lambda pairs, _: lowrank.stack(pairs))
 
 
 def stack_with_weights_on_both_factors(patch: Patch) -> None:
@@ -140,12 +141,12 @@ def stack_with_weights_on_both_factors(patch: Patch) -> None:
         scaled = [replace(p, A=p.A * w) for p, w in zip(pairs, weights, strict=True)]
         return lowrank.stack(scaled, weights)
 
-    patch.setattr(flora, "stack", planted)
+    patch.setattr(flora, "weighted", planted)
 
 
 def stack_of_the_last_client(patch: Patch) -> None:
     """FSLoRA's stacking baseline merges the last client only."""
-    patch.setattr(flora, "stack", lambda pairs, _: lowrank.stack(pairs[-1:]))
+    patch.setattr(flora, "weighted", lambda pairs, _: lowrank.stack(pairs[-1:]))
 
 
 def stack_with_sqrt_weights(patch: Patch) -> None:
@@ -155,7 +156,7 @@ def stack_with_sqrt_weights(patch: Patch) -> None:
         roots = [w**0.5 for w in weights]
         return lowrank.stack([replace(p, A=p.A * p.scale**0.5) for p in pairs], roots)
 
-    patch.setattr(flora, "stack", planted)
+    patch.setattr(flora, "weighted", planted)
 
 
 def unweighted(patch: Patch) -> None:

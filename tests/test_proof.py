@@ -9,7 +9,7 @@ from tiny_federation import Ran, directory_of, federate, quick
 from torch import Tensor
 
 from fedlora import lowrank
-from fedlora.adapter import Factors, Pair
+from fedlora.adapter import Factors, Pair, dense
 from fedlora.errors import ProofError
 from fedlora.moving_base import MovingBase
 from fedlora.strategies import STRATEGIES, base, fedex, fedsvd, ffa, flora, mixed
@@ -25,9 +25,10 @@ def transposed_residual(patch: Patch) -> None:
 
     def add(self: BaseLog, delta: Mapping[str, Any]) -> BaseLog:
         turned = {}
-        for m, pair in delta.items():
-            d, k = pair.B.shape[0], pair.A.shape[1]
-            W, room = pair.delta(), torch.zeros(max(d, k), max(d, k))
+        for m, missed in delta.items():
+            W = dense(missed)
+            d, k = W.shape
+            room = torch.zeros(max(d, k), max(d, k))
             room[:k, :d] = W.T
             turned[m] = room[:d, :k].clone()
         return real(self, turned)
@@ -41,7 +42,7 @@ def no_scale(patch: Patch) -> None:
     def bare(pairs: Sequence[Pair]) -> list[Pair]:
         return [Pair(p.A, p.B) for p in pairs]
 
-    patch.setattr(flora, "stack", lambda pairs, p: lowrank.stack(bare(pairs), p))
+    patch.setattr(flora, "weighted", lambda pairs, p: lowrank.stack(bare(pairs), p))
     real = lowrank.mean_and_residual
     patch.setattr(fedex, "mean_and_residual", lambda pairs, p: real(bare(pairs), p))
 
@@ -52,13 +53,13 @@ def no_weights(patch: Patch) -> None:
     def even(p: Sequence[float]) -> list[float]:
         return [1 / len(p)] * len(p)
 
-    patch.setattr(flora, "stack", lambda pairs, p: lowrank.stack(pairs, even(p)))
+    patch.setattr(flora, "weighted", lambda pairs, p: lowrank.stack(pairs, even(p)))
     real = lowrank.mean_and_residual
     patch.setattr(fedex, "mean_and_residual", lambda pairs, p: real(pairs, even(p)))
 
 
 def sum_for_mean(patch: Patch) -> None:
-    patch.setattr(flora, "stack", lambda pairs, p: lowrank.stack(pairs))
+    patch.setattr(flora, "weighted", lambda pairs, p: lowrank.stack(pairs))
 
 
 def no_residual(patch: Patch) -> None:
@@ -175,7 +176,7 @@ def test_a_deviation_that_is_no_number_is_no_proof(settings: Settings, monkeypat
     real = base.BaseLog.add
 
     def add(self: BaseLog, delta: Mapping[str, Any]) -> BaseLog:
-        return real(self, {m: Pair(p.A, p.B * float("nan")) for m, p in delta.items()})
+        return real(self, {m: dense(x) * float("nan") for m, x in delta.items()})
 
     monkeypatch.setattr(BaseLog, "add", add)
     with pytest.raises(ProofError, match="by nan"):

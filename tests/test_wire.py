@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapter import Factors, Pair
+from fedlora.adapter import Factors, Pair, Stack, dense
 from fedlora.errors import WireError
 from fedlora.strategies.base import Download, Penalty, Version
 from fedlora.wire import (
@@ -23,6 +23,7 @@ from fedlora.wire import (
     pack,
     pack_download,
     pack_factors,
+    pack_pairs,
     roundtrip,
     unpack,
     unpack_download,
@@ -93,12 +94,12 @@ def test_what_arrives_shares_no_memory_with_the_message() -> None:
 
 
 def test_a_download_comes_back_whole() -> None:
-    dense = drawn(7, 5, seed=8)
+    full = drawn(7, 5, seed=8)
     pair = Pair(drawn(2, 5, seed=5), drawn(7, 2, seed=6), 1 / 3)
     download = Download(
         some_factors(),
         frozenset({"A", "other"}),
-        base=(Version(3, {"m": dense}, snapshot=True), Version(4, {"m": pair, "n.o": dense})),
+        base=(Version(3, {"m": full}, snapshot=True), Version(4, {"m": pair, "n.o": full})),
         fold={"m": Pair(drawn(1, 5), drawn(7, 1), 0.7)},
         penalty=Penalty("tail", 0.25, {"m": 2}),
         block=4,
@@ -109,13 +110,42 @@ def test_a_download_comes_back_whole() -> None:
     assert came.penalty == download.penalty
     assert came.block == 4
     assert [(v.number, v.snapshot) for v in came.base] == [(3, True), (4, False)]
-    assert torch.equal(came.base[0].delta["m"], dense)  # type: ignore[arg-type]
+    assert torch.equal(came.base[0].delta["m"], full)  # type: ignore[arg-type]
     back = came.base[1].delta["m"]
     assert isinstance(back, Pair)
     assert back.scale == pair.scale  # not rounded to float32
     assert torch.equal(back.A, pair.A)
     assert torch.equal(back.B, pair.B)
     assert torch.equal(came.fold["m"].B, download.fold["m"].B)
+
+
+def test_a_base_change_is_packed_once_for_all_clients_and_no_record_is_shared() -> None:
+    download = Download(Factors(), frozenset(), base=(Version(1, {"m": drawn(7, 5)}),))
+    first, second = (pack_download(download, "float32")["base-1"] for _ in range(2))
+    assert first is not second
+    assert first["D/m"].data is second["D/m"].data
+    wide = pack_download(download, "float64")["base-1"]
+    assert wide["D/m"].dtype == "float64"
+
+
+def test_a_stack_travels_as_its_terms() -> None:
+    stack = Stack(tuple(Pair(drawn(r, 5, seed=r), drawn(7, r), r / 3) for r in (1, 2)))
+    download = Download(Factors(), frozenset(), base=(Version(1, {"m": stack}),))
+    came = unpack_download(over_the_wire(pack_download(download, "float32")))
+    back = came.base[0].delta["m"]
+    assert isinstance(back, Stack)
+    assert [p.scale for p in back.pairs] == [1 / 3, 2 / 3]
+    assert torch.equal(dense(back), dense(stack))  # bit for bit what the server holds
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 2, 0), (3, -1, 1), (float("nan"), 3), (4,), ()])
+def test_a_stack_whose_ranks_are_not_its_terms_is_refused(ranks: tuple[float, ...]) -> None:
+    record = pack_pairs(
+        {"m": Stack(tuple(Pair(drawn(r, 5), drawn(7, r)) for r in (1, 2)))}, "float32"
+    )
+    record["r/m"] = pack(torch.tensor(ranks, dtype=torch.float64), "float64")
+    with pytest.raises(WireError, match="a base change does not decode"):
+        unpack_pairs(record)
 
 
 def test_the_plainest_download_comes_back() -> None:
@@ -208,7 +238,7 @@ arrays = st.builds(
     stype=st.sampled_from(["fedlora.float32", "fedlora.bfloat16", "fedlora.float64", "numpy"]),
     data=st.binary(max_size=64),
 )
-keys = st.sampled_from(["A/m", "B/m", "D/m", "s/m", "R/m", "other/x", "A", "", "Z/m"])
+keys = st.sampled_from(["A/m", "B/m", "D/m", "s/m", "r/m", "R/m", "other/x", "A", "", "Z/m"])
 
 
 @given(array=arrays)

@@ -22,6 +22,7 @@ p_i = n_i / sum of n_j over the clients that replied. "Exact" means the model af
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -89,7 +90,7 @@ class Round:
         return seeded(self.seed, self.number, client, purpose)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Version:
     """One permanent change of the base: version `number` is version `number - 1` plus this.
 
@@ -245,7 +246,11 @@ def mean(uploads: Iterable[Upload], before: Factors) -> Factors:
 
 def mean_other(uploads: Sequence[Upload], before: Tensors) -> Tensors:
     """The head and all else that is not a LoRA factor, averaged."""
-    heads = [replace(u, sent=Factors(other=u.sent.other)) for u in uploads]
+    heads = (
+        Upload(u.client, Factors(other=u.sent.other), u.num_examples)
+        for u in uploads
+        if u.sent.other
+    )
     return mean(heads, Factors(other=before)).other
 
 
@@ -368,7 +373,7 @@ class BaseLog:
         return self.versions[-1].number if self.versions else 0
 
     def add(self, delta: Mapping[str, Delta]) -> "BaseLog":
-        small = {m: dense(x) if _numel(x) > _dense_numel(x) else x for m, x in delta.items()}
+        small = {m: dense(x) if x.numel() > prod(x.shape) else x for m, x in delta.items()}
         new = Version(self.number + 1, small)
         log = (*self.versions, new)
         return BaseLog((_snapshot(log[:-1]), new) if _outgrown(log) else log)
@@ -377,17 +382,9 @@ class BaseLog:
         return tuple(v for v in self.versions if v.number > version)
 
 
-def _numel(delta: Delta) -> int:
-    return delta.A.numel() + delta.B.numel() if isinstance(delta, Pair) else delta.numel()
-
-
-def _dense_numel(delta: Delta) -> int:
-    return delta.B.shape[0] * delta.A.shape[1] if isinstance(delta, Pair) else delta.numel()
-
-
 def _outgrown(log: Sequence[Version]) -> bool:
-    size = sum(_numel(x) for v in log if not v.snapshot for x in v.delta.values())
-    return size > sum({m: _dense_numel(x) for v in log for m, x in v.delta.items()}.values())
+    size = sum(x.numel() for v in log if not v.snapshot for x in v.delta.values())
+    return size > sum({m: prod(x.shape) for v in log for m, x in v.delta.items()}.values())
 
 
 def _snapshot(log: Sequence[Version]) -> Version:

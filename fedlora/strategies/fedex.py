@@ -22,10 +22,10 @@ residual is never dense; clients that were away get each residual they missed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Factors, Pair
+from fedlora.adapter import Adapter, Delta, Factors, Pair
 from fedlora.lowrank import compress, extend, mean_and_residual
 from fedlora.strategies.base import (
     BaseLog,
@@ -38,10 +38,11 @@ from fedlora.strategies.base import (
     Start,
     Upload,
     as_factors,
+    mean_other,
     narrow,
     rest,
 )
-from fedlora.strategies.mixed import by_module, mean_ranks
+from fedlora.strategies.mixed import by_module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,20 +83,19 @@ class FedEx:
 
     def aggregate(self, state: State, uploads: Iterable[Upload], round: Round) -> State:
         uploads = list(uploads)  # the residual is made of every one of them
-        whole = dict(state.factors.adapter())
-        missed: dict[str, Pair] = {}
-        for m, (pairs, p) in by_module(uploads, lambda u: self.trained(state, u, round)).items():
+        before = state.factors.adapter()
+        whole = dict(before)
+        missed: dict[str, Delta] = {}
+        for m, (pairs, p) in by_module(uploads, lambda u: completed(u, before)).items():
             mean, gap = mean_and_residual(pairs, p)
             whole[m] = Pair(mean.A.to(whole[m].A), mean.B.to(whole[m].B), whole[m].scale)
             if gap.rank:
-                missed[m] = compress(gap, self.rank) if self.rank else gap
-        heads = (replace(u, sent=Factors(other=u.sent.other)) for u in uploads)
-        other = mean_ranks(heads, state.factors, absent="unchanged").other
+                missed[m] = compress(gap.pair(), self.rank) if self.rank else gap
+        other = mean_other(uploads, state.factors.other)
         return State(as_factors(whole, other), state.base.add(missed) if missed else state.base)
 
     def trained(self, state: State, upload: Upload, round: Round) -> Adapter:
-        whole = state.factors.adapter()
-        return {m: extend(pair, whole[m]) for m, pair in upload.sent.adapter().items()}
+        return completed(upload, state.factors.adapter())
 
     def effective(self, state: State, client: Client | None = None) -> Effective:
         return Effective(state.base.versions, state.factors)
@@ -107,3 +107,8 @@ class FedEx:
 
     def upload(self, trained: Factors, kept: Factors) -> tuple[Factors, Factors]:
         return trained, kept
+
+
+def completed(upload: Upload, whole: Adapter) -> Adapter:
+    """An upload's pairs, with the ranks that were folded into its client's base."""
+    return {m: extend(pair, whole[m]) for m, pair in upload.sent.adapter().items()}

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fedlora.adapter import Adapter, Factors, Tensors, kaiming
-from fedlora.lowrank import stack
+from fedlora.lowrank import weighted
 from fedlora.strategies.base import (
     BaseLog,
     Client,
@@ -75,7 +75,7 @@ class FLoRA:
     def aggregate(self, state: State, uploads: Iterable[Upload], round: Round) -> State:
         uploads = list(uploads)  # the stack is made of every one of them
         held = by_module(uploads, lambda u: u.sent.adapter())
-        moved = {m: stack(pairs, p) for m, (pairs, p) in held.items()}
+        moved = {m: weighted(pairs, p) for m, (pairs, p) in held.items()}
         base = state.base.add(moved) if moved else state.base
         return State(mean_other(uploads, state.other), base)
 
