@@ -271,9 +271,9 @@ def _same_losses(directory: str, steps: int) -> bool:
     for keep in (True, False):
         changes = {"lora__layers": "-1", "train__epochs": 2.0, "train__steps": 2 * steps}
         model, rows = _ready(quickstart(directory, train__prefix_cache=256, **changes))
-        assert model._prefix
+        assert model.prefix
         if not keep:
-            model._prefix.room = 0
+            model.prefix.room = 0
         found = []
         for epoch in (0, 1):
             chance = seeded(epoch, 0, 0, "batches")

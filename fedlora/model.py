@@ -95,7 +95,7 @@ class Model:
         self.form, self.rank = FORMS[config.lora.form], fixed_rank(config)
         self.shapes = find_layers(base, config)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
-        self._prefix = Prefix.of(base, self.shapes, config)
+        self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
@@ -251,8 +251,8 @@ class Model:
         """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
         if self.form.after:
             inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}
-        if self._prefix:
-            return self._prefix.logits(self.peft, inputs).float()
+        if self.prefix:
+            return self.prefix.logits(self.peft, inputs).float()
         logits: Tensor = self.peft(**inputs).logits
         return logits.float()
 

@@ -7,11 +7,15 @@ depends on its size, and this one's size on the example alone. So the states are
 whoever computes them, when, and for whichever batch, and what was forgotten for want of room
 comes back to the same bits. Computed in the batches as they come (train.prefix-cache = 0) they
 differ by rounding.
+
+`ahead` computes what several batches lack at once, so that the groups are full.
 """
 
 import contextlib
+import itertools
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +24,9 @@ from torch import Tensor, nn
 from fedlora.config import Config
 from fedlora.layers import Shape, depth_of
 
-GROUP, WIDTH = 4, 8
+GROUP, WIDTH = 8, 8
+AHEAD = 128
+"""Examples that `ahead` looks at together."""
 
 
 class Prefix:
@@ -54,19 +60,19 @@ class Prefix:
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the model makes of a batch that is padded on the right."""
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        columns = [inputs[c] for c in ("input_ids", "token_type_ids") if c in inputs]
-        how = b"bf16" if torch.is_autocast_enabled("cpu") else b""
-        rows = [torch.stack([c[i, :n] for c in columns]) for i, n in enumerate(lengths)]
-        keys = [how + row.numpy().tobytes() for row in rows]  # of (1 or 2, tokens) numbers
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._kept}
-        found = self._computed(model, missing)
-        states = [found[key] if key in found else self._kept[key] for key in keys]
-        self._keep(dict(zip(keys, states, strict=True)))
+        rows = _examples(inputs)
+        found = self._computed(model, dict(rows))
+        states = [found[key] if key in found else self._kept[key] for key, _ in rows]
+        self._keep({key: x for (key, _), x in zip(rows, states, strict=True)})
         hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (b, t, width)
         with self._given(hidden):
             logits: Tensor = model(**inputs).logits
         return logits
+
+    def remember(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Compute what these batches lack, as far as there is room for it."""
+        rows = {key: row for batch in batches for key, row in _examples(batch)}
+        self._keep(self._computed(model, rows, self.room))
 
     def _keep(self, states: Mapping[bytes, Tensor]) -> None:
         """Remember these as the most recently used, and forget what there is no room for."""
@@ -78,17 +84,26 @@ class Prefix:
         while self._size > self.room:
             self._size -= self._kept.popitem(last=False)[1].nbytes
 
-    def _computed(self, model: nn.Module, rows: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
-        """What enters the first adapted layer for each of these examples, (tokens, width)."""
+    def _computed(
+        self, model: nn.Module, rows: Mapping[bytes, Tensor], most: float = math.inf
+    ) -> dict[bytes, Tensor]:
+        """What enters the first adapted layer for those that are not kept, (tokens, width).
+
+        Stops once it has `most` bytes.
+        """
         found: dict[bytes, Tensor] = {}
         by_width: dict[int, list[bytes]] = {}
         for key, row in rows.items():
-            by_width.setdefault(-(-row.shape[1] // WIDTH) * WIDTH, []).append(key)
+            if key not in self._kept:
+                by_width.setdefault(-(-row.shape[1] // WIDTH) * WIDTH, []).append(key)
         for width, alike in by_width.items():
             for start in range(0, len(alike), GROUP):
                 group = alike[start : start + GROUP]
                 full = [rows[key] for key in group] + [rows[group[0]]] * (GROUP - len(group))
                 states = self._enter(model, full, width)
+                if states.nbytes > most:
+                    return found
+                most -= states.nbytes
                 found |= {key: states[i, : rows[key].shape[1]].clone()
                           for i, key in enumerate(group)}  # fmt: skip
                 self.computed += len(group)
@@ -125,6 +140,30 @@ class Prefix:
         finally:
             for layer in skipped:
                 del layer.forward
+
+
+def ahead(
+    prefix: Prefix | None, model: nn.Module, batches: Iterable[dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """The same batches; what the next AHEAD examples lack is computed before the first of them."""
+    batches = iter(batches)
+    if prefix is None:
+        yield from batches
+        return
+    while some := list(itertools.islice(batches, 1)):
+        more = max(0, AHEAD // len(some[0]["input_ids"]) - 1)
+        some += itertools.islice(batches, more)
+        prefix.remember(model, some)
+        yield from some
+
+
+def _examples(inputs: Mapping[str, Tensor]) -> list[tuple[bytes, Tensor]]:
+    """Each example of a batch under its key, its (1 or 2, tokens) numbers without padding."""
+    how = b"bf16" if torch.is_autocast_enabled("cpu") else b""
+    columns = [inputs[c] for c in ("input_ids", "token_type_ids") if c in inputs]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    rows = [torch.stack([c[i, :n] for c in columns]) for i, n in enumerate(lengths)]
+    return [(how + row.numpy().tobytes(), row) for row in rows]
 
 
 class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)

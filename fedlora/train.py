@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from fedlora.config import Config
 from fedlora.model import Model
+from fedlora.prefix import ahead
 from fedlora.sections import Train
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.text import IGNORE, Batch, Encoded, batches
@@ -65,9 +66,9 @@ def fit(
     total = seen = steps = forward = backward = 0.0
     tokens = 0
     with training(model, config, round, client):
-        for batch in batches(
-            encoded, config.train.batch_size, generator, config.train.steps, config.train.epochs
-        ):
+        train = config.train
+        drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
+        for batch in ahead(model.prefix, model.peft, drawn):
             start = time.perf_counter()
             losses = example_losses(model, batch)
             loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)

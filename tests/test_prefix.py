@@ -1,6 +1,6 @@
 """Frozen layers below the first adapted one are computed once an example, and change no result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tiny_federation import federate, quick
 
 from fedlora.config import Config
 from fedlora.model import Model
-from fedlora.prefix import GROUP, WIDTH
+from fedlora.prefix import GROUP, WIDTH, ahead
 from fedlora.strategies.base import Client, seeded
 from fedlora.text import Encoded, batches, encode
 
@@ -27,11 +27,12 @@ def ready(settings: Settings, kind: str, **changes: object) -> tuple[Model, Enco
     return model, encode(corpus.client(0).train, model.tokenizer, labels, 64), config
 
 
-def epoch(model: Model, rows: Encoded, seed: int) -> list[torch.Tensor]:
+def epoch(model: Model, rows: Encoded, seed: int, look: bool = False) -> list[torch.Tensor]:
     """The logits of every batch of an epoch."""
     found = []
     with torch.no_grad():
-        for batch in batches(rows, 5, seeded(seed, 0, 0, "batches")):
+        drawn = batches(rows, 5, seeded(seed, 0, 0, "batches"))
+        for batch in ahead(model.prefix if look else None, model.peft, drawn):
             batch.pop("labels")
             found.append(model.logits(batch))
     return found
@@ -41,22 +42,57 @@ def epoch(model: Model, rows: Encoded, seed: int) -> list[torch.Tensor]:
 def test_what_was_forgotten_comes_back_to_the_same_bits(settings: Settings, kind: str) -> None:
     roomy, rows, _ = ready(settings, kind, **{"train.prefix-cache": 64})
     tight, _, _ = ready(settings, kind, **{"train.prefix-cache": 1})
-    assert roomy._prefix
-    assert tight._prefix
-    tight._prefix.room = 3000  # a few examples
+    assert roomy.prefix
+    assert tight.prefix
+    tight.prefix.room = 3000  # a few examples
     for seed in (0, 1):  # other batches, other neighbours, other padding
         for x, y in zip(epoch(roomy, rows, seed), epoch(tight, rows, seed), strict=True):
             assert torch.equal(x, y)
     distinct = len({tuple(rows.ids[a:b].tolist()) for a, b in rows.starts.unfold(0, 2, 1)})
-    assert roomy._prefix.computed == distinct, "once each, however often it is needed"
-    assert tight._prefix.computed > distinct
+    assert roomy.prefix.computed == distinct, "once each, however often it is needed"
+    assert tight.prefix.computed > distinct
+
+
+@pytest.mark.parametrize("room", [2**20, 3000, 0])
+def test_looking_ahead_changes_no_bit_and_saves_passes(settings: Settings, room: int) -> None:
+    passes, results = [], []
+    for look in (False, True):
+        model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
+        assert model.prefix
+        model.prefix.room = room
+        entered: list[int] = []
+        model.prefix._enter = counted(model.prefix._enter, entered)  # type: ignore[method-assign]
+        results.append(epoch(model, rows, 0, look))
+        passes.append(len(entered))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    if room == 2**20:
+        assert passes[1] < passes[0]
+
+
+def counted(real: Callable[..., torch.Tensor], calls: list[int]) -> Callable[..., torch.Tensor]:
+    def enter(model: object, rows: Sequence[object], width: int) -> torch.Tensor:
+        calls.append(len(rows))
+        return real(model, rows, width)
+
+    return enter
+
+
+def test_looking_ahead_gives_the_same_batches_in_their_order(settings: Settings) -> None:
+    model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
+    drawn = list(batches(rows, 5, seeded(0, 0, 0, "batches")))
+    given = list(ahead(model.prefix, model.peft, iter(drawn)))
+    assert all(x is y for x, y in zip(given, drawn, strict=True))
+    assert model.prefix
+    before = model.prefix.computed
+    epoch(model, rows, 0)
+    assert model.prefix.computed == before, "all of it was there"
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_batched_as_they_come_the_results_differ_by_rounding(settings: Settings, kind: str) -> None:
     kept, rows, _ = ready(settings, kind, **{"train.prefix-cache": 64})
     plain, _, _ = ready(settings, kind)
-    assert plain._prefix is None
+    assert plain.prefix is None
     real = [b["attention_mask"].bool() for b in batches(rows, 5, seeded(0, 0, 0, "batches"))]
     for x, y, mask in zip(epoch(kept, rows, 0), epoch(plain, rows, 0), real, strict=True):
         x, y = (x, y) if kind == "bert" else (x[mask], y[mask])
@@ -66,15 +102,15 @@ def test_batched_as_they_come_the_results_differ_by_rounding(settings: Settings,
 def test_the_layers_are_whole_again_after_each_batch(settings: Settings) -> None:
     model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
     epoch(model, rows, 0)
-    assert model._prefix
-    assert all("forward" not in vars(layer) for layer in model._prefix.layers)
+    assert model.prefix
+    assert all("forward" not in vars(layer) for layer in model.prefix.layers)
 
 
 def test_examples_are_computed_in_groups_of_one_shape(settings: Settings) -> None:
     model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
-    assert model._prefix
+    assert model.prefix
     shapes = []
-    inside = model._prefix.layers[0].intermediate
+    inside = model.prefix.layers[0].intermediate
     inside.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     epoch(model, rows, 0)
     assert {shape[0] for shape in shapes} == {GROUP}
@@ -92,7 +128,7 @@ def test_examples_are_computed_in_groups_of_one_shape(settings: Settings) -> Non
 )
 def test_it_is_off_where_the_prefix_trains_or_varies(settings: Settings, changes) -> None:
     model, _, _ = ready(settings, "bert", **{"train.prefix-cache": 64, **changes})
-    assert model._prefix is None
+    assert model.prefix is None
 
 
 def test_a_federation_with_it_ends_in_the_same_bytes_on_one_worker_and_on_two(
