@@ -1,6 +1,6 @@
 """Every figure of issue 6 in one run: `make bench`, or `python -m benchmarks.run [--quick]`.
 
-    --quick          the smallest size of each, in two minutes: that every row still runs
+    --quick          the smallest size of each, in three minutes: that every row still runs
     --only NAME      one group of rows
     --out DIR        where latest.json goes; benchmarks.md is written unless --quick
 
