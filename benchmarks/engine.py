@@ -135,7 +135,7 @@ def _bare(server: FederatedLora, number: int) -> None:
 def workers(quick: bool) -> Iterator[Row]:
     """Two processes over one, on two cores, a thread a step."""
     torch.set_num_threads(1)
-    clients, steps, times = (2, 2, 1) if quick else (8, 12, 2)
+    clients, steps, times = (2, 2, 1) if quick else (8, 10, 2)
     changes = {"clients__count": clients, "train__steps": steps, "lora__layers": ""}  # long steps
     with tempfile.TemporaryDirectory() as d:
         alone = quickstart(d, **changes)

@@ -32,7 +32,7 @@ ALL = frozenset({"A", "B", "other"})
 Step = Callable[[], Any]
 
 
-LIMIT = 1500
+LIMIT = 1200
 """Rows of the quickstart's data that the pattern is run on: all of them take five minutes."""
 
 

@@ -38,7 +38,7 @@ T_95 = {2: 12.71, 5: 2.776}
 def accuracy(quick: bool) -> Iterator[Row]:
     """Test accuracy with int8 on the wire less that with float32, seed by seed."""
     torch.set_num_threads(1)
-    seeds, rounds, steps = (2, 1, 2) if quick else (5, 3, 8)
+    seeds, rounds, steps = (2, 1, 2) if quick else (5, 3, 6)
     shorter: dict[str, list[float]] = {"int8": []}
     plain = []
     with tempfile.TemporaryDirectory() as d:

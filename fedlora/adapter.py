@@ -6,9 +6,9 @@ For a linear module of k inputs and d outputs, adapted at rank r, x -> W0 x + sc
     B      (d, r)
     delta  (d, k)  =  scale * B @ A        scale is alpha / r, or alpha / sqrt(r) for rsLoRA
 
-`Pair` is what the algebra works on: both factors and their scale. `Stack` is a sum of pairs that
-nobody has needed as one yet. `Factors` is what trains and travels: any of A, B, the r x r core R
-of W0 + scale * B R A, and every other trained tensor.
+`Pair` is what the algebra works on: both factors and their scale. `Stack` is a sum of such terms
+that nobody has needed as one yet. `Factors` is what trains and travels: any of A, B, the r x r
+core R of W0 + scale * B R A, and every other trained tensor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -68,26 +68,28 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The exact sum of its pairs' deltas: [B_1 ... B_m] [s_1 A_1; ...; s_m A_m].
+    """The exact sum of terms s_i B_i A_i: [B_1 ... B_m] [s_1 A_1; ...; s_m A_m].
 
-    The pairs stay the tensors they are, so a stack costs nothing until `pair` copies it together,
+    The terms stay the tensors they are, so a stack costs nothing until `pair` copies it together,
     which a matrix product or a message does once.
     """
 
-    pairs: tuple[Pair, ...]
+    A: tuple[Tensor, ...]
+    B: tuple[Tensor, ...]
+    scale: tuple[float, ...]
 
     @property
     def rank(self) -> int:
-        return sum(p.rank for p in self.pairs)
+        return sum(A.shape[0] for A in self.A)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d, k), of the delta."""
-        return self.pairs[0].shape
+        return self.B[0].shape[0], self.A[0].shape[1]
 
     def numel(self) -> int:
         """Numbers in all factors."""
-        return sum(p.numel() for p in self.pairs)
+        return self.rank * sum(self.shape)
 
     def pair(self) -> Pair:
         """One pair of rank R = sum of the ranks, in float32 at least, at scale 1.
@@ -95,16 +97,18 @@ class Stack:
         The scales go into A (R, k), whose blocks are contiguous rows; B is (d, R).
         """
         dtype = torch.float32
-        for p in self.pairs:
-            dtype = torch.promote_types(dtype, torch.promote_types(p.A.dtype, p.B.dtype))
-        A = self.pairs[0].A.new_empty(self.rank, self.pairs[0].A.shape[1], dtype=dtype)
-        for p, rows in zip(self.pairs, A.split([p.rank for p in self.pairs]), strict=True):
-            torch.mul(p.A.to(A), p.scale, out=rows)
-        return Pair(A, torch.cat([p.B for p in self.pairs], dim=1).to(A))
+        for x in (*self.A, *self.B):
+            dtype = torch.promote_types(dtype, x.dtype)
+        whole = self.A[0].new_empty(self.rank, self.A[0].shape[1], dtype=dtype)
+        blocks = whole.split([A.shape[0] for A in self.A])
+        for A, scale, rows in zip(self.A, self.scale, blocks, strict=True):
+            torch.mul(A.to(dtype), scale, out=rows)
+        return Pair(whole, torch.cat(self.B, dim=1).to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The update applied to columns x (k, n), as (d, n)."""
-        return torch.stack([p(x) for p in self.pairs]).sum(0)
+        terms = zip(self.A, self.B, self.scale, strict=True)
+        return torch.stack([s * (B @ (A @ x)) for A, B, s in terms]).sum(0)
 
 
 Adapter = Mapping[str, Pair]

@@ -19,13 +19,13 @@ def wide(x: Tensor) -> Tensor:
 
 def weighted(pairs: Sequence[Pair], weights: Sequence[float]) -> Stack:
     """The exact weighted sum of the pairs' deltas, of rank R = sum of their ranks, not copied."""
-    held = zip(pairs, weights, strict=True)
-    return Stack(tuple(Pair(p.A, p.B, w * p.scale) for p, w in held))
+    scale = tuple(w * p.scale for p, w in zip(pairs, weights, strict=True))
+    return Stack(tuple(p.A for p in pairs), tuple(p.B for p in pairs), scale)
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
     """The same as one pair, A (R, k) and B (d, R)."""
-    return (weighted(pairs, weights) if weights else Stack(tuple(pairs))).pair()
+    return weighted(pairs, weights or [1.0] * len(pairs)).pair()
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,13 +90,14 @@ def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[
     A, A_gaps = _mean_and_gaps([p.A for p in pairs], weights)
     folded = [p.B if p.scale == scale else p.scale / scale * wide(p.B) for p in pairs]
     B, B_gaps = _mean_and_gaps(folded, weights)
-    sums = list(itertools.accumulate(weights))
-    terms = zip(A_gaps, B_gaps, weights[1:], sums, sums[1:], strict=False)
-    gaps = (Pair(a, b, w * before / after * scale) for a, b, w, before, after in terms)
-    return Pair(A, B, scale), Stack(tuple(gaps))
+    steps = zip(weights[1:], itertools.pairwise(itertools.accumulate(weights)), strict=True)
+    scales = tuple(w * before / after * scale for w, (before, after) in steps)
+    return Pair(A, B, scale), Stack(A_gaps, B_gaps, scales)
 
 
-def _mean_and_gaps(xs: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+def _mean_and_gaps(
+    xs: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The mean, and of each x but the first what it differs by from the mean of those before."""
     first, *others = xs
     mean = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
@@ -105,7 +106,7 @@ def _mean_and_gaps(xs: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tens
         so_far += w
         gaps.append(x - mean)
         mean.add_(gaps[-1], alpha=w / so_far)
-    return mean, gaps
+    return mean, tuple(gaps)
 
 
 def pad(pair: Pair, rank: int) -> Pair:

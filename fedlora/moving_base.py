@@ -11,6 +11,7 @@ them without rounding; it costs 2 r (d + k) operations a token and change, and t
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class MovingBase:
 
     def _take(self, version: Version) -> None:
         if self.beside:  # by the log's own rule, so that all who took the same hold the same bits
+            version = replace(version, delta={m: together(x) for m, x in version.delta.items()})
             whole = version.snapshot or not self._log.versions
             self._log = BaseLog((version,)) if whole else self._log.add(version.delta)
             return

@@ -131,18 +131,15 @@ def pack_pairs(pairs: Mapping[str, Delta], dtype: str) -> ArrayRecord:
         if isinstance(delta, Tensor):
             record[f"D/{m}"] = pack(delta, dtype)
             continue
-        terms = delta.pairs if isinstance(delta, Stack) else (delta,)
-        scales = torch.tensor([p.scale for p in terms], dtype=torch.float64)
         if isinstance(delta, Stack):
-            ranks = torch.tensor([p.rank for p in terms], dtype=torch.float64)
-            record[f"r/{m}"] = pack(ranks, "float64")
-            record[f"A/{m}"] = _joined([p.A for p in terms], (delta.rank, delta.shape[1]), dtype)
-            record[f"B/{m}"] = _joined([p.B for p in terms], (delta.rank * delta.shape[0],), dtype)
+            (d, k), ranks = delta.shape, [float(A.shape[0]) for A in delta.A]
+            record[f"A/{m}"] = _joined(delta.A, (delta.rank, k), dtype)
+            record[f"B/{m}"] = _joined(delta.B, (delta.rank * d,), dtype)
+            record[f"r/{m}"] = pack(torch.tensor(ranks, dtype=torch.float64), "float64")
         else:
-            scales = scales[0]
             record[f"A/{m}"] = pack(delta.A, dtype)
             record[f"B/{m}"] = pack(delta.B, dtype)
-        record[f"s/{m}"] = pack(scales, "float64")
+        record[f"s/{m}"] = pack(torch.tensor(delta.scale, dtype=torch.float64), "float64")
     return ArrayRecord(record)
 
 
@@ -164,8 +161,11 @@ def _change(x: Tensors, m: str) -> Delta:
         return Pair(A, B, scale.item())
     ranks = [int(r) for r in x[f"r/{m}"].tolist()]
     d = B.numel() // A.shape[0]
-    terms = zip(A.split(ranks), B.split([d * r for r in ranks]), ranks, scale.tolist(), strict=True)
-    return Stack(tuple(Pair(a, b.view(d, r), s) for a, b, r, s in terms))
+    blocks = zip(B.split([d * r for r in ranks]), ranks, strict=True)
+    terms = A.split(ranks), tuple(b.view(d, r) for b, r in blocks), tuple(scale.tolist())
+    if len(terms[2]) != len(ranks):
+        raise ValueError(f"{len(terms[2])} scales of {len(ranks)} terms")
+    return Stack(*terms)
 
 
 def pack_download(download: Download, dtype: str) -> RecordDict:

@@ -387,7 +387,7 @@ def stacked(state: Any) -> set[int]:
     """The tensors, by id, that are terms of a stack."""
     base = getattr(state, "base", BaseLog())
     deltas = [x for v in base.versions for x in v.delta.values()]
-    return {id(t) for x in deltas if isinstance(x, Stack) for p in x.pairs for t in (p.A, p.B)}
+    return {id(t) for x in deltas if isinstance(x, Stack) for t in (*x.A, *x.B)}
 
 
 def walk(x: Any) -> list[Tensor]:

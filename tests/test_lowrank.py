@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Pair, Stack, apply, dense
+from fedlora.adapter import Pair, apply, dense
 from fedlora.lowrank import (
     accumulate,
     complement,
@@ -125,7 +125,8 @@ def test_the_residual_is_what_averaging_the_factors_misses(
 def test_a_weighted_sum_is_the_pairs_own_tensors_until_it_is_used() -> None:
     pairs = [pair(r, r) for r in (2, 3)]
     total = weighted(pairs, [0.25, 0.75])
-    assert all(t.A is p.A and t.B is p.B for t, p in zip(total.pairs, pairs, strict=True))
+    assert all(x is p.A for x, p in zip(total.A, pairs, strict=True))
+    assert all(x is p.B for x, p in zip(total.B, pairs, strict=True))
     close(dense(total), summed(pairs, [0.25, 0.75]))
     x = torch.randn(K, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     close(apply(total, x), dense(total) @ x)
@@ -133,7 +134,7 @@ def test_a_weighted_sum_is_the_pairs_own_tensors_until_it_is_used() -> None:
 
 def test_a_stack_of_narrow_numbers_is_multiplied_in_float32() -> None:
     narrow = [Pair(p.A.bfloat16(), p.B.bfloat16(), 1 / 3) for p in (pair(2, 1), pair(3, 2))]
-    made = Stack(tuple(narrow)).pair()
+    made = stack(narrow)
     assert made.A.dtype == made.B.dtype == torch.float32
     assert torch.equal(made.A, torch.cat([p.A.float() for p in narrow]) * (1 / 3))
 

@@ -4,11 +4,12 @@ A check that cannot fail proves nothing. Each mutant below was found in a refere
 is one keystroke away from the code here.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import test_contract as contract
 import torch
 from strategy_federation import (
     EQUAL,
@@ -41,7 +42,7 @@ from fedlora.strategies import (
     ravan,
     rolora,
 )
-from fedlora.strategies.base import BaseLog, Client, Round
+from fedlora.strategies.base import BaseLog, Client, Round, Upload
 from fedlora.strategies.fedex import FedEx
 from fedlora.strategies.fedsa import FedSA
 from fedlora.strategies.fedsb import FedSB
@@ -161,7 +162,12 @@ def stack_with_sqrt_weights(patch: Patch) -> None:
 
 def unweighted(patch: Patch) -> None:
     """A uniform mean, as in FedEx-LoRA's and Fed-SB's references."""
-    for module, name in ((ffa, "mean_ranks"), (fedsvd, "mean_ranks"), (fedsb, "mean")):
+    for module, name in (
+        (ffa, "mean_ranks"),
+        (fedsa, "mean_ranks"),
+        (fedsvd, "mean_ranks"),
+        (fedsb, "mean"),
+    ):
         right = getattr(module, name)
 
         def planted(uploads: Any, *args: Any, right: Any = right, **kw: Any) -> Factors:
@@ -326,6 +332,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], Any, Sequence[Client]]] = [
     (stack_with_sqrt_weights, FLoRA(), RESCALED),
     (unweighted, FFA(), EQUAL),
     (unweighted, FedSB(), EQUAL),
+    (unweighted, FedSA(), EQUAL),
     (scale_not_folded, FFA(), RESCALED),
     (core_scale_not_folded, FedSB(), RESCALED),
     (transposed_core, FedSB(), EQUAL),
@@ -360,6 +367,50 @@ def test_the_exactness_check_sees_the_planted_bug(
     assert worst(strategy, clients) < 1e-12
     plant(monkeypatch)
     assert worst(strategy, clients) > 1e-3
+
+
+# -- where nothing exact is promised, the contract's tests have to see it -----------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A strategy whose server hears something else than was sent."""
+
+    strategy: Any
+    hears: Callable[[Upload], Upload]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.strategy, name)
+
+    def aggregate(self, state: Any, uploads: Iterable[Upload], round: Round) -> Any:
+        return self.strategy.aggregate(state, map(self.hears, uploads), round)
+
+
+def without_scale(u: Upload) -> Upload:
+    return replace(u, sent=replace(u.sent, scale=dict.fromkeys(u.sent.scale, 1.0)))
+
+
+def without_weight(u: Upload) -> Upload:
+    return replace(u, num_examples=min(1, u.num_examples))
+
+
+LOOSE = {key: run for key, run in contract.RUNS.items() if run[0].promise == "approximate"}
+WEIGHED = {key: run for key, run in LOOSE.items() if key in contract.BY_EXAMPLES}
+ALIVE = []  # the contract remembers what was played by the strategy's id
+
+
+@pytest.mark.parametrize(("strategy", "clients"), LOOSE.values(), ids=LOOSE)
+def test_the_contract_sees_a_dropped_scale(strategy: Any, clients: list[Client]) -> None:
+    ALIVE.append(Planted(strategy, without_scale))
+    with pytest.raises(AssertionError):
+        contract.test_the_same_update_at_another_scale_counts_the_same(ALIVE[-1], clients)
+
+
+@pytest.mark.parametrize(("strategy", "clients"), WEIGHED.values(), ids=WEIGHED)
+def test_the_contract_sees_equal_weights(strategy: Any, clients: list[Client]) -> None:
+    ALIVE.append(Planted(strategy, without_weight))
+    with pytest.raises(AssertionError):
+        contract.test_an_update_of_thrice_the_examples_counts_as_three(ALIVE[-1], clients)
 
 
 def test_sqrt_of_s_on_one_side_is_not_the_best_approximation() -> None:
