@@ -1,14 +1,16 @@
 """Aggregating 100 clients' adapters of a 7B model, against reading them once, and a dense SVD."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Row, forked, paired, spent
 from fedlora.adapter import Factors, Pair
-from fedlora.lowrank import compress, stack, svd
+from fedlora.lowrank import compress, mean_and_residual, stack, svd
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round, Start, Upload, travelling
 from fedlora.warm_memory import keep_freed_memory
@@ -36,6 +38,18 @@ def rows(quick: bool) -> Iterator[Row]:
             "the same with the download of a client that lacks one round made and packed, in which "
             "a base change is put together: once a round, for all clients",
         )  # fmt: skip
+    for name in STRATEGIES:
+        if name not in READ:
+            yield Row(
+                f"aggregation: {name}", forked(_first_call, name, clients, side)[0], "",
+                "as above, one layer and one call, whose memory is faulted in",
+            )  # fmt: skip
+    dense, ours = forked(_dense_residual, clients, side)[0]
+    yield Row(
+        "aggregation: fedex, the dense residual / ours", dense / ours, "",
+        "CPU time; sum p_i B_i A_i - Bbar Abar of one module as a matrix, as the paper writes it, "
+        f"over ours put together; {clients} clients, {side} x {side}",
+    )  # fmt: skip
     for name in STREAMS:
         yield Row(
             f"aggregation memory: {name}", _alive(name, 20, side), "<= 2",
@@ -49,9 +63,7 @@ def _against_reading(name: str, n: int, side: int, layers: int) -> tuple[float, 
     held, round = list(uploads), Round(1, 0)
 
     def read() -> None:
-        for u in held:
-            for _, _, x in u.sent.items():
-                x.sum()
+        _read(held)
 
     def aggregate() -> Any:
         return strategy.aggregate(state, iter(held), round)
@@ -65,6 +77,39 @@ def _against_reading(name: str, n: int, side: int, layers: int) -> tuple[float, 
         work()
         found.append(paired(work, read, 7)[0])
     return found[0], found[1]
+
+
+def _first_call(name: str, n: int, side: int) -> float:
+    """Of one read: the first aggregate of one layer."""
+    strategy, state, uploads = _federation(name, n, side, 1)
+    held = list(uploads)
+    _read(held)
+    took = spent(lambda: _read(held))
+    return spent(lambda: strategy.aggregate(state, iter(held), Round(1, 0))) / took
+
+
+def _read(held: Sequence[Upload]) -> None:
+    for u in held:
+        for _, _, x in u.sent.items():
+            x.sum()
+
+
+def _dense_residual(n: int, side: int) -> tuple[float, float]:
+    """Seconds of a module's mean and residual: as a dense matrix, and in factors."""
+    pairs, p = _updates("unrelated", n, side), [1 / n] * n
+
+    def dense() -> Tensor:
+        total = torch.zeros(side, side)
+        for x in pairs:
+            total.addmm_(x.B, x.A, alpha=1 / n)
+        A, B = (torch.stack([getattr(x, f) for x in pairs]).mean(0) for f in "AB")
+        return total.addmm_(B, A, alpha=-1)
+
+    def ours() -> Pair:
+        return mean_and_residual(pairs, p)[1].pair()
+
+    ours()
+    return spent(dense), spent(ours)
 
 
 def _federation(name: str, n: int, side: int, layers: int):  # type: ignore[no-untyped-def]
@@ -86,14 +131,18 @@ def _federation(name: str, n: int, side: int, layers: int):  # type: ignore[no-u
 
     clients = [Client(i, held) for i in range(n)]
     strategy = STRATEGIES[name]()
-    weights = {m: torch.zeros(1) for m in names}
+    weights = {m: draw(side, side) if name == "frlora" else torch.zeros(1) for m in names}
     state = strategy.init(Start(factors(False), clients, weights))
-    trainable = strategy.download(state, clients[0], Round(1, 0)).trainable
+    came = strategy.download(state, clients[0], Round(1, 0))
+    whole = torch.ones(RANK // came.block, came.block, came.block) if came.block else None
+    mask = torch.block_diag(*whole) if whole is not None else torch.ones(RANK, RANK)
 
     def uploads() -> Iterator[Upload]:
         for c in clients:
-            sent, _ = strategy.upload(factors("R" in trainable), Factors())
-            yield Upload(c, travelling(sent, trainable), 10 + c.id)
+            trained = factors("R" in came.trainable)
+            trained = replace(trained, R={m: x * mask for m, x in trained.R.items()})
+            sent, _ = strategy.upload(trained, Factors())
+            yield Upload(c, travelling(sent, came.trainable), 10 + c.id)
 
     return strategy, state, uploads()
 

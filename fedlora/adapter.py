@@ -68,15 +68,16 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The exact sum of terms s_i B_i A_i: [B_1 ... B_m] [s_1 A_1; ...; s_m A_m].
+    """The exact sum of terms s_i (B_i - B_c) (A_i - A_c); without a centre, of s_i B_i A_i.
 
-    The terms stay the tensors they are, so a stack costs nothing until `pair` copies it together,
-    which a matrix product or a message does once.
+    The terms stay the tensors they are, so a stack costs nothing until somebody needs them
+    together: a matrix product, or the message that carries them.
     """
 
     A: tuple[Tensor, ...]
     B: tuple[Tensor, ...]
     scale: tuple[float, ...]
+    centre: Pair | None = None
 
     @property
     def rank(self) -> int:
@@ -91,23 +92,32 @@ class Stack:
         """Numbers in all factors."""
         return self.rank * sum(self.shape)
 
+    def terms(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Each term's A and B, less the centre; in float32 at least where there is one."""
+        if self.centre is None:
+            return self.A, self.B
+        A, B = (x.to(torch.promote_types(x.dtype, torch.float32))
+                for x in (self.centre.A, self.centre.B))  # fmt: skip
+        return tuple(x - A for x in self.A), tuple(x - B for x in self.B)
+
     def pair(self) -> Pair:
         """One pair of rank R = sum of the ranks, in float32 at least, at scale 1.
 
         The scales go into A (R, k), whose blocks are contiguous rows; B is (d, R).
         """
+        As, Bs = self.terms()
         dtype = torch.float32
-        for x in (*self.A, *self.B):
+        for x in (*As, *Bs):
             dtype = torch.promote_types(dtype, x.dtype)
-        whole = self.A[0].new_empty(self.rank, self.A[0].shape[1], dtype=dtype)
-        blocks = whole.split([A.shape[0] for A in self.A])
-        for A, scale, rows in zip(self.A, self.scale, blocks, strict=True):
+        whole = As[0].new_empty(self.rank, As[0].shape[1], dtype=dtype)
+        blocks = whole.split([A.shape[0] for A in As])
+        for A, scale, rows in zip(As, self.scale, blocks, strict=True):
             torch.mul(A.to(dtype), scale, out=rows)
-        return Pair(whole, torch.cat(self.B, dim=1).to(dtype))
+        return Pair(whole, torch.cat(Bs, dim=1).to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The update applied to columns x (k, n), as (d, n)."""
-        terms = zip(self.A, self.B, self.scale, strict=True)
+        terms = zip(*self.terms(), self.scale, strict=True)
         return torch.stack([s * (B @ (A @ x)) for A, B, s in terms]).sum(0)
 
 

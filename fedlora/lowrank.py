@@ -1,6 +1,5 @@
 """Exact algebra on pairs, in float32 at least. Only `accumulate` and `principal` see (d, k)."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -76,37 +75,31 @@ def leading_svd(pair: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[Pair, Stack]:
     """Of equal-rank pairs, (Abar, Bbar) and what it misses, sum_i p_i D_i - Bbar Abar.
 
-    What it misses is the covariance of the factors. Both come from one pass, as a running
-    covariance does (Welford 1962; Bennett et al. 2009): with W_i = p_1 + ... + p_i and the means
-    so far,
+    What it misses is the covariance of the factors. Since sum_i p_i (B_i - Bbar) = 0, any A may be
+    taken off the A_i, and with that of the last pair its term is none:
 
-        residual_i = residual_{i-1} + p_i W_{i-1} / W_i (B_i - Bbar_{i-1}) (A_i - Abar_{i-1})
-        mean_i     = mean_{i-1} + p_i / W_i (x_i - mean_{i-1})
+        residual = sum_{i < m} p_i (B_i - Bbar) (A_i - A_m)
 
-    so m pairs leave (m - 1) r ranks. The mean is at the first pair's scale, which other scales are
-    folded into through B; a rank that is alike in all pairs is in it bit for bit.
+    so m pairs leave (m - 1) r ranks, and nothing is written but the mean. It is at the first
+    pair's scale, which other scales are folded into through B; a rank that is alike in all pairs
+    is in it bit for bit. The weights p_i sum to 1.
     """
     scale = pairs[0].scale
-    A, A_gaps = _mean_and_gaps([p.A for p in pairs], weights)
-    folded = [p.B if p.scale == scale else p.scale / scale * wide(p.B) for p in pairs]
-    B, B_gaps = _mean_and_gaps(folded, weights)
-    steps = zip(weights[1:], itertools.pairwise(itertools.accumulate(weights)), strict=True)
-    scales = tuple(w * before / after * scale for w, (before, after) in steps)
-    return Pair(A, B, scale), Stack(A_gaps, B_gaps, scales)
+    As = [p.A for p in pairs]
+    Bs = [p.B if p.scale == scale else p.scale / scale * wide(p.B) for p in pairs]
+    A, B = _mean(As, weights), _mean(Bs, weights)
+    shares = tuple(w * scale for w in weights[:-1])
+    return Pair(A, B, scale), Stack(tuple(As[:-1]), tuple(Bs[:-1]), shares, Pair(As[-1], B))
 
 
-def _mean_and_gaps(
-    xs: Sequence[Tensor], weights: Sequence[float]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The mean, and of each x but the first what it differs by from the mean of those before."""
-    first, *others = xs
-    mean = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
-    gaps, so_far = [], weights[0]
-    for x, w in zip(others, weights[1:], strict=True):
+def _mean(xs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Of tensors that are all alike, their own bits."""
+    dtype = torch.promote_types(xs[0].dtype, torch.float32)
+    mean, so_far = xs[0].to(dtype, copy=True), weights[0]
+    for x, w in zip(xs[1:], weights[1:], strict=True):
         so_far += w
-        gaps.append(x - mean)
-        mean.add_(gaps[-1], alpha=w / so_far)
-    return mean, tuple(gaps)
+        mean.lerp_(x.to(dtype), w / so_far)
+    return mean
 
 
 def pad(pair: Pair, rank: int) -> Pair:

@@ -132,9 +132,10 @@ def pack_pairs(pairs: Mapping[str, Delta], dtype: str) -> ArrayRecord:
             record[f"D/{m}"] = pack(delta, dtype)
             continue
         if isinstance(delta, Stack):
-            (d, k), ranks = delta.shape, [float(A.shape[0]) for A in delta.A]
-            record[f"A/{m}"] = _joined(delta.A, (delta.rank, k), dtype)
-            record[f"B/{m}"] = _joined(delta.B, (delta.rank * d,), dtype)
+            (d, k), (As, Bs) = delta.shape, delta.terms()
+            ranks = [float(A.shape[0]) for A in As]
+            record[f"A/{m}"] = _joined(As, (delta.rank, k), dtype)
+            record[f"B/{m}"] = _joined(Bs, (delta.rank * d,), dtype)
             record[f"r/{m}"] = pack(torch.tensor(ranks, dtype=torch.float64), "float64")
         else:
             record[f"A/{m}"] = pack(delta.A, dtype)

@@ -387,7 +387,9 @@ def stacked(state: Any) -> set[int]:
     """The tensors, by id, that are terms of a stack."""
     base = getattr(state, "base", BaseLog())
     deltas = [x for v in base.versions for x in v.delta.values()]
-    return {id(t) for x in deltas if isinstance(x, Stack) for t in (*x.A, *x.B)}
+    stacks = [x for x in deltas if isinstance(x, Stack)]
+    centres = {id(x.centre.A) for x in stacks if x.centre}
+    return {id(t) for x in stacks for t in (*x.A, *x.B)} | centres
 
 
 def walk(x: Any) -> list[Tensor]:

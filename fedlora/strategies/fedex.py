@@ -7,8 +7,9 @@ Foundation Models", ACL 2025, https://arxiv.org/abs/2410.09432
     server     Abar = sum_i p_i A_i,   Bbar = sum_i p_i (s_i / s) B_i
                Res  = sum_i p_i (s_i / s) B_i A_i - Bbar Abar
 
-`Res` is a covariance, so it is U V of rank (m - 1) r, less than the m r of a stack, and comes with
-the means from one pass over the updates. `rank` > 0 keeps the nearest residual of that rank.
+`Res` is a covariance, so it is U V of rank (m - 1) r, less than the m r of a stack; its factors are
+the updates themselves less a centre, taken off when it is sent (`lowrank.mean_and_residual`).
+`rank` > 0 keeps the nearest residual of that rank.
 
 A client of r_i < r trains the leading ranks; the others, s Bbar[:, r_i:] Abar[r_i:], are folded
 into its base for the round, so it too starts from the whole model.

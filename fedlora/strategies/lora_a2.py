@@ -104,9 +104,12 @@ class LoRAA2:
 
     def _scores(self, state: State, u: Upload, round: Round, m: str) -> Tensor:
         I, whole = selection(state, u.client, round, m), state.factors.adapter()[m]
-        old, new = pick(whole, I), self._pair(state, u, round, m)
-        dB, dA = wide(new.B) - wide(old.B), wide(new.A) - wide(old.A)
-        moved = dB.norm(dim=0) * wide(old.A).norm(dim=1) + wide(old.B).norm(dim=0) * dA.norm(dim=1)
+        old = pick(whole, I)
+        A, B = wide(old.A), wide(old.B)
+        if m in u.sent.B:
+            moved = (wide(u.sent.B[m]) - B).norm(dim=0) * A.norm(dim=1)
+        else:
+            moved = B.norm(dim=0) * (wide(u.sent.A[m]) - A).norm(dim=1)
         known = state.scores.get(u.client.id, {}).get(m)
         known = torch.full((whole.rank,), math.inf) if known is None else known
         return known.index_copy(0, I, (whole.scale * moved).float())
