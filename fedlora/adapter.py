@@ -13,6 +13,7 @@ core R of W0 + scale * B R A, and every other trained tensor.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -93,12 +94,10 @@ class Stack:
         return self.rank * sum(self.shape)
 
     def terms(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Each term's A and B, less the centre; in float32 at least where there is one."""
-        if self.centre is None:
+        """Each term's A and B, less the centre."""
+        if (c := self.centre) is None:
             return self.A, self.B
-        A, B = (x.to(torch.promote_types(x.dtype, torch.float32))
-                for x in (self.centre.A, self.centre.B))  # fmt: skip
-        return tuple(x - A for x in self.A), tuple(x - B for x in self.B)
+        return tuple(A - c.A for A in self.A), tuple(B - c.B for B in self.B)
 
     def pair(self) -> Pair:
         """One pair of rank R = sum of the ranks, in float32 at least, at scale 1.
@@ -106,9 +105,7 @@ class Stack:
         The scales go into A (R, k), whose blocks are contiguous rows; B is (d, R).
         """
         As, Bs = self.terms()
-        dtype = torch.float32
-        for x in (*As, *Bs):
-            dtype = torch.promote_types(dtype, x.dtype)
+        dtype = reduce(torch.promote_types, (x.dtype for x in (*As, *Bs)), torch.float32)
         whole = As[0].new_empty(self.rank, As[0].shape[1], dtype=dtype)
         blocks = whole.split([A.shape[0] for A in As])
         for A, scale, rows in zip(As, self.scale, blocks, strict=True):

@@ -89,16 +89,16 @@ def mean_and_residual(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[
     Bs = [p.B if p.scale == scale else p.scale / scale * wide(p.B) for p in pairs]
     A, B = _mean(As, weights), _mean(Bs, weights)
     shares = tuple(w * scale for w in weights[:-1])
-    return Pair(A, B, scale), Stack(tuple(As[:-1]), tuple(Bs[:-1]), shares, Pair(As[-1], B))
+    centre = Pair(wide(As[-1]), B)  # so that differences are in float32 at least
+    return Pair(A, B, scale), Stack(tuple(As[:-1]), tuple(Bs[:-1]), shares, centre)
 
 
 def _mean(xs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Of tensors that are all alike, their own bits."""
-    dtype = torch.promote_types(xs[0].dtype, torch.float32)
-    mean, so_far = xs[0].to(dtype, copy=True), weights[0]
+    """The weighted mean; of tensors that are all alike, their own bits."""
+    mean, so_far = wide(xs[0]).clone(), weights[0]
     for x, w in zip(xs[1:], weights[1:], strict=True):
         so_far += w
-        mean.lerp_(x.to(dtype), w / so_far)
+        mean.lerp_(x.to(mean), w / so_far)
     return mean
 
 

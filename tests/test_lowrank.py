@@ -132,6 +132,24 @@ def test_a_weighted_sum_is_the_pairs_own_tensors_until_it_is_used() -> None:
     close(apply(total, x), dense(total) @ x)
 
 
+def test_a_residual_is_the_pairs_own_tensors_until_it_is_used() -> None:
+    pairs = [pair(3, seed, 1.5) for seed in range(4)]
+    _, missed = mean_and_residual(pairs, [0.1, 0.4, 0.2, 0.3])
+    assert all(x is p.A for x, p in zip(missed.A, pairs[:-1], strict=True))
+    assert all(x is p.B for x, p in zip(missed.B, pairs[:-1], strict=True))
+    x = torch.randn(K, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    close(apply(missed, x), dense(missed) @ x)
+
+
+def test_a_residual_of_narrow_numbers_is_their_differences_in_float32() -> None:
+    pairs = [pair(3, seed, 1.0) for seed in range(3)]
+    narrow = [Pair(p.A.bfloat16(), p.B.bfloat16()) for p in pairs]
+    wide = [Pair(p.A.double(), p.B.double()) for p in narrow]
+    p = [0.2, 0.3, 0.5]
+    missed, true = (mean_and_residual(x, p)[1] for x in (narrow, wide))
+    close(dense(missed).double(), dense(true), 1e-5)
+
+
 def test_a_stack_of_narrow_numbers_is_multiplied_in_float32() -> None:
     narrow = [Pair(p.A.bfloat16(), p.B.bfloat16(), 1 / 3) for p in (pair(2, 1), pair(3, 2))]
     made = stack(narrow)
