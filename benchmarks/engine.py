@@ -23,7 +23,7 @@ from fedlora.opening import begin, meet
 from fedlora.server import FederatedLora
 from fedlora.strategies.base import seeded, travelling
 from fedlora.text import batches
-from fedlora.train import autocast, build_optimizer, example_losses, learning_rate
+from fedlora.train import build_optimizer, example_losses, learning_rate
 from fedlora.wire import pack_factors
 from simulations.grid import LocalGrid
 
@@ -123,13 +123,12 @@ def _bare(server: FederatedLora, number: int) -> None:
         optimizer = build_optimizer(live, config.train, learning_rate(config, number))
         chance = seeded(config.run.seed, number, i, "batches")
         model.peft.train()
-        with autocast(config.train.precision):
-            for batch in batches(rows, config.train.batch_size, chance, config.train.steps):
-                loss = example_losses(model, batch).mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(params, config.train.grad_clip)
-                optimizer.step()
+        for batch in batches(rows, config.train.batch_size, chance, config.train.steps):
+            loss = example_losses(model, batch, config.train.precision).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(params, config.train.grad_clip)
+            optimizer.step()
 
 
 def workers(quick: bool) -> Iterator[Row]:

@@ -23,9 +23,10 @@ from fedlora.client import read_config
 from fedlora.config import Config
 from fedlora.loading import checkpoint_activations, load_base, load_tokenizer
 from fedlora.model import Model
+from fedlora.precision import lacking
 from fedlora.strategies.base import Client, seeded
 from fedlora.text import Encoded, batches, collate
-from fedlora.train import example_losses, fast_bfloat16, fit
+from fedlora.train import example_losses, fit
 from simulations.grid import LocalGrid
 
 ALL = frozenset({"A", "B", "other"})
@@ -159,7 +160,7 @@ def step(quick: bool) -> Iterator[Row]:
     steps, times = (2, 1) if quick else (12, 2)
     with tempfile.TemporaryDirectory() as d:
         seconds: dict[str, float] = {}
-        fast = "in bfloat16" if fast_bfloat16() else "float32: no native bfloat16 here"
+        fast = f"float32: {why}" if (why := lacking()) else "in bfloat16"
         for layers in ("", "-2,-1", "-1"):
             config = quickstart(d, train__steps=steps, lora__layers=layers, train__prefix_cache=0)
             model, rows, ours = _fitting(config)

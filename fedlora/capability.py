@@ -7,14 +7,16 @@ from functools import cache
 import psutil
 import torch
 
+from fedlora.precision import lacking
+
 
 def facts() -> dict[str, int | float | bool]:
-    """Cores, memory that is free now in MB, matrix speed in GFLOP/s, and bfloat16 in hardware."""
+    """Cores, free memory in MB, matrix speed in GFLOP/s, and if bfloat16 products are native."""
     return {
         "cores": os.cpu_count() or 1,
         "memory-mb": int(psutil.virtual_memory().available // 2**20),
         "gflops": speed(),
-        "bfloat16": bool(torch.cpu._is_avx512_bf16_supported()),
+        "bfloat16": lacking() is None,
     }
 
 

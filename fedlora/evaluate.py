@@ -6,8 +6,9 @@ from torch import Tensor
 from fedlora import metrics
 from fedlora.config import Config
 from fedlora.model import Model
+from fedlora.precision import autocast
 from fedlora.text import IGNORE, Encoded, eval_batches, prompt_batches
-from fedlora.train import autocast, token_losses
+from fedlora.train import token_losses
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedlora.config import Config
 from fedlora.model import Model
-from fedlora.train import autocast
+from fedlora.precision import autocast
 
 
 @torch.no_grad()

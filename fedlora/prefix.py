@@ -16,13 +16,17 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.config import Config
 from fedlora.layers import Shape, depth_of
+from fedlora.precision import autocast
+
+if TYPE_CHECKING:
+    from fedlora.model import Model
 
 GROUP, WIDTH = 8, 8
 AHEAD = 128
@@ -143,17 +147,18 @@ class Prefix:
 
 
 def ahead(
-    prefix: Prefix | None, model: nn.Module, batches: Iterable[dict[str, Tensor]]
+    model: "Model", batches: Iterable[dict[str, Tensor]], precision: str
 ) -> Iterator[dict[str, Tensor]]:
     """The same batches; what the next AHEAD examples lack is computed before the first of them."""
-    batches = iter(batches)
+    batches, prefix = iter(batches), model.prefix
     if prefix is None:
         yield from batches
         return
     while some := list(itertools.islice(batches, 1)):
         more = max(0, AHEAD // len(some[0]["input_ids"]) - 1)
         some += itertools.islice(batches, more)
-        prefix.remember(model, some)
+        with autocast(precision):
+            prefix.remember(model.peft, some)
         yield from some
 
 

@@ -10,7 +10,7 @@ so what one example adds never depends on another's length.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from fedlora.config import Config
 from fedlora.model import Model
+from fedlora.precision import autocast
 from fedlora.prefix import ahead
 from fedlora.sections import Train
 from fedlora.strategies.base import Penalty, seeded
@@ -60,40 +61,70 @@ def fit(
     """
     begun = time.perf_counter()
     live = model.trainable(columns)
-    received = {p: p.detach().clone() for ps in live.values() for p in ps.values()}
     optimizer = build_optimizer(live, config.train, learning_rate(config, round))
     generator = seeded(config.run.seed, round, client, "batches")
-    total = seen = steps = forward = backward = 0.0
-    tokens = 0
+    train = config.train
+    drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
+    total = seen = forward = backward = 0.0
+    done = tokens = 0
     with training(model, config, round, client):
-        train = config.train
-        drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
-        for batch in ahead(model.prefix, model.peft, drawn):
-            start = time.perf_counter()
-            losses = example_losses(model, batch)
-            loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
-            optimizer.zero_grad(set_to_none=True)
-            middle = time.perf_counter()
-            loss.backward()
-            forward += middle - start
-            backward += time.perf_counter() - middle
-            tokens += batch["input_ids"].numel()
-            if config.train.grad_clip:
-                nn.utils.clip_grad_norm_(list(received), config.train.grad_clip)
-            optimizer.step()
-            total += float(losses.detach().sum())
-            seen += len(losses)
-            steps += 1
+        for step in steps(model, drawn, live, optimizer, config, penalty):
+            total += float(step.losses.sum())
+            seen += len(step.losses)
+            forward, backward = forward + step.forward, backward + step.backward
+            tokens += step.tokens
+            done += 1
     mean = total / seen if seen else math.nan
     took = time.perf_counter() - begun
-    return Fit(mean, int(steps), took, forward=forward, backward=backward, tokens=tokens)
+    return Fit(mean, done, took, forward=forward, backward=backward, tokens=tokens)
 
 
-def example_losses(model: Model, batch: Batch) -> Tensor:
-    """Each example's own loss, (batch,), in float32."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that was taken."""
+
+    losses: Tensor
+    """(batch,), before it."""
+    loss: float
+    """Their mean and the penalties: what the step descends."""
+    forward: float
+    backward: float
+    """Seconds of each pass."""
+    tokens: int
+
+
+def steps(
+    model: Model,
+    drawn: Iterable[Batch],
+    live: Live,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    penalty: Penalty | None = None,
+) -> Iterator[Step]:
+    """One step of the optimiser a batch, each given back once it is taken; within `training`."""
+    params = [p for ps in live.values() for p in ps.values()]
+    received = {p: p.detach().clone() for p in params}
+    for batch in ahead(model, drawn, config.train.precision):
+        start = time.perf_counter()
+        losses = example_losses(model, batch, config.train.precision)
+        loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
+        optimizer.zero_grad(set_to_none=True)
+        middle = time.perf_counter()
+        loss.backward()
+        forward, backward = middle - start, time.perf_counter() - middle
+        if config.train.grad_clip:
+            nn.utils.clip_grad_norm_(params, config.train.grad_clip)
+        optimizer.step()
+        tokens = batch["input_ids"].numel()
+        yield Step(losses.detach(), float(loss.detach()), forward, backward, tokens)
+
+
+def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Tensor:
+    """Each example's own loss, (batch,), in float32; the model's products in `precision`."""
     labels = batch["labels"]
     inputs = {key: x for key, x in batch.items() if key != "labels"}
-    logits = model.logits(inputs)
+    with autocast(precision):
+        logits = model.logits(inputs)
     if labels.ndim == 1:
         return cross_entropy(logits, labels, reduction="none")
     return token_losses(logits, labels)
@@ -152,26 +183,14 @@ def build_optimizer(live: Live, train: Train, lr: float) -> torch.optim.Optimize
 
 @contextmanager
 def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
-    """Train mode, autocast as configured, dropout from a stream of its own."""
-    with torch.random.fork_rng(devices=[]), autocast(config.train.precision):
+    """Train mode, and dropout from a stream of its own."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded(config.run.seed, round, client, "dropout").initial_seed())
         model.peft.train()
         try:
             yield
         finally:
             model.peft.eval()
-
-
-@contextmanager
-def autocast(precision: str) -> Iterator[None]:
-    use = precision == "bfloat16" or (precision == "auto" and fast_bfloat16())
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use):
-        yield
-
-
-def fast_bfloat16() -> bool:
-    """Does this processor multiply bfloat16 natively?"""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fedlora.privacy.chance import Chance
 from fedlora.privacy.membership import half_width, telling
 from fedlora.server import FederatedLora
 from fedlora.text import Encoded, eval_batches
-from fedlora.train import autocast, example_losses, threads
+from fedlora.train import example_losses, threads
 from simulations.grid import LocalGrid
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ def _threshold(server: FederatedLora) -> Row:
 def losses(model: Model, rows: Encoded, size: int = 64) -> Tensor:
     """Each example's loss under the model as it is, in the rows' order, (n,)."""
     model.peft.eval()
-    with autocast(model.config.train.precision):
-        found = torch.cat([example_losses(model, batch) for batch in eval_batches(rows, size)])
+    precision = model.config.train.precision
+    batches = eval_batches(rows, size)
+    found = torch.cat([example_losses(model, batch, precision) for batch in batches])
     order = rows.lengths.argsort(stable=True, descending=True)
     return found[order.argsort()]
 

@@ -21,6 +21,7 @@ class Setting:
         self, given: dict[str, object], dtype: torch.dtype = torch.float64, rank: int = 3
     ) -> None:
         self.config = Config.read(given)
+        self.precision = "float32"
         self.labels = site.corpus(self.config).labels
         self.model = Model(self.config, self.labels)
         self.model.peft.to(dtype)
@@ -51,7 +52,7 @@ class Setting:
         self.params = tuple(p for ps in self.live.values() for p in ps.values())
 
     def losses(self, numbers: list[int]) -> Tensor:
-        return example_losses(self.model, collate(self.rows, torch.tensor(numbers)))
+        return example_losses(self.model, collate(self.rows, torch.tensor(numbers)), self.precision)
 
     def one_by_one(self, numbers: list[int]) -> list[dict[nn.Parameter, Tensor]]:
         """Each example's gradient by PyTorch alone, in a batch of its own."""

@@ -79,8 +79,8 @@ def test_a_mean_pooled_head_works(settings: Build) -> None:
 def test_bfloat16_autocast_gives_the_gradients_of_plain_autocast(settings: Build) -> None:
     s = Setting(settings("bert"), torch.float32)
     exact = s.one_by_one(BATCH)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain, found = s.one_by_one(BATCH), gathered(s, BATCH)
+    s.precision = "bfloat16"
+    plain, found = s.one_by_one(BATCH), gathered(s, BATCH)
     for i, want in enumerate(exact):
         ours = norm({p: found[p][i] - want[p] for p in s.params}) / norm(want)
         theirs = norm({p: plain[i][p] - want[p] for p in s.params}) / norm(want)
@@ -178,10 +178,8 @@ def test_a_non_finite_example_counts_as_zero(settings: Build, poison: float) -> 
 
 def test_bf16_gradients_are_clipped_by_the_norm_of_what_is_summed(settings: Build) -> None:
     s = Setting(settings("bert"), torch.float32)
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        kept_apart(s.model.peft, s.model.active, frozenset(s.params)) as sink,
-    ):
+    s.precision = "bfloat16"
+    with kept_apart(s.model.peft, s.model.active, frozenset(s.params)) as sink:
         s.losses(BATCH).sum().backward()
         found = sink.take(len(BATCH))
     C = 0.01

@@ -42,7 +42,6 @@ from fedlora.strategies.base import Penalty
 from fedlora.text import Encoded, collate
 from fedlora.train import (
     Fit,
-    autocast,
     build_optimizer,
     example_losses,
     extra_loss,
@@ -117,7 +116,7 @@ def private_fit(
     one = torch.ones(())
     total = seen = 0.0
     with (
-        _training(model, config, dropout),
+        _training(model, dropout),
         kept_apart(model.peft, model.active, frozenset(params), model.masks) as sink,
     ):
         for _ in range(plan.steps):
@@ -151,7 +150,7 @@ def clipped_sum(
     loss = 0.0
     size = config.privacy.microbatch or config.train.batch_size
     for part in microbatches(chosen, encoded.lengths, size):
-        losses = example_losses(model, collate(encoded, part))
+        losses = example_losses(model, collate(encoded, part), config.train.precision)
         losses.sum().backward()
         clipped.add(sink.take(len(part)))
         loss += float(losses.detach().nansum())
@@ -166,9 +165,9 @@ def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
 
 
 @contextmanager
-def _training(model: Model, config: Config, dropout: Chance) -> Iterator[None]:
-    """Train mode and autocast; dropout's masks are as secret as the sample they fall on."""
-    with torch.random.fork_rng(devices=[]), autocast(config.train.precision):
+def _training(model: Model, dropout: Chance) -> Iterator[None]:
+    """Train mode; dropout's masks are as secret as the sample they fall on."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(dropout.seed())
         model.peft.train()
         try:

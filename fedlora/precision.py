@@ -1,0 +1,95 @@
+"""Which numbers a forward pass computes with: float32, or bfloat16 products by autocast.
+
+    with autocast(config.train.precision):
+        logits = model.logits(inputs)          one forward pass, and nothing else
+
+Weights, gradients, optimiser and everything that travels are float32 either way.
+
+Autocast never caches here. Its cache holds the bfloat16 copies of trained weights for as long as
+the outermost block lasts: a block around a training loop computes every step with the weights of
+the first. Without it each use casts the weight as it is then, which costs one cast of a small
+tensor.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Where a user tells oneDNN, which computes torch's products, how far it may go."""
+
+WITHOUT_BFLOAT16 = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
+)  # fmt: skip
+"""oneDNN's instruction sets that emulate a bfloat16 product, 2 to 14 times slower than float32."""
+
+
+@contextmanager
+def autocast(precision: str) -> Iterator[None]:
+    """Within it, a forward pass computes in train.precision. Nothing in it outlives its use."""
+    use = resolved(precision) == "bfloat16"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use, cache_enabled=False):
+        yield
+
+
+def resolved(precision: str) -> Precision:
+    """What train.precision comes to here: "auto" is bfloat16 where torch has native products."""
+    if precision == "auto":
+        return "bfloat16" if lacking() is None else "float32"
+    return "bfloat16" if precision == "bfloat16" else "float32"
+
+
+def lacking() -> str | None:
+    """Why bfloat16 is not native to what torch will really use here; None where it is.
+
+    Follows from the processor and the environment alone, so that every process of a machine, and
+    a resumed run, comes to the same answer.
+    """
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "this processor has neither AVX512-BF16 nor AMX"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "this torch computes without oneDNN"
+    for variable in ISA_VARIABLES:
+        if (value := os.environ.get(variable, "")).upper() in WITHOUT_BFLOAT16:
+            return f"{variable} = {value}"
+    if (used := torch.backends.cpu.get_cpu_capability()) != "AVX512":
+        return f"torch uses {used}, as ATEN_CPU_CAPABILITY may say"
+    return None
+
+
+def described(precision: str) -> str:
+    """One line for a log: what it comes to, and why."""
+    chosen = resolved(precision)
+    if precision != "auto":
+        return f"precision: {chosen}"
+    why = lacking() or "torch multiplies bfloat16 natively"
+    return f"precision: {chosen} (train.precision = 'auto'; {why})"
+
+
+@functools.cache
+def slowdown(rows: int = 512, width: int = 256, seconds: float = 0.02) -> float:
+    """A bfloat16 product's time over a float32 one's on one thread; measured in about 50 ms."""
+
+    def best(dtype: torch.dtype) -> float:
+        x, W = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+        x @ W  # the first call sets things up
+        found, until = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            begun = time.perf_counter()
+            x @ W
+            found = min(found, time.perf_counter() - begun)
+        return found
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return best(torch.bfloat16) / best(torch.float32)
+    finally:
+        torch.set_num_threads(before)
