@@ -34,13 +34,15 @@ from flwr.app import (
 from fedlora import capability, feedback, site
 from fedlora.adapter import Delta, Factors
 from fedlora.config import Config
-from fedlora.errors import FedLoraError, ModelError, PrivacyError
+from fedlora.errors import FedLoraError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.evaluate import evaluate
 from fedlora.first_gradient import sketch
 from fedlora.forms import moves_base
 from fedlora.memory import ClientMemory
 from fedlora.model import Model
 from fedlora.personal import alone, personalized
+from fedlora.precision import computing
+from fedlora.privacy.rehearsal import check_before_training
 from fedlora.secure.member import Member
 from fedlora.secure.terms import Terms
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
@@ -277,6 +279,7 @@ class Desk:
         test = site.encoded("test", job.client, config, job.labels)
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
+            self.check(model, rows)
             judged = config.evaluate.clients and self.tells
             if judged:
                 scores |= _named("before", evaluate(model, test, config))
@@ -290,6 +293,22 @@ class Desk:
         if keeps:
             self.memory.remember(job.round, keep)
         return Trained(sent, keeps, len(rows), outcome, scores)
+
+    def check(self, model: Model, rows: Encoded) -> None:
+        """Does the loaded model train as it must? Once a run, processor and set of columns.
+
+        Raises:
+            TrainingCheckError: it does not. What was measured is told where losses are.
+        """
+        key = f"{sorted(self.download.trainable)} on {computing(self.config.train.precision)}"
+        if key in self.memory.checked():
+            return
+        args = (model, rows, self.download, self.config, self.job.round, self.job.client)
+        try:
+            check_before_training(*args)
+        except TrainingCheckError as e:
+            raise e if self.tells else TrainingCheckError(e.what) from None
+        self.memory.add_checked(key)
 
     def fit(self, model: Model, rows: Encoded) -> Fit:
         """Train on these rows: under example-level DP, paid for in this data set's ledger."""

@@ -180,6 +180,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     if any(f.level == "problem" for f in findings):
         return findings, Table()
     state = _begun(config, model, strategy, clients, corpus)
+    findings += [_precision(config), _training(config, model, strategy, state, clients[0], corpus)]
     findings += _secure(config, strategy, state, clients)
     table, largest = _plan(config, strategy, state, clients, corpus)
     per_round = config.clients.per_round or config.clients.count
@@ -204,13 +205,51 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
 
 
 def _begun(config: Config, model: Any, strategy: Any, clients: Any, corpus: Any) -> Any:
-    """The strategy's first state."""
+    """The strategy's first state; the model is left on the base that clients begin on."""
     from fedlora.calibration import first_factors
+    from fedlora.layers import taken_out
     from fedlora.strategies.base import Client, Start, top_ranks
 
     whole = Client(-1, model.layers(top_ranks(clients)))
     factors = first_factors(model, whole, config, corpus)
-    return strategy.init(Start(factors, clients, model.weights(), config.run.seed))
+    state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
+    origin = taken_out(config, factors, model.weights())
+    model.rebase("doctor", strategy.effective(state).base, origin)
+    return state
+
+
+def _precision(config: Config) -> Finding:
+    """What train.precision comes to here, and whether that is a good idea."""
+    from fedlora.precision import described, resolved, slowdown
+
+    said = described(config.train.precision)
+    if resolved(config.train.precision) == "float32":
+        return Finding("ok", said)
+    ratio = slowdown()
+    said = f"{said}; a bfloat16 product takes {ratio:.2g} of a float32 one's time"
+    if ratio < 1:
+        return Finding("ok", said)
+    return Finding("note", said, "train.precision = 'float32' is faster on this machine")
+
+
+def _training(
+    config: Config, model: Any, strategy: Any, state: Any, client: Any, corpus: Any
+) -> Finding:
+    """The training check, on the first client's rows where they are here."""
+    from fedlora import site
+    from fedlora.errors import TrainingCheckError
+    from fedlora.privacy.rehearsal import check_first
+
+    here = not config.data.node_path and any(len(c.train) for c in corpus.clients)
+    rows = site.encoded("train", client.id, config, corpus.labels) if here else None
+    try:
+        check_first(model, strategy, state, client, rows, config, 1)
+    except TrainingCheckError as e:
+        return Finding(
+            "problem", f"training check: {e}", "docs/training-check.md says what each finding means"
+        )
+    whose = "client 0's rows" if here and not config.privacy.by_example else "synthetic rows"
+    return Finding("ok", f"training check: losses, gradients and a step are right on {whose}")
 
 
 def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator[Finding]:

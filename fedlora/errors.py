@@ -52,6 +52,15 @@ class WireError(FedLoraError, ValueError):
     """A message does not decode. Raised before anything of the declared size is allocated."""
 
 
+class TrainingCheckError(FedLoraError):
+    """A model does not train as it must: see fedlora/training_check.py."""
+
+    def __init__(self, what: str, measured: str = "") -> None:
+        """`what` has nothing of any row in it; `measured` are figures, which may."""
+        self.what, self.measured = what, measured
+        super().__init__(f"{what} ({measured})" if measured else what)
+
+
 class PrivacyError(FedLoraError):
     """A privacy promise cannot be kept. Nothing is released."""
 

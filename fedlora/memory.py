@@ -1,6 +1,7 @@
 """What a client keeps between rounds, in files of its own that outlive its process.
 
     <root>/client-<id>/round-00003.safetensors    what `upload` kept in round 3
+    <root>/client-<id>/checked.json               what the training check has passed
     <root>/base/00002.safetensors                 base change 2, as the server sent it
     <root>/base/00000.safetensors                 what lora.init takes out of the base, if it does
 
@@ -9,11 +10,12 @@ it accepted. So a reply that was lost, or a server that went back to its last ch
 the client as it was then. A client keeps that one and the newest.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedlora.adapter import Delta, Factors
-from fedlora.checkpoint import load, save
+from fedlora.checkpoint import load, save, write_atomically
 from fedlora.errors import CheckpointError, ClientMemoryError
 from fedlora.strategies.base import Version
 
@@ -64,6 +66,16 @@ class ClientMemory:
 
     def lose(self, round: int, error: Factors) -> None:
         save(self.own / f"lost-{round:05}.safetensors", error)
+
+    def checked(self) -> list[str]:
+        """What the training check has passed in this run."""
+        path = self.own / "checked.json"
+        found: list[str] = json.loads(path.read_text()) if path.exists() else []
+        return found
+
+    def add_checked(self, what: str) -> None:
+        found = json.dumps([*self.checked(), what])
+        write_atomically(self.own / "checked.json", found.encode())
 
     def add_base(self, versions: Sequence[Version]) -> None:
         """Store base changes; a snapshot makes all up to its number superfluous."""

@@ -232,14 +232,18 @@ class Model:
             {name: p.detach().clone() for name, p in self._other().items()},
         )
 
-    def trainable(self, columns: frozenset[str]) -> dict[str, dict[str, nn.Parameter]]:
-        """The live parameters of these columns, which alone get gradients, by column and name."""
-        live: dict[str, dict[str, nn.Parameter]] = {
+    def live(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of the active adapter, core and head, by column and name."""
+        return {
             "A": {m: self._sides(m)[0] for m in self._on()},
             "B": {m: self._sides(m)[1] for m in self._on()},
             "R": dict(self._cores),
             "other": self._other(),
         }
+
+    def trainable(self, columns: frozenset[str]) -> dict[str, dict[str, nn.Parameter]]:
+        """The live parameters of these columns, which alone get gradients, by column and name."""
+        live = self.live()
         for p in self.peft.parameters():
             p.requires_grad_(False)
         for column, params in live.items():

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.serverapp import Grid
 
-from fedlora import compose
+from fedlora import compose, site
 from fedlora.adapter import Factors
 from fedlora.calibration import first_factors
 from fedlora.errors import RoundError, StrategyError
@@ -15,7 +16,7 @@ from fedlora.first_gradient import survey
 from fedlora.intake import POLL, Gathered
 from fedlora.journal import Member
 from fedlora.layers import taken_out
-from fedlora.privacy.probe import check_apart
+from fedlora.privacy.rehearsal import check_first
 from fedlora.proof import Target, kinds, outputs, probes
 from fedlora.strategies.base import Client, Round, Start, whole_download
 
@@ -94,14 +95,28 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
         server.state = server.strategy.from_gradient(server.state, survey(server, grid, clients))  # type: ignore[attr-defined]
     if server.config.evaluate.baselines:
         _baselines(server)
+    check_model(server, 1)
     server.load(server.strategy.effective(server.state))
-    if server.config.privacy.by_example:
-        first = server.strategy.download(server.state, clients[0], Round(1, server.config.run.seed))
-        check_apart(server.model, server.model.trainable(first.trainable))
     record = server.record(0, Gathered(), [], None, server.evaluate(0))
     record["seconds"] = {"total": time.perf_counter() - begun}
     server.commit(0, record)
     server.observer.round_done(record)
+
+
+def check_model(server: "FederatedLora", round: int) -> None:
+    """Does the server's own model train as it must, at the state there is?
+
+    On a client's rows where this process has them, as in a simulation.
+
+    Raises:
+        TrainingCheckError: it does not; before anything is aggregated.
+    """
+    client = replace(server.client(min(server.members)), base_version=0, has_memory=False)
+    config, corpus = server.config, server.corpus
+    here = not config.data.node_path and any(len(c.train) for c in corpus.clients)
+    rows = site.encoded("train", client.id, config, server.labels) if here else None
+    server.load(server.strategy.effective(server.state))
+    check_first(server.model, server.strategy, server.state, client, rows, config, round)
 
 
 def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: Factors) -> None:

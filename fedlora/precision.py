@@ -13,6 +13,7 @@ tensor.
 
 import functools
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,16 @@ def lacking() -> str | None:
     if (used := torch.backends.cpu.get_cpu_capability()) != "AVX512":
         return f"torch uses {used}, as ATEN_CPU_CAPABILITY may say"
     return None
+
+
+def computing(precision: str) -> str:
+    """What decides the bits of a product here, as one word for each: for logs and records."""
+    return f"{resolved(precision)}, torch {torch.__version__}, {_processor()}"
+
+
+def _processor() -> str:
+    variables = (f"{v}={os.environ[v]}" for v in ISA_VARIABLES if v in os.environ)
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *variables])
 
 
 def described(precision: str) -> str:

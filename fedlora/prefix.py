@@ -78,6 +78,14 @@ class Prefix:
         rows = {key: row for batch in batches for key, row in _examples(batch)}
         self._keep(self._computed(model, rows, self.room))
 
+    def snapshot(self) -> tuple[OrderedDict[bytes, Tensor], int, int]:
+        """What is remembered now, for `restore`. Copies no states."""
+        return self._kept.copy(), self._size, self.computed
+
+    def restore(self, snapshot: tuple[OrderedDict[bytes, Tensor], int, int]) -> None:
+        """Remember what was remembered then, and nothing else."""
+        self._kept, self._size, self.computed = snapshot
+
     def _keep(self, states: Mapping[bytes, Tensor]) -> None:
         """Remember these as the most recently used, and forget what there is no room for."""
         for key, x in states.items():

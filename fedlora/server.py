@@ -34,8 +34,9 @@ from fedlora.errors import PrivacyError, RoundError, StrategyError
 from fedlora.evaluate import evaluate
 from fedlora.intake import Gathered, Schemas
 from fedlora.journal import Journal, Member, Saved, state_types
-from fedlora.opening import begin, look, meet
+from fedlora.opening import begin, check_model, look, meet
 from fedlora.planning import Planner
+from fedlora.precision import described
 from fedlora.privacy.central import CentralPrivacy
 from fedlora.privacy.summary import EXHAUSTED
 from fedlora.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
@@ -111,6 +112,8 @@ class FederatedLora(FlowerStrategy):
         if done < 0:
             begin(self, grid)
             done = 0
+        elif done < self.config.run.rounds:  # it may be another machine than the one it began on
+            check_model(self, done + 1)
         result, stopped = Result(), ""
         for number in range(done + 1, self.config.run.rounds + 1):
             try:
@@ -263,6 +266,7 @@ class FederatedLora(FlowerStrategy):
             f"{c.strategy.name} ({self.promise}), {len(self.members)} clients of ranks "
             f"{sorted({m.rank for m in self.members.values()})}, {c.run.rounds} rounds"
         )
+        self.observer.note(described(c.train.precision))
 
     # -- before round 1 and after the last ----------------------------------------------------
 

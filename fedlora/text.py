@@ -78,6 +78,40 @@ def encode(
     return _causal(rows, tokenizer, max_length, chat_template, pad)
 
 
+SYNTHETIC = (3, 5, 6, 9)
+"""Tokens of the examples of `synthetic`."""
+
+
+def synthetic(
+    tokenizer: PreTrainedTokenizerBase, classes: int, ends: Sequence[int] = (), seed: int = 0
+) -> Encoded:
+    """A few examples of random token ids, none of them special: nobody's rows.
+
+    `classes` is the number of labels; 0 for causal-lm, of which all but the first token is scored.
+    Each example ends with `ends` and one token more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    words = torch.tensor(known)
+
+    def drawn(n: int) -> list[int]:
+        return words[torch.randint(len(words), (n,), generator=generator)].tolist()
+
+    end = [*ends, *drawn(1)] if ends else []
+    ids, starts = _flat([[*drawn(n), *end] for n in SYNTHETIC])
+    n, pad = len(SYNTHETIC), tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id or 0 if pad is None else pad
+    labels = torch.randint(max(classes, 1), (n,), generator=generator)
+    return Encoded(
+        ids,
+        starts,
+        torch.arange(n),
+        pad,
+        classes=labels if classes else None,
+        prompts=None if classes else torch.ones(n, dtype=torch.long),
+    )
+
+
 def steps_in(rows: int, batch_size: int, steps: int = 0, epochs: float = 1.0) -> int:
     """How many batches `batches` yields: `steps`, or if that is 0 those of so many epochs."""
     if not rows:

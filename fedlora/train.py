@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,14 @@ def fit(
     return Fit(mean, done, took, forward=forward, backward=backward, tokens=tokens)
 
 
+class Steps(Protocol):
+    """An optimiser, or what stands in its place."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def step(self) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step that was taken."""
@@ -97,7 +106,7 @@ def steps(
     model: Model,
     drawn: Iterable[Batch],
     live: Live,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Steps,
     config: Config,
     penalty: Penalty | None = None,
 ) -> Iterator[Step]:

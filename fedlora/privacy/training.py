@@ -113,28 +113,50 @@ def private_fit(
     noise, sampling, dropout = (
         chance(config, round, client, what) for what in ("noise", "sampling", "dropout")
     )
-    one = torch.ones(())
     total = seen = 0.0
     with (
         _training(model, dropout),
         kept_apart(model.peft, model.active, frozenset(params), model.masks) as sink,
     ):
         for _ in range(plan.steps):
-            optimizer.zero_grad(set_to_none=True)
             chosen = poisson(plan.n, plan.q, sampling)
-            clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config)
-            for p, g in clipped.noised(plan.sigma, noise).items():
-                p.grad = (g / (plan.q * plan.n)).to(p.dtype).mul_(model.masks.get(p, one))
             extra = extra_loss(live, received, penalty, config.train.prox)
-            if isinstance(extra, torch.Tensor):
-                extra.backward()
-            if config.train.grad_clip:
-                nn.utils.clip_grad_norm_(params, config.train.grad_clip)
-            optimizer.step()
+            loss = private_step(
+                model, encoded, chosen, params, optimizer, sink, plan, noise, config, extra
+            )
             total, seen = total + loss, seen + len(chosen)
     facts = {"epsilon": spent, "sigma": plan.sigma, "q": plan.q, "delta": plan.delta}
     mean = total / seen if seen else math.nan
     return Fit(mean, plan.steps, time.perf_counter() - begun, facts)
+
+
+def private_step(
+    model: Model,
+    encoded: Encoded,
+    chosen: torch.Tensor,
+    params: tuple[nn.Parameter, ...],
+    optimizer: torch.optim.Optimizer,
+    sink: Sink,
+    plan: Plan,
+    noise: Chance,
+    config: Config,
+    extra: torch.Tensor | float,
+) -> float:
+    """One step on the chosen examples, noised; the sum of their losses, for this machine only.
+
+    `extra` are penalties, which see no data.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config, plan.C)
+    one = torch.ones(())
+    for p, g in clipped.noised(plan.sigma, noise).items():
+        p.grad = (g / (plan.q * plan.n)).to(p.dtype).mul_(model.masks.get(p, one))
+    if isinstance(extra, torch.Tensor):
+        extra.backward()
+    if config.train.grad_clip:
+        nn.utils.clip_grad_norm_(params, config.train.grad_clip)
+    optimizer.step()
+    return loss
 
 
 def clipped_sum(
@@ -144,9 +166,10 @@ def clipped_sum(
     params: tuple[nn.Parameter, ...],
     sink: Sink,
     config: Config,
+    C: float,
 ) -> tuple[ClippedSum, float]:
-    """The clipped gradients of the chosen examples, summed; and their losses' sum."""
-    clipped = ClippedSum(params, config.privacy.clip_norm)
+    """The gradients of the chosen examples, clipped to C and summed; and their losses' sum."""
+    clipped = ClippedSum(params, C)
     loss = 0.0
     size = config.privacy.microbatch or config.train.batch_size
     for part in microbatches(chosen, encoded.lengths, size):

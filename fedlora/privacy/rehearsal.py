@@ -1,0 +1,155 @@
+"""The training check, whoever trains: on a client's own rows, or under DP on synthetic ones.
+
+Under example-level DP no private row may be looked at without noise, so the check takes rows of
+random token ids. On them the plain loop is checked as ever, and then one private step without
+noise and with a clip that nothing reaches is compared with the plain step: the per-example
+gradients must add up to the gradient, and the optimiser move the same tensors.
+
+Formal guarantee: under privacy.level = "example" nothing here depends on a row of a client, but
+for whether there are any; the ledger is not touched.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import Factors
+from fedlora.config import Config
+from fedlora.errors import TrainingCheckError
+from fedlora.invocation import invocation
+from fedlora.model import Model
+from fedlora.precision import resolved
+from fedlora.privacy.chance import Chance
+from fedlora.privacy.per_example import kept_apart
+from fedlora.privacy.probe import check_apart
+from fedlora.privacy.training import Plan, private_step
+from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
+from fedlora.text import Encoded, collate, synthetic
+from fedlora.train import Live, build_optimizer, extra_loss, learning_rate, steps, threads, training
+from fedlora.training_check import (
+    Still,
+    check_gradients,
+    check_losses,
+    check_rows,
+    check_training,
+    moves_exactly,
+    perturb,
+    untouched,
+)
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Of the private gradient's distance from the plain one, relative."""
+UNREACHED = 1e30
+"""A clip norm that no gradient has."""
+
+
+def check_before_training(
+    model: Model, rows: Encoded | None, download: Download, config: Config, round: int, client: int
+) -> None:
+    """Check the loaded model with what it is about to train on; on synthetic rows where it must.
+
+    rows: None where there are none to look at, as on the server of a deployment.
+
+    Raises:
+        TrainingCheckError: it would not train as it must.
+    """
+    args = (download.trainable, config, round, client, download.penalty)
+    if config.privacy.by_example:
+        if rows is not None:
+            check_rows(rows)
+        check_private(model, download, config, round, client)
+    else:
+        check_training(model, made_up(model) if rows is None else rows, *args)
+
+
+def check_first(
+    model: Model,
+    strategy: Strategy[State],
+    state: State,
+    client: Client,
+    rows: Encoded | None,
+    config: Config,
+    round: int,
+) -> None:
+    """The check of a newcomer's model as `state` sends it, on the base as it is now.
+
+    Leaves the model loaded with it.
+
+    Raises:
+        TrainingCheckError: it would not train as it must.
+    """
+    now = Round(round, config.run.seed)
+    came = whole_download(strategy, state, client, now, config.ranks.absent == "fold")
+    with threads(config.train.threads), model.folded(came.fold):
+        model.load(strategy.start(came, Factors(), client, now), came.block)
+        check_before_training(model, rows, came, config, round, client.id)
+
+
+def made_up(model: Model) -> Encoded:
+    """Rows of random token ids of this model's tokenizer."""
+    config = model.config
+    ends = invocation(config.model, config.lora.invocation) if model.form.after else []
+    return synthetic(model.tokenizer, len(model.labels), ends)
+
+
+def check_private(
+    model: Model, download: Download, config: Config, round: int, client: int
+) -> None:
+    """The check on synthetic rows, with the private step beside the plain one."""
+    rows = made_up(model)
+    numbers = rows.lengths.argsort(stable=True)  # as `microbatches` will have them
+    batch = collate(rows, numbers)
+    train = config.train.model_copy(update={"grad_clip": 0.0, "batch_size": len(rows)})
+    privacy = config.privacy.model_copy(update={"microbatch": 0})
+    config = config.model_copy(update={"train": train, "privacy": privacy})
+    with untouched(model):
+        live = model.trainable(download.trainable)
+        check_apart(model, live)
+        perturb(model, config.run.seed)
+        check_losses(model, batch, config)
+        with training(model, config, round, client):
+            check_gradients(model, batch, live, config, download.penalty)
+            torch.manual_seed(config.run.seed)
+            params = [p for ps in live.values() for p in ps.values()]
+            still = Still(params)
+            for _ in steps(model, [batch], live, still, config, download.penalty):
+                want = {p: p.grad.clone() for p in params if p.grad is not None}
+            torch.manual_seed(config.run.seed)
+            gap, size = _distance(want, _step(model, rows, live, download, config, round))
+    if not gap <= TOLERANCE[resolved(config.train.precision)] * size:
+        raise TrainingCheckError(
+            "the private step's gradient is not the plain one's, without noise and clip",
+            f"off by {gap / max(size, 1e-30):.1e} of it",
+        )
+
+
+def _distance(
+    want: Mapping[nn.Parameter, Tensor], found: Mapping[nn.Parameter, Tensor]
+) -> tuple[float, float]:
+    """How far a gradient is from the one wanted, and that one's size."""
+    gap = size = 0.0
+    for p, g in want.items():
+        gap += float((found[p] - g).double().square().sum())
+        size += float(g.double().square().sum())
+    return gap**0.5, size**0.5
+
+
+def _step(
+    model: Model, rows: Encoded, live: Live, download: Download, config: Config, round: int
+) -> dict[nn.Parameter, Tensor]:
+    """The gradient of one private step over all of these rows, without noise and clip."""
+    n, rate = len(rows), learning_rate(config, round)
+    plan = Plan(n=n, q=1.0, steps=1, sigma=0.0, C=UNREACHED, delta=config.privacy.delta)
+    params = tuple(p for ps in live.values() for p in ps.values())
+    received = {p: p.detach().clone() for p in params}
+    optimizer = build_optimizer(live, config.train, rate)
+    with (
+        kept_apart(model.peft, model.active, frozenset(params), model.masks) as sink,
+        moves_exactly(model, live, rate),
+    ):
+        extra = extra_loss(live, received, download.penalty, config.train.prox)
+        private_step(
+            model, rows, torch.arange(n), params, optimizer, sink, plan, Chance(), config, extra
+        )
+        return {p: p.grad.clone() for p in params if p.grad is not None}
