@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from fedlora import report_view as view
 from fedlora import report_words as words
+from fedlora.outcome import finite
 from fedlora.report_page import CAPTIONS, PAGE, STYLE
-from fedlora.run_files import RunFiles, finite, read
+from fedlora.run_files import RunFiles, read
 from fedlora.units import duration, percent, size, tiny
 
 if TYPE_CHECKING:
@@ -72,15 +73,21 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
 
 
 def summary_table(run_dir: Path) -> "Table":
-    """The run in a dozen lines for a terminal: the result and its baselines, then what it cost."""
+    """The run in a dozen lines for a terminal: the result and its baselines, then what it cost.
+
+    What speaks against the run is its first row, in red.
+    """
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     run = read(run_dir)
     s = run.summary
     table = Table(title=escape(f"{s['name']}: {s['strategy']}"), title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
+    for sentence in s["warnings"]:
+        table.add_row("warning", Text(sentence, justify="left"), style="bold red")
     for what, value in _summary_rows(run):
         table.add_row(escape(what), escape(value))
     return table
