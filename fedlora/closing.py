@@ -1,7 +1,7 @@
 """What follows the last round: what stayed with the clients, their scores, adapter and summary."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedlora.data import describe
 from fedlora.export import beginning, save_peft
 from fedlora.intake import exchange, part_of
+from fedlora.outcome import judge, said
 from fedlora.privacy.summary import summary as privacy
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.wire import unpack_factors
@@ -95,35 +96,43 @@ def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     return {key: sum(found) / len(found), f"worst_tenth_{key}": sum(worst) / len(worst)}
 
 
-def write_records(server: "FederatedLora", stopped: str = "") -> None:
-    """clients.jsonl and summary.json; `stopped` says why the run ended early, if it did."""
-    corpus, c = server.corpus, server.config
+def client_lines(server: "FederatedLora") -> Iterator[dict[str, Any]]:
+    """The lines of clients.jsonl."""
+    corpus = server.corpus
     labels = describe(corpus)
-    lines: list[dict[str, Any]] = []
     for i, m in sorted(server.members.items()):
         simulated = i < len(corpus.clients)
-        lines.append(
-            {
-                "client": i,
-                "node": server.nodes.get(i),
-                "rank": m.rank,
-                "modules": len(m.plan) or len(server.model.shapes),
-                "train_examples": m.examples,
-                "test_examples": len(corpus.client(i).test) if simulated else None,
-                "labels": labels.get(i, {}),
-                "rounds": m.rounds,
-                "failures": m.failures,
-                "bytes_down": m.bytes_down,
-                "bytes_up": m.bytes_up,
-                "first": m.first or None,
-                "final": m.final or None,
-                "personal": m.personal or None,
-                "personalized": m.personalized or None,
-                "alone": m.alone or None,
-            }
-        )
-    server.journal.clients(lines)
+        yield {
+            "client": i,
+            "node": server.nodes.get(i),
+            "rank": m.rank,
+            "modules": len(m.plan) or len(server.model.shapes),
+            "train_examples": m.examples,
+            "test_examples": len(corpus.client(i).test) if simulated else None,
+            "labels": labels.get(i, {}),
+            "rounds": m.rounds,
+            "failures": m.failures,
+            "bytes_down": m.bytes_down,
+            "bytes_up": m.bytes_up,
+            "first": m.first or None,
+            "final": m.final or None,
+            "personal": m.personal or None,
+            "personalized": m.personalized or None,
+            "alone": m.alone or None,
+        }
+
+
+def write_records(server: "FederatedLora", stopped: str = "") -> None:
+    """clients.jsonl and summary.json; and one line to the observer, if there is cause for it.
+
+    `stopped` says why the run ended early, if it did.
+    """
+    c = server.config
+    server.journal.clients(client_lines(server))
     members = server.members.values()
+    rounds = server.journal.lines()
+    final = server.score() if c.evaluate.every else None
+    warnings = judge(rounds, server.baselines, final if has_one_model(server) else None)
     server.journal.summary(
         {
             "name": c.run.name,
@@ -134,7 +143,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
             "model": c.model.path,
             "data": c.data.path,
             "seed": c.run.seed,
-            "final": server.score() if c.evaluate.every else None,
+            "final": final,
             "baselines": server.baselines,
             "bytes": {
                 "down": sum(m.bytes_down for m in members),
@@ -147,7 +156,15 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
             },
             "virtual_seconds": server.clock or None,
             "sent": server.schemas.columns(),
-            "privacy": privacy(c, server.journal.lines()),
+            "privacy": privacy(c, rounds),
             "stopped": stopped,
+            "warnings": warnings,
         }
     )
+    if warnings:
+        server.observer.note(said(warnings))
+
+
+def has_one_model(server: "FederatedLora") -> bool:
+    """Not where what the clients keep was never averaged: then the server's is half of a model."""
+    return server.promise != "shared" or getattr(server.strategy, "average_at_end", False)

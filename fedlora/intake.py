@@ -49,6 +49,8 @@ class Gathered:
     """Virtual seconds, when the buffer was full."""
     secure: Mapping[str, Any] | None = None
     """What a secure aggregation came to."""
+    diverged: set[int] = field(default_factory=set)
+    """Who told a training loss that is no finite number, whether or not the update counts."""
 
 
 def exchange(
@@ -96,8 +98,12 @@ def read_reply(
     round: Round,
     token: str,
     schema: tuple[Shapes, Mapping[str, float]],
+    gathered: Gathered,
 ) -> tuple[Upload, dict[str, Any]]:
     """A reply to a train message, decoded, with what it says of itself.
+
+    A training loss that is no finite number is noted in `gathered` first: where training diverged
+    the factors are none either, and the reply is refused.
 
     Raises:
         UpdateError, WireError: what is wrong with it. Nothing of a declared size was allocated.
@@ -114,6 +120,8 @@ def read_reply(
         raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
     if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
         raise UpdateError(f"{odd[0]} = {metrics[odd[0]]!r}: must be one number")
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        gathered.diverged.add(client.id)
     shapes, scale = schema
     sent = unpack_factors(record, scale, shapes)
     for column, name, x in sent.items():

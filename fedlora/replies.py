@@ -90,7 +90,7 @@ def read(
     """A reply to what `state` sent in `round`, decoded and checked, with what it says of itself."""
     try:
         schema = server.schemas.of(state, client, server.base_number(), round)
-        upload, facts = read_reply(reply, client, round, server.token, schema)
+        upload, facts = read_reply(reply, client, round, server.token, schema, gathered)
         check_norm(server.strategy, state, upload, round, server.config.round.max_norm)
     except FedLoraError as e:
         server.refuse(client.id, round, str(e), gathered, offence=not reply.has_error())

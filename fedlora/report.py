@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 from fedlora import report_view as view
 from fedlora import report_words as words
+from fedlora.outcome import finite, said
 from fedlora.report_page import CAPTIONS, PAGE, STYLE
-from fedlora.run_files import RunFiles, finite, read
+from fedlora.run_files import RunFiles, read
 from fedlora.units import duration, percent, size, tiny
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["RunFiles", "read", "render", "summary_table", "write"]
+__all__ = ["RunFiles", "closing", "read", "render", "summary_table", "write"]
 
 
 def write(run_dir: Path, plots: bool = True) -> Path:
@@ -72,7 +73,10 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
 
 
 def summary_table(run_dir: Path) -> "Table":
-    """The run in a dozen lines for a terminal: the result and its baselines, then what it cost."""
+    """The run in a dozen lines for a terminal: the result and its baselines, then what it cost.
+
+    How many things speak against the run is its first row, in red; `closing` says which.
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -81,9 +85,26 @@ def summary_table(run_dir: Path) -> "Table":
     table = Table(title=escape(f"{s['name']}: {s['strategy']}"), title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
+    if s["warnings"]:
+        table.add_row("warnings", str(len(s["warnings"])), style="bold red")
     for what, value in _summary_rows(run):
         table.add_row(escape(what), escape(value))
     return table
+
+
+def closing(run_dir: Path, page: Path) -> None:
+    """Print what a run comes to: its table, what speaks against it in one line, where its page is.
+
+    The line is never folded, so that a log can be searched for it.
+    """
+    from rich.console import Console
+
+    console = Console()
+    console.print(summary_table(run_dir))
+    if warnings := read(run_dir).summary["warnings"]:
+        line = said(warnings)
+        console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)
 
 
 def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedlora.run_files import Metric, Record, RunFiles, finite
+from fedlora.outcome import Metric, Record, finite
+from fedlora.run_files import RunFiles
 
 Points = list[tuple[int, float]]
 

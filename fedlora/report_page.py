@@ -31,6 +31,7 @@ code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
 .banner strong { display: block; font-size: 19px; letter-spacing: .02em; }
 .stop { border-left: 4px solid var(--bad); background: #fdf0ef; padding: 10px 14px;
   border-radius: 6px; margin: 18px 0 0; overflow-wrap: anywhere; }
+.stop.first { margin: 0 0 20px; font-weight: 600; }
 nav { position: sticky; top: 0; z-index: 3; background: rgba(245, 247, 250, .94);
   border-bottom: 1px solid var(--line); overflow-x: auto; white-space: nowrap; }
 nav div { max-width: 1180px; margin: 0 auto; padding: 9px 20px; }
@@ -168,6 +169,9 @@ _TOP = """<!doctype html>
 </head>
 <body>
 <header><div>
+{% if summary.warnings %}
+<div class="stop first bad" role="alert">Warning: {{ summary.warnings | join(" ") }}</div>
+{% endif %}
 <h1>{{ summary.name }}</h1>
 <span class="chip {{ status.tone }}">{{ status.text }}</span>
 <span class="chip blue">{{ summary.strategy }}</span>

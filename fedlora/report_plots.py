@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter
 
+from fedlora.outcome import ACCURACY, EXACT_MATCH, PERPLEXITY, Metric, finite
 from fedlora.report_axes import (
     BLUE,
     GREEN,
@@ -40,7 +41,7 @@ from fedlora.report_axes import (
     tall,
     with_legend,
 )
-from fedlora.run_files import ACCURACY, EXACT_MATCH, PERPLEXITY, Metric, RunFiles, finite
+from fedlora.run_files import RunFiles
 from fedlora.units import clock
 
 

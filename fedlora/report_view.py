@@ -8,15 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedlora.run_files import (
-    WAYS,
-    Metric,
-    Record,
-    RunFiles,
-    breaks_promise,
-    client_seconds,
-    finite,
-)
+from fedlora.outcome import Metric, Record, finite
+from fedlora.run_files import WAYS, RunFiles, breaks_promise, client_seconds
 from fedlora.units import count, duration, number, percent, size, tiny
 
 COLUMNS = {
@@ -79,7 +72,7 @@ def status(run: RunFiles) -> Cell:
     if run.summary["stopped"]:
         return Cell("stopped early", tone="bad")
     if run.complete:
-        return Cell("finished", tone="good")
+        return Cell("finished", tone="warn" if run.summary["warnings"] else "good")
     planned = run.config.get("run.rounds")
     of = f" of {planned}" if planned else ""
     return Cell(f"not finished: round {run.summary['rounds']}{of}", tone="warn")

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedlora.outcome import Record
 from fedlora.report_view import Cell, Grid, failures
-from fedlora.run_files import Record, RunFiles, breaks_promise
+from fedlora.run_files import RunFiles, breaks_promise
 from fedlora.units import count, percent, tiny
 
 PROMISES = {

@@ -16,31 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import FedLoraError
-from fedlora.units import number, percent
-
-Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What a run is judged by."""
-
-    key: str
-    title: str
-    share: bool
-    """Between 0 and 1, written as a percentage; more is better. Else less is better."""
-
-    def text(self, value: float | None) -> str:
-        return percent(value) if self.share else number(value)
-
-    def better(self, value: float, other: float) -> bool:
-        return value > other if self.share else value < other
-
-
-ACCURACY = Metric("accuracy", "accuracy", share=True)
-EXACT_MATCH = Metric("exact_match", "exact match", share=True)
-PERPLEXITY = Metric("perplexity", "perplexity", share=False)
-LOSS = Metric("loss", "loss", share=False)
+from fedlora.outcome import Metric, Record, finite, judge, judged_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +44,7 @@ class RunFiles:
         """Accuracy where anything has one, else perplexity, else loss."""
         seen = [r.get("evaluation") for r in self.rounds]
         seen += [c.get(when) for c in self.clients for when in ("final", "first", "personal")]
-        for metric in (ACCURACY, PERPLEXITY):
-            if any(metric.key in found for found in seen if found):
-                return metric
-        return LOSS
+        return judged_by(seen)
 
     @property
     def untuned(self) -> Record:
@@ -121,12 +94,6 @@ def read(run_dir: Path) -> RunFiles:
     )
 
 
-def finite(found: Record | None, key: str) -> float | None:
-    """found[key] if it is there and a finite number."""
-    value = (found or {}).get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def breaks_promise(proof: Record) -> bool:
     """The proof's deviation is not within the bound, where its promise has one.
 
@@ -161,6 +128,7 @@ def _derived(run_dir: Path, rounds: tuple[Record, ...], config: Record) -> dict[
         "max_deviation": _largest(p.get("deviation") for p in proofs),
         "failures": sum(len(r.get("failures") or ()) for r in rounds),
         "stopped": "",
+        "warnings": judge(rounds, {}, None),  # the rest is for the end
         "privacy": {},
     }
 

@@ -485,6 +485,7 @@ class FederatedLora(FlowerStrategy):
             **({"privacy": self.central.record()} if self.central else {}),
             **({"secure": gathered.secure} if gathered.secure else {}),
             **({"staleness": gathered.stale} if self.config.round.buffer else {}),
+            **({"loss_not_finite": sorted(gathered.diverged)} if gathered.diverged else {}),
         }
 
     def commit(self, number: int, record: Mapping[str, Any]) -> None:

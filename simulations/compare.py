@@ -52,7 +52,7 @@ from fedlora.errors import ConfigError, FedLoraError
 from fedlora.journal import NOT_THE_EXPERIMENT
 from fedlora.strategies import STRATEGIES
 from fedlora.units import duration
-from simulations.compare_table import Row, row, write
+from simulations.compare_table import MARK, Row, row, write
 from simulations.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 
 MOST_ROUNDS = 4
@@ -272,7 +272,8 @@ def _result(cell: Cell) -> str:
     if not cell.done:
         return cell.reason.split(": ", 1)[0] if cell.reason else "no result"
     found = row("", cell.strategy, "", [cell.directory])
-    return found.metric.text(found.score[0]) if found.score else "done"
+    told = found.metric.text(found.score[0]) if found.score else "done"
+    return f"{told} {MARK}" if found.warnings else told
 
 
 def _bytes(directory: Path) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
+from fedlora.outcome import finite
 from fedlora.report_axes import (
     GREY,
     by_round,
@@ -17,7 +18,7 @@ from fedlora.report_axes import (
     tall,
     with_legend,
 )
-from fedlora.run_files import RunFiles, finite
+from fedlora.run_files import RunFiles
 from simulations import page
 from simulations.compare_table import Row
 from simulations.page import drawn

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.run_files import ACCURACY, Metric, RunFiles, finite, read
+from fedlora.outcome import ACCURACY, Metric, finite
+from fedlora.run_files import RunFiles, read
 from fedlora.units import duration, percent, size, tiny
 from simulations.page import interval, markdown, render
 
 Search = Mapping[str, Sequence[Any]]
 """Keys that were chosen for each row, and the values to choose from."""
 NONE: Search = {}
+MARK = "(!)"
 
 
 @dataclass
@@ -42,6 +44,19 @@ class Row:
     """The score less the first row's of the same seed, with its interval."""
     searched: Mapping[str, Any] = field(default_factory=dict)
     """Keys that were chosen for this row, and what they are."""
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.variant, self.strategy)))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against each of its runs that something speaks against."""
+        return [
+            f"seed {run.summary['seed']}: {' '.join(run.summary['warnings'])}"
+            for run in self.runs
+            if run.summary["warnings"]
+        ]
 
     @property
     def mean(self) -> float | None:
@@ -176,7 +191,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str, Text]]:
 
 
 def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table, results only."""
+    """Head and body of the table, results only. The score of a run with warnings has the MARK."""
     shown, variants = columns(rows), any(r.variant for r in rows)
     metric = next((r.metric for r in rows if r.score), ACCURACY)
     first = compared(rows)
@@ -190,6 +205,7 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         score = metric.text(r.mean)
         if r.half is not None:
             score += f" +- {100 * r.half:.1f}" if metric.share else f" +- {r.half:.3f}"
+        score += f" {MARK}" if r.warnings else ""
         body.append([
             *([r.variant] if variants else []), r.strategy, r.promise,
             *(str(r.searched.get(k, "-")) for k in keys), str(len(r.runs)), score,
@@ -201,8 +217,12 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def refusals(rows: Sequence[Row]) -> list[str]:
     """What has no result, each with its reason."""
-    return [f"{' '.join(filter(None, (r.variant, r.strategy)))}: {r.reason or 'no result'}"
-            for r in rows if not r.runs]  # fmt: skip
+    return [f"{r.name}: {r.reason or 'no result'}" for r in rows if not r.runs]
+
+
+def marked(rows: Sequence[Row]) -> list[str]:
+    """What the MARK stands for, run by run."""
+    return [f"{r.name}, {said}" for r in rows for said in r.warnings]
 
 
 def complete(rows: Sequence[Row]) -> float | None:
@@ -240,18 +260,18 @@ def write(
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Full precision, one line a row, refusals with their reason."""
+    """Full precision, one line a row, warnings, refusals with their reason."""
     keys = list({k: None for r in rows for k in r.numbers})
     chosen = list({k: None for r in rows for k in r.searched})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["variant", "strategy", "promise", "seeds", "metric", "mean", "half95",
-                    "against_first", *chosen, *keys, "refused"])  # fmt: skip
+                    "against_first", *chosen, *keys, "warnings", "refused"])  # fmt: skip
     for r in rows:
         table.writerow([
             r.variant, r.strategy, r.promise, len(r.runs), r.metric.key, r.mean, r.half,
             r.against, *(r.searched.get(k) for k in chosen), *(r.numbers.get(k) for k in keys),
-            r.reason if not r.runs else "",
+            " ".join(r.warnings), r.reason if not r.runs else "",
         ])  # fmt: skip
     return text.getvalue()
 
@@ -267,7 +287,10 @@ def as_markdown(
     """The table as a Markdown page, with the claim and the command that made it."""
     head, body = texts(rows)
     lines = [f"# {title}", "", claim, "", f"    {command}", ""]
-    lines += [*markdown(head, body), "", *notes(rows, target, search)]
+    lines += [*markdown(head, body), ""]
+    if warned := marked(rows):
+        lines += [f"Marked {MARK}:", "", *(f"- {text}" for text in warned), ""]
+    lines += notes(rows, target, search)
     if refused := refusals(rows):
         lines += ["", "Without a result:", "", *(f"- {r}" for r in refused)]
     return "\n".join(lines) + "\n"
@@ -280,8 +303,7 @@ def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> l
     ]
     for key in {k: None for r in rows for k in r.searched}:
         values = search[key]
-        edge = [" ".join(filter(None, (r.variant, r.strategy))) for r in rows
-                if r.runs and r.searched.get(key) in (values[0], values[-1])]  # fmt: skip
+        edge = [r.name for r in rows if r.runs and r.searched.get(key) in (values[0], values[-1])]
         found.append(
             f"{key}: for each row that of {', '.join(map(str, values))} which scored best in one "
             "run of half the rounds, with a seed that is not in the table."
@@ -304,7 +326,10 @@ def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> l
 
 BODY = """<pre>{{ claim }}</pre>
 <pre><code>{{ command }}</code></pre>
-{{ table(head, body) }}
+{{ table(head, body, mark) }}
+{% if marked %}<h2>Marked {{ mark }}</h2>
+<ul class="bad">{% for text in marked %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endif %}
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}
 {% if refused %}<h2>Without a result</h2>
@@ -327,5 +352,5 @@ def as_html(
     head, body = texts(rows)
     return render(
         BODY, plots, title=title, claim=claim, command=command, head=head, body=body,
-        notes=notes(rows, target, search), refused=refusals(rows),
+        notes=notes(rows, target, search), refused=refusals(rows), mark=MARK, marked=marked(rows),
     )  # fmt: skip

@@ -14,9 +14,11 @@ from fedlora.report_axes import BLUE, GREEN, ORANGE, OTHERS, RED, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, *OTHERS)
 
-PAGE = """{% macro table(head, body) %}<div class="wide"><table>
+PAGE = """{% macro table(head, body, mark="") %}<div class="wide"><table>
 <tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
-{% for cells in body %}<tr>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
+{% for cells in body %}<tr>{% for c in cells %}
+<td{% if mark and c.endswith(mark) %} class="bad"{% endif %}>{{ c }}</td>
+{% endfor %}</tr>
 {% endfor %}</table></div>{% endmacro %}
 {% macro figure(title, png) %}
 <img alt="{{ title }}" src="data:image/png;base64,{{ png }}">{% endmacro %}
@@ -33,6 +35,7 @@ pre { white-space: pre-wrap; color: #475569 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right }
 th:first-child, td:first-child { text-align: left }
+.bad { color: #b42318 }
 img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
 </style>
 <h1>{{ title }}</h1>
@@ -42,8 +45,8 @@ img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
 def render(content: str, plots: Mapping[str, bytes], **given: Any) -> str:
     """One page that needs nothing beside it.
 
-    content: a jinja2 template below the heading, which has `table(head, rows)`,
-    `figure(title, plots[name])` and what else is given; `title` must be.
+    content: a jinja2 template below the heading, which has `table(head, rows)` (cells that end with
+    a third argument are red), `figure(title, plots[name])` and what else is given; `title` must be.
     """
     from jinja2 import Environment
 

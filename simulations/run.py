@@ -50,12 +50,7 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
 
 def finish(directory: Path, plots: bool) -> Path:
     """The report page and the summary table."""
-    from rich.console import Console
-
-    page = report.write(directory, plots)
-    console = Console()
-    console.print(report.summary_table(directory))
-    console.print(f"report: {page}", soft_wrap=True)
+    report.closing(directory, report.write(directory, plots))
     return directory
 
 

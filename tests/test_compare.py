@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from test_report import change, make_run
 
 from fedlora.config import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.strategies import STRATEGIES
 from simulations import compare
-from simulations.compare_table import Row, compared, once, row, target_of
+from simulations.compare_table import (
+    Row,
+    as_csv,
+    as_html,
+    as_markdown,
+    compared,
+    once,
+    row,
+    target_of,
+)
 from simulations.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
 from simulations.page import interval
 
@@ -277,3 +287,30 @@ def test_variants_of_one_strategy_are_compared_with_the_first_variant() -> None:
     rows = [Row(v, "fedex", "exact", score=s) for v, s in (("a", [0.5, 0.6]), ("b", [0.4, 0.5]))]
     assert compared(rows) == "a"
     assert rows[1].against == "-10.0 +- 0.0"
+
+
+# -- what speaks against a run ---------------------------------------------------------------------
+
+
+def test_a_row_with_a_run_that_came_to_nothing_is_marked_with_the_reason_and_no_other_is(
+    tmp_path: Path,
+) -> None:
+    why = "The final accuracy, 16.0%, is no better than: majority class 23.0%."
+    runs = [make_run(tmp_path / name, clients=3, rounds=1) for name in ("a", "b", "c")]
+    change(runs[1], lambda *run: run[2].update(warnings=[why], seed=8))
+    bad, well = row("v", "ffa", "exact", runs[:2]), row("v", "fedex", "exact", runs[2:])
+    assert bad.warnings == [f"seed 8: {why}"]
+    assert well.warnings == []
+    markdown = as_markdown("t", "claim", [bad, well], "command", None)
+    lines = {name: next(x for x in markdown.splitlines() if f"| {name} |" in x)
+             for name in ("ffa", "fedex")}  # fmt: skip
+    assert "(!) |" in lines["ffa"]
+    assert "(!)" not in lines["fedex"]
+    assert f"Marked (!):\n\n- v ffa, seed 8: {why}\n" in markdown
+    page = as_html("t", "claim", [bad, well], "command", None, {})
+    assert page.count('<td class="bad">') == 1
+    assert f"<li>v ffa, seed 8: {why}</li>" in page
+    first, second = csv.DictReader(as_csv([bad, well]).splitlines())
+    assert (first["warnings"], second["warnings"]) == (f"seed 8: {why}", "")
+    assert "Marked" not in as_markdown("t", "claim", [well], "command", None)
+    assert "Marked" not in as_html("t", "claim", [well], "command", None, {})

@@ -21,7 +21,7 @@ from client_app.app import app as client_app
 from fedlora.config import Config
 from fedlora.console import Silent
 from fedlora.errors import FedLoraError, UpdateError, WireError
-from fedlora.intake import read_reply
+from fedlora.intake import Gathered, read_reply
 from fedlora.roster import Roster, read_facts
 from fedlora.server import FederatedLora
 from fedlora.strategies.base import Client, Layer, Round
@@ -303,7 +303,7 @@ def test_no_reply_raises_anything_but_ours(tag, metrics, tensors, right) -> None
         ask.metadata.__dict__["_message_id"] = "0" * 32
         reply = Message(RecordDict(records), reply_to=ask)
     try:
-        upload, _ = read_reply(reply, CLIENT, Round(1, 0), "t", SCHEMA)
+        upload, _ = read_reply(reply, CLIENT, Round(1, 0), "t", SCHEMA, Gathered())
     except FedLoraError:
         return
     assert upload.sent.A["m"].shape == (2, 5)

@@ -164,6 +164,7 @@ def make_run(
         "max_deviation": max(r["proof"]["deviation"] for r in records[1:]),
         "failures": sum(len(r["failures"]) for r in records),
         "stopped": "",
+        "warnings": [],
         "privacy": {},
     }
     save(folder, records, held, summary)
@@ -372,7 +373,7 @@ def test_words_from_outside_are_escaped(run: Path) -> None:
         rounds[1]["proof"]["worst_layer"] = attack
         rounds[1]["proof"]["layers"] = {attack: 1e-7}
         clients[0]["labels"] = {attack + '" onmouseover="x': 3}
-        summary.update(name=attack, model=attack, data=attack, stopped=attack)
+        summary.update(name=attack, model=attack, data=attack, stopped=attack, warnings=[attack])
         summary["baselines"] = {attack: {"accuracy": 0.5}}
         summary["privacy"] = {attack: attack}
 

@@ -97,10 +97,6 @@ def finish(plan: Plan, results: Path, run_id: str, status: str) -> None:
             f"the run ended as {status}; the ServerApp's last words:\n{last}\n"
             f"Mend the cause, then `fedlora deploy run {plan.directory} --resume`"
         )
-    from rich.console import Console
-
     from fedlora import report
 
-    page = report.write(results)
-    Console().print(report.summary_table(results))
-    Console().print(f"report: {page}")
+    report.closing(results, report.write(results))
