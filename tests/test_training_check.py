@@ -126,7 +126,8 @@ def stale_casts(patch: Patch, s: Loaded) -> None:
         yield
 
     patch.setattr(training_check, "training", around)
-    patch.setattr(train, "autocast", none)
+    for module in (train, training_check):
+        patch.setattr(module, "autocast", none)
 
 
 def frozen_adapters(patch: Patch, s: Loaded) -> None:
