@@ -31,6 +31,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.algebra import factors, follows_the_mean, same, untrained, vector
+from fedlora.codes import FailureKind, Refusal
 from fedlora.errors import StrategyError
 from fedlora.intake import POLL, SLOWEST_POLL, Gathered, ready
 from fedlora.lowrank import wide
@@ -109,7 +110,8 @@ def uploads(
         stale = round.number - flight.round.number
         if config.max_staleness and stale > config.max_staleness:
             reason = f"it is {stale} rounds old, round.max-staleness = {config.max_staleness}"
-            server.refuse(flight.client.id, flight.round, reason, gathered)
+            refusal = Refusal(FailureKind.LATE, reason)
+            server.refuse(flight.client.id, flight.round, refusal, gathered)
             continue
         if accept(server, upload, facts, flight.round, gathered) is None:
             continue
@@ -227,4 +229,5 @@ def _overdue(server: "FederatedLora", gathered: Gathered) -> None:
         flight = buffer.flights[i]
         if time.perf_counter() - flight.asked > limit:
             del buffer.pending[mid], buffer.flights[i]
-            server.refuse(i, flight.round, f"no reply within {limit:g} s", gathered)
+            refusal = Refusal(FailureKind.LATE, f"no reply within {limit:g} s")
+            server.refuse(i, flight.round, refusal, gathered)

@@ -33,6 +33,7 @@ from flwr.app import (
 
 from fedlora import capability, feedback, site
 from fedlora.adapter import Delta, Factors
+from fedlora.codes import code_of
 from fedlora.config import Config
 from fedlora.errors import FedLoraError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.evaluate import evaluate
@@ -57,12 +58,17 @@ def answer(handler: Handler, message: Message, context: Context) -> Message:
     """The handler's reply, or an error reply that says what went wrong. Never nothing."""
     try:
         return Message(handler(message, context), reply_to=message)
-    except FedLoraError as e:
-        return Message(Error(1, f"{type(e).__name__}: {e}"), reply_to=message)
     except Exception as e:  # whatever it is, the server must hear of it
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        at = f"{Path(where.filename).name}:{where.lineno}"
-        return Message(Error(2, f"{type(e).__name__}: {e} ({at})"), reply_to=message)
+        return Message(Error(code_of(e), _told(e)), reply_to=message)
+
+
+def _told(error: Exception) -> str:
+    """An error in words; of one that is not meant for a user also where it was raised."""
+    told = f"{type(error).__name__}: {error}"
+    if isinstance(error, FedLoraError):
+        return told
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{told} ({Path(where.filename).name}:{where.lineno})"
 
 
 def query(_: Message, context: Context) -> RecordDict:

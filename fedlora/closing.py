@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedlora.codes import Refusal
 from fedlora.data import describe
 from fedlora.export import beginning, save_peft
-from fedlora.intake import exchange, part_of
+from fedlora.intake import error_of, exchange, part_of
 from fedlora.outcome import judge, said
 from fedlora.privacy.summary import summary as privacy
 from fedlora.strategies.base import Client, Round, Upload
@@ -77,8 +78,8 @@ def _answers(
     """(client, reply) of those that answered; the others are noted."""
     of_node = {node: i for i, node in server.nodes.items()}
     for node, reply in exchange(grid, messages, server.config.round.deadline):
-        if reply.has_error():
-            server.observer.client_failed(of_node[node], str(reply.error.reason))
+        if error := error_of(reply):
+            server.observer.client_failed(of_node[node], Refusal.of(error).reason)
         else:
             yield of_node[node], reply
 

@@ -32,6 +32,14 @@ class UpdateError(FedLoraError, ValueError):
     """One client's update cannot be used. It is left out; the round goes on."""
 
 
+class ClientError(UpdateError):
+    """A client answered with an error reply. `code` is what it says of it: see fedlora/codes.py."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        super().__init__(reason)
+
+
 class ProofError(FedLoraError):
     """An aggregation that promises to be exact was not. The run stops before it spreads."""
 
@@ -63,6 +71,10 @@ class TrainingCheckError(FedLoraError):
 
 class PrivacyError(FedLoraError):
     """A privacy promise cannot be kept. Nothing is released."""
+
+
+class BudgetSpent(PrivacyError):  # noqa: N818  it ends a run, in good order
+    """A privacy budget allows no more, and only a larger one would. Nothing is released."""
 
 
 class DeployError(FedLoraError):

@@ -22,9 +22,10 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors, Pair
+from fedlora.codes import Refusal
 from fedlora.config import Config
 from fedlora.errors import RoundError
-from fedlora.intake import exchange
+from fedlora.intake import error_of, exchange
 from fedlora.model import Model
 from fedlora.strategies.base import Client, Round, Upload, mean, seeded, top_ranks
 from fedlora.text import Encoded, batches
@@ -103,8 +104,8 @@ def _phase(
         messages.append(message)
     uploads = []
     for _, reply in exchange(grid, messages, server.config.round.deadline):
-        if reply.has_error():
-            server.observer.client_failed(None, str(reply.error.reason))
+        if error := error_of(reply):
+            server.observer.client_failed(None, Refusal.of(error).reason)
             continue
         i = int(reply.content.config_records["reply"]["client"])  # type: ignore[arg-type]
         n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message
 
+from fedlora.codes import Code, code_of
+
 METHOD = "/fedlora.Worker/Answer"
 READY = 60.0
 """Seconds to wait for a worker that is starting."""
-WORKER_LOST = 3
-"""The error's code where the worker was lost, or took too long."""
 
 
 def answer(kind: str, message: Message, context: Context) -> Message:
@@ -33,7 +33,7 @@ def answer(kind: str, message: Message, context: Context) -> Message:
 
         return client.answer(getattr(client, HANDLERS[kind]), message, context)
     except Exception as e:  # an import that fails, too: a node without a reply waits for ever
-        return Message(Error(2, f"{type(e).__name__}: {e}"), reply_to=message)
+        return Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
 
 
 HANDLERS = {
@@ -65,7 +65,7 @@ def ask(socket: Path, kind: str, message: Message, context: Context) -> Message 
         except grpc.RpcError as e:
             why = f"{e.code().name}: {e.details()}"
             reason = f"the node's worker was lost with this message in hand ({why})"
-            return Message(Error(WORKER_LOST, reason), reply_to=message)
+            return Message(Error(Code.WORKER_LOST, reason), reply_to=message)
     reply = message_from_proto(ProtoMessage.FromString(data))
     if reply.has_error():
         return Message(reply.error, reply_to=message)

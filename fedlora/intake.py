@@ -15,7 +15,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.adapter import Factors
-from fedlora.errors import UpdateError
+from fedlora.codes import FailureKind
+from fedlora.errors import ClientError, UpdateError
 from fedlora.lowrank import norm
 from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
 from fedlora.wire import Shapes, count_bytes, unpack_factors
@@ -51,6 +52,16 @@ class Gathered:
     """What a secure aggregation came to."""
     diverged: set[int] = field(default_factory=set)
     """Who told a training loss that is no finite number, whether or not the update counts."""
+
+    @property
+    def spent(self) -> bool:
+        """Did spent budgets, and nothing else, keep clients from answering?
+
+        By the kinds of their failures: any of another kind makes it False, so that one client's
+        word never explains what befell another. Who was left out as alone does not count.
+        """
+        kinds = {f["kind"] for f in self.failures} - {FailureKind.ALONE}
+        return kinds == {FailureKind.BUDGET}
 
 
 def exchange(
@@ -136,10 +147,11 @@ def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[
     """What a reply says it answers, which is what was asked.
 
     Raises:
-        UpdateError: it is an error, or of another client, round or run.
+        ClientError: it is an error reply.
+        UpdateError: it is of another client, round or run.
     """
-    if reply.has_error():
-        raise UpdateError(str(reply.error.reason))
+    if error := error_of(reply):
+        raise error
     try:
         tag: Mapping[str, Any] = reply.content.config_records["reply"]
         said = (tag["round"], tag["token"], tag["client"])
@@ -152,6 +164,13 @@ def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[
             + f", not client {client.id}'s of round {round.number}"
         )
     return tag
+
+
+def error_of(reply: Message) -> ClientError | None:
+    """What an error reply says; None where the reply is none."""
+    if not reply.has_error():
+        return None
+    return ClientError(reply.error.code, reply.error.reason or "no reason given")
 
 
 def facts_of(

@@ -13,6 +13,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora import compose
+from fedlora.codes import FailureKind, Refusal
 from fedlora.errors import FedLoraError
 from fedlora.intake import Gathered, check_norm, exchange, read_reply
 from fedlora.strategies.base import Client, Round, Upload
@@ -62,7 +63,7 @@ def uploads(
     for i in waiting:
         if i not in here:
             reason = f"no reply within {server.config.round.deadline:g} s"
-            server.refuse(i, round, reason, gathered)
+            server.refuse(i, round, Refusal(FailureKind.LATE, reason), gathered)
         elif upload := here[i]:
             yield upload
 
@@ -93,7 +94,7 @@ def read(
         upload, facts = read_reply(reply, client, round, server.token, schema, gathered)
         check_norm(server.strategy, state, upload, round, server.config.round.max_norm)
     except FedLoraError as e:
-        server.refuse(client.id, round, str(e), gathered, offence=not reply.has_error())
+        server.refuse(client.id, round, Refusal.of(e), gathered)
         return None
     return upload, facts
 
@@ -108,7 +109,7 @@ def accept(
     """Put an update on record; None where a device model says that it came too late."""
     client = upload.client
     if reason := compose.late(server, client, round, facts, gathered):
-        server.refuse(client.id, round, reason, gathered)
+        server.refuse(client.id, round, Refusal(FailureKind.LATE, reason), gathered)
         return None
     gathered.accepted.append(client.id)
     gathered.clients[client.id] = facts

@@ -7,8 +7,9 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.codes import Refusal
 from fedlora.errors import UpdateError
-from fedlora.intake import POLL, SLOWEST_POLL, exchange
+from fedlora.intake import POLL, SLOWEST_POLL, error_of, exchange
 
 Facts = Mapping[str, Any]
 MOST_CLIENTS = 2**31
@@ -48,7 +49,7 @@ class Roster:
                 facts = read_facts(reply)
                 self._admit(node, int(facts["client"]))
             except UpdateError as e:
-                self.refused(f"node {node} was not taken in: {e}")
+                self.refused(f"node {node} was not taken in: {Refusal.of(e).reason}")
             else:
                 yield int(facts["client"]), facts
 
@@ -85,8 +86,8 @@ def read_facts(reply: Message) -> Facts:
     Raises:
         UpdateError: it is an error, or no client number and rank.
     """
-    if reply.has_error():
-        raise UpdateError(str(reply.error.reason))
+    if error := error_of(reply):
+        raise error
     try:
         facts: Facts = reply.content.config_records["facts"]
         client, rank, layers = facts["client"], facts["rank"], facts.get("layers", 0)

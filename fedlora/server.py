@@ -28,9 +28,10 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlora import buffered, compose, forms, measured, site
 from fedlora.adapter import Delta
 from fedlora.closing import close
+from fedlora.codes import FailureKind, Refusal
 from fedlora.config import Config
 from fedlora.console import Observer, Silent
-from fedlora.errors import PrivacyError, RoundError, StrategyError
+from fedlora.errors import BudgetSpent, FedLoraError, RoundError, StrategyError, TrainingCheckError
 from fedlora.evaluate import evaluate
 from fedlora.intake import Gathered, Schemas
 from fedlora.journal import Journal, Member, Saved, state_types
@@ -38,7 +39,6 @@ from fedlora.opening import begin, check_model, look, meet
 from fedlora.planning import Planner
 from fedlora.precision import described
 from fedlora.privacy.central import CentralPrivacy
-from fedlora.privacy.summary import EXHAUSTED
 from fedlora.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
 from fedlora.replies import one as accepted
 from fedlora.replies import uploads as ordered_uploads
@@ -90,6 +90,7 @@ class FederatedLora(FlowerStrategy):
         self.secure = config.secure.aggregation
         self.summable: set[Any] = set()  # what secure aggregation was found to go with
         self.clock = 0.0  # virtual seconds
+        self.simulated = False
         self.buffer = buffered.Buffer()
         self.moments = Moments()
 
@@ -100,9 +101,11 @@ class FederatedLora(FlowerStrategy):
 
         Raises:
             StrategyError: the strategy cannot do what the config asks; before round 1.
-            RoundError: fewer than round.min-replies answered; the checkpoint is intact.
+            RoundError: fewer than round.min-replies answered; the checkpoint is intact. Where all
+                others say that their privacy budget is spent, the run ends in good order instead.
             ProofError: an aggregation that promises to be exact was not.
         """
+        self.simulated = getattr(grid, "simulated", False)
         with watched(self.observer, self.config, self.journal.directory) as self.observer:
             return self._run(grid)
 
@@ -118,9 +121,7 @@ class FederatedLora(FlowerStrategy):
         for number in range(done + 1, self.config.run.rounds + 1):
             try:
                 record = self.round(grid, number)
-            except (PrivacyError, RoundError) as e:
-                if EXHAUSTED not in str(e):
-                    raise
+            except BudgetSpent as e:
                 stopped = f"before round {number}: {e}"
                 self.observer.note(f"stopped {stopped}")
                 break
@@ -373,23 +374,42 @@ class FederatedLora(FlowerStrategy):
                 pass
         enough = 0 if self.central and self.central.poisson else self.config.round.min_replies
         if not some or len(gathered.accepted) < enough:
-            reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in gathered.failures)
-            raise RoundError(
-                f"round {round.number}: {len(gathered.accepted)} updates were accepted, "
-                f"round.min-replies = {self.config.round.min_replies}. {reasons}. The state before "
-                f"it is in {self.journal.directory / 'checkpoint'}; mend the cause and resume."
-            )
+            told = f"{len(gathered.accepted)} updates were accepted, round.min-replies = "
+            raise self.too_few(f"{told}{self.config.round.min_replies}", round, gathered)
         return state
 
     @property
     def _folds(self) -> bool:
         return self.config.ranks.absent == "fold"
 
-    def refuse(
-        self, i: int, round: Round, reason: str, gathered: Gathered, offence: bool = False
-    ) -> None:
-        """Put on record why a client's reply does not count."""
-        gathered.failures.append({"client": i, "round": round.number, "reason": reason})
+    def too_few(self, what: str, round: Round, gathered: Gathered) -> FedLoraError:
+        """The error of a round in which too few counted: BudgetSpent where that is the only cause.
+
+        Only under example-level DP has a client a budget; elsewhere one that says so lies.
+        """
+        ends = self.config.privacy.by_example and gathered.spent
+        return (BudgetSpent if ends else RoundError)(self.told(what, round, gathered))
+
+    def told(self, what: str, round: Round, gathered: Gathered) -> str:
+        """What went wrong with a round, all its failures, and what to do."""
+        reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in gathered.failures)
+        return (
+            f"round {round.number}: {what}. {reasons}. The state before it is in "
+            f"{self.journal.directory / 'checkpoint'}; mend the cause and resume."
+        )
+
+    def refuse(self, i: int, round: Round, refusal: Refusal, gathered: Gathered) -> None:
+        """Put on record why a client's reply does not count.
+
+        Raises:
+            TrainingCheckError: in a simulation, where every client is this machine: nothing that
+                it computes can be believed.
+        """
+        if self.simulated and refusal.kind == FailureKind.UNTRAINED:
+            raise TrainingCheckError(f"round {round.number}, client {i}: {refusal.reason}")
+        kind, reason, offence = refusal.kind, refusal.reason, refusal.kind == FailureKind.BAD
+        entry = {"client": i, "round": round.number, "kind": kind.value, "reason": reason}
+        gathered.failures.append(entry)
         if i in self.members:
             m = self.members[i]
             self.members[i] = replace(

@@ -30,12 +30,17 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlora.codes import Code, code_of
+
 FIRST_NODE = 1000
 RUN_ID = 1
 
 
 class LocalGrid(Grid):
     """A federation of `nodes` clients. Use as a context manager: it stops its workers."""
+
+    simulated = True
+    """Its clients are all this machine."""
 
     def __init__(
         self,
@@ -139,7 +144,7 @@ class LocalGrid(Grid):
             if reply is None:
                 raise ValueError("the ClientApp gave no reply")
         except Exception as e:  # an app without a guard of its own
-            reply = Message(Error(2, f"{type(e).__name__}: {e}"), reply_to=message)
+            reply = Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
         return reply
 
     def _keep(self, message: Message, reply: Message) -> None:
@@ -181,7 +186,7 @@ class LocalGrid(Grid):
         status = worker.stop()
         if message is not None:
             reason = f"the worker process ended with status {status} while it held this message"
-            self._keep(message, Message(Error(2, reason), reply_to=message))
+            self._keep(message, Message(Error(Code.WORKER_LOST, reason), reply_to=message))
         self.workers.insert(n, self._hire())
 
     def _collect(self, timeout: float) -> None:

@@ -247,5 +247,6 @@ def test_a_client_that_never_answers_is_left_out_at_the_deadline(settings: Setti
     given = quick("fedex", **{"simulate.workers": 2, "round.deadline": 4.0})
     ran = federate(settings(**given), Bad(sleeps))
     (failure,) = ran.rounds[2]["failures"]
-    assert failure == {"client": 1, "round": 2, "reason": "no reply within 4 s"}
+    told = {"kind": "late", "reason": "no reply within 4 s"}
+    assert failure == {"client": 1, "round": 2, **told}
     assert ran.rounds[2]["accepted"] == [0, 2]

@@ -21,7 +21,7 @@ import pytest
 from fedlora.config import Config
 from fedlora.deploy import keys
 from fedlora.deploy.gate import Gate
-from fedlora.deploy.host import down
+from fedlora.deploy.host import down, register, registered
 from fedlora.deploy.layout import Wanted, init, renew
 from fedlora.deploy.plan import Plan, free_ports
 from fedlora.deploy.supervise import _group_alive, is_running, read_state
@@ -244,6 +244,43 @@ def test_the_gate_passes_nothing_else(path: str, capsys: pytest.CaptureFixture[s
 def test_the_gate_refuses_an_oversized_message() -> None:
     answer, seen = through_the_gate("POST", "/v1/fleet/push", b"x" * 1001)
     assert (answer.status_code, seen) == (413, [])
+
+
+# -- registering --------------------------------------------------------------------------------
+
+
+class Stub:
+    """Stands for `flwr`: it gives each key that is registered the next number."""
+
+    def __init__(self, known: dict[str, str], after: int = 99) -> None:
+        self.known, self.after = known, after
+
+    def keys(self) -> dict[str, str]:
+        return dict(self.known)
+
+    def __call__(self, *arguments: str) -> dict[str, str]:
+        if len(self.known) >= self.after:
+            raise DeployError("`flwr supernode register`: Public key already in use.")
+        key = keys.pem(Path(arguments[2]))
+        assert key not in self.known
+        self.known[key] = str(len(self.known) + 1)
+        return {"node-id": self.known[key]}
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_an_up_that_was_cut_short_registers_the_rest_and_keeps_the_ids(
+    plan: Plan, forget: bool
+) -> None:
+    """Also of a key that was registered just before, and whose id was not on record yet."""
+    plan.run_directory.mkdir(exist_ok=True)
+    known: dict[str, str] = {}
+    with pytest.raises(DeployError, match="already in use"):  # its words excuse nothing
+        register(plan, Stub(known, after=2))
+    assert registered(plan) == {"node-0": "1", "node-1": "2"}
+    if forget:
+        (plan.run_directory / "registered.part").unlink()
+    register(plan, Stub(known))
+    assert registered(plan) == {"node-0": "1", "node-1": "2", "node-2": "3"}
 
 
 # -- the supervisor -----------------------------------------------------------------------------

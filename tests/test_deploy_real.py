@@ -158,6 +158,17 @@ def turned_away(plan: Plan, directory: Path) -> str:
     return (directory / "log").read_text()
 
 
+def test_who_registers_again_finds_the_same_nodes(deployed: Plan) -> None:
+    """As after an `up` that was cut short: what the SuperLink has is asked of it."""
+    ids = host.registered(deployed)
+    path = deployed.run_directory / "registered.json"
+    path.unlink()
+    with Operator(deployed) as operator:
+        host.register(deployed, operator)
+    assert len(ids) == 4
+    assert host.registered(deployed) == ids
+
+
 def test_status_names_every_process_and_node(deployed: Plan) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "fedlora.cli", "deploy", "status", str(deployed.directory)],

@@ -12,7 +12,9 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedlora import handover
+from fedlora.codes import Code
 from fedlora.deploy import node, worker
+from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
 
 
 def test_the_short_lived_process_imports_no_torch() -> None:
@@ -75,6 +77,33 @@ def test_a_worker_that_never_was_there_is_done_without() -> None:
     assert reply.content.config_records["facts"]["client"] == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BudgetSpent("x"), Code.BUDGET_SPENT),
+        (TrainingCheckError("x"), Code.UNTRAINABLE),
+        (PrivacyError("the privacy budget is spent"), Code.FAILED),
+        (RuntimeError("the privacy budget is spent"), Code.BUG),
+    ],
+)
+@pytest.mark.parametrize("how", ["warm", "alone"])
+def test_an_error_keeps_its_code_all_the_way(
+    warm: str, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code, how: str
+) -> None:
+    from fedlora import client
+
+    def fails(*_: object) -> RecordDict:
+        raise error
+
+    monkeypatch.setattr(client, "train", fails)
+    message, context = a_message()
+    if how == "warm":
+        context.node_config["worker-socket"] = warm
+    reply = handover.answer("train", message, context)
+    assert reply.error.code == code
+    assert str(reply.error.reason).startswith(f"{type(error).__name__}: {error}")
+
+
 DYING = """
 import os, sys, time
 from pathlib import Path
@@ -107,7 +136,7 @@ def test_a_crash_of_the_worker_is_an_error_reply() -> None:
     message, context = a_message()
     context.node_config["worker-socket"] = "w.sock"
     reply = handover.answer("train", message, context)
-    assert reply.error.code == handover.WORKER_LOST
+    assert reply.error.code == Code.WORKER_LOST
     assert "was lost with this message in hand" in reply.error.reason
 
 
@@ -119,7 +148,7 @@ def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(
     context.node_config["worker-socket"] = "w.sock"
     begun = time.monotonic()
     reply = handover.answer("train", message, context)
-    assert reply.error.code == handover.WORKER_LOST
+    assert reply.error.code == Code.WORKER_LOST
     assert "DEADLINE" in reply.error.reason
     assert time.monotonic() - begun < 8
     patience = worker.MERCY + 8
@@ -169,4 +198,5 @@ def test_a_broken_installation_is_an_error_reply(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(client, "train")  # as where the installed version is another
     message, context = a_message()
     reply = handover.answer("train", message, context)
+    assert reply.error.code == Code.BUG
     assert "AttributeError" in reply.error.reason

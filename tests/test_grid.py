@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedlora.codes import FailureKind, kind_of
 from simulations.grid import FIRST_NODE, LocalGrid
 
 
@@ -148,6 +149,7 @@ def test_an_app_that_raises_or_says_nothing_gets_an_error_reply(workers: int) ->
             assert reply.has_error()
             assert isinstance(reply.error, Error)
             assert reason in str(reply.error.reason)
+            assert kind_of(reply.error.code) == FailureKind.FAILED
 
 
 def test_a_worker_killed_at_its_work_costs_its_message_alone() -> None:
@@ -158,6 +160,7 @@ def test_a_worker_killed_at_its_work_costs_its_message_alone() -> None:
         assert len(replies) == 6
         assert len(lost) == 2
         assert all("worker process ended" in str(r.error.reason) for r in lost)
+        assert all(kind_of(r.error.code) == FailureKind.LOST for r in lost)
         assert {told(r, "n") for r in replies if not r.has_error()} == {0, 2, 3, 5}
         after = list(grid.send_and_receive([ask(i, sleep=0.05) for i in range(6)]))
         assert not any(r.has_error() for r in after)

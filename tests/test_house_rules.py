@@ -3,6 +3,7 @@
 import ast
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,6 +198,100 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (self.path,))
+
+
+CAUGHT = re.compile(r"(Error|Exception|Spent)\b")
+JUDGES = {"startswith", "endswith", "find", "index", "count", "search", "match", "fullmatch"}
+
+
+def errors_of(scope: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """(name, where it is bound) of the errors caught in a tree or given to its functions."""
+    for node in ast.walk(scope):
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.name, node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for a in (*node.args.args, *node.args.kwonlyargs):
+                if a.annotation and CAUGHT.search(ast.unparse(a.annotation)):
+                    yield a.arg, node
+
+
+def says(node: ast.AST, name: str, texts: set[str]) -> bool:
+    """Is there the text of the error in it?"""
+    for x in ast.walk(node):
+        match x:
+            case ast.Call(func=ast.Name(id="str" | "repr" | "format"), args=[ast.Name(id=n), *_]):
+                if n == name:
+                    return True
+            case ast.FormattedValue(value=ast.Name(id=n)) if n == name:
+                return True
+            case ast.Attribute(value=ast.Name(id=n), attr="args") if n == name:
+                return True
+            case ast.Attribute(attr="reason") | ast.Subscript(slice=ast.Constant(value="reason")):
+                return True
+            case ast.Name(id=n) if n in texts:
+                return True
+    return False
+
+
+def judged(tree: ast.AST) -> Iterator[ast.expr]:
+    """Where the words of an error decide something: they are compared, searched or matched."""
+    for name, scope in [*errors_of(tree), ("", tree)]:
+        texts = {
+            target.id
+            for node in ast.walk(scope)
+            if isinstance(node, ast.Assign) and says(node.value, name, set())
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(scope):
+            if isinstance(node, ast.Compare) and says(node, name, texts):
+                yield node
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                given = [node.func.value, *node.args]
+                if node.func.attr in JUDGES and any(says(x, name, texts) for x in given):
+                    yield node
+
+
+def test_the_words_of_an_error_decide_nothing() -> None:
+    """Its type does, or the code that came with it: anybody can say anything."""
+    for path, tree in TREES.items():
+        found = [where(path, node) for node in judged(tree)]
+        assert not found, f"the words of an error decide at {', '.join(found)}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "if 'spent' in str(e): pass",
+        "if SPENT not in str(e): raise",
+        "stop = f'{e}' == SPENT",
+        "if str(e).startswith('spent'): pass",
+        "if re.search('spent', str(e)): pass",
+        "if e.args[0] == 'spent': pass",
+        "said = str(e).lower()\n    if 'spent' in said: pass",
+        "if 'spent' in reply.error.reason: pass",
+        "if str(reply.error.reason).count('spent'): pass",
+        "said = reply.error.reason\n    if 'spent' in said: pass",
+        "done = all('spent' in f['reason'] for f in gathered.failures)",
+    ],
+)
+def test_a_decision_by_the_words_of_an_error_is_seen(body: str) -> None:
+    assert list(judged(ast.parse(f"try:\n    f()\nexcept E as e:\n    {body}\n")))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "say(f'stopped: {e}')",
+        "if isinstance(e, BudgetSpent): pass",
+        "if e.errno == ENOSPC: pass",
+        "if reply.error.code == SPENT: pass",
+        "reason = str(e) or 'no reason given'",
+        "if 'x' in found: say(str(e))",
+    ],
+)
+def test_an_error_that_is_told_or_judged_by_its_type_is_not(body: str) -> None:
+    assert not list(judged(ast.parse(f"try:\n    f()\nexcept E as e:\n    {body}\n")))
 
 
 def test_no_loader_opens_a_pickle(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Client-level DP: what one client can do to the mean, the noise on it, the clip that adapts."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_privacy_ledger import lines, run
 from fedlora.adapter import Factors
 from fedlora.algebra import factors, vector
 from fedlora.config import Config
-from fedlora.errors import PrivacyError, StrategyError
+from fedlora.errors import BudgetSpent, StrategyError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Spend, epsilon
 from fedlora.privacy.central import CentralPrivacy, check
@@ -159,8 +160,21 @@ def test_a_budget_ends_the_run(tmp_path: Path) -> None:
         update={"privacy": central.config.privacy.model_copy(update={"epsilon": budget})}
     )
     central.pay("run", 2)
-    with pytest.raises(PrivacyError, match="budget is spent"):
+    with pytest.raises(BudgetSpent, match="budget is spent"):
         central.pay("run", 3)
+
+
+def test_the_servers_own_spent_budget_ends_the_run_in_good_order(settings: Build, tmp_path) -> None:
+    given = {
+        "strategy.name": "fedsb", "clients.ranks": "3", "run.rounds": 1,
+        "privacy.level": "client", "privacy.epsilon": 2.0, "privacy.delta": 1e-3,
+        "privacy.ledger": str(tmp_path / "shared"),
+    }  # fmt: skip
+    run(settings("bert", **given))
+    server = run(settings("bert", **given, **{"run.name": "again"}))
+    summary = json.loads((server.journal.directory / "summary.json").read_text())
+    assert summary["stopped"].startswith("before round 1: the privacy budget is spent")
+    assert [line["round"] for line in lines(server)] == [0]
 
 
 def test_poisson_cohorts_are_by_chance_of_the_system(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from private_setting import Build
 
-from fedlora.errors import PrivacyError, RoundError
+from fedlora.errors import BudgetSpent, PrivacyError, RoundError
 from fedlora.privacy import accounting
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.accounting import Spend, epsilon
@@ -37,7 +37,7 @@ def test_a_budget_stops_before_it_is_exceeded(tmp_path: Path) -> None:
     for _ in range(2):
         assert ledger.reserve(CHARGE, budget) <= budget
     size = ledger.path.stat().st_size
-    with pytest.raises(PrivacyError, match=r"budget is spent.*nothing was trained"):
+    with pytest.raises(BudgetSpent, match=r"budget is spent.*nothing was trained"):
         ledger.reserve(CHARGE, budget)
     assert ledger.path.stat().st_size == size
 
@@ -76,8 +76,9 @@ def test_a_known_data_set_without_its_ledger_is_not_trained_on(tmp_path: Path) -
     ledger = Ledger(tmp_path, "d")
     ledger.reserve(CHARGE)
     ledger.path.unlink()
-    with pytest.raises(PrivacyError, match="is gone"):
+    with pytest.raises(PrivacyError, match="is gone") as caught:
         ledger.reserve(CHARGE)
+    assert not isinstance(caught.value, BudgetSpent), "that ends a run as finished"
     assert not ledger.path.exists()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_federation import federate, quick
+from tiny_federation import Ran, directory_of, federate, quick
 
 from fedlora import site, text, train, training_check
 from fedlora.adapter import Factors
@@ -319,3 +319,77 @@ def test_a_planted_fault_is_caught_and_named(
     after = bits(s.model)
     if plant is not too_many_parameters:  # what only the fault knows of, only it could restore
         assert all(torch.equal(after[k], x) for k, x in before.items() if k.startswith("base_"))
+
+
+def broken_on_client_1(real: Callable[..., None]) -> Callable[..., None]:
+    def check(*args: Any) -> None:
+        if args[-1] == 1:
+            raise TrainingCheckError("planted", "by 3")
+        real(*args)
+
+    return check
+
+
+def test_in_a_simulation_a_client_that_does_not_train_ends_the_run(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora import client
+
+    monkeypatch.setattr(
+        client, "check_before_training", broken_on_client_1(client.check_before_training)
+    )
+    given = settings("bert", **quick("fedex"))
+    with pytest.raises(TrainingCheckError, match=r"round 1, client 1: .*planted"):
+        federate(given)
+    assert [r["round"] for r in Ran(directory_of(given)).rounds] == [0], "nothing was aggregated"
+
+
+def test_elsewhere_it_is_refused_by_kind_and_the_others_go_on(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora import client
+    from simulations.grid import LocalGrid
+
+    monkeypatch.setattr(
+        client, "check_before_training", broken_on_client_1(client.check_before_training)
+    )
+    monkeypatch.setattr(LocalGrid, "simulated", False)
+    for r in federate(settings("bert", **quick("fedex"))).rounds[1:]:
+        assert r["accepted"] == [0, 2]
+        assert [(f["client"], f["kind"]) for f in r["failures"]] == [(1, "untrained")]
+
+
+def test_where_losses_are_not_told_neither_is_what_the_check_measured(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora import client
+    from simulations.grid import LocalGrid
+
+    monkeypatch.setattr(
+        client, "check_before_training", broken_on_client_1(client.check_before_training)
+    )
+    monkeypatch.setattr(LocalGrid, "simulated", False)
+    private = {"privacy.epsilon": 4.0, "privacy.delta": 1e-3}
+    failed = federate(settings("bert", **quick("fedex", **private))).rounds[1]["failures"]
+    assert failed[0]["reason"] == "TrainingCheckError: planted"
+
+
+def test_the_server_checks_its_own_model_before_round_1(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(training_check, "learning_rate", lambda *_: 0.0)
+    given = settings("bert", **quick("fedex"))
+    with pytest.raises(TrainingCheckError, match="a step left"):
+        federate(given)
+    assert not Ran(directory_of(given)).rounds
+
+
+def test_rows_without_anything_to_learn_are_named_in_a_fixed_text(settings: Settings) -> None:
+    s = loaded(settings, "gpt2", "float32")
+    rows = s.rows
+    bare = Encoded(rows.ids, rows.starts, rows.rows, rows.pad, prompts=rows.lengths)
+    with pytest.raises(TrainingCheckError, match="every label is ignored"):
+        training_check.check_rows(bare)
+    none = Encoded(rows.ids[:0], rows.starts[:1], rows.rows[:0], rows.pad, prompts=rows.starts[:0])
+    with pytest.raises(TrainingCheckError, match="no rows"):
+        training_check.check_rows(none)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedlora.deploy.keys import pem
 from fedlora.deploy.operator import Operator, environment
 from fedlora.deploy.plan import CONNECTION, Plan
 from fedlora.deploy.supervise import end, is_running, read_state, state_file
@@ -100,18 +101,17 @@ def healthy(plan: Plan) -> bool:
 def register(plan: Plan, operator: Operator) -> None:
     """Make the nodes' keys known to the SuperLink, once.
 
-    A deployment without keys has nothing to register: its nodes are whoever connects.
+    A deployment without keys has nothing to register: its nodes are whoever connects. A key that
+    is there already, since an `up` was cut short, keeps its id.
     """
     ids = registered(plan)
+    known = operator.keys() if plan.secure else {}
     for i in range(plan.clients) if plan.secure else ():
-        key = plan.node(i) / "node.pub"
-        name = f"node-{i}"
-        try:
+        key, name = plan.node(i) / "node.pub", f"node-{i}"
+        if not (there := known.get(pem(key))):
             answer = operator("supernode", "register", str(key), CONNECTION, "--name", name)
-            ids[name] = str(answer["node-id"])
-        except DeployError as e:
-            if "already in use" not in str(e):  # an `up` that was cut short got this far
-                raise
+            there = str(answer["node-id"])
+        ids[name] = there
         _registered(plan).with_suffix(".part").write_text(json.dumps(ids))
     _registered(plan).with_suffix(".part").unlink(missing_ok=True)
     _registered(plan).write_text(json.dumps(ids))

@@ -83,6 +83,13 @@ def node_key(directory: Path) -> None:
     (directory / "node.pub").write_bytes(public + b"\n")
 
 
+def pem(public: Path) -> str:
+    """A node.pub as PEM, the form in which the SuperLink keeps it."""
+    key = serialization.load_ssh_public_key(public.read_bytes())
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_bytes(serialization.Encoding.PEM, form).decode()
+
+
 def expiry(certificate: Path) -> datetime:
     return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
 

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Option
 
 from fedlora.deploy.plan import CONNECTION, Plan
 from fedlora.errors import DeployError
@@ -82,6 +84,10 @@ class Operator:
         found = answer.get("nodes", [])
         return list(found)
 
+    def keys(self) -> dict[str, str]:
+        """Flower's id of every registered node, by its public key as PEM."""
+        return dict(self("keys", CONNECTION)["keys"])
+
     def runs(self) -> list[dict[str, Any]]:
         return list(self("list", CONNECTION)["runs"])
 
@@ -91,10 +97,27 @@ class Operator:
         return str(run["status"])
 
 
+def _keys(connection: str, output: Annotated[str, Option("--format")]) -> None:
+    """Print id and key of every node: `flwr supernode list` leaves the keys out."""
+    from flwr.cli import utils
+    from flwr.cli.flower_config import read_superlink_connection
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    with utils.cli_output_handler(output), utils.flwr_cli_exc_handler():
+        client = utils.init_http_client_from_connection(read_superlink_connection(connection))
+        try:
+            nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        finally:
+            client.close()
+        keys = {n.public_key.decode(): str(n.node_id) for n in nodes if not n.unregistered_at}
+        utils.print_json_to_stdout(json.dumps({"success": True, "keys": keys}))
+
+
 def _serve() -> None:
     from flwr.cli.app import app
     from typer.main import get_command
 
+    app.command("keys")(_keys)
     command = get_command(app)
     out = os.fdopen(os.dup(1), "w")  # commands print to whatever stdout was at their import
     for line in sys.stdin:

@@ -126,7 +126,7 @@ class CentralPrivacy:
 
         Raises:
             StrategyError: these clients, or this strategy, cannot be made private.
-            PrivacyError: the budget does not allow another round.
+            BudgetSpent: the budget does not allow another round.
         """
         check(strategy, state, clients, round)
         first, self.start = self.start is None, untrained(strategy, state, clients[0], round)

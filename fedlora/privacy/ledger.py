@@ -35,7 +35,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.checkpoint import write_atomically
-from fedlora.errors import PrivacyError
+from fedlora.errors import BudgetSpent, PrivacyError
 from fedlora.privacy.accounting import Spend, epsilon
 
 START = "0" * 64
@@ -140,14 +140,15 @@ class Ledger:
         """Write the charge down, on disk when this returns; the epsilon with it.
 
         Raises:
-            PrivacyError: it would exceed the budget (0: none), or the ledger cannot be trusted.
+            BudgetSpent: it would exceed the budget (0: none). Nothing was written.
+            PrivacyError: the ledger cannot be trusted.
         """
         with self._locked():
             contents = self.read()
             after = contents.epsilon(charge.delta, charge.spend)
             if budget and after > budget * (1 + 1e-9):
                 spent = contents.epsilon(charge.delta)
-                raise PrivacyError(
+                raise BudgetSpent(
                     f"the privacy budget is spent: epsilon is {spent:.4g}, and "
                     f"{charge.spend.steps} steps more make {after:.4g}, above the limit of "
                     f"{budget:g} at delta = {charge.delta:g} ({self.path}); nothing was trained"

@@ -5,9 +5,6 @@ from typing import Any
 
 from fedlora.config import Config
 
-EXHAUSTED = "the privacy budget is spent"
-"""In the reason of every refusal that only a larger budget would lift."""
-
 
 def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The summary's entry: {} without DP. `rounds` are the lines of rounds.jsonl."""

@@ -15,7 +15,7 @@ Formal guarantee
 Edge cases
     empty sample            the model is not called; a step with noise alone, and it counts
     q = 1                   every example in every step; no amplification is claimed
-    budget spent            PrivacyError before the first step; nothing leaves
+    budget spent            BudgetSpent before the first step; nothing leaves
     delta >= 1/n            PrivacyError: such a delta allows publishing an example outright
     gradient clipping       train.grad-clip applies to the noised mean: post-processing
 """

@@ -8,7 +8,8 @@
 
 The sum leaves as one upload a kind (see `vector`), so the strategies stay unaware. A client that
 is lost at any stage costs its own update, as long as `threshold` of every client's neighbours are
-left; else the round ends with a RoundError, with nothing learned and the checkpoint intact.
+left; else the round ends with a RoundError, with nothing learned and the checkpoint intact. Where
+all that were lost say that their budget is spent, it is BudgetSpent.
 """
 
 import time
@@ -19,6 +20,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.codes import FailureKind, Refusal
 from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError, UpdateError
 from fedlora.intake import Gathered, exchange, facts_of, tag_of
 from fedlora.secure import masking
@@ -48,7 +50,7 @@ def uploads(
 
     Raises:
         StrategyError: the strategy needs more than sums; before anything is sent.
-        RoundError: too few clients are left.
+        RoundError, BudgetSpent: too few clients are left.
     """
     yield from SecureRound(server, grid, clients, round, gathered).sum()
 
@@ -68,7 +70,7 @@ class SecureRound:
         self.client = {c.id: c for kind in self.kinds for c in kind.clients}
         self.ids = sorted(self.client)
         if len(self.ids) < SMALLEST:
-            raise self._failed(
+            raise self._too_few(
                 f"{len(self.ids)} clients are not alone of their ranks, and it takes {SMALLEST}"
             )
         self.terms = Terms.of(server.config, len(self.ids))
@@ -185,7 +187,8 @@ class SecureRound:
         for i, kind in kinds.items():
             if list(kinds.values()).count(kind) < TOGETHER:
                 del self.totals[kind]
-                self._refuse(i, "it is the only one left of its ranks: its update would be no sum")
+                reason = "it is the only one left of its ranks: its update would be no sum"
+                self._refuse(i, Refusal(FailureKind.ALONE, reason))
         summed = {i for i, kind in kinds.items() if kind in self.totals}
         self._enough("sent their masked update", summed, among=set(boxes))
         return summed
@@ -278,18 +281,17 @@ class SecureRound:
                 found[i] = read(i, reply.content)
                 self.up[i] = self.up.get(i, 0) + count_bytes(reply.content)
             except (FedLoraError, KeyError, TypeError, AttributeError) as e:
-                said = str(e) if isinstance(e, FedLoraError) else f"the reply lacks {e}"
+                error = e if isinstance(e, FedLoraError) else UpdateError(f"the reply lacks {e}")
                 failed.add(i)
-                self._refuse(i, "; ".join(filter(None, (f"{name}: {said}", lost))), reply)
+                self._refuse(i, _at(name, Refusal.of(error), lost))
         for i in sorted(asked.keys() - found.keys() - failed):
-            said = f"{name}: no reply within {seconds:g} s"
-            self._refuse(i, "; ".join(filter(None, (said, lost))))
+            refusal = Refusal(FailureKind.LATE, f"no reply within {seconds:g} s")
+            self._refuse(i, _at(name, refusal, lost))
         self.gathered.waited += time.perf_counter() - begun
         return dict(sorted(found.items()))
 
-    def _refuse(self, i: int, reason: str, reply: Message | None = None) -> None:
-        offence = reply is not None and not reply.has_error()
-        self.server.refuse(i, self.round, reason, self.gathered, offence)
+    def _refuse(self, i: int, refusal: Refusal) -> None:
+        self.server.refuse(i, self.round, refusal, self.gathered)
 
     def _accept(self, i: int) -> None:
         """Put a client of the sum on record, with what is known of it."""
@@ -308,10 +310,8 @@ class SecureRound:
         )
         for kind in found:
             if len(kind.clients) < TOGETHER:
-                self._refuse(
-                    kind.clients[0].id,
-                    "it is the only one of its ranks in this round: its update would be no sum",
-                )
+                reason = "it is the only one of its ranks in this round: its update would be no sum"
+                self._refuse(kind.clients[0].id, Refusal(FailureKind.ALONE, reason))
         return [kind for kind in found if len(kind.clients) >= TOGETHER]
 
     def _enough(self, did: str, left: set[int], among: set[int] | None = None) -> None:
@@ -319,19 +319,26 @@ class SecureRound:
         nearest = [len(self.near[i] & left) for i in (left if among is None else among)]
         if min(nearest, default=0) < need:
             ring = self.terms.shares < len(self.ids)
-            raise self._failed(
+            raise self._too_few(
                 f"{len(left)} clients {did}, and it takes {need}"
                 f"{' among the neighbours of each' if ring else ''} "
                 "(secure.reconstruction-threshold)"
             )
 
+    def _too_few(self, what: str) -> FedLoraError:
+        told = f"secure aggregation: {what}. Nothing was learned of any client"
+        return self.server.too_few(told, self.round, self.gathered)
+
     def _failed(self, what: str) -> RoundError:
-        reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in self.gathered.failures)
-        return RoundError(
-            f"round {self.round.number}: secure aggregation: {what}. Nothing was learned of any "
-            f"client. {reasons}. The state before it is in "
-            f"{self.server.journal.directory / 'checkpoint'}; mend the cause and resume."
-        )
+        """Of a sum that does not come out: no spent budget is the cause of that."""
+        told = f"secure aggregation: {what}. Nothing was learned of any client"
+        return RoundError(self.server.told(told, self.round, self.gathered))
+
+
+def _at(stage: str, refusal: Refusal, lost: str) -> Refusal:
+    """A refusal that says at which stage, and what was lost with it."""
+    told = "; ".join(filter(None, (f"{stage}: {refusal.reason}", lost)))
+    return Refusal(refusal.kind, told)
 
 
 def _blobs(values: Any, n: int) -> list[bytes]:
