@@ -35,9 +35,8 @@ from fedlora.loading import (
     load_base,
     load_tokenizer,
 )
-from fedlora.moving_base import MovingBase
+from fedlora.moving_base import MovingBase, beside
 from fedlora.prefix import Prefix
-from fedlora.sections import Model as ModelConfig
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 
 PREFIX = "base_model.model."
@@ -59,13 +58,6 @@ class Core(LoraVariant):  # type: ignore[misc]
         inner = inner @ self.R.T.to(inner.dtype)
         out: Tensor = result + B(inner) * module.scaling[active_adapter]
         return out
-
-
-def beside(config: ModelConfig) -> bool:
-    """Do changes of this base stay beside its weights? By themselves, where those would round."""
-    if config.merge == "auto":
-        return config.dtype != "float32" or config.quantization != "none"
-    return config.merge == "keep-as-adapter"
 
 
 def inside(R: Tensor, block: int) -> Tensor:

@@ -22,7 +22,15 @@ from torch.nn.functional import linear
 from fedlora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.layers import Shape
 from fedlora.lowrank import accumulate
+from fedlora.sections import Model as ModelConfig
 from fedlora.strategies.base import BaseLog, Version
+
+
+def beside(config: ModelConfig) -> bool:
+    """Do changes of this base stay beside its weights? By themselves, where those would round."""
+    if config.merge == "auto":
+        return config.dtype != "float32" or config.quantization != "none"
+    return config.merge == "keep-as-adapter"
 
 
 class Beside:

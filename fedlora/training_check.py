@@ -210,8 +210,9 @@ def check_gradients(
 
     def loss() -> float:
         """The training loss of the weights as they are now, under the same dropout each time."""
-        torch.manual_seed(config.run.seed)
-        found = next(passes).loss
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            found = next(passes).loss
         if not abs(found) < float("inf"):
             raise TrainingCheckError("the loss is not finite")
         return found

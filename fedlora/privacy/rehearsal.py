@@ -9,7 +9,8 @@ Formal guarantee: under privacy.level = "example" nothing here depends on a row 
 for whether there are any; the ledger is not touched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from fedlora.privacy.per_example import kept_apart
 from fedlora.privacy.probe import check_apart
 from fedlora.privacy.training import Plan, private_step
 from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
-from fedlora.text import Encoded, collate, synthetic
+from fedlora.text import Batch, Encoded, collate, synthetic
 from fedlora.train import Live, build_optimizer, extra_loss, learning_rate, steps, threads, training
 from fedlora.training_check import (
     Still,
@@ -110,18 +111,33 @@ def check_private(
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, download.penalty)
-            torch.manual_seed(config.run.seed)
-            params = [p for ps in live.values() for p in ps.values()]
-            still = Still(params)
-            for _ in steps(model, [batch], live, still, config, download.penalty):
-                want = {p: p.grad.clone() for p in params if p.grad is not None}
-            torch.manual_seed(config.run.seed)
-            gap, size = _distance(want, _step(model, rows, live, download, config, round))
+            with _same_dropout(config):
+                want = _plain(model, batch, live, download, config)
+            with _same_dropout(config):
+                found = _step(model, rows, live, download, config, round)
+    gap, size = _distance(want, found)
     if not gap <= TOLERANCE[resolved(config.train.precision)] * size:
         raise TrainingCheckError(
             "the private step's gradient is not the plain one's, without noise and clip",
             f"off by {gap / max(size, 1e-30):.1e} of it",
         )
+
+
+@contextmanager
+def _same_dropout(config: Config) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        yield
+
+
+def _plain(
+    model: Model, batch: Batch, live: Live, download: Download, config: Config
+) -> dict[nn.Parameter, Tensor]:
+    """The gradient of one plain step, which is not taken."""
+    params = [p for ps in live.values() for p in ps.values()]
+    for _ in steps(model, [batch], live, Still(params), config, download.penalty):
+        pass
+    return {p: p.grad.clone() for p in params if p.grad is not None}
 
 
 def _distance(
