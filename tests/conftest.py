@@ -100,9 +100,22 @@ TARGETS = {
 }
 
 
+@pytest.fixture(params=("float32", "bfloat16"))
+def precision(request: pytest.FixtureRequest) -> str:
+    """train.precision, forced: a test that uses this runs in both, whatever the processor has."""
+    found: str = request.param
+    return found
+
+
 @pytest.fixture
-def settings(tiny: dict[str, str], tmp_path: Path):
-    """A run config of a tiny federation: `settings("gpt2", **{"run.rounds": 2})`."""
+def settings(tiny: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest):
+    """A run config of a tiny federation: `settings("gpt2", **{"run.rounds": 2})`.
+
+    In float32, but for tests that use `precision`.
+    """
+    given_precision = "float32"
+    if "precision" in request.fixturenames:
+        given_precision = request.getfixturevalue("precision")
 
     def build(kind: str = "bert", **changes: object) -> dict[str, object]:
         given: dict[str, object] = {
@@ -120,6 +133,7 @@ def settings(tiny: dict[str, str], tmp_path: Path):
             "lora.target-modules": TARGETS[kind],
             "train.batch-size": 8,
             "train.lr": 0.05,
+            "train.precision": given_precision,
             "train.optimizer": "adamw",
             "model.pooling": "default",
             "lora.layers": "",

@@ -20,6 +20,8 @@ from fedlora.server import FederatedLora
 from fedlora.strategies import STRATEGIES
 
 Settings = Callable[..., dict[str, object]]
+
+pytestmark = pytest.mark.usefixtures("precision")
 MODELS = ("bert", "gpt2", "llama")
 PARTIAL = {"clients.count": 5, "clients.per-round": 3, "run.rounds": 3, "output.keep-updates": True}
 NESTED = {"fedex", "ffa", "rolora"}

@@ -16,6 +16,8 @@ from fedlora.strategies import STRATEGIES, base, fedex, fedsvd, ffa, flora, mixe
 from fedlora.strategies.base import BaseLog
 
 Settings = Callable[..., dict[str, object]]
+
+pytestmark = pytest.mark.usefixtures("precision")
 Patch = pytest.MonkeyPatch
 
 

@@ -149,7 +149,7 @@ def test_bounds_scale_down_only_what_is_too_long() -> None:
     cohort = [*HONEST, *ATTACKS["boosted"]]
     limit = float(norms(HONEST).max())
     scale = bounds(cohort, limit)
-    assert scale[: len(HONEST)] == [1.0] * len(HONEST)
+    assert all(1 - 1e-12 <= c <= 1 for c in scale[: len(HONEST)])
     shortened = [
         {m: Pair(p.A, p.B, p.scale * c) for m, p in x.items()}
         for x, c in zip(cohort, scale, strict=True)
