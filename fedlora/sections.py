@@ -184,7 +184,7 @@ class Train(Section):
     prox: Annotated[float, Field(ge=0)] = 0.0
     """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast where the processor computes it natively, else float32."""
+    """auto: bfloat16 autocast where torch multiplies it natively, else float32."""
     threads: Annotated[int, Field(gt=0)] = 1
     """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
     gradient_checkpointing: bool = False
