@@ -33,6 +33,8 @@ from flwr.app import (
 
 from fedlora import capability, feedback, site
 from fedlora.adapter import Delta, Factors
+from fedlora.certificate import Numbers, key_of, measure_as, names_of
+from fedlora.certifier import pack_numbers
 from fedlora.codes import code_of
 from fedlora.config import Config
 from fedlora.errors import FedLoraError, ModelError, PrivacyError, TrainingCheckError
@@ -105,7 +107,8 @@ def train(message: Message, context: Context) -> RecordDict:
             **done.scores,
         }
     sent = feedback.send(desk, done.sent)
-    return desk.reply({"sent": sent, "metrics": MetricRecord(metrics)}, done.keeps)
+    records = {"sent": sent, "metrics": MetricRecord(metrics), "certificate": done.certificate}
+    return desk.reply(records, done.keeps)
 
 
 def gradient(message: Message, context: Context) -> RecordDict:
@@ -208,6 +211,8 @@ class Trained:
     examples: int
     fit: Fit
     scores: Mapping[str, float]
+    certificate: ArrayRecord
+    """See fedlora/certificate.py."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,7 @@ class Desk:
         test = site.encoded("test", job.client, config, job.labels)
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
+            begun = self.numbers(model)
             self.check(model, rows)
             judged = config.evaluate.clients and self.tells
             if judged:
@@ -293,12 +299,24 @@ class Desk:
             if judged:
                 scores |= _named("after", evaluate(model, test, config))
             trained = model.read()
+            if whole := feedback.carried(self, trained):
+                model.load(whole, self.download.block)
+            certificate = pack_numbers(begun, self.numbers(model), [*begun])
         whole, keep = self.strategy.upload(trained, kept)
         sent = travelling(whole, self.download.trainable)
         keeps = any(True for _ in keep.items())
         if keeps:
             self.memory.remember(job.round, keep)
-        return Trained(sent, keeps, len(rows), outcome, scores)
+        return Trained(sent, keeps, len(rows), outcome, scores, certificate)
+
+    def numbers(self, model: Model) -> Numbers:
+        """The certificate's, of the model as it is now: of all that leaves with the update."""
+        job, config = self.job, self.config
+        key = key_of(config.run.seed, job.round, bool(config.round.buffer))
+        whole = "other" in self.download.trainable and not job.cuts
+        others = [*model.live()["other"]] if whole else []
+        found = measure_as(model, key, job.ranks, others, job.cuts)
+        return {name: found[name] for name in names_of(job.ranks, others, job.cuts)}
 
     def check(self, model: Model, rows: Encoded) -> None:
         """Does the loaded model train as it must? Once a run, processor and set of columns.

@@ -41,6 +41,15 @@ def send(desk: "Desk", sent: Factors) -> ArrayRecord:
     return record
 
 
+def carried(desk: "Desk", trained: Factors) -> Factors | None:
+    """What was trained with what `send` is about to add to it; None where that is nothing."""
+    config = desk.config
+    still = not desk.strategy.requires.moving_base and not config.privacy.by_client
+    if config.wire.dtype not in LEVELS or not (config.wire.error_feedback and still):
+        return None
+    return _sum(trained, desk.memory.lost(desk.job.last_round), 1.0)
+
+
 def _sum(x: Factors, y: Factors, sign: float) -> Factors:
     """x + sign * y, in x's tensors; where y has none of that shape, x."""
     there = {(column, name): t for column, name, t in y.items()}

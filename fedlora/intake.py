@@ -48,6 +48,10 @@ class Gathered:
     """Rounds that passed since an accepted client was asked, where there is a buffer."""
     landed: float = 0.0
     """Virtual seconds, when the buffer was full."""
+    certificates: dict[int, tuple[int, Any, Any]] = field(default_factory=dict)
+    """By client: the round it was asked in, and its numbers at the start and at the end."""
+    certificate: Any = None
+    """The round's, once it is aggregated."""
     secure: Mapping[str, Any] | None = None
     """What a secure aggregation came to."""
     diverged: set[int] = field(default_factory=set)

@@ -91,16 +91,14 @@ class Model:
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
-        self._modules: dict[str, Any] = {
-            m: self.peft.get_submodule(PREFIX + m) for m in self.shapes
-        }
+        self.adapted: dict[str, Any] = {m: self.peft.get_submodule(PREFIX + m) for m in self.shapes}
         self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
-        self.base = MovingBase(self._modules, self.shapes, beside(config.model))
+        self.base = MovingBase(self.adapted, self.shapes, beside(config.model))
         self._scale: Mapping[str, float] = {}
         if self.rank:
-            frozen = dict(x for m, layer in self._modules.items() for x in frozen_tensors(m, layer))
+            frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
             self._fingerprint = fingerprint(frozen, self._fingerprint)
             self._first = self.read()
 
@@ -189,7 +187,7 @@ class Model:
         self._cores, self.masks = {}, {}
         with torch.no_grad():
             for m, A in factors.A.items():
-                layer, (a, b) = self._modules[m], self._sides(m)
+                layer, (a, b) = self.adapted[m], self._sides(m)
                 a.copy_(A if a.ndim > 1 else A[0])
                 b.copy_(factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
                 if self.rank:
@@ -215,7 +213,7 @@ class Model:
     def read(self) -> Factors:
         """A copy of the active adapter, core and head."""
         sides = {m: self._sides(m) for m in self._on()}
-        scaling = {m: 1.0 if self.rank else self._modules[m].scaling[self.active] for m in sides}
+        scaling = {m: 1.0 if self.rank else self.adapted[m].scaling[self.active] for m in sides}
         return Factors(
             {m: self._scale.get(m, s) for m, s in scaling.items()},
             {m: A.detach().reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
@@ -271,7 +269,7 @@ class Model:
     @contextlib.contextmanager
     def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
         """Within it, adapters are off and base weights gather gradients, given back as (d, k)."""
-        weights = {m: x.get_base_layer().weight for m, x in self._modules.items()}
+        weights = {m: x.get_base_layer().weight for m, x in self.adapted.items()}
 
         def gathered() -> dict[str, Tensor]:
             turned = {m: self.shapes[m].fan_in_fan_out for m in weights}
@@ -293,7 +291,7 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                return {m: self._at(self._modules[m], x[m].T.float()).T.double() for m in x}
+                return {m: self._at(self.adapted[m], x[m].T.float()).T.double() for m in x}
             return {m: self._at(self._in_float64(m), x[m].T.double()).T for m in x}
 
     def _at(self, layer: Any, x: Tensor) -> Tensor:
@@ -321,7 +319,7 @@ class Model:
 
         A quantised weight, which nothing changes, is 0 in it.
         """
-        layer, memo = self._modules[m], dict[int, Any]()
+        layer, memo = self.adapted[m], dict[int, Any]()
         base = layer.get_base_layer()
         if not base.weight.is_floating_point():
             d, k = self.shapes[m].d, self.shapes[m].k
@@ -335,14 +333,14 @@ class Model:
     def _on(self) -> list[str]:
         """The modules whose A and B side the active adapter has."""
         if self.form.kind == "vectors":
-            return [*self._modules]
+            return [*self.adapted]
         if self.rank:
             return []
-        return [m for m, x in self._modules.items() if self.active in x.lora_A]
+        return [m for m, x in self.adapted.items() if self.active in x.lora_A]
 
     def _sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A (r, k) and B (d, r) of a module; or VeRA's vectors in their place, (r) and (d)."""
-        x = self._modules[m]
+        x = self.adapted[m]
         if self.form.kind == "vectors":
             return x.vera_lambda_d[self.active], x.vera_lambda_b[self.active]
         return x.lora_A[self.active].weight, x.lora_B[self.active].weight
@@ -364,7 +362,7 @@ class Model:
             if isinstance(module, ModulesToSaveWrapper) and self.active in module.modules_to_save:
                 for tail, p in module.modules_to_save[self.active].named_parameters():
                     found[f"{name.removeprefix(PREFIX)}.{tail}"] = p
-        for m, layer in self._modules.items():
+        for m, layer in self.adapted.items():
             if self.active in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
                 found[f"{m}.lora_magnitude_vector"] = magnitudes[self.active].weight
         return found
@@ -386,6 +384,10 @@ class Model:
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name
         return model
+
+    def asleep(self) -> frozenset[str]:
+        """The attached adapters that are not active."""
+        return frozenset(self._profiles.values()) - {self.active}
 
     def _drop(self, key: tuple[tuple[str, int], ...]) -> None:
         name = self._profiles.pop(key)

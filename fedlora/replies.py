@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora import compose
+from fedlora import certifier, compose
 from fedlora.codes import FailureKind, Refusal
 from fedlora.errors import FedLoraError
 from fedlora.intake import Gathered, check_norm, exchange, read_reply
@@ -93,6 +93,7 @@ def read(
         schema = server.schemas.of(state, client, server.base_number(), round)
         upload, facts = read_reply(reply, client, round, server.token, schema, gathered)
         check_norm(server.strategy, state, upload, round, server.config.round.max_norm)
+        facts["certificate"] = certifier.read(server, reply.content, upload, round)
     except FedLoraError as e:
         server.refuse(client.id, round, Refusal.of(e), gathered)
         return None
@@ -113,6 +114,7 @@ def accept(
         return None
     gathered.accepted.append(client.id)
     gathered.clients[client.id] = facts
+    gathered.certificates[client.id] = (round.number, *facts.pop("certificate"))
     if server.config.output.keep_updates:
         server.journal.update(round.number, upload)
     server.observer.client_done(client.id, facts)

@@ -25,8 +25,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import buffered, compose, forms, measured, site
+from fedlora import buffered, certifier, compose, forms, measured, site
 from fedlora.adapter import Delta
+from fedlora.certifier import Certifier
 from fedlora.closing import close
 from fedlora.codes import FailureKind, Refusal
 from fedlora.config import Config
@@ -74,6 +75,7 @@ class FederatedLora(FlowerStrategy):
         self.model = site.model(config, self.labels)
         self.promise = forms.promise(self.model.form, self.strategy)
         self.measured = measured.measures(self)
+        self.certifier = Certifier(config, self.model, self.promise)
         self.incarnation = uuid.uuid4().hex[:8]
         self.token = ""
         self.state: Any = None
@@ -152,6 +154,7 @@ class FederatedLora(FlowerStrategy):
         seen = clients
         if self.config.round.buffer or not clients:
             seen = [self.client(i) for i in self.members]
+        certifier.begin(self, number, self.state)
         target = self._target(seen, round)
         through_model = self.promise == "exact" and not self.measured
         base = self._base_outputs(target) if through_model else {}
@@ -176,6 +179,7 @@ class FederatedLora(FlowerStrategy):
             proof = replace(proof, model_deviation=deviation, model_bound=rounding)
         if proof and self.config.proof.enforce:
             proof.enforce(self.config.strategy.name, number)
+        certifier.end(self, gathered, number)
         state = compose.stepped(self, state, seen, round)
         scores = self.evaluate(number)
         evaluated = time.perf_counter()
@@ -324,6 +328,7 @@ class FederatedLora(FlowerStrategy):
             fingerprint=self.model.fingerprint,
             labels=self.labels,
             last_round=member.last_round,
+            cuts=certifier.cuts(self),
         )
         content = RecordDict()
         if not bare:
@@ -500,6 +505,7 @@ class FederatedLora(FlowerStrategy):
                 "up": sum(c["bytes_up"] for c in clients.values()),
             },
             "proof": proof and proof.record(),
+            "certificate": gathered.certificate and gathered.certificate.record(),
             **compose.virtual(self, gathered),
             **({"robust": asdict(gathered.verdict)} if gathered.verdict else {}),
             **({"privacy": self.central.record()} if self.central else {}),

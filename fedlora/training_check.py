@@ -29,14 +29,13 @@ from torch import Tensor, nn
 
 from fedlora.config import Config
 from fedlora.errors import TrainingCheckError
+from fedlora.loss_check import check_labels, check_losses, check_rows, chosen, scored
 from fedlora.model import Model
-from fedlora.precision import autocast, resolved
+from fedlora.precision import resolved
 from fedlora.strategies.base import Penalty, seeded
-from fedlora.text import IGNORE, Batch, Encoded, collate
+from fedlora.text import Batch, Encoded, collate
 from fedlora.train import Live, build_optimizer, example_losses, learning_rate, steps, training
 
-EXAMPLES = 4
-"""Of the check's batch."""
 PERTURBATION = 0.02
 """Of a tensor's own size; of 1 where it is all zero."""
 CHANGE = 20.0
@@ -55,16 +54,20 @@ class Tolerance:
     low: float
     high: float
     """Of the measured change over 2 t g.d."""
+    private: float
+    """Of the private step's gradient, its distance from the plain one, relative."""
 
-
-ALONE = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
-"""How far an example's loss beside others may be from the one it has alone, of the spread of the
-examples' losses, by the base's dtype."""
 
 TOLERANCES = {
-    "float32": Tolerance(1e-6, 2.0**-24, 0.8, 1.25),
-    "bfloat16": Tolerance(1e-5, 2.0**-9, 0.5, 2.0),
+    "float32": Tolerance(1e-6, 2.0**-24, 0.8, 1.25, 1e-3),
+    "bfloat16": Tolerance(1e-5, 2.0**-9, 0.5, 2.0, 0.1),
 }
+
+
+def tolerance_of(config: Config) -> Tolerance:
+    """That of the coarsest numbers in a pass: autocast's, or the base's own."""
+    coarse = config.model.dtype != "float32" or config.model.quantization != "none"
+    return TOLERANCES["bfloat16" if coarse else resolved(config.train.precision)]
 
 
 def check_training(
@@ -93,88 +96,6 @@ def check_training(
             check_gradients(model, batch, live, config, penalty)
             rate = learning_rate(config, round)
             check_step(model, batch, live, config, rate, penalty)
-
-
-# -- rows and losses ------------------------------------------------------------------------------
-
-
-def scored(encoded: Encoded) -> Tensor:
-    """Of how many numbers each example's loss is the mean, (n,)."""
-    if encoded.classes is not None:
-        return torch.ones(len(encoded), dtype=torch.long)
-    assert encoded.prompts is not None
-    return (encoded.lengths - encoded.prompts.clamp(min=1)).clamp(min=0)
-
-
-def check_rows(encoded: Encoded) -> None:
-    """Raises TrainingCheckError where the rows hold nothing to learn from."""
-    if not len(encoded):
-        raise TrainingCheckError("there are no rows to train on")
-    if not bool((scored(encoded) > 0).any()):
-        raise TrainingCheckError("no row has a token that is scored: every label is ignored")
-
-
-def chosen(encoded: Encoded) -> Tensor:
-    """A few examples that are scored, of different lengths, from the shorter half."""
-    good = torch.nonzero(scored(encoded) > 0).flatten()
-    order = good[encoded.lengths[good].argsort(stable=True)]
-    last = min(len(order), max(EXAMPLES, len(order) // 2)) - 1
-    return order[torch.linspace(0, last, min(EXAMPLES, len(order))).long()]
-
-
-def check_labels(batch: Batch, want: Tensor) -> None:
-    """Raises TrainingCheckError where a batch scores other tokens than its examples have."""
-    labels = batch["labels"]
-    found = torch.ones(len(labels)) if labels.ndim == 1 else (labels[:, 1:] != IGNORE).sum(1)
-    if not torch.equal(found.long(), want):
-        raise TrainingCheckError("a batch's labels are not those of its examples")
-
-
-@torch.no_grad()
-def check_losses(model: Model, batch: Batch, config: Config) -> None:
-    """Raises TrainingCheckError where an example's loss is not its own, or not the definition's."""
-    precision = config.train.precision
-    model.peft.eval()
-    given = example_losses(model, batch, precision).double()
-    with autocast(precision):
-        logits = model.logits({key: x for key, x in batch.items() if key != "labels"})
-    want = torch.stack([_defined(*row) for row in zip(logits, batch["labels"], strict=True)])
-    _close(
-        given,
-        want,
-        1e-4 * want.abs().max(),
-        "an example's loss is not the mean over its own scored tokens",
-    )
-    ones = [example_losses(model, _one(batch, i)) for i in range(len(given))]
-    alone, own = torch.cat(ones).double(), ALONE[model.config.model.dtype]
-    _close(
-        example_losses(model, batch).double(),
-        alone,
-        own * (alone.max() - alone.min()) + 2e-6 * alone.abs().max(),
-        "an example's loss depends on what else is in its batch: padding that is not masked, or a "
-        "padding token that the model does not know",
-    )
-
-
-def _defined(logits: Tensor, label: Tensor) -> Tensor:
-    """-log p of what is scored, averaged over it, in float64, token by token."""
-    logits = logits.double()
-    if label.ndim == 0:
-        return logits.logsumexp(0) - logits[label]
-    at = [t for t in range(1, len(label)) if label[t] != IGNORE]
-    return torch.stack([logits[t - 1].logsumexp(0) - logits[t - 1, label[t]] for t in at]).mean()
-
-
-def _one(batch: Batch, i: int) -> Batch:
-    """Example i in a batch of its own, without padding."""
-    n = int(batch["attention_mask"][i].sum())
-    return {key: x[i : i + 1, :n] if x.ndim > 1 else x[i : i + 1] for key, x in batch.items()}
-
-
-def _close(given: Tensor, want: Tensor, size: Tensor, what: str) -> None:
-    gap = (given - want).abs().max()
-    if not bool(gap <= size):
-        raise TrainingCheckError(what, f"off by {float(gap):.1e}")
 
 
 # -- the gradient ---------------------------------------------------------------------------------
@@ -220,7 +141,7 @@ def check_gradients(
     loss()  # thrown away: it fills what would be stale in the next
     here = loss()
     gradient = {p: p.grad.clone() for p in params if p.grad is not None and bool(p.grad.any())}
-    tolerance = TOLERANCES[resolved(config.train.precision)]
+    tolerance = tolerance_of(config)
     jitters = [_jittered(params, n, tolerance.jitter, loss, config.run.seed) for n in range(3)]
     gaps = [abs(x - here) for x in jitters]
     rounding = max(*gaps, tolerance.rounding * max(abs(here), 0.1))

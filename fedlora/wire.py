@@ -258,6 +258,8 @@ class Job:
     labels: tuple[str, ...]
     last_round: int = 0
     """The last round in which this client's reply was accepted."""
+    cuts: tuple[int, ...] = ()
+    """Where A alone is shared, all clients' ranks: see `certificate.names_of`."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -273,6 +275,7 @@ class Job:
                 "fingerprint": self.fingerprint,
                 "labels": list(self.labels),
                 "last-round": self.last_round,
+                "cuts": list(self.cuts),
             }
         )
 
@@ -290,6 +293,7 @@ class Job:
             x["fingerprint"],
             tuple(x["labels"]),
             x["last-round"],
+            tuple(x["cuts"]),
         )
 
 

@@ -81,7 +81,7 @@ def outputs(model: Model, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     at = {"alora_offsets": [1] * len(next(iter(x.values())))} if model.form.after else {}
     with torch.no_grad():
-        return {m: copy.deepcopy(model._modules[m]).double().eval()(x[m], **at) for m in x}
+        return {m: copy.deepcopy(model.adapted[m]).double().eval()(x[m], **at) for m in x}
 
 
 def moved(model: Model, columns: frozenset[str], client: int, round: int) -> None:
@@ -313,7 +313,7 @@ def test_dora_is_dora(settings: Settings) -> None:
     double = {n: 2 * t if "magnitude" in n else t for n, t in first.other.items()}
     model.load(replace(first, other=double))
     for m, y in outputs(model, x).items():
-        bias = model._modules[m].get_base_layer().bias.double()
+        bias = model.adapted[m].get_base_layer().bias.double()
         assert torch.allclose(y - bias, 2 * (before[m] - bias), rtol=1e-5)
 
 

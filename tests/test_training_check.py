@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_federation import Ran, directory_of, federate, quick
 
-from fedlora import site, text, train, training_check
+from fedlora import loss_check, site, text, train, training_check
 from fedlora.adapter import Factors
 from fedlora.config import Config
 from fedlora.errors import TrainingCheckError
@@ -126,7 +126,7 @@ def stale_casts(patch: Patch, s: Loaded) -> None:
         yield
 
     patch.setattr(training_check, "training", around)
-    for module in (train, training_check):
+    for module in (train, loss_check):
         patch.setattr(module, "autocast", none)
 
 
@@ -224,7 +224,7 @@ def detached_body(patch: Patch, s: Loaded) -> None:
 
 def detached_loss(patch: Patch, s: Loaded) -> None:
     real = train.example_losses
-    for module in (train, training_check):
+    for module in (train, loss_check, training_check):
         patch.setattr(module, "example_losses", lambda *args: real(*args).detach())
 
 
@@ -389,7 +389,7 @@ def test_rows_without_anything_to_learn_are_named_in_a_fixed_text(settings: Sett
     rows = s.rows
     bare = Encoded(rows.ids, rows.starts, rows.rows, rows.pad, prompts=rows.lengths)
     with pytest.raises(TrainingCheckError, match="every label is ignored"):
-        training_check.check_rows(bare)
+        loss_check.check_rows(bare)
     none = Encoded(rows.ids[:0], rows.starts[:1], rows.rows[:0], rows.pad, prompts=rows.starts[:0])
     with pytest.raises(TrainingCheckError, match="no rows"):
-        training_check.check_rows(none)
+        loss_check.check_rows(none)

@@ -19,8 +19,8 @@ from fedlora.adapter import Factors
 from fedlora.config import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.invocation import invocation
+from fedlora.loss_check import check_losses, check_rows
 from fedlora.model import Model
-from fedlora.precision import resolved
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.per_example import kept_apart
 from fedlora.privacy.probe import check_apart
@@ -31,16 +31,13 @@ from fedlora.train import Live, build_optimizer, extra_loss, learning_rate, step
 from fedlora.training_check import (
     Still,
     check_gradients,
-    check_losses,
-    check_rows,
     check_training,
     moves_exactly,
     perturb,
+    tolerance_of,
     untouched,
 )
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Of the private gradient's distance from the plain one, relative."""
 UNREACHED = 1e30
 """A clip norm that no gradient has."""
 
@@ -116,7 +113,7 @@ def check_private(
             with _same_dropout(config):
                 found = _step(model, rows, live, download, config, round)
     gap, size = _distance(want, found)
-    if not gap <= TOLERANCE[resolved(config.train.precision)] * size:
+    if not gap <= tolerance_of(config).private * size:
         raise TrainingCheckError(
             "the private step's gradient is not the plain one's, without noise and clip",
             f"off by {gap / max(size, 1e-30):.1e} of it",

@@ -1,0 +1,309 @@
+"""The server's side of the certificate: what it measures, what it reads, and its verdict.
+
+    open     measure the server's own model before the round
+    read     one client's numbers, with its reply
+    close    measure it after the aggregation, before any stage that moves the mean on purpose
+
+Strategies are not asked for anything. What cannot be held against the equations is named in the
+record, "not certified".
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
+
+from fedlora.certificate import (
+    Gap,
+    K,
+    Numbers,
+    Sizes,
+    Witness,
+    key_of,
+    measure_as,
+    names_of,
+    round_gaps,
+    shared_sizes,
+    sizes,
+    start_gaps,
+)
+from fedlora.config import Config
+from fedlora.errors import ProofError, UpdateError
+from fedlora.intake import Gathered
+from fedlora.model import Model
+from fedlora.strategies.base import Client, Promise, Round, Upload, top_ranks
+from fedlora.wire import pack, unpack
+
+if TYPE_CHECKING:
+    from fedlora.server import FederatedLora
+
+
+def pack_numbers(start: Numbers, end: Numbers, names: Sequence[str]) -> ArrayRecord:
+    """One array of (2, names, K): the start's numbers and the end's."""
+    both = [torch.stack([x[name] for name in names]) for x in (start, end)]
+    return ArrayRecord({"numbers": pack(torch.stack(both), "float64")})
+
+
+def unpack_numbers(record: ArrayRecord, names: Sequence[str]) -> tuple[Numbers, Numbers]:
+    """The inverse.
+
+    Raises:
+        WireError, UpdateError: they are not those of these names.
+    """
+    if "numbers" not in record:
+        raise UpdateError("the certificate lacks its numbers")
+    x = unpack(record["numbers"], "certificate", (2, len(names), K))
+    start, end = (dict(zip(names, part, strict=True)) for part in x)
+    return start, end
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """One round's verdict."""
+
+    promise: Promise
+    starts: Mapping[int, float]
+    """By client, how far it began from what it was sent, of the size of its own change."""
+    deviation: float
+    """How far the server's change is from the mean of the clients', of their size."""
+    layers: Mapping[str, float]
+    starts_excess: Mapping[int, float]
+    """By client, the gap over what rounding explains: above 1 it is a fault."""
+    excess: float
+    worst: str
+    silent: Sequence[str]
+    """What is not certified."""
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "start": {str(i): x for i, x in self.starts.items()},
+            "start_excess": max(self.starts_excess.values(), default=None),
+            "deviation": self.deviation,
+            "excess": self.excess,
+            "worst": self.worst,
+            "layers": dict(self.layers),
+            "not_certified": list(self.silent),
+        }
+
+    def enforce(self, strategy: str, round: int) -> None:
+        """Raises ProofError where an exact strategy misses an equation by more than rounding."""
+        if self.promise == "approximate":
+            return
+        if wrong := [i for i, x in self.starts_excess.items() if not x <= 1]:
+            worst = max(wrong, key=lambda i: self.starts_excess[i])
+            raise ProofError(
+                f"round {round}: {_clients(wrong)} did not begin from the model that {strategy} "
+                f"sent: what they measured of it is {self.starts_excess[worst]:.1e} times farther "
+                f"off than rounding explains (certificate). {KEPT}"
+            )
+        if not self.excess <= 1:
+            raise ProofError(
+                f"round {round}: {strategy} promises an exact aggregation, but its model did not "
+                f"move by the mean of what the clients' models moved by: {self.excess:.1e} times "
+                f"what rounding explains, most in {self.worst} (certificate). {KEPT}"
+            )
+
+
+KEPT = (
+    "The state before this round is in the checkpoint; nothing of this round was kept. "
+    "proof.enforce = false goes on regardless."
+)
+
+
+def _clients(ids: Sequence[int]) -> str:
+    some = ", ".join(str(i) for i in ids[:5])
+    more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+    return f"client{'s' if len(ids) > 1 else ''} {some}{more}"
+
+
+@dataclass
+class Certifier:
+    """What the server knows of the rounds whose clients may still answer."""
+
+    config: Config
+    model: Model
+    promise: Promise
+    before: dict[int, tuple[Numbers, Sizes]] = field(default_factory=dict)
+    """By the round of asking: the model that its clients were sent."""
+
+    def key(self, round: int) -> str:
+        return key_of(self.config.run.seed, round, bool(self.config.round.buffer))
+
+    def open(self, round: int, cuts: Sequence[int]) -> None:
+        """Measure the model that is loaded: what this round's clients are sent."""
+        self.before[round] = self._measured(round, cuts)
+
+    def forget(self, needed: Sequence[int]) -> None:
+        """Keep the rounds of which somebody is still training, and no others."""
+        self.before = {n: x for n, x in self.before.items() if n in needed}
+
+    def _measured(self, round: int, cuts: Sequence[int]) -> tuple[Numbers, Sizes]:
+        model = self.model
+        shapes, others = model.shapes, [] if cuts else [*model.live()["other"]]
+        numbers = measure_as(model, self.key(round), dict.fromkeys(shapes, 0), others, cuts)
+        size = shared_sizes(model, numbers) if cuts else sizes(model, shapes, others)
+        return numbers, size
+
+    def read(
+        self,
+        record: ArrayRecord,
+        client: Client,
+        asked: int,
+        others: Sequence[str],
+        cuts: Sequence[int],
+    ) -> tuple[Numbers, Numbers]:
+        """A client's start and end, of the round it was asked in.
+
+        Raises:
+            WireError, UpdateError: they are not what was asked for.
+        """
+        ranks = {m: layer.rank for m, layer in client.layers.items()}
+        start, end = unpack_numbers(record, names_of(ranks, others, cuts))
+        for name, mine in self.before[asked][0].items():
+            said = (start[name] + end[name]) if name in start else mine
+            if bool(mine.isfinite().all()) and not bool(said.isfinite().all()):
+                raise UpdateError(f"its certificate's numbers of {name} are NaN or Inf")
+        return start, end
+
+    def close(
+        self,
+        round: int,
+        witnesses: Mapping[int, tuple[int, Witness]],
+        ranks: Mapping[str, int],
+        cuts: Sequence[int],
+        silent: Sequence[str],
+    ) -> Certificate:
+        """The verdict, with the model loaded as it is after the aggregation.
+
+        witnesses: by client, the round it was asked in, and what it measured. ranks: the largest
+        of each module. silent: what else is not certified; where there is any, the round's
+        equation is not held against it.
+        """
+        wire, dtype = self.config.wire.dtype, self.config.model.dtype
+        starts, excess = {}, {}
+        for i, (asked, w) in witnesses.items():
+            before, size = self.before[asked]
+            gaps = start_gaps(before, size, w.start, wire, dtype)
+            moved = [w.change(name) for name in w.start]
+            starts[i] = _share(gaps.values(), moved)
+            excess[i] = max((g.excess for g in _known(gaps).values()), default=0.0)
+        before, size = self.before[round]
+        after, after_size = self._measured(round, cuts)
+        here = [w for _, w in witnesses.values()]
+        gaps = {} if silent else round_gaps(
+            before, after, (size, after_size), here, ranks, wire, dtype
+        )  # fmt: skip
+        known = _known(gaps)
+        unknown = [f"{name}: not linear in its input" for name in gaps if name not in known]
+        layers = {m: _share([g], [w.change(m) for w in here if m in w.start])
+                  for m, g in known.items()}  # fmt: skip
+        worst = max(known, key=lambda m: known[m].excess, default="")
+        total = [w.change(m) for w in here for m in w.start if m in known]
+        return Certificate(
+            self.promise,
+            starts,
+            _share(known.values(), total, len(here)),
+            layers,
+            excess,
+            known[worst].excess if worst else 0.0,
+            worst,
+            [*silent, *unknown],
+        )
+
+
+# -- in a round -----------------------------------------------------------------------------------
+
+
+def cuts(server: "FederatedLora") -> tuple[int, ...]:
+    """All clients' ranks, where A alone is shared; else none."""
+    if server.promise != "shared":
+        return ()
+    ranks = {x.rank for i in server.members for x in server.client(i).layers.values()}
+    return tuple(sorted(ranks))
+
+
+def begin(server: "FederatedLora", number: int, state: Any) -> None:
+    """Load and measure what the clients of this round are sent."""
+    server.load(server.strategy.effective(state))
+    server.certifier.open(number, cuts(server))
+
+
+def read(
+    server: "FederatedLora", content: RecordDict, upload: Upload, asked: Round
+) -> tuple[Numbers, Numbers]:
+    """The numbers that came with an upload.
+
+    Raises:
+        WireError, UpdateError: they are not what was asked for.
+    """
+    if asked.number not in server.certifier.before:  # of before a restart
+        flight = server.buffer.flights.get(upload.client.id)
+        begin(server, asked.number, flight.state if flight else server.state)
+    record = content.array_records.get("certificate", ArrayRecord())
+    others = [*upload.sent.other]
+    return server.certifier.read(record, upload.client, asked.number, others, cuts(server))
+
+
+def end(server: "FederatedLora", gathered: Gathered, number: int) -> None:
+    """The round's certificate, with the model loaded as it is after the aggregation.
+
+    Raises:
+        ProofError: the strategy promises to be exact and was not, unless proof.enforce is off.
+    """
+    if server.secure:
+        return
+    gathered.certificate = found = server.certifier.close(
+        number,
+        witnesses_of(server.config, gathered),
+        top_ranks(server.client(i) for i in server.members),
+        cuts(server),
+        silent_of(server.config, gathered),
+    )
+    server.certifier.forget([f.round.number for f in server.buffer.flights.values()])
+    if server.config.proof.enforce:
+        found.enforce(server.config.strategy.name, number)
+
+
+def witnesses_of(config: Config, gathered: Gathered) -> dict[int, tuple[int, Witness]]:
+    """By client whose update counts, the round it was asked in, and its numbers as they count.
+
+    Robust methods that leave clients out or weigh them, and a stale update's weight, are factors
+    of these.
+    """
+    verdict, found = gathered.verdict, {}
+    for i, (asked, start, end) in gathered.certificates.items():
+        if i not in gathered.clients or (verdict and i in verdict.dropped):
+            continue
+        weight = float(gathered.clients[i]["examples"])
+        if verdict and verdict.method == "median":
+            weight = verdict.factors[i]
+        late = (1 + gathered.stale.get(i, 0)) ** -config.round.staleness_exponent
+        counted = {name: start[name] + late * (x - start[name]) for name, x in end.items()}
+        found[i] = (asked, Witness(weight, start, counted if late != 1 else end))
+    return found
+
+
+def silent_of(config: Config, gathered: Gathered) -> list[str]:
+    """The stages of this round that move the mean on purpose, and not by a factor."""
+    found = []
+    if config.privacy.by_client:
+        found.append("client-level privacy: the mean is clipped and noised")
+    if gathered.verdict and gathered.verdict.method == "norm-bound" and gathered.verdict.factors:
+        found.append("robust.method = 'norm-bound': changes were shortened factor by factor")
+    return found
+
+
+def _known(gaps: Mapping[str, Gap]) -> dict[str, Gap]:
+    """Without those of what has no numbers."""
+    return {m: g for m, g in gaps.items() if not math.isnan(g.found)}
+
+
+def _share(gaps: Any, changes: Sequence[Tensor], of: int = 1) -> float:
+    """The gaps' size over the changes' mean size."""
+    gap = math.sqrt(sum(g.found**2 for g in gaps if not math.isnan(g.found)))
+    size = math.sqrt(sum(float(c.nan_to_num().square().mean()) for c in changes) / max(of, 1))
+    return gap / size if size else gap
