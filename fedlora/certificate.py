@@ -280,6 +280,47 @@ def _rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
+def public_scales(model: Model, names: Iterable[str]) -> dict[str, float]:
+    """By what differences are divided to fit into a secure sum's range; alike on every machine.
+
+    Of a module |W0| + sqrt(d + k), of another tensor or rows of A the root of how many there are.
+    """
+    weights, others, found = model.weights(), model.live()["other"], {}
+    for name in names:
+        if name in weights:
+            found[name] = _norm(weights[name]) + sum(weights[name].shape) ** 0.5
+        elif name in others:
+            found[name] = max(1.0, others[name].numel() ** 0.5)
+        else:
+            a, b = map(int, name.rstrip("]").rpartition("[")[2].split(":"))
+            found[name] = (b - a) ** 0.5
+    return found
+
+
+def quantised(
+    model: Model, error: float, names: Iterable[str], scales: Mapping[str, float]
+) -> dict[str, float]:
+    """What a secure sum's quantisation explains, where it may move any number by `error`.
+
+    It moves those of the factors, s folded into B or R, and those of the certificate itself.
+    """
+    live, found = model.live(), {}
+    for name in names:
+        if name in live["A"] and live["A"][name].ndim > 1:
+            A, B = live["A"][name], live["B"][name]
+            s = float(model.adapted[name].scaling[model.active])
+            pair = len(B) ** 0.5 * _norm(A) + s * A.shape[1] ** 0.5 * _norm(B)
+            spread = _norm(A) * _norm(B) if name in live["R"] else pair
+        elif name in model.shapes:
+            spread = max(model.shapes[name].d, model.shapes[name].k)
+        else:
+            m = name.partition("[")[0]
+            size = model.shapes[m].k if m in model.shapes else live["other"][name].numel()
+            spread = scales[name] * size**0.5
+        found[name] = SIGMAS * error * (scales[name] + spread)
+    return found
+
+
 # -- names and keys, alike on both sides ----------------------------------------------------------
 
 

@@ -9,14 +9,16 @@ record, "not certified".
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
+from fedlora.adapter import Factors
 from fedlora.certificate import (
     Gap,
     K,
@@ -26,6 +28,7 @@ from fedlora.certificate import (
     key_of,
     measure_as,
     names_of,
+    quantised,
     round_gaps,
     shared_sizes,
     sizes,
@@ -36,19 +39,19 @@ from fedlora.errors import ProofError, UpdateError
 from fedlora.intake import Gathered
 from fedlora.model import Model
 from fedlora.strategies.base import Client, Promise, Round, Upload, top_ranks
-from fedlora.wire import pack, unpack
+from fedlora.wire import Shapes, pack, unpack
 
 if TYPE_CHECKING:
     from fedlora.server import FederatedLora
 
 
-def pack_numbers(start: Numbers, end: Numbers, names: Sequence[str]) -> ArrayRecord:
-    """One array of (2, names, K): the start's numbers and the end's."""
-    both = [torch.stack([x[name] for name in names]) for x in (start, end)]
-    return ArrayRecord({"numbers": pack(torch.stack(both), "float64")})
+def pack_numbers(*times: Numbers) -> ArrayRecord:
+    """One array of (times, names, K): the start's numbers, say, and the end's."""
+    stacked = [torch.stack([*numbers.values()]) for numbers in times]
+    return ArrayRecord({"numbers": pack(torch.stack(stacked), "float64")})
 
 
-def unpack_numbers(record: ArrayRecord, names: Sequence[str]) -> tuple[Numbers, Numbers]:
+def unpack_numbers(record: ArrayRecord, names: Sequence[str], times: int = 2) -> list[Numbers]:
     """The inverse.
 
     Raises:
@@ -56,9 +59,8 @@ def unpack_numbers(record: ArrayRecord, names: Sequence[str]) -> tuple[Numbers, 
     """
     if "numbers" not in record:
         raise UpdateError("the certificate lacks its numbers")
-    x = unpack(record["numbers"], "certificate", (2, len(names), K))
-    start, end = (dict(zip(names, part, strict=True)) for part in x)
-    return start, end
+    x = unpack(record["numbers"], "certificate", (times, len(names), K))
+    return [dict(zip(names, part, strict=True)) for part in x]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,64 +157,115 @@ class Certifier:
         asked: int,
         others: Sequence[str],
         cuts: Sequence[int],
-    ) -> tuple[Numbers, Numbers]:
-        """A client's start and end, of the round it was asked in.
+        times: int = 2,
+    ) -> list[Numbers]:
+        """A client's numbers at its start and, if both are asked for, its end.
 
         Raises:
             WireError, UpdateError: they are not what was asked for.
         """
         ranks = {m: layer.rank for m, layer in client.layers.items()}
-        start, end = unpack_numbers(record, names_of(ranks, others, cuts))
-        for name, mine in self.before[asked][0].items():
-            said = (start[name] + end[name]) if name in start else mine
-            if bool(mine.isfinite().all()) and not bool(said.isfinite().all()):
-                raise UpdateError(f"its certificate's numbers of {name} are NaN or Inf")
-        return start, end
+        found = unpack_numbers(record, names_of(ranks, others, cuts), times)
+        mine = self.before[asked][0]
+        for numbers in found:
+            for name, x in numbers.items():
+                if bool(mine[name].isfinite().all()) and not bool(x.isfinite().all()):
+                    raise UpdateError(f"its certificate's numbers of {name} are NaN or Inf")
+        return found
 
     def close(
         self,
         round: int,
-        witnesses: Mapping[int, tuple[int, Witness]],
+        starts: Mapping[int, tuple[int, Numbers]],
+        witnesses: Mapping[int, Witness],
         ranks: Mapping[str, int],
         cuts: Sequence[int],
-        silent: Sequence[str],
+        silent: Sequence[str] = (),
+        room: Mapping[str, float] = MappingProxyType({}),
     ) -> Certificate:
         """The verdict, with the model loaded as it is after the aggregation.
 
-        witnesses: by client, the round it was asked in, and what it measured. ranks: the largest
-        of each module. silent: what else is not certified; where there is any, the round's
-        equation is not held against it.
+        starts: by client, the round it was asked in, and its numbers then. witnesses: by client, or
+        one that stands for a sum. ranks: the largest of each module. silent: what is not certified;
+        where there is any, the round's equation is not held against it. room: what else than
+        rounding explains, by name.
         """
         wire, dtype = self.config.wire.dtype, self.config.model.dtype
-        starts, excess = {}, {}
-        for i, (asked, w) in witnesses.items():
-            before, size = self.before[asked]
-            gaps = start_gaps(before, size, w.start, wire, dtype)
-            moved = [w.change(name) for name in w.start]
-            starts[i] = _share(gaps.values(), moved)
-            excess[i] = max((g.excess for g in _known(gaps).values()), default=0.0)
         before, size = self.before[round]
         after, after_size = self._measured(round, cuts)
-        here = [w for _, w in witnesses.values()]
-        gaps = {} if silent else round_gaps(
-            before, after, (size, after_size), here, ranks, wire, dtype
-        )  # fmt: skip
-        known = _known(gaps)
-        unknown = [f"{name}: not linear in its input" for name in gaps if name not in known]
-        layers = {m: _share([g], [w.change(m) for w in here if m in w.start])
-                  for m, g in known.items()}  # fmt: skip
+        gaps: dict[str, Gap] = {}
+        if not silent:
+            both = (size, after_size)
+            here = [*witnesses.values()]
+            gaps = round_gaps(before, after, both, here, ranks, wire, dtype)
+            gaps = {m: replace(g, bound=g.bound + room.get(m, 0.0)) for m, g in gaps.items()}
+        begun = {i: start_gaps(*self.before[n], x, wire, dtype) for i, (n, x) in starts.items()}
+        known = {m: g for m, g in gaps.items() if not math.isnan(g.found)}
         worst = max(known, key=lambda m: known[m].excess, default="")
-        total = [w.change(m) for w in here for m in w.start if m in known]
+        moved = [w.change(m) for w in witnesses.values() for m in w.start]
+        mean = _size(moved) / max(len(witnesses), 1) ** 0.5
         return Certificate(
             self.promise,
-            starts,
-            _share(known.values(), total, len(here)),
-            layers,
-            excess,
+            {i: _share(found.values(), mean) for i, found in begun.items()},
+            _share(known.values(), mean),
+            {m: _share([g], _size([w.change(m) for w in witnesses.values() if m in w.start])
+                       / max(len(witnesses), 1) ** 0.5) for m, g in known.items()},
+            {i: max((g.excess for g in x.values() if not math.isnan(g.found)), default=0.0)
+             for i, x in begun.items()},
             known[worst].excess if worst else 0.0,
             worst,
-            [*silent, *unknown],
-        )
+            [*silent, *(f"{m}: not linear in its input" for m in gaps if m not in known)],
+        )  # fmt: skip
+
+
+def _size(changes: Iterable[Tensor]) -> float:
+    """The root of the summed mean squares."""
+    return math.sqrt(sum(float(c.nan_to_num().square().mean()) for c in changes))
+
+
+def _share(gaps: Iterable[Gap], size: float) -> float:
+    """The gaps' size over this one; the gaps' own where that is zero."""
+    gap = math.sqrt(sum(g.found**2 for g in gaps if not math.isnan(g.found)))
+    return gap / size if size else gap
+
+
+# -- within a secure sum --------------------------------------------------------------------------
+
+WITHIN = "certificate/"
+"""How a difference is named among the other tensors of a masked vector."""
+
+
+def masked_shapes(names: Iterable[str]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """What a client adds to its vector, as `wire.Shapes`."""
+    return {("other", WITHIN + name): (K,) for name in names}
+
+
+def without_masked(shapes: Shapes) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The inverse: what strategies know of."""
+    return {(c, n): shape for (c, n), shape in shapes.items() if not n.startswith(WITHIN)}
+
+
+def with_changes(
+    sent: Factors, start: Numbers, end: Numbers, scales: Mapping[str, float]
+) -> Factors:
+    """What is to be summed, with the changes of the numbers, each over its public scale."""
+    changes = {WITHIN + m: ((end[m] - start[m]) / scales[m]).nan_to_num() for m in start}
+    return replace(sent, other={**sent.other, **changes})
+
+
+def without_changes(
+    uploads: Sequence[Upload], scales: Mapping[str, float]
+) -> tuple[list[Upload], Witness]:
+    """The uploads as strategies know them; and the mean of the changes, as if one client's."""
+    found: dict[str, Tensor] = {}
+    bare = []
+    for u in uploads:
+        mine = {n: x for n, x in u.sent.other.items() if n.startswith(WITHIN)}
+        found |= {n.removeprefix(WITHIN): x.double() for n, x in mine.items()}
+        other = {n: x for n, x in u.sent.other.items() if n not in mine}
+        bare.append(replace(u, sent=replace(u.sent, other=other)))
+    change = {m: x * scales[m] for m, x in found.items()}
+    return bare, Witness(1.0, {m: torch.zeros(K).double() for m in change}, change)
 
 
 # -- in a round -----------------------------------------------------------------------------------
@@ -234,8 +287,8 @@ def begin(server: "FederatedLora", number: int, state: Any) -> None:
 
 def read(
     server: "FederatedLora", content: RecordDict, upload: Upload, asked: Round
-) -> tuple[Numbers, Numbers]:
-    """The numbers that came with an upload.
+) -> list[Numbers]:
+    """The numbers that came with an upload: at its start and its end.
 
     Raises:
         WireError, UpdateError: they are not what was asked for.
@@ -254,28 +307,30 @@ def end(server: "FederatedLora", gathered: Gathered, number: int) -> None:
     Raises:
         ProofError: the strategy promises to be exact and was not, unless proof.enforce is off.
     """
-    if server.secure:
-        return
+    starts = {i: (n, x) for i, (n, x, _) in gathered.certificates.items() if i in gathered.clients}
+    summed = gathered.summed
     gathered.certificate = found = server.certifier.close(
         number,
-        witnesses_of(server.config, gathered),
+        starts,
+        {-1: summed[0]} if summed else witnesses_of(server.config, gathered),
         top_ranks(server.client(i) for i in server.members),
         cuts(server),
         silent_of(server.config, gathered),
+        quantised(server.model, summed[1], summed[0].start, summed[2]) if summed else {},
     )
     server.certifier.forget([f.round.number for f in server.buffer.flights.values()])
     if server.config.proof.enforce:
         found.enforce(server.config.strategy.name, number)
 
 
-def witnesses_of(config: Config, gathered: Gathered) -> dict[int, tuple[int, Witness]]:
-    """By client whose update counts, the round it was asked in, and its numbers as they count.
+def witnesses_of(config: Config, gathered: Gathered) -> dict[int, Witness]:
+    """By client whose update counts, its numbers as they count.
 
     Robust methods that leave clients out or weigh them, and a stale update's weight, are factors
     of these.
     """
     verdict, found = gathered.verdict, {}
-    for i, (asked, start, end) in gathered.certificates.items():
+    for i, (_, start, end) in gathered.certificates.items():
         if i not in gathered.clients or (verdict and i in verdict.dropped):
             continue
         weight = float(gathered.clients[i]["examples"])
@@ -283,7 +338,7 @@ def witnesses_of(config: Config, gathered: Gathered) -> dict[int, tuple[int, Wit
             weight = verdict.factors[i]
         late = (1 + gathered.stale.get(i, 0)) ** -config.round.staleness_exponent
         counted = {name: start[name] + late * (x - start[name]) for name, x in end.items()}
-        found[i] = (asked, Witness(weight, start, counted if late != 1 else end))
+        found[i] = Witness(weight, start, counted if late != 1 else end)
     return found
 
 
@@ -295,15 +350,3 @@ def silent_of(config: Config, gathered: Gathered) -> list[str]:
     if gathered.verdict and gathered.verdict.method == "norm-bound" and gathered.verdict.factors:
         found.append("robust.method = 'norm-bound': changes were shortened factor by factor")
     return found
-
-
-def _known(gaps: Mapping[str, Gap]) -> dict[str, Gap]:
-    """Without those of what has no numbers."""
-    return {m: g for m, g in gaps.items() if not math.isnan(g.found)}
-
-
-def _share(gaps: Any, changes: Sequence[Tensor], of: int = 1) -> float:
-    """The gaps' size over the changes' mean size."""
-    gap = math.sqrt(sum(g.found**2 for g in gaps if not math.isnan(g.found)))
-    size = math.sqrt(sum(float(c.nan_to_num().square().mean()) for c in changes) / max(of, 1))
-    return gap / size if size else gap

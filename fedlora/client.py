@@ -31,10 +31,10 @@ from flwr.app import (
     RecordDict,
 )
 
-from fedlora import capability, feedback, site
+from fedlora import capability, feedback, site, witness
 from fedlora.adapter import Delta, Factors
-from fedlora.certificate import Numbers, key_of, measure_as, names_of
-from fedlora.certifier import pack_numbers
+from fedlora.certificate import Numbers, public_scales
+from fedlora.certifier import pack_numbers, with_changes
 from fedlora.codes import code_of
 from fedlora.config import Config
 from fedlora.errors import FedLoraError, ModelError, PrivacyError, TrainingCheckError
@@ -107,7 +107,11 @@ def train(message: Message, context: Context) -> RecordDict:
             **done.scores,
         }
     sent = feedback.send(desk, done.sent)
-    records = {"sent": sent, "metrics": MetricRecord(metrics), "certificate": done.certificate}
+    records = {
+        "sent": sent,
+        "metrics": MetricRecord(metrics),
+        "certificate": pack_numbers(*done.numbers),
+    }
     return desk.reply(records, done.keeps)
 
 
@@ -187,10 +191,17 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     done, private = desk.train(), desk.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     layout = Layout.read(asked)
-    vector = encode(done.sent, n, loss, int(asked["kind"]), layout, masker.terms)  # type: ignore[arg-type]
+    start, end = done.numbers
+    sent = with_changes(done.sent, start, end, public_scales(desk.model(), start))
+    vector = encode(sent, n, loss, int(asked["kind"]), layout, masker.terms)  # type: ignore[arg-type]
     x = masker.masked(vector)
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
-    return desk.reply({"masked": ArrayRecord({"vector": array})}, done.keeps)
+    records = {"masked": ArrayRecord({"vector": array})}
+    if (
+        not desk.job.cuts
+    ):  # they follow from what the server sent; with a B of one's own they do not
+        records["start"] = pack_numbers(start)
+    return desk.reply(records, done.keeps)
 
 
 def secagg_unmask(message: Message, context: Context) -> RecordDict:
@@ -211,8 +222,8 @@ class Trained:
     examples: int
     fit: Fit
     scores: Mapping[str, float]
-    certificate: ArrayRecord
-    """See fedlora/certificate.py."""
+    numbers: tuple[Numbers, Numbers]
+    """The certificate's, at the start and at the end."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +301,7 @@ class Desk:
         test = site.encoded("test", job.client, config, job.labels)
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
-            begun = self.numbers(model)
+            begun = witness.numbers(self, model)
             self.check(model, rows)
             judged = config.evaluate.clients and self.tells
             if judged:
@@ -301,22 +312,13 @@ class Desk:
             trained = model.read()
             if whole := feedback.carried(self, trained):
                 model.load(whole, self.download.block)
-            certificate = pack_numbers(begun, self.numbers(model), [*begun])
+            numbers = begun, witness.numbers(self, model)
         whole, keep = self.strategy.upload(trained, kept)
         sent = travelling(whole, self.download.trainable)
         keeps = any(True for _ in keep.items())
         if keeps:
             self.memory.remember(job.round, keep)
-        return Trained(sent, keeps, len(rows), outcome, scores, certificate)
-
-    def numbers(self, model: Model) -> Numbers:
-        """The certificate's, of the model as it is now: of all that leaves with the update."""
-        job, config = self.job, self.config
-        key = key_of(config.run.seed, job.round, bool(config.round.buffer))
-        whole = "other" in self.download.trainable and not job.cuts
-        others = [*model.live()["other"]] if whole else []
-        found = measure_as(model, key, job.ranks, others, job.cuts)
-        return {name: found[name] for name in names_of(job.ranks, others, job.cuts)}
+        return Trained(sent, keeps, len(rows), outcome, scores, numbers)
 
     def check(self, model: Model, rows: Encoded) -> None:
         """Does the loaded model train as it must? Once a run, processor and set of columns.

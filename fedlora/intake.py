@@ -50,6 +50,9 @@ class Gathered:
     """Virtual seconds, when the buffer was full."""
     certificates: dict[int, tuple[int, Any, Any]] = field(default_factory=dict)
     """By client: the round it was asked in, and its numbers at the start and at the end."""
+    summed: Any = None
+    """Of a secure aggregation: (the mean change of all of them, the error of any of its numbers,
+    what they were divided by)."""
     certificate: Any = None
     """The round's, once it is aggregated."""
     secure: Mapping[str, Any] | None = None

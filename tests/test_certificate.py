@@ -1,25 +1,21 @@
 """The certificate: what it measures is the model, and what the proof cannot see stops the run."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from tiny_federation import Ran, directory_of, federate, quick
 from torch import Tensor
 
-from fedlora import certificate, client, site
+from fedlora import client
 from fedlora.adapter import Factors, Pair
-from fedlora.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
-from fedlora.config import Config
 from fedlora.errors import ProofError
 from fedlora.lowrank import extend, wide
 from fedlora.memory import ClientMemory
-from fedlora.model import Model
-from fedlora.strategies import STRATEGIES, fedavg, fedex, fedsb, lora_a2, mixed, ravan
-from fedlora.strategies.base import BaseLog, Client, Upload, Version
+from fedlora.strategies import fedex, fedsb, lora_a2, ravan
+from fedlora.strategies.base import BaseLog, Upload, Version
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
 
@@ -83,7 +79,7 @@ def on_clients(patch: Patch, planted: Callable[[Any], Any]) -> None:
 class AtTheServersScale(FFA):
     def start(self, download: Any, kept: Any, client: Any, round: Any) -> Factors:
         found = super().start(download, kept, client, round)
-        return replace(found, scale={m: 16.0 / 5 for m in found.scale})
+        return replace(found, scale=dict.fromkeys(found.scale, 16.0 / 5))
 
 
 def ffa_scale(patch: Patch) -> None:

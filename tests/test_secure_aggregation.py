@@ -650,17 +650,19 @@ def test_a_message_that_comes_again_or_of_another_round_is_refused_at_every_stag
 
 
 def test_nothing_of_one_client_leaves_in_the_clear(settings: Settings) -> None:
-    """No metrics, no count, no factor: keys, shares and one masked vector; in the log, neither."""
+    """No metrics, no count, no factor: keys, shares, one masked vector, and what a model of the
+    server's own sending measures; in the log, neither."""
     spy = Lossy("none")
     got = play(settings(**five(**{"evaluate.clients": True})), app=spy)
     for kind, _, _, reply in spy.seen:
-        names = {"query": {"facts"}, "collect": {"reply", "masked"}, "evaluate": {"reply"}}
+        names = {"query": {"facts"}, "collect": {"reply", "masked", "start"}, "evaluate": {"reply"}}
         content = reply.content
         assert set(content) - {"metrics"} == names.get(kind, {"reply", "secagg"})
         if "metrics" in content:
             assert dict(content.metric_records["metrics"]) == {"num-examples": 1}
-        for record in content.array_records.values():
-            assert [a.stype for a in record.values()] == ["fedlora.masked"]
+        for what, record in content.array_records.items():
+            if what != "start":
+                assert [a.stype for a in record.values()] == ["fedlora.masked"]
     for facts in got.last["clients"].values():
         told = {"round", "rank", "keeps", "examples", "bytes_up", "bytes_down"}
         assert all(value is None for key, value in facts.items() if key not in told)

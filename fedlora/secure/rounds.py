@@ -14,12 +14,16 @@ all that were lost say that their budget is spent, it is BudgetSpent.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora import certifier
+from fedlora.certificate import names_of, public_scales
+from fedlora.certifier import WITHIN, masked_shapes, without_changes, without_masked
 from fedlora.codes import FailureKind, Refusal
 from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError, UpdateError
 from fedlora.intake import Gathered, exchange, facts_of, tag_of
@@ -29,7 +33,7 @@ from fedlora.secure.rules import TOGETHER, unsummable
 from fedlora.secure.terms import SMALLEST, Terms, neighbours
 from fedlora.secure.vector import Kind, Layout, decode, kinds_of
 from fedlora.strategies.base import Client, Round, Upload
-from fedlora.wire import count_bytes
+from fedlora.wire import Shapes, count_bytes
 
 if TYPE_CHECKING:
     from fedlora.server import FederatedLora
@@ -77,6 +81,8 @@ class SecureRound:
         self.near = neighbours(self.ids, self.terms.shares, round)
         self.layout = Layout.over([kind.shapes for kind in self.kinds])
         self._check()
+        names = {n.removeprefix(WITHIN) for _, n in self.layout.shapes if n.startswith(WITHIN)}
+        self.scales = public_scales(server.model, sorted(names))
         self.totals: dict[int, Words] = {}
         self.keeps: dict[int, bool] = {}
         self.up: dict[int, int] = {}
@@ -92,6 +98,8 @@ class SecureRound:
             found, loss, error = decode(total, len(summed), self.layout, self.kinds, self.terms)
         except UpdateError as e:
             raise self._failed(str(e)) from None
+        found, change = without_changes(found, self.scales)
+        self.gathered.summed = change, error, self.scales
         self.gathered.loss = None if self.server.config.privacy.on else loss
         self.gathered.secure = {
             "asked": len(self.ids),
@@ -107,11 +115,13 @@ class SecureRound:
     def _check(self) -> None:
         """Does the strategy go on sums? Measured once for each set of tensors that it asks for."""
         asked = tuple(tuple(sorted(kind.shapes.items())) for kind in self.kinds)
-        if asked in self.server.summable:
+        server = self.server
+        if asked in server.summable:
             return
-        if reason := unsummable(self.server.strategy, self.server.state, self.kinds, self.round):
+        kinds = [replace(kind, shapes=without_masked(kind.shapes)) for kind in self.kinds]
+        if reason := unsummable(server.strategy, server.state, kinds, self.round):
             raise StrategyError(reason)
-        self.server.summable.add(asked)
+        server.summable.add(asked)
 
     # -- the stages ---------------------------------------------------------------------------
 
@@ -180,6 +190,8 @@ class SecureRound:
             if kind not in self.totals:
                 self.totals[kind] = np.zeros(len(self.layout), dtype=dtype)
             self.totals[kind] += np.frombuffer(array.data, dtype=dtype)
+            if "start" in content.array_records:
+                self._begun(i, content.array_records["start"])
             self.keeps[i] = bool(content.config_records["reply"]["keeps"])
             return kind
 
@@ -304,15 +316,30 @@ class SecureRound:
     # -- who is left --------------------------------------------------------------------------
 
     def _kinds(self, clients: Sequence[Client]) -> list[Kind]:
-        server, base = self.server, self.server.base_number()
-        found = kinds_of(
-            (c, *server.schemas.of(server.state, c, base, self.round)) for c in clients
-        )
+        base = self.server.base_number()
+        found = kinds_of(self._sends(c, base) for c in clients)
         for kind in found:
             if len(kind.clients) < TOGETHER:
                 reason = "it is the only one of its ranks in this round: its update would be no sum"
                 self._refuse(kind.clients[0].id, Refusal(FailureKind.ALONE, reason))
         return [kind for kind in found if len(kind.clients) >= TOGETHER]
+
+    def _sends(self, c: Client, base: int) -> tuple[Client, Shapes, Mapping[str, float]]:
+        """A client, what it sends, the certificate's changes with it, and at which scales."""
+        server = self.server
+        shapes, scale = server.schemas.of(server.state, c, base, self.round)
+        ranks = {m: layer.rank for m, layer in c.layers.items()}
+        cuts = certifier.cuts(server)
+        others = [] if cuts else [name for column, name in shapes if column == "other"]
+        return c, {**shapes, **masked_shapes(names_of(ranks, others, cuts))}, scale
+
+    def _begun(self, i: int, record: ArrayRecord) -> None:
+        """Keep what a client began from, in the clear; raises UpdateError where it is not that."""
+        shapes = without_masked(self.kinds[self.kind_of[i]].shapes)
+        others = [name for column, name in shapes if column == "other"]
+        asked, client = self.round.number, self.client[i]
+        (start,) = self.server.certifier.read(record, client, asked, others, (), times=1)
+        self.gathered.certificates[i] = (asked, start, {})
 
     def _enough(self, did: str, left: set[int], among: set[int] | None = None) -> None:
         need = self.terms.threshold
