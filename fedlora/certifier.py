@@ -307,7 +307,8 @@ def end(server: "FederatedLora", gathered: Gathered, number: int) -> None:
     Raises:
         ProofError: the strategy promises to be exact and was not, unless proof.enforce is off.
     """
-    starts = {i: (n, x) for i, (n, x, _) in gathered.certificates.items() if i in gathered.clients}
+    came = sorted(gathered.certificates.items())  # sums are the same whoever was first
+    starts = {i: (n, x) for i, (n, x, _) in came if i in gathered.clients}
     summed = gathered.summed
     gathered.certificate = found = server.certifier.close(
         number,
@@ -330,7 +331,7 @@ def witnesses_of(config: Config, gathered: Gathered) -> dict[int, Witness]:
     of these.
     """
     verdict, found = gathered.verdict, {}
-    for i, (_, start, end) in gathered.certificates.items():
+    for i, (_, start, end) in sorted(gathered.certificates.items()):
         if i not in gathered.clients or (verdict and i in verdict.dropped):
             continue
         weight = float(gathered.clients[i]["examples"])

@@ -6,16 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from tiny_federation import Ran, directory_of, federate, quick
 from torch import Tensor
 
-from fedlora import client
+from fedlora import certificate, client, site
 from fedlora.adapter import Factors, Pair
+from fedlora.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
+from fedlora.config import Config
 from fedlora.errors import ProofError
 from fedlora.lowrank import extend, wide
 from fedlora.memory import ClientMemory
-from fedlora.strategies import fedex, fedsb, lora_a2, ravan
-from fedlora.strategies.base import BaseLog, Upload, Version
+from fedlora.model import Model
+from fedlora.strategies import STRATEGIES, fedex, fedsb, lora_a2, ravan
+from fedlora.strategies.base import BaseLog, Client, Upload, Version
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
 
@@ -161,3 +165,269 @@ def test_a_fault_that_the_proof_shares_stops_the_run_in_the_round_it_acts_in(
     stopped = int(str(caught.value).removeprefix("round ").split(":")[0])
     assert stopped == first
     assert [r["round"] for r in Ran(directory_of(given)).rounds] == list(range(first))
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def prepared(settings: Settings, kind: str = "bert", **changes: object) -> Model:
+    """A model with factors that are not zero, and a fold in its base."""
+    config = Config.read(settings(kind, **changes))
+    model = Model(config, site.corpus(config).labels)
+    ranks = dict.fromkeys(model.shapes, 3) if not model.rank else dict.fromkeys(model.shapes, 1)
+    model.load(model.init_factors(Client(0, model.layers(ranks)), 0))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for ps in model.live().values():
+            for p in ps.values():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def by_definition(W: Tensor, m: str, key: str = "k") -> Tensor:
+    """u_j^T W x_j, one at a time."""
+    u, x = signs(f"{key}/{m}/u", K, W.shape[0]), signs(f"{key}/{m}/x", K, W.shape[1])
+    return torch.stack([u[j] @ W @ x[j] for j in range(K)])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_modules_numbers_are_those_of_its_whole_weight(settings: Settings, kind: str) -> None:
+    model = prepared(settings, kind)
+    whole, factors = model.weights(), model.read()
+    found = measure(model, "k", model.shapes, [])
+    for m, W in whole.items():
+        change = factors.scale[m] * factors.B[m].double() @ factors.A[m].double()
+        torch.testing.assert_close(found[m], by_definition(W.double() + change, m))
+
+
+def test_another_tensors_numbers_are_its_own(settings: Settings) -> None:
+    model = prepared(settings)
+    head = model.live()["other"]
+    found = measure(model, "k", [], head)
+    for name, p in head.items():
+        T = p.detach().double()
+        torch.testing.assert_close(found[name], by_definition(T if T.ndim > 1 else T[None], name))
+
+
+def test_what_lies_beside_the_base_and_what_is_folded_counts(settings: Settings) -> None:
+    for merge in ("into-base", "keep-as-adapter"):
+        model = prepared(settings, **{"model.merge": merge})
+        m = next(iter(model.shapes))
+        d, k = model.shapes[m].d, model.shapes[m].k
+        g = torch.Generator().manual_seed(1)
+        pair = Pair(torch.randn(2, k, generator=g), torch.randn(d, 2, generator=g), 0.5)
+        before = measure(model, "k", [m], [])[m]
+        with model.folded({m: pair}):
+            after = measure(model, "k", [m], [])[m]
+        want = by_definition(pair.delta().double(), m)
+        torch.testing.assert_close(after - before, want, rtol=1e-5, atol=1e-5)
+
+
+FORMS = ("dora", "vera", "loha", "lokr", "hira", "fourierft", "ia3", "oft", "road", "delora", "c3a")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_forms_numbers_are_those_of_its_effective_weight(settings: Settings, form: str) -> None:
+    ranks = {"lora.form": form, "strategy.name": "fedavg", "clients.ranks": "4"}
+    if form == "ia3":
+        ranks["clients.ranks"] = "4,8,16"
+    model = prepared(settings, **ranks)
+    found = measure(model, "k", model.shapes, [])
+    for m, shape in model.shapes.items():
+        eye = torch.eye(shape.k, dtype=torch.float64)
+        layer = model._in_float64(m)
+        with torch.no_grad():
+            W = (layer(eye) - layer(torch.zeros_like(eye))).T
+        torch.testing.assert_close(found[m], by_definition(W, m))
+
+
+def test_a_module_that_is_not_linear_in_its_input_has_no_numbers(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    model = prepared(settings)
+    m = next(iter(model.shapes))
+    layer = model.adapted[m]
+    real = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x, *a, **k: real(x, *a, **k).tanh())
+    found = measure(model, "k", model.shapes, [])
+    assert found[m].isnan().all()
+    assert all(found[n].isfinite().all() for n in found if n != m)
+
+
+def test_measuring_changes_nothing(settings: Settings) -> None:
+    model = prepared(settings)
+    before = {n: p.clone() for n, p in model.peft.named_parameters()}
+    chance = torch.get_rng_state()
+    measure(model, "k", model.shapes, model.live()["other"])
+    assert all(torch.equal(p, before[n]) for n, p in model.peft.named_parameters())
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+def test_signs_are_bits_of_a_hash_equal_everywhere() -> None:
+    import hashlib
+
+    found = signs("a key", 3, 5)
+    digest = hashlib.shake_256(b"a key").digest(2)
+    bits = [(byte >> (7 - i)) & 1 for byte in digest for i in range(8)][:15]
+    assert found.flatten().tolist() == [2.0 * b - 1 for b in bits]
+    assert found.dtype == torch.float64
+    assert not torch.equal(signs("another", 3, 5), found)
+
+
+def test_it_imports_nothing_of_what_it_checks() -> None:
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(certificate.__file__).read_text())
+    ours = {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fedlora")
+    }
+    assert ours == {"fedlora.model"}
+
+
+# -- what is found --------------------------------------------------------------------------------
+
+
+def one_module(d: int = 96, k: int = 64, r: int = 4) -> tuple[Tensor, Tensor]:
+    """W0 as a model has it, and a round's change of rank r."""
+    g = torch.Generator().manual_seed(3)
+    W = 0.05 * torch.randn(d, k, generator=g, dtype=torch.float64)
+    D = torch.randn(d, r, generator=g).double() @ torch.randn(r, k, generator=g).double()
+    return W, 0.01 * D
+
+
+def test_a_fault_of_one_percent_of_the_change_is_found_999_times_in_1000() -> None:
+    W, change = one_module()
+    missed = 0
+    for n in range(3000):
+        key = f"draw {n}"
+        c = {"m": by_definition(W, "m", key)}
+        moved = {"m": by_definition(W + change, "m", key)}
+        wrong = {"m": by_definition(W + 0.99 * change, "m", key)}
+        size = {"m": Size(float(W.norm()), 4 * float(change.norm()))}
+        gap = round_gaps(
+            c, wrong, (size, size), [Witness(3.0, c, moved)], {"m": 4}, "float32", "float32"
+        )
+        missed += gap["m"].excess <= 1
+        right = round_gaps(
+            c, moved, (size, size), [Witness(3.0, c, moved)], {"m": 4}, "float32", "float32"
+        )
+        assert right["m"].excess < 1
+    assert missed == 0
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fault_of_ten_times_the_bound_is_found(wire: str, dtype: str) -> None:
+    W, change = one_module()
+    size = {"m": Size(float(W.norm()), 4 * float(change.norm()))}
+    c = {"m": by_definition(W, "m")}
+    clean = start_gaps(c, size, c, wire, dtype)["m"]
+    fault = torch.randn(W.shape, generator=torch.Generator().manual_seed(9)).double()
+    fault *= 10 * clean.bound / fault.norm()
+    begun = {"m": by_definition(W + fault, "m")}
+    assert start_gaps(c, size, begun, wire, dtype)["m"].excess > 1
+    moved = {"m": by_definition(W + change, "m")}
+    seen = [Witness(1.0, c, moved)]
+    bound = round_gaps(c, moved, (size, size), seen, {"m": 4}, wire, dtype)["m"].bound
+    fault *= 10 * bound / fault.norm()
+    after = {"m": by_definition(W + change + fault, "m")}
+    assert round_gaps(c, after, (size, size), seen, {"m": 4}, wire, dtype)["m"].excess > 1
+
+
+def test_a_mean_of_unequal_clients_of_whom_one_lacks_a_module() -> None:
+    g = torch.Generator().manual_seed(0)
+    zero = torch.zeros(K).double()
+    x, y = (torch.randn(K, generator=g).double() for _ in range(2))
+    size = {"m": Size(1.0, 1.0), "n": Size(1.0, 1.0)}
+    seen = [
+        Witness(3.0, {"m": zero, "n": zero}, {"m": x, "n": x}),
+        Witness(1.0, {"n": zero}, {"n": y}),
+    ]
+    before = {"m": zero, "n": zero}
+    right = {"m": x, "n": 0.75 * x + 0.25 * y}
+    args = ((size, size), seen, {}, "float32", "float32")
+    assert all(g.excess < 1 for g in round_gaps(before, right, *args).values())
+    assert round_gaps(before, {**right, "n": (x + y) / 2}, *args)["n"].excess > 1
+    assert round_gaps(before, {**right, "m": 0.75 * x}, *args)["m"].excess > 1
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", [n for n, s in STRATEGIES.items() if s().promise != "approximate"])
+def test_clean_runs_stay_well_below_the_bound(settings: Settings, name: str, wire: str) -> None:
+    changes = {"clients.per-round": 4, "run.rounds": 4, "wire.dtype": wire}
+    for r in federate(uneven(settings, name, **changes)).rounds[1:]:
+        found = r["certificate"]
+        assert not found["not_certified"]
+        assert found["excess"] < 0.5
+        assert found["start_excess"] < 0.5
+        assert wire != "float32" or found["deviation"] < 1e-5
+
+
+OPTIONS: dict[str, tuple[dict[str, object], str]] = {
+    "trimmed": ({"robust.method": "trimmed"}, ""),
+    "median": ({"robust.method": "median"}, ""),
+    "norm-bound": ({"robust.method": "norm-bound", "robust.bound": 1e-3}, "norm-bound"),
+    "server optimiser": ({"server.optimizer": "fedavgm", "strategy.name": "ffa"}, ""),
+    "buffered": ({"round.buffer": 2, "strategy.name": "fedsb", "run.rounds": 5,
+                  "devices.classes": "fast:1:100,slow:0.1:5"}, ""),
+    "example-level privacy": ({"privacy.epsilon": 8.0, "privacy.delta": 1e-3}, ""),
+    "client-level privacy": ({"privacy.epsilon": 8.0, "privacy.delta": 1e-3,
+                              "privacy.level": "client", "strategy.name": "ffa",
+                              "clients.ranks": "3"}, "client-level privacy"),
+    "legend": ({"ranks.policy": "legend", "strategy.name": "fedex"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_what_goes_around_an_aggregation_is_certified_or_named(
+    settings: Settings, what: str
+) -> None:
+    changes, silent = OPTIONS[what]
+    name = str(changes.get("strategy.name", "fedex"))
+    for r in federate(uneven(settings, name, **changes)).rounds[1:]:
+        found = r["certificate"]
+        said = found["not_certified"]
+        assert [silent in x for x in said] == ([True] if silent else [])
+        assert found["start_excess"] < 0.5
+        if silent:
+            assert not found["layers"]
+        else:
+            assert found["excess"] < 0.5
+            assert found["deviation"] < 1e-4
+
+
+def test_numbers_that_are_none_cost_their_client_its_update(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora import witness
+
+    real, turn = witness.numbers, iter([0] * 2 + [1] * 2 + [0] * 100)
+
+    def numbers(desk: Any, model: Any) -> Any:
+        found = real(desk, model)
+        return {n: x * float("nan") for n, x in found.items()} if next(turn) else found
+
+    monkeypatch.setattr(witness, "numbers", numbers)
+    ran = federate(uneven(settings, "fedex", **{"run.rounds": 1}))
+    (failed,) = ran.rounds[1]["failures"]
+    assert failed["client"] == 1
+    assert failed["kind"] == "bad"
+    assert "certificate" in failed["reason"]
+
+
+def test_a_server_that_asks_for_a_private_part_is_refused(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora import certifier
+
+    monkeypatch.setattr(certifier, "cuts", lambda _: ())
+    from fedlora.errors import RoundError
+
+    with pytest.raises(RoundError, match="a part that stays on this client"):
+        federate(uneven(settings, "fedsa"))

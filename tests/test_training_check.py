@@ -14,6 +14,7 @@ from fedlora import loss_check, site, text, train, training_check
 from fedlora.adapter import Factors
 from fedlora.config import Config
 from fedlora.errors import TrainingCheckError
+from fedlora.forms import FORMS
 from fedlora.model import Model
 from fedlora.privacy import rehearsal
 from fedlora.strategies.base import Client, Download, Round, Start
@@ -393,3 +394,11 @@ def test_rows_without_anything_to_learn_are_named_in_a_fixed_text(settings: Sett
     none = Encoded(rows.ids[:0], rows.starts[:1], rows.rows[:0], rows.pad, prompts=rows.starts[:0])
     with pytest.raises(TrainingCheckError, match="no rows"):
         loss_check.check_rows(none)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("lora", "alora", "vblora")])
+def test_every_form_that_is_healthy_passes(settings: Settings, form: str, precision: str) -> None:
+    ranks = "4" if FORMS[form].size else "4,8,16"
+    changes = {"lora.form": form, "strategy.name": "fedavg", "clients.ranks": ranks}
+    loaded(settings, "bert", precision, **changes).check()
