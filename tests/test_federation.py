@@ -20,8 +20,7 @@ from fedlora.server import FederatedLora
 from fedlora.strategies import STRATEGIES
 
 Settings = Callable[..., dict[str, object]]
-
-pytestmark = pytest.mark.usefixtures("precision")
+BOTH = pytest.mark.usefixtures("precision")
 MODELS = ("bert", "gpt2", "llama")
 PARTIAL = {"clients.count": 5, "clients.per-round": 3, "run.rounds": 3, "output.keep-updates": True}
 NESTED = {"fedex", "ffa", "rolora"}
@@ -110,6 +109,7 @@ def cores(ran: Ran, m: str, start: Factors) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", STRATEGIES)
+@BOTH
 def test_every_strategy_runs_and_an_exact_one_ships_the_sum_of_its_updates(
     settings: Settings, name: str, kind: str
 ) -> None:
@@ -190,6 +190,7 @@ def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
 
 
 @pytest.mark.parametrize("name", ["fedex", "fedsa", "fslora", "ravan"])
+@BOTH
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     settings: Settings, name: str
 ) -> None:
@@ -202,6 +203,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert one.adapter != other.adapter
 
 
+@BOTH
 def test_two_workers_give_the_bytes_of_one(settings: Settings) -> None:
     changes = {"evaluate.clients": True, "evaluate.every": 1, "clients.count": 4}
     given = quick("fedex", **changes)
@@ -222,6 +224,7 @@ def test_rank_one_alone_is_as_seeded_as_any(settings: Settings) -> None:
     assert one.adapter == two.adapter
 
 
+@BOTH
 def test_one_client_alone_is_local_training(settings: Settings) -> None:
     ran = federate(settings(**quick("fedex", **{"clients.count": 1, "output.keep-updates": True})))
     x, notes = ran.update(2, 0)

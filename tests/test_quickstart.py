@@ -11,8 +11,8 @@ from pathlib import Path
 from tiny_federation import ROOT
 
 SHORT = {
-    "run.rounds": 4,
-    "data.limit": 1800,
+    "run.rounds": 3,
+    "data.limit": 1400,
     "data.test-size": 500,
     "evaluate.clients": "false",
     "output.plots": "false",
