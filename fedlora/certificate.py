@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -61,18 +62,34 @@ def measure(model: Model, key: str, modules: Iterable[str], others: Iterable[str
     model.peft.eval()
     tensors = model.live()["other"]
     found = {m: _of_module(model, m, key) for m in modules}
-    return found | {name: _of_tensor(tensors[name], f"{key}/{name}") for name in others}
+    return found | {name: of_tensor(tensors[name], f"{key}/{name}") for name in others}
 
 
 def _of_module(model: Model, m: str, key: str) -> Tensor:
-    shape = model.shapes[m]
-    x = signs(f"{key}/{m}/x", K, shape.k)
-    y = _outputs(model, m, torch.cat([x, torch.zeros(1, shape.k), x[:1] + x[1:2]]))  # (K + 2, d)
-    f = y - y[K]
+    layer, shape = model.adapted[m], model.shapes[m]
+    return of_layer(layer, f"{key}/{m}", shape.d, shape.k, model.asleep(), model.form.after)
+
+
+@torch.no_grad()
+def of_layer(
+    layer: nn.Module,
+    key: str,
+    d: int,
+    k: int,
+    asleep: frozenset[str] = frozenset(),
+    after: bool = False,
+) -> Tensor:
+    """The numbers of one module of k inputs and d outputs, (K,); NaN where it is not linear.
+
+    asleep: names of PEFT adapters that are not active. after: it acts from an invocation on.
+    """
+    x = signs(f"{key}/x", K, k)
+    y = _outputs(layer, torch.cat([x, torch.zeros(1, k), x[:1] + x[1:2]]), d, asleep, after)
+    f = y - y[K]  # (K + 2, d)
     gap = (f[K + 1] - f[0] - f[1]).norm()
     if not gap <= LINEAR * (f[0].norm() + f[1].norm() + y[K].norm()):
         return torch.full((K,), torch.nan, dtype=torch.float64)
-    return (signs(f"{key}/{m}/u", K, shape.d) * f[:K]).sum(1)
+    return (signs(f"{key}/u", K, d) * f[:K]).sum(1)
 
 
 @torch.no_grad()
@@ -102,35 +119,33 @@ def _inner(model: Model, m: str, x: Tensor) -> Tensor:
     side = model.adapted[m].lora_A[model.active]
     hook = side.register_forward_hook(lambda _, __, y: seen.append(y))
     try:
-        _outputs(model, m, x)
+        layer, d = model.adapted[m], model.shapes[m].d
+        _outputs(layer, x, d, model.asleep(), model.form.after)
     finally:
         hook.remove()
     return seen[0]
 
 
-def _outputs(model: Model, m: str, x: Tensor) -> Tensor:
-    """The live module's output for rows of x, in float64; a quantised base's as 0."""
-    layer = model.adapted[m]
-    base = layer.get_base_layer()
-    tensors = {n: t.double() for n, t in _tensors(model, layer) if t.is_floating_point()}
+def _outputs(layer: nn.Module, x: Tensor, d: int, asleep: frozenset[str], after: bool) -> Tensor:
+    """The live module's output (n, d) for rows of x, in float64; a quantised base's as 0."""
+    base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
+    tensors = {
+        name: t.double()
+        for name, t in [*layer.named_parameters(), *layer.named_buffers()]
+        if t.is_floating_point() and asleep.isdisjoint(name.split("."))
+    }
     with ExitStack() as stack:
         if not base.weight.is_floating_point():
-            zeros = torch.zeros(len(x), model.shapes[m].d, dtype=torch.float64)
+            zeros = torch.zeros(len(x), d, dtype=torch.float64)
             stack.enter_context(patch.object(base, "forward", lambda _: zeros))
-        kwargs = {"alora_offsets": [1] * len(x)} if model.form.after else {}
+        kwargs = {"alora_offsets": [1] * len(x)} if after else {}
         found: Tensor = functional_call(layer, tensors, (x,), kwargs)
     return found
 
 
-def _tensors(model: Model, layer: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """The parameters and buffers of a layer, without those of adapters that are not active."""
-    asleep = model.asleep()
-    for name, t in [*layer.named_parameters(), *layer.named_buffers()]:
-        if asleep.isdisjoint(name.split(".")):
-            yield name, t
-
-
-def _of_tensor(p: Tensor, key: str) -> Tensor:
+@torch.no_grad()
+def of_tensor(p: Tensor, key: str) -> Tensor:
+    """The numbers of one tensor, (K,)."""
     T = p.detach().double().reshape(p.shape[0] if p.ndim > 1 else 1, -1)
     u, x = signs(f"{key}/u", K, T.shape[0]), signs(f"{key}/x", K, T.shape[1])
     return ((u @ T) * x).sum(1)

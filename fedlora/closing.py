@@ -3,14 +3,16 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.codes import Refusal
 from fedlora.data import describe
-from fedlora.export import beginning, save_peft
+from fedlora.export import beginning, certified, load_exported, save_peft
 from fedlora.intake import error_of, exchange, part_of
 from fedlora.outcome import judge, said
 from fedlora.privacy.summary import summary as privacy
@@ -34,7 +36,7 @@ def close(server: "FederatedLora", grid: Grid, stopped: str = "") -> None:
     server.load(effective)
     effective = beginning(effective, server.origin)
     save_peft(server.model, effective, server.journal.directory / "adapter")
-    write_records(server, stopped)
+    write_records(server, stopped, certify(server, server.journal.directory / "adapter"))
 
 
 def collect(server: "FederatedLora", grid: Grid) -> None:
@@ -123,7 +125,29 @@ def client_lines(server: "FederatedLora") -> Iterator[dict[str, Any]]:
         }
 
 
-def write_records(server: "FederatedLora", stopped: str = "") -> None:
+ROOM = 1.5
+"""How many times the base must fit into the memory that is free, to load it once more."""
+
+
+def certify(server: "FederatedLora", adapter: Path) -> float | None:
+    """How far adapter/, loaded as anyone loads it, is from the model, over what rounding explains.
+
+    None where there is no memory for a second base: `fedlora export` checks it as well.
+
+    Raises:
+        ModelError: by more than rounding.
+    """
+    base = sum(p.numel() * p.element_size() for p in server.model.peft.parameters())
+    if psutil.virtual_memory().available < ROOM * base:
+        server.observer.note(f"{adapter} is not certified: no memory for a second base")
+        return None
+    loaded = load_exported(server.config, server.labels, adapter, merged=False)
+    return certified(server.model, loaded, adapter)
+
+
+def write_records(
+    server: "FederatedLora", stopped: str = "", exported: float | None = None
+) -> None:
     """clients.jsonl and summary.json; and one line to the observer, if there is cause for it.
 
     `stopped` says why the run ended early, if it did.
@@ -139,6 +163,7 @@ def write_records(server: "FederatedLora", stopped: str = "") -> None:
             "name": c.run.name,
             "strategy": c.strategy.name,
             "promise": server.promise,
+            "export_excess": exported,
             "rounds": c.run.rounds,
             "seconds": server.seconds(),
             "model": c.model.path,

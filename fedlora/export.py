@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fedlora import site
+from fedlora import export_certificate, site
 from fedlora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.checkpoint import write_atomically
 from fedlora.config import Config
@@ -260,6 +260,8 @@ class Exported:
     """Largest difference of its logits from the federated model's, over their largest."""
     rounding: float = 0.0
     """Relative Frobenius error of the change from rounding it into the weights' dtype."""
+    excess: float = 0.0
+    """How far its modules are off, over what rounding explains: see `export_certificate`."""
 
 
 def export_run(
@@ -291,13 +293,31 @@ def export_run(
     model.load(effective.factors)
     batch = next(eval_batches(site.encoded("central", -1, config, corpus.labels), 16))
     inputs = {key: x for key, x in batch.items() if key != "labels"}
+    loaded = load_exported(config, corpus.labels, out, merged)
     with torch.no_grad():
         want = model.peft(**inputs).logits.float()
-        got = load_exported(config, corpus.labels, out, merged)(**inputs).logits.float()
+        got = loaded(**inputs).logits.float()
     deviation = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
     if not rank and not deviation < TOLERANCE[config.model.dtype]:
         raise ModelError(f"{out}: its logits deviate from the federated model's by {deviation:.1e}")
-    return Exported(out, truncation, deviation, rounding)
+    excess = 0.0 if rank else certified(model, loaded, out)
+    return Exported(out, truncation, deviation, rounding, excess)
+
+
+def certified(model: Model, loaded: Any, what: object) -> float:
+    """How far the export's modules are from the loaded model's, over what rounding explains.
+
+    Raises:
+        ModelError: by more than rounding.
+    """
+    gaps = export_certificate.check(model, export_certificate.numbers(model), loaded)
+    name, excess = export_certificate.worst(gaps)
+    if not excess <= 1:
+        raise ModelError(
+            f"{what}: {name} is not the federated model's: what it makes of the certificate's "
+            f"inputs is {excess:.1e} times farther off than rounding explains"
+        )
+    return excess
 
 
 def load_exported(config: Config, labels: Sequence[str], directory: Path, merged: bool) -> Any:

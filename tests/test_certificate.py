@@ -436,3 +436,47 @@ def test_a_server_that_asks_for_a_private_part_is_refused(
 
     with pytest.raises(RoundError, match="a part that stays on this client"):
         federate(uneven(settings, "fedsa"))
+
+
+# -- what is written ------------------------------------------------------------------------------
+
+
+def one_percent_off(patch: Patch) -> None:
+    from fedlora import export
+
+    real = export.total
+
+    def total(effective: Any) -> Any:
+        found = dict(real(effective))
+        m = next(iter(found))
+        return {**found, m: replace(found[m], scale=1.01 * found[m].scale)}
+
+    patch.setattr(export, "total", total)
+
+
+def an_old_head(patch: Patch) -> None:
+    from fedlora import closing
+
+    real = closing.save_peft
+
+    def save(model: Model, effective: Any, *args: Any) -> Any:
+        other = {n: x + 1e-3 for n, x in effective.factors.other.items()}
+        return real(
+            model, replace(effective, factors=replace(effective.factors, other=other)), *args
+        )
+
+    patch.setattr(closing, "save_peft", save)
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+@pytest.mark.parametrize("plant", [one_percent_off, an_old_head])
+def test_an_adapter_that_is_not_the_model_is_not_passed_off_as_it(
+    settings: Settings, monkeypatch: Patch, plant: Callable[[Patch], None], pooling: str
+) -> None:
+    from fedlora.errors import ModelError
+
+    given = uneven(settings, "fedex", **{"model.pooling": pooling, "run.rounds": 2})
+    assert 0 <= federate({**given, "run.name": "clean"}).summary["export_excess"] < 0.5
+    plant(monkeypatch)
+    with pytest.raises(ModelError, match="is not the federated model's"):
+        federate(given)

@@ -51,6 +51,11 @@ class Ran:
         return [json.loads(x) for x in (self.directory / "rounds.jsonl").read_text().splitlines()]
 
     @property
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.directory / "summary.json").read_text())
+        return found
+
+    @property
     def adapter(self) -> bytes:
         return (self.directory / "adapter" / "adapter_model.safetensors").read_bytes()
 
