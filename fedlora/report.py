@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedlora import report_certificate as certified
 from fedlora import report_view as view
 from fedlora import report_words as words
 from fedlora.outcome import finite, said
 from fedlora.report_page import CAPTIONS, PAGE, STYLE
-from fedlora.run_files import RunFiles, read
+from fedlora.run_files import RunFiles, certificates, read
 from fedlora.units import duration, percent, size, tiny
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         failures=view.failures(run),
         proof=words.proof(run),
         layers=words.layers(run),
+        certificate=list(certified.certificate(run)),
+        starts=certified.starts(run),
+        silent=certified.silent(run),
         modules=words.modules(run),
         left=list(words.left(run)),
         privacy=words.privacy(run),
@@ -127,6 +131,10 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     yield "bytes up", size(s["bytes"].get("up"))
     if s["max_deviation"] is not None:
         yield f"largest deviation ({s['promise']})", tiny(s["max_deviation"])
+    if certificates(run.rounds):
+        told = [] if s["max_certificate"] is None else [tiny(s["max_certificate"])]
+        what = f"certificate ({s['promise'] or 'approximate'})"
+        yield what, ", ".join([*told, *view.remarks(run)])
     yield "time", duration(s["seconds"])
     yield "failures", str(s["failures"])
     if s["stopped"]:

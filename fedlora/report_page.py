@@ -243,6 +243,18 @@ _TRUST = """
 <h3>Modules of the largest deviation</h3>
 {{ grid(layers, "words") }}
 {% endif %}
+{% if certificate %}
+<h3 class="gap">Certificate</h3>
+<div class="card pad">{% for text in certificate %}<p>{{ text }}</p>{% endfor %}</div>
+{% endif %}
+{% if starts.rows %}
+<h3 class="gap">Clients that began farthest from what they were sent</h3>
+{{ grid(starts, "words") }}
+{% endif %}
+{% if silent %}
+<h3 class="gap">Not certified</h3>
+{{ pairs(silent, ["what", "in rounds"]) }}
+{% endif %}
 
 <h2 id="left">What left the clients</h2>
 {% if left %}

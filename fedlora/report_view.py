@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedlora.outcome import Metric, Record, finite
-from fedlora.run_files import WAYS, RunFiles, breaks_promise, client_seconds
+from fedlora.run_files import (
+    WAYS,
+    RunFiles,
+    breaks_certificate,
+    breaks_promise,
+    by_size,
+    certificates,
+    client_seconds,
+    excess,
+    held,
+)
 from fedlora.units import count, duration, number, percent, size, tiny
 
 COLUMNS = {
@@ -99,6 +109,11 @@ def tiles(run: RunFiles) -> Iterator[Tile]:
         broken = any(breaks_promise(r.get("proof") or {}) for r in run.rounds)
         tone = "bad" if broken else ""
         yield Tile("largest deviation", tiny(s["max_deviation"]), f"promise: {s['promise']}", tone)
+    if certificates(run.rounds):
+        broken = any(breaks_certificate(c, s["promise"]) for _, c in certificates(run.rounds))
+        largest = "none" if s["max_certificate"] is None else tiny(s["max_certificate"])
+        detail = ", ".join(remarks(run)) or "within rounding"
+        yield Tile("certificate", largest, detail, "bad" if broken else "")
     if any(s["bytes"].values()):
         sent = f"{size(s['bytes'].get('down'))} down, {size(s['bytes'].get('up'))} up"
         yield Tile("traffic", size(sum(s["bytes"].values())), sent)
@@ -107,6 +122,16 @@ def tiles(run: RunFiles) -> Iterator[Tile]:
     asked = sum(len(r.get("cohort") or ()) for r in run.rounds)
     failed = s["failures"]
     yield Tile("failures", str(failed), f"of {count(asked, 'request')}", "bad" if failed else "")
+
+
+def remarks(run: RunFiles) -> list[str]:
+    """What is to be said beside the largest deviation of the certificates, if anything."""
+    found = [c for _, c in certificates(run.rounds)]
+    known = sum(held(c) for c in found)
+    told = ["above rounding"] if any(excess(c) > 1 for c in found) else []
+    if not known:
+        return [*told, "not certified"]
+    return [*told, f"of {known} of {len(found)} rounds"] if known < len(found) else told
 
 
 def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
@@ -169,10 +194,10 @@ def verdict(run: RunFiles) -> str:
 
 
 def rounds(run: RunFiles) -> Grid:
-    return Grid.of([_round(r, _metrics(run)) for r in run.rounds])
+    return Grid.of([_round(r, _metrics(run), run.summary["promise"]) for r in run.rounds])
 
 
-def _round(r: Record, metrics: Sequence[str]) -> dict[str, Cell]:
+def _round(r: Record, metrics: Sequence[str], promise: str) -> dict[str, Cell]:
     found = r.get("evaluation") or {}
     proof = r.get("proof") or {}
     cohort, failures = r.get("cohort"), len(r.get("failures") or ())
@@ -186,8 +211,24 @@ def _round(r: Record, metrics: Sequence[str]) -> dict[str, Cell]:
         "deviation": Cell(
             tiny(proof.get("deviation")), tone="bad" if breaks_promise(proof) else ""
         ),
+        "certificate": _certified(r.get("certificate") or {}, promise),
         "failures": Cell(str(failures), tone="bad" if failures else "") if cohort else Cell("-"),
     }
+
+
+def _certified(certificate: Record, promise: str) -> Cell:
+    """The deviation by the certificate; what stands against it on hovering."""
+    if not certificate:
+        return Cell("-")
+    silent = "; ".join(str(text) for text in certificate.get("not_certified") or ())
+    tone = "bad" if breaks_certificate(certificate, promise) else ""
+    text = relative(certificate["deviation"]) if held(certificate) else "not certified"
+    return Cell(text, silent, tone)
+
+
+def relative(deviation: float | None) -> str:
+    """A deviation as text. What is null in the file was no finite number."""
+    return "not a number" if by_size(deviation) == math.inf else tiny(deviation)
 
 
 def clients(run: RunFiles) -> Grid:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedlora.outcome import Record
-from fedlora.report_view import Cell, Grid, failures
-from fedlora.run_files import RunFiles, breaks_promise
+from fedlora.report_view import Cell, Grid, failures, relative
+from fedlora.run_files import RunFiles, breaks_promise, by_size, certificates
 from fedlora.units import count, percent, tiny
 
 PROMISES = {
@@ -33,18 +33,20 @@ def proof(run: RunFiles) -> list[str]:
     """What was promised, what was measured, and whether it held."""
     rounds = [r for r in run.rounds if r.get("proof")]
     if not rounds:
+        if certificates(run.rounds):
+            return ["No round has this proof: for this strategy it cannot be told from sums alone."]
         return ["No round of this run was aggregated, so nothing was measured."]
     meaning, compared = PROMISES[run.summary["promise"] or "approximate"]
-    worst = max(rounds, key=lambda r: _size(r["proof"].get("deviation")))
+    worst = max(rounds, key=lambda r: by_size(r["proof"].get("deviation")))
     found = worst["proof"]
     where = f", most of all in {found['worst_layer']}" if found.get("worst_layer") else ""
     told = [
         meaning.format(strategy=run.summary["strategy"]),
         f"After every round ({len(rounds)} so far) the server computed the sum again, on seeded "
         f"random inputs, and compared it with {compared}. The largest relative deviation was "
-        f"{_told(found.get('deviation'))}, in round {worst['round']}{where}.",
+        f"{relative(found.get('deviation'))}, in round {worst['round']}{where}.",
     ]
-    return [*told, *_judged(run, [r["proof"] for r in rounds], _size(found.get("deviation")))]
+    return [*told, *_judged(run, [r["proof"] for r in rounds], by_size(found.get("deviation")))]
 
 
 def _judged(run: RunFiles, proofs: list[Record], worst: float) -> Iterator[str]:
@@ -66,18 +68,11 @@ def layers(run: RunFiles) -> Grid:
     largest: dict[str, float] = {}
     for r in run.rounds:
         for module, deviation in ((r.get("proof") or {}).get("layers") or {}).items():
-            largest[module] = max(largest.get(module, 0.0), _size(deviation))
+            largest[module] = max(largest.get(module, 0.0), by_size(deviation))
     ordered = sorted(largest.items(), key=lambda item: -item[1])[:12]
-    return Grid.of([{"module": Cell(m), "largest deviation": Cell(_told(d))} for m, d in ordered])
-
-
-def _size(deviation: float | None) -> float:
-    """For comparing: what is not a number (NaN, or null in the file) is worse than any."""
-    return math.inf if deviation is None or math.isnan(deviation) else deviation
-
-
-def _told(deviation: float | None) -> str:
-    return "not a number" if _size(deviation) == math.inf else tiny(deviation)
+    return Grid.of(
+        [{"module": Cell(m), "largest deviation": Cell(relative(d))} for m, d in ordered]
+    )
 
 
 def modules(run: RunFiles) -> list[str]:
@@ -88,12 +83,12 @@ def modules(run: RunFiles) -> list[str]:
 def left(run: RunFiles) -> Iterator[tuple[str, str]]:
     """Everything that the clients' machines sent."""
     records = [found for r in run.trained for found in (r.get("clients") or {}).values()]
+    masked = [r["secure"]["summed"] for r in run.trained if r.get("secure")]
     if records:
         sent = run.summary.get("sent")
         which = f"the factors {', '.join(sent)}" if sent else "the factors its strategy sends"
         if found := modules(run):
             which += f", of {count(len(found), 'module')}"
-        masked = [r["secure"]["summed"] for r in run.trained if r.get("secure")]
         if masked:
             yield "Trained factors", f"{which}, each round, masked: known is their sum alone"
             yield "Counts and losses", "masked as well: known is their sum over the clients"
@@ -101,6 +96,11 @@ def left(run: RunFiles) -> Iterator[tuple[str, str]]:
         else:
             yield "Trained factors", f"{which}, each round"
             yield "Example counts", "how many rows the client trained on, each round"
+    if any(c.get("start") for _, c in certificates(run.rounds)):
+        when = "; of the changes the sum alone is known" if masked else " and at its end"
+        shared = run.summary["promise"] == "shared"
+        what = "block of rows of A" if shared else "module and other tensor"
+        yield "Certificate", f"8 numbers of each {what}, at each round's start{when}"
     if any(found.get("train_loss") is not None for found in records):
         yield "Training losses", "their mean over the client's steps, each round"
     scored = [found.get(when) or {} for found in records for when in ("before", "after")]

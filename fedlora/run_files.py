@@ -107,6 +107,36 @@ def breaks_promise(proof: Record) -> bool:
     return any(value is None or not value <= bound for value, bound in found)
 
 
+def certificates(rounds: Iterable[Record]) -> list[tuple[int, Record]]:
+    """(round, certificate) of the rounds that have one."""
+    return [(r["round"], r["certificate"]) for r in rounds if r.get("certificate")]
+
+
+def held(certificate: Record) -> bool:
+    """Whether the round's equation was held against it; if not, its deviation of 0 is no result."""
+    return bool(certificate.get("layers"))
+
+
+def excess(certificate: Record) -> float:
+    """The largest of what was measured over what rounding explains; above 1 it is no rounding.
+
+    What is not finite (null in the file) is infinite. 0 where nothing was measured.
+    """
+    measured = [certificate.get("excess")] if held(certificate) else []
+    measured += [certificate.get("start_excess")] if certificate.get("start") else []
+    return max((by_size(x) for x in measured), default=0.0)
+
+
+def breaks_certificate(certificate: Record, promise: str) -> bool:
+    """An excess above 1, where the strategy promises that there is none."""
+    return promise not in ("", "approximate") and excess(certificate) > 1
+
+
+def by_size(x: float | None) -> float:
+    """For comparing: what is not a number (NaN, or null in the file) is larger than any."""
+    return math.inf if x is None or math.isnan(x) else x
+
+
 def _derived(run_dir: Path, rounds: tuple[Record, ...], config: Record) -> dict[str, Any]:
     """The summary that the rounds allow."""
     last: Record = rounds[-1] if rounds else {}
@@ -125,7 +155,8 @@ def _derived(run_dir: Path, rounds: tuple[Record, ...], config: Record) -> dict[
         "best": _best(evaluated),
         "baselines": {},
         "bytes": {way: sum((r.get("bytes") or {}).get(way, 0) for r in rounds) for way in WAYS},
-        "max_deviation": _largest(p.get("deviation") for p in proofs),
+        "max_deviation": _largest(p["deviation"] for p in proofs if "deviation" in p),
+        "max_certificate": _largest(c["deviation"] for _, c in certificates(rounds) if held(c)),
         "failures": sum(len(r.get("failures") or ()) for r in rounds),
         "stopped": "",
         "warnings": judge(rounds, {}, None),  # the rest is for the end
@@ -137,8 +168,8 @@ WAYS = ("down", "up")
 
 
 def _largest(values: Iterable[float | None]) -> float | None:
-    """The largest value; a NaN among them is the answer, never passed over."""
-    known = [v for v in values if v is not None]
+    """The largest value; a NaN among them, null in the file, is the answer, never passed over."""
+    known = [math.nan if v is None else v for v in values]
     return next((v for v in known if math.isnan(v)), max(known, default=None))
 
 

@@ -147,6 +147,9 @@ class Figures(Silent):
         self.loss = gauge("train_loss", "Mean training loss of the last round")
         self.scores = gauge("evaluation", "Central evaluation", "metric")
         self.deviation = gauge("proof_deviation", "Deviation from the sum of the updates")
+        self.certificate = gauge(
+            "certificate", "Of the last round; absent where not certified", "figure"
+        )
         self.seconds = gauge("round_seconds", "Where the last round's time went", "part")
         self.client = gauge("client_seconds", "A client's last round", "client")
         self.bytes = counter("bytes", "Serialised message contents", "direction")
@@ -177,6 +180,9 @@ class Figures(Silent):
                 self.bytes.labels(key).inc(value)
             elif name == "proof/deviation":
                 self.deviation.set(value)
+        self.certificate.clear()
+        for name, value in certified(record).items():
+            self.certificate.labels(name).set(value)
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
@@ -187,9 +193,18 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     found["replies"] = len(record.get("accepted") or ())
     found["failures"] = len(record.get("failures") or ())
     found["proof/deviation"] = (record.get("proof") or {}).get("deviation")
+    found |= {f"certificate/{k}": v for k, v in certified(record).items()}
     return {
         k: float(v) for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)
     }
+
+
+def certified(record: Mapping[str, Any]) -> dict[str, float]:
+    """A round's deviation and excesses by its certificate, where it has them; they may be inf."""
+    found = record.get("certificate") or {}
+    keys = ["deviation", "excess"] if found.get("layers") else []
+    keys += ["start_excess"] if found.get("start") else []
+    return {k: found[k] for k in keys if found.get(k) is not None}
 
 
 @contextmanager

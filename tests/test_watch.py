@@ -13,7 +13,7 @@ from tiny_federation import federate, quick
 from fedlora.console import Silent
 from fedlora.deploy.plan import free_ports
 from fedlora.errors import ConfigError
-from fedlora.watch import All, JsonLines, metrics, numbers
+from fedlora.watch import All, Figures, JsonLines, metrics, numbers
 
 Settings = Callable[..., dict[str, object]]
 
@@ -24,6 +24,7 @@ def test_every_event_is_one_json_object_a_line(settings: Settings, capsys) -> No
     done = [x for x in lines if x["event"] == "round_done"]
     assert [x["round"] for x in done] == [0, 1, 2]
     assert done[2]["train_loss"] == found.rounds[2]["train_loss"]
+    assert done[2]["certificate"] == found.rounds[2]["certificate"]
     assert [x["client"] for x in lines if x["event"] == "client_done"] == [0, 1, 2] * 2
     assert all("time" in x for x in lines)
 
@@ -38,6 +39,8 @@ RECORD = {
     "round": 3, "train_loss": 0.5, "evaluation": {"accuracy": 0.75, "loss": math.nan},
     "bytes": {"down": 100, "up": 20}, "seconds": {"total": 2.0}, "accepted": [0, 1],
     "failures": [{"client": 2}], "proof": {"deviation": 1e-7},
+    "certificate": {"deviation": 2e-7, "excess": 0.25, "layers": {"query": 2e-7},
+                    "start": {"0": 0.0}, "start_excess": 0.125},
 }  # fmt: skip
 
 
@@ -55,9 +58,39 @@ def test_prometheus_reads_the_figures_while_the_run_lasts() -> None:
     assert 'fedlora_bytes_total{direction="down"} 200.0' in text
     assert 'fedlora_replies_total{client="2",outcome="failed"} 1.0' in text
     assert 'fedlora_client_seconds{client="1"} 1.5' in text
+    assert "fedlora_proof_deviation 1e-07" in text
+    assert 'fedlora_certificate{figure="deviation"} 2e-07' in text
+    assert 'fedlora_certificate{figure="start_excess"} 0.125' in text
     assert "nan" not in text.lower()
     with pytest.raises(OSError, match=r"refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+
+
+def told(*certificates: object) -> str:
+    """What Prometheus is told of the certificate after rounds that had these."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    figures = Figures(registry)
+    for found in certificates:
+        figures.round_done({**RECORD, "certificate": found})
+    lines = generate_latest(registry).decode().splitlines()
+    return "\n".join(x for x in lines if x.startswith("fedlora_certificate"))
+
+
+def test_prometheus_hears_nothing_of_a_round_that_was_not_certified() -> None:
+    silent = {"deviation": 0.0, "excess": 0.0, "layers": {}, "start": {}, "start_excess": None}
+    for missing in (None, silent):
+        assert not told(missing)
+        assert not told(RECORD["certificate"], missing), "nor what an earlier round had"
+    begun = {**silent, "start": {"0": 1.0}, "start_excess": 3.0}
+    assert told(begun) == 'fedlora_certificate{figure="start_excess"} 3.0'
+
+
+def test_an_infinite_excess_reaches_prometheus_so_that_an_alarm_rings() -> None:
+    found = {"deviation": math.nan, "excess": math.inf, "layers": {"query": 1.0}, "start": {}}
+    assert 'fedlora_certificate{figure="excess"} +Inf' in told(found)
+    assert "certificate/excess" not in numbers({"certificate": found})
 
 
 def test_a_port_in_use_is_said_before_round_1(settings: Settings) -> None:
@@ -106,4 +139,6 @@ def test_figures_are_finite_numbers_only() -> None:
     assert numbers(RECORD) == {
         "train_loss": 0.5, "evaluation/accuracy": 0.75, "seconds/total": 2.0, "bytes/down": 100.0,
         "bytes/up": 20.0, "replies": 2.0, "failures": 1.0, "proof/deviation": 1e-7,
+        "certificate/deviation": 2e-7, "certificate/excess": 0.25,
+        "certificate/start_excess": 0.125,
     }  # fmt: skip
