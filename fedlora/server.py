@@ -25,7 +25,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import buffered, certifier, compose, forms, measured, site
+from fedlora import buffered, certifier, compose, forms, honesty, measured, site
 from fedlora.adapter import Delta
 from fedlora.certifier import Certifier
 from fedlora.closing import close
@@ -162,6 +162,7 @@ class FederatedLora(FlowerStrategy):
         version = self.base_number()
 
         uploads = self._gather()(self, grid, clients, round, gathered)
+        uploads = honesty.believed(self, uploads, round, gathered)
         uploads = compose.screened(self, uploads, round, gathered)
         if self.central:
             uploads = self.central.mean(uploads, round)

@@ -480,3 +480,49 @@ def test_an_adapter_that_is_not_the_model_is_not_passed_off_as_it(
     plant(monkeypatch)
     with pytest.raises(ModelError, match="is not the federated model's"):
         federate(given)
+
+
+# -- who says other numbers than its update has ----------------------------------------------------
+
+PLAIN = [n for n, s in STRATEGIES.items() if n != "fedsa"]
+
+
+@pytest.mark.parametrize("wire", ["float32", "int8"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
+    settings: Settings, monkeypatch: Patch, name: str, wire: str
+) -> None:
+    from fedlora import witness
+    from simulations.grid import LocalGrid
+
+    real = witness.numbers
+    turns = dict.fromkeys(range(5), 0)
+
+    def numbers(desk: Any, model: Model) -> Any:
+        i = desk.job.client
+        turns[i] += 1
+        found = real(desk, model)
+        lies = i == 1 and turns[i] == 4  # at the end of its second round
+        return {n: x + 9.0 for n, x in found.items()} if lies else found
+
+    monkeypatch.setattr(witness, "numbers", numbers)
+    monkeypatch.setattr(LocalGrid, "simulated", False)
+    ran = federate(uneven(settings, name, **{"wire.dtype": wire, "data.partition": "iid"}))
+    failed = [(f["round"], f["client"], f["kind"]) for r in ran.rounds for f in r["failures"]]
+    assert failed == [(2, 1, "bad")]
+    assert 1 not in ran.rounds[2]["accepted"]
+    assert 1 in ran.rounds[3]["accepted"]
+
+
+@pytest.mark.parametrize("what", ["scale not folded, fedex", "the server's alpha / r, ffa"])
+def test_software_that_is_wrong_is_not_taken_for_liars(
+    settings: Settings, what: str, monkeypatch: Patch
+) -> None:
+    from simulations.grid import LocalGrid
+
+    monkeypatch.setattr(LocalGrid, "simulated", False)
+    plant, name, changes, _ = FAULTS[what]
+    plant(monkeypatch)
+    with pytest.raises(ProofError, match=r"round 1.*certificate"):
+        federate(uneven(settings, name, **changes))
+    assert not [f for r in Ran(directory_of(uneven(settings, name))).rounds for f in r["failures"]]
