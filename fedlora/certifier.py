@@ -36,6 +36,7 @@ from fedlora.certificate import (
 )
 from fedlora.config import Config
 from fedlora.errors import ProofError, UpdateError
+from fedlora.heard import heard
 from fedlora.intake import Gathered
 from fedlora.model import Model
 from fedlora.strategies.base import Client, Promise, Round, Upload, top_ranks
@@ -79,6 +80,8 @@ class Certificate:
     worst: str
     silent: Sequence[str]
     """What is not certified."""
+    heard: Mapping[int, float] = field(default_factory=dict)
+    """By client, how much it counted over how much it should: see fedlora/heard.py."""
 
     def record(self) -> dict[str, Any]:
         return {
@@ -88,6 +91,7 @@ class Certificate:
             "excess": self.excess,
             "worst": self.worst,
             "layers": dict(self.layers),
+            "heard": {str(i): x for i, x in self.heard.items()},
             "not_certified": list(self.silent),
         }
 
@@ -215,6 +219,7 @@ class Certifier:
             known[worst].excess if worst else 0.0,
             worst,
             [*silent, *(f"{m}: not linear in its input" for m in gaps if m not in known)],
+            {} if silent else heard(before, after, witnesses),
         )  # fmt: skip
 
 

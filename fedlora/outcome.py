@@ -5,6 +5,7 @@
     still      the training loss did not move
     diverged   a client's training loss was no finite number
     fallen     the final score is worse than the best round's, by more than noise
+    unheard    a client's training hardly moved the model, round after round (fedlora/heard.py)
 
 Only records go in, as they lie in rounds.jsonl, so a run is judged alike whoever ends it, whether
 it was resumed or not. What a run does not tell (no baselines, no central test, losses under DP)
@@ -50,6 +51,9 @@ ERRORS = 2.0
 """A share fell if it fell by more than so many standard errors of the difference."""
 FALLEN = 0.05
 """What is no share, whose error is on no record, fell if it is worse by this much of the best."""
+UNHEARD, UNHEARD_ROUNDS = 0.3, 3
+"""A client is not heard if it counts less than this, of what it should, over so many rounds. Clean
+runs of every strategy stayed above 0.4, clients that were dropped below 0.2."""
 NAMED = 5
 """So many clients are named; the others are counted."""
 
@@ -62,7 +66,7 @@ def judge(
     rounds: lines of rounds.jsonl. final: the central scores of the model that the run ended with,
     with their number of test rows as `examples`; None where there is no such model or test.
     """
-    found = [*_still(rounds), *_diverged(rounds)]
+    found = [*_still(rounds), *_diverged(rounds), *_unheard(rounds)]
     if not final:
         return found
     metric = judged_by([final])
@@ -131,6 +135,24 @@ def _diverged(rounds: Sequence[Record]) -> Iterator[str]:
         named = [f"client {c} (first in round {n})" for c, n in sorted(first.items())]
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         yield f"The training loss was no finite number: {', '.join(named[:NAMED])}{more}."
+
+
+def _unheard(rounds: Sequence[Record]) -> Iterator[str]:
+    """On average over UNHEARD_ROUNDS at least: in one round alone clean runs reach it by chance."""
+    seen: dict[str, list[float]] = {}
+    for r in rounds:
+        for client in (r.get("certificate") or {}).get("heard") or {}:
+            if (ratio := finite(r["certificate"]["heard"], client)) is not None:
+                seen.setdefault(client, []).append(ratio)
+    means = {c: sum(x) / len(x) for c, x in seen.items() if len(x) >= UNHEARD_ROUNDS}
+    few = {c: mean for c, mean in means.items() if mean < UNHEARD}
+    if few:
+        named = [f"client {c} ({percent(max(x, 0.0))})" for c, x in sorted(few.items())]
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        yield (
+            "What these clients trained hardly moved the model, of what it should have: "
+            f"{', '.join(named[:NAMED])}{more}."
+        )
 
 
 def _fallen(metric: Metric, rounds: Sequence[Record], final: Record) -> Iterator[str]:

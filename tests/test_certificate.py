@@ -526,3 +526,43 @@ def test_software_that_is_wrong_is_not_taken_for_liars(
     with pytest.raises(ProofError, match=r"round 1.*certificate"):
         federate(uneven(settings, name, **changes))
     assert not [f for r in Ran(directory_of(uneven(settings, name))).rounds for f in r["failures"]]
+
+
+# -- who is not heard -----------------------------------------------------------------------------
+
+
+def heard_means(ran: Ran) -> dict[str, float]:
+    told = [r["certificate"]["heard"] for r in ran.rounds[1:]]
+    return {c: sum(t[c] for t in told) / len(told) for c in told[0]}
+
+
+def at(settings: Settings, name: str, kind: str) -> dict[str, object]:
+    given = uneven(settings, name, **{"run.rounds": 4})
+    if kind == "bert":
+        return given
+    language = {k: v for k, v in settings(kind).items() if k.startswith(("model.", "data.prompt"))}
+    iid = {"data.partition": "iid", "lora.target-modules": "c_attn,c_fc"}
+    return {**given, **language, **iid}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", [n for n, s in STRATEGIES.items() if s().promise == "approximate"])
+def test_a_dropped_client_is_below_what_clean_runs_never_reach(
+    settings: Settings, monkeypatch: Patch, name: str, kind: str
+) -> None:
+    given = at(settings, name, kind)
+    clean = federate({**given, "run.name": "clean"})
+    assert min(heard_means(clean).values()) > 0.4
+    assert not any("hardly moved" in w for w in clean.summary["warnings"])
+    cls, real = STRATEGIES[name], STRATEGIES[name].aggregate
+
+    def without_2(self: Any, state: Any, uploads: Any, round: Any) -> Any:
+        return real(self, state, [u for u in uploads if u.client.id != 2], round)
+
+    monkeypatch.setattr(cls, "aggregate", without_2)
+    dropped = federate(given)
+    means = heard_means(dropped)
+    assert means.pop("2") < 0.3 < min(means.values())
+    (warning,) = [w for w in dropped.summary["warnings"] if "hardly moved" in w]
+    assert "client 2" in warning
+    assert warning.count("client") == 2  # "these clients", and the one
