@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 
 from benchmarks.measure import Row, forked, peak, spent
 from client_app.app import app as client_app
-from fedlora import site
+from fedlora import site, witness
+from fedlora.certifier import pack_numbers
 from fedlora.client import Desk, answer, query
 from fedlora.config import Config
 from fedlora.opening import begin, meet
@@ -172,10 +173,28 @@ def _train(message: Message, context: Context) -> Message:
         desk = Desk.open(message, context)
         sent = travelling(desk.download.send, desk.download.trainable)
         metrics = {"num-examples": 1, "loss": 0.0, "steps": 0, "seconds": 0.0}
-        records = {"sent": pack_factors(sent, "float32"), "metrics": MetricRecord(metrics)}
-        return desk.reply(records)
+        return desk.reply(
+            {
+                "sent": pack_factors(sent, "float32"),
+                "metrics": MetricRecord(metrics),
+                "certificate": _numbers(desk),
+            }
+        )
 
     return answer(back, message, context)
+
+
+untrained: dict[tuple[str, int], ArrayRecord] = {}
+"""By run and round, what all these clients measure of what they were sent."""
+
+
+def _numbers(desk: Desk) -> ArrayRecord:
+    """The certificate's, measured once a round: the server has loaded what it sends."""
+    key = desk.token, desk.job.round
+    if key not in untrained:
+        found = witness.numbers(desk, desk.model())
+        untrained[key] = pack_numbers(found, found)
+    return untrained[key]
 
 
 def growth(quick: bool) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Every figure of issue 6 in one run: `make bench`, or `python -m benchmarks.run [--quick]`.
+"""All of docs/benchmarks.md in one run: `make bench`, or `python -m benchmarks.run [--quick]`.
 
     --quick          the smallest size of each, in three minutes: that every row still runs
     --only NAME      one group of rows
@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command itself sets it
 
-from benchmarks import aggregation, dp_step, engine, start, training, wire
+from benchmarks import aggregation, certificate, dp_step, engine, start, training, wire
 from benchmarks.measure import Row, forked, machine
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "dp-step": dp_step.rows,
     "wire": wire.rows,
     "wire-accuracy": wire.accuracy,
+    "certificate": certificate.rows,
     "cli": start.command,
     "batched-adapters": training.batched,
 }
