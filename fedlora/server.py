@@ -160,7 +160,6 @@ class FederatedLora(FlowerStrategy):
         base = self._base_outputs(target) if through_model else {}
         gathered = Gathered()
         version = self.base_number()
-
         uploads = self._gather()(self, grid, clients, round, gathered)
         uploads = honesty.believed(self, uploads, round, gathered)
         uploads = compose.screened(self, uploads, round, gathered)

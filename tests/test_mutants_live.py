@@ -31,7 +31,7 @@ SQUARE = {"lora.target-modules": "query"}
 
 def planted(settings: Settings, what: str) -> dict[str, object]:
     plant, name, strategy = LIVE[what]
-    changes: dict[str, object] = {"run.rounds": 5, "clients.per-round": 3}
+    changes: dict[str, object] = {"run.rounds": 5, "clients.per-round": 3, "lora.alpha": 6.0}
     if plant in (mutants.transposed_residual, mutants.transposed_core):
         changes |= SQUARE
     if name == "florist":
