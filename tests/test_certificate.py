@@ -402,6 +402,7 @@ def test_what_goes_around_an_aggregation_is_certified_or_named(
         assert found["start_excess"] < 0.5
         if silent:
             assert not found["layers"]
+            assert not found["heard"]
         else:
             assert found["excess"] < 0.5
             assert found["deviation"] < 1e-4
@@ -566,3 +567,41 @@ def test_a_dropped_client_is_below_what_clean_runs_never_reach(
     (warning,) = [w for w in dropped.summary["warnings"] if "hardly moved" in w]
     assert "client 2" in warning
     assert warning.count("client") == 2  # "these clients", and the one
+
+
+@pytest.mark.parametrize("name", ["fedex", "ffa", "fedsb", "ravan", "rolora"])
+def test_under_dp_a_clients_numbers_follow_from_what_it_was_sent_and_what_it_released(
+    settings: Settings, monkeypatch: Patch, name: str
+) -> None:
+    """The server computes them itself from the noised upload: no row is needed, so none leaks."""
+    from fedlora import honesty
+    from simulations.grid import LocalGrid
+
+    compared = []
+
+    def agrees(server: Any, upload: Upload, round: Any, gathered: Any) -> bool:
+        _, _, end = gathered.certificates[upload.client.id]
+        again = honesty._by_model(server, upload, round, server.certifier.key(round.number))
+        assert again is not None
+        assert again.keys() == end.keys()
+        for n, x in again.items():
+            torch.testing.assert_close(end[n], x, rtol=1e-5, atol=1e-5)
+        compared.append(upload.client.id)
+        return True
+
+    monkeypatch.setattr(honesty, "agrees", agrees)
+    monkeypatch.setattr(LocalGrid, "simulated", False)
+    private = {"privacy.epsilon": 4.0, "privacy.delta": 1e-3, "run.rounds": 2}
+    ran = federate(uneven(settings, name, **private))
+    assert len(compared) == sum(len(r["accepted"]) for r in ran.rounds[1:]) > 0
+
+
+def test_under_client_level_privacy_no_figure_of_the_clients_goes_into_the_log(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    """Twice as large a step of every client: the certificate's record is the same."""
+    private = {"privacy.epsilon": 8.0, "privacy.delta": 1e-3, "privacy.level": "client",
+               "clients.ranks": "3", "run.rounds": 1}  # fmt: skip
+    one = federate(uneven(settings, "ffa", **private, **{"run.name": "one"}))
+    two = federate(uneven(settings, "ffa", **private, **{"run.name": "two", "train.lr": 0.1}))
+    assert one.rounds[1]["certificate"] == two.rounds[1]["certificate"]
