@@ -1,5 +1,6 @@
 """Who is there: nodes that connect, go away, come back or come late, and which client each is."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,15 @@ from flwr.serverapp import Grid
 from fedlora.codes import Refusal
 from fedlora.errors import UpdateError
 from fedlora.intake import POLL, SLOWEST_POLL, error_of, exchange
+
+SIMULATED = "FEDLORA_SIMULATED"
+"""Set for the processes of Flower's engine: all their clients are this machine."""
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Are all the grid's clients this machine, by its own word or that of who started it?"""
+    return bool(getattr(grid, "simulated", False) or os.environ.get(SIMULATED))
+
 
 Facts = Mapping[str, Any]
 MOST_CLIENTS = 2**31

@@ -43,7 +43,7 @@ from fedlora.privacy.central import CentralPrivacy
 from fedlora.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
 from fedlora.replies import one as accepted
 from fedlora.replies import uploads as ordered_uploads
-from fedlora.roster import Roster
+from fedlora.roster import Roster, is_simulated
 from fedlora.secure.rounds import uploads as secure_uploads
 from fedlora.server_opt import Moments
 from fedlora.strategies.base import (
@@ -107,7 +107,7 @@ class FederatedLora(FlowerStrategy):
                 others say that their privacy budget is spent, the run ends in good order instead.
             ProofError: an aggregation that promises to be exact was not.
         """
-        self.simulated = getattr(grid, "simulated", False)
+        self.simulated = is_simulated(grid)
         with watched(self.observer, self.config, self.journal.directory) as self.observer:
             return self._run(grid)
 

@@ -18,6 +18,7 @@ from fedlora import report
 from fedlora.config import Config
 from fedlora.console import Progress, Silent, quiet_libraries
 from fedlora.errors import FedLoraError, RoundError
+from fedlora.roster import SIMULATED
 
 SHIM = '"""{what} of fedlora."""\n\nfrom {package}.app import app\n\n__all__ = ["app"]\n'
 
@@ -96,6 +97,7 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        SIMULATED: "1",
     }
     connection = {"superlink": {"default": "own", "own": {}}}
     connection["superlink"]["own"] = {"address": f"127.0.0.1:{port}", "insecure": True}  # type: ignore[index]

@@ -402,3 +402,16 @@ def test_every_form_that_is_healthy_passes(settings: Settings, form: str, precis
     ranks = "4" if FORMS[form].size else "4,8,16"
     changes = {"lora.form": form, "strategy.name": "fedavg", "clients.ranks": ranks}
     loaded(settings, "bert", precision, **changes).check()
+
+
+def test_flowers_engine_is_known_as_a_simulation_by_who_started_it(monkeypatch: Patch) -> None:
+    from fedlora.roster import SIMULATED, is_simulated
+    from simulations.grid import LocalGrid
+
+    class Deployed:
+        pass
+
+    assert LocalGrid.simulated
+    assert not is_simulated(Deployed())  # type: ignore[arg-type]
+    monkeypatch.setenv(SIMULATED, "1")
+    assert is_simulated(Deployed())  # type: ignore[arg-type]
