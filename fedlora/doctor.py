@@ -164,6 +164,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
             + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
         )
     )
+    findings += _empty(config, corpus)
     model = site.model(config, corpus.labels)
     total = sum(p.numel() for p in model.peft.get_base_model().parameters())
     findings.append(
@@ -216,6 +217,20 @@ def _begun(config: Config, model: Any, strategy: Any, clients: Any, corpus: Any)
     origin = taken_out(config, factors, model.weights())
     model.rebase("doctor", strategy.effective(state).base, origin)
     return state
+
+
+def _empty(config: Config, corpus: Any) -> Iterator[Finding]:
+    """Clients of a simulation that have nothing to train on, which would end it."""
+    if config.data.node_path or not any(len(c.train) for c in corpus.clients):
+        return
+    bare = [str(i) for i, c in enumerate(corpus.clients) if not len(c.train)]
+    if bare:
+        yield Finding(
+            "problem",
+            f"clients {', '.join(bare[:5])}{' and more' if len(bare) > 5 else ''} have no rows to "
+            "train on",
+            "lower clients.count or data.client-test-fraction, or raise data.alpha",
+        )
 
 
 def _precision(config: Config) -> Finding:

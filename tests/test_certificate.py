@@ -605,3 +605,47 @@ def test_under_client_level_privacy_no_figure_of_the_clients_goes_into_the_log(
     one = federate(uneven(settings, "ffa", **private, **{"run.name": "one"}))
     two = federate(uneven(settings, "ffa", **private, **{"run.name": "two", "train.lr": 0.1}))
     assert one.rounds[1]["certificate"] == two.rounds[1]["certificate"]
+
+
+# -- under secure aggregation ---------------------------------------------------------------------
+
+SECURE = {"secure.aggregation": True, "clients.count": 6, "clients.ranks": "2,3,2,3,2,3",
+          "secure.max-weight": 200}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ffa", "fedsb", "rolora", "fedsvd", "fedsa"])
+def test_of_a_masked_sum_the_round_is_certified_and_starts_one_by_one(
+    settings: Settings, name: str
+) -> None:
+    changes = {**SECURE, "strategy.fedsa.average-at-end": False} if name == "fedsa" else SECURE
+    for r in federate(uneven(settings, name, **changes)).rounds[1:]:
+        found = r["certificate"]
+        assert found["excess"] < 0.7
+        assert found["deviation"] < 0.01
+        assert len(found["start"]) == (0 if name == "fedsa" else 6)
+        assert name == "fedsa" or found["start_excess"] < 0.5
+
+
+def test_a_wrong_sum_stops_a_secure_run(settings: Settings, monkeypatch: Patch) -> None:
+    from fedlora.strategies import ffa
+
+    real = ffa.mean_ranks
+
+    def ninety(*args: Any, **options: Any) -> Factors:
+        mean = real(*args, **options)
+        return replace(mean, B={m: 0.9 * B for m, B in mean.B.items()})
+
+    monkeypatch.setattr(ffa, "mean_ranks", ninety)
+    monkeypatch.setattr("fedlora.proof.Proof.enforce", lambda *_: None)
+    with pytest.raises(ProofError, match=r"round 1.*certificate"):
+        federate(uneven(settings, "ffa", **SECURE))
+
+
+def test_a_change_that_does_not_fit_the_sum_is_refused_by_name(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora.errors import RoundError
+
+    monkeypatch.setattr(client, "public_scales", lambda _, names: dict.fromkeys(names, 1e-4))
+    with pytest.raises(RoundError, match=r"certificate/.*secure.clipping-range"):
+        federate(uneven(settings, "ffa", **SECURE))
