@@ -1,4 +1,6 @@
-"""Are a client's numbers those of its own update? Who sends others is left out, by name.
+"""Whose numbers are not believed: not those of its own update, or not of what it was sent.
+
+Who sends such numbers is left out, by name.
 
     first     the change of the pairs that the strategy makes of the upload, u . (trained(x) -
               began(x)), against end - start; and of every other tensor
@@ -13,6 +15,7 @@ software, and the certificate stops the run.
 A client that lies about both alike is not found here: see docs/proof.md.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +24,16 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import COLUMNS, Adapter, Factors
-from fedlora.certificate import FLOAT32, SIGMAS, WIRE, K, measure, of_tensor, signs
+from fedlora.certificate import (
+    FLOAT32,
+    SIGMAS,
+    WIRE,
+    K,
+    measure,
+    of_tensor,
+    signs,
+    start_gaps,
+)
 from fedlora.codes import FailureKind, Refusal
 from fedlora.intake import Gathered
 from fedlora.screening import began
@@ -39,24 +51,40 @@ def believed(
     if server.secure or server.simulated or server.config.round.buffer or not plain:
         yield from uploads
         return
-    held: list[Upload] = []
+    held: list[tuple[Upload, str]] = []
     seen = 0
     for upload in uploads:
         seen += 1
-        if agrees(server, upload, round, gathered):
-            yield upload
+        if why := _against(server, upload, round, gathered):
+            held.append((upload, why))
         else:
-            held.append(upload)
+            yield upload
         del upload
     if 2 * len(held) >= seen:
-        yield from held
+        yield from (upload for upload, _ in held)
         return
-    for upload in held:
+    for upload, why in held:
         i = upload.client.id
         gathered.accepted.remove(i)
         del gathered.clients[i], gathered.certificates[i]
-        why = "its certificate's numbers are not those of its own update"
         server.refuse(i, round, Refusal(FailureKind.BAD, why), gathered)
+
+
+def _against(server: "FederatedLora", upload: Upload, round: Round, gathered: Gathered) -> str:
+    """Why a client's numbers are not believed; empty where they are."""
+    if not agrees(server, upload, round, gathered):
+        return "its certificate's numbers are not those of its own update"
+    if server.promise == "exact" and not began_there(server, upload, gathered):
+        return "its certificate says that it did not begin from the model that it was sent"
+    return ""
+
+
+def began_there(server: "FederatedLora", upload: Upload, gathered: Gathered) -> bool:
+    """Are a client's numbers at the start the server's own, to rounding?"""
+    asked, start, _ = gathered.certificates[upload.client.id]
+    config = server.config
+    gaps = start_gaps(*server.certifier.before[asked], start, config.wire.dtype, config.model.dtype)
+    return all(g.excess <= 1 for g in gaps.values() if not math.isnan(g.found))
 
 
 def agrees(server: "FederatedLora", upload: Upload, round: Round, gathered: Gathered) -> bool:

@@ -515,6 +515,29 @@ def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
     assert 1 in ran.rounds[3]["accepted"]
 
 
+def test_a_client_that_says_it_began_elsewhere_does_not_stop_a_deployment(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    from fedlora import witness
+    from simulations.grid import LocalGrid
+
+    real = witness.numbers
+
+    def numbers(desk: Any, model: Model) -> Any:
+        found = real(desk, model)
+        lies = desk.job.client == 3 and desk.job.round == 2  # alike at start and end
+        return {n: x + 9.0 for n, x in found.items()} if lies else found
+
+    monkeypatch.setattr(witness, "numbers", numbers)
+    monkeypatch.setattr(LocalGrid, "simulated", False)
+    ran = federate(uneven(settings, "fedex", **{"data.partition": "iid"}))
+    assert [(f["round"], f["client"]) for r in ran.rounds for f in r["failures"]] == [(2, 3)]
+    assert "did not begin" in ran.rounds[2]["failures"][0]["reason"]
+    monkeypatch.setattr(LocalGrid, "simulated", True)
+    with pytest.raises(ProofError, match="client 3 did not begin"):
+        federate(uneven(settings, "fedex", **{"data.partition": "iid", "run.name": "here"}))
+
+
 @pytest.mark.parametrize("what", ["scale not folded, fedex", "the server's alpha / r, ffa"])
 def test_software_that_is_wrong_is_not_taken_for_liars(
     settings: Settings, what: str, monkeypatch: Patch
