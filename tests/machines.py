@@ -43,7 +43,7 @@ SHORT = {
 """What shortens the quickstart and leaves its promise: better than a trained head."""
 
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR")
-"""How far torch's own loops, oneDNN's bfloat16 products and MKL's float32 products may go."""
+"""How far torch's own loops, oneDNN (bfloat16 products) and MKL (float32 products) may go."""
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
 """torch's, each with all that is before it."""
 PRECISIONS = ("float32", "bfloat16")

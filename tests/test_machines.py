@@ -50,7 +50,7 @@ EMULATED = Factor(
     {"ONEDNN_MAX_CPU_ISA": "SSE41"},
     {"train.precision": "bfloat16"},
 )
-"""oneDNN multiplies bfloat16 alone, and "auto" leaves that where it may not do it natively."""
+"""bfloat16's products are oneDNN's, and under its limit "auto" has none: so they are forced."""
 
 
 # -- federations --------------------------------------------------------------------------------
