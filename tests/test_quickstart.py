@@ -8,22 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_federation import ROOT
-
-SHORT = {
-    "run.rounds": 3,
-    "data.limit": 1400,
-    "data.test-size": 500,
-    "evaluate.clients": "false",
-    "output.plots": "false",
-    "simulate.workers": 1,
-}
+from machines import QUICKSTART, ROOT, SHORT
 
 
 def test_the_quickstart_beats_a_trained_head(tmp_path: Path, precision: str) -> None:
     changes = {**SHORT, "run.out": tmp_path, "train.precision": precision}
     command = [sys.executable, "-m", "fedlora.cli", "simulate",
-               str(ROOT / "simulations/experiments/quickstart.toml"), "--quiet"]  # fmt: skip
+               str(QUICKSTART), "--quiet"]  # fmt: skip
     for key, value in changes.items():
         command += ["--set", f"{key}={value}"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

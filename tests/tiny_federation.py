@@ -106,10 +106,12 @@ def federate(
     return Ran(directory_of(settings))
 
 
-def python(code: str, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *args: str, timeout: float = 120, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh process that sees this project."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = {**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *args],
         env=env, capture_output=True, text=True, timeout=timeout, check=False,
