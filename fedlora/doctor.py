@@ -153,18 +153,8 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     from fedlora.ranks import patterned
     from fedlora.strategies.base import Client
 
-    findings = []
     corpus = site.corpus(config)
-    rows = sum(len(c.train) for c in corpus.clients)
-    findings.append(
-        Finding(
-            "ok",
-            f"data: {rows} training rows on {len(corpus.clients)} clients, "
-            f"{len(corpus.test)} central test rows"
-            + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
-        )
-    )
-    findings += _empty(config, corpus)
+    findings = [*_data(config, corpus)]
     model = site.model(config, corpus.labels)
     total = sum(p.numel() for p in model.peft.get_base_model().parameters())
     findings.append(
@@ -219,8 +209,15 @@ def _begun(config: Config, model: Any, strategy: Any, clients: Any, corpus: Any)
     return state
 
 
-def _empty(config: Config, corpus: Any) -> Iterator[Finding]:
-    """Clients of a simulation that have nothing to train on, which would end it."""
+def _data(config: Config, corpus: Any) -> Iterator[Finding]:
+    """What there is; and clients of a simulation with nothing to train on, which would end it."""
+    rows = sum(len(c.train) for c in corpus.clients)
+    yield Finding(
+        "ok",
+        f"data: {rows} training rows on {len(corpus.clients)} clients, "
+        f"{len(corpus.test)} central test rows"
+        + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
+    )
     if config.data.node_path or not any(len(c.train) for c in corpus.clients):
         return
     bare = [str(i) for i, c in enumerate(corpus.clients) if not len(c.train)]
