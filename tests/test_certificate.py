@@ -569,7 +569,7 @@ def at(settings: Settings, name: str, kind: str) -> dict[str, object]:
     return {**given, **language, **iid}
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n for n, s in STRATEGIES.items() if s().promise == "approximate"])
 def test_a_dropped_client_is_below_what_clean_runs_never_reach(
     settings: Settings, monkeypatch: Patch, name: str, kind: str

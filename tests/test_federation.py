@@ -189,10 +189,13 @@ def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
     assert len(set().union(*seen.values())) >= len(seen) - 1  # and the base does move
 
 
-@pytest.mark.parametrize("name", ["fedex", "fedsa", "fslora", "ravan"])
-@BOTH
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [*(("float32", n) for n in ("fedex", "fedsa", "fslora", "ravan")), ("bfloat16", "fedex")],
+    indirect=["precision"],
+)
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    settings: Settings, name: str
+    settings: Settings, precision: str, name: str
 ) -> None:
     def play(run: str, **changes: object) -> Ran:
         return federate(settings(**quick(name, **{**PARTIAL, **changes, "run.name": run})))
