@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, forked, paired, spent
-from fedlora.adapter import Factors, Pair
-from fedlora.lowrank import compress, mean_and_residual, stack, svd
+from fedlora.federation.server.allocator import keep_freed_memory
+from fedlora.federation.wire.messages import pack_download
+from fedlora.lora.adapter import Factors, Pair
+from fedlora.lora.lowrank import compress, mean_and_residual, stack, svd
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round, Start, Upload, travelling
-from fedlora.warm_memory import keep_freed_memory
-from fedlora.wire import pack_download
 
 READ = ("fedavg", "ffa", "fedsa", "fedsb", "fedex", "flora")
 STREAMS = ("fedavg", "ffa", "fedsa", "fedsb")

@@ -19,9 +19,11 @@ from flwr.app import Message, RecordDict
 
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row
-from fedlora import certifier, client, witness
-from fedlora.config import Config
-from fedlora.wire import count_bytes
+from fedlora.config.reader import Config
+from fedlora.federation.client import handlers as client
+from fedlora.federation.client import witness
+from fedlora.federation.server import certifier
+from fedlora.federation.wire.messages import count_bytes
 
 LIMIT = 1500
 """Rows of the quickstart's data for the strategies beside its own; 500 of them are the test set."""

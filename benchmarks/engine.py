@@ -16,17 +16,18 @@ from flwr.clientapp import ClientApp
 
 from benchmarks.measure import Row, forked, peak, spent
 from client_app.app import app as client_app
-from fedlora import site, witness
-from fedlora.certifier import pack_numbers
-from fedlora.client import Desk, answer, query
-from fedlora.config import Config
-from fedlora.opening import begin, meet
-from fedlora.server import FederatedLora
+from fedlora.config.reader import Config
+from fedlora.federation.client import witness
+from fedlora.federation.client.handlers import Desk, answer, query
+from fedlora.federation.server.certifier import pack_numbers
+from fedlora.federation.server.setup import begin, meet
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.wire.messages import pack_factors
+from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import seeded, travelling
-from fedlora.text import batches
-from fedlora.train import build_optimizer, example_losses, learning_rate
-from fedlora.wire import pack_factors
-from simulations.grid import LocalGrid
+from fedlora.training import cache as site
+from fedlora.training.data.batches import batches
+from fedlora.training.train import build_optimizer, example_losses, learning_rate
 
 QUICKSTART = Path(__file__).parent.parent / "simulations/experiments/quickstart.toml"
 BARE = {

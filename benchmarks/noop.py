@@ -43,7 +43,7 @@ def main() -> None:
     kind, clients, rounds, megabytes = sys.argv[1], *map(float, sys.argv[2:])
     app = server(int(rounds), megabytes)
     if kind == "local":
-        from simulations.grid import run_local
+        from fedlora.launch.simulate.grid import run_local
 
         imported = time.perf_counter()
         run_local(app, client_app, {}, int(clients), workers=1)

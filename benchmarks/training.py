@@ -18,16 +18,16 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row, forked, paired, spent
-from fedlora import site
-from fedlora.client import read_config
-from fedlora.config import Config
-from fedlora.loading import checkpoint_activations, load_base, load_tokenizer
-from fedlora.model import Model
-from fedlora.precision import lacking
+from fedlora.config.reader import Config
+from fedlora.federation.client.handlers import read_config
+from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import Client, seeded
-from fedlora.text import Encoded, batches, collate
-from fedlora.train import example_losses, fit
-from simulations.grid import LocalGrid
+from fedlora.training import cache as site
+from fedlora.training.data.batches import Encoded, batches, collate
+from fedlora.training.model.loading import checkpoint_activations, load_base, load_tokenizer
+from fedlora.training.model.model import Model
+from fedlora.training.precision import lacking
+from fedlora.training.train import example_losses, fit
 
 ALL = frozenset({"A", "B", "other"})
 Step = Callable[[], Any]

@@ -22,13 +22,13 @@ from pathlib import Path
 def build(experiment: str, target: Path) -> None:
     """One train message and its context, as a node would receive them."""
     from client_app.app import app
-    from fedlora.config import Config
-    from fedlora.console import quiet_libraries
-    from fedlora.handover import pack
-    from fedlora.opening import begin, meet
-    from fedlora.server import FederatedLora
+    from fedlora.config.reader import Config
+    from fedlora.federation.client.dispatch import pack
+    from fedlora.federation.server.setup import begin, meet
+    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.launch.simulate.grid import LocalGrid
+    from fedlora.reports.console import quiet_libraries
     from fedlora.strategies.base import Round
-    from simulations.grid import LocalGrid
 
     quiet_libraries()
     given = {"run.out": str(target), "evaluate.clients": False, "evaluate.baselines": False,
@@ -48,7 +48,7 @@ def build(experiment: str, target: Path) -> None:
 
 CHILD = """
 import sys
-from fedlora.handover import unpack
+from fedlora.federation.client.dispatch import unpack
 from flwr.supercore.task_identity import TaskIdentity
 import flwr.supernode.runtime.run_clientapp  # what Flower's own process imports
 kind, message, context = unpack(open(sys.argv[1], "rb").read())
@@ -85,7 +85,7 @@ def main() -> None:
         message, socket = target / "message", target / "worker.sock"
         cold = [once(message) for _ in range(given.repeat)]
         worker = subprocess.Popen(
-            [sys.executable, "-m", "fedlora.deploy.worker", "--socket", str(socket)]
+            [sys.executable, "-m", "fedlora.launch.deploy.worker", "--socket", str(socket)]
         )
         try:
             while not socket.exists():

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row
-from fedlora.adapter import Factors
+from fedlora.federation.wire.messages import count_bytes, pack_download
+from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Download
-from fedlora.wire import count_bytes, pack_download
 
 
 def rows(quick: bool) -> Iterator[Row]:

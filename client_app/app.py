@@ -1,14 +1,14 @@
-"""The client: every message it can get, and who answers it. See fedlora/client.py.
+"""The client: every message it can get, and who answers it.
 
 Nothing heavy is imported here: a deployed node starts this anew for every message, and may have a
-warm worker that answers. See fedlora/handover.py.
+warm worker that answers. See fedlora/federation/client/dispatch.py.
 """
 
 from functools import partial
 
 from flwr.clientapp import ClientApp
 
-from fedlora.handover import answer
+from fedlora.federation.client.dispatch import answer
 
 app = ClientApp()
 

@@ -2,7 +2,8 @@
 `python docs/generate_configuration.py`.
 
 Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
-stands under its field, in fedlora/sections.py or, for a strategy's options, in the strategy's file.
+stands under its field, in fedlora/config/sections.py or, for a strategy's
+options, in the strategy's file.
 """
 
 import ast
@@ -12,16 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from fedlora import forms, sections
-from fedlora.config import Config
-from fedlora.strategies import STRATEGIES
+from fedlora.config import sections
+from fedlora.config.reader import Config
+from fedlora.strategies import STRATEGIES, forms
 
 PAGE = Path(__file__).parent / "configuration.md"
 FORMS = Path(__file__).parent / "forms.md"
 
 HEAD = """# Configuration
 
-Written by `docs/generate_configuration.py` from `fedlora/sections.py`; `make docs` writes it anew.
+Written by `docs/generate_configuration.py` from `fedlora/config/sections.py`; `make docs` writes it
+anew.
 
 An experiment file is TOML, one table a section; every key has a default. A key is overridden with
 `--set section.key=value`, or by `-c 'section.key=value'` of `flwr run`. Unknown keys and wrong

@@ -1,3 +1,8 @@
 """Federated LoRA fine-tuning of Hugging Face models on Flower, with an aggregation to trust."""
 
-__version__ = "0.1.0"
+from fedlora.moved import keep_old_names
+from fedlora.version import __version__
+
+__all__ = ["__version__"]
+
+keep_old_names()

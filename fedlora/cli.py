@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlora.deploy.cli import app as deploy
-from fedlora.privacy.cli import app as privacy
+from fedlora.launch.deploy.cli import app as deploy
+from fedlora.launch.lab.cli import app as privacy
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning of Hugging Face models on Flower.",
@@ -45,7 +45,7 @@ def simulate(
     quiet: Annotated[bool, typer.Option(help="Print only the result.")] = False,
 ) -> None:
     """Run a federation on this machine, with the apps that a deployment runs."""
-    from fedlora.config import parse_overrides
+    from fedlora.config.reader import parse_overrides
 
     overrides = parse_overrides(set_ or [])
     if workers is not None:
@@ -62,7 +62,7 @@ def simulate(
     assert config is not None
     if engine not in ("local", "flower"):
         raise typer.BadParameter("must be local or flower", param_hint="--engine")
-    from simulations.run import flower, local
+    from fedlora.launch.simulate.run import flower, local
 
     (local if engine == "local" else flower)(config, overrides, quiet)
 
@@ -88,7 +88,7 @@ def compare(
 
     Stopped, the same command goes on where it was.
     """
-    from fedlora.config import parse_overrides
+    from fedlora.config.reader import parse_overrides
 
     if equal not in ("rounds", "bytes"):
         raise typer.BadParameter("must be rounds or bytes", param_hint="--equal")
@@ -97,11 +97,11 @@ def compare(
     except ValueError:
         raise typer.BadParameter("must be numbers: 0,1,2", param_hint="--seeds") from None
     if experiment == "synthetic":
-        from simulations import synthetic
+        from fedlora.launch.simulate import synthetic
 
         synthetic.main(strategies, numbers, out)
         return
-    from simulations.compare import main as grid
+    from fedlora.launch.compare.run import main as grid
 
     directory = grid(
         experiment, strategies, numbers, parse_overrides(set_ or []), equal, out, full,
@@ -147,7 +147,7 @@ def forms() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedlora import forms as known
+    from fedlora.strategies import forms as known
 
     table = Table(*known.HEADINGS, title="Adapter forms")
     for row in known.rows():
@@ -168,8 +168,8 @@ def doctor(
     set_: Set = None,
 ) -> None:
     """Check this machine and an experiment before it runs, and print the plan."""
-    from fedlora.config import parse_overrides
-    from fedlora.doctor import examine
+    from fedlora.config.reader import parse_overrides
+    from fedlora.launch.doctor import examine
 
     raise typer.Exit(examine(config, parse_overrides(set_ or [])))
 
@@ -187,10 +187,10 @@ def export(
     """Write a run's model as a PEFT adapter or as merged weights, and check what was written."""
     if as_ not in ("peft", "merged"):
         raise typer.BadParameter("must be peft or merged", param_hint="--as")
-    from fedlora.console import quiet_libraries
+    from fedlora.reports.console import quiet_libraries
 
     quiet_libraries()
-    from fedlora.export import export_run
+    from fedlora.launch.export import export_run
 
     done = export_run(run, out, merged=as_ == "merged", rank=rank, client=client)
     typer.echo(
@@ -205,7 +205,7 @@ def export(
 @app.command()
 def report(run: RunDir) -> None:
     """Write a run's plots and report.html anew."""
-    from fedlora import report as pages
+    from fedlora.reports import report as pages
 
     typer.echo(pages.write(run))
 
@@ -213,7 +213,7 @@ def report(run: RunDir) -> None:
 @app.command(name="config")
 def config_(config: ConfigFile, set_: Set = None) -> None:
     """Print every key of an experiment, resolved."""
-    from fedlora.config import Config, parse_overrides
+    from fedlora.config.reader import Config, parse_overrides
 
     typer.echo(Config.load(config, parse_overrides(set_ or [])).toml(), nl=False)
 

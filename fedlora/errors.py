@@ -33,7 +33,7 @@ class UpdateError(FedLoraError, ValueError):
 
 
 class ClientError(UpdateError):
-    """A client answered with an error reply. `code` is what it says of it: see fedlora/codes.py."""
+    """A client answered with an error reply. `code` says what of: federation/wire/codes.py."""
 
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
@@ -61,7 +61,7 @@ class WireError(FedLoraError, ValueError):
 
 
 class TrainingCheckError(FedLoraError):
-    """A model does not train as it must: see fedlora/training_check.py."""
+    """A model does not train as it must: see training/training_check.py."""
 
     def __init__(self, what: str, measured: str = "") -> None:
         """`what` has nothing of any row in it; `measured` are figures, which may."""

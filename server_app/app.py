@@ -1,12 +1,12 @@
-"""The server: read the config, build the strategy's host, start it. See fedlora/server.py."""
+"""The server: read the config, build the strategy's host, start it."""
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora.config import Config
-from fedlora.console import Progress
-from fedlora.server import FederatedLora
-from fedlora.warm_memory import keep_freed_memory
+from fedlora.config.reader import Config
+from fedlora.federation.server.allocator import keep_freed_memory
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.reports.console import Progress
 
 app = ServerApp()
 

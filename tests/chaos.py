@@ -12,11 +12,13 @@ import pytest
 from flwr.app import Array, Error, Message
 from tiny_federation import Ran, directory_of
 
-from fedlora import checkpoint, intake, journal
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError
-from fedlora.server import FederatedLora
-from simulations.grid import LocalGrid, _name
+from fedlora.federation.server import exchange as intake
+from fedlora.federation.server import journal
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.simulate.grid import LocalGrid, _name
+from fedlora.lora import tree_file as checkpoint
 
 FAULTS = (
     "",  # nothing
@@ -32,7 +34,7 @@ FAULTS = (
 
 
 class Clock:
-    """Stands in for `time` in fedlora.intake: sleeping costs nothing."""
+    """Stands in for `time` in fedlora.federation.server.exchange: sleeping costs nothing."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -6,11 +6,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import Config
-from fedlora.deploy import host
-from fedlora.deploy.layout import Wanted, init
-from fedlora.deploy.operator import Operator
-from fedlora.deploy.plan import Plan
+from fedlora.config.reader import Config
+from fedlora.launch.deploy import host
+from fedlora.launch.deploy.layout import Wanted, init
+from fedlora.launch.deploy.operator import Operator
+from fedlora.launch.deploy.plan import Plan
 
 
 def prepared(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
@@ -68,8 +68,8 @@ def experiment(plan: Plan) -> dict[str, Any]:
 def simulated(plan: Plan, out: Path) -> Path:
     """The same experiment on LocalGrid, in this process; its directory."""
     from client_app.app import app
-    from fedlora.server import FederatedLora
-    from simulations.grid import LocalGrid
+    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read({**experiment(plan), "run.out": str(out), "run.name": "local"})
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:

@@ -17,9 +17,9 @@ from conftest import WORDS, write_tokenizer
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from tiny_federation import quick
 
-from fedlora.config import Config
-from fedlora.server import FederatedLora
-from simulations.grid import FIRST_NODE, LocalGrid, _name
+from fedlora.config.reader import Config
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid, _name
 
 WIDTH, LAYERS = 512, 32
 PAYLOAD = 2 * 32 * 2 * 64 * 4096 * 4

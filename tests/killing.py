@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora import checkpoint, client, journal, memory
+from fedlora.federation.client import handlers as client
+from fedlora.federation.client import memory
+from fedlora.federation.server import journal
+from fedlora.lora import tree_file as checkpoint
 
 
 def die() -> None:

@@ -173,7 +173,7 @@ def environment(factor: Factor) -> dict[str, str]:
 
 PROBE = """
 import json, sys, torch
-from fedlora.precision import resolved
+from fedlora.training.precision import resolved
 print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(),
                   "precision": resolved(sys.argv[1]), "torch": torch.__version__}))
 """
@@ -355,7 +355,7 @@ def table(
 
 def sources(tests: bool) -> str:
     """A digest of what a run depends on; of the tests too where they are what is run."""
-    names = ["fedlora", "server_app", "client_app", "simulations", *(["tests"] if tests else [])]
+    names = ["fedlora", "server_app", "client_app", *(["tests"] if tests else [])]
     paths = [p for n in names for p in sorted((ROOT / n).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in [*paths, QUICKSTART, ROOT / "pyproject.toml", ROOT / "constraints.txt"]:

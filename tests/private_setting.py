@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fedlora import site
-from fedlora.adapter import Factors
-from fedlora.config import Config
-from fedlora.model import Model, inside
+from fedlora.config.reader import Config
+from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Round, Start
-from fedlora.text import Encoded, collate
-from fedlora.train import example_losses
+from fedlora.training import cache as site
+from fedlora.training.data.batches import Encoded, collate
+from fedlora.training.model.model import Model, inside
+from fedlora.training.train import example_losses
 
 
 class Setting:

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from fedlora.adapter import COLUMNS, Factors, clone, dense, kaiming, together
-from fedlora.lowrank import accumulate
+from fedlora.lora.adapter import COLUMNS, Factors, clone, dense, kaiming, together
+from fedlora.lora.lowrank import accumulate
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import (
     Client,

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from fedlora.baselines import majority, tfidf, trained_head
-from fedlora.data import ClientRows, Corpus, Rows, load
-from fedlora.metrics import classification, exact_match, language, scores
-from fedlora.sections import Data
+from fedlora.config.sections import Data
+from fedlora.training.baselines import majority, tfidf, trained_head
+from fedlora.training.data.corpus import ClientRows, Corpus, Rows, load
+from fedlora.training.metrics import classification, exact_match, language, scores
 
 LABELS = ("a", "b", "c")
 

@@ -12,15 +12,15 @@ from tiny_federation import federate, quick, read_tensors
 from torch.testing import assert_close
 
 from client_app.app import app as client_app
-from fedlora.adapter import Factors
-from fedlora.algebra import vector
-from fedlora.buffered import Flight, fresh
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, StrategyError
-from fedlora.server import FederatedLora
+from fedlora.federation.server.asynchronous import Flight, fresh
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Round, Upload
 from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategies.probing import vector
 
 Settings = Callable[..., dict[str, object]]
 DEVICES = "fast:4:100,middle:1:20,slow:0.1:2"

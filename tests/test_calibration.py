@@ -17,21 +17,22 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from tiny_federation import federate, quick
 from torch import Tensor
 
-from fedlora import calibration, data
-from fedlora.adapter import Factors
-from fedlora.config import Config
-from fedlora.data import Rows
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
-from fedlora.export import export_run
-from fedlora.layers import taken_out
-from fedlora.memory import ClientMemory
-from fedlora.model import PREFIX, Model
-from fedlora.opening import _check_begins
-from fedlora.server import FederatedLora
+from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.server.setup import _check_begins
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.export import export_run
+from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Start
-from fedlora.text import Encoded, collate, encode
-from fedlora.train import example_losses
+from fedlora.training import calibration
+from fedlora.training.data import corpus as data
+from fedlora.training.data.batches import Encoded, collate, encode
+from fedlora.training.data.corpus import Rows
+from fedlora.training.model.layers import taken_out
+from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.train import example_losses
 
 Settings = Callable[..., dict[str, object]]
 INITS = ("eva", "corda", "lora_ga")

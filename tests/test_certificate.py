@@ -10,18 +10,20 @@ import torch
 from tiny_federation import Ran, directory_of, federate, quick
 from torch import Tensor
 
-from fedlora import certificate, client, site
-from fedlora.adapter import Factors, Pair
-from fedlora.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ProofError
-from fedlora.lowrank import extend, wide
-from fedlora.memory import ClientMemory
-from fedlora.model import Model
+from fedlora.federation.client import handlers as client
+from fedlora.federation.client.memory import ClientMemory
+from fedlora.lora.adapter import Factors, Pair
+from fedlora.lora.lowrank import extend, wide
 from fedlora.strategies import STRATEGIES, fedex, fedsb, lora_a2, ravan
 from fedlora.strategies.base import BaseLog, Client, Upload, Version
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
+from fedlora.training import cache as site
+from fedlora.training import certificate
+from fedlora.training.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
+from fedlora.training.model.model import Model
 
 Settings = Callable[..., dict[str, object]]
 Patch = pytest.MonkeyPatch
@@ -289,7 +291,7 @@ def test_it_imports_nothing_of_what_it_checks() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fedlora")
     }
-    assert ours == {"fedlora.model"}
+    assert ours == {"fedlora.training.model.model"}
 
 
 # -- what is found --------------------------------------------------------------------------------
@@ -411,7 +413,7 @@ def test_what_goes_around_an_aggregation_is_certified_or_named(
 def test_numbers_that_are_none_cost_their_client_its_update(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora import witness
+    from fedlora.federation.client import witness
 
     real, turn = witness.numbers, iter([0] * 2 + [1] * 2 + [0] * 100)
 
@@ -430,7 +432,7 @@ def test_numbers_that_are_none_cost_their_client_its_update(
 def test_a_server_that_asks_for_a_private_part_is_refused(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora import certifier
+    from fedlora.federation.server import certifier
 
     monkeypatch.setattr(certifier, "cuts", lambda _: ())
     from fedlora.errors import RoundError
@@ -443,7 +445,7 @@ def test_a_server_that_asks_for_a_private_part_is_refused(
 
 
 def one_percent_off(patch: Patch) -> None:
-    from fedlora import export
+    from fedlora.launch import export
 
     real = export.total
 
@@ -456,7 +458,7 @@ def one_percent_off(patch: Patch) -> None:
 
 
 def an_old_head(patch: Patch) -> None:
-    from fedlora import closing
+    from fedlora.federation.server import finish as closing
 
     real = closing.save_peft
 
@@ -493,8 +495,8 @@ PLAIN = [n for n, s in STRATEGIES.items() if n != "fedsa"]
 def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
     settings: Settings, monkeypatch: Patch, name: str, wire: str
 ) -> None:
-    from fedlora import witness
-    from simulations.grid import LocalGrid
+    from fedlora.federation.client import witness
+    from fedlora.launch.simulate.grid import LocalGrid
 
     real = witness.numbers
     turns = dict.fromkeys(range(5), 0)
@@ -518,8 +520,8 @@ def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
 def test_a_client_that_says_it_began_elsewhere_does_not_stop_a_deployment(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora import witness
-    from simulations.grid import LocalGrid
+    from fedlora.federation.client import witness
+    from fedlora.launch.simulate.grid import LocalGrid
 
     real = witness.numbers
 
@@ -542,7 +544,7 @@ def test_a_client_that_says_it_began_elsewhere_does_not_stop_a_deployment(
 def test_software_that_is_wrong_is_not_taken_for_liars(
     settings: Settings, what: str, monkeypatch: Patch
 ) -> None:
-    from simulations.grid import LocalGrid
+    from fedlora.launch.simulate.grid import LocalGrid
 
     monkeypatch.setattr(LocalGrid, "simulated", False)
     plant, name, changes, _ = FAULTS[what]
@@ -597,8 +599,8 @@ def test_under_dp_a_clients_numbers_follow_from_what_it_was_sent_and_what_it_rel
     settings: Settings, monkeypatch: Patch, name: str
 ) -> None:
     """The server computes them itself from the noised upload: no row is needed, so none leaks."""
-    from fedlora import honesty
-    from simulations.grid import LocalGrid
+    from fedlora.federation.server import honesty
+    from fedlora.launch.simulate.grid import LocalGrid
 
     compared = []
 
@@ -659,7 +661,7 @@ def test_a_wrong_sum_stops_a_secure_run(settings: Settings, monkeypatch: Patch) 
         return replace(mean, B={m: 0.9 * B for m, B in mean.B.items()})
 
     monkeypatch.setattr(ffa, "mean_ranks", ninety)
-    monkeypatch.setattr("fedlora.proof.Proof.enforce", lambda *_: None)
+    monkeypatch.setattr("fedlora.federation.server.proof.Proof.enforce", lambda *_: None)
     with pytest.raises(ProofError, match=r"round 1.*certificate"):
         federate(uneven(settings, "ffa", **SECURE))
 

@@ -17,10 +17,10 @@ import torch
 from strategy_federation import fitting, play
 from tiny_federation import ROOT
 
-from fedlora.adapter import Factors, Pair
-from fedlora.checkpoint import load, notes, save, write_atomically
 from fedlora.errors import CheckpointError
-from fedlora.journal import Member, Saved, state_types
+from fedlora.federation.server.journal import Member, Saved, state_types
+from fedlora.lora.adapter import Factors, Pair
+from fedlora.lora.tree_file import load, notes, save, write_atomically
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import BaseLog, Version
 
@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 WRITER = """
 import sys, torch
 from pathlib import Path
-from fedlora.checkpoint import save
+from fedlora.lora.tree_file import save
 n = 0
 while True:
     n += 1

@@ -17,15 +17,23 @@ from tiny_federation import ROOT, Ran, federate, quick
 
 from client_app.app import app as client_app
 from fedlora import errors
-from fedlora.codes import LONGEST, Code, FailureKind, Refusal, cleaned, code_of, kind_of
-from fedlora.console import Progress
-from fedlora.deploy.host import told
 from fedlora.errors import BudgetSpent, ClientError, FedLoraError, RoundError, UpdateError
-from fedlora.intake import Gathered
+from fedlora.federation.server.exchange import Gathered
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.wire.codes import (
+    LONGEST,
+    Code,
+    FailureKind,
+    Refusal,
+    cleaned,
+    code_of,
+    kind_of,
+)
+from fedlora.launch.deploy.host import told
 from fedlora.privacy import accounting
-from fedlora.server import FederatedLora
+from fedlora.reports.console import Progress
+from fedlora.reports.observers import JsonLines
 from fedlora.strategies.base import Round
-from fedlora.watch import JsonLines
 
 Settings = Callable[..., dict[str, object]]
 SPENT = Error(Code.BUDGET_SPENT, "BudgetSpent: the privacy budget is spent")

@@ -9,11 +9,11 @@ import pytest
 import tomli_w
 from test_report import change, make_run
 
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.strategies import STRATEGIES
-from simulations import compare
-from simulations.compare_table import (
+from fedlora.launch.compare import run as compare
+from fedlora.launch.compare.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
+from fedlora.launch.compare.table import (
     Row,
     as_csv,
     as_html,
@@ -23,8 +23,8 @@ from simulations.compare_table import (
     row,
     target_of,
 )
-from simulations.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
-from simulations.page import interval
+from fedlora.reports.html import interval
+from fedlora.strategies import STRATEGIES
 
 Settings = Callable[..., dict[str, object]]
 GRIDS = [

@@ -11,9 +11,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from tiny_federation import ROOT
 
-from fedlora.config import Config, parse_overrides, write_defaults
+from fedlora.config.defaults import settled
+from fedlora.config.reader import Config, parse_overrides, write_defaults
 from fedlora.errors import ConfigError
-from fedlora.settled import settled
 from fedlora.strategies import STRATEGIES
 
 FLAT = Config().flat()
@@ -35,7 +35,7 @@ def problems(given: dict[str, Any]) -> list[str]:
 
 
 def test_pyproject_lists_every_key_with_its_default(tmp_path: Path) -> None:
-    """After a change: python -c "import pathlib, fedlora.config as c; c.write_defaults(
+    """After a change: python -c "import pathlib, fedlora.config.reader as c; c.write_defaults(
     pathlib.Path('pyproject.toml'))"."""
     text = (ROOT / "pyproject.toml").read_text()
     table = leaves(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from fedlora.console import Observer, Progress, Silent, _worth_reading, quiet_libraries, shown
+from fedlora.reports.console import (
+    Observer,
+    Progress,
+    Silent,
+    _worth_reading,
+    quiet_libraries,
+    shown,
+)
 
 
 def record(number: int, **more: Any) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def test_silent_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_importing_the_console_leaves_the_slow_imports_for_later() -> None:
     slow = "{'rich', 'torch', 'numpy', 'matplotlib', 'flwr', 'transformers'}"
-    code = f"import sys, fedlora.console; print({slow} & set(sys.modules))"
+    code = f"import sys, fedlora.reports.console; print({slow} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 

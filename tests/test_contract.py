@@ -31,10 +31,10 @@ from strategy_federation import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Factors, Pair, Stack, dense
-from fedlora.checkpoint import load, save
 from fedlora.errors import ClientMemoryError
-from fedlora.journal import state_types
+from fedlora.federation.server.journal import state_types
+from fedlora.lora.adapter import Factors, Pair, Stack, dense
+from fedlora.lora.tree_file import load, save
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import BaseLog, Client, Requires, Round, Upload, Version
 

@@ -13,11 +13,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, are_prog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.config import Config
-from fedlora.data import Corpus, Rows, _split, describe, load, load_node
+from fedlora.config.reader import Config
+from fedlora.config.sections import Data
 from fedlora.errors import ConfigError, DataError
-from fedlora.partition import partition
-from fedlora.sections import Data
+from fedlora.training.data.corpus import Corpus, Rows, _split, describe, load, load_node
+from fedlora.training.data.partition import partition
 
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
 SPLITS = {"test_size": 6, "partition": "iid", "client_test_fraction": 0.25}
@@ -273,7 +273,7 @@ def test_a_draw_that_leaves_a_client_too_few_rows_is_drawn_anew(path, monkeypatc
         return failed
 
     assert failures() == 0
-    monkeypatch.setattr("fedlora.partition.DRAWS", 1)
+    monkeypatch.setattr("fedlora.training.data.partition.DRAWS", 1)
     assert failures() > 0
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedlora.config import Config
-from fedlora.deploy import keys
-from fedlora.deploy.gate import Gate
-from fedlora.deploy.host import down, register, registered
-from fedlora.deploy.layout import Wanted, init, renew
-from fedlora.deploy.plan import Plan, free_ports
-from fedlora.deploy.supervise import _group_alive, is_running, read_state
+from fedlora.config.reader import Config
 from fedlora.errors import DeployError
+from fedlora.launch.deploy import keys
+from fedlora.launch.deploy.gate import Gate
+from fedlora.launch.deploy.host import down, register, registered
+from fedlora.launch.deploy.layout import Wanted, init, renew
+from fedlora.launch.deploy.plan import Plan, free_ports
+from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_control_is_never_beyond_loopback(tmp_path: Path) -> None:
 
 
 def test_each_node_has_its_own_rank_rows_and_memory(plan: Plan) -> None:
-    from fedlora import site
+    from fedlora.training import cache as site
 
     config = app_config(plan)
     shared = config.model_copy(deep=True)
@@ -302,7 +302,7 @@ def stand_ins(tmp_path: Path) -> Iterator[Plan]:
         Path(tmp_path, f"{name}.sh").write_text("sleep 1000 & echo started; wait\n")
     (plan.run_directory / "registered.json").write_text("{}")
     plan.save()
-    me = subprocess.Popen([sys.executable, "-m", "fedlora.deploy.supervise", str(tmp_path)])
+    me = subprocess.Popen([sys.executable, "-m", "fedlora.launch.deploy.supervise", str(tmp_path)])
     yield plan
     down(plan, lambda _: None)
     me.wait(20)

@@ -9,9 +9,9 @@ from conftest import write_tokenizer
 from deployment import ran, rounds
 from relay import Relay
 
-from fedlora.deploy import host
-from fedlora.deploy.layout import Wanted, init
-from fedlora.deploy.plan import Plan
+from fedlora.launch.deploy import host
+from fedlora.launch.deploy.layout import Wanted, init
+from fedlora.launch.deploy.plan import Plan
 
 pytestmark = pytest.mark.slow
 

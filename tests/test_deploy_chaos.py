@@ -20,9 +20,9 @@ from relay import Relay
 from test_faults import same_replies
 from tiny_federation import Ran
 
-from fedlora.deploy import host
-from fedlora.deploy.plan import Plan
-from fedlora.deploy.supervise import read_state
+from fedlora.launch.deploy import host
+from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.deploy.supervise import read_state
 from fedlora.privacy.ledger import Ledger
 
 pytestmark = pytest.mark.slow

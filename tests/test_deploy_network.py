@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from deployment import adapter, prepared, rounds, simulated
 
-from fedlora.deploy.operator import environment
-from fedlora.deploy.plan import Plan
-from fedlora.deploy.supervise import end
+from fedlora.launch.deploy.operator import environment
+from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.deploy.supervise import end
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from deployment import adapter, mortal, prepared, ran, rounds, simulated
 
-from fedlora.deploy import host, keys, scripts
-from fedlora.deploy.layout import renew
-from fedlora.deploy.operator import Operator, environment
-from fedlora.deploy.plan import Plan, free_ports
-from fedlora.deploy.supervise import end, read_state
+from fedlora.launch.deploy import host, keys, scripts
+from fedlora.launch.deploy.layout import renew
+from fedlora.launch.deploy.operator import Operator, environment
+from fedlora.launch.deploy.plan import Plan, free_ports
+from fedlora.launch.deploy.supervise import end, read_state
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedlora import handover
-from fedlora.codes import Code
-from fedlora.deploy import node, worker
 from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
+from fedlora.federation.client import dispatch as handover
+from fedlora.federation.wire.codes import Code
+from fedlora.launch.deploy import node, worker
 
 
 def test_the_short_lived_process_imports_no_torch() -> None:
@@ -39,9 +39,9 @@ def warm(directory: Path) -> Iterator[str]:
 
 def final_bytes(settings, name: str, socket: str = "") -> bytes:
     from client_app.app import app
-    from fedlora.config import Config
-    from fedlora.server import FederatedLora
-    from simulations.grid import LocalGrid
+    from fedlora.config.reader import Config
+    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read(settings(**{"run.name": name, "run.rounds": 2}))
     nodes = {i: {"worker-socket": socket} for i in range(config.clients.count)} if socket else None
@@ -61,7 +61,7 @@ def test_the_socket_is_its_owners_alone(warm: str) -> None:
 
 def a_message(ttl: float = 60.0):
     from client_app.app import app
-    from simulations.grid import LocalGrid, _name
+    from fedlora.launch.simulate.grid import LocalGrid, _name
 
     grid = LocalGrid(app, 1, {})
     message = Message(RecordDict(), 1000, "query", ttl=ttl)
@@ -90,7 +90,7 @@ def test_a_worker_that_never_was_there_is_done_without() -> None:
 def test_an_error_keeps_its_code_all_the_way(
     warm: str, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code, how: str
 ) -> None:
-    from fedlora import client
+    from fedlora.federation.client import handlers as client
 
     def fails(*_: object) -> RecordDict:
         raise error
@@ -107,12 +107,14 @@ def test_an_error_keeps_its_code_all_the_way(
 DYING = """
 import os, sys, time
 from pathlib import Path
-from fedlora.deploy import worker
+from fedlora.launch.deploy import worker
 def answer(self, data):
     {what}
 worker.Desk._reply = answer
-sys.modules["fedlora.client"] = sys.modules["fedlora.console"] = type(sys)("light")
-sys.modules["fedlora.console"].quiet_libraries = lambda: None
+light = type(sys)("light")
+sys.modules["fedlora.federation.client.handlers"] = light
+sys.modules["fedlora.reports.console"] = light
+sys.modules["fedlora.reports.console"].quiet_libraries = lambda: None
 sys.argv = ["", "--socket", "w.sock"]
 worker.main()
 """
@@ -177,7 +179,7 @@ def test_a_worker_that_is_only_slow_is_warm_for_the_next_message(dying: subproce
 GIVES_UP = """
 import sys, threading, time
 from importlib.metadata import EntryPoint
-from fedlora.deploy import node
+from fedlora.launch.deploy import node
 threading.Thread(target=time.sleep, args=(600,)).start()  # what serves its ClientApps
 EntryPoint.load = lambda self: lambda: print("gave up on", self.name)
 node.main()
@@ -193,7 +195,7 @@ def test_a_node_that_gave_up_on_its_server_ends_so_that_it_is_started_again() ->
 
 
 def test_a_broken_installation_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedlora import client
+    from fedlora.federation.client import handlers as client
 
     monkeypatch.delattr(client, "train")  # as where the installed version is another
     message, context = a_message()

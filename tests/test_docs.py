@@ -20,10 +20,10 @@ from test_contract import COSTS
 from tiny_federation import ROOT
 from typer.main import get_command
 
-from fedlora import server_opt
 from fedlora.cli import app
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.strategies import STRATEGIES
+from fedlora.strategies import server_optimizers as server_opt
 
 PAGES = sorted(DOCS.rglob("*.md"))
 WRITTEN = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES)

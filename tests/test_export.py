@@ -14,13 +14,13 @@ from tiny_federation import Ran, federate, python, quick
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
-from fedlora import site
 from fedlora.cli import app
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, FedLoraError
-from fedlora.export import export_run
-from fedlora.server import FederatedLora
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.export import export_run
 from fedlora.strategies import STRATEGIES
+from fedlora.training import cache as site
 
 Settings = Callable[..., dict[str, object]]
 IDS = [[3, 4, 5, 6, 7], [9, 8, 7, 20, 3]]
@@ -180,7 +180,7 @@ def test_a_clients_own_model_is_exported_from_its_memory(
 def test_an_export_that_is_wrong_is_not_handed_over(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedlora import export
+    from fedlora.launch import export
 
     ran, _ = played(settings, "gpt2", "flora")
     real = export.total

@@ -11,10 +11,11 @@ from chaos import FAULTS, ChaosGrid, Clock, Strikes, endure, fault
 from tiny_federation import Ran, quick
 
 from client_app.app import app as client_app
-from fedlora import checkpoint, intake
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, RoundError
-from fedlora.server import FederatedLora
+from fedlora.federation.server import exchange as intake
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.lora import tree_file as checkpoint
 
 Settings = Callable[..., dict[str, object]]
 MOMENTS = ("before the checkpoint", "in the checkpoint", "after the checkpoint", "disk full")
@@ -167,7 +168,7 @@ def test_a_client_whose_disk_is_full_says_so_and_the_round_goes_on(
 
     monkeypatch.setattr(checkpoint, "write_atomically", write)
     config = Config.read(given)
-    from simulations.grid import LocalGrid
+    from fedlora.launch.simulate.grid import LocalGrid
 
     with LocalGrid(client_app, 3, config.flat(), 1) as grid:
         FederatedLora(config).start(grid)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from tiny_federation import QUICK, Ran, federate, quick, ranks_for, read_tensors
 
-from fedlora import site
-from fedlora.adapter import Factors
-from fedlora.client import Desk
-from fedlora.config import Config
-from fedlora.console import Silent
+from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, StrategyError
-from fedlora.model import PREFIX, Model
-from fedlora.server import FederatedLora
+from fedlora.federation.client.handlers import Desk
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.lora.adapter import Factors
+from fedlora.reports.console import Silent
 from fedlora.strategies import STRATEGIES
+from fedlora.training import cache as site
+from fedlora.training.model.model import PREFIX, Model
 
 Settings = Callable[..., dict[str, object]]
 BOTH = pytest.mark.usefixtures("precision")

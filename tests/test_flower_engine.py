@@ -12,8 +12,8 @@ import pytest
 import tomli_w
 from tiny_federation import ROOT, Ran, federate, quick
 
-from fedlora.config import Config
-from simulations.run import commands
+from fedlora.config.reader import Config
+from fedlora.launch.simulate.run import commands
 
 Settings = Callable[..., dict[str, object]]
 ALONE = ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]

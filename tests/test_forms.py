@@ -14,18 +14,15 @@ from tiny_federation import ROOT, federate, quick
 from torch import Tensor
 from typer.main import get_command
 
-from fedlora import forms
-from fedlora.adapter import Factors
 from fedlora.cli import app
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
-from fedlora.export import export_run, load_exported
-from fedlora.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
-from fedlora.memory import ClientMemory
-from fedlora.model import Model
-from fedlora.ranks import patterned
-from fedlora.server import FederatedLora
-from fedlora.strategies import STRATEGIES, fedavg
+from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.server.ranks import patterned
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.export import export_run, load_exported
+from fedlora.lora.adapter import Factors
+from fedlora.strategies import STRATEGIES, fedavg, forms
 from fedlora.strategies.base import (
     Client,
     Round,
@@ -36,6 +33,8 @@ from fedlora.strategies.base import (
     travelling,
     whole_download,
 )
+from fedlora.strategies.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
+from fedlora.training.model.model import Model
 
 Settings = Callable[..., dict[str, object]]
 OPTIONS = {"supertuning": "sparsity=0.9", "vblora": "num_vectors=8,vector_length=4"}

@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedlora.codes import FailureKind, kind_of
-from simulations.grid import FIRST_NODE, LocalGrid
+from fedlora.federation.wire.codes import FailureKind, kind_of
+from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid
 
 
 def echo(message: Message, context: Context) -> Message:

@@ -18,15 +18,15 @@ from test_bad_clients import Bad, arrays, poison
 from tiny_federation import Ran, federate, quick
 
 from client_app.app import app as client_app
-from fedlora.config import Config
-from fedlora.console import Silent
+from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, UpdateError, WireError
-from fedlora.intake import Gathered, read_reply
-from fedlora.roster import Roster, read_facts
-from fedlora.server import FederatedLora
+from fedlora.federation.server.exchange import Gathered, read_reply
+from fedlora.federation.server.roster import Roster, read_facts
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.wire.messages import unpack
+from fedlora.launch.simulate.grid import LocalGrid
+from fedlora.reports.console import Silent
 from fedlora.strategies.base import Client, Layer, Round
-from fedlora.wire import unpack
-from simulations.grid import LocalGrid
 
 Settings = Callable[..., dict[str, object]]
 ALWAYS = tuple(range(1, 100))
@@ -247,7 +247,7 @@ def test_one_of_a_higher_rank_than_the_run_began_with_is_left_out_with_the_reaso
 def test_one_that_is_gone_is_waited_for_once(settings: Settings, monkeypatch) -> None:
     from chaos import Clock
 
-    from fedlora import roster
+    from fedlora.federation.server import roster
 
     clock = Clock()
     monkeypatch.setattr(roster, "time", clock)
@@ -337,7 +337,7 @@ def test_a_pickle_in_a_message_is_bytes_and_is_never_opened(tmp_path: Path) -> N
 
 def test_nothing_of_ours_can_open_a_pickle() -> None:
     root = Path(__file__).parents[1]
-    for folder in ("fedlora", "server_app", "client_app", "simulations"):
+    for folder in ("fedlora", "server_app", "client_app"):
         for path in (root / folder).rglob("*.py"):
             text = path.read_text()
             for word in ("import pickle", "torch.load(", "allow_pickle", "joblib", "import dill"):

@@ -28,8 +28,8 @@ from strategy_federation import (
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, Factors, Pair, dense
-from fedlora.lowrank import compress, norm, stack
+from fedlora.lora.adapter import Adapter, Factors, Pair, dense
+from fedlora.lora.lowrank import compress, norm, stack
 from fedlora.strategies.base import Round, shares
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex import FedEx

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Pair, apply, dense
-from fedlora.lowrank import (
+from fedlora.lora.adapter import Pair, apply, dense
+from fedlora.lora.lowrank import (
     accumulate,
     complement,
     compress,

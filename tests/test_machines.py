@@ -38,7 +38,7 @@ from test_federation import AtFirst, dense_adapter, nested
 from tiny_federation import federate, python
 
 from benchmarks.measure import forked
-from fedlora.precision import resolved
+from fedlora.training.precision import resolved
 
 Settings = Callable[..., dict[str, object]]
 

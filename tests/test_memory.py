@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora.adapter import Factors, Pair
 from fedlora.errors import ClientMemoryError
-from fedlora.memory import ClientMemory
+from fedlora.federation.client.memory import ClientMemory
+from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies.base import BaseLog, Version
 
 
@@ -114,7 +114,7 @@ def test_a_log_that_snapshots_gives_one_who_was_away_the_sum_the_others_hold(
     assert any(v.snapshot for v in log.versions)
 
     def total(memory: ClientMemory) -> torch.Tensor:
-        from fedlora.lowrank import accumulate
+        from fedlora.lora.lowrank import accumulate
 
         x = None
         for v in memory.base_to(29):

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora import loftq
-from fedlora.adapter import Factors, Pair, clone, dense
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ModelError
-from fedlora.layers import taken_out
-from fedlora.lowrank import accumulate
-from fedlora.model import PREFIX, Model
-from fedlora.proof import WEIGHTS
+from fedlora.federation.server.proof import WEIGHTS
+from fedlora.lora.adapter import Factors, Pair, clone, dense
+from fedlora.lora.lowrank import accumulate
 from fedlora.strategies.base import BaseLog, Client, Version, seeded
+from fedlora.training.model import loftq
+from fedlora.training.model.layers import taken_out
+from fedlora.training.model.model import PREFIX, Model
 
 Settings = Callable[..., dict[str, object]]
 MODELS = ("bert", "gpt2", "llama")

@@ -24,8 +24,8 @@ from strategy_federation import (
     play,
 )
 
-from fedlora import lowrank
-from fedlora.adapter import Factors, Pair
+from fedlora.lora import lowrank
+from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies import (
     base,
     fedex,

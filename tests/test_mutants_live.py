@@ -12,7 +12,7 @@ from test_certificate import each_its_own_base, uneven
 from tiny_federation import federate
 
 from fedlora.errors import ProofError
-from fedlora.proof import Proof
+from fedlora.federation.server.proof import Proof
 from fedlora.strategies import STRATEGIES
 
 Settings = Callable[..., dict[str, object]]

@@ -14,11 +14,11 @@ from test_bad_clients import Bad, metric, poison
 from test_report import Page, change, make_run
 from tiny_federation import Ran, federate, quick
 
-from fedlora import report
-from fedlora.console import Silent
-from fedlora.outcome import FALLEN, FLOORS, STILL, judge, said
-from fedlora.server import FederatedLora
-from fedlora.units import percent
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.reports import report
+from fedlora.reports.console import Silent
+from fedlora.reports.outcome import FALLEN, FLOORS, STILL, judge, said
+from fedlora.reports.units import percent
 
 Settings = Callable[..., dict[str, object]]
 ROWS = 500
@@ -378,7 +378,7 @@ def test_a_run_that_has_not_ended_is_judged_by_its_losses_alone(tmp_path: Path) 
 def test_simulate_ends_well_and_says_what_is_wrong(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    from simulations.run import local
+    from fedlora.launch.simulate.run import local
 
     path = tmp_path / "tiny.toml"
     path.write_text(tomli_w.dumps(settings(**quick("fedavg", **HELPLESS))))

@@ -7,10 +7,10 @@ import torch
 from private_setting import Setting
 from tiny_federation import python
 
-from fedlora.precision import WITHOUT_BFLOAT16, autocast, described, lacking, resolved
 from fedlora.privacy.per_example import kept_apart
-from fedlora.text import collate
-from fedlora.train import build_optimizer, example_losses, steps, training
+from fedlora.training.data.batches import collate
+from fedlora.training.precision import WITHOUT_BFLOAT16, autocast, described, lacking, resolved
+from fedlora.training.train import build_optimizer, example_losses, steps, training
 
 Settings = Callable[..., dict[str, object]]
 
@@ -112,6 +112,6 @@ def test_auto_is_float32_on_a_processor_without_bfloat16(monkeypatch: pytest.Mon
 def test_auto_is_float32_where_torch_is_held_below_avx512(capability: str) -> None:
     code = (
         "import os; os.environ['ATEN_CPU_CAPABILITY'] = '" + capability + "'\n"
-        "from fedlora.precision import resolved; print(resolved('auto'))"
+        "from fedlora.training.precision import resolved; print(resolved('auto'))"
     )
     assert python(code).stdout.strip() == "float32"

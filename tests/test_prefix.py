@@ -6,18 +6,18 @@ import pytest
 import torch
 from tiny_federation import federate, quick
 
-from fedlora.config import Config
-from fedlora.model import Model
-from fedlora.prefix import GROUP, WIDTH, ahead
+from fedlora.config.reader import Config
 from fedlora.strategies.base import Client, seeded
-from fedlora.text import Encoded, batches, encode
+from fedlora.training.data.batches import Encoded, batches, encode
+from fedlora.training.model.model import Model
+from fedlora.training.model.prefix_cache import GROUP, WIDTH, ahead
 
 Settings = Callable[..., dict[str, object]]
 LAST = {"lora.layers": "-1", "model.dropout": 0.0}
 
 
 def ready(settings: Settings, kind: str, **changes: object) -> tuple[Model, Encoded, Config]:
-    from fedlora.data import load
+    from fedlora.training.data.corpus import load
 
     config = Config.read(settings(kind, **{**LAST, **changes}))
     corpus = load(config.data, config.model.task, 1, 0)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from private_setting import Build, Setting
 
-from fedlora.config import Config
+from fedlora.config.reader import Config
+from fedlora.launch.lab.canaries import CASES, SHARP, audit, audited, lower_bound
+from fedlora.launch.lab.inversion import embeddings, invert, pairs
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import calibrate
-from fedlora.privacy.audit import CASES, SHARP, audit, audited, lower_bound
-from fedlora.privacy.inversion import embeddings, invert, pairs
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.training import private_fit
-from fedlora.text import collate
+from fedlora.training.data.batches import collate
 
 DELTA = 1e-5
 

@@ -10,15 +10,15 @@ import torch
 from private_setting import Build
 from test_privacy_ledger import lines, run
 
-from fedlora.adapter import Factors
-from fedlora.algebra import factors, vector
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, StrategyError
+from fedlora.lora.adapter import Factors
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Spend, epsilon
 from fedlora.privacy.central import CentralPrivacy, check
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round, Start, Upload
+from fedlora.strategies.probing import factors, vector
 
 LAYERS = {"a": Layer(7, 5, 4, 0.5), "b": Layer(6, 9, 4, 0.5)}
 CLIENTS = [Client(i, LAYERS) for i in range(4)]

@@ -9,12 +9,12 @@ import torch
 from private_setting import Build
 from typer.testing import CliRunner
 
-from fedlora import site
 from fedlora.cli import app
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
-from simulations.privacy_lab import Lab, Size, main
-from simulations.privacy_seat import Seat, joined, pick
+from fedlora.launch.lab.seat import Seat, joined, pick
+from fedlora.launch.lab.study import Lab, Size, main
+from fedlora.training import cache as site
 
 SHIPPED = Path(__file__).parent.parent / "simulations" / "experiments" / "privacy.toml"
 TINY = Size(40, 4, 2.0, (4,), 1, 5, (12,), 2000)

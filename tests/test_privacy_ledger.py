@@ -145,9 +145,9 @@ def test_a_kill_at_any_point_leaves_all_that_was_sent_paid_for(tmp_path: Path, w
 
 def run(given: dict[str, object]):
     from client_app.app import app
-    from fedlora.config import Config
-    from fedlora.server import FederatedLora
-    from simulations.grid import LocalGrid
+    from fedlora.config.reader import Config
+    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read(given)
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:

@@ -7,9 +7,9 @@ import torch
 from private_setting import Build, Setting
 from torch import Tensor
 
-from fedlora.privacy.membership import alignment, confidence, half_width, lira, telling
-from fedlora.text import collate
-from fedlora.train import example_losses
+from fedlora.launch.lab.membership import alignment, confidence, half_width, lira, telling
+from fedlora.training.data.batches import collate
+from fedlora.training.train import example_losses
 
 MODELS, ROWS = 8, 600
 
@@ -106,6 +106,6 @@ def test_an_update_aligns_with_the_gradients_it_was_made_of(settings: Build) -> 
 
 
 def _first(s: Setting, n: int):  # type: ignore[no-untyped-def]
-    from simulations.privacy_seat import pick
+    from fedlora.launch.lab.seat import pick
 
     return pick(s.rows, torch.arange(n))

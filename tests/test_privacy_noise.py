@@ -9,7 +9,7 @@ from dp_accounting.pld import PLDAccountant
 from private_setting import Build, Setting
 from scipy import stats
 
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Spend, calibrate, epsilon

@@ -8,12 +8,12 @@ import torch
 from tiny_federation import Ran, directory_of, federate, quick
 from torch import Tensor
 
-from fedlora import lowrank
-from fedlora.adapter import Factors, Pair, dense
 from fedlora.errors import ProofError
-from fedlora.moving_base import MovingBase
+from fedlora.lora import lowrank
+from fedlora.lora.adapter import Factors, Pair, dense
 from fedlora.strategies import STRATEGIES, base, fedex, fedsvd, ffa, flora, mixed
 from fedlora.strategies.base import BaseLog
+from fedlora.training.model.moving_base import MovingBase
 
 Settings = Callable[..., dict[str, object]]
 

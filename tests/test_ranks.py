@@ -10,13 +10,10 @@ import pytest
 import torch
 from tiny_federation import federate, quick, read_tensors, timeless
 
-from fedlora import site
-from fedlora.config import Config
-from fedlora.devices import Device, Devices, Work, parse_classes
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, StrategyError
-from fedlora.export import export_run
-from fedlora.model import Model
-from fedlora.ranks import (
+from fedlora.federation.server.devices import Device, Devices, Work, parse_classes
+from fedlora.federation.server.ranks import (
     Legend,
     Timing,
     able,
@@ -26,8 +23,11 @@ from fedlora.ranks import (
     shared_out,
     waiting,
 )
-from fedlora.server import FederatedLora
-from fedlora.train import example_losses
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.export import export_run
+from fedlora.training import cache as site
+from fedlora.training.model.model import Model
+from fedlora.training.train import example_losses
 
 Settings = Callable[..., dict[str, object]]
 
@@ -231,7 +231,7 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(
         if name.endswith(watched) or isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(watch(name))
     rows = site.encoded("train", 0, config, labels)
-    from fedlora.text import batches
+    from fedlora.training.data.batches import batches
 
     batch = next(iter(batches(rows, 4, torch.Generator().manual_seed(0), 1, 1.0)))
     model.peft.train()

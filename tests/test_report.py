@@ -18,10 +18,10 @@ import tomli_w
 from PIL import Image
 from rich.console import Console
 
-from fedlora import report, units
 from fedlora.errors import FedLoraError
-from fedlora.report_axes import STYLE
-from fedlora.report_plots import FIGURES
+from fedlora.reports import report, units
+from fedlora.reports.axes import STYLE
+from fedlora.reports.plots import FIGURES
 
 LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 MODULES = [

@@ -13,9 +13,9 @@ from rich.console import Console
 from test_report import Page, change, lines, make_run
 from tiny_federation import federate, quick
 
-from fedlora import report, units
-from fedlora.certificate import K
-from fedlora.report_certificate import spans
+from fedlora.reports import report, units
+from fedlora.reports.certificate import spans
+from fedlora.training.certificate import K
 
 SILENT = "client-level privacy: the mean is clipped and noised"
 

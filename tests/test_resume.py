@@ -18,7 +18,7 @@ from tiny_federation import ROOT, Ran, federate, quick
 from typer.main import get_command
 
 from fedlora.cli import app
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
 
 Settings = Callable[..., dict[str, object]]

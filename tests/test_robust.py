@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.adapter import Pair
 from fedlora.errors import StrategyError
-from fedlora.lowrank import gram as gram_of_pairs
-from fedlora.lowrank import inner
-from fedlora.robust import (
+from fedlora.lora.adapter import Pair
+from fedlora.lora.lowrank import gram as gram_of_pairs
+from fedlora.lora.lowrank import inner
+from fedlora.strategies.robust import (
     bounds,
     change,
     cosines,

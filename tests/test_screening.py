@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 from strategy_federation import EXAMPLES, Played, fitting, play
 
-from fedlora import robust
-from fedlora.adapter import Factors
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
-from fedlora.screening import began, refusals, screen
-from fedlora.strategies import STRATEGIES
+from fedlora.federation.server.screening import began, refusals, screen
+from fedlora.lora.adapter import Factors
+from fedlora.strategies import STRATEGIES, robust
 from fedlora.strategies.base import Upload
 
 EVERYTHING_SENT = [n for n, cls in STRATEGIES.items() if cls().promise != "shared"]

@@ -21,21 +21,21 @@ from strategy_federation import EQUAL, EVEN, make_clients, make_start
 from tiny_federation import Ran, federate, quick
 
 from client_app.app import app as client_app
-from fedlora import doctor
-from fedlora.adapter import Factors
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PrivacyError, RoundError, StrategyError, UpdateError
-from fedlora.intake import Schemas
-from fedlora.privacy.inversion import embeddings, invert, pairs
-from fedlora.secure import masking
-from fedlora.secure.member import Member
-from fedlora.secure.rules import alone, unsummable
-from fedlora.secure.terms import Terms, neighbours
-from fedlora.secure.vector import Kind, Layout, decode, encode, folded, kinds_of
-from fedlora.server import FederatedLora
+from fedlora.federation.client.secure_client import Member
+from fedlora.federation.secure import masking
+from fedlora.federation.secure.rules import alone, unsummable
+from fedlora.federation.secure.terms import Terms, neighbours
+from fedlora.federation.secure.vector import Kind, Layout, decode, encode, folded, kinds_of
+from fedlora.federation.server.exchange import Schemas
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch import doctor
+from fedlora.launch.lab.inversion import embeddings, invert, pairs
+from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round
-from fedlora.text import collate
+from fedlora.training.data.batches import collate
 
 Settings = Callable[..., dict[str, object]]
 ON = {"secure.aggregation": True}
@@ -551,7 +551,7 @@ def test_a_rank_that_loses_all_but_one_client_leaves_that_one_out(settings: Sett
 def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedlora.client import Desk, Trained
+    from fedlora.federation.client.handlers import Desk, Trained
 
     train = Desk.train
 
@@ -729,7 +729,7 @@ def test_flowers_engine_ends_in_the_bytes_of_local_grid(
 ) -> None:
     import tomli_w
 
-    from simulations.run import flower
+    from fedlora.launch.simulate.run import flower
 
     pytest.importorskip("ray")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -748,7 +748,7 @@ def test_flowers_engine_ends_in_the_bytes_of_local_grid(
 def test_a_deployment_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_path: Path) -> None:
     from deployment import adapter, brought_up, ran, rounds, simulated
 
-    from fedlora.deploy import host
+    from fedlora.launch.deploy import host
 
     plan = brought_up(tmp_path / "dep", settings(**five(**{"run.rounds": 2})), 3)
     try:

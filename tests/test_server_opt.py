@@ -9,9 +9,16 @@ from strategy_federation import EQUAL, MODULES, PARTIAL, SQUARE, fitting, make_s
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Factors
 from fedlora.errors import StrategyError
-from fedlora.server_opt import (
+from fedlora.lora.adapter import Factors
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import Round, Start
+from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategies.fedex import FedEx
+from fedlora.strategies.fedsvd import FedSVD
+from fedlora.strategies.hetlora import HetLoRA
+from fedlora.strategies.rolora import RoLoRA
+from fedlora.strategies.server_optimizers import (
     SERVER_OPTIMIZERS,
     FedAdagrad,
     FedAdam,
@@ -22,13 +29,6 @@ from fedlora.server_opt import (
     step,
     stepped,
 )
-from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import Round, Start
-from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategies.fedex import FedEx
-from fedlora.strategies.fedsvd import FedSVD
-from fedlora.strategies.hetlora import HetLoRA
-from fedlora.strategies.rolora import RoLoRA
 
 ALL = (0, 1, 2, 3)
 BOTH = frozenset({"A", "B", "other"})

@@ -23,8 +23,8 @@ from strategy_federation import (
 )
 from torch.testing import assert_close
 
-from fedlora.adapter import Factors, Pair
 from fedlora.errors import ClientMemoryError
+from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import BaseLog, Round, Upload, mean, narrow, rest
 from fedlora.strategies.fedavg import FedAvg

@@ -28,9 +28,9 @@ from strategy_federation import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Factors, Pair
 from fedlora.errors import StrategyError
-from fedlora.lowrank import stack
+from fedlora.lora.adapter import Factors, Pair
+from fedlora.lora.lowrank import stack
 from fedlora.strategies.base import Round, Upload, shares
 from fedlora.strategies.fed_plora import FedPLoRA
 from fedlora.strategies.fed_plora import selection as plora_selection

@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 
+from fedlora.launch.simulate.synthetic import Outcome, compare, markdown
+from fedlora.launch.simulate.teacher import EXAMPLES, make_task
 from fedlora.strategies import STRATEGIES
-from simulations.synthetic import Outcome, compare, markdown
-from simulations.teacher import EXAMPLES, make_task
 
 GENERAL = {"fedavg", "fedex", "flora", "flexlora", "rolora", "fslora"}
 """Strategies whose model can be any of the teacher's rank; a fixed A or core keeps others away."""

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedlora.data import Rows
 from fedlora.errors import DataError
-from fedlora.text import (
+from fedlora.training.data.batches import (
     IGNORE,
     POOL,
     Batch,
@@ -24,6 +23,7 @@ from fedlora.text import (
     prompt_batches,
     steps_in,
 )
+from fedlora.training.data.corpus import Rows
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[EOS]", "[BOS]", "[UNK]", "<user>", "<model>"]

@@ -10,15 +10,17 @@ import pytest
 import torch
 from tiny_federation import Ran, directory_of, federate, quick
 
-from fedlora import loss_check, site, text, train, training_check
-from fedlora.adapter import Factors
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
-from fedlora.forms import FORMS
-from fedlora.model import Model
+from fedlora.lora.adapter import Factors
 from fedlora.privacy import rehearsal
 from fedlora.strategies.base import Client, Download, Round, Start
-from fedlora.text import IGNORE, Encoded
+from fedlora.strategies.forms import FORMS
+from fedlora.training import cache as site
+from fedlora.training import loss_check, train, training_check
+from fedlora.training.data import batches as text
+from fedlora.training.data.batches import IGNORE, Encoded
+from fedlora.training.model.model import Model
 
 Settings = Callable[..., dict[str, object]]
 Patch = pytest.MonkeyPatch
@@ -105,8 +107,8 @@ def test_what_follows_is_the_same_with_and_without_the_check(
 ) -> None:
     given = settings("bert", **quick("fedex", **{"train.steps": 3, "lora.dropout": 0.2}))
     checked = federate(given)
-    monkeypatch.setattr("fedlora.client.check_before_training", lambda *_: None)
-    monkeypatch.setattr("fedlora.opening.check_first", lambda *_: None)
+    monkeypatch.setattr("fedlora.federation.client.handlers.check_before_training", lambda *_: None)
+    monkeypatch.setattr("fedlora.federation.server.setup.check_first", lambda *_: None)
     assert federate({**given, "run.name": "unchecked"}).adapter == checked.adapter
 
 
@@ -334,7 +336,7 @@ def broken_on_client_1(real: Callable[..., None]) -> Callable[..., None]:
 def test_in_a_simulation_a_client_that_does_not_train_ends_the_run(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora import client
+    from fedlora.federation.client import handlers as client
 
     monkeypatch.setattr(
         client, "check_before_training", broken_on_client_1(client.check_before_training)
@@ -348,8 +350,8 @@ def test_in_a_simulation_a_client_that_does_not_train_ends_the_run(
 def test_elsewhere_it_is_refused_by_kind_and_the_others_go_on(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora import client
-    from simulations.grid import LocalGrid
+    from fedlora.federation.client import handlers as client
+    from fedlora.launch.simulate.grid import LocalGrid
 
     monkeypatch.setattr(
         client, "check_before_training", broken_on_client_1(client.check_before_training)
@@ -363,8 +365,8 @@ def test_elsewhere_it_is_refused_by_kind_and_the_others_go_on(
 def test_where_losses_are_not_told_neither_is_what_the_check_measured(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora import client
-    from simulations.grid import LocalGrid
+    from fedlora.federation.client import handlers as client
+    from fedlora.launch.simulate.grid import LocalGrid
 
     monkeypatch.setattr(
         client, "check_before_training", broken_on_client_1(client.check_before_training)
@@ -405,8 +407,8 @@ def test_every_form_that_is_healthy_passes(settings: Settings, form: str, precis
 
 
 def test_flowers_engine_is_known_as_a_simulation_by_who_started_it(monkeypatch: Patch) -> None:
-    from fedlora.roster import SIMULATED, is_simulated
-    from simulations.grid import LocalGrid
+    from fedlora.federation.server.roster import SIMULATED, is_simulated
+    from fedlora.launch.simulate.grid import LocalGrid
 
     class Deployed:
         pass

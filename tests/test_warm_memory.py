@@ -10,7 +10,7 @@ from tiny_federation import ROOT
 FAULTS = """
 import resource, sys
 if sys.argv[1] == "kept":
-    from fedlora.warm_memory import keep_freed_memory
+    from fedlora.federation.server.allocator import keep_freed_memory
     keep_freed_memory()
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

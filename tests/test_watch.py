@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tiny_federation import federate, quick
 
-from fedlora.console import Silent
-from fedlora.deploy.plan import free_ports
 from fedlora.errors import ConfigError
-from fedlora.watch import All, Figures, JsonLines, metrics, numbers
+from fedlora.launch.deploy.plan import free_ports
+from fedlora.reports.console import Silent
+from fedlora.reports.observers import All, Figures, JsonLines, metrics, numbers
 
 Settings = Callable[..., dict[str, object]]
 

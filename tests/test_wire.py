@@ -13,11 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapter import Factors, Pair, Stack, dense
 from fedlora.errors import WireError
-from fedlora.lowrank import weighted
-from fedlora.strategies.base import Download, Penalty, Version
-from fedlora.wire import (
+from fedlora.federation.wire.messages import (
     DTYPES,
     Job,
     count_bytes,
@@ -31,6 +28,9 @@ from fedlora.wire import (
     unpack_factors,
     unpack_pairs,
 )
+from fedlora.lora.adapter import Factors, Pair, Stack, dense
+from fedlora.lora.lowrank import weighted
+from fedlora.strategies.base import Download, Penalty, Version
 
 SPECIAL = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, 3.4e38, 1 / 3]
 

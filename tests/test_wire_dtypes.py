@@ -10,12 +10,12 @@ from flwr.app import Array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Factors
 from fedlora.errors import WireError
-from fedlora.proof import ROUNDING
-from fedlora.quantize import LEVELS, dequantize, quantize, size
+from fedlora.federation.server.proof import ROUNDING
+from fedlora.federation.wire.messages import count_bytes, pack, pack_factors, roundtrip, unpack
+from fedlora.lora.adapter import Factors
+from fedlora.lora.quantize import LEVELS, dequantize, quantize, size
 from fedlora.strategies.base import seeded
-from fedlora.wire import count_bytes, pack, pack_factors, roundtrip, unpack
 
 NARROW = sorted(LEVELS)
 
@@ -123,9 +123,9 @@ def test_a_shape_of_terabytes_is_refused_before_it_exists(dtype: str) -> None:
 
 def ran(settings, dtype: str, **changes):
     from client_app.app import app
-    from fedlora.config import Config
-    from fedlora.server import FederatedLora
-    from simulations.grid import LocalGrid
+    from fedlora.config.reader import Config
+    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.launch.simulate.grid import LocalGrid
 
     name = f"{dtype}-{len(changes)}"
     given = {"wire.dtype": dtype, "strategy.name": "fedavg", "clients.ranks": "3"}
@@ -158,8 +158,8 @@ def test_error_feedback_is_kept_by_the_client_and_moves_the_result(settings) -> 
 
 
 def test_a_moving_base_travels_in_full_precision() -> None:
+    from fedlora.federation.wire.messages import pack_download, unpack_download
     from fedlora.strategies.base import Download, Version
-    from fedlora.wire import pack_download, unpack_download
 
     delta = {"m": drawn(6, 5)}
     sent = Download(Factors(), frozenset(), base=(Version(1, delta),))

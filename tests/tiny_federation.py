@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from client_app.app import app as client_app
-from fedlora.config import Config
-from fedlora.server import FederatedLora
+from fedlora.config.reader import Config
+from fedlora.federation.server.strategy import FederatedLora
+from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies import STRATEGIES
-from simulations.grid import LocalGrid
 
 ROOT = Path(__file__).parent.parent
 QUICK: dict[str, object] = {

@@ -39,14 +39,14 @@ from typing import Any
 
 import torch
 
-from fedlora.algebra import begun, factors, follows_the_mean, same, untrained, vector
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Charge, Ledger
 from fedlora.privacy.mechanism import rounded
 from fedlora.strategies.base import Client, Round, Strategy, Upload
+from fedlora.strategies.probing import begun, factors, follows_the_mean, same, untrained, vector
 
 
 @dataclass

@@ -33,10 +33,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedlora import __version__
-from fedlora.checkpoint import write_atomically
 from fedlora.errors import BudgetSpent, PrivacyError
+from fedlora.lora.tree_file import write_atomically
 from fedlora.privacy.accounting import Spend, epsilon
+from fedlora.version import __version__
 
 START = "0" * 64
 

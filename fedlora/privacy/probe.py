@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.errors import PrivacyError
-from fedlora.model import Model
 from fedlora.privacy.per_example import Gradient, kept_apart
-from fedlora.text import IGNORE, Batch
-from fedlora.train import Live, example_losses
+from fedlora.training.data.batches import IGNORE, Batch
+from fedlora.training.model.model import Model
+from fedlora.training.train import Live, example_losses
 
 TOLERANCE = 1e-2
 """Relative; float32 rounding leaves 1e-5, a mixed-up example leaves 1."""

@@ -15,20 +15,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Factors
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
-from fedlora.invocation import invocation
-from fedlora.loss_check import check_losses, check_rows
-from fedlora.model import Model
+from fedlora.lora.adapter import Factors
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.per_example import kept_apart
 from fedlora.privacy.probe import check_apart
 from fedlora.privacy.training import Plan, private_step
 from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
-from fedlora.text import Batch, Encoded, collate, synthetic
-from fedlora.train import Live, build_optimizer, extra_loss, learning_rate, steps, threads, training
-from fedlora.training_check import (
+from fedlora.training.data.batches import Batch, Encoded, collate, synthetic
+from fedlora.training.loss_check import check_losses, check_rows
+from fedlora.training.model.alora import invocation
+from fedlora.training.model.model import Model
+from fedlora.training.train import (
+    Live,
+    build_optimizer,
+    extra_loss,
+    learning_rate,
+    steps,
+    threads,
+    training,
+)
+from fedlora.training.training_check import (
     Still,
     check_gradients,
     check_training,

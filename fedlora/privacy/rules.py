@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedlora.config import Config
+    from fedlora.config.reader import Config
 
 
 def refused(config: "Config") -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedlora.config import Config
+from fedlora.config.reader import Config
 
 
 def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

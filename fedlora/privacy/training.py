@@ -29,9 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedlora.config import Config
+from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
-from fedlora.model import Model
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Charge, Ledger
@@ -39,14 +38,9 @@ from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
 from fedlora.privacy.per_example import Sink, kept_apart
 from fedlora.privacy.probe import check_apart
 from fedlora.strategies.base import Penalty
-from fedlora.text import Encoded, collate
-from fedlora.train import (
-    Fit,
-    build_optimizer,
-    example_losses,
-    extra_loss,
-    learning_rate,
-)
+from fedlora.training.data.batches import Encoded, collate
+from fedlora.training.model.model import Model
+from fedlora.training.train import Fit, build_optimizer, example_losses, extra_loss, learning_rate
 
 RATE = 0.1
 """Of a step's sample where privacy.sample-rate is not set: large steps bear their noise better."""

@@ -28,9 +28,9 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import COLUMNS, Adapter, Delta, Factors, Pair, Tensors, dense
 from fedlora.errors import ClientMemoryError
-from fedlora.lowrank import accumulate, pad, tail
+from fedlora.lora.adapter import COLUMNS, Adapter, Delta, Factors, Pair, Tensors, dense
+from fedlora.lora.lowrank import accumulate, pad, tail
 
 State = TypeVar("State")
 
@@ -54,7 +54,7 @@ class Requires:
     """It refactors the model each round, so the factors of two rounds do not subtract."""
     algebra: Literal["products", "sides", "tensors"] = "products"
     """What it computes with. products: the products B A and their ranks. sides: A's and B's side
-    each by itself, whatever is between them. tensors: a mean of anything (fedlora/forms.py)."""
+    each by itself, whatever is between them. tensors: a mean of anything (see forms.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors
-from fedlora.lowrank import extend, pick
+from fedlora.lora.adapter import Adapter, Factors
+from fedlora.lora.lowrank import extend, pick
 from fedlora.strategies.base import (
     Client,
     Download,

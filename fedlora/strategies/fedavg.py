@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies.base import (
     Client,
     Download,

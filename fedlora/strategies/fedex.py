@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Delta, Factors, Pair
-from fedlora.lowrank import compress, extend, mean_and_residual
+from fedlora.lora.adapter import Adapter, Delta, Factors, Pair
+from fedlora.lora.lowrank import compress, extend, mean_and_residual
 from fedlora.strategies.base import (
     BaseLog,
     Client,

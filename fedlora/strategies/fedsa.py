@@ -15,7 +15,7 @@ since all hold the same Abar, the mean of their models is one adapter (`average_
 Costs, a layer and client: up r_i k, down r_i k; at the end up r_i d. A newcomer gets the head.
 
 FedSA-rsLoRA is lora.use-rslora = true; FedSA-VeRA is lora.form = "vera", whose vector d is A's side
-and whose b is B's (fedlora/forms.py): up r numbers a layer, down r.
+and whose b is B's (see forms.py): up r numbers a layer, down r.
 
 Differs from the paper: B stays on the client even where clients share a process; p_i over the
 clients that replied; ranks may differ; the average at the end. A client that was away comes back
@@ -28,7 +28,7 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapter import Adapter, Factors, Pair
+from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.strategies.base import (
     Client,
     Download,

@@ -33,8 +33,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import complement, orthonormal, principal, svd, wide
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import complement, orthonormal, principal, svd, wide
 from fedlora.strategies.base import (
     Client,
     Download,

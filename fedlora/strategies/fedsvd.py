@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import compress, extend, rescale
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import compress, extend, rescale
 from fedlora.strategies.base import (
     Client,
     Download,

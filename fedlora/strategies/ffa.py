@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import extend
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import extend
 from fedlora.strategies.base import (
     Client,
     Download,

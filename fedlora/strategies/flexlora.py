@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Factors, Pair, Tensors
-from fedlora.lowrank import compress, stack
+from fedlora.lora.adapter import Adapter, Factors, Pair, Tensors
+from fedlora.lora.lowrank import compress, stack
 from fedlora.strategies.base import (
     Client,
     Download,

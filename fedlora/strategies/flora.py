@@ -22,8 +22,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedlora.adapter import Adapter, Factors, Tensors, kaiming
-from fedlora.lowrank import weighted
+from fedlora.lora.adapter import Adapter, Factors, Tensors, kaiming
+from fedlora.lora.lowrank import weighted
 from fedlora.strategies.base import (
     BaseLog,
     Client,

@@ -25,8 +25,8 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapter import Adapter, Factors, Pair, Tensors
-from fedlora.lowrank import stack, svd, tail
+from fedlora.lora.adapter import Adapter, Factors, Pair, Tensors
+from fedlora.lora.lowrank import stack, svd, tail
 from fedlora.strategies.base import (
     Client,
     Download,

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.adapter import Adapter, Factors
-from fedlora.lowrank import principal, stack
+from fedlora.lora.adapter import Adapter, Factors
+from fedlora.lora.lowrank import principal, stack
 from fedlora.strategies.base import (
     BaseLog,
     Client,

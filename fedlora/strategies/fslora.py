@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies.base import (
     Client,
     Download,

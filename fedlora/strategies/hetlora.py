@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import norm, wide
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import norm, wide
 from fedlora.strategies.base import (
     Client,
     Download,

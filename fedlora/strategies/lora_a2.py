@@ -28,8 +28,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import extend, pick, wide
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import extend, pick, wide
 from fedlora.strategies.base import (
     Client,
     Download,

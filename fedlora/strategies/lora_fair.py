@@ -30,8 +30,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, Pair
-from fedlora.lowrank import norm, stack, wide
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import norm, stack, wide
 from fedlora.strategies.base import (
     Client,
     Download,

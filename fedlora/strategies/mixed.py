@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import COLUMNS, Adapter, Factors, Pair
-from fedlora.lowrank import complement, pad, wide
+from fedlora.lora.adapter import COLUMNS, Adapter, Factors, Pair
+from fedlora.lora.lowrank import complement, pad, wide
 from fedlora.strategies.base import Layer, Upload, narrow
 
 Absent = Literal["unchanged", "skipped", "zero"]

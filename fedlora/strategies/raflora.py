@@ -24,8 +24,8 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.adapter import Adapter, Factors, Pair, Tensors
-from fedlora.lowrank import compress, pick, stack, wide
+from fedlora.lora.adapter import Adapter, Factors, Pair, Tensors
+from fedlora.lora.lowrank import compress, pick, stack, wide
 from fedlora.strategies.base import (
     Client,
     Download,

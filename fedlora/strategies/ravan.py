@@ -29,9 +29,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, Pair
 from fedlora.errors import StrategyError
-from fedlora.lowrank import orthonormal, wide
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.lora.lowrank import orthonormal, wide
 from fedlora.strategies.base import (
     Client,
     Download,

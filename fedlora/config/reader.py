@@ -1,0 +1,192 @@
+"""The run config: every knob of a run, typed, checked, in one place.
+
+Flower hands both apps the same flat mapping of dotted keys ("lora.target-modules") to bool, int,
+float or str; an experiment file is the same tree as TOML tables. `Config.read` is the only reader
+of either. Defaults are written here once; pyproject.toml repeats them because Flower only lets
+keys be overridden that it lists, and a test keeps the two equal.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from fedlora.config.defaults import settled
+from fedlora.config.fields import Section
+from fedlora.config.sections import (
+    Clients,
+    Data,
+    Devices,
+    Evaluate,
+    Lora,
+    Model,
+    Output,
+    Personalize,
+    Privacy,
+    Proof,
+    RankPolicy,
+    Robust,
+    Round,
+    Run,
+    Secure,
+    Server,
+    Simulate,
+    StrategySection,
+    Train,
+    Wire,
+)
+from fedlora.errors import ConfigError
+from fedlora.preflight import refused
+from fedlora.strategies import STRATEGIES, Strategy
+
+Scalar = bool | int | float | str
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    clients: Clients = Clients()
+    lora: Lora = Lora()
+    strategy: Any = Field(default_factory=StrategySection)
+    train: Train = Train()
+    round: Round = Round()
+    evaluate: Evaluate = Evaluate()
+    wire: Wire = Wire()
+    proof: Proof = Proof()
+    output: Output = Output()
+    simulate: Simulate = Simulate()
+    privacy: Privacy = Privacy()
+    ranks: RankPolicy = RankPolicy()
+    devices: Devices = Devices()
+    server: Server = Server()
+    robust: Robust = Robust()
+    personalize: Personalize = Personalize()
+    secure: Secure = Secure()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> "Config":
+        """Check a flat or nested mapping of keys.
+
+        Raises:
+            ConfigError: keys are unknown, values have the wrong type or are out of range. All the
+                problems are in one message, each unknown key with the nearest known one.
+        """
+        flat = dict(_flatten(given))
+        known = cls().flat()
+        problems = [_unknown(key, known) for key in flat if key not in known]
+        good = {key: value for key, value in flat.items() if key in known}
+        tree: dict[str, Any] = {}
+        for key, value in good.items():
+            *path, last = key.replace("-", "_").split(".")
+            table = tree
+            for part in path:
+                table = table.setdefault(part, {})
+            table[last] = value
+        sections = cls.model_fields
+        built: dict[str, Any] = {}
+        for name in sections:
+            model = StrategySection if name == "strategy" else sections[name].annotation
+            assert model is not None
+            try:
+                built[name] = model(**tree.get(name, {}))
+            except ValidationError as e:
+                problems += [_problem(name, error, flat) for error in e.errors()]
+        if not problems:
+            config = settled(cls(**built))
+            problems += refused(config)
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> "Config":
+        """Read an experiment file, with `key = value` overrides on top."""
+        try:
+            given = tomllib.loads(Path(path).read_text())
+            given.pop("compare", None)  # of `fedlora compare` alone: fedlora/launch/compare/run.py
+            given.pop("audit", None)  # of `fedlora privacy audit`: fedlora/launch/lab/study.py
+        except FileNotFoundError:
+            raise ConfigError([f"{path}: no such file"]) from None
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError([f"{path}: not TOML: {e}"]) from None
+        return cls.read({**dict(_flatten(given)), **(overrides or {})})
+
+    def flat(self) -> dict[str, Scalar]:
+        """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
+        tree = {name: getattr(self, name).model_dump() for name in type(self).model_fields}
+        return {key.replace("_", "-"): _scalar(value) for key, value in _flatten(tree)}
+
+    def toml(self) -> str:
+        """Every key as a TOML file: what a run's directory keeps."""
+        tree: dict[str, Any] = {}
+        for key, value in self.flat().items():
+            *path, last = key.split(".")
+            table = tree
+            for part in path:
+                table = table.setdefault(part, {})
+            table[last] = value
+        return tomli_w.dumps(tree)
+
+    def build_strategy(self) -> Strategy[Any]:
+        """The strategy that the config names, with its options."""
+        name: str = self.strategy.name
+        options = getattr(self.strategy, name.replace("-", "_"), None)
+        return STRATEGIES[name](**(options.model_dump() if options else {}))
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """["train.lr=1e-3", "run.name=x"] as keys and values; values read as TOML, else as text."""
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError([f"--set {pair}: must be key=value"])
+        try:
+            overrides[key.strip()] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text.strip()
+    return overrides
+
+
+def write_defaults(pyproject: Path) -> None:
+    """Put every key with its default below [tool.flwr.app.config] of a pyproject.toml.
+
+    Flower lets a run override only the keys that stand there.
+    """
+    header = "[tool.flwr.app.config]\n"
+    before, _, after = pyproject.read_text().partition(header)
+    lines = tomli_w.dumps(Config().flat()).splitlines()  # "run.name" = ..., one a line
+    keys = "".join(line.replace('"', "", 2) + "\n" for line in lines)
+    rest = after[after.index("\n[") :]
+    pyproject.write_text(before + header + keys + rest)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _scalar(value: Any) -> Scalar:
+    return ",".join(str(v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _unknown(key: str, known: Mapping[str, Scalar]) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or [
+        k for k in known if k.split(".")[-1] == key.split(".")[-1]
+    ]
+    return f"{key}: no such key" + (f'; did you mean "{near[0]}"?' if near else "")
+
+
+def _problem(section: str, error: Any, flat: Mapping[str, Any]) -> str:
+    path = [str(part) for part in error["loc"] if isinstance(part, str)]
+    key = ".".join([section, *path]).replace("_", "-")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key} = {flat.get(key, error.get('input'))!r}: {message}"

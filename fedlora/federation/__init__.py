@@ -1,0 +1,1 @@
+"""One federated run: its server, its clients, and the messages between them."""

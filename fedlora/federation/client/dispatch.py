@@ -1,0 +1,127 @@
+"""Who answers a client's message: this process, or the node's warm worker.
+
+Flower starts a new process for every message. Where the node config names a `worker-socket` (or
+the environment FEDLORA_WORKER_SOCKET), that process imports no torch: it hands the message to the
+worker, which has the model and the data in memory (`fedlora.launch.deploy.worker`), and passes on
+the reply. A worker that cannot be reached has not seen the message, so this process answers itself,
+slowly. One that is lost with the message in hand costs that message: an error reply, never a
+second try, since a private step may have been paid for; and never a wait past the deadline.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from flwr.app import Context, Error, Message
+
+from fedlora.federation.wire.codes import Code, code_of
+
+METHOD = "/fedlora.Worker/Answer"
+READY = 60.0
+"""Seconds to wait for a worker that is starting."""
+
+
+def answer(kind: str, message: Message, context: Context) -> Message:
+    """The reply to a message of this kind ("train", "evaluate", ...). Never nothing."""
+    try:
+        named = context.node_config.get("worker-socket") or os.environ.get("FEDLORA_WORKER_SOCKET")
+        if named:
+            reply = ask(Path(str(named)), kind, message, context)
+            if reply is not None:
+                return reply
+        from fedlora.federation.client import handlers as client
+
+        return client.answer(getattr(client, HANDLERS[kind]), message, context)
+    except Exception as e:  # an import that fails, too: a node without a reply waits for ever
+        return Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
+
+
+HANDLERS = {
+    "query": "query",
+    "collect": "collect",
+    "train": "train",
+    "gradient": "gradient",
+    "evaluate": "score",
+    "secagg_setup": "secagg_setup",
+    "secagg_share": "secagg_share",
+    "secagg_collect": "secagg_collect",
+    "secagg_unmask": "secagg_unmask",
+}
+"""Kind of message to the function of fedlora.federation.client.handlers that answers it."""
+
+
+def ask(socket: Path, kind: str, message: Message, context: Context) -> Message | None:
+    """The worker's reply, or an error reply where it was lost; None where it never was there."""
+    import grpc
+    from flwr.common.serde import message_from_proto
+    from flwr.proto.message_pb2 import Message as ProtoMessage
+
+    with grpc.insecure_channel(f"unix:{socket}", OPTIONS) as channel:
+        if not _reachable(channel, socket):
+            return None
+        call = channel.unary_unary(METHOD)
+        try:
+            data = call(pack(kind, message, context), timeout=left(message))
+        except grpc.RpcError as e:
+            why = f"{e.code().name}: {e.details()}"
+            reason = f"the node's worker was lost with this message in hand ({why})"
+            return Message(Error(Code.WORKER_LOST, reason), reply_to=message)
+    reply = message_from_proto(ProtoMessage.FromString(data))
+    if reply.has_error():
+        return Message(reply.error, reply_to=message)
+    return Message(reply.content, reply_to=message)
+
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def left(message: Message) -> float:
+    """Seconds until the server no longer waits for a reply to this message."""
+    return max(1.0, message.metadata.created_at + message.metadata.ttl - time.time())
+
+
+def pack(kind: str, message: Message, context: Context) -> bytes:
+    """Both as Flower's protobuf, one after the other."""
+    from flwr.common.serde import context_to_proto, message_to_proto
+
+    head = message_to_proto(message).SerializeToString()
+    tail = context_to_proto(context).SerializeToString()
+    return b"".join([kind.encode(), b"\n", len(head).to_bytes(8, "little"), head, tail])
+
+
+def unpack(data: bytes) -> tuple[str, Message, Context]:
+    """The kind, the message and the context that `pack` put together."""
+    from flwr.common.serde import context_from_proto, message_from_proto
+    from flwr.proto.message_pb2 import Context as ProtoContext
+    from flwr.proto.message_pb2 import Message as ProtoMessage
+
+    start = data.index(b"\n", 0, 64) + 1
+    middle = start + 8 + int.from_bytes(data[start : start + 8], "little")
+    message = message_from_proto(ProtoMessage.FromString(data[start + 8 : middle]))
+    context = context_from_proto(ProtoContext.FromString(data[middle:]))
+    return data[: start - 1].decode(), message, context
+
+
+def _reachable(channel: object, socket: Path) -> bool:
+    """Does the worker serve? One that is starting up gets a while."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    until = time.monotonic() + READY
+    while socket.exists() or time.monotonic() < until - READY + 1.0:
+        try:
+            asked = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=2.0
+            )
+            if asked.status == health_pb2.HealthCheckResponse.SERVING:
+                return True
+        except grpc.RpcError:
+            pass
+        if time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    return False

@@ -1,0 +1,118 @@
+"""What a client keeps between rounds, in files of its own that outlive its process.
+
+    <root>/client-<id>/round-00003.safetensors    what `upload` kept in round 3
+    <root>/client-<id>/checked.json               what the training check has passed
+    <root>/base/00002.safetensors                 base change 2, as the server sent it
+    <root>/base/00000.safetensors                 what lora.init takes out of the base, if it does
+
+The server says with each message which round's memory it builds on: the last round whose reply
+it accepted. So a reply that was lost, or a server that went back to its last checkpoint, finds
+the client as it was then. A client keeps that one and the newest.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedlora.errors import CheckpointError, ClientMemoryError
+from fedlora.lora.adapter import Delta, Factors
+from fedlora.lora.tree_file import load, save, write_atomically
+from fedlora.strategies.base import Version
+
+
+class ClientMemory:
+    def __init__(self, root: Path, client: int, token: str) -> None:
+        """`token` names the run: the memory of another run is never mixed in."""
+        self.root = root
+        self.own = root / token / f"client-{client}"
+        self.base = root / token / "base"
+        self.client = client
+
+    def recall(self, round: int) -> Factors:
+        """What was kept in that round; nothing for round 0.
+
+        Raises:
+            ClientMemoryError: it is gone. Training on without it would silently be another method.
+        """
+        if round == 0:
+            return Factors()
+        path = self.own / f"round-{round:05}.safetensors"
+        try:
+            kept: Factors = load(path)
+        except CheckpointError as e:
+            raise ClientMemoryError(
+                f"client {self.client} has lost its memory of round {round} ({e}); restore "
+                f"{self.own}, or start the run anew"
+            ) from e
+        for other in self.own.glob("round-*.safetensors"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        return kept
+
+    def remember(self, round: int, kept: Factors) -> None:
+        save(self.own / f"round-{round:05}.safetensors", kept)
+
+    def lost(self, round: int) -> Factors:
+        """What the upload of that round lost to rounding; nothing where that is not known."""
+        path = self.own / f"lost-{round:05}.safetensors"
+        for other in self.own.glob("lost-*.safetensors"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        try:
+            found: Factors = load(path)
+        except CheckpointError:
+            return Factors()
+        return found
+
+    def lose(self, round: int, error: Factors) -> None:
+        save(self.own / f"lost-{round:05}.safetensors", error)
+
+    def checked(self) -> list[str]:
+        """What the training check has passed in this run."""
+        path = self.own / "checked.json"
+        found: list[str] = json.loads(path.read_text()) if path.exists() else []
+        return found
+
+    def add_checked(self, what: str) -> None:
+        found = json.dumps([*self.checked(), what])
+        write_atomically(self.own / "checked.json", found.encode())
+
+    def add_base(self, versions: Sequence[Version]) -> None:
+        """Store base changes; a snapshot makes all up to its number superfluous."""
+        for v in versions:
+            save(self.base / f"{v.number:05}.safetensors", v)
+
+    def origin(self) -> Mapping[str, Delta]:
+        """What the run's initialisation takes out of the base.
+
+        Raises:
+            ClientMemoryError: it is gone.
+        """
+        try:
+            version: Version = load(self.base / "00000.safetensors")
+        except CheckpointError as e:
+            raise ClientMemoryError(
+                f"client {self.client} lacks what lora.init took out of the base ({e}); restore "
+                f"{self.base}, or start the run anew"
+            ) from e
+        return version.delta
+
+    def base_to(self, number: int) -> list[Version]:
+        """The changes that lead from W0 to that version, in order.
+
+        Raises:
+            ClientMemoryError: some are missing.
+        """
+        chain: list[Version] = []
+        for n in range(number, 0, -1):
+            try:
+                version: Version = load(self.base / f"{n:05}.safetensors")
+            except CheckpointError as e:
+                raise ClientMemoryError(
+                    f"client {self.client} lacks base change {n} of {number} ({e}); restore "
+                    f"{self.base}, or start the run anew"
+                ) from e
+            chain.append(version)
+            if version.snapshot:
+                break
+        return chain[::-1]

@@ -1,0 +1,66 @@
+"""Each client's own model: the federation's, tuned on its own rows, and one trained alone.
+
+    final          the federation's model, on the client's own test rows
+    personalized   the same after personalize.epochs more on its own training rows
+    alone          W0 trained on its own rows only, with the budget of the whole run
+
+All three are scored on rows that the client never trained on. Nothing of the training leaves the
+client, only the scores do. The personalised factors stay in its memory, as personal.safetensors.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fedlora.config.reader import Config
+from fedlora.lora.tree_file import save
+from fedlora.strategies.base import Client
+from fedlora.training.data.batches import Encoded
+from fedlora.training.evaluate import evaluate
+from fedlora.training.model.layers import taken_out
+from fedlora.training.model.model import Model
+from fedlora.training.train import fit
+
+if TYPE_CHECKING:
+    from fedlora.federation.client.handlers import Desk
+
+Scores = dict[str, float] | None
+
+
+def refusals(config: Config) -> Iterator[str]:
+    """Why the config's [personalize] cannot be; nothing if it can."""
+    p = config.personalize
+    if (p.epochs or p.alone) and not config.evaluate.clients:
+        yield "personalize: its result is the clients' own scores; set evaluate.clients = true"
+    if (p.epochs or p.alone) and config.privacy.on and not config.privacy.release_metrics:
+        yield (
+            "personalize: its result is the clients' own scores, which privacy keeps on the "
+            "clients; set privacy.release-metrics = true where they may leave without noise"
+        )
+
+
+def personalized(desk: "Desk", model: Model, rows: Encoded, test: Encoded) -> Scores:
+    """Tune the loaded model as the strategy's clients train, at one rate; its scores."""
+    p, train = desk.config.personalize, desk.config.train
+    train = train.model_copy(
+        update={"epochs": p.epochs, "steps": 0, "lr": p.lr or train.lr, "lr_schedule": "constant"}
+    )
+    config = desk.config.model_copy(update={"train": train})
+    fit(model, rows, desk.download.trainable, config, desk.job.round, desk.job.client)
+    save(desk.memory.own / "personal.safetensors", model.read())
+    return evaluate(model, test, config)
+
+
+def alone(desk: "Desk", rows: Encoded, test: Encoded) -> Scores:
+    """Train from W0 for as many rounds as the client had its turn in, on average; its scores."""
+    config, job = desk.config, desk.job
+    model = desk.model()
+    me = Client(job.client, model.layers(job.ranks))
+    first = model.init_factors(me, config.run.seed)
+    model.rebase(f"{desk.token}/alone/{job.client}", [], taken_out(config, first, model.weights()))
+    model.load(first)
+    turns = (config.clients.per_round or config.clients.count) / config.clients.count
+    rounds = max(1, int(config.run.rounds * turns + 0.5))
+    for n in range(rounds):
+        number = 1 + n * config.run.rounds // rounds  # the schedule over the whole run
+        fit(model, rows, frozenset({"A", "B", "other"}), config, number, job.client)
+    return evaluate(model, test, config)

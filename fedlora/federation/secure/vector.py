@@ -1,0 +1,201 @@
+"""A client's update as one vector of integers, and a sum of such vectors as uploads.
+
+    [ n_i in the place of its kind | n_i loss_i | n_i x_i for every tensor, padded ]
+
+A kind is a set of clients of equal ranks and modules. Every tensor has its largest size over the
+kinds; a client's own lies in the leading corner, the rest is 0. Scales are folded into R, else
+into B, so that clients of different alpha / r add up. The sum S of the vectors holds, entry by
+entry, sum n_i x_i over the clients that have the entry, and w_k = sum n_i of each kind k, so that
+
+    x = S / sum of w_k over the kinds that have the entry
+
+is the mean over its holders. One upload a kind, of weight w_k and with its corner of x, then stands
+for all its clients, in any aggregate that depends on the uploads through sum n_i x_i and sum n_i
+of each entry (`rules.unsummable` measures which do): leaving an entry out, counting it as unchanged
+or as zero all weigh x by the same w_k.
+
+Formal guarantee
+    |x - exact mean| <= Terms.error(clients, sum n_i) in every entry. A value that is not finite or
+    outside the range is an error of its client, which sends nothing: never a wrong sum.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.errors import UpdateError
+from fedlora.federation.secure.masking import Words, words
+from fedlora.federation.secure.terms import Terms
+from fedlora.federation.wire.messages import Shapes
+from fedlora.lora.adapter import Factors
+from fedlora.strategies.base import Client, Upload
+
+LOSS = 8.0
+"""A loss may be so many times as large as any other value."""
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Clients that send the same tensors at the same scales."""
+
+    clients: tuple[Client, ...]
+    shapes: Shapes
+    scale: Mapping[str, float]
+
+
+def kinds_of(
+    clients: Iterable[tuple[Client, Shapes, Mapping[str, float]]],
+) -> list[Kind]:
+    """The clients by what they send: tensors of which shapes, at which scales."""
+    found: dict[Any, Kind] = {}
+    for client, shapes, scale in clients:
+        key = (tuple(sorted(shapes.items())), tuple(sorted(scale.items())))
+        kind = found.setdefault(key, Kind((), shapes, scale))
+        found[key] = replace(kind, clients=(*kind.clients, client))
+    return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies in the vector."""
+
+    kinds: int
+    shapes: Mapping[Key, tuple[int, ...]]
+    """Sorted; the largest of each tensor over the kinds."""
+
+    @classmethod
+    def over(cls, kinds: Sequence[Shapes]) -> "Layout":
+        shapes: dict[Key, tuple[int, ...]] = {}
+        for kind in kinds:
+            for key, shape in kind.items():
+                shapes[key] = tuple(map(max, shape, shapes.get(key, shape)))
+        return cls(len(kinds), dict(sorted(shapes.items())))
+
+    def __len__(self) -> int:
+        return self.kinds + 1 + sum(math.prod(shape) for shape in self.shapes.values())
+
+    def places(self) -> Iterator[tuple[Key, tuple[int, ...], slice]]:
+        at = self.kinds + 1
+        for key, shape in self.shapes.items():
+            yield key, shape, slice(at, at := at + math.prod(shape))
+
+    def record(self) -> dict[str, Any]:
+        """For a message's ConfigRecord."""
+        return {
+            "kinds": self.kinds,
+            "tensors": [f"{column}/{name}" for column, name in self.shapes],
+            "dimensions": [len(shape) for shape in self.shapes.values()],
+            "sizes": [n for shape in self.shapes.values() for n in shape],
+        }
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "Layout":
+        sizes, shapes = iter(record["sizes"]), {}
+        for tensor, dimensions in zip(record["tensors"], record["dimensions"], strict=True):
+            column, _, name = tensor.partition("/")
+            shapes[column, name] = tuple(next(sizes) for _ in range(dimensions))
+        return cls(record["kinds"], shapes)
+
+
+def encode(sent: Factors, n: int, loss: float, kind: int, layout: Layout, terms: Terms) -> Words:
+    """The vector of one client, not yet masked.
+
+    Raises:
+        UpdateError: a value, or n, is outside of what the sum has room for. Names it, and not
+            its value.
+    """
+    if not 1 <= n <= terms.weight:
+        raise UpdateError(
+            "its examples are none, or more than secure.max-weight = "
+            f"{terms.weight}: nothing was sent; raise secure.max-weight"
+        )
+    whole = np.zeros(len(layout), dtype=np.int64)
+    whole[kind] = n
+    whole[layout.kinds] = _integers(
+        torch.tensor(loss / LOSS, dtype=torch.float64), n, "the training loss", terms
+    )
+    mine = folded(sent)
+    for key, shape, place in layout.places():
+        if key in mine:
+            x = mine.pop(key)
+            corner = whole[place].reshape(shape)
+            corner[_corner(x.shape)] = _integers(x, n, f"{key[0]} of {key[1]}", terms)
+    if mine:
+        column, name = next(iter(mine))
+        raise UpdateError(f"{column} of {name} has no place in this round's sum: nothing was sent")
+    return whole.astype(words(terms.bits))
+
+
+def decode(
+    total: Words, clients: int, layout: Layout, kinds: Sequence[Kind], terms: Terms
+) -> tuple[list[Upload], float, float]:
+    """One upload for each kind that is in the sum; the mean loss; the error it may have."""
+    signed = total.view(np.dtype(f"<i{total.dtype.itemsize}"))
+    weights = signed[: layout.kinds].tolist()
+    N = sum(weights)
+    if N < 1 or min(weights) < 0:
+        raise UpdateError("the sum of the clients' examples is not a positive number")
+    loss = float(signed[layout.kinds]) / terms.unit / N * LOSS
+    columns: list[dict[str, dict[str, Tensor]]] = [{} for _ in kinds]
+    for key, shape, place in layout.places():
+        held = np.zeros(shape)
+        for kind, w in zip(kinds, weights, strict=True):
+            if key in kind.shapes:
+                held[_corner(kind.shapes[key])] += w
+        sums = np.asarray(signed[place].reshape(shape) / terms.unit)  # 0-d where the tensor is
+        mean = torch.from_numpy(sums) / torch.from_numpy(np.where(held > 0, held, 1))
+        for kind, found in zip(kinds, columns, strict=True):
+            if key in kind.shapes:
+                mine = mean[_corner(kind.shapes[key])].to(torch.float32).contiguous()
+                found.setdefault(key[0], {})[key[1]] = mine
+    uploads = [
+        Upload(kind.clients[0], unfolded(Factors(kind.scale, **found)), w)
+        for kind, found, w in zip(kinds, columns, weights, strict=True)
+        if w
+    ]
+    return uploads, loss, terms.error(clients, N)
+
+
+def folded(sent: Factors) -> dict[Key, Tensor]:
+    """Everything that is sent, the scale folded into R where there is one, else into B."""
+    return {
+        (column, name): x.double() * (sent.scale[name] if _folds(sent, column, name) else 1.0)
+        for column, name, x in sent.items()
+    }
+
+
+def unfolded(sent: Factors) -> Factors:
+    """The inverse of `folded`, in the tensors' own dtype."""
+
+    def scaled(column: str) -> dict[str, Tensor]:
+        return {
+            name: x / sent.scale[name] if _folds(sent, column, name) else x
+            for name, x in getattr(sent, column).items()
+        }
+
+    return replace(sent, B=scaled("B"), R=scaled("R"))
+
+
+def _folds(sent: Factors, column: str, name: str) -> bool:
+    return column == "R" or (column == "B" and name not in sent.R)
+
+
+def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(0, n) for n in shape)
+
+
+def _integers(x: Tensor, n: int, what: str, terms: Terms) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    if not bool((x.abs() <= terms.range).all()):  # NaN is not, either
+        raise UpdateError(
+            f"{what} holds a value that is not finite or outside of +-secure.clipping-range = "
+            f"{terms.range:g}: nothing was sent; raise secure.clipping-range, or lower train.lr"
+        )
+    found: np.ndarray[Any, np.dtype[np.int64]] = np.rint(x.double().numpy() * n * terms.unit)
+    return found.astype(np.int64)

@@ -1,0 +1,1 @@
+"""The server's half: the rounds, who takes part, and what is proved of them."""

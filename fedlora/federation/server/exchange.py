@@ -1,0 +1,263 @@
+"""Replies: how they are waited for, and what is checked before one counts.
+
+Whatever is wrong with a reply costs that reply alone: it is refused with the reason on record,
+and the round goes on with the others.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora.errors import ClientError, UpdateError
+from fedlora.federation.wire.codes import FailureKind
+from fedlora.federation.wire.messages import Shapes, count_bytes, unpack_factors
+from fedlora.lora.adapter import Factors
+from fedlora.lora.lowrank import norm
+from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
+
+POLL, SLOWEST_POLL = 0.05, 1.0
+"""Seconds between two looks for replies: at first, and after a while without one."""
+
+
+@dataclass
+class Gathered:
+    """One round's replies as they come in."""
+
+    accepted: list[int] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    clients: dict[int, dict[str, Any]] = field(default_factory=dict)
+    down: dict[int, int] = field(default_factory=dict)
+    """Bytes sent, by client."""
+    asked: dict[int, float] = field(default_factory=dict)
+    """When each message was sent."""
+    virtual: dict[int, Any] = field(default_factory=dict)
+    """(Spent, Work) of each client, where there is a device model."""
+    verdict: Any = None
+    """What robust.method did."""
+    waited: float = 0.0
+    """Seconds spent waiting for clients."""
+    loss: float | None = None
+    """The mean training loss, where the clients' own are not told."""
+    stale: dict[int, int] = field(default_factory=dict)
+    """Rounds that passed since an accepted client was asked, where there is a buffer."""
+    landed: float = 0.0
+    """Virtual seconds, when the buffer was full."""
+    certificates: dict[int, tuple[int, Any, Any]] = field(default_factory=dict)
+    """By client: the round it was asked in, and its numbers at the start and at the end."""
+    summed: Any = None
+    """Of a secure aggregation: (the mean change of all of them, the error of any of its numbers,
+    what they were divided by)."""
+    certificate: Any = None
+    """The round's, once it is aggregated."""
+    secure: Mapping[str, Any] | None = None
+    """What a secure aggregation came to."""
+    diverged: set[int] = field(default_factory=set)
+    """Who told a training loss that is no finite number, whether or not the update counts."""
+
+    @property
+    def spent(self) -> bool:
+        """Did spent budgets, and nothing else, keep clients from answering?
+
+        By the kinds of their failures: any of another kind makes it False, so that one client's
+        word never explains what befell another. Who was left out as alone does not count.
+        """
+        kinds = {f["kind"] for f in self.failures} - {FailureKind.ALONE}
+        return kinds == {FailureKind.BUDGET}
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], seconds: float
+) -> Iterator[tuple[int, Message]]:
+    """Send one by one, and give back (node, reply) as each comes, until the deadline.
+
+    The node is the one that was asked: an error reply made on its behalf has another sender.
+    No message is held here once it was sent, and no reply once it was given.
+    """
+    until = time.monotonic() + seconds
+    pending: dict[str, int] = {}
+    looked = 0.0
+    for message in messages:
+        for mid in grid.push_messages([message]):
+            pending[mid] = message.metadata.dst_node_id
+        del message
+        if time.monotonic() - looked > POLL:  # not after each: that takes them times them looks
+            yield from ready(grid, pending)
+            looked = time.monotonic()
+    pause = POLL
+    while pending and time.monotonic() < until:
+        before = len(pending)
+        yield from ready(grid, pending)
+        if len(pending) < before:
+            pause = POLL
+        if pending:
+            time.sleep(min(pause, max(0.0, until - time.monotonic())))
+            pause = min(1.2 * pause, SLOWEST_POLL)
+
+
+def ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
+    """(who, reply) of the messages that are answered, which `pending` then no longer holds."""
+    for mid in list(pending):
+        came = list(grid.pull_messages([mid]))
+        while came:
+            if (node := pending.pop(mid, None)) is None:
+                break
+            yield node, came.pop(0)
+
+
+def read_reply(
+    reply: Message,
+    client: Client,
+    round: Round,
+    token: str,
+    schema: tuple[Shapes, Mapping[str, float]],
+    gathered: Gathered,
+) -> tuple[Upload, dict[str, Any]]:
+    """A reply to a train message, decoded, with what it says of itself.
+
+    A training loss that is no finite number is noted in `gathered` first: where training diverged
+    the factors are none either, and the reply is refused.
+
+    Raises:
+        UpdateError, WireError: what is wrong with it. Nothing of a declared size was allocated.
+    """
+    tag = tag_of(reply, client, round, token)
+    content = reply.content
+    try:
+        metrics: Mapping[str, Any] = content.metric_records["metrics"]
+        record = content.array_records["sent"]
+        keeps, n = tag["keeps"], metrics["num-examples"]
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}") from None
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
+    if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
+        raise UpdateError(f"{odd[0]} = {metrics[odd[0]]!r}: must be one number")
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        gathered.diverged.add(client.id)
+    shapes, scale = schema
+    sent = unpack_factors(record, scale, shapes)
+    for column, name, x in sent.items():
+        if not torch.isfinite(x).all():
+            raise UpdateError(f"{column} of {name} holds NaN or Inf")
+    return Upload(client, sent, n), facts_of(
+        client, round, bool(keeps), metrics, count_bytes(content)
+    )
+
+
+def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:
+    """What a reply says it answers, which is what was asked.
+
+    Raises:
+        ClientError: it is an error reply.
+        UpdateError: it is of another client, round or run.
+    """
+    if error := error_of(reply):
+        raise error
+    try:
+        tag: Mapping[str, Any] = reply.content.config_records["reply"]
+        said = (tag["round"], tag["token"], tag["client"])
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}") from None
+    if said != (round.number, token, client.id):
+        raise UpdateError(
+            f"the reply is client {said[2]}'s of round {said[0]}"
+            + ("" if said[1] == token else " of another run")
+            + f", not client {client.id}'s of round {round.number}"
+        )
+    return tag
+
+
+def error_of(reply: Message) -> ClientError | None:
+    """What an error reply says; None where the reply is none."""
+    if not reply.has_error():
+        return None
+    return ClientError(reply.error.code, reply.error.reason or "no reason given")
+
+
+def facts_of(
+    client: Client, round: Round, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
+) -> dict[str, Any]:
+    """What is noted of a client in a round; what it did not say is None, and 1 example."""
+    return {
+        "round": round.number,
+        "rank": max(layer.rank for layer in client.layers.values()),
+        "keeps": keeps,
+        "examples": metrics.get("num-examples", 1),
+        "steps": metrics.get("steps"),
+        "train_loss": metrics.get("loss"),
+        "seconds": metrics.get("seconds"),
+        "train_seconds": metrics.get("train-seconds"),
+        "privacy": part_of(metrics, "privacy."),
+        "forward_seconds": metrics.get("forward-seconds"),
+        "backward_seconds": metrics.get("backward-seconds"),
+        "tokens": metrics.get("tokens"),
+        "bytes_up": bytes_up,
+        "before": part_of(metrics, "before."),
+        "after": part_of(metrics, "after."),
+    }
+
+
+def check_norm(
+    strategy: Strategy[Any], state: Any, upload: Upload, round: Round, most: float
+) -> None:
+    """Refuse an update that is far too large, however it is factored. 0 lets any pass.
+
+    Raises:
+        UpdateError: with the norm found.
+    """
+    if not most:
+        return
+    adapter = strategy.trained(state, upload, round)
+    other = (float(x.double().norm()) for x in upload.sent.other.values())
+    for what, found in (
+        ("adapter", math.hypot(*(float(norm(p)) for p in adapter.values()))),
+        ("other tensors", math.hypot(*other)),
+    ):
+        if not found <= most:
+            raise UpdateError(f"the norm of its {what} is {found:.3g}, round.max-norm = {most:g}")
+
+
+class Schemas:
+    """The exact tensors each kind of client must send, and their scales.
+
+    Found by running the client's half on a newcomer's download: no second list to keep.
+    """
+
+    def __init__(self, strategy: Strategy[Any]) -> None:
+        self.strategy = strategy
+        self._known: dict[Any, tuple[Shapes, Mapping[str, float]]] = {}
+
+    def of(
+        self, state: Any, client: Client, base_version: int, round: Round
+    ) -> tuple[Shapes, Mapping[str, float]]:
+        """The schema of a client of these layers in a round of this kind."""
+        asked = self.strategy.download(state, client, round)
+        key = (
+            tuple((m, layer.rank) for m, layer in client.layers.items()),
+            tuple((column, name, tuple(x.shape)) for column, name, x in asked.send.items()),
+            asked.trainable,  # a strategy may take turns, or prune a client's ranks
+        )
+        if key not in self._known:
+            new = replace(client, has_memory=False, base_version=base_version)
+            came = self.strategy.download(state, new, round)
+            started = self.strategy.start(came, Factors(), new, round)
+            sent = travelling(self.strategy.upload(started, Factors())[0], came.trainable)
+            shapes = {(column, name): tuple(x.shape) for column, name, x in sent.items()}
+            self._known[key] = shapes, sent.scale
+        return self._known[key]
+
+    def columns(self) -> list[str]:
+        """Which columns of the factors clients have been asked for so far."""
+        return sorted({column for shapes, _ in self._known.values() for column, _ in shapes})
+
+
+def part_of(metrics: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
+    """The metrics whose names begin with the prefix, without it; None where there are none."""
+    found = {k.removeprefix(prefix): float(v) for k, v in metrics.items() if k.startswith(prefix)}
+    return found or None

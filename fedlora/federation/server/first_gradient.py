@@ -1,0 +1,122 @@
+"""sum_i p_i sign(G_i) of the clients' first gradients G_i of W0, found without sending a G_i.
+
+The mean of the clients' first AdamW steps is -eta times this matrix M (d, k). Fed-SB begins with
+its leading singular directions. Two phases of a randomised range finder (Halko, Martinsson and
+Tropp, 2011, https://arxiv.org/abs/0909.4061) each send a thin matrix, and both are linear in M:
+
+    1  all draw the same Omega (k, w)      client: Y_i = sign(G_i) Omega       Y = sum_i p_i Y_i
+    2  server: Q = orth(Y) (d, w)          client: Z_i = Q^T sign(G_i)         Z = sum_i p_i Z_i
+       M ~ Q Z
+
+Costs once, a layer and client: up w (d + k), down w d, with w = rank + OVERSAMPLING.
+
+Under DP this is refused: the sketches are not privatised.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedlora.config.reader import Config
+from fedlora.errors import RoundError
+from fedlora.federation.server.exchange import error_of, exchange
+from fedlora.federation.wire.codes import Refusal
+from fedlora.federation.wire.messages import pack_factors, unpack_factors
+from fedlora.lora.adapter import Adapter, Factors, Pair
+from fedlora.strategies.base import Client, Round, Upload, mean, seeded, top_ranks
+from fedlora.training.data.batches import Encoded, batches
+from fedlora.training.model.model import Model
+from fedlora.training.train import example_losses
+
+if TYPE_CHECKING:
+    from fedlora.federation.server.strategy import FederatedLora
+
+OVERSAMPLING = 8
+EXAMPLES = 256
+"""A client's gradient is that of its first so many examples, in batches."""
+
+
+def omega(k: int, width: int, m: str, seed: int) -> Tensor:
+    """The probing matrix (k, w) of a module: the same on every client."""
+    return torch.randn(k, width, generator=seeded(seed, 0, 0, f"omega/{m}"))
+
+
+def survey(server: "FederatedLora", grid: Grid, clients: Sequence[Client]) -> Adapter:
+    """Both phases, over all clients; M as one pair a module, of rank w."""
+    ranks = top_ranks(clients)
+    widths = {m: min(r + OVERSAMPLING, *_sizes(server, m)) for m, r in ranks.items()}
+    Y = _phase(server, grid, clients, Factors(), widths)
+    Q = {m: torch.linalg.qr(y.double())[0].float() for m, y in Y.items()}  # (d, w)
+    Z = _phase(server, grid, clients, Factors(B=Q), widths)
+    return {m: Pair(Z[m], Q[m]) for m in Q}
+
+
+def sketch(model: Model, rows: Encoded, config: Config, asked: RecordDict) -> RecordDict:
+    """A client's answer to either phase."""
+    settings: Mapping[str, Any] = asked.config_records["sketch"]
+    widths = dict(zip(settings["modules"], settings["widths"], strict=True))
+    Q = unpack_factors(asked.array_records["send"], {}).B
+    signs = first_signs(model, rows, config)
+    found = {}
+    for m, M in signs.items():
+        probe = omega(M.shape[1], widths[m], m, config.run.seed)
+        found[m] = Q[m].T @ M if Q else M @ probe
+    return RecordDict(
+        {
+            "sent": pack_factors(Factors(A=found), "float32"),
+            "metrics": MetricRecord({"num-examples": len(rows)}),
+        }
+    )
+
+
+def first_signs(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor]:
+    """sign(G) (d, k) of the untouched base, by module."""
+    generator = seeded(config.run.seed, 0, 0, "first gradient")
+    seen = 0
+    with model.base_gradients() as gradients:
+        for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
+            losses = example_losses(model, batch)
+            losses.sum().backward()
+            seen += len(losses)
+            if seen >= EXAMPLES:
+                break
+        return {m: G.sign() for m, G in gradients().items()}
+
+
+def _phase(
+    server: "FederatedLora",
+    grid: Grid,
+    clients: Sequence[Client],
+    send: Factors,
+    widths: Mapping[str, int],
+) -> dict[str, Tensor]:
+    round = Round(0, server.config.run.seed)
+    sketch_: dict[str, Any] = {"modules": list(widths), "widths": list(widths.values())}
+    messages = []
+    for c in clients:
+        message = server.message(c, round, "train.gradient", bare=True)
+        message.content["send"] = pack_factors(send, "float32")
+        message.content["sketch"] = ConfigRecord(sketch_)
+        messages.append(message)
+    uploads = []
+    for _, reply in exchange(grid, messages, server.config.round.deadline):
+        if error := error_of(reply):
+            server.observer.client_failed(None, Refusal.of(error).reason)
+            continue
+        i = int(reply.content.config_records["reply"]["client"])  # type: ignore[arg-type]
+        n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
+        sent = unpack_factors(reply.content.array_records["sent"], {})
+        uploads.append(Upload(server.client(i), sent, n))
+    if not uploads:
+        raise RoundError("no client sent its first gradient; nothing was begun")
+    uploads.sort(key=lambda u: u.client.id)
+    return dict(mean(uploads, Factors()).A)
+
+
+def _sizes(server: "FederatedLora", m: str) -> tuple[int, int]:
+    shape = server.model.shapes[m]
+    return shape.d, shape.k

@@ -1,0 +1,253 @@
+"""The run's directory: config.toml, rounds.jsonl, clients.jsonl, checkpoint/, updates/.
+
+A round is on record once its checkpoint is: the checkpoint carries the round's line, so a run
+killed between the two finds the line there, and one killed before it repeats the round.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.errors import CheckpointError
+from fedlora.lora import tree_file as checkpoint
+from fedlora.lora.adapter import Delta
+from fedlora.strategies.base import Strategy, Upload
+from fedlora.strategies.server_optimizers import Moments
+
+KEPT_CHECKPOINTS = 2
+NOT_THE_EXPERIMENT = ("run.resume", "run.out", "run.name", "output.", "simulate.", "round.wait")
+"""Keys that may change between a run and its continuation."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What the server remembers of one client over the run."""
+
+    id: int
+    rank: int
+    memory_round: int = 0
+    """The last round whose reply was accepted: the memory the client is to build on."""
+    last_round: int = 0
+    """The last round whose reply was accepted, whether or not the client keeps memory."""
+    base_version: int = 0
+    rounds: int = 0
+    failures: int = 0
+    offences: int = 0
+    """Bad updates since the last good one; what only fails or is late is none."""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    examples: int = 0
+    first: Mapping[str, float] = field(default_factory=dict)
+    personal: Mapping[str, float] = field(default_factory=dict)
+    final: Mapping[str, float] = field(default_factory=dict)
+    plan: Mapping[str, int] = field(default_factory=dict)
+    """Module to rank, where its modules differ or are not all; else `rank` in each."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """What its rounds take: see `ranks.Timing`."""
+    cap: int = 0
+    """The most layers its memory allows; 0: all."""
+    personalized: Mapping[str, float] = field(default_factory=dict)
+    alone: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: all that the next round depends on."""
+
+    token: str
+    state: Any
+    members: Mapping[int, Member]
+    baselines: Mapping[str, Mapping[str, float]]
+    seconds: float
+    finished: bool = False
+    clock: float = 0.0
+    """Virtual seconds so far, where there is a device model."""
+    moments: Any = None
+    """The server optimiser's."""
+    clip: float = 0.0
+    """Client-level DP's clip norm, where it adapts."""
+    origin: Mapping[str, Delta] = field(default_factory=dict)
+    """What lora.init took out of the base."""
+    buffer: Mapping[str, Any] = field(default_factory=dict)
+    """Who was training, and on which round's state, where there is a buffer."""
+
+
+def state_types(strategy: Strategy[Any]) -> list[type]:
+    """The types a strategy's state may be made of: those its own file knows."""
+    known = vars(sys.modules[type(strategy).__module__]).values()
+    return [Moments, *(t for t in known if isinstance(t, type))]
+
+
+class Journal:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.directory = Path(config.run.out, config.run.name)
+        self.rounds = self.directory / "rounds.jsonl"
+
+    def open(self) -> None:
+        """Start the run's directory afresh.
+
+        Raises:
+            CheckpointError: a run of this name is there already.
+        """
+        if self.rounds.exists():
+            raise CheckpointError(
+                f"{self.directory} holds a run already: continue it with "
+                f"`fedlora simulate --resume {self.directory}`, or give this one another run.name"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._write_config()
+        self.rounds.touch()
+
+    def resume(self, *types: type) -> tuple[int, Any]:
+        """The last round whose checkpoint is whole, and what was saved; (-1, None) before any.
+
+        Raises:
+            CheckpointError: the configuration has changed; says in which keys.
+        """
+        if (was := self._begun_with()) is not None:
+            self._check_config(was)
+        for left in self.directory.rglob(".*.tmp"):  # of a write that was cut short
+            left.unlink(missing_ok=True)
+        if (found := self.last(*types)) is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.rounds.write_text("")
+            self._write_config()
+            return -1, None
+        tree, notes = found
+        self._rewrite(json.loads(notes["line"]))
+        self._write_config()
+        return int(notes["round"]), tree
+
+    def last(self, *types: type) -> tuple[Any, dict[str, str]] | None:
+        """The newest checkpoint that is whole, and its notes; None where there is none.
+
+        Raises:
+            CheckpointError: there are some, and none can be read. Never a fresh start instead.
+        """
+        problems: list[CheckpointError] = []
+        for path in self._checkpoints()[::-1]:
+            try:
+                return checkpoint.load(path, *types), checkpoint.notes(path)
+            except CheckpointError as e:  # damaged: the one before it is whole
+                problems.append(e)
+        if problems:
+            raise problems[0]
+        return None
+
+    def commit(self, round: int, tree: Any, record: Mapping[str, Any]) -> None:
+        """Save the state after a round, then put the round on record.
+
+        Raises:
+            CheckpointError: the disk is full, say. The round before it is whole.
+        """
+        line = json.dumps(_plain(record))
+        notes = {
+            "round": str(round),
+            "config": json.dumps(self.config.flat()),
+            "line": line,
+        }
+        path = self.directory / "checkpoint" / f"round-{round:05}.safetensors"
+        try:
+            checkpoint.save(path, tree, notes)
+            with self.rounds.open("a") as f:
+                f.write(line + "\n")
+        except OSError as e:
+            raise CheckpointError(
+                f"round {round} could not be saved in {self.directory}: {e.strerror}. The "
+                "checkpoint before it is whole: if the disk is full, free some, then resume."
+            ) from e
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The rounds on record, in order."""
+        return [json.loads(line) for line in self.rounds.read_text().splitlines()]
+
+    def update(self, round: int, upload: Upload) -> None:
+        """Keep one accepted update as the client sent it."""
+        path = self.directory / "updates" / f"round-{round:03}" / f"client-{upload.client.id}"
+        save_update(path.with_suffix(".safetensors"), upload)
+
+    def clients(self, records: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(_plain(r)) + "\n" for r in records)
+        checkpoint.write_atomically(self.directory / "clients.jsonl", text.encode())
+
+    def summary(self, record: Mapping[str, Any]) -> None:
+        text = json.dumps(_plain(record), indent=2)
+        checkpoint.write_atomically(self.directory / "summary.json", text.encode())
+
+    def _write_config(self) -> None:
+        text = self.config.toml()
+        checkpoint.write_atomically(self.directory / "config.toml", text.encode())
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.directory / "checkpoint").glob("round-*.safetensors"))
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """The config in the newest checkpoint whose notes can be read."""
+        for path in self._checkpoints()[::-1]:
+            with contextlib.suppress(CheckpointError):
+                config: dict[str, Any] = json.loads(checkpoint.notes(path)["config"])
+                return config
+        return None
+
+    def _check_config(self, was: Mapping[str, Any]) -> None:
+        now = self.config.flat()
+        changed = [
+            f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
+            for key in {**was, **now}
+            if was.get(key) != now.get(key) and not key.startswith(NOT_THE_EXPERIMENT)
+        ]
+        if self.config.train.lr_schedule == "constant":  # more rounds change no earlier one
+            changed = [c for c in changed if not c.startswith("run.rounds:")]
+        if changed:
+            raise CheckpointError(
+                f"{self.directory} was begun with another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nResume with the one it was begun with, or give the new run another run.name."
+            )
+
+    def _rewrite(self, last: dict[str, Any]) -> None:
+        """Leave exactly the lines up to the checkpoint's round, its own line last."""
+        lines = []
+        for text in self.rounds.read_text().splitlines() if self.rounds.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a half-written last line
+                line = json.loads(text)
+                if line["round"] < last["round"]:
+                    lines.append(line)
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, last])
+        checkpoint.write_atomically(self.rounds, text.encode())
+
+
+def save_update(path: Path, upload: Upload) -> None:
+    """A client's factors by module path; scales and number of examples in the metadata."""
+    from safetensors.torch import save
+
+    tensors = {
+        (name if column == "other" else f"{name}.{column}"): x.contiguous()
+        for column, name, x in upload.sent.items()
+    }
+    metadata = {
+        "client": str(upload.client.id),
+        "num_examples": str(upload.num_examples),
+        "scale": json.dumps(dict(upload.sent.scale)),
+    }
+    checkpoint.write_atomically(path, save(tensors, metadata=metadata))
+
+
+def _plain(x: Any) -> Any:
+    """JSON without NaN: a number that is none is null."""
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    if isinstance(x, Mapping):
+        return {str(key): _plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple | set | frozenset):
+        return [_plain(value) for value in x]
+    return x

@@ -1,0 +1,1 @@
+"""Many runs of one experiment, and the table and plots of them."""

@@ -1,0 +1,204 @@
+"""What a comparison is of: an experiment's file, its [compare] table, and the cells of its grid."""
+
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
+from fedlora.strategies import STRATEGIES
+
+SEARCH_SEED = 1000
+"""Of the runs that choose [compare.search]; a grid has seeds of its own."""
+PACKAGE = Path(__file__).parents[2]
+SHIPPED = next(
+    (
+        p
+        for p in (PACKAGE / "simulations/experiments", PACKAGE.parent / "simulations/experiments")
+        if p.is_dir()
+    ),
+    PACKAGE,
+)
+"""The experiments: beside the rooms in a wheel, beside the package in a checkout."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config file and its [compare] table."""
+
+    path: Path
+    claim: str
+    """The comment that the file begins with."""
+    strategies: Sequence[str]
+    seeds: Sequence[int]
+    settings: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[str, Mapping[str, Any]]
+    full: Mapping[str, Any]
+    search: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def load(cls, name: str) -> "Experiment":
+        """By path, or by the name of one that is shipped.
+
+        Raises:
+            ConfigError: it is not there, or its [compare] table has a key that is none.
+        """
+        path = Path(name) if Path(name).exists() else SHIPPED / f"{name}.toml"
+        if not path.exists():
+            have = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
+            raise ConfigError([f"{name}: no such file, nor one of {have}, synthetic"])
+        text = path.read_text()
+        try:
+            table = tomllib.loads(text).get("compare", {})
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError([f"{path}: not TOML: {e}"]) from None
+        known = {"strategies", "seeds", "set", "variants", "full", "search"}
+        if wrong := sorted(set(table) - known):
+            raise ConfigError([f"{path}: compare.{wrong[0]}: must be one of {sorted(known)}"])
+        for key, values in table.get("search", {}).items():
+            if not isinstance(values, list) or not values:
+                raise ConfigError([f"{path}: compare.search.{key} = {values!r}: must be a list"])
+        comment = []
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                break
+            if not line.startswith("#     fedlora "):
+                comment.append(line.removeprefix("#").strip())
+        variants = table.get("variants", {"": {}})
+        inner = {f"variants.{name}.set": v.get("set", {}) for name, v in variants.items()}
+        for where, given in {"set": table.get("set", {}), **inner}.items():
+            if wrong := sorted(set(given) - set(STRATEGIES)):
+                raise ConfigError(
+                    [f"{path}: compare.{where}.{wrong[0]}: must be one of {', '.join(STRATEGIES)}"]
+                )
+        return cls(
+            path,
+            "\n".join(comment).strip(),
+            table.get("strategies", list(STRATEGIES)),
+            table.get("seeds", [0, 1, 2]),
+            table.get("set", {}),
+            variants,
+            table.get("full", {}),
+            table.get("search", {}),
+        )
+
+
+@dataclass
+class Cell:
+    """One run of the grid."""
+
+    variant: str
+    strategy: str
+    seed: int
+    directory: Path
+    given: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    """Why it has no result, where it has none."""
+    searched: dict[str, Any] = field(default_factory=dict)
+    """What `search` found best for its strategy and variant, of [compare.search]."""
+
+    @property
+    def name(self) -> str:
+        values = [f"{key}={value}" for key, value in self.searched.items()]
+        return " ".join(filter(None, (self.variant, self.strategy, *values, f"seed {self.seed}")))
+
+    def beside(self, ending: str) -> Path:
+        """A file next to the run's directory, whose own name may have a dot: train.lr=0.01."""
+        return self.directory.with_name(f"{self.directory.name}.{ending}")
+
+    @property
+    def done(self) -> bool:
+        summary = self.directory / "summary.json"
+        return summary.exists() and not json.loads(summary.read_text()).get("stopped")
+
+
+def chosen(strategies: str | None, experiment: Experiment) -> list[str]:
+    """ "all", "a,b", or what the experiment says.
+
+    Raises:
+        ConfigError: one of them is none; lists those that are.
+    """
+    names = list(experiment.strategies)
+    if strategies:
+        names = [*STRATEGIES] if strategies == "all" else strategies.replace(" ", "").split(",")
+    if wrong := [n for n in names if n not in STRATEGIES]:
+        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(STRATEGIES)}"])
+    return names
+
+
+def cells(
+    experiment: Experiment,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any],
+    out: Path,
+    full: bool,
+) -> list[Cell]:
+    """The grid, seed by seed, so that a grid that is stopped early compares like with like.
+
+    Raises:
+        ConfigError: with what the command sets, two variants are the same.
+    """
+    left: dict[str, str] = {}
+    for variant, changes in experiment.variants.items():
+        rest = repr(sorted((k, v) for k, v in changes.items() if k not in overrides))
+        if rest in left:
+            keys = ", ".join(sorted(set(overrides) & set(changes)))
+            raise ConfigError(
+                [f"--set {keys}: variants {left[rest]} and {variant} of {experiment.path.name} "
+                 "differ in nothing else and would be one; edit them in a copy of the file"]
+            )  # fmt: skip
+        left[rest] = variant
+    grid = []
+    for seed in seeds:
+        for variant, changes in experiment.variants.items():
+            for name in names:
+                path = out / "cells" / (variant or "all") / name / f"seed-{seed}"
+                given = {
+                    **(experiment.full if full else {}),
+                    **{key: value for key, value in changes.items() if key != "set"},
+                    **experiment.settings.get(name, {}),
+                    **changes.get("set", {}).get(name, {}),
+                    **overrides,
+                    "strategy.name": name,
+                    "run.seed": seed,
+                    "run.out": str(path.parent),
+                    "run.name": path.name,
+                    "output.plots": False,
+                    "simulate.workers": 1,
+                    "evaluate.baselines": name == names[0]
+                    and variant == next(iter(experiment.variants)),
+                }
+                grid.append(Cell(variant, name, seed, path, given))
+    return grid
+
+
+def trials(
+    experiment: Experiment, grid: Sequence[Cell], keys: Mapping[str, Sequence[Any]], out: Path
+) -> dict[tuple[str, str], list[Cell]]:
+    """By variant and strategy, a short run for each combination of the values to choose from."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in grid:
+        if (cell.variant, cell.strategy) in found:
+            continue
+        try:
+            short = (Config.load(experiment.path, cell.given).run.rounds + 1) // 2
+        except ConfigError:
+            continue  # the grid says so too, with the reason
+        mine = found[cell.variant, cell.strategy] = []
+        for values in itertools.product(*keys.values()):
+            searched = dict(zip(keys, values, strict=True))
+            name = ",".join(f"{key}={value}" for key, value in searched.items())
+            path = out / "search" / (cell.variant or "all") / cell.strategy / name
+            given = {
+                **cell.given, **searched, "run.rounds": short, "run.seed": SEARCH_SEED,
+                "run.out": str(path.parent), "run.name": name, "evaluate.every": short,
+                "evaluate.clients": False, "evaluate.baselines": False,
+                "personalize.epochs": 0.0, "personalize.alone": False,
+            }  # fmt: skip
+            mine.append(Cell(cell.variant, cell.strategy, SEARCH_SEED, path, given, "", searched))
+    return found

@@ -1,0 +1,292 @@
+"""`fedlora compare`: one experiment, many strategies and seeds, one table.
+
+    fedlora compare mixed-ranks --strategies all --seeds 0,1,2,3,4
+    fedlora compare many-clients --equal bytes --set run.rounds=6
+    fedlora compare synthetic
+
+An experiment is a config file, and may say in its [compare] table what to compare:
+
+    [compare]
+    strategies = ["fedavg", "ffa"]      what --strategies means by default
+    seeds = [0, 1, 2]
+    [compare.set.ffa]                   keys of one strategy: its own learning rate, say
+    "train.lr" = 0.02
+    [compare.variants.fifty]            the whole grid once for each variant
+    "clients.count" = 50
+    [compare.variants.fifty.set.ffa]    keys of one strategy in it, over those above
+    "train.lr" = 0.04
+    [compare.full]                      keys of --full
+    "data.limit" = 0
+    [compare.search]                    chosen for each strategy and variant from these
+    "train.lr" = [0.001, 0.01]
+
+Each cell, one variant x strategy x seed, is a run of `fedlora simulate` in a process of its own,
+in OUT/cells/VARIANT/STRATEGY/seed-N, forked from one that has imported everything. Cells that are
+done are kept, ones that were begun go on, so the same command continues a grid that was stopped.
+What a strategy refuses is in the table too.
+
+A key in [compare.search] is given to each strategy as it does best with: before the grid, one run
+of half the rounds for each of its values, on a seed that the grid has not. --set of it ends the
+search.
+
+--equal bytes gives every strategy as many rounds as it takes to move the bytes that the first one
+moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS times run.rounds.
+"""
+
+import functools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.federation.server.journal import NOT_THE_EXPERIMENT
+from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
+from fedlora.launch.compare.table import MARK, Row, row, write
+from fedlora.reports.console import printable
+from fedlora.reports.units import duration
+from fedlora.strategies import STRATEGIES
+
+MOST_ROUNDS = 4
+PRELOAD = [
+    "fedlora.federation.server.strategy",
+    "client_app.app",
+    "fedlora.launch.simulate.grid",
+    "fedlora.launch.simulate.run",
+]
+REFUSED = ("ConfigError", "StrategyError")
+
+
+def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = print) -> None:
+    """Run what is not done, `workers` cells at a time, saying each as it ends."""
+    todo = [c for c in grid if not _settled(c, experiment)]
+    if kept := len(grid) - len(todo):
+        say(f"{kept} of {len(grid)} cells are done already")
+    waiting = list(todo)
+    running: dict[int, tuple[BaseProcess, float]] = {}  # by the cell's place
+    count = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                place = len(todo) - len(waiting)
+                running[place] = (_start(waiting.pop(0), experiment), time.monotonic())
+            time.sleep(0.2)
+            for place in [n for n, (p, _) in running.items() if not p.is_alive()]:
+                _, begun = running.pop(place)
+                cell = todo[place]
+                count += 1
+                _finish(cell)
+                took = duration(time.monotonic() - begun)
+                say(f"[{count}/{len(todo)}] {cell.name}: {_result(cell)}  {took}")
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
+def search(
+    experiment: Experiment,
+    grid: Sequence[Cell],
+    overrides: Mapping[str, Any],
+    out: Path,
+    workers: int,
+    say: Any = print,
+) -> None:
+    """Give every cell, of the values in [compare.search], those that its strategy scores best with.
+
+    Of equals it is the first. A strategy whose config is refused keeps what it has.
+
+    Raises:
+        ConfigError: the grid has the seed of the search, whose choice would then be no stranger's.
+    """
+    keys = {k: values for k, values in experiment.search.items() if k not in overrides}
+    if not keys:
+        return
+    if any(cell.seed == SEARCH_SEED for cell in grid):
+        raise ConfigError([f"--seeds {SEARCH_SEED}: [compare.search] runs on it; take another"])
+    say(f"half the rounds with each of the values of {', '.join(keys)}")
+    groups = trials(experiment, grid, keys, out)
+    run(experiment, [t for tried in groups.values() for t in tried], workers, say)
+    for (variant, name), tried in groups.items():
+        best = max(tried, key=_standing)
+        for cell in grid:
+            if (cell.variant, cell.strategy) == (variant, name):
+                cell.searched = best.searched
+                cell.given.update(best.searched)
+
+
+def _standing(cell: Cell) -> float:
+    """A run's final score with its sign turned where lower is better; the worst without one."""
+    found = row("", cell.strategy, "", [cell.directory] if cell.done else [])
+    if not found.score:
+        return -math.inf
+    return found.score[0] if found.metric.better(1, 0) else -found.score[0]
+
+
+def equal_bytes(
+    experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = print
+) -> None:
+    """Give every cell the rounds that move the first strategy's bytes."""
+    sizes: dict[tuple[str, str], Cell] = {}
+    for cell in grid:
+        key = (cell.variant, cell.strategy)
+        if key not in sizes:
+            path = cell.directory.parent / "bytes"
+            small = {
+                "run.rounds": 2, "train.steps": 1, "evaluate.every": 0, "evaluate.clients": False,
+                "evaluate.baselines": False, "run.name": path.name, "personalize.epochs": 0.0,
+                "personalize.alone": False,
+            }  # fmt: skip
+            given = {**cell.given, **small}
+            sizes[key] = Cell(cell.variant, cell.strategy, cell.seed, path, given)
+    say("two rounds of one step each, to count bytes")
+    run(experiment, list(sizes.values()), workers, say)
+    budgets: dict[str, float] = {}
+    for (variant, name), cell in sizes.items():
+        if not cell.done:
+            continue
+        once, per_round = _bytes(cell.directory)
+        mine = [c for c in grid if (c.variant, c.strategy) == (variant, name)]
+        rounds = Config.load(experiment.path, mine[0].given).run.rounds
+        budget = budgets.setdefault(variant, once + rounds * per_round)
+        fits = int((budget - once) / per_round)
+        for c in mine:
+            c.given["run.rounds"] = max(1, min(fits, MOST_ROUNDS * rounds))
+
+
+def rows(grid: Sequence[Cell]) -> list[Row]:
+    """The table: one row for each variant and strategy."""
+    found = []
+    for variant, name in dict.fromkeys((c.variant, c.strategy) for c in grid):
+        mine = [c for c in grid if (c.variant, c.strategy) == (variant, name)]
+        reason = next((c.reason for c in mine if c.reason), "")
+        done = [c.directory for c in mine if c.done]
+        found.append(row(variant, name, STRATEGIES[name]().promise, done, reason))
+        found[-1].searched = mine[0].searched
+    return found
+
+
+def main(
+    name: str,
+    strategies: str | None,
+    seeds: Sequence[int] | None,
+    overrides: Mapping[str, Any],
+    equal: str,
+    out: Path | None,
+    full: bool,
+    workers: int,
+) -> Path:
+    """The whole command; the directory with table.csv, table.md and table.html."""
+    experiment = Experiment.load(name)
+    size = ("-full" if full else "") + ("-bytes" if equal == "bytes" else "")
+    out = out or Path("runs", "compare", experiment.path.stem + size)
+    names = chosen(strategies, experiment)
+    grid = cells(experiment, names, seeds or experiment.seeds, overrides, out, full)
+    search(experiment, grid, overrides, out, workers)
+    if equal == "bytes":
+        equal_bytes(experiment, grid, workers)
+    run(experiment, grid, workers)
+    found = rows(grid)
+    write(out, experiment.path.stem, experiment.claim, found, _command(), experiment.search)
+    return out
+
+
+# -- one cell -------------------------------------------------------------------------------------
+
+
+def _settled(cell: Cell, experiment: Experiment) -> bool:
+    """Whether the cell needs no process: it is done, or its config is refused.
+
+    Raises:
+        FedLoraError: it was run with another configuration.
+    """
+    try:
+        config = Config.load(experiment.path, cell.given)
+    except ConfigError as e:
+        cell.reason = "; ".join(e.problems)
+        return True
+    if (cell.directory / "config.toml").exists():
+        was = Config.load(cell.directory / "config.toml").flat()
+        differ = [
+            key for key, value in config.flat().items()
+            if was[key] != value and not key.startswith(NOT_THE_EXPERIMENT)
+        ]  # fmt: skip
+        if differ:
+            raise FedLoraError(
+                f"{cell.directory} was run with another {differ[0]} ({was[differ[0]]!r}); choose "
+                "another --out, or remove it"
+            )
+    return cell.done
+
+
+def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
+    arguments = ["fedlora", "simulate", "--quiet"]
+    if (cell.directory / "checkpoint").exists():
+        arguments += ["--resume", str(cell.directory)]
+    else:
+        config = Config.load(experiment.path, cell.given)
+        cell.directory.parent.mkdir(parents=True, exist_ok=True)
+        path = cell.beside("toml")
+        path.write_text(config.toml())
+        (cell.directory / "rounds.jsonl").unlink(missing_ok=True)  # begun, without a checkpoint
+        arguments.append(str(path))
+    process = _forkserver().Process(target=_cell, args=(arguments, str(cell.beside("log"))))
+    process.start()
+    return process
+
+
+@functools.cache
+def _forkserver() -> ForkServerContext:
+    """What cells are forked from: a process that has imported everything and computed nothing."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # cells share the cores
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _cell(arguments: list[str], log: str) -> None:
+    """One run, as the command would do it, with all it says in the log."""
+    with Path(log).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = arguments
+    from fedlora.cli import main as command
+
+    command()
+
+
+def _finish(cell: Cell) -> None:
+    """Why a cell that did not end well did not."""
+    if cell.done:
+        return
+    text = cell.beside("log").read_text(errors="replace").strip()
+    kinds = [f"{kind}: " for kind in (*REFUSED, "Error")]
+    at = next((text.rindex(k) for k in kinds if k in text), max(0, len(text) - 300))
+    start = text.rfind("\n", 0, at) + 1
+    cell.reason = " ".join(printable(text[start:].replace("\n", " ")).split())[:600]
+
+
+def _result(cell: Cell) -> str:
+    if not cell.done:
+        return cell.reason.split(": ", 1)[0] if cell.reason else "no result"
+    found = row("", cell.strategy, "", [cell.directory])
+    told = found.metric.text(found.score[0]) if found.score else "done"
+    return f"{told} {MARK}" if found.warnings else told
+
+
+def _bytes(directory: Path) -> tuple[float, float]:
+    """One-time bytes, and those of a round after it."""
+    lines = [json.loads(x) for x in (directory / "rounds.jsonl").read_text().splitlines()]
+    first, second = (sum(r["bytes"].values()) for r in lines[1:3])
+    return max(0.0, first - second), second
+
+
+def _command() -> str:
+    return " ".join(["fedlora", *sys.argv[1:]])

@@ -1,0 +1,356 @@
+"""The result of a comparison: table.csv, table.md, table.html and plots/.
+
+A row is one strategy under one variant, over its seeds: means, and for the score the half width
+of its 95 % interval from Student's t, which is what a few seeds can say. A seed also decides the
+split and the test rows, and strategies share those; so the difference from the first strategy is
+taken seed by seed, and has an interval of its own. Nothing is tested.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.reports.html import interval, markdown, render
+from fedlora.reports.outcome import ACCURACY, Metric, finite
+from fedlora.reports.run_files import RunFiles, read
+from fedlora.reports.units import duration, percent, size, tiny
+
+Search = Mapping[str, Sequence[Any]]
+"""Keys that were chosen for each row, and the values to choose from."""
+NONE: Search = {}
+MARK = "(!)"
+
+
+@dataclass
+class Row:
+    """One strategy under one variant."""
+
+    variant: str
+    strategy: str
+    promise: str
+    reason: str = ""
+    metric: Metric = ACCURACY
+    runs: list[RunFiles] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    """The final central score of each seed."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Means over the seeds."""
+    against: str = ""
+    """The score less the first row's of the same seed, with its interval."""
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that were chosen for this row, and what they are."""
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.variant, self.strategy)))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against each of its runs that something speaks against."""
+        return [
+            f"seed {run.summary['seed']}: {' '.join(run.summary['warnings'])}"
+            for run in self.runs
+            if run.summary["warnings"]
+        ]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.score) if self.score else None
+
+    @property
+    def half(self) -> float | None:
+        return interval(self.score)
+
+
+def row(
+    variant: str, strategy: str, promise: str, directories: Sequence[Path], reason: str = ""
+) -> Row:
+    """A row from the runs of its seeds."""
+    found = Row(variant, strategy, promise, reason, runs=[read(d) for d in directories])
+    if not found.runs:
+        return found
+    found.metric = found.runs[0].metric
+    key = found.metric.key
+    found.score = [s for r in found.runs if (s := finite(r.summary.get("final"), key)) is not None]
+    each = [_numbers(r, key) for r in found.runs]
+    for name in {n: None for numbers in each for n in numbers}:
+        values = [n[name] for n in each if name in n]
+        found.numbers[name] = statistics.fmean(values)
+    return found
+
+
+def _numbers(run: RunFiles, key: str) -> dict[str, float]:
+    """Every number of one run that the table has a column for."""
+    rounds = run.trained
+    numbers: dict[str, float | None] = {
+        "rounds": float(len(rounds)),
+        "up": float(sum(r["bytes"]["up"] for r in rounds)),
+        "down": float(sum(r["bytes"]["down"] for r in rounds)),
+        "once": float(once(rounds)),
+        "deviation": max(
+            (finite(r.get("proof"), "deviation") or 0.0 for r in rounds), default=None
+        ),
+        "seconds": finite(run.summary, "seconds"),
+        "virtual": finite(run.summary, "virtual_seconds"),
+    }
+    waits = [finite(r.get("virtual"), "waiting") for r in rounds]
+    if any(w is not None for w in waits):
+        numbers["waiting"] = sum(w or 0.0 for w in waits) / len(waits)
+    for kind, found in (run.summary.get("clients") or {}).items():
+        numbers[f"own {kind}"] = finite(found, key)
+        if kind == "final":
+            numbers["worst tenth"] = finite(found, f"worst_tenth_{key}")
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def once(rounds: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that came down only because a client was new: its first download less its second."""
+    seen: dict[str, list[int]] = {}
+    for r in rounds:
+        for i, facts in (r.get("clients") or {}).items():
+            seen.setdefault(str(i), []).append(int(facts["bytes_down"]))
+    return sum(max(0, down[0] - down[1]) for down in seen.values() if len(down) > 1)
+
+
+def reached(run: RunFiles, target: float) -> tuple[float, float] | None:
+    """Bytes and virtual seconds at the first evaluation that meets the target."""
+    moved, key = 0.0, run.metric.key
+    for r in run.rounds:
+        moved += sum((r.get("bytes") or {}).values())
+        value = finite(r.get("evaluation"), key)
+        if (
+            r["round"]
+            and value is not None
+            and (value == target or run.metric.better(value, target))
+        ):
+            return moved, finite(r.get("virtual"), "clock") or math.nan
+    return None
+
+
+def target_of(rows: Sequence[Row]) -> float | None:
+    """A score that every row meets, in the mean: 95 % of the lowest final one."""
+    means = [r.mean for r in rows if r.mean is not None]
+    if not means or not rows or not all(r.metric.share for r in rows if r.score):
+        return None
+    return 0.95 * min(means)
+
+
+def compared(rows: Sequence[Row]) -> str:
+    """Fill in each row's difference from the first of its variant, seed by seed; what that is.
+
+    Where a variant has one strategy only, the difference is from the table's first row.
+    """
+    scored = [r for r in rows if r.score]
+    alone = len({r.variant for r in scored}) == len(scored)
+    for r in scored:
+        first = next(x for x in scored if alone or x.variant == r.variant)
+        if r is not first and len(r.score) == len(first.score) > 1:
+            r.against = plus([a - b for a, b in zip(r.score, first.score, strict=True)], r.metric)
+    if not scored or not any(r.against for r in scored):
+        return ""
+    return scored[0].variant if alone else scored[0].strategy
+
+
+def plus(differences: Sequence[float], metric: Metric) -> str:
+    """ "+1.2 +- 0.8" of a share in points, or of a plain number."""
+    unit, digits = (100, 1) if metric.share else (1, 3)
+    half = interval(differences) or 0.0
+    return f"{unit * statistics.fmean(differences):+.{digits}f} +- {unit * half:.{digits}f}"
+
+
+# -- columns --------------------------------------------------------------------------------------
+
+Text = Callable[[float | None], str]
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, str, Text]]:
+    """(title, key in Row.numbers, how to write it) of the columns that any row fills."""
+    metric = next((r.metric for r in rows if r.score), ACCURACY)
+    every: list[tuple[str, str, Text]] = [
+        ("rounds", "rounds", lambda x: "-" if x is None else f"{x:.0f}"),
+        ("worst 10 % of clients", "worst tenth", metric.text),
+        ("clients' own test", "own final", metric.text),
+        ("personalised", "own personalized", metric.text),
+        ("alone", "own alone", metric.text),
+        ("bytes up", "up", size),
+        ("bytes down", "down", size),
+        ("of it once", "once", size),
+        ("bytes to target", "bytes to target", size),
+        ("deviation", "deviation", tiny),
+        ("virtual time", "virtual", duration),
+        ("to target", "time to target", duration),
+        ("waiting a round", "waiting", duration),
+        ("wall time", "seconds", duration),
+    ]
+    return [c for c in every if any(c[1] in r.numbers for r in rows)]
+
+
+def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table, results only. The score of a run with warnings has the MARK."""
+    shown, variants = columns(rows), any(r.variant for r in rows)
+    metric = next((r.metric for r in rows if r.score), ACCURACY)
+    first = compared(rows)
+    keys = list({k: None for r in rows for k in r.searched})
+    head = [*(["variant"] if variants else []), "strategy", "promise", *keys, "seeds", metric.title]
+    head += [f"less {first}'s"] if first else []
+    body = []
+    for r in rows:
+        if not r.runs:
+            continue
+        score = metric.text(r.mean)
+        if r.half is not None:
+            score += f" +- {100 * r.half:.1f}" if metric.share else f" +- {r.half:.3f}"
+        score += f" {MARK}" if r.warnings else ""
+        body.append([
+            *([r.variant] if variants else []), r.strategy, r.promise,
+            *(str(r.searched.get(k, "-")) for k in keys), str(len(r.runs)), score,
+            *([r.against or "-"] if first else []),
+            *(text(r.numbers.get(key)) for _, key, text in shown),
+        ])  # fmt: skip
+    return [*head, *(title for title, _, _ in shown)], body
+
+
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """What has no result, each with its reason."""
+    return [f"{r.name}: {r.reason or 'no result'}" for r in rows if not r.runs]
+
+
+def marked(rows: Sequence[Row]) -> list[str]:
+    """What the MARK stands for, run by run."""
+    return [f"{r.name}, {said}" for r in rows for said in r.warnings]
+
+
+def complete(rows: Sequence[Row]) -> float | None:
+    """Fill in what needs all the rows: bytes and time to a score that all meet; that score."""
+    target = target_of(rows)
+    if target is not None:
+        for r in rows:
+            met = [found for run in r.runs if (found := reached(run, target))]
+            if met and len(met) == len(r.runs):
+                r.numbers["bytes to target"] = statistics.fmean(b for b, _ in met)
+                if not math.isnan(met[0][1]):
+                    r.numbers["time to target"] = statistics.fmean(t for _, t in met)
+    return target
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def write(
+    out: Path, title: str, claim: str, rows: Sequence[Row], command: str, search: Search = NONE
+) -> None:
+    """table.csv, table.md, table.html and plots/ in the directory."""
+    from fedlora.launch.compare.plots import draw
+
+    target = complete(rows)
+    compared(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.csv").write_text(as_csv(rows))
+    drawn = draw(rows)
+    (out / "plots").mkdir(exist_ok=True)
+    for name, data in drawn.items():
+        (out / "plots" / f"{name}.png").write_bytes(data)
+    (out / "table.md").write_text(as_markdown(title, claim, rows, command, target, search))
+    (out / "table.html").write_text(as_html(title, claim, rows, command, target, drawn, search))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Full precision, one line a row, warnings, refusals with their reason."""
+    keys = list({k: None for r in rows for k in r.numbers})
+    chosen = list({k: None for r in rows for k in r.searched})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["variant", "strategy", "promise", "seeds", "metric", "mean", "half95",
+                    "against_first", *chosen, *keys, "warnings", "refused"])  # fmt: skip
+    for r in rows:
+        table.writerow([
+            r.variant, r.strategy, r.promise, len(r.runs), r.metric.key, r.mean, r.half,
+            r.against, *(r.searched.get(k) for k in chosen), *(r.numbers.get(k) for k in keys),
+            " ".join(r.warnings), r.reason if not r.runs else "",
+        ])  # fmt: skip
+    return text.getvalue()
+
+
+def as_markdown(
+    title: str,
+    claim: str,
+    rows: Sequence[Row],
+    command: str,
+    target: float | None,
+    search: Search = NONE,
+) -> str:
+    """The table as a Markdown page, with the claim and the command that made it."""
+    head, body = texts(rows)
+    lines = [f"# {title}", "", claim, "", f"    {command}", ""]
+    lines += [*markdown(head, body), ""]
+    if warned := marked(rows):
+        lines += [f"Marked {MARK}:", "", *(f"- {text}" for text in warned), ""]
+    lines += notes(rows, target, search)
+    if refused := refusals(rows):
+        lines += ["", "Without a result:", "", *(f"- {r}" for r in refused)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> list[str]:
+    """What the columns mean, and the baselines."""
+    found = [
+        "The interval is 95 %, from Student's t over the seeds; a difference within it is none."
+    ]
+    for key in {k: None for r in rows for k in r.searched}:
+        values = search[key]
+        edge = [r.name for r in rows if r.runs and r.searched.get(key) in (values[0], values[-1])]
+        found.append(
+            f"{key}: for each row that of {', '.join(map(str, values))} which scored best in one "
+            "run of half the rounds, with a seed that is not in the table."
+            + (f" At an end of these, so more might be had: {', '.join(edge)}." if edge else "")
+        )
+    if any(r.against for r in rows):
+        found.append(
+            'A difference ("less") is taken seed by seed, in points where the score is a share: '
+            "its interval leaves out what a seed's split and test rows do to all alike."
+        )
+    if target is not None and any("bytes to target" in r.numbers for r in rows):
+        found.append(f"The target is {percent(target)}: 95 % of the lowest row's final score.")
+    baselines = next((b for r in rows for run in r.runs if (b := run.baselines())), {})
+    metric = next((r.metric for r in rows if r.score), ACCURACY)
+    if baselines:
+        said = ", ".join(f"{name} {metric.text(value)}" for name, value in baselines.items())
+        found.append(f"Baselines (first seed): {said}.")
+    return found
+
+
+BODY = """<pre>{{ claim }}</pre>
+<pre><code>{{ command }}</code></pre>
+{{ table(head, body, mark) }}
+{% if marked %}<h2>Marked {{ mark }}</h2>
+<ul class="bad">{% for text in marked %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endif %}
+{% for note in notes %}<p>{{ note }}</p>
+{% endfor %}
+{% if refused %}<h2>Without a result</h2>
+<ul>{% for r in refused %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}
+{% for name in plots %}{{ figure(name, plots[name]) }}
+{% endfor %}
+"""
+
+
+def as_html(
+    title: str,
+    claim: str,
+    rows: Sequence[Row],
+    command: str,
+    target: float | None,
+    plots: Mapping[str, bytes],
+    search: Search = NONE,
+) -> str:
+    """One page that needs nothing beside it."""
+    head, body = texts(rows)
+    return render(
+        BODY, plots, title=title, claim=claim, command=command, head=head, body=body,
+        notes=notes(rows, target, search), refused=refusals(rows), mark=MARK, marked=marked(rows),
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""`fedlora deploy`: a server and its nodes as separate processes, on one host or many."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="A real deployment: a server and its nodes, with TLS and node keys.", no_args_is_help=True
+)
+
+Directory = Annotated[Path, typer.Argument(help="A deployment's directory.", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override a key: --set train.lr=1e-3")
+]
+
+
+@app.command()
+def init(
+    directory: Directory,
+    clients: Annotated[int, typer.Option(help="How many nodes.", show_default=False)],
+    experiment: Annotated[
+        Path | None, typer.Option(help="An experiment file (TOML); default: the quickstart.")
+    ] = None,
+    set_: Set = None,
+    host: Annotated[
+        str, typer.Option(help="The server's name or address, as nodes reach it.")
+    ] = "127.0.0.1",
+    ranks: Annotated[
+        str, typer.Option(help="The nodes' ranks, cycled: \"4,8,16\". Default: the experiment's.")
+    ] = "",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS and no node keys. For trials only.")
+    ] = False,
+    shared_data: Annotated[
+        bool,
+        typer.Option("--shared-data", help="Nodes read the experiment's data, not their own."),
+    ] = False,
+    worker: Annotated[
+        bool, typer.Option(help="Nodes keep the model in memory between messages.")
+    ] = True,
+    days: Annotated[float, typer.Option(help="How long the server's certificate is valid.")] = 365,
+) -> None:
+    """Write a deployment's directory: keys, certificates, scripts, units, the app."""
+    from fedlora.config.reader import parse_overrides
+    from fedlora.errors import DeployError
+    from fedlora.launch.deploy.layout import Wanted
+    from fedlora.launch.deploy.layout import init as write
+
+    try:
+        each = tuple(int(part) for part in ranks.split(",") if part.strip())
+    except ValueError:
+        raise DeployError(f"--ranks {ranks}: must be whole numbers, as in 4,8,16") from None
+    plan = write(
+        Wanted(
+            directory, clients, experiment, parse_overrides(set_ or []), host, each,
+            not insecure, not shared_data, worker, days,
+        )
+    )  # fmt: skip
+    typer.echo(f"wrote {plan.directory}; its README.md says how to go on, for instance:")
+    typer.echo(f"  fedlora deploy up {directory} && fedlora deploy run {directory}")
+
+
+@app.command()
+def renew(directory: Directory, days: Annotated[float, typer.Option()] = 365) -> None:
+    """Write a new server certificate; then restart the SuperLink."""
+    from fedlora.launch.deploy.layout import renew as write
+    from fedlora.launch.deploy.plan import Plan
+
+    write(Plan.load(directory), days)
+
+
+@app.command()
+def up(directory: Directory) -> None:
+    """Start everything on this host, and keep it running."""
+    from fedlora.launch.deploy import host
+    from fedlora.launch.deploy.plan import Plan
+
+    host.up(Plan.load(directory), typer.echo)
+
+
+@app.command()
+def down(directory: Directory) -> None:
+    """End what `up` started, and nothing else."""
+    from fedlora.launch.deploy import host
+    from fedlora.launch.deploy.plan import Plan
+
+    host.down(Plan.load(directory), typer.echo)
+
+
+@app.command()
+def status(directory: Directory) -> None:
+    """The processes here, the nodes and the runs."""
+    from rich.console import Console
+
+    from fedlora.launch.deploy.plan import Plan
+    from fedlora.launch.deploy.progress import tables
+
+    for table in tables(Plan.load(directory)):
+        Console().print(table)
+
+
+@app.command()
+def logs(
+    directory: Directory,
+    name: Annotated[str, typer.Argument(help="superlink, superexec, node-0, ...")] = "superlink",
+    lines: Annotated[int, typer.Option("-n", help="How many of the last lines.")] = 40,
+) -> None:
+    """The last lines of a process's log."""
+    from fedlora.launch.deploy.plan import Plan
+    from fedlora.launch.deploy.progress import tail
+
+    typer.echo(tail(Plan.load(directory), name, lines))
+
+
+@app.command()
+def run(
+    directory: Directory,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+) -> None:
+    """Run the experiment, say each round, and write the report. Fails where the run failed."""
+    from fedlora.config.reader import parse_overrides
+    from fedlora.launch.deploy import host
+    from fedlora.launch.deploy.plan import Plan
+    from fedlora.launch.deploy.progress import finish
+
+    plan = Plan.load(directory)
+    overrides = parse_overrides(set_ or [])
+    if resume:
+        overrides["run.resume"] = True
+    with host.operating(plan) as operator:
+        run_id, results = host.start_run(plan, operator, overrides)
+        typer.echo(f"run {run_id}; results in {results}")
+        ended = host.follow(operator, run_id, results, typer.echo)
+    typer.echo(ended)
+    finish(plan, results, run_id, ended)

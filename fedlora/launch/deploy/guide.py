@@ -1,0 +1,72 @@
+"""The README of a deployment's directory."""
+
+from fedlora.launch.deploy.keys import expiry
+from fedlora.launch.deploy.plan import Plan
+
+TEXT = """\
+# A fedlora deployment: one server, {clients} nodes
+
+{until}
+`fedlora` must be installed, in one version, on every machine.
+
+## All on this host
+
+    fedlora deploy up {directory}        # start everything, restart what dies
+    fedlora deploy status {directory}    # who is there
+    fedlora deploy run {directory}       # run the experiment, follow its rounds
+    fedlora deploy logs {directory} node-0
+    fedlora deploy down {directory}
+
+Results are in `server/runs/`. Change the experiment in `app/pyproject.toml` or with `--set`.
+
+## On real machines
+
+Make the directory with the server's name or address: `fedlora deploy init DIR --clients 2 --host
+server.example.org`. Then copy `server/` to the server as /opt/fedlora/server, and each
+`nodes/node-<i>/` to its machine as /opt/fedlora/node-<i>. A node's directory holds its private
+key: copy it to that machine only. `ca/` and `operator/` stay with you.
+
+On the server (the authority's key is not needed there):
+
+    sh /opt/fedlora/server/superlink.sh
+    sh /opt/fedlora/server/superexec.sh
+    sh /opt/fedlora/server/gate.sh         # or nginx with server/nginx.conf; open this port only
+
+From your machine, over `ssh -L {port}:127.0.0.1:{port} server`, since Control is on the
+server's loopback and nowhere else:
+
+    export FLWR_HOME={directory}/operator
+    flwr supernode register {directory}/nodes/node-0/node.pub fedlora --name node-0    # once a node
+    flwr run {directory}/app fedlora --stream
+    flwr list fedlora --format json        # the run's status; `flwr run` exits 0 either way
+
+On node 0's machine:
+
+    sh /opt/fedlora/node-0/worker.sh       # keeps the model in memory between messages
+    sh /opt/fedlora/node-0/node.sh
+
+Or as services: copy the `.service` file of each directory to /etc/systemd/system and
+`systemctl enable --now` it. The units restart what ends; a node waits 65 s, since the server
+counts a killed node as connected for 60.
+
+Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its own evaluation.
+
+## Who can do what
+
+- A node that has no registered key is refused, and so is a server the node's `ca.crt` did not sign.
+- The SuperLink serves Fleet (nodes) and Control (you) on one port, and open-source Flower has no
+  user accounts: whoever reaches Control can run code on every node. That is why it listens on
+  loopback, and why the gate lets only /v1/fleet/* pass.
+- A node runs the app that the server sends. Its operator trusts the server with that.
+"""
+
+
+def readme(plan: Plan) -> str:
+    """The text, with this deployment's paths and ports."""
+    until = "**Plaintext, since it was made with --insecure: for trials on one host only.**\n"
+    if plan.secure:
+        day = f"{expiry(plan.server / 'server.pem'):%Y-%m-%d}"
+        until = (
+            f"The server's certificate ends on {day}; `fedlora deploy renew DIR` makes another.\n"
+        )
+    return TEXT.format(clients=plan.clients, until=until, directory=plan.directory, port=plan.port)

@@ -1,0 +1,220 @@
+"""`up`, `down`, `status`, `run`: a whole deployment on one host."""
+
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import DeployError
+from fedlora.launch.deploy.keys import pem
+from fedlora.launch.deploy.operator import Operator, environment
+from fedlora.launch.deploy.plan import CONNECTION, Plan
+from fedlora.launch.deploy.supervise import end, is_running, read_state, state_file
+
+Say = Callable[[str], None]
+PATIENCE = 300.0
+"""Seconds that `follow` bears a SuperLink that does not answer."""
+
+
+def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
+    """Start everything, register new nodes, and wait until all of them are connected.
+
+    Raises:
+        DeployError: it runs already, or did not come up in time; says where the logs are.
+    """
+    state = read_state(plan)
+    if state and is_running(state["supervisor"]):
+        raise DeployError(f"{plan.directory} is up already; `fedlora deploy status` shows it")
+    plan.run_directory.mkdir(mode=0o700, exist_ok=True)
+    down(plan, say)  # what a killed supervisor left behind
+    if not (plan.server / "state.db").exists():
+        _registered(plan).unlink(missing_ok=True)
+    until = time.monotonic() + timeout
+    _supervise(plan)
+    _wait(lambda: healthy(plan), until, plan, "the SuperLink")
+    say("the SuperLink answers")
+    with Operator(plan) as operator:
+        if not _registered(plan).exists():
+            register(plan, operator)
+            say(f"{plan.clients} nodes registered")
+        _wait(lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes")
+    say(f"{plan.clients} nodes are connected")
+
+
+def _supervise(plan: Plan) -> None:
+    """Start the supervisor in a session of its own, for it outlives this process."""
+    log = str(plan.run_directory / "supervisor.log")
+    command = [sys.executable, "-m", "fedlora.launch.deploy.supervise", str(plan.directory)]
+    os.posix_spawn(
+        sys.executable,
+        command,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+
+
+def down(plan: Plan, say: Say) -> None:
+    """End exactly the processes that `up` started, nodes first. Does nothing where none are."""
+    state = read_state(plan)
+    if not state:
+        return
+    if is_running(state["supervisor"]):
+        pid = state["supervisor"]["pid"]
+        os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + 90
+        while is_running(state["supervisor"]) and time.monotonic() < until:
+            time.sleep(0.2)
+    left = [c for c in read_state(plan).get("children", {}).values() if is_running(c)]
+    if left:
+        say(f"ending {len(left)} processes that a killed supervisor left")
+        end([c["pid"] for c in left])
+    state_file(plan).unlink(missing_ok=True)
+    say("down")
+
+
+def healthy(plan: Plan) -> bool:
+    """Does the SuperLink answer, with the certificate that it should have?"""
+    scheme, context = "http", None
+    if plan.secure:
+        scheme, context = "https", ssl.create_default_context(cafile=plan.server / "ca.crt")
+    address = f"{scheme}://127.0.0.1:{plan.port}/health"
+    try:
+        with urllib.request.urlopen(address, timeout=2, context=context) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def register(plan: Plan, operator: Operator) -> None:
+    """Make the nodes' keys known to the SuperLink, once.
+
+    A deployment without keys has nothing to register: its nodes are whoever connects. A key that
+    is there already, since an `up` was cut short, keeps its id.
+    """
+    ids = registered(plan)
+    known = operator.keys() if plan.secure else {}
+    for i in range(plan.clients) if plan.secure else ():
+        key, name = plan.node(i) / "node.pub", f"node-{i}"
+        if not (there := known.get(pem(key))):
+            answer = operator("supernode", "register", str(key), CONNECTION, "--name", name)
+            there = str(answer["node-id"])
+        ids[name] = there
+        _registered(plan).with_suffix(".part").write_text(json.dumps(ids))
+    _registered(plan).with_suffix(".part").unlink(missing_ok=True)
+    _registered(plan).write_text(json.dumps(ids))
+
+
+def registered(plan: Plan) -> dict[str, str]:
+    """Node name to Flower's id, of those whose keys the SuperLink has."""
+    for path in (_registered(plan), _registered(plan).with_suffix(".part")):
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+    return {}
+
+
+def _registered(plan: Plan) -> Path:
+    return plan.run_directory / "registered.json"
+
+
+def said(plan: Plan, run_id: str, lines: int) -> str:
+    """The last lines of what a run's ServerApp printed, as Flower kept them."""
+    found = subprocess.run(
+        [str(Path(sys.executable).parent / "flwr"), "log", run_id, CONNECTION, "--show"],
+        env=environment(plan.directory / "operator"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return "\n".join(found.stdout.rstrip().splitlines()[-lines:])
+
+
+def online(operator: Operator) -> int:
+    return sum(node.get("status") == "online" for node in operator.nodes())
+
+
+@contextmanager
+def operating(plan: Plan) -> Iterator[Operator]:
+    """An operator of a deployment that is up here."""
+    if not healthy(plan):
+        raise DeployError(
+            f"no SuperLink answers on 127.0.0.1:{plan.port}; `fedlora deploy up {plan.directory}`"
+        )
+    with Operator(plan) as operator:
+        yield operator
+
+
+def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> tuple[str, Path]:
+    """Send the app and start a run; its id, and the directory of its results.
+
+    Raises:
+        ConfigError: the experiment with these overrides cannot be used. Nothing was sent.
+    """
+    import tomllib
+
+    import tomli_w
+
+    from fedlora.config.reader import Config
+
+    project = tomllib.loads((plan.app / "pyproject.toml").read_text())
+    given = project["tool"]["flwr"]["app"]["config"]
+    config = Config.read({**Config.read(given).flat(), **overrides})
+    path = plan.run_directory / "run-config.toml"
+    path.write_text(tomli_w.dumps(tomllib.loads(config.toml())))
+    answer = operator("run", str(plan.app), CONNECTION, "--run-config", str(path))
+    return str(answer["run-id"]), plan.server / config.run.out / config.run.name
+
+
+def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: float = 3.0) -> str:
+    """Say each round as it is on record, until the run ends; its last status."""
+    rounds, seen = directory / "rounds.jsonl", 0
+    status = ""
+    answered = time.monotonic()
+    while not status.startswith("finished"):
+        time.sleep(every)
+        try:
+            status, answered = operator.status(run_id), time.monotonic()
+        except DeployError:  # the SuperLink may be starting again
+            if time.monotonic() - answered > PATIENCE:
+                raise
+        text = rounds.read_text() if rounds.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed ServerApp's last may be half
+        for line in lines[seen:]:
+            say(told(json.loads(line)))
+        seen = max(seen, len(lines))
+    return status
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """A round in one line."""
+    scores = record.get("evaluation") or {}
+    parts = [f"round {record['round']}"]
+    if record.get("train_loss") is not None:
+        parts.append(f"train loss {record['train_loss']:.4f}")
+    parts += [f"{k} {scores[k]:.4f}" for k in ("accuracy", "loss") if k in scores]
+    parts.append(f"{len(record['accepted'])} of {len(record['cohort'])} replies")
+    parts += [f"client {f['client']}: {f['reason']}" for f in record["failures"]]
+    parts.append(f"{record['seconds']['total']:.1f} s")
+    return ", ".join(parts)
+
+
+def _wait(done: Callable[[], bool], until: float, plan: Plan, what: str) -> None:
+    while not done():
+        if time.monotonic() > until:
+            raise DeployError(
+                f"{what} did not come up in time; see the logs in {plan.run_directory}, then "
+                f"`fedlora deploy down {plan.directory}`"
+            )
+        time.sleep(0.5)

@@ -1,0 +1,102 @@
+"""What a person sees of a deployment: its processes, its nodes, its runs, its logs."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedlora.errors import DeployError
+from fedlora.launch.deploy.host import healthy, registered, said
+from fedlora.launch.deploy.operator import Operator
+from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.deploy.supervise import is_running, read_state
+
+
+def tables(plan: Plan) -> Iterator[Table]:
+    """Processes; and where the SuperLink answers, nodes and the latest runs."""
+    yield processes(plan)
+    if healthy(plan):
+        with Operator(plan) as operator:
+            yield nodes(plan, operator.nodes())
+            yield runs(operator.runs())
+
+
+def processes(plan: Plan) -> Table:
+    """What the supervisor runs here, and what it will start again."""
+    state = read_state(plan)
+    table = Table("process", "pid", "state", "restarts", "last exit", title=str(plan.directory))
+    everything = {"supervisor": state["supervisor"], **state["children"]} if state else {}
+    for name, entry in everything.items():
+        if is_running(entry):
+            said = "running"
+        elif entry.get("next_start"):
+            said = f"starts again in {max(0, entry['next_start'] - time.time()):.0f} s"
+        else:
+            said = "[red]gone[/]"
+        exit_code = entry.get("last_exit")
+        table.add_row(
+            name,
+            str(entry.get("pid") or ""),
+            said,
+            str(entry.get("restarts", "")),
+            "" if exit_code is None else str(exit_code),
+        )
+    if not everything:
+        table.add_row("", "", f"not up; fedlora deploy up {plan.directory}", "", "")
+    return table
+
+
+def nodes(plan: Plan, found: list[dict[str, Any]]) -> Table:
+    """The registered nodes and whether they are connected."""
+    table = Table("node", "rank", "status", "online for", "node id", title="Nodes")
+    ranks = {f"node-{i}": str(plan.rank(i)) for i in range(plan.clients)}
+    names = {node_id: name for name, node_id in registered(plan).items()}
+    for node in sorted(found, key=lambda n: names.get(str(n["node-id"]), "")):
+        name = names.get(str(node["node-id"]), "")
+        online = node.get("status") == "online"
+        table.add_row(
+            name,
+            ranks.get(name, ""),
+            "[green]online[/]" if online else f"[red]{node.get('status')}[/]",
+            f"{float(node.get('online-elapsed') or 0):.0f} s" if online else "",
+            str(node.get("node-id")),
+        )
+    return table
+
+
+def runs(found: list[dict[str, Any]], most: int = 5) -> Table:
+    table = Table("run", "status", "seconds", "details", title="Runs")
+    for run in found[:most]:
+        table.add_row(
+            run["run-id"], run["status"], f"{float(run['elapsed']):.0f}", run["status-details"]
+        )
+    return table
+
+
+def tail(plan: Plan, name: str, lines: int) -> str:
+    """The last lines of a process's log."""
+    path = plan.run_directory / f"{name}.log"
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        there = ", ".join(sorted(p.stem for p in plan.run_directory.glob("*.log"))) or "none yet"
+        raise DeployError(f"no log of {name!r}; there are: {there}") from None
+
+
+def finish(plan: Plan, results: Path, run_id: str, status: str) -> None:
+    """The report and the summary of a run that ended.
+
+    Raises:
+        DeployError: it did not complete.
+    """
+    if status != "finished:completed":
+        last = said(plan, run_id, 25)
+        raise DeployError(
+            f"the run ended as {status}; the ServerApp's last words:\n{last}\n"
+            f"Mend the cause, then `fedlora deploy run {plan.directory} --resume`"
+        )
+    from fedlora.reports import report
+
+    report.closing(results, report.write(results))

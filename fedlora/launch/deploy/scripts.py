@@ -1,0 +1,185 @@
+"""The start script of every process, and the systemd, compose and nginx files around them.
+
+A script is the one place where a command stands: `up`, systemd and compose all run the scripts.
+Each stands in the directory that goes to its machine and names everything relative to it.
+"""
+
+import json
+
+from fedlora.launch.deploy.plan import Plan
+
+ENVIRONMENT = """\
+# Sourced by the scripts beside it.
+umask 077
+export FLWR_HOME="$PWD/home"
+export FLWR_TELEMETRY_ENABLED=0
+export FLWR_DISABLE_UPDATE_CHECK=1
+# Without it Flower resolves torch anew for every run.
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2
+export TOKENIZERS_PARALLELISM=false
+"""
+
+
+def _script(about: str, command: str) -> str:
+    head = f'#!/bin/sh\n# {about}\nset -eu\ncd "$(dirname "$0")"\n. ./env.sh\n'
+    return f"{head}exec {command}\n"
+
+
+def superlink(plan: Plan) -> str:
+    keys = "--ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key"
+    trust = f"{keys} --enable-supernode-auth" if plan.secure else "--insecure"
+    return _script(
+        "The SuperLink. On loopback: whoever reaches its Control API can run code on all nodes.",
+        f"flower-superlink {trust} --host 127.0.0.1 --port {plan.port} \\\n"
+        "  --isolation process --database state.db --disable-runtime-dependency-installation",
+    )
+
+
+def superexec(plan: Plan) -> str:
+    trust = "--root-certificates ca.crt" if plan.secure else "--insecure"
+    return _script(
+        "Starts the ServerApp of each run. Apart from the SuperLink, so that a run outlives it.",
+        f"flower-superexec {trust} --runtime-api-address 127.0.0.1:{plan.port}",
+    )
+
+
+def gate(plan: Plan) -> str:
+    keys = " --ca ca.crt --certificate server.pem --key server.key" if plan.secure else ""
+    return _script(
+        "What nodes of other machines connect to: only /v1/fleet/* passes. Or use nginx.conf.",
+        f"python -m fedlora.launch.deploy.gate --listen 0.0.0.0:{plan.gate_port} \\\n"
+        f"  --upstream 127.0.0.1:{plan.port}{keys}",
+    )
+
+
+def node(plan: Plan, i: int) -> str:
+    """A SuperNode with its own key, rank, data and memory."""
+    trust = "--insecure"
+    if plan.secure:
+        trust = "--root-certificates ca.crt --auth-supernode-private-key node.key"
+    config = [
+        f"partition-id={i} num-partitions={plan.clients} rank={plan.rank(i)}",
+        'memory=\\"$PWD/memory\\"',
+    ]
+    if plan.own_data:
+        config.append('data-path=\\"$PWD/data\\"')
+    if plan.warm:
+        config.append('worker-socket=\\"worker.sock\\"')
+    return _script(
+        f"Node {i}. FEDLORA_SUPERLINK overrides where the server is.",
+        f"python -m fedlora.launch.deploy.node {trust} \\\n"
+        f'  --superlink "${{FEDLORA_SUPERLINK:-{plan.fleet_address}}}" \\\n'
+        f"  --host 127.0.0.1 --port {plan.node_ports[i]} \\\n"
+        f'  --node-config "{" ".join(config)}"',
+    )
+
+
+def worker(i: int) -> str:
+    return _script(
+        f"Holds node {i}'s model and data between messages. Optional: without it the node is slow.",
+        "python -m fedlora.launch.deploy.worker --socket worker.sock",
+    )
+
+
+def unit(about: str, directory: str, script: str, seconds: int) -> str:
+    """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>."""
+    return f"""\
+[Unit]
+Description={about}
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=fedlora
+WorkingDirectory=/opt/fedlora/{directory}
+Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
+ExecStart=/bin/sh /opt/fedlora/{directory}/{script}
+Restart=always
+# A killed node counts as connected for 60 s and is refused until then.
+RestartSec={seconds}
+KillMode=control-group
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=strict
+ReadWritePaths=/opt/fedlora/{directory}
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def compose(plan: Plan) -> str:
+    """One host in containers: nodes reach the gate alone, which shares the SuperLink's loopback."""
+    services: dict[str, object] = {
+        "superlink": _service("server", "superlink.sh", networks=["fleet"]),
+        "superexec": _service("server", "superexec.sh", network_mode="service:superlink"),
+        "gate": _service("server", "gate.sh", network_mode="service:superlink"),
+    }
+    for i in range(plan.clients):
+        services[f"node-{i}"] = _service(
+            f"nodes/node-{i}",
+            "node.sh",
+            networks=["fleet"],
+            environment={"FEDLORA_SUPERLINK": f"superlink:{plan.gate_port or 9443}"},
+        )
+        if plan.warm:
+            services[f"worker-{i}"] = _service(f"nodes/node-{i}", "worker.sh", network_mode="none")
+    tree = {"services": services, "networks": {"fleet": {}}}
+    note = "# docker compose up -d; the Dockerfile installs fedlora. (JSON is YAML.)"
+    return f"{note}\n{json.dumps(tree, indent=2)}\n"
+
+
+def _service(directory: str, script: str, **more: object) -> dict[str, object]:
+    return {
+        "build": ".",
+        "restart": "always",
+        "volumes": [f"./{directory}:/deploy"],
+        "command": ["sh", f"/deploy/{script}"],
+        **more,
+    }
+
+
+DOCKERFILE = """\
+FROM python:3.11-slim
+RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \\
+ && pip install --no-cache-dir fedlora
+"""
+
+
+def nginx(plan: Plan) -> str:
+    """The gate's job done by nginx."""
+    tls, scheme, verify = "", "http", ""
+    if plan.secure:
+        tls = (
+            " ssl;\n    ssl_certificate     /opt/fedlora/server/server.pem;\n"
+            "    ssl_certificate_key /opt/fedlora/server/server.key;\n"
+            "    ssl_protocols       TLSv1.2 TLSv1.3"
+        )
+        scheme = "https"
+        verify = (
+            "      proxy_ssl_trusted_certificate /opt/fedlora/server/ca.crt;\n"
+            "      proxy_ssl_verify on;\n      proxy_ssl_name localhost;\n"
+        )
+    return f"""\
+# Nodes get /v1/fleet/* and nothing else. Control stays on the server's loopback: open-source
+# Flower has no user accounts, so whoever reaches Control can run code on every node.
+events {{}}
+http {{
+  access_log /var/log/nginx/fedlora.log;
+  limit_req_zone $binary_remote_addr zone=fleet:10m rate=50r/s;
+  server {{
+    listen {plan.gate_port or 9443}{tls};
+    client_max_body_size 64m;       # Flower sends objects in pieces of 5 MiB
+    client_body_timeout 60s;
+    location /v1/fleet/ {{
+      limit_req zone=fleet burst=200;
+      proxy_pass {scheme}://127.0.0.1:{plan.port};
+      proxy_http_version 1.1;
+      proxy_set_header Host $host;
+      proxy_request_buffering off;
+{verify}    }}
+    location / {{ return 403; }}
+  }}
+}}
+"""

@@ -1,0 +1,116 @@
+"""A node's warm worker: it holds the model and the data, and answers the messages it is handed.
+
+    python -m fedlora.launch.deploy.worker --socket worker.sock
+
+gRPC with its health service on a Unix socket that only its owner can open. One message at a
+time. When the asker is gone (its deadline passed, or it was killed), nobody can use the answer,
+and the work cannot be cut short from within. It may take as long again, so that a node that is
+merely slow is warm for its next message; then the process ends, and its supervisor starts another.
+"""
+
+import argparse
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedlora.federation.client.dispatch import HANDLERS, METHOD, OPTIONS, unpack
+
+ABANDONED = 75
+"""Exit status where the asker was gone and the work was not done for as long again."""
+MERCY = 5.0
+"""Seconds that abandoned work has in any case."""
+
+
+class Desk:
+    """Answers one message at a time."""
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()
+        self.run = -1
+
+    def answer(self, data: bytes, call: Any) -> bytes:
+        done = threading.Event()
+
+        def over() -> None:
+            threading.Thread(target=wait, daemon=True).start()
+
+        def wait() -> None:
+            if not done.wait(max(MERCY, time.monotonic() - begun)):
+                os._exit(ABANDONED)
+
+        with self.busy:
+            begun = time.monotonic()
+            if not call.add_callback(over):
+                return b""
+            try:
+                return self._reply(data)
+            finally:
+                done.set()
+
+    def _reply(self, data: bytes) -> bytes:
+        from flwr.common.serde import message_to_proto
+        from flwr.supercore.task_identity import TaskIdentity
+
+        from fedlora.federation.client import handlers as client
+        from fedlora.training import cache as site
+
+        kind, message, context = unpack(data)
+        TaskIdentity.task_id = 0  # what Message() reads its run and node from
+        TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, context.node_id
+        if context.run_id != self.run:  # its operator may have changed the data in between
+            site.forget_data()
+            self.run = context.run_id
+        reply = client.answer(getattr(client, HANDLERS[kind]), message, context)
+        return bytes(message_to_proto(reply).SerializeToString())
+
+
+def serve(socket: Path) -> grpc.Server:
+    """Listen, and say so once the slow imports are done."""
+    socket.unlink(missing_ok=True)
+    desk, state = Desk(), health.HealthServicer()
+    server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
+    handler = grpc.unary_unary_rpc_method_handler(desk.answer)
+    service, _, method = METHOD.strip("/").partition("/")
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    state.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    before = os.umask(0o177)
+    try:
+        if not server.add_insecure_port(f"unix:{socket}"):
+            raise OSError(f"{socket} cannot be listened on")
+    finally:
+        os.umask(before)
+    server.start()
+
+    from fedlora.reports.console import quiet_libraries
+
+    quiet_libraries()
+    state.set("", health_pb2.HealthCheckResponse.SERVING)
+    return server
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True)
+    socket: Path = parser.parse_args().socket
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    signal.signal(signal.SIGINT, lambda *_: over.set())
+    server = serve(socket)
+    over.wait()
+    server.stop(grace=1.0).wait()
+    socket.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`fedlora privacy ...`: ledgers read, and attacks on what a run would send."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Privacy ledgers and audits.", no_args_is_help=True)
+
+
+@app.command()
+def ledger(
+    path: Annotated[
+        Path, typer.Argument(help="A ledger, or a directory that has some.", show_default=False)
+    ],
+) -> None:
+    """Print what was spent of each data set's privacy, and what that comes to."""
+    from fedlora.errors import PrivacyError
+    from fedlora.privacy.statement import statement
+
+    found = sorted(path.rglob("ledgers/*.jsonl")) if path.is_dir() else [path]
+    if not found or not found[0].exists():
+        raise PrivacyError(f"{path}: no privacy ledger here")
+    for file in found:
+        statement(file)
+
+
+@app.command()
+def audit(
+    config: Annotated[Path, typer.Argument(help="An experiment file (TOML).", show_default=False)],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Override a key: --set run.rounds=5")
+    ] = None,
+    epsilons: Annotated[
+        str | None, typer.Option(help="Budgets: 0,8,3,1; 0 is none. Default: the experiment's own.")
+    ] = None,
+    strategies: Annotated[str | None, typer.Option(help="Names: a,b.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where; default: runs/privacy/EXPERIMENT.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test of every part.")] = False,
+    workers: Annotated[int, typer.Option(help="Measurements at a time; 0: one a core.")] = 0,
+) -> None:
+    """Measure what an experiment's privacy costs, and attack it; one HTML report.
+
+    Stopped, the same command goes on where it was.
+    """
+    from fedlora.config.reader import parse_overrides
+    from fedlora.reports.console import quiet_libraries
+
+    try:
+        budgets = [float(x) for x in epsilons.split(",")] if epsilons else None
+        numbers = [int(x) for x in seeds.split(",")] if seeds else None
+    except ValueError:
+        raise typer.BadParameter("must be numbers: 0,8,1", param_hint="--epsilons") from None
+    names = strategies.replace(" ", "").split(",") if strategies else None
+    quiet_libraries()
+    from fedlora.launch.lab.study import Lab, main
+
+    lab = Lab.load(
+        config, parse_overrides(set_ or []),
+        out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick,
+        epsilons=budgets, strategies=names, seeds=numbers,
+    )  # fmt: skip
+    main(lab, workers or os.cpu_count() or 1, " ".join(["fedlora", *sys.argv[1:]]))

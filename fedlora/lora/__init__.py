@@ -1,0 +1,1 @@
+"""Adapter factors and their algebra: tensors alone."""

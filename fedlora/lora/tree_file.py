@@ -1,0 +1,145 @@
+"""A tree of dataclasses and tensors in one file, written so that it is there whole or not at all.
+
+    save(path, tree)       temporary file, fsync, rename, fsync of the directory
+    load(path, *types)     refuses by name what is damaged or of another kind
+
+The file is safetensors; the tree's skeleton is JSON in its metadata. Nothing is pickled.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedlora.errors import CheckpointError
+from fedlora.lora.adapter import Factors, Pair, Stack
+from fedlora.strategies.base import BaseLog, Client, Layer, Version
+
+KNOWN = (Factors, Pair, Stack, Version, BaseLog, Client, Layer)
+
+
+def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
+    """Write the tree; after it returns, a crash of the machine does not lose it."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(tree, tensors)
+    seen: dict[int, str] = {}
+    for name, x in tensors.items():  # safetensors wants no two names for one storage
+        if x.untyped_storage().data_ptr() in seen or not x.is_contiguous():
+            tensors[name] = x.detach().clone().contiguous()
+        seen[x.untyped_storage().data_ptr()] = name
+    data = to_bytes(tensors, metadata={"tree": json.dumps(skeleton), **(notes or {})})
+    write_atomically(path, data)
+
+
+def load(path: Path, *types: type) -> Any:
+    """Read a tree back. `types` are the dataclasses in it beyond fedlora's own tensors' types.
+
+    Raises:
+        CheckpointError: the file is not there, is damaged, or holds what is not expected.
+    """
+    try:
+        data = path.read_bytes()  # one read: a writer may put another file here meanwhile
+        skeleton, tensors = json.loads(_metadata(data)["tree"]), from_bytes(data)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged: {e}") from e
+    try:
+        if not isinstance(skeleton, dict):
+            raise ValueError("it holds no tree")
+        return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The strings in a safetensors file's head."""
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+    return found
+
+
+def notes(path: Path) -> dict[str, str]:
+    """The strings that were saved beside the tree.
+
+    Raises:
+        CheckpointError: the file is not there or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata: dict[str, str] = f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path} is damaged: {e}") from e
+    return {k: v for k, v in metadata.items() if k != "tree"}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put data at path: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+SCALARS = (bool, int, float, str, type(None))
+
+
+def _flatten(x: Any, tensors: dict[str, Tensor]) -> Any:
+    if type(x) in SCALARS:  # first: a run of many clients has a hundred of them a client
+        return x
+    if isinstance(x, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = x.detach()
+        return {"tensor": name}
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        values = {f.name: _flatten(getattr(x, f.name), tensors) for f in dataclasses.fields(x)}
+        return {"type": type(x).__name__, "fields": values}
+    if isinstance(x, Mapping):
+        return {"map": [[key, _flatten(value, tensors)] for key, value in x.items()]}
+    if isinstance(x, tuple | list):
+        return {"tuple": [_flatten(value, tensors) for value in x]}
+    if isinstance(x, frozenset):
+        return {"set": sorted(x)}
+    if isinstance(x, SCALARS):
+        return x
+    raise TypeError(f"a {type(x).__name__} cannot be kept in a checkpoint")
+
+
+def _build(x: Any, tensors: Mapping[str, Tensor], types: Mapping[str, type], path: Path) -> Any:
+    if not isinstance(x, dict | list):
+        return x
+    match x:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"type": name, "fields": values}:
+            if name not in types:
+                raise CheckpointError(f"{path} holds a {name}, which this run has no use for")
+            built = {key: _build(value, tensors, types, path) for key, value in values.items()}
+            return types[name](**built)
+        case {"map": items}:
+            return {key: _build(value, tensors, types, path) for key, value in items}
+        case {"tuple": items}:
+            return tuple(_build(value, tensors, types, path) for value in items)
+        case {"set": items}:
+            return frozenset(items)
+    raise CheckpointError(f"{path} is damaged: {x!r} is no part of a tree")

@@ -1,0 +1,1 @@
+"""What a run wrote, read again: terminal, report page, plots."""

@@ -1,0 +1,157 @@
+"""A run as a person reads it: figures, one self-contained page, and a table for the terminal.
+
+    write(Path("runs/quickstart"))  ->  runs/quickstart/report.html, plots/*.png
+
+The page needs nothing but itself: no script, no font, no request. Every word that came from
+outside (a client's reason for failing, a label, a name) is escaped.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.reports import certificate as certified
+from fedlora.reports import tables as view
+from fedlora.reports import trust as words
+from fedlora.reports.outcome import finite, said
+from fedlora.reports.page import CAPTIONS, PAGE, STYLE
+from fedlora.reports.run_files import RunFiles, certificates, read
+from fedlora.reports.units import duration, percent, size, tiny
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["RunFiles", "closing", "read", "render", "summary_table", "write"]
+
+
+def write(run_dir: Path, plots: bool = True) -> Path:
+    """Write report.html of a run, and plots/*.png; return the page's path.
+
+    Works on a run that is still going or was cut short. Without plots, the page has its tables.
+
+    Raises:
+        FedLoraError: the directory holds no run, or a file of it is damaged.
+    """
+    run = read(run_dir)
+    figures = _draw(run) if plots else {}
+    page = run.directory / "report.html"
+    part = page.with_suffix(".part")
+    part.write_text(render(run, figures), encoding="utf-8")
+    part.replace(page)
+    return page
+
+
+def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
+    """The page, with the figures (PNG, by name) inside it."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(PAGE).render(
+        run=run,
+        summary=run.summary,
+        style=Markup(STYLE),
+        captions=CAPTIONS,
+        figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
+        status=view.status(run),
+        tiles=list(view.tiles(run)),
+        bars=view.bars(run),
+        verdict=view.verdict(run),
+        rounds=view.rounds(run),
+        clients=view.clients(run),
+        failures=view.failures(run),
+        proof=words.proof(run),
+        layers=words.layers(run),
+        certificate=list(certified.certificate(run)),
+        starts=certified.starts(run),
+        silent=certified.silent(run),
+        modules=words.modules(run),
+        left=list(words.left(run)),
+        privacy=words.privacy(run),
+        insecure=bool(run.config.get("privacy.insecure-reproducible-noise")),
+        config=view.config(run),
+    )
+
+
+def summary_table(run_dir: Path) -> "Table":
+    """The run in a dozen lines for a terminal: the result and its baselines, then what it cost.
+
+    How many things speak against the run is its first row, in red; `closing` says which.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    run = read(run_dir)
+    s = run.summary
+    table = Table(title=escape(f"{s['name']}: {s['strategy']}"), title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    if s["warnings"]:
+        table.add_row("warnings", str(len(s["warnings"])), style="bold red")
+    for what, value in _summary_rows(run):
+        table.add_row(escape(what), escape(value))
+    return table
+
+
+def closing(run_dir: Path, page: Path) -> None:
+    """Print what a run comes to: its table, what speaks against it in one line, where its page is.
+
+    The line is never folded, so that a log can be searched for it.
+    """
+    from rich.console import Console
+
+    console = Console()
+    console.print(summary_table(run_dir))
+    if warnings := read(run_dir).summary["warnings"]:
+        line = said(warnings)
+        console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
+    s, metric = run.summary, run.metric
+    if s["final"]:
+        yield f"final {metric.title}", metric.text(s["final"].get(metric.key))
+    if not metric.share and metric.key in run.untuned:
+        yield f"untuned {metric.title}", metric.text(run.untuned[metric.key])
+    if "exact_match" in (s["final"] or {}):
+        yield "final exact match", percent(finite(s["final"], "exact_match"))
+        yield "untuned exact match", percent(finite(run.untuned, "exact_match"))
+    if s["best"]:
+        yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
+    for name, value in run.baselines().items():
+        yield f"baseline: {name}", metric.text(value)
+    if worst := run.worst_client():
+        yield f"worst client: {worst['client']}", metric.text(finite(worst["final"], metric.key))
+    yield "rounds", str(s["rounds"])
+    yield "bytes down", size(s["bytes"].get("down"))
+    yield "bytes up", size(s["bytes"].get("up"))
+    if s["max_deviation"] is not None:
+        yield f"largest deviation ({s['promise']})", tiny(s["max_deviation"])
+    if certificates(run.rounds):
+        told = [] if s["max_certificate"] is None else [tiny(s["max_certificate"])]
+        what = f"certificate ({s['promise'] or 'approximate'})"
+        yield what, ", ".join([*told, *view.remarks(run)])
+    yield "time", duration(s["seconds"])
+    yield "failures", str(s["failures"])
+    if s["stopped"]:
+        yield "stopped", s["stopped"]
+
+
+def _draw(run: RunFiles) -> dict[str, bytes]:
+    """The figures, also written to plots/. One that an earlier report left there is removed."""
+    from fedlora.reports.plots import FIGURES, draw
+
+    folder = run.directory / "plots"
+    folder.mkdir(exist_ok=True)
+    drawn = draw(run)
+    for name in FIGURES:
+        path = folder / f"{name}.png"
+        if name in drawn:
+            path.write_bytes(drawn[name])
+        else:
+            path.unlink(missing_ok=True)
+    return drawn

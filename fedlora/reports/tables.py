@@ -1,0 +1,301 @@
+"""The page's head and tables: a run's records turned into text, ready to be placed.
+
+Plain values in, plain values out; the template of `report_page` decides nothing.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedlora.reports.outcome import Metric, Record, finite
+from fedlora.reports.run_files import (
+    WAYS,
+    RunFiles,
+    breaks_certificate,
+    breaks_promise,
+    by_size,
+    certificates,
+    client_seconds,
+    excess,
+    held,
+)
+from fedlora.reports.units import count, duration, number, percent, size, tiny
+
+COLUMNS = {
+    "loss": ("test loss", False),
+    "accuracy": ("accuracy", True),
+    "macro_f1": ("macro F1", True),
+    "perplexity": ("perplexity", False),
+    "exact_match": ("exact match", True),
+}
+"""The metrics of an evaluation: title, and whether it is a share."""
+
+
+class Cell(NamedTuple):
+    """One entry of a table."""
+
+    text: str
+    title: str = ""
+    """The exact value, where the text is rounded."""
+    tone: str = ""
+    """A class of the page's style: "good", "warn", "bad"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table. A column that says nothing in any row is left out of it."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Cell]]) -> "Grid":
+        said = [h for h in (rows[0] if rows else ()) if any(row[h].text != "-" for row in rows)]
+        return cls(said, [[row[h] for h in said] for row in rows])
+
+
+class Tile(NamedTuple):
+    """One of the large numbers on top."""
+
+    title: str
+    value: str
+    detail: str = ""
+    tone: str = ""
+
+
+class Bar(NamedTuple):
+    """One line of the comparison with the baselines."""
+
+    name: str
+    value: str
+    width: float
+    """Of the longest, in percent."""
+    ours: bool = False
+
+
+# -- the head of the page -------------------------------------------------------------------------
+
+
+def status(run: RunFiles) -> Cell:
+    """Did it end, stop with a reason, or is it still going?"""
+    if run.summary["stopped"]:
+        return Cell("stopped early", tone="bad")
+    if run.complete:
+        return Cell("finished", tone="warn" if run.summary["warnings"] else "good")
+    planned = run.config.get("run.rounds")
+    of = f" of {planned}" if planned else ""
+    return Cell(f"not finished: round {run.summary['rounds']}{of}", tone="warn")
+
+
+def tiles(run: RunFiles) -> Iterator[Tile]:
+    """The figures a reader asks for first. Those that the run cannot answer are left out."""
+    s, metric = run.summary, run.metric
+    final, best = finite(s["final"], metric.key), s["best"]
+    if s["final"] and metric.key in s["final"]:
+        found = f"best {metric.text(best.get(metric.key))} in round {best['round']}" if best else ""
+        when = "final" if run.complete else "latest"
+        yield Tile(f"{when} {metric.title}", metric.text(s["final"][metric.key]), found)
+    if final is not None and (strongest := strongest_baseline(run)):
+        name, value = strongest
+        tone = "good" if metric.better(final, value) else "bad"
+        clear = abs(final - value) > (standard_error(run) or 0.0)
+        than = f"points, {name}" if metric.share else name
+        yield Tile("against baseline", gap(metric, final, value), than, tone if clear else "")
+    if worst := run.worst_client():
+        who = f"client {worst['client']}, rank {worst.get('rank', '?')}"
+        yield Tile("worst client", metric.text(worst["final"][metric.key]), who)
+    if s["max_deviation"] is not None:
+        broken = any(breaks_promise(r.get("proof") or {}) for r in run.rounds)
+        tone = "bad" if broken else ""
+        yield Tile("largest deviation", tiny(s["max_deviation"]), f"promise: {s['promise']}", tone)
+    if certificates(run.rounds):
+        broken = any(breaks_certificate(c, s["promise"]) for _, c in certificates(run.rounds))
+        largest = "none" if s["max_certificate"] is None else tiny(s["max_certificate"])
+        detail = ", ".join(remarks(run)) or "within rounding"
+        yield Tile("certificate", largest, detail, "bad" if broken else "")
+    if any(s["bytes"].values()):
+        sent = f"{size(s['bytes'].get('down'))} down, {size(s['bytes'].get('up'))} up"
+        yield Tile("traffic", size(sum(s["bytes"].values())), sent)
+    each = s["seconds"] / len(run.trained) if run.trained and s["seconds"] else None
+    yield Tile("time", duration(s["seconds"]), f"{duration(each)} a round" if each else "")
+    asked = sum(len(r.get("cohort") or ()) for r in run.rounds)
+    failed = s["failures"]
+    yield Tile("failures", str(failed), f"of {count(asked, 'request')}", "bad" if failed else "")
+
+
+def remarks(run: RunFiles) -> list[str]:
+    """What is to be said beside the largest deviation of the certificates, if anything."""
+    found = [c for _, c in certificates(run.rounds)]
+    known = sum(held(c) for c in found)
+    told = ["above rounding"] if any(excess(c) > 1 for c in found) else []
+    if not known:
+        return [*told, "not certified"]
+    return [*told, f"of {known} of {len(found)} rounds"] if known < len(found) else told
+
+
+def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
+    """The baseline to beat, by the run's metric."""
+    known = run.baselines()
+    if not known:
+        return None
+    name = (max if run.metric.share else min)(known, key=known.__getitem__)
+    return name, known[name]
+
+
+def gap(metric: Metric, final: float, baseline: float) -> str:
+    """+2.1, in points of a percentage; for a metric that is no share, the difference itself."""
+    return f"{100 * (final - baseline):+.1f}" if metric.share else f"{final - baseline:+.4g}"
+
+
+def bars(run: RunFiles) -> list[Bar]:
+    """The final model between its baselines, best first."""
+    metric = run.metric
+    final = finite(run.summary["final"], metric.key)
+    values = {(name, False): value for name, value in run.baselines().items()}
+    if final is None or not values:
+        return []
+    values[f"{run.summary['strategy']}, final model", True] = final
+    longest = max(*values.values(), 1.0 if metric.share else 0.0) or 1.0
+    ordered = sorted(values.items(), key=lambda item: item[1], reverse=metric.share)
+    return [
+        Bar(name, metric.text(value), round(100 * value / longest, 2), ours)
+        for (name, ours), value in ordered
+    ]
+
+
+def standard_error(run: RunFiles) -> float | None:
+    """Of the final score, where it is a share of so many test rows: sqrt(p (1 - p) / n)."""
+    final, rows = (
+        finite(run.summary["final"], run.metric.key),
+        finite(run.summary["final"], "examples"),
+    )
+    if final is None or not rows or not run.metric.share:
+        return None
+    return math.sqrt(max(final * (1 - final), 0.0) / rows)
+
+
+def verdict(run: RunFiles) -> str:
+    """Was the federation worth it? With how sure the test is of that."""
+    final, strongest = finite(run.summary["final"], run.metric.key), strongest_baseline(run)
+    if final is None or strongest is None:
+        return ""
+    name, value = strongest
+    way = "better than" if run.metric.better(final, value) else "not better than"
+    apart = f"{gap(run.metric, final, value)} {'points' if run.metric.share else run.metric.title}"
+    said = f"The final model is {way} the strongest baseline, {name} ({apart})."
+    if (error := standard_error(run)) is not None:
+        rows = run.summary["final"]["examples"]
+        said += f" On {rows} test rows, a score has a standard error of {100 * error:.1f} points."
+    return said
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def rounds(run: RunFiles) -> Grid:
+    return Grid.of([_round(r, _metrics(run), run.summary["promise"]) for r in run.rounds])
+
+
+def _round(r: Record, metrics: Sequence[str], promise: str) -> dict[str, Cell]:
+    found = r.get("evaluation") or {}
+    proof = r.get("proof") or {}
+    cohort, failures = r.get("cohort"), len(r.get("failures") or ())
+    return {
+        "round": Cell(str(r["round"])),
+        "train loss": Cell(number(r.get("train_loss"))),
+        **{COLUMNS.get(key, (key,))[0]: Cell(score(key, found.get(key))) for key in metrics},
+        "clients": Cell(f"{len(r.get('accepted') or ())}/{len(cohort)}" if cohort else "-"),
+        "time": Cell(duration((r.get("seconds") or {}).get("total"))),
+        **{way: _size((r.get("bytes") or {}).get(way)) for way in WAYS},
+        "deviation": Cell(
+            tiny(proof.get("deviation")), tone="bad" if breaks_promise(proof) else ""
+        ),
+        "certificate": _certified(r.get("certificate") or {}, promise),
+        "failures": Cell(str(failures), tone="bad" if failures else "") if cohort else Cell("-"),
+    }
+
+
+def _certified(certificate: Record, promise: str) -> Cell:
+    """The deviation by the certificate; what stands against it on hovering."""
+    if not certificate:
+        return Cell("-")
+    silent = "; ".join(str(text) for text in certificate.get("not_certified") or ())
+    tone = "bad" if breaks_certificate(certificate, promise) else ""
+    text = relative(certificate["deviation"]) if held(certificate) else "not certified"
+    return Cell(text, silent, tone)
+
+
+def relative(deviation: float | None) -> str:
+    """A deviation as text. What is null in the file was no finite number."""
+    return "not a number" if by_size(deviation) == math.inf else tiny(deviation)
+
+
+def clients(run: RunFiles) -> Grid:
+    seconds, metric, worst = client_seconds(run), run.metric, run.worst_client()
+    return Grid.of([_client(c, metric, c is worst, seconds.get(c["client"])) for c in run.clients])
+
+
+def _client(c: Record, metric: Metric, worst: bool, seconds: float | None) -> dict[str, Cell]:
+    labels = c.get("labels") or {}
+    listed = ", ".join(f"{label}: {n}" for label, n in labels.items())
+    scores = {
+        title: Cell(metric.text((c.get(when) or {}).get(metric.key)))
+        for when, title in (("first", "first received"), ("personal", "own training"))
+    }
+    final = Cell(metric.text((c.get("final") or {}).get(metric.key)), tone="bad" if worst else "")
+    return {
+        "client": Cell(str(c["client"])),
+        "rank": _plain(c.get("rank")),
+        "train rows": _plain(c.get("train_examples")),
+        "test rows": _plain(c.get("test_examples")),
+        "labels": Cell(str(len(labels)), listed) if labels else Cell("-"),
+        "first received": scores["first received"],
+        "final model": final,
+        "own training": scores["own training"],
+        "time a round": Cell(duration(seconds)),
+        "down": _size(c.get("bytes_down")),
+        "up": _size(c.get("bytes_up")),
+        "rounds": _plain(c.get("rounds")),
+        "failures": Cell(str(c.get("failures") or 0), tone="bad" if c.get("failures") else ""),
+        "node": _plain(c.get("node")),
+    }
+
+
+def failures(run: RunFiles) -> list[tuple[str, str, str]]:
+    """(round, client, reason) of everything that did not count."""
+    return [
+        (str(r["round"]), str(f.get("client", "?")), str(f.get("reason", "")))
+        for r in run.rounds
+        for f in r.get("failures") or ()
+    ]
+
+
+def score(key: str, value: Any) -> str:
+    """A metric as text: a share as a percentage."""
+    return percent(value) if key in COLUMNS and COLUMNS[key][1] else number(value)
+
+
+def _metrics(run: RunFiles) -> list[str]:
+    """The keys of the central evaluations, the known ones first."""
+    found = {key: None for r in run.rounds for key in r.get("evaluation") or ()}
+    scalar = [k for k in found if k not in COLUMNS and k != "examples"]
+    return [k for k in COLUMNS if k in found] + scalar
+
+
+def _size(n: int | None) -> Cell:
+    return Cell(size(n), "" if n is None else f"{n} bytes")
+
+
+def _plain(value: Any) -> Cell:
+    return Cell("-" if value is None else str(value))
+
+
+def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:
+    """Every config key and value, by section."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for key, value in run.config.items():
+        section, _, name = key.partition(".")
+        text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
+        sections.setdefault(section, []).append((name or section, text))
+    return sections

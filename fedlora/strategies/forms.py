@@ -1,0 +1,397 @@
+"""Adapter forms: what trains in each, and which strategies can average it.
+
+Every form adds f(theta) to a module's output, theta its trained tensors. All else that f is made
+of (the base, random projections, masks, locations) is frozen and equal on every client, so
+
+    linear        f(sum p_i theta_i) = sum p_i f(theta_i): the mean of what trained is exact
+    multilinear   linear in each tensor of theta while the others are held: the mean is exact where
+                  one of them trains, else off by a covariance, which is measured and logged
+    not linear    the mean is off by more than that; it is measured and logged
+
+What a strategy computes decides what it can run (`Requires.algebra`):
+
+    factors       LoRA's A (r, k) and B (d, r): the change is s B A, so any strategy
+    vectors       VeRA's d (r) and b (out): the change is (B0 * b d^T) A0, linear in the product of
+                  a row b and a column d. So VeRA is LoRA of rank 1 between frozen projections, and
+                  strategies that average each side by itself run it: d is their A, b their B
+    tensors       anything else: only a strategy that averages whatever trains
+
+`refused` says all of it from the config, before anything runs. docs/forms.md is `table()`.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import Promise, Strategy
+
+if TYPE_CHECKING:
+    from fedlora.config.reader import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One of PEFT's adapter forms, and how it goes with averaging."""
+
+    change: str
+    """f, as its paper writes it."""
+    kind: Literal["factors", "vectors", "tensors"]
+    law: Literal["linear", "multilinear", "not linear"]
+    config: str
+    """PEFT's class."""
+    size: str = ""
+    """Which of PEFT's settings clients.ranks gives; none: the form has one size only."""
+    after: bool = False
+    """It acts on a row's tokens from an invocation on, and not on those before."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that differ from PEFT's, so that training starts from W0."""
+
+
+FORMS: dict[str, Form] = {
+    "lora": Form("s B A x", "factors", "multilinear", "LoraConfig", "r"),
+    "dora": Form("(m / |W0 + s B A| - 1) W0 x + (m / |W0 + s B A|) s B A x", "factors",
+                 "not linear", "LoraConfig", "r"),
+    "alora": Form("s B A x from the invocation's tokens on, 0 before", "factors", "multilinear",
+                  "LoraConfig", "r", after=True),
+    "vera": Form("diag(b) B0 diag(d) A0 x", "vectors", "multilinear", "VeraConfig", "r"),
+    "randlora": Form("sum_j B_j diag(l_j) A0 diag(g_j) x", "tensors", "multilinear",
+                     "RandLoraConfig", "r"),
+    "gralora": Form("s B_ij A_ij on each of n x n blocks", "tensors", "multilinear",
+                    "GraloraConfig", "r"),
+    "loha": Form("s (B1 A1 * B2 A2) x", "tensors", "multilinear", "LoHaConfig", "r"),
+    "lokr": Form("s (C kron B A) x", "tensors", "multilinear", "LoKrConfig", "r"),
+    "hira": Form("(W0 * B A) x", "tensors", "multilinear", "HiraConfig", "r"),
+    "fourierft": Form("a Re IDFT(c at fixed places) x", "tensors", "linear", "FourierFTConfig",
+                      "n_frequency", given={"init_weights": True}),
+    "waveft": Form("a IDWT(c at fixed places) x", "tensors", "linear", "WaveFTConfig",
+                   "n_frequency"),
+    "c3a": Form("block-circulant(c) x", "tensors", "linear", "C3AConfig", "block_size",
+                given={"init_weights": True}),
+    "shira": Form("S x, S on a fixed random mask", "tensors", "linear", "ShiraConfig", "r"),
+    "miss": Form("D repeated along x, summed in groups", "tensors", "linear", "MissConfig", "r"),
+    "bat": Form("(W0 D + D) in blocks x (Bone)", "tensors", "linear", "MissConfig", "r",
+                given={"init_weights": "bat"}),
+    "ia3": Form("(l - 1) * W0 x", "tensors", "linear", "IA3Config", "",
+                given={"feedforward_modules": []}),
+    "beft": Form("b added to the output", "tensors", "linear", "BeftConfig"),
+    "supertuning": Form("S x, S where W0 is largest", "tensors", "linear", "SupertuningConfig"),
+    "oft": Form("(W0 R - W0) x, R = Cayley(Q) in blocks", "tensors", "not linear", "OFTConfig",
+                "oft_block_size"),
+    "hra": Form("(W0 H - W0) x, H a product of reflections", "tensors", "not linear", "HRAConfig",
+                "r"),
+    "road": Form("(R - I) W0 x, R rotates and scales pairs", "tensors", "not linear",
+                 "RoadConfig", "group_size"),
+    "delora": Form("(l / r) B diag(|W0| / |b_j| |a_j|) A x", "tensors", "not linear",
+                   "DeloraConfig", "r"),
+    "vblora": Form("B A x, both mixed from a bank by softmax", "tensors", "not linear",
+                   "VBLoRAConfig", "r"),
+}  # fmt: skip
+
+ON_QUANTISED = (
+    "lora", "alora", "vera", "randlora", "gralora", "fourierft", "waveft", "c3a", "miss", "beft",
+    "vblora",
+)  # fmt: skip
+"""Forms that add a term of their own to W0 x, so that W0 may be stored in 8 or 4 bits; the others
+read W0, and what PEFT makes of a quantised one differs by form and by device."""
+
+LEFT_OUT: dict[str, str] = {
+    "adalora": "each client would prune ranks by its own importance scores; use lora.rank-pattern "
+    "for ranks by module, ranks.policy = 'legend' or strategy.name = 'lora-a2', which choose them",
+    "lora-xs": "its r x r core between frozen factors is a strategy's: use strategy.name = 'fedsb' "
+    "with strategy.fedsb.init-from = 'svd-w0'",
+    "lora-fa": "freezing A is a strategy's: use strategy.name = 'ffa'",
+    "lora+": "it is an optimiser's setting: use train.lr-ratio-b",
+    "rslora": "it is lora's scale: use lora.use-rslora = true",
+    **{i: f"it is an initialisation: use lora.init = {i!r}" for i in
+       ("pissa", "eva", "corda", "lora_ga")},
+    "boft": "PEFT's code for it compiles CUDA where it can, so machines differ; use oft",
+    "bone": "PEFT has it as MiSS: use miss, or bat for its first form",
+    **dict.fromkeys(
+        ("adamss", "frod", "osf", "psoft", "tinylora"),
+        "its frozen parts are a decomposition of W0 that each machine would compute for itself, "
+        "equal in neither sign nor rounding; use vera, randlora or fourierft",
+    ),
+    **dict.fromkeys(
+        ("deft", "glora", "kasa", "lily", "peanut", "shadow", "unilora", "xlora", "poly"),
+        "its parts go through a non-linear map, shared or routed, whose mean is no model; use "
+        "lora, or a linear form such as fourierft",
+    ),
+    **dict.fromkeys(
+        ("pvera", "monteclora"),
+        "it draws its weights anew in every pass, so no aggregation can be checked; use vera",
+    ),
+    **dict.fromkeys(
+        ("velora", "arrow", "bdlora"),
+        "it changes how LoRA is computed and not what trains, for another setting than this; use "
+        "lora",
+    ),
+    **dict.fromkeys(
+        ("prompt-tuning", "p-tuning", "prefix-tuning", "cpt", "cartridge", "adaption-prompt",
+         "multitask-prompt-tuning"),
+        "it trains virtual tokens and adapts no module, so there is no change of a weight to "
+        "average; use ia3 or beft for as few numbers",
+    ),
+    **dict.fromkeys(
+        ("ln-tuning", "trainable-tokens"),
+        "it trains tensors of the base whole; name their modules in lora.modules-to-save",
+    ),
+}  # fmt: skip
+"""What PEFT has and this does not run, each with the reason and what to use."""
+
+INITS: dict[str, str] = {
+    "default": "A uniform in +-1/sqrt(k), B = 0",
+    "gaussian": "A normal of deviation 1/r, B = 0",
+    "orthogonal": "A and B random with B A = 0",
+    "pissa": "B A the leading part of W0's SVD; the base keeps the rest",
+    "olora": "s B A from the QR of W0; the base keeps the rest",
+    "loftq": "s B A the leading part of what rounding W0 to 4 bits loses; the base is rounded",
+    "eva": "A the leading principal directions of the module's inputs on lora.calibration, B = 0",
+    "corda": "s B A the part of W0 that matters most on those inputs; the base keeps the rest",
+    "lora_ga": "A and B from the SVD of the loss's gradient there; s B A is taken out of the base",
+}
+"""Of lora.init; "pissa_niter_N" is pissa by a randomised SVD of N passes."""
+
+CALIBRATED = ("eva", "corda", "lora_ga")
+"""Inits that look at rows: those of lora.calibration (fedlora/training/calibration.py)."""
+
+INITS_LEFT_OUT: dict[str, str] = {
+    "mica": "it freezes B for good, and strategies say themselves what is frozen; use lora-fa's "
+    "counterpart, strategy.name = 'ffa'",
+}
+
+MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Inits that take s B A out of the base, so that training starts from W0; or what is rounded."""
+
+
+def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
+    """Why the strategy cannot run the form, and what to use; None if it can."""
+    algebra = strategy.requires.algebra
+    name = type(strategy).__name__
+    if form.kind == "tensors" and algebra != "tensors":
+        return f"{name} is about LoRA's A and B, and this form has none; use fedavg"
+    if form.kind == "vectors" and algebra == "products":
+        return (
+            f"{name} recombines the ranks of B A, and this form has two vectors between frozen "
+            "projections; use fedavg, ffa, rolora or fedsa"
+        )
+    if form.after and strategy.requires.moving_base:
+        return (
+            f"{name} moves the base, which acts on every token, and this form only from its "
+            "invocation on; use fedavg, ffa, rolora or fedsvd"
+        )
+    if form.after and strategy.requires.beside_factors:
+        return (
+            f"{name} has more than A and B, a core between them or ranks folded into the base, "
+            "and PEFT's code for this form those two alone; use fedavg, ffa, rolora or fedsvd"
+        )
+    if form.kind == "factors" and form.law == "not linear":
+        if strategy.requires.moving_base:
+            return f"{name} moves the base, whose norm this form divides by; use fedavg or fedsa"
+        if strategy.promise == "exact":
+            return (
+                f"{name} promises an exact aggregation, and the mean of this form's changes is no "
+                "change of this form; use fedavg, which logs the deviation, or fedsa"
+            )
+    return None
+
+
+def promise(form: Form, strategy: Strategy[Any]) -> Promise:
+    """What the strategy promises of this form: a mean of linear ones is exact whoever takes it."""
+    if form.kind != "tensors":
+        return strategy.promise
+    return "exact" if form.law == "linear" else "approximate"
+
+
+def refused(config: "Config") -> Iterator[str]:
+    """What of the config's form and initialisation cannot be, each with what to do instead."""
+    lora = config.lora
+    yield from _init_refused(lora.init, lora.form)
+    yield from _calibration_refused(config)
+    if lora.form not in FORMS:
+        near = difflib.get_close_matches(lora.form, [*FORMS, *LEFT_OUT], n=1)
+        why = LEFT_OUT.get(lora.form) or (
+            f"no such form{f'; did you mean {near[0]!r}?' if near else ''}; `fedlora forms` lists "
+            "them"
+        )
+        yield f"lora.form = {lora.form!r}: {why}"
+        return
+    form = FORMS[lora.form]
+    if lora.rank_pattern and (form.kind != "factors" or config.ranks.policy == "legend"):
+        yield (
+            f"lora.rank-pattern with lora.form = {lora.form!r} and ranks.policy = "
+            f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and legend has a rule "
+            "of its own; leave it empty"
+        )
+    if reason := refusal(form, config.build_strategy()):
+        yield f"lora.form = {lora.form!r} with strategy.name = {config.strategy.name!r}: {reason}"
+    if lora.form != "lora" and config.robust.method != "none" and form.kind != "factors":
+        yield (
+            f"robust.method = {config.robust.method!r}: it judges updates by their products B A, "
+            f"and {lora.form} has none; use lora.form = 'lora'"
+        )
+    yield from _invocation_refused(config, form)
+    if config.model.quantization != "none":
+        yield from _quantised_refused(config)
+    if moves_base(lora.init) and config.wire.dtype != "float32":
+        yield (
+            f"lora.init = {lora.init!r} with wire.dtype = {config.wire.dtype!r}: A and B hold W0's "
+            "leading part, which would be rounded on the way; use wire.dtype = 'float32'"
+        )
+    if form.kind == "factors":
+        if lora.options:
+            yield f"lora.options: PEFT's own settings of a form; {lora.form} has keys of its own"
+        return
+    if not form.size:
+        if config.clients.ranks != type(config.clients)().ranks or config.ranks.policy != "list":
+            yield (
+                f"lora.form = {lora.form!r}: has one size, of which clients.ranks and ranks.policy "
+                "say nothing; leave both out"
+            )
+    elif len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
+        yield (
+            f"lora.form = {lora.form!r}: every client has the same tensors; set one rank in "
+            "clients.ranks, and ranks.policy = 'list'"
+        )
+    if lora.use_rslora:
+        yield f"lora.use-rslora = true: is the scale of LoRA's factors; {lora.form} has none"
+
+
+def _invocation_refused(config: "Config", form: Form) -> Iterator[str]:
+    lora = config.lora
+    if not form.after:
+        if lora.invocation:
+            yield f"lora.invocation: is alora's; {lora.form} acts on every token; leave it empty"
+        return
+    if config.model.task != "causal-lm":
+        yield (
+            f"lora.form = {lora.form!r} with model.task = {config.model.task!r}: what a classifier "
+            "reads is no continuation; use lora"
+        )
+    if not lora.invocation:
+        yield (
+            f"lora.form = {lora.form!r}: needs lora.invocation, a text that every prompt has, such "
+            "as the head of the assistant's turn in the chat template"
+        )
+    if len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
+        yield f"lora.form = {lora.form!r}: {ONE_RANK}"
+
+
+ONE_RANK = (
+    "what a client of a lower rank or fewer layers does not train would be folded into its base, "
+    "which acts on every token; give all clients one rank, by ranks.policy = 'list'"
+)
+"""Why a form that acts from an invocation on goes with no mixed ranks."""
+
+
+def _quantised_refused(config: "Config") -> Iterator[str]:
+    model, form = config.model, config.lora.form
+    if config.lora.init == "loftq" and model.quantization == "8bit":
+        yield "lora.init = 'loftq' with model.quantization = '8bit': is of 4 bits; use '4bit'"
+    if form not in ON_QUANTISED:
+        yield (
+            f"lora.form = {form!r} with model.quantization = {model.quantization!r}: this form "
+            f"reads W0; use {', '.join(ON_QUANTISED)}"
+        )
+    if model.merge == "into-base":
+        yield (
+            f"model.merge = 'into-base' with model.quantization = {model.quantization!r}: "
+            "quantised weights cannot take a change; use 'keep-as-adapter' or 'auto'"
+        )
+
+
+def _init_refused(init: str, form: str) -> Iterator[str]:
+    kind = FORMS[form].kind if form in FORMS else "factors"
+    if kind != "factors" and init != "default":
+        yield f"lora.init = {init!r}: is of LoRA's factors; {form} begins as PEFT begins it"
+    elif init in INITS_LEFT_OUT:
+        yield f"lora.init = {init!r}: {INITS_LEFT_OUT[init]}"
+    elif init not in INITS and not _niter(init):
+        yield f"lora.init = {init!r}: must be {', '.join(INITS)} or pissa_niter_N"
+    elif moves_base(init) and form == "dora":
+        yield f"lora.init = {init!r}: moves the base, whose norm DoRA divides by; use 'default'"
+    elif moves_base(init) and form in FORMS and FORMS[form].after:
+        yield (
+            f"lora.init = {init!r}: takes s B A out of the base on every token, and {form} gives "
+            "it back from its invocation on only; use 'default' or 'eva'"
+        )
+
+
+def _calibration_refused(config: "Config") -> Iterator[str]:
+    init, path = config.lora.init, config.lora.calibration
+    if init not in CALIBRATED:
+        if path:
+            yield (
+                f"lora.calibration = {path!r}: only lora.init = {', '.join(CALIBRATED)} read rows; "
+                "set one of them, or leave it empty"
+            )
+        return
+    if not path:
+        yield (
+            f"lora.init = {init!r}: looks at rows, and the clients' stay with them; name rows that "
+            "are no client's, such as a public text of the same kind, in lora.calibration"
+        )
+    if path and path in (config.data.path, config.data.test_path):
+        yield (f"lora.calibration = {path!r}: these rows train or test the model; name other ones")
+    if config.personalize.alone:
+        yield (
+            f"personalize.alone = true with lora.init = {init!r}: a client alone has no "
+            "calibration rows to begin from; set it to false"
+        )
+    if init == "lora_ga" and config.model.quantization != "none":
+        yield (
+            f"lora.init = 'lora_ga' with model.quantization = {config.model.quantization!r}: "
+            "quantised weights have no gradient; use eva or corda"
+        )
+
+
+def _niter(init: str) -> bool:
+    return init.startswith("pissa_niter_") and init.removeprefix("pissa_niter_").isdigit()
+
+
+def moves_base(init: str, quantization: str = "none") -> bool:
+    """Does this init take something out of the base? LoftQ not where it is rounded already."""
+    return (init in MOVES_BASE or _niter(init)) and (init != "loftq" or quantization == "none")
+
+
+def fixed_rank(config: "Config") -> int:
+    """The one size of a form that has no rank by client; 0 for LoRA's factors."""
+    form = FORMS[config.lora.form]
+    return 0 if form.kind == "factors" else config.clients.ranks[0]
+
+
+def verdicts(form: Form) -> dict[Promise | Literal["refused"], list[str]]:
+    """The strategies' names by what becomes of this form under each, at their defaults."""
+    found: dict[Any, list[str]] = {"exact": [], "shared": [], "approximate": [], "refused": []}
+    for name, cls in STRATEGIES.items():
+        strategy = cls()
+        found["refused" if refusal(form, strategy) else promise(form, strategy)].append(name)
+    return found
+
+
+def rows() -> list[tuple[str, str, str, str, str, str, str]]:
+    """Name, change, law, what clients.ranks is, and strategies: exact, approximate, refused."""
+    found: list[tuple[str, str, str, str, str, str, str]] = []
+    for name, form in FORMS.items():
+        v = verdicts(form)
+        exact = ", ".join([*v["exact"], *(f"{s} (of what is shared)" for s in v["shared"])])
+        refused = ", ".join(v["refused"])
+        if len(v["refused"]) > len(STRATEGIES) // 2:
+            refused = "all others"
+        found.append(
+            (name, form.change, form.law, form.size or "-", exact or "-",
+             ", ".join(v["approximate"]) or "-", refused or "-")
+        )  # fmt: skip
+    return found
+
+
+HEADINGS = ("form", "f(x)", "in what trains", "clients.ranks is", "exact", "logged", "refused")
+
+
+def table() -> str:
+    """The forms as a Markdown table: what docs/forms.md holds."""
+    named = ((f"`{name}`", *rest) for name, *rest in rows())
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *named]
+    cells = [[c.replace("|", "\\|") for c in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -1,0 +1,75 @@
+"""What a process holds once: the model and the data, whoever of its clients asks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.reports.console import quiet_libraries
+from fedlora.strategies.forms import fixed_rank
+from fedlora.training.data.batches import Encoded, encode
+from fedlora.training.data.corpus import ClientRows, Corpus, load_node
+from fedlora.training.data.corpus import load as load_corpus
+from fedlora.training.model.model import Model
+
+
+class _Once:
+    """The last result of a costly call, kept while its key stays the same."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make, self.key, self.value = make, None, None
+
+    def __call__(self, key: Any, *args: Any) -> Any:
+        if self.key != key:
+            self.value = None  # let go of the old one before the new one is made
+            self.value, self.key = self.make(*args), key
+        return self.value
+
+
+def _load_model(config: Config, labels: tuple[str, ...]) -> Model:
+    quiet_libraries()  # whichever process this is: what they would say, no user can act on
+    return Model(config, labels)
+
+
+_model = _Once(_load_model)
+_corpus = _Once(load_corpus)
+
+
+def model(config: Config, labels: tuple[str, ...]) -> Model:
+    """The process's model: loaded at first use, shared by all its clients and the server."""
+    key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
+           config.train.prefix_cache, labels, config.ranks.policy,
+           fixed_rank(config))  # fmt: skip
+    found: Model = _model(key, config, labels)
+    return found
+
+
+def corpus(config: Config) -> Corpus:
+    """The simulated federation's data, split as the config says."""
+    key = (config.data, config.model.task, config.clients.count, config.run.seed)
+    found: Corpus = _corpus(key, *key)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> Encoded:
+    """Token ids of a client's "train" or "test" rows, or of the "central" test rows."""
+    if part == "central":
+        rows = corpus(config).test
+    else:
+        rows = getattr(client_rows(client, config, labels), part)
+    tokenizer = model(config, labels).tokenizer
+    return encode(rows, tokenizer, labels, config.data.max_length, config.data.chat_template)
+
+
+def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
+    """This client's rows: its part of the simulated federation, or its node's own file."""
+    if config.data.node_path:
+        return load_node(config.data, config.model.task, labels, config.run.seed)
+    return corpus(config).client(client)
+
+
+def forget_data() -> None:
+    """Read the data anew when it is next asked for: files may have changed since."""
+    encoded.cache_clear()
+    _corpus.key = _corpus.value = None

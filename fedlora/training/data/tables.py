@@ -1,0 +1,173 @@
+"""A data source as a table of columns, and its columns as strings.
+
+Local files are read into memory, so that no copy of a node's own data stays in a cache. CSV and
+TSV columns are text as it is written: "01" is no number and "NA" is not missing.
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from string import Formatter
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas  # type: ignore[import-untyped]
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
+
+from fedlora.config.sections import Data
+from fedlora.errors import DataError, FedLoraError
+from fedlora.training.data.locate import locate
+
+log = logging.getLogger(__name__)
+
+
+def read(data: Data, key: str, path: str) -> Dataset:
+    """The table at `path`, the value of the config's `key`. Of several splits, `data.split`.
+
+    A file is read by its suffix: .jsonl, .json, .csv, .tsv, .parquet; any other is text, one row
+    a line that `data.line-pattern` matches.
+
+    Raises:
+        DataError: nothing is there, or it is not what its suffix says, or has no such split.
+    """
+    with TemporaryDirectory(prefix="fedlora-") as cache, _problems_of(key, path):
+        found = _reader(data, key, path, cache)()
+    if not isinstance(found, DatasetDict):
+        return found
+    if data.split not in found:
+        raise DataError(
+            f'{key} = "{path}": no split "{data.split}"; set data.split to one of {quoted(found)}'
+        )
+    return found[data.split]
+
+
+def column(table: Dataset, where: str, key: str, name: str) -> list[str]:
+    """One column as strings: class numbers by their names, a missing value as "".
+
+    Raises:
+        DataError: `where` has no such column; says which it has, and the nearest.
+    """
+    if name not in table.column_names:
+        near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.5)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise DataError(
+            f'{key} = "{name}": {where} has no such column, only {quoted(table.column_names)}{hint}'
+        )
+    feature, values = table.features[name], table[name][:]
+    if isinstance(feature, ClassLabel):  # -1 is how the hub writes an unknown class
+        values = [feature.names[v] if v is not None and v >= 0 else None for v in values]
+    elif not isinstance(feature, Value):
+        raise DataError(f'{key} = "{name}": {where} has no text there but {feature}')
+    return ["" if v is None else str(v) for v in values]
+
+
+def prompts(table: Dataset, where: str, prompt: str) -> list[str]:
+    """`data.prompt` for every row: a column, a template with {column} names filled in, or ""."""
+    if not prompt:
+        return [""] * len(table)
+    if "{" not in prompt:
+        return column(table, where, "data.prompt", prompt)
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+    except ValueError as e:
+        raise DataError(f"data.prompt = {prompt!r}: {e}; a brace itself is doubled") from None
+    columns = {name: column(table, where, "data.prompt", name) for name in names}
+    return [prompt.format(**{n: columns[n][i] for n in names}) for i in range(len(table))]
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The distinct names, sorted, for a message: the first eight of many."""
+    shown = sorted(set(names))
+    return ", ".join(f'"{name}"' for name in shown[:8]) + (", ..." if len(shown) > 8 else "")
+
+
+def _reader(data: Data, key: str, path: str, cache: str) -> Callable[[], Any]:
+    place = Path(locate(path))
+    kind = place.suffix.lower()
+    local = {"cache_dir": cache, "keep_in_memory": True}
+    by_suffix: dict[str, Callable[[], Any]] = {
+        ".jsonl": partial(Dataset.from_json, str(place), encoding=data.encoding, **local),
+        ".json": partial(Dataset.from_json, str(place), encoding=data.encoding, **local),
+        ".csv": partial(_csv, place, ",", data.encoding),
+        ".tsv": partial(_csv, place, "\t", data.encoding),
+        ".parquet": partial(Dataset.from_parquet, str(place), **local),
+        ".txt": partial(_text, place, data),
+    }
+    if place.is_file():
+        return by_suffix.get(kind, by_suffix[".txt"])
+    if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+        return partial(load_from_disk, str(place), keep_in_memory=True)
+    if place.is_dir():
+        return partial(load_dataset, str(place), **local)
+    if kind not in by_suffix and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return partial(load_dataset, path, data.subset or None)
+    raise DataError(
+        f'{key} = "{path}": no such file or directory, from {Path.cwd()}; '
+        'give a path, a hub id as in "owner/name", or "pkg:package/path"'
+    )
+
+
+@contextmanager
+def _problems_of(key: str, path: str) -> Iterator[None]:
+    """No progress bars, and every way of failing to read as a DataError that names the key."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    except FedLoraError:
+        raise
+    except (OSError, ValueError, LookupError, DatasetsError) as e:
+        reason = e.__cause__ or e
+        undecoded = isinstance(reason, UnicodeError) or type(reason) is LookupError
+        hint = "; set data.encoding" if undecoded else ""
+        if not Path(locate(path)).exists():
+            hint = f", and there is no such path from {Path.cwd()}"
+        raise DataError(f'{key} = "{path}" cannot be read: {reason}{hint}') from e
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _csv(place: Path, separator: str, encoding: str) -> Dataset:
+    cells = pandas.read_csv(
+        place, sep=separator, encoding=encoding, dtype=str, keep_default_na=False
+    )
+    return Dataset.from_pandas(cells, preserve_index=False)
+
+
+def _text(place: Path, data: Data) -> Dataset:
+    try:
+        pattern = re.compile(data.line_pattern)
+    except re.error as e:
+        raise DataError(f"data.line-pattern is not a regular expression: {e}") from None
+    if not pattern.groupindex:
+        raise DataError('data.line-pattern needs named groups, as in "(?P<text>.+)"')
+    lines = [line for line in place.read_text(data.encoding).split("\n") if line.strip()]
+    matches = [pattern.match(line) for line in lines]
+    found = [match.groupdict() for match in matches if match]
+    if not found:
+        first = f"its first line is {lines[0]!r}" if lines else "it has no line"
+        raise DataError(
+            f"data.line-pattern = {data.line_pattern!r} matches no line of {place}: {first}"
+        )
+    if len(found) < len(lines):
+        log.warning(
+            "%s: %d of %d lines do not match data.line-pattern and are left out, the first is %r",
+            *(place, len(lines) - len(found), len(lines), lines[matches.index(None)]),
+        )
+    return Dataset.from_list(found)

@@ -1,0 +1,110 @@
+"""Is what was written the model? The certificate's numbers of an export, loaded by plain libraries.
+
+Measured module by module through the loaded export's own modules, PEFT's or the merged weights,
+and compared with those of the federated model. Heads and other trained tensors likewise.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedlora.errors import ModelError
+from fedlora.training.certificate import (
+    Gap,
+    Numbers,
+    Size,
+    measure,
+    of_layer,
+    of_tensor,
+    sizes,
+    start_gaps,
+)
+from fedlora.training.model.loading import MeanPooled
+from fedlora.training.model.model import PREFIX, Model
+
+KEY = "export"
+
+
+def numbers(model: Model) -> tuple[Numbers, Mapping[str, Size]]:
+    """Of the federated model, which is loaded: what `check` compares with."""
+    others = heads(model)
+    return measure(model, KEY, model.shapes, others), sizes(model, model.shapes, others)
+
+
+def heads(model: Model) -> list[str]:
+    """The trained tensors that are in no adapted module."""
+    return [
+        n for n in model.live()["other"] if not any(n.startswith(f"{m}.") for m in model.shapes)
+    ]
+
+
+def check(
+    model: Model, want: tuple[Numbers, Mapping[str, Size]], loaded: nn.Module
+) -> dict[str, Gap]:
+    """How far the loaded export is from the federated model, by module and tensor.
+
+    The export's own factors may be larger than the model's, since changes are stacked in them: the
+    bound is that of the larger.
+
+    Raises:
+        ModelError: a module or tensor is not in it.
+    """
+    before, size = want
+    found: dict[str, Tensor] = {}
+    rooms = dict(size)
+    tensors = {plain(name): p for name, p in loaded.named_parameters()}
+    for m, shape in model.shapes.items():
+        layer = module_of(loaded, m)
+        found[m] = of_layer(layer, f"{KEY}/{m}", shape.d, shape.k, after=model.form.after)
+        base = max(size[m].base, _weight_size(layer))
+        adapter = max(size[m].adapter, _adapter(layer))
+        rooms[m] = Size(base, adapter)
+    for name in heads(model):
+        if name not in tensors:
+            raise ModelError(f"the export lacks {name}, which was trained")
+        found[name] = of_tensor(tensors[name], f"{KEY}/{name}")
+    return start_gaps(before, rooms, found, "float32", model.config.model.dtype)
+
+
+def worst(gaps: Mapping[str, Gap]) -> tuple[str, float]:
+    """The module or tensor that is farthest off, and by how many times what rounding explains."""
+    known = {m: g for m, g in gaps.items() if not math.isnan(g.found)}
+    name = max(known, key=lambda m: known[m].excess, default="")
+    return name, known[name].excess if name else 0.0
+
+
+def plain(name: str) -> str:
+    """A parameter's name as the federated model has it, whatever PEFT put around it."""
+    name = name.replace(PREFIX, "").replace(".modules_to_save.default", "")
+    return name.replace(".original_module", ".original").removesuffix(".default")
+
+
+def module_of(loaded: nn.Module, m: str) -> nn.Module:
+    """The module that the federated model calls m."""
+    inner = loaded.encoder if isinstance(loaded, MeanPooled) else loaded
+    path = m.removeprefix("encoder.") if isinstance(loaded, MeanPooled) else m
+    for name in (PREFIX + path, path):
+        try:
+            found: nn.Module = inner.get_submodule(name)
+        except AttributeError:
+            continue
+        return found
+    raise ModelError(f"the export has no module {m}")
+
+
+def _weight_size(layer: Any) -> float:
+    """|W| of what lies under the adapter; 0 of a quantised one, which takes nothing in."""
+    weight = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
+    return float(weight.detach().double().norm()) if weight.is_floating_point() else 0.0
+
+
+def _adapter(layer: nn.Module) -> float:
+    """s |B| |A| of a LoRA layer's one adapter; 0 where it has none."""
+    if not getattr(layer, "lora_A", None):
+        return 0.0
+    x: Any = layer
+    (name,) = x.lora_A
+    A, B = x.lora_A[name].weight.detach(), x.lora_B[name].weight.detach()
+    return float(x.scaling[name] * A.double().norm() * B.double().norm())

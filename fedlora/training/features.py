@@ -1,0 +1,37 @@
+"""Features of the frozen model, for the baseline that trains a head only."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.config.reader import Config
+from fedlora.training.model.model import Model
+from fedlora.training.precision import autocast
+
+
+@torch.no_grad()
+def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: int = 128) -> Tensor:
+    """What the model's head sees of each text, (n, width), with the adapters off."""
+    head = model.peft.base_model.model.classifier
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    try:
+        with model.peft.disable_adapter(), autocast(config.train.precision):
+            for start in range(0, len(order), batch):
+                part = [texts[i] for i in order[start : start + batch]]
+                model.peft(
+                    **model.tokenizer(
+                        part,
+                        padding=True,
+                        truncation=True,
+                        max_length=config.data.max_length,
+                        return_tensors="pt",
+                    )
+                )
+    finally:
+        hook.remove()
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(seen)[back]

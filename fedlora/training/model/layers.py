@@ -1,0 +1,218 @@
+"""Which modules of a model are adapted, their sizes, and PEFT's config for them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import peft
+from peft import LoraConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from fedlora.config.reader import Config, parse_overrides
+from fedlora.errors import ConfigError, ModelError
+from fedlora.lora.adapter import Delta, Factors, Pair
+from fedlora.strategies.base import Layer
+from fedlora.strategies.forms import FORMS, Form, moves_base
+from fedlora.training.model import loftq
+from fedlora.training.model.alora import invocation
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An adaptable linear module: k inputs, d outputs; transposed weight in GPT-2's Conv1D."""
+
+    d: int
+    k: int
+    fan_in_fan_out: bool
+
+
+def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
+    """The modules that lora.target-modules and lora.layers name, with their sizes.
+
+    Raises:
+        ModelError: a target matches nothing (the names that would are listed), or a layer index.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear: dict[str, Shape] = {}
+    for name, m in base.named_modules():
+        if isinstance(m, Conv1D):
+            k, d = m.weight.shape
+            linear[name] = Shape(d, k, True)
+        elif isinstance(m, nn.Linear):
+            linear[name] = Shape(m.out_features, m.in_features, False)
+    heads = set(head_names(base, config))
+    linear = {n: s for n, s in linear.items() if not any(_within(n, h) for h in heads)}
+    targets = config.lora.target_modules
+    if targets == ("all-linear",):
+        output = getattr(base, "get_output_embeddings", lambda: None)()
+        found = {n: s for n, s in linear.items() if base.get_submodule(n) is not output}
+    else:
+        found = {n: s for n, s in linear.items() if any(_within(n, t) for t in targets)}
+        missing = [t for t in targets if not any(_within(n, t) for n in linear)]
+        if missing:
+            have = sorted({n.split(".")[-1] for n in linear})
+            raise ModelError(
+                f"lora.target-modules: {', '.join(missing)} matches no linear module of this "
+                f"model; it has {', '.join(have)}, or use 'all-linear'"
+            )
+    return _in_layers(found, config.lora.layers)
+
+
+def _within(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def depth_of(name: str) -> int | None:
+    """The transformer layer a module belongs to: the first number in its path."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _in_layers(found: dict[str, Shape], layers: Sequence[str]) -> dict[str, Shape]:
+    if not layers:
+        return found
+    depths = [d for n in found if (d := depth_of(n)) is not None]
+    total = max(depths, default=-1) + 1
+    try:
+        wanted = {int(i) % total if -total <= int(i) < total else -1 for i in layers}
+    except (ValueError, ZeroDivisionError):
+        wanted = {-1}
+    if -1 in wanted:
+        raise ModelError(
+            f"lora.layers = {','.join(layers)}: must be indices from {-total} to {total - 1}"
+        )
+    return {n: s for n, s in found.items() if depth_of(n) in wanted}
+
+
+def head_names(base: nn.Module, config: Config) -> list[str]:
+    """Modules trained whole: a classifier's head, and what lora.modules-to-save names."""
+    heads = [n for n in ("classifier", "score") if hasattr(base, n)]
+    named = [n for n, _ in base.named_modules()]
+    for target in config.lora.modules_to_save:
+        if not any(_within(n, target) for n in named):
+            raise ModelError(f"lora.modules-to-save: {target} matches no module of this model")
+    heads = heads if config.model.task == "classification" else []
+    return [*heads, *config.lora.modules_to_save]
+
+
+def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> Any:
+    """PEFT's config for these ranks; each module named in full, so that nothing else matches."""
+    lora, form = config.lora, FORMS[config.lora.form]
+    heads = [*config.lora.modules_to_save]
+    if config.model.task == "classification":
+        heads = ["classifier", "score", *heads]
+    top = max(ranks.values())
+    if form.kind != "factors":
+        return form_config(config, form, shapes, ranks, top, heads)
+    return LoraConfig(
+        alora_invocation_tokens=invocation(config.model, lora.invocation) if form.after else None,
+        task_type="CAUSAL_LM" if form.after else None,  # PEFT looks for the invocation there only
+        r=top,
+        lora_alpha=lora.alpha,
+        rank_pattern={f"^{m}$": r for m, r in ranks.items() if r != top},
+        target_modules=list(ranks),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.form == "dora",
+        fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
+        modules_to_save=heads or None,
+    )  # lora.init is done once, by `initial`: attaching never touches W0
+
+
+OWN_SETTINGS = {
+    "corda": {"corda_config": CordaConfig()},
+    "lora_ga": {"lora_ga_config": LoraGAConfig()},
+}
+"""What PEFT asks for beside the init's name: its own defaults."""
+
+
+def initial(
+    W: Tensor, rank: int, scale: float, init: str, found: Mapping[str, Any] | None = None
+) -> Pair:
+    """A (rank, k) and B (d, rank) as PEFT's lora.init makes them from W0 (d, k), which stays.
+
+    `found` is what PEFT wants to find on the layer: see `calibration`. Draws from the global
+    generator, as PEFT does: seed it.
+    """
+    d, k = W.shape
+    scratch = nn.Linear(k, d, bias=False, device=W.device)
+    scratch.weight.data = W.detach().float().clone()
+    for name, value in (found or {}).items():
+        setattr(scratch, name, value)
+    settings = LoraConfig(init_lora_weights=init, **OWN_SETTINGS.get(init, {}))
+    try:
+        made = LoraLinear(scratch, "x", config=settings, r=rank, lora_alpha=scale * rank)
+    except ValueError as e:
+        raise ModelError(f"lora.init = {init!r}: {e}; change clients.ranks") from e
+    A, B = made.lora_A["x"].weight.detach(), made.lora_B["x"].weight.detach()
+    return Pair(A.contiguous(), B.contiguous(), scale)
+
+
+def first_pairs(
+    config: Config, layers: Mapping[str, Layer], W: Mapping[str, Tensor]
+) -> dict[str, Pair]:
+    """The pairs that lora.init makes from the weights W (d, k) alone, by module."""
+    if config.lora.init == "loftq":
+        return loftq.pairs(W, config.model, layers, config.run.seed)
+    return {m: initial(W[m], x.rank, x.scale, config.lora.init) for m, x in layers.items()}
+
+
+def taken_out(config: Config, factors: Factors, W: Mapping[str, Tensor]) -> Mapping[str, Delta]:
+    """What lora.init takes out of the base, -s B A of the first factors; of most inits nothing.
+
+    With it W0 + taken out + s B A = W0, so training starts from W0; from near it under LoftQ, which
+    takes out what rounding W0 (d, k) loses.
+    """
+    if not moves_base(config.lora.init, config.model.quantization):
+        return {}
+    if config.lora.init == "loftq":
+        return {m: loftq.nf4(W[m]) - W[m].float() for m in factors.A}
+    return {m: replace(pair, scale=-pair.scale) for m, pair in factors.adapter().items()}
+
+
+RESERVED = {"target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode"}
+ALPHAS = ("alpha", "randlora_alpha")
+SEEDS = ("projection_prng_key", "random_loc_seed", "random_seed")
+"""What PEFT calls alpha, and the seed of what a form freezes."""
+
+
+def form_config(
+    config: Config,
+    form: Form,
+    shapes: Mapping[str, Shape],
+    modules: Mapping[str, int],
+    size: int,
+    heads: Sequence[str],
+) -> Any:
+    """PEFT's config of a form that is not LoRA: all that it draws is drawn from run.seed.
+
+    Raises:
+        ConfigError: lora.options names what the form has not.
+    """
+    lora, cls = config.lora, getattr(peft, form.config)
+    known = {f.name for f in fields(cls)}
+    wanted: dict[str, Any] = dict.fromkeys(ALPHAS, lora.alpha)
+    wanted |= dict.fromkeys(SEEDS, config.run.seed)
+    wanted["fan_in_fan_out"] = any(shapes[m].fan_in_fan_out for m in modules)
+    settings = {name: value for name, value in wanted.items() if name in known} | dict(form.given)
+    if form.size:
+        settings[form.size] = size
+    if lora.dropout:
+        name = next((n for n in known if n in ("module_dropout", f"{lora.form}_dropout")), "")
+        if not name:
+            raise ConfigError([f"lora.dropout: {lora.form} has none; set it to 0"])
+        settings[name] = lora.dropout
+    options = parse_overrides([*lora.options])
+    if unknown := [key for key in options if key not in known - RESERVED - {form.size}]:
+        raise ConfigError(
+            [f"lora.options: {lora.form} has no {unknown[0]!r}; "
+             f"it has {', '.join(sorted(known - RESERVED - {form.size}))}"]
+        )  # fmt: skip
+    try:
+        return cls(
+            target_modules=list(modules), modules_to_save=[*heads] or None, **settings, **options
+        )
+    except (TypeError, ValueError) as e:
+        raise ConfigError([f"lora.form = {lora.form!r}: {e}"]) from e

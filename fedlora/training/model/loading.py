@@ -1,0 +1,207 @@
+"""A pretrained model and its tokenizer from a hub id, a directory, a package or a GGUF file."""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedlora.config.sections import Model as ModelConfig
+from fedlora.errors import ModelError
+from fedlora.strategies.base import seeded
+from fedlora.training.data.locate import locate
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token if it has none."""
+    path, gguf = _source(config)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path,
+        revision=config.revision or None,
+        trust_remote_code=config.trust_remote_code,
+        **({"gguf_file": gguf} if gguf else {}),
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrainedModel:
+    """The pretrained model, its new tensors (a head) drawn from the seed; frozen, in eval mode.
+
+    Raises:
+        ModelError: it is not there, or is no model of this task.
+    """
+    path, gguf = _source(config)
+    if gguf:
+        path = _converted(path, gguf)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "revision": config.revision or None,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attention != "auto":
+        options["attn_implementation"] = config.attention
+    if config.quantization != "none":
+        options["quantization_config"] = _quantization(config.quantization)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded(seed, 0, 0, "head").initial_seed())
+        try:
+            if config.task == "causal-lm":
+                model = AutoModelForCausalLM.from_pretrained(path, **options)
+            elif config.pooling == "mean":
+                model = MeanPooled(AutoModel.from_pretrained(path, **options), labels)
+            else:
+                names = dict(enumerate(labels))
+                options |= {"num_labels": len(labels), "id2label": names}
+                options["label2id"] = {label: i for i, label in names.items()}
+                model = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        except (OSError, ValueError) as e:
+            raise ModelError(f"model.path = {config.path!r} does not load: {e}") from e
+    if config.dropout >= 0:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+class MeanPooled(nn.Module):
+    """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
+
+    The head starts at zero, so that no client's noise comes from its initialisation.
+    """
+
+    is_gradient_checkpointing = False
+    """PEFT takes a model that does not say for one that checkpoints, and makes its embeddings ask
+    for a gradient: every frozen layer below the first adapter would pay for a backward pass."""
+
+    def __init__(self, encoder: PreTrainedModel, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.classifier = nn.Linear(encoder.config.hidden_size, len(labels), dtype=encoder.dtype)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> Tensor:
+        rest.pop("labels", None)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **rest)[0]
+        mask = attention_mask[..., None].to(hidden.dtype)
+        mean: Tensor = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        logits = self.classifier(self.pooled(input_ids, attention_mask, **rest))
+        return SequenceClassifierOutput(logits=logits)
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.encoder.get_input_embeddings()
+        return embeddings
+
+    def activation_checkpointing_enable(self, kwargs: Any = None) -> None:
+        checkpoint_activations(self.encoder, kwargs)
+        self.is_gradient_checkpointing = True
+
+    def enable_input_require_grads(self) -> None:
+        self.encoder.enable_input_require_grads()
+
+
+def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:
+    """A digest over samples of every tensor: differs when any tensor was made differently."""
+    digest = hashlib.sha256(before.encode())
+    for name, p in tensors.items():
+        flat = p.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step].float().contiguous()
+        digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def frozen_tensors(m: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a PEFT layer drew and keeps: projections, masks, locations, by name.
+
+    Without what follows from W0 alone, which has its own digest.
+    """
+    for name, value in [*vars(layer).items(), *layer.named_children()]:
+        if name not in ("base_layer", "delora_w_norm") and isinstance(value, Mapping | BufferDict):
+            found = value.items()
+            yield from ((f"{m}.{name}", x) for _, x in found if type(x) is Tensor and x.ndim)
+
+
+def _source(config: ModelConfig) -> tuple[str, str]:
+    """Directory or hub id, and the GGUF file in it if the path names one."""
+    path = locate(config.path)
+    if path.endswith(".gguf"):
+        return os.path.dirname(path), os.path.basename(path)
+    return path, ""
+
+
+def _converted(directory: str, gguf: str) -> str:
+    """A directory with the GGUF's model in safetensors, made once and cached.
+
+    A model that transformers loads from GGUF cannot be saved as it is, so its weights go into a
+    clean model of the same configuration.
+    """
+    source = Path(directory, gguf)
+    key = hashlib.sha256(f"{gguf}/{source.stat().st_size}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlora"
+    target = cache / f"{source.stem}-{key}"
+    if target.exists():
+        return str(target)
+    cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, of a few seconds, once
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf, dtype=torch.float32
+        )
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "transformers_version"):
+        settings.pop(key, None)
+    clean_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    clean = AutoModelForCausalLM.from_config(clean_config)
+    clean.load_state_dict(loaded.state_dict(), strict=True)
+    clean.tie_weights()
+    with tempfile.TemporaryDirectory(dir=cache) as made:
+        clean.save_pretrained(made)
+        with contextlib.suppress(OSError):  # another process was first: its copy is the same
+            shutil.copytree(made, target.with_suffix(".tmp"), dirs_exist_ok=True)
+            os.replace(target.with_suffix(".tmp"), target)
+    return str(target)
+
+
+def _quantization(kind: str) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            f"model.quantization = '{kind}' needs bitsandbytes: pip install bitsandbytes"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+
+
+def checkpoint_activations(model: Any, kwargs: Any = None) -> None:
+    """Compute activations again in the backward pass; the method's name depends on the release."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(kwargs or {"use_reentrant": True})

@@ -1,0 +1,397 @@
+"""The model in memory: one frozen base, PEFT adapters swapped in place, base changes folded in.
+
+    model = Model(config, labels)
+    model.rebase(token, versions)        # W = W0 + the changes so far
+    with model.folded(fold):             # this client's own change, for this round only
+        model.load(factors)              # A, B, (R), head at this client's ranks
+        ...  train model.trainable({"A", "B", "other"})  ...
+        trained = model.read()
+
+All the clients of a process share the base; what differs between them is `Factors`.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fedlora.config.reader import Config
+from fedlora.errors import ModelError
+from fedlora.lora.adapter import Adapter, Delta, Factors
+from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
+from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.training.model.alora import offsets
+from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
+from fedlora.training.model.loading import (
+    checkpoint_activations,
+    fingerprint,
+    frozen_tensors,
+    load_base,
+    load_tokenizer,
+)
+from fedlora.training.model.moving_base import MovingBase, beside
+from fedlora.training.model.prefix_cache import Prefix
+
+PREFIX = "base_model.model."
+KEPT_PROFILES = 8
+"""Rank profiles whose PEFT adapters stay attached; the least recently used one goes first."""
+
+
+class Core(LoraVariant):  # type: ignore[misc]
+    """x -> W0 x + s B R (A x): PEFT's extension point, with the r x r core between the factors."""
+
+    def __init__(self, R: nn.Parameter) -> None:
+        self.R = R
+
+    def forward(
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        inner = A(module.lora_dropout[active_adapter](x))  # (..., r)
+        inner = inner @ self.R.T.to(inner.dtype)
+        out: Tensor = result + B(inner) * module.scaling[active_adapter]
+        return out
+
+
+def inside(R: Tensor, block: int) -> Tensor:
+    """1 in the diagonal blocks of this size of a core, 0 elsewhere; (r, r)."""
+    blocks = [torch.ones(block, block)] * (len(R) // block)
+    mask: Tensor = torch.block_diag(*blocks)
+    return mask.to(R)
+
+
+def _masked(mask: Tensor, gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient * mask
+
+
+class Model:
+    """A base with its adapters. Nothing here is random but what `init_factors` draws."""
+
+    def __init__(self, config: Config, labels: Sequence[str] = ()) -> None:
+        self.config = config
+        self.labels = tuple(labels)
+        self.tokenizer = load_tokenizer(config.model)
+        base = load_base(config.model, self.labels, config.run.seed)
+        if getattr(base.config, "pad_token_id", None) is None:
+            base.config.pad_token_id = self.tokenizer.pad_token_id
+        if config.train.gradient_checkpointing:
+            checkpoint_activations(base)
+            base.enable_input_require_grads()
+        self.form, self.rank = FORMS[config.lora.form], fixed_rank(config)
+        self.shapes = find_layers(base, config)
+        self._fingerprint = fingerprint(dict(base.named_parameters()))
+        self.prefix = Prefix.of(base, self.shapes, config)
+        self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
+        self._born = 0
+        self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
+        self.adapted: dict[str, Any] = {m: self.peft.get_submodule(PREFIX + m) for m in self.shapes}
+        self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
+        self._cores: dict[str, nn.Parameter] = {}
+        self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
+        self.base = MovingBase(self.adapted, self.shapes, beside(config.model))
+        self._scale: Mapping[str, float] = {}
+        if self.rank:
+            frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
+            self._fingerprint = fingerprint(frozen, self._fingerprint)
+            self._first = self.read()
+
+    # -- what a client can train ------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the untouched base: equal on server and clients, or nothing adds up."""
+        return self._fingerprint
+
+    def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
+        """The client's layers at these ranks, each with alpha's scale; under legend one for all.
+
+        VeRA's are of rank 1, between its projections; other forms have a size and no ranks.
+        """
+        lora = self.config.lora
+        if self.form.kind == "vectors":
+            return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
+        if self.rank:
+            return {m: Layer(self.shapes[m].d, self.shapes[m].k, self.rank, 1.0) for m in ranks}
+        top = max(ranks.values(), default=0) if self.config.ranks.policy == "legend" else 0
+        power = 0.5 if lora.use_rslora else 1
+        return {
+            m: Layer(s.d, s.k, ranks[m], lora.alpha / ((top or ranks[m]) ** power))
+            for m, s in self.shapes.items()
+            if m in ranks
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """W0 of every adaptable module, (d, k), without copying where it lies that way."""
+        return self.base.weights()
+
+    def init_factors(self, client: Client, seed: int, made: Adapter | None = None) -> Factors:
+        """PEFT's own initialisation at the client's ranks, seeded; the head as loaded.
+
+        B is zero, but where lora.init takes s B A out of the base: see `layers.taken_out`.
+
+        The same (seed, ranks) gives the same factors, whatever was loaded before. A form that is
+        not LoRA begins as it was attached, from run.seed. `made` are the pairs, where they are not
+        made here (`calibration.first_factors`).
+        """
+        if self.rank:
+            self.load(self._first)
+            return self.read()
+        ranks = {m: layer.rank for m, layer in client.layers.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeded(seed, 0, 0, "init").initial_seed())
+            old = self._profiles.pop(tuple(sorted(ranks.items())), None)
+            self.select(ranks)
+            if old is not None:
+                self.peft.delete_adapter(old)
+            self._cores = {}
+            self._scale = {m: layer.scale for m, layer in client.layers.items()}
+            first, init = self.read(), self.config.lora.init
+            if made is None and init == "default":
+                return first
+            if made is None and init in CALIBRATED:
+                raise ModelError(f"lora.init = {init!r}: begins from lora.calibration, not here")
+            made = made or first_pairs(self.config, client.layers, self.weights())
+            return as_factors(made, first.other)
+
+    # -- loading and reading ----------------------------------------------------------------
+
+    def select(self, ranks: Mapping[str, int]) -> None:
+        """Make the adapter of these ranks the active one, attaching it if it is not there."""
+        if self.rank:
+            return
+        key = tuple(sorted(ranks.items()))
+        if key not in self._profiles:
+            self._attach(self.peft, ranks)
+        name = self._profiles.pop(key)
+        self._profiles[key] = name  # most recently used last
+        self.peft.set_adapter(name)
+        self.active = name
+        while len(self._profiles) > KEPT_PROFILES:
+            self._drop(next(iter(self._profiles)))
+
+    def load(self, factors: Factors, block: int = 0) -> None:
+        """Take these factors as the model's adapter and head, at their own ranks and scales.
+
+        Without factors (a model that is all in its base) the adapter is one that adds nothing.
+        With `block`, only the diagonal blocks of that size of a core get gradients.
+        """
+        self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
+        self._scale = factors.scale
+        self._cores, self.masks = {}, {}
+        with torch.no_grad():
+            for m, A in factors.A.items():
+                layer, (a, b) = self.adapted[m], self._sides(m)
+                a.copy_(A if a.ndim > 1 else A[0])
+                b.copy_(factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
+                if self.rank:
+                    continue
+                layer.scaling[self.active] = factors.scale[m]
+                if isinstance(layer.lora_variant.get(self.active), Core):
+                    del layer.lora_variant[self.active]
+                if m in factors.R:
+                    self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
+                    if block:
+                        self.masks[R] = mask = inside(R, block)
+                        R.register_hook(functools.partial(_masked, mask))
+                    layer.lora_variant[self.active] = Core(self._cores[m])
+            if not factors.A:
+                for m in self._on():
+                    self._sides(m)[1].zero_()
+            mine = self._other()
+            for name, tensor in factors.other.items():
+                if name not in mine:
+                    raise ModelError(f"{name}: this model trains no such tensor; it has {[*mine]}")
+                mine[name].copy_(tensor)
+
+    def read(self) -> Factors:
+        """A copy of the active adapter, core and head."""
+        sides = {m: self._sides(m) for m in self._on()}
+        scaling = {m: 1.0 if self.rank else self.adapted[m].scaling[self.active] for m in sides}
+        return Factors(
+            {m: self._scale.get(m, s) for m, s in scaling.items()},
+            {m: A.detach().reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
+            {m: B.detach().reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
+            {m: R.detach().clone() for m, R in self._cores.items()},
+            {name: p.detach().clone() for name, p in self._other().items()},
+        )
+
+    def live(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of the active adapter, core and head, by column and name."""
+        return {
+            "A": {m: self._sides(m)[0] for m in self._on()},
+            "B": {m: self._sides(m)[1] for m in self._on()},
+            "R": dict(self._cores),
+            "other": self._other(),
+        }
+
+    def trainable(self, columns: frozenset[str]) -> dict[str, dict[str, nn.Parameter]]:
+        """The live parameters of these columns, which alone get gradients, by column and name."""
+        live = self.live()
+        for p in self.peft.parameters():
+            p.requires_grad_(False)
+        for column, params in live.items():
+            for p in params.values():
+                p.requires_grad_(column in columns)
+        return {c: params for c, params in live.items() if c in columns and params}
+
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
+        if self.form.after:
+            inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}
+        if self.prefix:
+            return self.prefix.logits(self.peft, inputs).float()
+        logits: Tensor = self.peft(**inputs).logits
+        return logits.float()
+
+    # -- the base ---------------------------------------------------------------------------
+
+    def rebase(
+        self, token: str, versions: Sequence[Version], start: Mapping[str, Delta] | None = None
+    ) -> None:
+        """Set every base weight to W0 plus `start` plus these changes, in order.
+
+        `token` names the run, and with it `start`. Continues from the changes it has already where
+        it can; the bits are the same as from the beginning.
+        """
+        self.base.rebase(token, versions, start)
+
+    def folded(self, fold: Adapter) -> contextlib.AbstractContextManager[None]:
+        """Within it, these pairs are part of the base; after it, the base has its old bits."""
+        return self.base.folded(fold)
+
+    @contextlib.contextmanager
+    def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Within it, adapters are off and base weights gather gradients, given back as (d, k)."""
+        weights = {m: x.get_base_layer().weight for m, x in self.adapted.items()}
+
+        def gathered() -> dict[str, Tensor]:
+            turned = {m: self.shapes[m].fan_in_fan_out for m in weights}
+            return {m: W.grad.T if turned[m] else W.grad for m, W in weights.items()}
+
+        try:
+            with self.peft.disable_adapter():
+                for W in weights.values():
+                    W.requires_grad_(True)
+                yield gathered
+        finally:
+            for W in weights.values():
+                W.requires_grad_(False)
+                W.grad = None
+
+    def probe(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each adapted module of x now makes of its columns x[m] (k, n): (d, n)."""
+        self.peft.eval()
+        own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
+        with torch.no_grad():
+            if own:  # in the model's own precision
+                return {m: self._at(self.adapted[m], x[m].T.float()).T.double() for m in x}
+            return {m: self._at(self._in_float64(m), x[m].T.double()).T for m in x}
+
+    def _at(self, layer: Any, x: Tensor) -> Tensor:
+        """A module's output for rows of x, each a token that its adapter acts on."""
+        y: Tensor = layer(x, alora_offsets=[1] * len(x)) if self.form.after else layer(x)
+        return y
+
+    def change(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """f(x): what the adapter adds to each module's output for columns x[m] (k, n), (d, n).
+
+        Through the modules themselves, in float64: rounding in them hides no wrong mean. Copies
+        one module at a time.
+        """
+        found = {}
+        with torch.no_grad():
+            for m, columns in x.items():
+                layer = self._in_float64(m)
+                whole = layer(columns.T)
+                layer.enable_adapters(False)
+                found[m] = (whole - layer(columns.T)).T
+        return found
+
+    def _in_float64(self, m: str) -> Any:
+        """A copy of a module that rounds nothing: what its tensors hold is what it computes with.
+
+        A quantised weight, which nothing changes, is 0 in it.
+        """
+        layer, memo = self.adapted[m], dict[int, Any]()
+        base = layer.get_base_layer()
+        if not base.weight.is_floating_point():
+            d, k = self.shapes[m].d, self.shapes[m].k
+            memo[id(base)] = empty = nn.Linear(k, d, bias=False)
+            nn.init.zeros_(empty.weight)
+            empty._forward_hooks = base._forward_hooks
+        return copy.deepcopy(layer, memo).double().eval()
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _on(self) -> list[str]:
+        """The modules whose A and B side the active adapter has."""
+        if self.form.kind == "vectors":
+            return [*self.adapted]
+        if self.rank:
+            return []
+        return [m for m, x in self.adapted.items() if self.active in x.lora_A]
+
+    def _sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, k) and B (d, r) of a module; or VeRA's vectors in their place, (r) and (d)."""
+        x = self.adapted[m]
+        if self.form.kind == "vectors":
+            return x.vera_lambda_d[self.active], x.vera_lambda_b[self.active]
+        return x.lora_A[self.active].weight, x.lora_B[self.active].weight
+
+    def _own_tensors(self) -> dict[str, nn.Parameter]:
+        """What trains of a form without sides, by its name in PEFT's files."""
+        return {
+            ".".join(
+                part for part in name.removeprefix(PREFIX).split(".") if part != self.active
+            ): p
+            for name, p in self.peft.named_parameters()
+            if p.requires_grad and "modules_to_save" not in name
+        }
+
+    def _other(self) -> dict[str, nn.Parameter]:
+        """Trained tensors that are no LoRA factor: heads, magnitudes, by their plain names."""
+        found = dict(self._tensors)
+        for name, module in self.peft.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and self.active in module.modules_to_save:
+                for tail, p in module.modules_to_save[self.active].named_parameters():
+                    found[f"{name.removeprefix(PREFIX)}.{tail}"] = p
+        for m, layer in self.adapted.items():
+            if self.active in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
+                found[f"{m}.lora_magnitude_vector"] = magnitudes[self.active].weight
+        return found
+
+    def _attach(self, base: nn.Module, ranks: Mapping[str, int]) -> PeftModel:
+        name = f"p{self._born}"
+        self._born += 1
+        peft_config = adapter_config(self.config, self.shapes, ranks)
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(base, PeftModel):
+                base.add_adapter(name, peft_config)
+                model = base
+            else:
+                torch.manual_seed(seeded(self.config.run.seed, 0, 0, "form").initial_seed())
+                try:
+                    model = get_peft_model(base, peft_config, adapter_name=name)
+                except (ValueError, TypeError) as e:
+                    raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
+        self._profiles[tuple(sorted(ranks.items()))] = name
+        self.active = name
+        return model
+
+    def asleep(self) -> frozenset[str]:
+        """The attached adapters that are not active."""
+        return frozenset(self._profiles.values()) - {self.active}
+
+    def _drop(self, key: tuple[tuple[str, int], ...]) -> None:
+        name = self._profiles.pop(key)
+        if name == self.active:  # PEFT warns where the active adapter goes
+            self.active = next(iter(self._profiles.values()))
+            self.peft.set_adapter(self.active)
+        self.peft.delete_adapter(name)

@@ -1,0 +1,151 @@
+"""The weights under the adapters: W0, the changes so far, and what is folded in for a round.
+
+    into the base     W = round(W0 + start + sum of the changes), in the weight's own dtype
+    beside it         y = W0 x + start x + sum of the changes x, W0 never touched
+
+Beside, the changes stay what they are, factors in float32, so a bfloat16 or a quantised base takes
+them without rounding; it costs 2 r (d + k) operations a token and change, and their memory.
+
+`start` is what an initialisation such as PiSSA takes out of the base, the same on every client.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fedlora.config.sections import Model as ModelConfig
+from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
+from fedlora.lora.lowrank import accumulate
+from fedlora.strategies.base import BaseLog, Version
+from fedlora.training.model.layers import Shape
+
+
+def beside(config: ModelConfig) -> bool:
+    """Do changes of this base stay beside its weights? By themselves, where those would round."""
+    if config.merge == "auto":
+        return config.dtype != "float32" or config.quantization != "none"
+    return config.merge == "keep-as-adapter"
+
+
+class Beside:
+    """A forward hook: y + sum of deltas x, in float32 at least."""
+
+    def __init__(self) -> None:
+        self.deltas: tuple[Pair | Tensor, ...] = ()
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = inputs[0]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for delta in self.deltas:
+            if isinstance(delta, Pair):
+                change = linear(linear(x, delta.A.to(x)), delta.B.to(x)) * delta.scale
+            else:
+                change = linear(x, delta.to(x))
+            y = y + change.to(y.dtype)
+        return y
+
+
+class MovingBase:
+    """The base weights of the adapted modules, each (d, k) or, with fan_in_fan_out, (k, d)."""
+
+    def __init__(
+        self, modules: Mapping[str, Any], shapes: Mapping[str, Shape], beside: bool
+    ) -> None:
+        self._layers = {m: x.get_base_layer() for m, x in modules.items()}
+        self._shapes = shapes
+        self.beside = beside
+        self._origin: dict[str, Tensor] = {}  # W0 of the modules whose weight has moved
+        self._shift: dict[str, Tensor] = {}  # what they moved by, without start
+        self._log = BaseLog()  # the same in factors, where it stays beside
+        self._start: Mapping[str, Delta] = {}
+        self._terms: dict[str, Beside] = {}
+        self._at: tuple[str, int] = ("", 0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """W0 of every module, (d, k), without copying where it lies that way."""
+        found = {}
+        for m, layer in self._layers.items():
+            W = self._origin.get(m, layer.weight)
+            if not W.is_floating_point():
+                # Not PEFT's dequantize_module_weight: on a CPU it loses an 8-bit weight's scale.
+                W = dequantize_bnb_weight(W, state=getattr(layer, "state", None))
+            found[m] = W.detach().T if self._shapes[m].fan_in_fan_out else W.detach()
+        return found
+
+    def rebase(
+        self, token: str, versions: Sequence[Version], start: Mapping[str, Delta] | None = None
+    ) -> None:
+        """See `Model.rebase`."""
+        target = versions[-1].number if versions else 0
+        run, number = self._at
+        rest = [v for v in versions if v.number > number]
+        follows = run == token and target >= number and not any(v.snapshot for v in rest)
+        touched = set[str]()
+        if not follows or len(rest) != target - number:
+            touched = {*self._shift, *self._start, *self._terms}
+            self._shift, self._log, self._start = {}, BaseLog(), start or {}
+            touched |= {*self._start}
+            rest = list(versions)
+        self._at = ("", 0)  # until it is whole
+        for m in touched:
+            self._set_weight(m, None)
+        for version in rest:
+            self._take(version)
+        for m in {m for v in rest for m in v.delta}:
+            self._set_weight(m, self._shift.get(m))
+        self._at = (token, target)
+
+    def _take(self, version: Version) -> None:
+        if self.beside:  # by the log's own rule, so that all who took the same hold the same bits
+            version = replace(version, delta={m: together(x) for m, x in version.delta.items()})
+            whole = version.snapshot or not self._log.versions
+            self._log = BaseLog((version,)) if whole else self._log.add(version.delta)
+            return
+        for m, delta in version.delta.items():
+            before = None if version.snapshot else self._shift.get(m)
+            self._shift[m] = accumulate(before, delta)
+
+    @contextlib.contextmanager
+    def folded(self, fold: Adapter) -> Iterator[None]:
+        """Within it, these pairs are part of the base; after it, the base has its old bits."""
+        try:
+            for m, pair in fold.items():
+                shift = self._shift.get(m)
+                self._set_weight(m, None if self.beside else accumulate(shift, pair), pair)
+            yield
+        finally:
+            for m in fold:
+                self._set_weight(m, self._shift.get(m))
+
+    def _set_weight(self, m: str, shift: Tensor | None, fold: Pair | None = None) -> None:
+        if self.beside:
+            self._set_beside(m, fold)
+            return
+        weight = self._layers[m].weight
+        with torch.no_grad():
+            if m not in self._origin:
+                self._origin[m] = weight.detach().clone()
+            W0 = self._origin[m]
+            if m in self._start:
+                start = dense(self._start[m])
+                shift = start if shift is None else start + shift
+            if shift is None:
+                weight.copy_(W0)
+            else:
+                turned = shift.T if self._shapes[m].fan_in_fan_out else shift
+                weight.copy_(W0.float() + turned if W0.dtype != turned.dtype else W0 + turned)
+
+    def _set_beside(self, m: str, fold: Pair | None) -> None:
+        if m not in self._terms:
+            self._terms[m] = Beside()
+            self._layers[m].register_forward_hook(self._terms[m])
+        changes = [v.delta[m] for v in self._log.versions if m in v.delta]
+        start = [self._start[m]] if m in self._start else []
+        every = (*start, *changes, *([fold] if fold else []))
+        self._terms[m].deltas = tuple(together(x) for x in every)

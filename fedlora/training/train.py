@@ -1,0 +1,213 @@
+"""Local training: our own loop, because privacy has to own the step.
+
+    for batch in batches:
+        loss = mean over the batch of each example's loss
+        step
+
+One example's loss is the mean over its own tokens (causal LM) or its cross-entropy (classifier),
+so what one example adds never depends on another's length.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlora.config.reader import Config
+from fedlora.config.sections import Train
+from fedlora.strategies.base import Penalty, seeded
+from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
+from fedlora.training.model.model import Model
+from fedlora.training.model.prefix_cache import ahead
+from fedlora.training.precision import autocast
+
+Live = Mapping[str, Mapping[str, nn.Parameter]]
+"""The parameters that train, by column ("A", "B", "R", "other") and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a client's training came to."""
+
+    loss: float
+    """Mean over the examples seen; NaN where none was."""
+    steps: int
+    seconds: float
+    privacy: Mapping[str, float] = field(default_factory=dict)
+    forward: float = 0.0
+    backward: float = 0.0
+    """Seconds of each pass, over all steps."""
+    tokens: int = 0
+    """Tokens seen, padding included."""
+
+
+def fit(
+    model: Model,
+    encoded: Encoded,
+    columns: frozenset[str],
+    config: Config,
+    round: int,
+    client: int,
+    penalty: Penalty | None = None,
+) -> Fit:
+    """Train the model's loaded factors in place.
+
+    Batches and dropout come from (seed, round, client) alone. The optimiser starts cold.
+    """
+    begun = time.perf_counter()
+    live = model.trainable(columns)
+    optimizer = build_optimizer(live, config.train, learning_rate(config, round))
+    generator = seeded(config.run.seed, round, client, "batches")
+    train = config.train
+    drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
+    total = seen = forward = backward = 0.0
+    done = tokens = 0
+    with training(model, config, round, client):
+        for step in steps(model, drawn, live, optimizer, config, penalty):
+            total += float(step.losses.sum())
+            seen += len(step.losses)
+            forward, backward = forward + step.forward, backward + step.backward
+            tokens += step.tokens
+            done += 1
+    mean = total / seen if seen else math.nan
+    took = time.perf_counter() - begun
+    return Fit(mean, done, took, forward=forward, backward=backward, tokens=tokens)
+
+
+class Steps(Protocol):
+    """An optimiser, or what stands in its place."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def step(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that was taken."""
+
+    losses: Tensor
+    """(batch,), before it."""
+    loss: float
+    """Their mean and the penalties: what the step descends."""
+    forward: float
+    backward: float
+    """Seconds of each pass."""
+    tokens: int
+
+
+def steps(
+    model: Model,
+    drawn: Iterable[Batch],
+    live: Live,
+    optimizer: Steps,
+    config: Config,
+    penalty: Penalty | None = None,
+) -> Iterator[Step]:
+    """One step of the optimiser a batch, each given back once it is taken; within `training`."""
+    params = [p for ps in live.values() for p in ps.values()]
+    received = {p: p.detach().clone() for p in params}
+    for batch in ahead(model, drawn, config.train.precision):
+        start = time.perf_counter()
+        losses = example_losses(model, batch, config.train.precision)
+        loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
+        optimizer.zero_grad(set_to_none=True)
+        middle = time.perf_counter()
+        loss.backward()
+        forward, backward = middle - start, time.perf_counter() - middle
+        if config.train.grad_clip:
+            nn.utils.clip_grad_norm_(params, config.train.grad_clip)
+        optimizer.step()
+        tokens = batch["input_ids"].numel()
+        yield Step(losses.detach(), float(loss.detach()), forward, backward, tokens)
+
+
+def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Tensor:
+    """Each example's own loss, (batch,), in float32; the model's products in `precision`."""
+    labels = batch["labels"]
+    inputs = {key: x for key, x in batch.items() if key != "labels"}
+    with autocast(precision):
+        logits = model.logits(inputs)
+    if labels.ndim == 1:
+        return cross_entropy(logits, labels, reduction="none")
+    return token_losses(logits, labels)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss over each example's own labelled tokens, (batch,)."""
+    targets = labels[:, 1:]
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    return losses.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
+
+
+def extra_loss(
+    live: Live, received: Mapping[nn.Parameter, Tensor], penalty: Penalty | None, prox: float
+) -> Tensor | float:
+    """FedProx's mu/2 |w - w_received|^2 and a strategy's own penalty; 0 where there is none."""
+    extra: Tensor | float = 0.0
+    if prox:
+        extra = extra + prox / 2 * sum(((p - p0) ** 2).sum() for p, p0 in received.items())
+    if penalty and penalty.weight:
+        for m, keep in penalty.keep.items():
+            tail = live["B"][m][:, keep:], live["A"][m][keep:]
+            if tail[0].numel():
+                extra = extra + penalty.weight * _safe_norm(tail[0]) * _safe_norm(tail[1])
+    return extra
+
+
+def _safe_norm(x: Tensor) -> Tensor:
+    """The norm, with gradient zero at zero instead of NaN."""
+    return (x.square().sum() + 1e-24).sqrt()
+
+
+def learning_rate(config: Config, round: int) -> float:
+    """The rate of this round, from 1 on: the schedule runs over the rounds."""
+    t = (round - 1) / config.run.rounds
+    match config.train.lr_schedule:
+        case "linear":
+            return config.train.lr * (1 - t)
+        case "cosine":
+            return config.train.lr * (1 + math.cos(math.pi * t)) / 2
+    return config.train.lr
+
+
+def build_optimizer(live: Live, train: Train, lr: float) -> torch.optim.Optimizer:
+    """The config's optimiser over the live parameters; B's rate is lr * lr-ratio-b (LoRA+)."""
+    groups = [
+        {"params": list(ps.values()), "lr": lr * (train.lr_ratio_b if column == "B" else 1.0)}
+        for column, ps in live.items()
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=train.weight_decay)
+
+
+@contextmanager
+def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
+    """Train mode, and dropout from a stream of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded(config.run.seed, round, client, "dropout").initial_seed())
+        model.peft.train()
+        try:
+            yield
+        finally:
+            model.peft.eval()
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Torch computes with n threads within it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

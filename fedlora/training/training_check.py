@@ -1,0 +1,329 @@
+"""Does this model train as it must? Measured through the training loop itself, before it counts.
+
+    rows        some are there; what is scored is what the task says; an example's loss is that of
+                the definition, and the same alone as beside others
+    gradient    loss(w + t d) - loss(w - t d) = 2 t g.d, for each column of trained tensors apart
+    step        the real optimiser moves exactly the tensors that are declared trainable
+
+All of it at a point where nothing is zero. A freshly loaded adapter has B = 0 and often a head of
+zeros, so most gradients are 0 there, and a check would pass with the adapters frozen: every factor
+and trained tensor is moved by a small seeded perturbation first. Both passes of a difference have
+the same dropout masks. d is seeded in size and has the gradient's signs, and t makes the change
+CHANGE times what rounding does to the loss.
+
+The losses are those of `train.steps`, many in one run of it, with nothing in the optimiser's place.
+So whatever that loop keeps from one step to the next (a cache of casts, remembered states, a
+detached copy) shows as a loss that does not follow the weights. Afterwards weights, flags,
+generators and caches are as before, bit for bit.
+
+Under example-level DP no private row is looked at: see `privacy.rehearsal`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.config.reader import Config
+from fedlora.errors import TrainingCheckError
+from fedlora.strategies.base import Penalty, seeded
+from fedlora.training.data.batches import Batch, Encoded, collate
+from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
+from fedlora.training.model.model import Model
+from fedlora.training.precision import resolved
+from fedlora.training.train import (
+    Live,
+    build_optimizer,
+    example_losses,
+    learning_rate,
+    steps,
+    training,
+)
+
+PERTURBATION = 0.02
+"""Of a tensor's own size; of 1 where it is all zero."""
+CHANGE = 20.0
+LARGEST, FAR = 0.5, 10.0
+"""The largest t, where d is as large as the tensor; and how far one without a gradient is moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What a precision does to a healthy model."""
+
+    rounding: float
+    """Of a loss, relative: the least that is reckoned with."""
+    jitter: float
+    """A relative change of the weights that says how far rounding moves the loss."""
+    low: float
+    high: float
+    """Of the measured change over 2 t g.d."""
+    private: float
+    """Of the private step's gradient, its distance from the plain one, relative."""
+
+
+TOLERANCES = {
+    "float32": Tolerance(1e-6, 2.0**-24, 0.8, 1.25, 1e-3),
+    "bfloat16": Tolerance(1e-4, 2.0**-9, 0.5, 2.0, 0.1),
+}
+
+
+def tolerance_of(config: Config) -> Tolerance:
+    """That of the coarsest numbers in a pass: autocast's, or the base's own."""
+    coarse = config.model.dtype != "float32" or config.model.quantization != "none"
+    return TOLERANCES["bfloat16" if coarse else resolved(config.train.precision)]
+
+
+def check_training(
+    model: Model,
+    encoded: Encoded,
+    columns: frozenset[str],
+    config: Config,
+    round: int,
+    client: int,
+    penalty: Penalty | None = None,
+) -> None:
+    """Check what `train.fit` is about to do with the same arguments.
+
+    Raises:
+        TrainingCheckError: what is wrong, in a fixed text; what was measured is apart from it.
+    """
+    check_rows(encoded)
+    numbers = chosen(encoded)
+    batch = collate(encoded, numbers)
+    with untouched(model):
+        live = model.trainable(columns)
+        perturb(model, config.run.seed)
+        check_labels(batch, scored(encoded)[numbers])
+        check_losses(model, batch, config)
+        with training(model, config, round, client):
+            check_gradients(model, batch, live, config, penalty)
+            rate = learning_rate(config, round)
+            check_step(model, batch, live, config, rate, penalty)
+
+
+# -- the gradient ---------------------------------------------------------------------------------
+
+
+class Still:
+    """In the optimiser's place: leaves the gradient where it is, and the weights too."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self.params = params
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def step(self) -> None:
+        pass
+
+
+def check_gradients(
+    model: Model, batch: Batch, live: Live, config: Config, penalty: Penalty | None = None
+) -> None:
+    """Raises TrainingCheckError where the loss does not follow the weights as the gradient says.
+
+    Runs within `training`.
+    """
+    unclipped = config.train.model_copy(update={"grad_clip": 0.0})
+    config = config.model_copy(update={"train": unclipped})
+    if not example_losses(model, batch, config.train.precision).requires_grad:
+        raise TrainingCheckError("the loss hangs on no trained tensor")
+    params = [p for ps in live.values() for p in ps.values()]
+    passes = steps(model, repeat(batch), live, Still(params), config, penalty)
+
+    def loss() -> float:
+        """The training loss of the weights as they are now, under the same dropout each time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            found = next(passes).loss
+        if not abs(found) < float("inf"):
+            raise TrainingCheckError("the loss is not finite")
+        return found
+
+    loss()  # thrown away: it fills what would be stale in the next
+    here = loss()
+    gradient = {p: p.grad.clone() for p in params if p.grad is not None and bool(p.grad.any())}
+    tolerance = tolerance_of(config)
+    jitters = [_jittered(params, n, tolerance.jitter, loss, config.run.seed) for n in range(3)]
+    gaps = [abs(x - here) for x in jitters]
+    rounding = max(*gaps, tolerance.rounding * max(abs(here), 0.1))
+    for name, column in _columns(live):
+        if silent := [p for p in column if p not in gradient]:
+            noise = 8 * max(*gaps, 1e-6 * max(abs(here), 0.1))
+            _check_silent(name, silent, len(column), loss, here, noise, config.run.seed)
+        if moving := [p for p in column if p in gradient]:
+            slope = {p: gradient[p] for p in moving}
+            _check_slope(name, slope, loss, rounding, tolerance, config.run.seed)
+    passes.close()  # type: ignore[attr-defined]
+
+
+def _jittered(
+    params: Sequence[nn.Parameter], n: int, size: float, loss: Callable[[], float], seed: int
+) -> float:
+    """The loss of weights that differ by about what rounding makes of them."""
+    noise = {p: size * p.detach() * _noise(p, f"jitter {n}", i, seed) for i, p in enumerate(params)}
+    with moved(noise, 1.0):
+        return loss()
+
+
+def _columns(live: Live) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """A, B and R each as a whole; every other tensor by itself."""
+    for column, ps in live.items():
+        if column == "other":
+            yield from ((name, [p]) for name, p in ps.items())
+        else:
+            yield column, [*ps.values()]
+
+
+def _check_slope(
+    name: str,
+    gradient: Mapping[nn.Parameter, Tensor],
+    loss: Callable[[], float],
+    rounding: float,
+    tolerance: Tolerance,
+    seed: int,
+) -> None:
+    """One central difference along a direction in which the gradient says that much changes."""
+    direction = {p: g.sign() * _noise(p, name, i, seed).abs() * _size(p)
+                 for i, (p, g) in enumerate(gradient.items())}  # fmt: skip
+    slope = sum(float((gradient[p] * d).double().sum()) for p, d in direction.items())
+    t = min(CHANGE * rounding / (2 * slope), LARGEST)
+    losses = []
+    for sign in (t, -t):
+        with moved(direction, sign):
+            losses.append(loss())
+    change, want = losses[0] - losses[1], 2 * t * slope
+    low, high = tolerance.low * want - 2 * rounding, tolerance.high * want + 2 * rounding
+    if not low <= change <= high:
+        raise TrainingCheckError(
+            f"the loss does not follow {name} as its gradient says: weights that are stale, "
+            "detached, or not in the forward pass",
+            f"it changes by {change:.2e}, the gradient says {want:.2e}",
+        )
+
+
+def _check_silent(
+    name: str,
+    params: Sequence[nn.Parameter],
+    of: int,
+    loss: Callable[[], float],
+    here: float,
+    noise: float,
+    seed: int,
+) -> None:
+    """Tensors without a gradient: the loss must not depend on them, nor may all be such."""
+    direction = {p: _noise(p, name, i, seed) * _size(p) for i, p in enumerate(params)}
+    with moved(direction, FAR):
+        change = abs(loss() - here)
+    if len(params) == of or change > noise:
+        raise TrainingCheckError(
+            f"{len(params)} of {of} tensors of {name} are to train and have no gradient",
+            f"the loss changes by {change:.1e} with them",
+        )
+
+
+@contextmanager
+def moved(direction: Mapping[nn.Parameter, Tensor], t: float) -> Iterator[None]:
+    """Within it, the weights are moved by t d; after it they have their old bits."""
+    home = {p: p.detach().clone() for p in direction}
+    try:
+        with torch.no_grad():
+            for p, d in direction.items():
+                p.add_(d, alpha=t)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, w in home.items():
+                p.copy_(w)
+
+
+def perturb(model: Model, seed: int) -> None:
+    """Move every factor and trained tensor by a little noise, so that none is zero."""
+    with torch.no_grad():
+        for column, ps in model.live().items():
+            for name, p in ps.items():
+                noise = PERTURBATION * _noise(p, f"{column}/{name}", 0, seed) * _size(p)
+                p.add_(noise * model.masks[p] if p in model.masks else noise)
+
+
+def _noise(p: Tensor, name: str, i: int, seed: int) -> Tensor:
+    generator = seeded(seed, 0, i, f"training check/{name}")
+    return torch.randn(p.shape, generator=generator).to(p)
+
+
+def _size(p: Tensor) -> float:
+    """The root mean square of a tensor's numbers; 1 where all are zero."""
+    return float(p.detach().double().square().mean().sqrt()) or 1.0
+
+
+# -- the step -------------------------------------------------------------------------------------
+
+SIGNIFICANT = 1e-4
+"""Of the largest gradient: what is smaller need not move a float32 number."""
+
+
+def check_step(
+    model: Model,
+    batch: Batch,
+    live: Live,
+    config: Config,
+    rate: float,
+    penalty: Penalty | None = None,
+) -> None:
+    """Raises TrainingCheckError where the real optimiser moves other tensors than it must.
+
+    Runs within `training`.
+    """
+    optimizer = build_optimizer(live, config.train, rate)
+    with moves_exactly(model, live, rate):
+        for _ in steps(model, [batch], live, optimizer, config, penalty):
+            pass
+
+
+@contextmanager
+def moves_exactly(model: Model, live: Live, rate: float) -> Iterator[None]:
+    """Raises TrainingCheckError where what happens within it moves other tensors than `live`.
+
+    A tensor whose gradient is next to nothing need not move.
+    """
+    named = {p: f"{c} of {name}" for c, ps in live.items() for name, p in ps.items()}
+    frozen = {name: p for name, p in model.peft.named_parameters() if p not in named}
+    versions = {name: p._version for name, p in frozen.items()}
+    before = {p: p.detach().clone() for p in named}
+    yield
+    for name, p in frozen.items():
+        if p._version != versions[name]:
+            raise TrainingCheckError(f"a step changed {name}, which is not to train")
+    sizes = {p: 0.0 if p.grad is None else float(p.grad.abs().max()) for p in named}
+    for p, name in named.items():
+        if sizes[p] > SIGNIFICANT * max(sizes.values()) and torch.equal(p, before[p]):
+            raise TrainingCheckError(
+                f"a step left {name} as it was, though it has a gradient: another set of "
+                "parameters is optimised, or the learning rate is too small for its numbers",
+                f"learning rate {rate:g}",
+            )
+
+
+@contextmanager
+def untouched(model: Model) -> Iterator[None]:
+    """Whatever happens within it, the model is as before: weights, flags, caches, mode."""
+    weights = {p: p.detach().clone() for ps in model.live().values() for p in ps.values()}
+    flags = {p: p.requires_grad for p in [*model.peft.parameters(), *weights]}
+    mode, prefix = model.peft.training, model.prefix and model.prefix.snapshot()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, w in weights.items():
+                p.copy_(w)
+        for p, flag in flags.items():
+            p.grad = None
+            p.requires_grad_(flag)
+        model.peft.train(mode)
+        if model.prefix and prefix:
+            model.prefix.restore(prefix)

@@ -1,1 +1,0 @@
-"""Federations on one machine."""
