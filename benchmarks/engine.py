@@ -20,8 +20,8 @@ from fedlora.config.reader import Config
 from fedlora.federation.client import witness
 from fedlora.federation.client.handlers import Desk, answer, query
 from fedlora.federation.server.certifier import pack_numbers
-from fedlora.federation.server.setup import begin, meet
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import client
 from fedlora.federation.wire.messages import pack_factors
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import seeded, travelling
@@ -53,9 +53,7 @@ def federation(
     """A server that has met its clients and is about to begin round 1."""
     with LocalGrid(app, config.clients.count, config.flat(), workers) as grid:
         server = FederatedLora(config)
-        server._open()
-        meet(server, grid)
-        begin(server, grid)
+        server.begin(grid)
         yield server, grid
 
 
@@ -116,10 +114,10 @@ def overhead(quick: bool) -> Iterator[Row]:
 
 def _bare(server: FederatedLora, number: int) -> None:
     """Each client's steps of a round: forward, loss, backward, clip, step."""
-    config, model = server.config, server.model
-    for i in sorted(server.members):
-        rows = site.encoded("train", i, config, server.labels)
-        model.load(model.init_factors(server.client(i), 0))
+    config, model = server.setting.config, server.setting.model
+    for i in sorted(server.run.members):
+        rows = site.encoded("train", i, config, server.setting.labels)
+        model.load(model.init_factors(client(server.setting, server.run, i), 0))
         live = model.trainable(frozenset({"A", "B", "other"}))
         params = [p for ps in live.values() for p in ps.values()]
         optimizer = build_optimizer(live, config.train, learning_rate(config, number))

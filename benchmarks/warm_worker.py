@@ -24,8 +24,8 @@ def build(experiment: str, target: Path) -> None:
     from client_app.app import app
     from fedlora.config.reader import Config
     from fedlora.federation.client.dispatch import pack
-    from fedlora.federation.server.setup import begin, meet
-    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.federation.server.loop import FederatedLora
+    from fedlora.federation.server.run import client, message
     from fedlora.launch.simulate.grid import LocalGrid
     from fedlora.reports.console import quiet_libraries
     from fedlora.strategies.base import Round
@@ -36,14 +36,14 @@ def build(experiment: str, target: Path) -> None:
     config = Config.load(experiment, given)
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
         server = FederatedLora(config)
-        server._open()
-        meet(server, grid)
-        begin(server, grid)
-        message = server.message(server.client(0), Round(1, config.run.seed), "train")
-        context = grid.contexts[message.metadata.dst_node_id]
-        message.metadata.__dict__["_message_id"] = "0" * 32
+        server.begin(grid)
+        values = server.setting, server.session, server.run
+        first = client(server.setting, server.run, 0)
+        sent = message(*values, first, Round(1, config.run.seed), "train")
+        context = grid.contexts[sent.metadata.dst_node_id]
+        sent.metadata.__dict__["_message_id"] = "0" * 32
         context.node_config["memory"] = str(target / "memory")
-        (target / "message").write_bytes(pack("train", message, context))
+        (target / "message").write_bytes(pack("train", sent, context))
 
 
 CHILD = """

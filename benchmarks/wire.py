@@ -53,7 +53,7 @@ def accuracy(quick: bool) -> Iterator[Row]:
                 with federation(config) as (server, grid):
                     for number in range(1, rounds + 1):
                         server.round(grid, number)
-                    found = server.score()
+                    found = score(server.setting)
                 assert found
                 return 100 * found["accuracy"]
 

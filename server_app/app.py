@@ -5,7 +5,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config.reader import Config
 from fedlora.federation.server.allocator import keep_freed_memory
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.reports.console import Progress
 
 app = ServerApp()

@@ -16,7 +16,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError
 from fedlora.federation.server import exchange as intake
 from fedlora.federation.server import journal
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import LocalGrid, _name
 from fedlora.lora import tree_file as checkpoint
 

@@ -68,7 +68,7 @@ def experiment(plan: Plan) -> dict[str, Any]:
 def simulated(plan: Plan, out: Path) -> Path:
     """The same experiment on LocalGrid, in this process; its directory."""
     from client_app.app import app
-    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read({**experiment(plan), "run.out": str(out), "run.name": "local"})

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from tiny_federation import quick
 
 from fedlora.config.reader import Config
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid, _name
 
 WIDTH, LAYERS = 512, 32

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, StrategyError
+from fedlora.federation.server import loop
 from fedlora.federation.server.asynchronous import Flight, fresh
-from fedlora.federation.server.strategy import FederatedLora
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Round, Upload
@@ -30,13 +30,6 @@ TAKES = {
     for row in table(DOCS / "composing.md", "strategy")
     if row["late updates"] == "yes"
 }
-
-
-class Server:
-    """As much of one as `fresh` looks at."""
-
-    def __init__(self, strategy: Any, state: Any) -> None:
-        self.strategy, self.state = strategy, state
 
 
 def moved(x: Factors, seed: int) -> Factors:
@@ -59,7 +52,7 @@ def test_the_mean_of_late_updates_is_the_papers_step() -> None:
         then, weight = states[3 - stale], (1 + stale) ** -0.5
         upload = Upload(client, moved(then, 10 + client.id), n)
         flight = Flight(client, Round(4 - stale, 0), then, 0.0)
-        late.append(fresh(Server(strategy, now), flight, upload, round, weight))  # type: ignore[arg-type]
+        late.append(fresh(strategy, now, flight, upload, round, weight))
         plain.append(upload)
         was = vector(then)
         for key, x in vector(upload.sent).items():
@@ -141,18 +134,18 @@ def test_a_run_stopped_between_rounds_ends_in_the_bits_of_one_that_was_not(
 ) -> None:
     """Who was training is asked again, with the model of then."""
     whole = federate(asynchronous(settings, "whole"))
-    commit = FederatedLora.commit
+    commit = loop.commit
 
-    def stop(self: FederatedLora, number: int, record: Any) -> None:
-        commit(self, number, record)
+    def stop(setting: Any, session: Any, run: Any, number: int, record: Any) -> None:
+        commit(setting, session, run, number, record)
         if number == 3:
-            assert self.buffer.flights
+            assert session.flights.of
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(FederatedLora, "commit", stop)
+    monkeypatch.setattr(loop, "commit", stop)
     with pytest.raises(KeyboardInterrupt):
         federate(asynchronous(settings, "cut"))
-    monkeypatch.setattr(FederatedLora, "commit", commit)
+    monkeypatch.setattr(loop, "commit", commit)
     cut = federate(asynchronous(settings, "cut", **{"run.resume": True}))
     assert cut.adapter == whole.adapter
     for again, once in zip(cut.metrics, whole.metrics, strict=True):

@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from torch import Tensor
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
 from fedlora.federation.client.memory import ClientMemory
-from fedlora.federation.server.setup import _check_begins
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.setup import check_begins
 from fedlora.launch.export import export_run
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
@@ -198,9 +197,8 @@ def test_a_strategy_begins_with_what_was_found_or_refuses_it(
                    enumerate(ranks)]  # fmt: skip
         state = strategy.init(Start(first, clients, model.weights(), 0))
         named = Config.read(given(settings, public, init, **{"strategy.name": name}))
-        server: Any = SimpleNamespace(strategy=strategy, state=state, config=named)
         try:
-            _check_begins(server, clients, first)
+            check_begins(strategy, state, clients, first, named)
         except StrategyError as e:
             refused.add(name)
             said.append(str(e))
@@ -302,11 +300,11 @@ def test_a_federation_begins_there_on_every_client_and_is_exported(
     for merged in (False, True):
         assert export_run(ran.directory, tmp_path / str(merged), merged=merged).deviation < 1e-5
     stored = [*(ran.directory / "clients").rglob("base/00000.safetensors")]
-    assert bool(stored) == bool(server.origin) == (init != "eva")
-    if server.origin:
-        mine, theirs = (Model(server.config, server.labels) for _ in range(2))
-        memory = ClientMemory(ran.directory / "clients", 0, server.token)
-        mine.rebase("run", [], server.origin)
+    assert bool(stored) == bool(server.run.origin) == (init != "eva")
+    if server.run.origin:
+        mine, theirs = (Model(server.setting.config, server.setting.labels) for _ in range(2))
+        memory = ClientMemory(ran.directory / "clients", 0, server.run.token)
+        mine.rebase("run", [], server.run.origin)
         theirs.rebase("run", [], memory.origin())
         for m, W in theirs.weights().items():
             a, b = (x.peft.get_submodule(PREFIX + m).get_base_layer().weight

@@ -432,9 +432,10 @@ def test_numbers_that_are_none_cost_their_client_its_update(
 def test_a_server_that_asks_for_a_private_part_is_refused(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora.federation.server import certifier
+    from fedlora.federation.server import certification, run
 
-    monkeypatch.setattr(certifier, "cuts", lambda _: ())
+    for module in (certification, run):
+        monkeypatch.setattr(module, "cuts", lambda *_: ())
     from fedlora.errors import RoundError
 
     with pytest.raises(RoundError, match="a part that stays on this client"):
@@ -604,9 +605,12 @@ def test_under_dp_a_clients_numbers_follow_from_what_it_was_sent_and_what_it_rel
 
     compared = []
 
-    def agrees(server: Any, upload: Upload, round: Any, gathered: Any) -> bool:
-        _, _, end = gathered.certificates[upload.client.id]
-        again = honesty._by_model(server, upload, round, server.certifier.key(round.number))
+    def agrees(
+        setting: Any, session: Any, run: Any, upload: Upload, round: Any, received: Any
+    ) -> bool:
+        _, _, end = received.certificates[upload.client.id]
+        key = session.certifier.key(round.number)
+        again = honesty._by_model(setting, session, run, upload, round, key)
         assert again is not None
         assert again.keys() == end.keys()
         for n, x in again.items():

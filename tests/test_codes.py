@@ -18,8 +18,9 @@ from tiny_federation import ROOT, Ran, federate, quick
 from client_app.app import app as client_app
 from fedlora import errors
 from fedlora.errors import BudgetSpent, ClientError, FedLoraError, RoundError, UpdateError
-from fedlora.federation.server.exchange import Gathered
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.exchange import Received
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import too_few
 from fedlora.federation.wire.codes import (
     LONGEST,
     Code,
@@ -248,12 +249,12 @@ def test_the_server_says_which_error_it_is(settings: Settings) -> None:
     """For a driver of its own that calls `round`."""
     found: list[FederatedLora] = []
     federate(settings(**quick("ffa", **PRIVATE)), before=found.append)
-    round, gathered = Round(2, 0), Gathered()
-    assert isinstance(found[0].too_few("x", round, gathered), RoundError), "nobody was asked"
-    found[0].refuse(0, round, Refusal(FailureKind.BUDGET, "spent"), gathered)
-    assert isinstance(found[0].too_few("x", round, gathered), BudgetSpent)
-    found[0].refuse(1, round, Refusal(FailureKind.LATE, "late"), gathered)
-    assert isinstance(found[0].too_few("x", round, gathered), RoundError)
+    round, received, setting = Round(2, 0), Received(), found[0].setting
+    assert isinstance(too_few(setting, "x", round, received), RoundError), "nobody was asked"
+    received.refuse(0, round, Refusal(FailureKind.BUDGET, "spent"))
+    assert isinstance(too_few(setting, "x", round, received), BudgetSpent)
+    received.refuse(1, round, Refusal(FailureKind.LATE, "late"))
+    assert isinstance(too_few(setting, "x", round, received), RoundError)
 
 
 # -- what a client says is data -----------------------------------------------------------------

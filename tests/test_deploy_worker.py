@@ -40,7 +40,7 @@ def warm(directory: Path) -> Iterator[str]:
 def final_bytes(settings, name: str, socket: str = "") -> bytes:
     from client_app.app import app
     from fedlora.config.reader import Config
-    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read(settings(**{"run.name": name, "run.rounds": 2}))
@@ -48,7 +48,7 @@ def final_bytes(settings, name: str, socket: str = "") -> bytes:
     with LocalGrid(app, config.clients.count, config.flat(), 1, nodes) as grid:
         server = FederatedLora(config)
         server.start(grid)
-    return (server.journal.directory / "adapter" / "adapter_model.safetensors").read_bytes()
+    return (server.setting.journal.directory / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_federation_through_a_worker_ends_in_the_same_bytes(settings, warm: str) -> None:

@@ -17,7 +17,8 @@ from typer.main import get_command
 from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, FedLoraError
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import load
 from fedlora.launch.export import export_run
 from fedlora.strategies import STRATEGIES
 from fedlora.training import cache as site
@@ -56,10 +57,10 @@ def played(settings: Settings, kind: str, name: str, **changes: object) -> tuple
     more = {"train.steps": 3, "clients.count": 3, **changes}
     ran = federate(settings(kind, **quick(name, **more)), before=seen.append)
     (server,) = seen
-    server.load(server.strategy.effective(server.state))
-    server.model.peft.eval()
+    load(server.setting, server.session, server.run, server.run.state)
+    server.setting.model.peft.eval()
     with torch.no_grad():
-        logits = server.model.peft(input_ids=torch.tensor(IDS)).logits.double().numpy()
+        logits = server.setting.model.peft(input_ids=torch.tensor(IDS)).logits.double().numpy()
     return ran, logits
 
 

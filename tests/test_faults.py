@@ -14,7 +14,7 @@ from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, RoundError
 from fedlora.federation.server import exchange as intake
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.lora import tree_file as checkpoint
 
 Settings = Callable[..., dict[str, object]]

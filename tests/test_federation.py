@@ -12,7 +12,8 @@ from tiny_federation import QUICK, Ran, federate, quick, ranks_for, read_tensors
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, StrategyError
 from fedlora.federation.client.handlers import Desk
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import load
 from fedlora.lora.adapter import Factors
 from fedlora.reports.console import Silent
 from fedlora.strategies import STRATEGIES
@@ -38,7 +39,7 @@ class AtFirst(Silent):
 
     def round_done(self, record: Mapping[str, Any]) -> None:
         if record["round"] == 0:
-            self.factors = self.server.strategy.effective(self.server.state).factors
+            self.factors = self.server.setting.strategy.effective(self.server.run.state).factors
 
 
 def dense_adapter(directory: Path) -> dict[str, np.ndarray]:
@@ -181,10 +182,10 @@ def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
     nodes = {i: {"memory": str(tmp_path / f"node-{i}")} for i in range(5)}
     federate(given, before=first.watch, nodes=nodes)
     server = first.server
-    effective = server.strategy.effective(server.state)
+    effective = server.setting.strategy.effective(server.run.state)
     assert any(v.snapshot for v in effective.base)
-    server.load(effective)
-    assert seen[max(seen)] == {bits(server.model)}  # the last evaluation asks everyone
+    load(server.setting, server.session, server.run, server.run.state)
+    assert seen[max(seen)] == {bits(server.setting.model)}  # the last evaluation asks everyone
     assert all(len(found) == 1 for found in seen.values())
     assert len(set().union(*seen.values())) >= len(seen) - 1  # and the base does move
 
@@ -275,10 +276,10 @@ def test_the_final_model_in_memory_is_the_one_in_the_directory(settings: Setting
     first = AtFirst()
     federate(settings("gpt2", **QUICK, **{"clients.ranks": ranks_for("fedex")}), before=first.watch)
     server = first.server
-    fresh = Model(Config.read(settings("gpt2")), server.labels).weights()
-    shipped = dense_adapter(server.journal.directory / "adapter")
+    fresh = Model(Config.read(settings("gpt2")), server.setting.labels).weights()
+    shipped = dense_adapter(server.setting.journal.directory / "adapter")
     for m, delta in shipped.items():
-        module = server.model.peft.get_submodule(PREFIX + m)
+        module = server.setting.model.peft.get_submodule(PREFIX + m)
         k = delta.shape[1]
         x = torch.eye(k)[None]
         with torch.no_grad():

@@ -18,8 +18,9 @@ from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
 from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.ranks import patterned
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.run import load as load_state
 from fedlora.launch.export import export_run, load_exported
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES, fedavg, forms
@@ -417,22 +418,23 @@ def test_a_federation_of_a_form_is_proved_and_exported(
     proof = ran.rounds[-1]["proof"]
     assert not ran.rounds[-1]["failures"]
     assert proof["norm"] > 0
-    assert proof["promise"] == forms.promise(FORMS[form], server.strategy)
+    assert proof["promise"] == forms.promise(FORMS[form], server.setting.strategy)
     if proof["promise"] == "exact":
         assert proof["deviation"] < proof["bound"]
     else:
         assert proof["deviation"] > 1e-3
-    server.load(server.strategy.effective(server.state))
+    load_state(server.setting, server.session, server.run, server.run.state)
     ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 20, 3]])
     with torch.no_grad():
-        want = server.model.peft.eval()(input_ids=ids).logits
+        want = server.setting.model.peft.eval()(input_ids=ids).logits
         for merged in (False, True):
             export_run(ran.directory, tmp_path / str(merged), merged=merged)
-            plain = load_exported(server.config, server.labels, tmp_path / str(merged), merged)
+            config, labels = server.setting.config, server.setting.labels
+            plain = load_exported(config, labels, tmp_path / str(merged), merged)
             got = plain(input_ids=ids).logits
             assert float((got - want).abs().max() / want.abs().max()) < 1e-5
-    with server.model.peft.disable_adapter(), torch.no_grad():  # or every export would agree
-        assert not torch.allclose(server.model.peft(input_ids=ids).logits, want, rtol=1e-3)
+    with server.setting.model.peft.disable_adapter(), torch.no_grad():  # else all would agree
+        assert not torch.allclose(server.setting.model.peft(input_ids=ids).logits, want, rtol=1e-3)
 
 
 def test_a_mean_that_forgets_the_weights_stops_the_run_of_a_linear_form(
@@ -454,7 +456,7 @@ def test_fedsa_on_vera_shares_d_and_keeps_b(settings: Settings) -> None:
     assert ran.rounds[-1]["proof"]["promise"] == "shared"
     assert ran.rounds[-1]["proof"]["deviation"] < 1e-6
     assert len([*(ran.directory / "clients").rglob("round-*.safetensors")]) >= 3
-    assert not any(bool(B.any()) for B in server.state.B.values())  # b never left a client
+    assert not any(bool(B.any()) for B in server.run.state.B.values())  # b never left a client
 
 
 # -- initialisations and bases of low precision ---------------------------------------------------
@@ -473,9 +475,9 @@ def test_pissa_takes_one_part_out_of_the_base_for_clients_of_any_rank(
         assert r["proof"]["deviation"] < r["proof"]["bound"]
         assert r["proof"]["model_deviation"] < r["proof"]["bound"]
     assert len([*(ran.directory / "clients").rglob("base/00000.safetensors")]) == 1
-    origin = seen[0].origin
+    origin = seen[0].run.origin
     assert {p.rank for p in origin.values()} == {5}
-    for m, W in seen[0].model.weights().items():
+    for m, W in seen[0].setting.model.weights().items():
         S = torch.linalg.svdvals(W)
         assert torch.allclose(origin[m].delta().norm(), S[:5].norm(), rtol=1e-4)
     for merged in (False, True):
@@ -514,9 +516,9 @@ def test_loftqs_base_is_the_same_on_every_client_and_goes_into_the_export(
     assert ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]
     server, stored = seen[0], [*(ran.directory / "clients").rglob("base/00000.safetensors")]
     assert len(stored) == 1
-    kept = ClientMemory(ran.directory / "clients", 0, server.token).origin()
-    assert kept.keys() == server.origin.keys() == server.model.shapes.keys()
-    for m, moved in server.origin.items():
+    kept = ClientMemory(ran.directory / "clients", 0, server.run.token).origin()
+    assert kept.keys() == server.run.origin.keys() == server.setting.model.shapes.keys()
+    for m, moved in server.run.origin.items():
         assert torch.equal(kept[m], moved), m
     for merged in (False, True):
         assert export_run(ran.directory, tmp_path / str(merged), merged=merged).deviation < 1e-5
@@ -583,11 +585,11 @@ def test_loftq_on_a_base_of_four_bits_takes_nothing_out_of_it(settings: Settings
     ran = federate(settings("llama", **quick("ffa", **low)), before=seen.append)
     assert not any(r["failures"] for r in ran.rounds)
     server = seen[0]
-    assert not server.origin
+    assert not server.run.origin
     whole = Model(Config.read(settings("llama")), ()).weights()
-    me = Client(-1, server.model.layers(dict.fromkeys(server.model.shapes, 6)))
-    first = server.model.init_factors(me, 0)
-    for m, Q in server.model.weights().items():
+    me = Client(-1, server.setting.model.layers(dict.fromkeys(server.setting.model.shapes, 6)))
+    first = server.setting.model.init_factors(me, 0)
+    for m, Q in server.setting.model.weights().items():
         gap = whole[m] - Q.float()
         left = gap - first.scale[m] * first.B[m] @ first.A[m]
         assert 0 < float(left.norm()) < 0.8 * float(gap.norm())

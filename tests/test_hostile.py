@@ -20,9 +20,9 @@ from tiny_federation import Ran, federate, quick
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, UpdateError, WireError
-from fedlora.federation.server.exchange import Gathered, read_reply
+from fedlora.federation.server.exchange import Received, read_reply
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.roster import Roster, read_facts
-from fedlora.federation.server.strategy import FederatedLora
 from fedlora.federation.wire.messages import unpack
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.reports.console import Silent
@@ -148,7 +148,7 @@ def test_a_node_that_says_it_is_another_client_is_not_taken_in(settings: Setting
     with LocalGrid(app, 3, config.flat(), 1) as grid:  # type: ignore[arg-type]
         server = FederatedLora(config, notes)
         server.start(grid)
-    assert server.nodes == {0: 1000, 1: 1001}
+    assert server.session.nodes == {0: 1000, 1: 1001}
     assert any("it says that it is client 0, which node 1000 is" in text for text in notes.said)
 
 
@@ -209,7 +209,7 @@ def came_and_went(
 
         server.round = round  # type: ignore[method-assign,assignment]
         server.start(grid)
-    return server, Ran(server.journal.directory)
+    return server, Ran(server.setting.journal.directory)
 
 
 @pytest.mark.parametrize("name", ["fedex", "fedsa", "flora"])
@@ -231,7 +231,7 @@ def test_a_node_that_comes_late_joins_where_the_run_is(
     late = {2: {"data-path": tiny["rows"], "rank": 2}}
     server, found = came_and_went(given_, 3, {2: (0, 1)}, late)
     assert [r["accepted"] for r in found.rounds[1:]] == [[0, 1], [0, 1, 2], [0, 1, 2]]
-    assert server.members[2].rounds == 2
+    assert server.run.members[2].rounds == 2
 
 
 def test_one_of_a_higher_rank_than_the_run_began_with_is_left_out_with_the_reason(
@@ -303,7 +303,7 @@ def test_no_reply_raises_anything_but_ours(tag, metrics, tensors, right) -> None
         ask.metadata.__dict__["_message_id"] = "0" * 32
         reply = Message(RecordDict(records), reply_to=ask)
     try:
-        upload, _ = read_reply(reply, CLIENT, Round(1, 0), "t", SCHEMA, Gathered())
+        upload, _ = read_reply(reply, CLIENT, Round(1, 0), "t", SCHEMA, Received())
     except FedLoraError:
         return
     assert upload.sent.A["m"].shape == (2, 5)

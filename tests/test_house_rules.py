@@ -228,7 +228,7 @@ def test_the_words_of_an_error_decide_nothing() -> None:
         "if 'spent' in reply.error.reason: pass",
         "if str(reply.error.reason).count('spent'): pass",
         "said = reply.error.reason\n    if 'spent' in said: pass",
-        "done = all('spent' in f['reason'] for f in gathered.failures)",
+        "done = all('spent' in f['reason'] for f in received.failures)",
     ],
 )
 def test_a_decision_by_the_words_of_an_error_is_seen(body: str) -> None:
@@ -304,7 +304,7 @@ def test_a_module_says_what_it_is_and_stays_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if text.strip():
         assert ast.get_docstring(TREES[path]), "a docstring on top"
-    longest = {"fedlora.federation.server.strategy": 560}  # the round in one place
+    longest = {"fedlora.federation.server.loop": 560}  # the round in one place
     assert len(text.splitlines()) <= longest.get(name_of(path), 400)
 
 

@@ -14,7 +14,7 @@ from test_bad_clients import Bad, metric, poison
 from test_report import Page, change, make_run
 from tiny_federation import Ran, federate, quick
 
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.reports import report
 from fedlora.reports.console import Silent
 from fedlora.reports.outcome import FALLEN, FLOORS, STILL, judge, said

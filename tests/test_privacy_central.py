@@ -172,7 +172,7 @@ def test_the_servers_own_spent_budget_ends_the_run_in_good_order(settings: Build
     }  # fmt: skip
     run(settings("bert", **given))
     server = run(settings("bert", **given, **{"run.name": "again"}))
-    summary = json.loads((server.journal.directory / "summary.json").read_text())
+    summary = json.loads((server.setting.journal.directory / "summary.json").read_text())
     assert summary["stopped"].startswith("before round 1: the privacy budget is spent")
     assert [line["round"] for line in lines(server)] == [0]
 
@@ -195,7 +195,7 @@ def test_a_federation_runs_and_says_what_it_spent(settings: Build) -> None:
     server = run(settings("bert", **given))
     last = lines(server)[-1]
     assert last["privacy"]["epsilon"] == pytest.approx(epsilon([Spend(0.3, 2.0, 2)], 1e-3))
-    assert server.central.C == last["privacy"]["next_clip"] != 0.3
+    assert server.session.central.C == last["privacy"]["next_clip"] != 0.3
     for facts in last["clients"].values():
         assert facts["train_loss"] is None
         assert facts["examples"] == 1

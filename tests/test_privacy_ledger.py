@@ -146,7 +146,7 @@ def test_a_kill_at_any_point_leaves_all_that_was_sent_paid_for(tmp_path: Path, w
 def run(given: dict[str, object]):
     from client_app.app import app
     from fedlora.config.reader import Config
-    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read(given)
@@ -157,7 +157,7 @@ def run(given: dict[str, object]):
 
 
 def lines(server) -> list[dict]:
-    return [json.loads(line) for line in server.journal.rounds.read_text().splitlines()]
+    return [json.loads(line) for line in server.setting.journal.rounds.read_text().splitlines()]
 
 
 PRIVATE = {
@@ -182,7 +182,7 @@ def test_a_federation_reports_the_epsilon_of_its_ledgers(settings: Build, tmp_pa
     files = list(Path(tmp_path).rglob("ledgers/*.jsonl"))
     assert len(files) == 2
     assert all(len(read_ledger(path).charges) == 2 for path in files)
-    summary = json.loads((server.journal.directory / "summary.json").read_text())["privacy"]
+    summary = json.loads((server.setting.journal.directory / "summary.json").read_text())["privacy"]
     assert summary["epsilon"] == {i: f["privacy"]["epsilon"] for i, f in last.items()}
 
 
@@ -201,7 +201,7 @@ def test_a_spent_budget_stops_the_client_with_its_reason(settings: Build, tmp_pa
     given |= {"run.rounds": 1, "privacy.ledger": str(tmp_path / "shared")}
     run(settings("bert", **given))
     server = run(settings("bert", **given, **{"run.name": "again"}))
-    summary = json.loads((server.journal.directory / "summary.json").read_text())
+    summary = json.loads((server.setting.journal.directory / "summary.json").read_text())
     assert "the privacy budget is spent" in summary["stopped"]
     assert [line["round"] for line in lines(server)] == [0]
 
@@ -219,6 +219,6 @@ def test_a_nodes_own_limit_holds_whatever_the_run_says(settings: Build, tmp_path
     """The run counts epsilon without a limit; each of its nodes has one."""
     limit = epsilon([Spend(0.25, 2.0, 2)], DELTA)
     server = run(settings("bert", **PRIVATE, **{"privacy.max-epsilon": limit}))
-    summary = json.loads((server.journal.directory / "summary.json").read_text())
+    summary = json.loads((server.setting.journal.directory / "summary.json").read_text())
     assert "before round 2" in summary["stopped"]
     assert list(summary["privacy"]["epsilon"].values()) == pytest.approx([limit] * 2)

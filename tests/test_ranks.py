@@ -13,6 +13,7 @@ from tiny_federation import federate, quick, read_tensors, timeless
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, StrategyError
 from fedlora.federation.server.devices import Device, Devices, Work, parse_classes
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.ranks import (
     Legend,
     Timing,
@@ -23,7 +24,6 @@ from fedlora.federation.server.ranks import (
     shared_out,
     waiting,
 )
-from fedlora.federation.server.strategy import FederatedLora
 from fedlora.launch.export import export_run
 from fedlora.training import cache as site
 from fedlora.training.model.model import Model

@@ -29,7 +29,7 @@ from fedlora.federation.secure.rules import alone, unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, encode, folded, kinds_of
 from fedlora.federation.server.exchange import Schemas
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch import doctor
 from fedlora.launch.lab.inversion import embeddings, invert, pairs
 from fedlora.lora.adapter import Factors
@@ -445,7 +445,7 @@ class Outcome:
 def play(given: Mapping[str, object], **more: Any) -> Outcome:
     found: list[FederatedLora] = []
     ran = federate(given, before=found.append, **more)
-    return Outcome(ran, found[0].strategy.effective(found[0].state).factors)
+    return Outcome(ran, found[0].setting.strategy.effective(found[0].run.state).factors)
 
 
 CLEAR: dict[str, Outcome] = {}
@@ -698,14 +698,6 @@ def test_it_composes_with_noise_on_the_clients(settings: Settings) -> None:
     check_close(got, want)
     assert got.last["secure"]["error"] < 1e-6  # all weigh 1
     assert not any(facts["privacy"] for facts in got.last["clients"].values())
-
-
-def test_the_driver_of_another_loop_is_told_that_it_cannot(settings: Settings) -> None:
-    from flwr.app import ArrayRecord
-
-    server = FederatedLora(Config.read(settings(**five())))
-    with pytest.raises(StrategyError, match=r"call start\(grid\)"):
-        list(server.configure_train(1, ArrayRecord(), ConfigRecord(), None))  # type: ignore[arg-type]
 
 
 def test_doctor_says_that_it_is_on_and_what_it_costs(settings: Settings) -> None:

@@ -124,7 +124,7 @@ def test_a_shape_of_terabytes_is_refused_before_it_exists(dtype: str) -> None:
 def ran(settings, dtype: str, **changes):
     from client_app.app import app
     from fedlora.config.reader import Config
-    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import LocalGrid
 
     name = f"{dtype}-{len(changes)}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies import STRATEGIES
 

@@ -23,117 +23,81 @@ then, whoever was training.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.errors import StrategyError
-from fedlora.federation.server.exchange import POLL, SLOWEST_POLL, Gathered, ready
+from fedlora.federation.server.exchange import POLL, SLOWEST_POLL, Received, ready
+from fedlora.federation.server.flights import Flight
+from fedlora.federation.server.journal import Saved
+from fedlora.federation.server.run import Session, Setting, message
 from fedlora.federation.server.synchronous import accept, read
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import count_bytes
 from fedlora.lora.lowrank import wide
-from fedlora.strategies.base import Client, Round, Upload
+from fedlora.strategies.base import Client, Round, Strategy, Upload
 from fedlora.strategies.probing import factors, follows_the_mean, same, untrained, vector
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One client's work that has not counted yet."""
-
-    client: Client
-    round: Round
-    """Of the state it was sent."""
-    state: Any
-    clock: float
-    """Virtual seconds, when it was sent."""
-    asked: float = 0.0
-    """Real ones; 0: it has not been sent by this process."""
-    bytes_down: int = 0
-    done: tuple[Upload, dict[str, Any]] | None = None
-    lands: float = 0.0
-    """Virtual seconds, when its reply comes."""
-
-
-@dataclass(slots=True)
-class Buffer:
-    """Who is training, whatever round that was asked for in."""
-
-    flights: dict[int, Flight] = field(default_factory=dict)
-    pending: dict[str, int] = field(default_factory=dict)
-    """Message id to client, of the replies that are to come."""
-    checked: bool = False
-
-    def saved(self) -> dict[str, Any]:
-        """For the checkpoint: (round, clock) by client, and each of those rounds' states once."""
-        at = {i: [f.round.number, f.clock] for i, f in self.flights.items()}
-        states = {f.round.number: f.state for f in self.flights.values()}
-        return {"flights": at, "states": states}
-
-    def restore(self, server: "FederatedLora", saved: Mapping[str, Any]) -> None:
-        states, seed = saved["states"], server.config.run.seed
-        self.flights = {
-            i: Flight(server.client(i), Round(int(n), seed), states[n], clock)
-            for i, (n, clock) in saved["flights"].items()
-        }
 
 
 def uploads(
-    server: "FederatedLora",
+    setting: Setting,
+    session: Session,
+    run: Saved,
     grid: Grid,
-    clients: Sequence[Client],
+    cohort: Sequence[Client],
     round: Round,
-    gathered: Gathered,
+    received: Received,
 ) -> Iterator[Upload]:
     """The first round.buffer updates that count, each brought up to date.
 
     Raises:
         StrategyError: the strategy's algebra does not allow it; before anything is sent.
     """
-    buffer, config = server.buffer, server.config.round
-    for client in clients:
-        buffer.flights[client.id] = Flight(client, round, server.state, server.clock)
-    check(server, [f.client for f in buffer.flights.values()], round)
-    _send(server, grid, gathered)
-    landings = _by_clock if server.planner.devices else _as_they_come
+    flights, config = session.flights, setting.config.round
+    for client in cohort:
+        flights.of[client.id] = Flight(client, round, run.state, run.clock)
+    if not flights.checked:
+        check(setting.strategy, run.state, [f.client for f in flights.of.values()], round)
+        flights.checked = True
+    _send(setting, session, run, grid, received)
+    landings = _by_clock if setting.planner.devices else _as_they_come
     left = config.buffer
-    for flight in landings(server, grid, gathered):
-        del buffer.flights[flight.client.id]
+    for flight in landings(setting, session, run, grid, received):
+        del flights.of[flight.client.id]
         assert flight.done is not None
         upload, facts = flight.done
         stale = round.number - flight.round.number
         if config.max_staleness and stale > config.max_staleness:
             reason = f"it is {stale} rounds old, round.max-staleness = {config.max_staleness}"
             refusal = Refusal(FailureKind.LATE, reason)
-            server.refuse(flight.client.id, flight.round, refusal, gathered)
+            received.refuse(flight.client.id, flight.round, refusal)
             continue
-        if accept(server, upload, facts, flight.round, gathered) is None:
+        if accept(setting, session, upload, facts, flight.round, received) is None:
             continue
-        gathered.stale[flight.client.id] = stale
-        gathered.landed = flight.lands
-        yield fresh(server, flight, upload, round, (1 + stale) ** -config.staleness_exponent)
+        received.stale[flight.client.id] = stale
+        received.landed = flight.lands
+        weight = (1 + stale) ** -config.staleness_exponent
+        yield fresh(setting.strategy, run.state, flight, upload, round, weight)
         left -= 1
         if not left:
             return
 
 
 def fresh(
-    server: "FederatedLora", flight: Flight, upload: Upload, round: Round, weight: float
+    strategy: Strategy[Any], state: Any, flight: Flight, upload: Upload, round: Round, weight: float
 ) -> Upload:
     """x_t + weight (x_i - x_then), tensor by tensor of what the client sent.
 
     The update itself where nothing has happened since it was asked for.
     """
-    if flight.state is server.state and weight == 1.0:
+    if flight.state is state and weight == 1.0:
         return upload
-    client, strategy = flight.client, server.strategy
-    now = vector(untrained(strategy, server.state, client, round).sent)
+    client = flight.client
+    now = vector(untrained(strategy, state, client, round).sent)
     then = vector(untrained(strategy, flight.state, client, flight.round).sent)
     moved = {
         key: (wide(now[key]) + weight * (wide(x) - wide(then[key]))).to(x.dtype)
@@ -142,15 +106,12 @@ def fresh(
     return replace(upload, sent=factors(moved, upload.sent))
 
 
-def check(server: "FederatedLora", clients: Sequence[Client], round: Round) -> None:
+def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
     """Once a start, before anything is sent.
 
     Raises:
         StrategyError: a late update of this strategy cannot be brought up to date.
     """
-    if server.buffer.checked:
-        return
-    strategy, state = server.strategy, server.state
     kinds = {tuple((m, x.rank) for m, x in c.layers.items()): c for c in clients}.values()
     later = replace(round, number=round.number + 1)
     still = not strategy.requires.moving_base and not strategy.requires.own_gauge
@@ -166,55 +127,68 @@ def check(server: "FederatedLora", clients: Sequence[Client], round: Round) -> N
                 "another round (a base that moved, other coordinates, a sketch, a turn); use "
                 "fedavg, ffa, fedsa, fedsb or ravan, or round.buffer = 0"
             )
-    server.buffer.checked = True
 
 
-def _send(server: "FederatedLora", grid: Grid, gathered: Gathered) -> None:
+def _send(setting: Setting, session: Session, run: Saved, grid: Grid, received: Received) -> None:
     """Ask whoever this process has not asked: the new ones, and those of before a restart."""
-    for i, flight in sorted(server.buffer.flights.items()):
-        if flight.asked or i not in server.nodes:
+    for i, flight in sorted(session.flights.of.items()):
+        if flight.asked or i not in session.nodes:
             continue
-        message = server.message(flight.client, flight.round, "train", state=flight.state)
-        flight.bytes_down = gathered.down[i] = count_bytes(message.content)
+        args = (flight.client, flight.round, "train")
+        made = message(setting, session, run, *args, state=flight.state)
+        flight.bytes_down = received.down[i] = count_bytes(made.content)
         flight.asked = time.perf_counter()
-        for mid in grid.push_messages([message]):
-            server.buffer.pending[mid] = i
+        for mid in grid.push_messages([made]):
+            session.flights.pending[mid] = i
 
 
-def _as_they_come(server: "FederatedLora", grid: Grid, gathered: Gathered) -> Iterator[Flight]:
+def _as_they_come(
+    setting: Setting, session: Session, run: Saved, grid: Grid, received: Received
+) -> Iterator[Flight]:
     """Flights whose replies are here and right, waiting for them until their deadlines."""
-    buffer, pause = server.buffer, POLL
-    while buffer.pending:
+    flights, pause = session.flights, POLL
+    while flights.pending:
         begun = time.perf_counter()
-        found = next(ready(grid, buffer.pending), None)
+        found = next(ready(grid, flights.pending), None)
         if found is None:
-            _overdue(server, gathered)
+            _overdue(setting, session, received)
             time.sleep(pause)
             pause = min(1.2 * pause, SLOWEST_POLL)
-        gathered.waited += time.perf_counter() - begun
+        received.waited += time.perf_counter() - begun
         if found is not None:
             pause = POLL
             i, reply = found
-            if (flight := buffer.flights.get(i)) and _done(server, flight, reply, gathered):
+            flight = flights.of.get(i)
+            if flight and _done(setting, session, run, flight, reply, received):
                 yield flight
 
 
-def _by_clock(server: "FederatedLora", grid: Grid, gathered: Gathered) -> Iterator[Flight]:
+def _by_clock(
+    setting: Setting, session: Session, run: Saved, grid: Grid, received: Received
+) -> Iterator[Flight]:
     """All that is in flight in the order of the virtual clock, which no real one changes."""
-    for flight in _as_they_come(server, grid, gathered):
+    for flight in _as_they_come(setting, session, run, grid, received):
         assert flight.done is not None
-        spent = server.planner.spent(flight.client, flight.round.number, flight.done[1])
+        spent = setting.planner.spent(flight.client, flight.round.number, flight.done[1])
         assert spent is not None
         flight.lands = flight.clock + spent[0].total
-    here = [f for f in server.buffer.flights.values() if f.done]
+    here = [f for f in session.flights.of.values() if f.done]
     yield from sorted(here, key=lambda f: (f.lands, f.client.id))
 
 
-def _done(server: "FederatedLora", flight: Flight, reply: Message, gathered: Gathered) -> bool:
+def _done(
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    flight: Flight,
+    reply: Message,
+    received: Received,
+) -> bool:
     """Keep a reply with its flight; one that is wrong ends it, with the reason on record."""
-    flight.done = read(server, reply, flight.client, flight.round, flight.state, gathered)
+    args = (reply, flight.client, flight.round, flight.state, received)
+    flight.done = read(setting, session, run, *args)
     if flight.done is None:
-        del server.buffer.flights[flight.client.id]
+        del session.flights.of[flight.client.id]
         return False
     facts = flight.done[1]
     facts["bytes_down"] = flight.bytes_down
@@ -222,12 +196,12 @@ def _done(server: "FederatedLora", flight: Flight, reply: Message, gathered: Gat
     return True
 
 
-def _overdue(server: "FederatedLora", gathered: Gathered) -> None:
+def _overdue(setting: Setting, session: Session, received: Received) -> None:
     """Give up who has had round.deadline seconds."""
-    limit, buffer = server.config.round.deadline, server.buffer
-    for mid, i in list(buffer.pending.items()):
-        flight = buffer.flights[i]
+    limit, flights = setting.config.round.deadline, session.flights
+    for mid, i in list(flights.pending.items()):
+        flight = flights.of[i]
         if time.perf_counter() - flight.asked > limit:
-            del buffer.pending[mid], buffer.flights[i]
+            del flights.pending[mid], flights.of[i]
             refusal = Refusal(FailureKind.LATE, f"no reply within {limit:g} s")
-            server.refuse(i, flight.round, refusal, gathered)
+            received.refuse(i, flight.round, refusal)

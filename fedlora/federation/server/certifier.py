@@ -12,19 +12,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.errors import ProofError, UpdateError
-from fedlora.federation.server.exchange import Gathered
 from fedlora.federation.server.heard import heard
 from fedlora.federation.wire.messages import Shapes, pack, unpack
 from fedlora.lora.adapter import Factors
-from fedlora.strategies.base import Client, Promise, Round, Upload, top_ranks
+from fedlora.strategies.base import Client, Promise, Upload
 from fedlora.training.certificate import (
     Gap,
     K,
@@ -34,16 +33,12 @@ from fedlora.training.certificate import (
     key_of,
     measure_as,
     names_of,
-    quantised,
     round_gaps,
     shared_sizes,
     sizes,
     start_gaps,
 )
 from fedlora.training.model.model import Model
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
 
 
 def pack_numbers(*times: Numbers) -> ArrayRecord:
@@ -273,88 +268,3 @@ def without_changes(
         bare.append(replace(u, sent=replace(u.sent, other=other)))
     change = {m: x * scales[m] for m, x in found.items()}
     return bare, Witness(1.0, {m: torch.zeros(K).double() for m in change}, change)
-
-
-# -- in a round -----------------------------------------------------------------------------------
-
-
-def cuts(server: "FederatedLora") -> tuple[int, ...]:
-    """All clients' ranks, where A alone is shared; else none."""
-    if server.promise != "shared":
-        return ()
-    ranks = {x.rank for i in server.members for x in server.client(i).layers.values()}
-    return tuple(sorted(ranks))
-
-
-def begin(server: "FederatedLora", number: int, state: Any) -> None:
-    """Load and measure what the clients of this round are sent."""
-    server.load(server.strategy.effective(state))
-    server.certifier.open(number, cuts(server))
-
-
-def read(
-    server: "FederatedLora", content: RecordDict, upload: Upload, asked: Round
-) -> list[Numbers]:
-    """The numbers that came with an upload: at its start and its end.
-
-    Raises:
-        WireError, UpdateError: they are not what was asked for.
-    """
-    if asked.number not in server.certifier.before:  # of before a restart
-        flight = server.buffer.flights.get(upload.client.id)
-        begin(server, asked.number, flight.state if flight else server.state)
-    record = content.array_records.get("certificate", ArrayRecord())
-    others = [*upload.sent.other]
-    return server.certifier.read(record, upload.client, asked.number, others, cuts(server))
-
-
-def end(server: "FederatedLora", gathered: Gathered, number: int) -> None:
-    """The round's certificate, with the model loaded as it is after the aggregation.
-
-    Raises:
-        ProofError: the strategy promises to be exact and was not, unless proof.enforce is off.
-    """
-    came = sorted(gathered.certificates.items())  # sums are the same whoever was first
-    starts = {i: (n, x) for i, (n, x, _) in came if i in gathered.clients}
-    summed = gathered.summed
-    gathered.certificate = found = server.certifier.close(
-        number,
-        starts,
-        {-1: summed[0]} if summed else witnesses_of(server.config, gathered),
-        top_ranks(server.client(i) for i in server.members),
-        cuts(server),
-        silent_of(server.config, gathered),
-        quantised(server.model, summed[1], summed[0].start, summed[2]) if summed else {},
-    )
-    server.certifier.forget([f.round.number for f in server.buffer.flights.values()])
-    if server.config.proof.enforce:
-        found.enforce(server.config.strategy.name, number)
-
-
-def witnesses_of(config: Config, gathered: Gathered) -> dict[int, Witness]:
-    """By client whose update counts, its numbers as they count.
-
-    Robust methods that leave clients out or weigh them, and a stale update's weight, are factors
-    of these.
-    """
-    verdict, found = gathered.verdict, {}
-    for i, (_, start, end) in sorted(gathered.certificates.items()):
-        if i not in gathered.clients or (verdict and i in verdict.dropped):
-            continue
-        weight = float(gathered.clients[i]["examples"])
-        if verdict and verdict.method == "median":
-            weight = verdict.factors[i]
-        late = (1 + gathered.stale.get(i, 0)) ** -config.round.staleness_exponent
-        counted = {name: start[name] + late * (x - start[name]) for name, x in end.items()}
-        found[i] = Witness(weight, start, counted if late != 1 else end)
-    return found
-
-
-def silent_of(config: Config, gathered: Gathered) -> list[str]:
-    """The stages of this round that move the mean on purpose, and not by a factor."""
-    found = []
-    if config.privacy.by_client:
-        found.append("client-level privacy: the mean is clipped and noised")
-    if gathered.verdict and gathered.verdict.method == "norm-bound" and gathered.verdict.factors:
-        found.append("robust.method = 'norm-bound': changes were shortened factor by factor")
-    return found

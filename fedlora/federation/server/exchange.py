@@ -6,7 +6,7 @@ and the round goes on with the others.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora.errors import ClientError, UpdateError
-from fedlora.federation.wire.codes import FailureKind
+from fedlora.errors import ClientError, TrainingCheckError, UpdateError
+from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import Shapes, count_bytes, unpack_factors
 from fedlora.lora.adapter import Factors
 from fedlora.lora.lowrank import norm
@@ -26,9 +26,13 @@ POLL, SLOWEST_POLL = 0.05, 1.0
 
 
 @dataclass
-class Gathered:
+class Received:
     """One round's replies as they come in."""
 
+    failed: Callable[[int, str], None] = lambda _, __: None
+    """Told who is refused, and why."""
+    simulated: bool = False
+    """Are all clients this machine?"""
     accepted: list[int] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     clients: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -59,6 +63,20 @@ class Gathered:
     """What a secure aggregation came to."""
     diverged: set[int] = field(default_factory=set)
     """Who told a training loss that is no finite number, whether or not the update counts."""
+
+    def refuse(self, i: int, round: Round, refusal: Refusal) -> None:
+        """Put on record why a client's reply does not count.
+
+        Raises:
+            TrainingCheckError: in a simulation, where every client is this machine: nothing that
+                it computes can be believed.
+        """
+        kind, reason = refusal.kind, refusal.reason
+        if self.simulated and kind == FailureKind.UNTRAINED:
+            raise TrainingCheckError(f"round {round.number}, client {i}: {reason}")
+        entry = {"client": i, "round": round.number, "kind": kind.value, "reason": reason}
+        self.failures.append(entry)
+        self.failed(i, reason)
 
     @property
     def spent(self) -> bool:
@@ -116,11 +134,11 @@ def read_reply(
     round: Round,
     token: str,
     schema: tuple[Shapes, Mapping[str, float]],
-    gathered: Gathered,
+    received: Received,
 ) -> tuple[Upload, dict[str, Any]]:
     """A reply to a train message, decoded, with what it says of itself.
 
-    A training loss that is no finite number is noted in `gathered` first: where training diverged
+    A training loss that is no finite number is noted in `received` first: where training diverged
     the factors are none either, and the reply is refused.
 
     Raises:
@@ -139,7 +157,7 @@ def read_reply(
     if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
         raise UpdateError(f"{odd[0]} = {metrics[odd[0]]!r}: must be one number")
     if not math.isfinite(metrics.get("loss", 0.0)):
-        gathered.diverged.add(client.id)
+        received.diverged.add(client.id)
     shapes, scale = schema
     sent = unpack_factors(record, scale, shapes)
     for column, name, x in sent.items():

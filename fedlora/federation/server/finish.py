@@ -4,84 +4,98 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.federation.server.exchange import error_of, exchange, part_of
+from fedlora.federation.server.journal import Saved
+from fedlora.federation.server.run import (
+    Session,
+    Setting,
+    client,
+    connected,
+    load,
+    message,
+    score,
+    seconds,
+)
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import unpack_factors
 from fedlora.launch.export import beginning, certified, load_exported, save_peft
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
-from fedlora.strategies.base import Client, Round, Upload
+from fedlora.strategies.base import Round, Strategy, Upload
 from fedlora.training.data.corpus import describe
 
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
 
-
-def close(server: "FederatedLora", grid: Grid, stopped: str = "") -> None:
+def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: str = "") -> Saved:
     """Collect, evaluate on every client, write adapter/, clients.jsonl and summary.json.
 
     `stopped` says why the run ended before its last round, if it did.
     """
-    if getattr(server.strategy, "average_at_end", False):
-        collect(server, grid)
-    effective = server.strategy.effective(server.state)
-    if server.config.evaluate.clients:
-        final_scores(server, grid)
-    server.load(effective)
-    effective = beginning(effective, server.origin)
-    save_peft(server.model, effective, server.journal.directory / "adapter")
-    write_records(server, stopped, certify(server, server.journal.directory / "adapter"))
+    if has_end(setting.strategy):
+        run = collect(setting, session, run, grid)
+    if setting.config.evaluate.clients:
+        run = final_scores(setting, session, run, grid)
+    load(setting, session, run, run.state)
+    effective = beginning(setting.strategy.effective(run.state), run.origin)
+    adapter = setting.journal.directory / "adapter"
+    save_peft(setting.model, effective, adapter)
+    write_records(setting, session, run, stopped, certify(setting, session, adapter))
+    return run
 
 
-def collect(server: "FederatedLora", grid: Grid) -> None:
+def has_end(strategy: Strategy[Any]) -> bool:
+    """Does it average once, at the end, what clients kept?"""
+    return bool(getattr(strategy, "average_at_end", False))
+
+
+def collect(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     """Once: what the clients kept, for a strategy's exact average of it."""
-    round = Round(server.config.run.rounds, server.config.run.seed)
-    asked = [c for c in _connected(server) if c.has_memory]
-    messages = (server.message(c, round, "query.collect", bare=True) for c in asked)
+    round = Round(setting.config.run.rounds, setting.config.run.seed)
+    asked = [c for c in connected(setting, session, run) if c.has_memory]
+    messages = (message(setting, session, run, c, round, "query.collect", bare=True) for c in asked)
     uploads = []
-    for i, reply in _answers(server, grid, messages):
-        client = server.client(i)
-        scale = {m: layer.scale for m, layer in client.layers.items()}
+    for i, reply in _answers(setting, session, grid, messages):
+        one = client(setting, run, i)
+        scale = {m: layer.scale for m, layer in one.layers.items()}
         kept = unpack_factors(reply.content.array_records["sent"], scale)
         n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
-        uploads.append(Upload(client, kept, n))
-    if uploads:
-        uploads.sort(key=lambda u: u.client.id)
-        server.state = server.strategy.finish(server.state, uploads)  # type: ignore[attr-defined]
+        uploads.append(Upload(one, kept, n))
+    if not uploads:
+        return run
+    uploads.sort(key=lambda u: u.client.id)
+    return replace(run, state=setting.strategy.finish(run.state, uploads))  # type: ignore[attr-defined]
 
 
-def final_scores(server: "FederatedLora", grid: Grid) -> None:
+def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     """The final model on every client's own test rows."""
-    round = Round(server.config.run.rounds + 1, server.config.run.seed)
-    messages = (server.message(c, round, "evaluate") for c in _connected(server))
-    for i, reply in _answers(server, grid, messages):
+    round = Round(setting.config.run.rounds + 1, setting.config.run.seed)
+    everyone = connected(setting, session, run)
+    messages = (message(setting, session, run, c, round, "evaluate") for c in everyone)
+    members = dict(run.members)
+    for i, reply in _answers(setting, session, grid, messages):
         said = reply.content.metric_records["metrics"]
-        server.members[i] = replace(
-            server.members[i],
+        members[i] = replace(
+            members[i],
             final=part_of(said, "final.") or {},
             personalized=part_of(said, "personalized.") or {},
             alone=part_of(said, "alone.") or {},
         )
-
-
-def _connected(server: "FederatedLora") -> list[Client]:
-    return [server.client(i) for i in sorted(server.members) if i in server.nodes]
+    return replace(run, members=members)
 
 
 def _answers(
-    server: "FederatedLora", grid: Grid, messages: Iterable[Message]
+    setting: Setting, session: Session, grid: Grid, messages: Iterable[Message]
 ) -> Iterable[tuple[int, Message]]:
     """(client, reply) of those that answered; the others are noted."""
-    of_node = {node: i for i, node in server.nodes.items()}
-    for node, reply in exchange(grid, messages, server.config.round.deadline):
+    of_node = {node: i for i, node in session.nodes.items()}
+    for node, reply in exchange(grid, messages, setting.config.round.deadline):
         if error := error_of(reply):
-            server.observer.client_failed(of_node[node], Refusal.of(error).reason)
+            session.observer.client_failed(of_node[node], Refusal.of(error).reason)
         else:
             yield of_node[node], reply
 
@@ -99,17 +113,17 @@ def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     return {key: sum(found) / len(found), f"worst_tenth_{key}": sum(worst) / len(worst)}
 
 
-def client_lines(server: "FederatedLora") -> Iterator[dict[str, Any]]:
+def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dict[str, Any]]:
     """The lines of clients.jsonl."""
-    corpus = server.corpus
+    corpus = setting.corpus
     labels = describe(corpus)
-    for i, m in sorted(server.members.items()):
+    for i, m in sorted(run.members.items()):
         simulated = i < len(corpus.clients)
         yield {
             "client": i,
-            "node": server.nodes.get(i),
+            "node": session.nodes.get(i),
             "rank": m.rank,
-            "modules": len(m.plan) or len(server.model.shapes),
+            "modules": len(m.plan) or len(setting.model.shapes),
             "train_examples": m.examples,
             "test_examples": len(corpus.client(i).test) if simulated else None,
             "labels": labels.get(i, {}),
@@ -129,7 +143,7 @@ ROOM = 1.5
 """How many times the base must fit into the memory that is free, to load it once more."""
 
 
-def certify(server: "FederatedLora", adapter: Path) -> float | None:
+def certify(setting: Setting, session: Session, adapter: Path) -> float | None:
     """How far adapter/, loaded as anyone loads it, is from the model, over what rounding explains.
 
     None where there is no memory for a second base: `fedlora export` checks it as well.
@@ -137,40 +151,44 @@ def certify(server: "FederatedLora", adapter: Path) -> float | None:
     Raises:
         ModelError: by more than rounding.
     """
-    base = sum(p.numel() * p.element_size() for p in server.model.peft.parameters())
+    base = sum(p.numel() * p.element_size() for p in setting.model.peft.parameters())
     if psutil.virtual_memory().available < ROOM * base:
-        server.observer.note(f"{adapter} is not certified: no memory for a second base")
+        session.observer.note(f"{adapter} is not certified: no memory for a second base")
         return None
-    loaded = load_exported(server.config, server.labels, adapter, merged=False)
-    return certified(server.model, loaded, adapter)
+    loaded = load_exported(setting.config, setting.labels, adapter, merged=False)
+    return certified(setting.model, loaded, adapter)
 
 
 def write_records(
-    server: "FederatedLora", stopped: str = "", exported: float | None = None
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    stopped: str = "",
+    exported: float | None = None,
 ) -> None:
     """clients.jsonl and summary.json; and one line to the observer, if there is cause for it.
 
     `stopped` says why the run ended early, if it did.
     """
-    c = server.config
-    server.journal.clients(client_lines(server))
-    members = server.members.values()
-    rounds = server.journal.lines()
-    final = server.score() if c.evaluate.every else None
-    warnings = judge(rounds, server.baselines, final if has_one_model(server) else None)
-    server.journal.summary(
+    c = setting.config
+    setting.journal.clients(client_lines(setting, session, run))
+    members = run.members.values()
+    rounds = setting.journal.lines()
+    final = score(setting) if c.evaluate.every else None
+    warnings = judge(rounds, run.baselines, final if has_one_model(setting) else None)
+    setting.journal.summary(
         {
             "name": c.run.name,
             "strategy": c.strategy.name,
-            "promise": server.promise,
+            "promise": setting.guarantee,
             "export_excess": exported,
             "rounds": c.run.rounds,
-            "seconds": server.seconds(),
+            "seconds": seconds(session, run),
             "model": c.model.path,
             "data": c.data.path,
             "seed": c.run.seed,
             "final": final,
-            "baselines": server.baselines,
+            "baselines": run.baselines,
             "bytes": {
                 "down": sum(m.bytes_down for m in members),
                 "up": sum(m.bytes_up for m in members),
@@ -180,17 +198,17 @@ def write_records(
                 kind: spread([getattr(m, kind) for m in members])
                 for kind in ("final", "personalized", "alone")
             },
-            "virtual_seconds": server.clock or None,
-            "sent": server.schemas.columns(),
+            "virtual_seconds": run.clock or None,
+            "sent": session.schemas.columns(),
             "privacy": privacy(c, rounds),
             "stopped": stopped,
             "warnings": warnings,
         }
     )
     if warnings:
-        server.observer.note(said(warnings))
+        session.observer.note(said(warnings))
 
 
-def has_one_model(server: "FederatedLora") -> bool:
+def has_one_model(setting: Setting) -> bool:
     """Not where what the clients keep was never averaged: then the server's is half of a model."""
-    return server.promise != "shared" or getattr(server.strategy, "average_at_end", False)
+    return setting.guarantee != "shared" or has_end(setting.strategy)

@@ -14,7 +14,7 @@ Under DP this is refused: the sketches are not privatised.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
@@ -24,6 +24,8 @@ from torch import Tensor
 from fedlora.config.reader import Config
 from fedlora.errors import RoundError
 from fedlora.federation.server.exchange import error_of, exchange
+from fedlora.federation.server.journal import Saved
+from fedlora.federation.server.run import Session, Setting, client, message
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import pack_factors, unpack_factors
 from fedlora.lora.adapter import Adapter, Factors, Pair
@@ -31,9 +33,6 @@ from fedlora.strategies.base import Client, Round, Upload, mean, seeded, top_ran
 from fedlora.training.data.batches import Encoded, batches
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
 
 OVERSAMPLING = 8
 EXAMPLES = 256
@@ -45,13 +44,16 @@ def omega(k: int, width: int, m: str, seed: int) -> Tensor:
     return torch.randn(k, width, generator=seeded(seed, 0, 0, f"omega/{m}"))
 
 
-def survey(server: "FederatedLora", grid: Grid, clients: Sequence[Client]) -> Adapter:
+def survey(
+    setting: Setting, session: Session, run: Saved, grid: Grid, clients: Sequence[Client]
+) -> Adapter:
     """Both phases, over all clients; M as one pair a module, of rank w."""
     ranks = top_ranks(clients)
-    widths = {m: min(r + OVERSAMPLING, *_sizes(server, m)) for m, r in ranks.items()}
-    Y = _phase(server, grid, clients, Factors(), widths)
+    shapes = setting.model.shapes
+    widths = {m: min(r + OVERSAMPLING, shapes[m].d, shapes[m].k) for m, r in ranks.items()}
+    Y = _phase(setting, session, run, grid, clients, Factors(), widths)
     Q = {m: torch.linalg.qr(y.double())[0].float() for m, y in Y.items()}  # (d, w)
-    Z = _phase(server, grid, clients, Factors(B=Q), widths)
+    Z = _phase(setting, session, run, grid, clients, Factors(B=Q), widths)
     return {m: Pair(Z[m], Q[m]) for m in Q}
 
 
@@ -88,35 +90,32 @@ def first_signs(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor
 
 
 def _phase(
-    server: "FederatedLora",
+    setting: Setting,
+    session: Session,
+    run: Saved,
     grid: Grid,
     clients: Sequence[Client],
     send: Factors,
     widths: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    round = Round(0, server.config.run.seed)
+    round = Round(0, setting.config.run.seed)
     sketch_: dict[str, Any] = {"modules": list(widths), "widths": list(widths.values())}
     messages = []
     for c in clients:
-        message = server.message(c, round, "train.gradient", bare=True)
-        message.content["send"] = pack_factors(send, "float32")
-        message.content["sketch"] = ConfigRecord(sketch_)
-        messages.append(message)
+        made = message(setting, session, run, c, round, "train.gradient", bare=True)
+        made.content["send"] = pack_factors(send, "float32")
+        made.content["sketch"] = ConfigRecord(sketch_)
+        messages.append(made)
     uploads = []
-    for _, reply in exchange(grid, messages, server.config.round.deadline):
+    for _, reply in exchange(grid, messages, setting.config.round.deadline):
         if error := error_of(reply):
-            server.observer.client_failed(None, Refusal.of(error).reason)
+            session.observer.client_failed(None, Refusal.of(error).reason)
             continue
         i = int(reply.content.config_records["reply"]["client"])  # type: ignore[arg-type]
         n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
         sent = unpack_factors(reply.content.array_records["sent"], {})
-        uploads.append(Upload(server.client(i), sent, n))
+        uploads.append(Upload(client(setting, run, i), sent, n))
     if not uploads:
         raise RoundError("no client sent its first gradient; nothing was begun")
     uploads.sort(key=lambda u: u.client.id)
     return dict(mean(uploads, Factors()).A)
-
-
-def _sizes(server: "FederatedLora", m: str) -> tuple[int, int]:
-    shape = server.model.shapes[m]
-    return shape.d, shape.k

@@ -16,18 +16,20 @@ A client that lies about both alike is not found here: see docs/proof.md.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora.federation.server.exchange import Gathered
+from fedlora.federation.server.exchange import Received
+from fedlora.federation.server.journal import Saved
+from fedlora.federation.server.run import Session, Setting, load
 from fedlora.federation.server.screening import began
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.lora.adapter import COLUMNS, Adapter, Factors
-from fedlora.strategies.base import Round, Upload, travelling, whole_download
+from fedlora.strategies.base import Client, Round, Upload, travelling, whole_download
 from fedlora.training.certificate import (
     FLOAT32,
     SIGMAS,
@@ -39,88 +41,119 @@ from fedlora.training.certificate import (
     start_gaps,
 )
 
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
+
+class Honesty:
+    """A `Stage`: the uploads whose clients' numbers are their own; the others wait for the end."""
+
+    def __init__(self, setting: Setting, session: Session) -> None:
+        self.setting, self.session = setting, session
+
+    @staticmethod
+    def applies(setting: Setting, session: Session) -> bool:
+        """Can numbers be held against uploads here, and might anybody lie?"""
+        config = setting.config
+        plain = setting.model.form.kind == "factors" and setting.guarantee != "shared"
+        alone = session.simulated or config.secure.aggregation or config.round.buffer
+        return plain and not alone
+
+    def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:
+        pass
+
+    def uploads(
+        self, uploads: Iterator[Upload], run: Saved, round: Round, received: Received
+    ) -> Iterator[Upload]:
+        held: list[tuple[Upload, str]] = []
+        seen = 0
+        for upload in uploads:
+            seen += 1
+            if why := _against(self.setting, self.session, run, upload, round, received):
+                held.append((upload, why))
+            else:
+                yield upload
+            del upload
+        if 2 * len(held) >= seen:
+            yield from (upload for upload, _ in held)
+            return
+        for upload, why in held:
+            i = upload.client.id
+            received.accepted.remove(i)
+            del received.clients[i], received.certificates[i]
+            received.refuse(i, round, Refusal(FailureKind.BAD, why))
+
+    def close(self, before: Saved, after: Saved, round: Round, received: Received) -> Saved:
+        return after
+
+    def record(self) -> Mapping[str, Any]:
+        return {}
 
 
-def believed(
-    server: "FederatedLora", uploads: Iterator[Upload], round: Round, gathered: Gathered
-) -> Iterator[Upload]:
-    """The uploads whose clients' numbers are their own; the others wait for the end."""
-    plain = server.model.form.kind == "factors" and server.promise != "shared"
-    if server.secure or server.simulated or server.config.round.buffer or not plain:
-        yield from uploads
-        return
-    held: list[tuple[Upload, str]] = []
-    seen = 0
-    for upload in uploads:
-        seen += 1
-        if why := _against(server, upload, round, gathered):
-            held.append((upload, why))
-        else:
-            yield upload
-        del upload
-    if 2 * len(held) >= seen:
-        yield from (upload for upload, _ in held)
-        return
-    for upload, why in held:
-        i = upload.client.id
-        gathered.accepted.remove(i)
-        del gathered.clients[i], gathered.certificates[i]
-        server.refuse(i, round, Refusal(FailureKind.BAD, why), gathered)
-
-
-def _against(server: "FederatedLora", upload: Upload, round: Round, gathered: Gathered) -> str:
+def _against(
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    upload: Upload,
+    round: Round,
+    received: Received,
+) -> str:
     """Why a client's numbers are not believed; empty where they are."""
-    if not agrees(server, upload, round, gathered):
+    if not agrees(setting, session, run, upload, round, received):
         return "its certificate's numbers are not those of its own update"
-    if server.promise == "exact" and not began_there(server, upload, gathered):
+    if setting.guarantee == "exact" and not began_there(setting, session, upload, received):
         return "its certificate says that it did not begin from the model that it was sent"
     return ""
 
 
-def began_there(server: "FederatedLora", upload: Upload, gathered: Gathered) -> bool:
+def began_there(setting: Setting, session: Session, upload: Upload, received: Received) -> bool:
     """Are a client's numbers at the start the server's own, to rounding?"""
-    asked, start, _ = gathered.certificates[upload.client.id]
-    config = server.config
-    gaps = start_gaps(*server.certifier.before[asked], start, config.wire.dtype, config.model.dtype)
+    asked, start, _ = received.certificates[upload.client.id]
+    config = setting.config
+    before = session.certifier.before[asked]
+    gaps = start_gaps(*before, start, config.wire.dtype, config.model.dtype)
     return all(g.excess <= 1 for g in gaps.values() if not math.isnan(g.found))
 
 
-def agrees(server: "FederatedLora", upload: Upload, round: Round, gathered: Gathered) -> bool:
+def agrees(
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    upload: Upload,
+    round: Round,
+    received: Received,
+) -> bool:
     """Are the numbers that came with an upload its own, by either opinion?"""
-    _, start, end = gathered.certificates[upload.client.id]
+    _, start, end = received.certificates[upload.client.id]
     change = {name: end[name] - start[name] for name in start}
-    key = server.certifier.key(round.number)
-    if _close(server, upload, change, _by_pairs(server, upload, round, key)):
+    key = session.certifier.key(round.number)
+    if _close(setting, run, upload, change, _by_pairs(setting, run, upload, round, key)):
         return True
-    seen = _by_model(server, upload, round, key)
+    seen = _by_model(setting, session, run, upload, round, key)
     return seen is None or _close(
-        server, upload, change, {n: x - start[n] for n, x in seen.items()}
+        setting, run, upload, change, {n: x - start[n] for n, x in seen.items()}
     )
 
 
 def _close(
-    server: "FederatedLora",
+    setting: Setting,
+    run: Saved,
     upload: Upload,
     change: Mapping[str, Tensor],
     found: Mapping[str, Tensor],
 ) -> bool:
     """Is every number within what sending the upload explains?"""
-    part = SIGMAS * (4 * FLOAT32 + 2 * WIRE[server.config.wire.dtype])
+    part = SIGMAS * (4 * FLOAT32 + 2 * WIRE[setting.config.wire.dtype])
     for name, want in found.items():
-        size = _size(server, upload, name)
+        size = _size(setting, run, upload, name)
         if not float((change[name] - want).square().mean().sqrt()) <= part * size + 1e-12:
             return False
     return True
 
 
-def _size(server: "FederatedLora", upload: Upload, name: str) -> float:
+def _size(setting: Setting, run: Saved, upload: Upload, name: str) -> float:
     """What rounding is relative to: s |B| |A|, the server's for what is not sent, and |W|."""
-    sent, held = upload.sent, server.strategy.effective(server.state).factors
+    sent, held = upload.sent, setting.strategy.effective(run.state).factors
     if name in sent.other:
         return float(sent.other[name].double().norm())
-    base = float(server.model.adapted[name].get_base_layer().weight.detach().float().norm())
+    base = float(setting.model.adapted[name].get_base_layer().weight.detach().float().norm())
     product = max(upload.client.layers[name].scale, held.scale.get(name, 0.0))
     for column in ("A", "B", "R"):
         both = [getattr(x, column).get(name) for x in (sent, held)]
@@ -129,9 +162,11 @@ def _size(server: "FederatedLora", upload: Upload, name: str) -> float:
     return product + base
 
 
-def _by_pairs(server: "FederatedLora", upload: Upload, round: Round, key: str) -> dict[str, Tensor]:
+def _by_pairs(
+    setting: Setting, run: Saved, upload: Upload, round: Round, key: str
+) -> dict[str, Tensor]:
     """What the strategy makes of the upload, less what it makes of an untrained one."""
-    strategy, state = server.strategy, server.state
+    strategy, state = setting.strategy, run.state
     first = strategy.trained(state, began(strategy, state, upload, round), round)
     last = strategy.trained(state, upload, round)
     before = strategy.effective(state).factors.other
@@ -150,18 +185,17 @@ def _of_pair(pairs: Adapter, m: str, key: str) -> Tensor:
 
 
 def _by_model(
-    server: "FederatedLora", upload: Upload, round: Round, key: str
+    setting: Setting, session: Session, run: Saved, upload: Upload, round: Round, key: str
 ) -> dict[str, Tensor] | None:
     """The end's numbers of the client's half played again; None where it cannot be."""
-    strategy, state, model = server.strategy, server.state, server.model
+    strategy, state, model = setting.strategy, run.state, setting.model
     client = replace(upload.client, has_memory=False)
-    folds = server.config.ranks.absent == "fold"
-    came = whole_download(strategy, state, client, round, folds)
+    came = whole_download(strategy, state, client, round, setting.folds)
     factors = _with_sent(strategy.start(came, Factors(), client, round), upload.sent)
     again = travelling(strategy.upload(factors, Factors())[0], came.trainable)
     if not _same(again, upload.sent):
         return None
-    server.load(strategy.effective(state))
+    load(setting, session, run, state)
     with model.folded(came.fold):
         model.load(factors, came.block)
         return dict(measure(model, key, upload.client.layers, upload.sent.other))

@@ -1,94 +1,26 @@
-"""What goes with any strategy, around its aggregation: each does nothing unless the config asks.
+"""Which clients a config's options do not go with; asked of those that came."""
 
-    screened(server, uploads, ...)    robust.method: which updates the strategy gets to see
-    stepped(server, state, ...)       server.optimizer: where to go, given the aggregate
-    late(server, client, ...)         devices.deadline: what would have come too late
-    virtual(server, gathered)         devices.classes: what the round would have taken
-
-`refusals` says before round 1 what does not go together.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
 
 from fedlora.federation.client import personalize as personal
 from fedlora.federation.secure import rules as secure
 from fedlora.federation.server import screening
-from fedlora.federation.server.exchange import Gathered
+from fedlora.federation.server.run import Setting
 from fedlora.strategies import server_optimizers as server_opt
-from fedlora.strategies.base import Client, Round, Upload, uneven
+from fedlora.strategies.base import Client, uneven
 from fedlora.strategies.forms import ONE_RANK
 
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
 
-
-def refusals(server: "FederatedLora") -> Iterator[str]:
+def refusals(setting: Setting, clients: Sequence[Client]) -> Iterator[str]:
     """Why the config's options do not go with its strategy or with each other."""
-    config, strategy = server.config, server.strategy
-    yield from server.planner.problems(strategy)
+    config, strategy = setting.config, setting.strategy
+    yield from setting.planner.problems(strategy)
     yield from screening.refusals(config, strategy)
-    if server.model.form.after and (gap := uneven([server.client(i) for i in server.members])):
+    if setting.model.form.after and (gap := uneven(clients)):
         yield f"lora.form = {config.lora.form!r}, but {gap}: {ONE_RANK}"
     chosen = config.server.optimizer
     if chosen != "none" and (reason := server_opt.refusal(strategy)):
         yield f"server.optimizer = '{chosen}': {reason}"
     yield from personal.refusals(config)
     if config.secure.aggregation:
-        yield from secure.alone([server.client(i) for i in sorted(server.members)])
-
-
-def screened(
-    server: "FederatedLora", uploads: Iterator[Upload], round: Round, gathered: Gathered
-) -> Iterator[Upload]:
-    """The uploads that robust.method lets count; as they come where it is none."""
-    if server.config.robust.method == "none":
-        return uploads
-    if not (found := list(uploads)):
-        return iter(found)
-    kept, gathered.verdict = screening.screen(
-        found, server.strategy, server.state, round, server.config
-    )
-    return iter(kept)
-
-
-def stepped(server: "FederatedLora", state: Any, clients: Sequence[Client], round: Round) -> Any:
-    """The state after server.optimizer's step, loaded; as it is where there is none."""
-    if (optimizer := server_opt.build_optimizer(server.config.server)) is None:
-        return state
-    downloads = (server.strategy.download(server.state, c, round).trainable for c in clients)
-    trained = frozenset[str]().union(*downloads)
-    state, server.moments = server_opt.stepped(
-        optimizer, server.moments, server.state, state, trained
-    )
-    server.load(server.strategy.effective(state))
-    return state
-
-
-def late(
-    server: "FederatedLora",
-    client: Client,
-    round: Round,
-    facts: Mapping[str, Any],
-    gathered: Gathered,
-) -> str | None:
-    """Note a reply's virtual seconds; the reason to refuse it, where they are too many."""
-    if (found := server.planner.spent(client, round.number, facts)) is None:
-        return None
-    gathered.virtual[client.id] = found
-    limit, took = server.config.devices.deadline, found[0].total
-    if not limit or took <= limit:
-        return None
-    return f"{took:.3g} virtual seconds, devices.deadline = {limit:g}"
-
-
-def virtual(server: "FederatedLora", gathered: Gathered) -> dict[str, Any]:
-    """The "virtual" entry of the round's record; moves the server's virtual clock on."""
-    if not (devices := server.planner.devices) or not gathered.virtual:
-        return {}
-    spent = {i: s for i, (s, _) in gathered.virtual.items()}
-    works = {i: w for i, (_, w) in gathered.virtual.items()}
-    landed = gathered.landed if server.config.round.buffer else None
-    found = devices.record(spent, works, server.clock, server.config.devices.deadline, landed)
-    server.clock = found["clock"]
-    return {"virtual": found}
+        yield from secure.alone(clients)

@@ -9,7 +9,7 @@ each adapted module for every upload, one at a time.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,67 +17,83 @@ from torch import Tensor
 from fedlora.federation.server.proof import Proof, Target, compare, kinds
 from fedlora.federation.wire.messages import ROUNDING, pack_download, unpack_download
 from fedlora.lora.adapter import Factors
-from fedlora.strategies.base import Client, Round, Upload, as_factors, whole_download
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
+from fedlora.strategies.base import (
+    Client,
+    Promise,
+    Round,
+    Strategy,
+    Upload,
+    as_factors,
+    whole_download,
+)
+from fedlora.strategies.forms import Form
+from fedlora.training.model.model import Model
 
 SMALL = 1e-2
 """A change below this part of a layer's output is compared with that part: numbers near 1, as
 IA3's are, hold a smaller change no more exactly in float32."""
 
 
-def measures(server: "FederatedLora") -> bool:
+def measures(form: Form, guarantee: Promise) -> bool:
     """Is this run's aggregation proved here? Not where the change is s B A, nor where clients
     keep a part, so that there is no one model."""
-    plain = server.model.form.kind == "factors" and server.model.form.law == "multilinear"
-    return not plain and server.promise != "shared"
+    plain = form.kind == "factors" and form.law == "multilinear"
+    return not plain and guarantee != "shared"
 
 
-def target(server: "FederatedLora", round: Round) -> Target:
+def target(model: Model, columns: int, round: Round) -> Target:
     """An empty target over all adapted modules, with what counts as small in each."""
     generator = round.generator(0, "proof")
     x = {
-        m: torch.randn(s.k, server.config.proof.probes, generator=generator, dtype=torch.float64)
-        for m, s in server.model.shapes.items()
+        m: torch.randn(s.k, columns, generator=generator, dtype=torch.float64)
+        for m, s in model.shapes.items()
     }
-    x = {m: columns / columns.norm(dim=0) for m, columns in x.items()}
-    weights = server.model.weights()
-    floor = {m: SMALL * float((weights[m].double() @ columns).norm()) for m, columns in x.items()}
+    x = {m: inputs / inputs.norm(dim=0) for m, inputs in x.items()}
+    weights = model.weights()
+    floor = {m: SMALL * float((weights[m].double() @ inputs).norm()) for m, inputs in x.items()}
     return Target(x, floor=floor)
 
 
-def ended(server: "FederatedLora", upload: Upload, round: Round) -> Factors:
+def ended(strategy: Strategy[Any], state: Any, upload: Upload, round: Round) -> Factors:
     """Everything the client held when it had trained."""
-    before = server.strategy.effective(server.state).factors.other
-    trained = server.strategy.trained(server.state, upload, round)
+    before = strategy.effective(state).factors.other
+    trained = strategy.trained(state, upload, round)
     return as_factors(trained, {**before, **upload.sent.other})
 
 
-def add(server: "FederatedLora", target: Target, upload: Upload, round: Round) -> None:
+def add(
+    model: Model, strategy: Strategy[Any], state: Any, target: Target, upload: Upload, round: Round
+) -> None:
     """Add what an upload's model computes to the target."""
-    server.model.load(ended(server, upload, round))
-    target.add_outputs(server.model.change(target.x), upload.num_examples)
+    model.load(ended(strategy, state, upload, round))
+    target.add_outputs(model.change(target.x), upload.num_examples)
 
 
 def prove(
-    server: "FederatedLora", state: Any, clients: Sequence[Client], target: Target, round: Round
+    model: Model,
+    strategy: Strategy[Any],
+    guarantee: Promise,
+    state: Any,
+    clients: Sequence[Client],
+    target: Target,
+    round: Round,
+    dtype: str,
 ) -> Proof:
     """Compare the target with what clients will use after `state`'s next download.
 
     Where the promise is not exactness, with what the model is.
     """
-    dtype, used = server.config.wire.dtype, list[Mapping[str, Tensor]]()
-    if server.promise == "exact":
+    used: list[Mapping[str, Tensor]] = []
+    if guarantee == "exact":
         after = Round(round.number + 1, round.seed)
         for client in kinds(clients):
             new = replace(client, has_memory=False)
-            sent = whole_download(server.strategy, state, new, after, fold_absent=False)
+            sent = whole_download(strategy, state, new, after, fold_absent=False)
             came = unpack_download(pack_download(sent, dtype))
-            server.model.load(server.strategy.start(came, Factors(), new, after))
-            used.append(server.model.change(target.x))
+            model.load(strategy.start(came, Factors(), new, after))
+            used.append(model.change(target.x))
     else:
-        server.model.load(server.strategy.effective(state).factors)
-        used.append(server.model.change(target.x))
+        model.load(strategy.effective(state).factors)
+        used.append(model.change(target.x))
     layers, total, norm = compare(used, target)
-    return Proof(server.promise, total, ROUNDING[dtype], norm, layers, len(used))
+    return Proof(guarantee, total, ROUNDING[dtype], norm, layers, len(used))

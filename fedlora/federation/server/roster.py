@@ -63,18 +63,18 @@ class Roster:
             else:
                 yield int(facts["client"]), facts
 
-    def wait(self, look: Callable[[], None], seconds: float) -> None:
-        """Give those that were here a while to come back; each is waited for once.
+    def wait(self, seconds: float) -> Iterator[None]:
+        """Give those that were here a while to come back: each turn, look who is there.
 
-        So a network cut or a server's restart does not change a round's cohort, and a node that
-        is gone for good delays the run once.
+        Each is waited for once. So a network cut or a server's restart does not change a round's
+        cohort, and a node that is gone for good delays the run once.
         """
         until = time.monotonic() + seconds
         pause = POLL
         while (missing := self._missing()) and time.monotonic() < until:
             time.sleep(pause)
             pause = min(2 * pause, SLOWEST_POLL)
-            look()
+            yield
         self._given_up = (self._given_up | missing) - self.there
 
     def _missing(self) -> set[int]:

@@ -15,7 +15,7 @@ all that were lost say that their budget is spent, it is BudgetSpent.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -27,21 +27,27 @@ from fedlora.federation.secure.masking import Words
 from fedlora.federation.secure.rules import TOGETHER, unsummable
 from fedlora.federation.secure.terms import SMALLEST, Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, kinds_of
-from fedlora.federation.server import certifier
 from fedlora.federation.server.certifier import (
     WITHIN,
     masked_shapes,
     without_changes,
     without_masked,
 )
-from fedlora.federation.server.exchange import Gathered, exchange, facts_of, tag_of
+from fedlora.federation.server.exchange import Received, exchange, facts_of, tag_of
+from fedlora.federation.server.journal import Saved
+from fedlora.federation.server.run import (
+    Session,
+    Setting,
+    base_number,
+    cuts,
+    message,
+    told,
+    too_few,
+)
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import Shapes, count_bytes
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.training.certificate import names_of, public_scales
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
 
 T = TypeVar("T")
 LONGEST = 4096
@@ -49,11 +55,13 @@ LONGEST = 4096
 
 
 def uploads(
-    server: "FederatedLora",
+    setting: Setting,
+    session: Session,
+    run: Saved,
     grid: Grid,
-    clients: Sequence[Client],
+    cohort: Sequence[Client],
     round: Round,
-    gathered: Gathered,
+    received: Received,
 ) -> Iterator[Upload]:
     """The uploads that stand for the sum of what the cohort sends.
 
@@ -61,20 +69,23 @@ def uploads(
         StrategyError: the strategy needs more than sums; before anything is sent.
         RoundError, BudgetSpent: too few clients are left.
     """
-    yield from SecureRound(server, grid, clients, round, gathered).sum()
+    yield from SecureRound(setting, session, run, grid, cohort, round, received).sum()
 
 
 class SecureRound:
     def __init__(
         self,
-        server: "FederatedLora",
+        setting: Setting,
+        session: Session,
+        run: Saved,
         grid: Grid,
-        clients: Sequence[Client],
+        cohort: Sequence[Client],
         round: Round,
-        gathered: Gathered,
+        received: Received,
     ) -> None:
-        self.server, self.grid, self.round, self.gathered = server, grid, round, gathered
-        self.kinds = self._kinds(clients)
+        self.setting, self.session, self.run = setting, session, run
+        self.grid, self.round, self.received = grid, round, received
+        self.kinds = self._kinds(cohort)
         self.kind_of = {c.id: n for n, kind in enumerate(self.kinds) for c in kind.clients}
         self.client = {c.id: c for kind in self.kinds for c in kind.clients}
         self.ids = sorted(self.client)
@@ -82,12 +93,12 @@ class SecureRound:
             raise self._too_few(
                 f"{len(self.ids)} clients are not alone of their ranks, and it takes {SMALLEST}"
             )
-        self.terms = Terms.of(server.config, len(self.ids))
+        self.terms = Terms.of(setting.config, len(self.ids))
         self.near = neighbours(self.ids, self.terms.shares, round)
         self.layout = Layout.over([kind.shapes for kind in self.kinds])
         self._check()
         names = {n.removeprefix(WITHIN) for _, n in self.layout.shapes if n.startswith(WITHIN)}
-        self.scales = public_scales(server.model, sorted(names))
+        self.scales = public_scales(setting.model, sorted(names))
         self.totals: dict[int, Words] = {}
         self.keeps: dict[int, bool] = {}
         self.up: dict[int, int] = {}
@@ -104,9 +115,9 @@ class SecureRound:
         except UpdateError as e:
             raise self._failed(str(e)) from None
         found, change = without_changes(found, self.scales)
-        self.gathered.summed = change, error, self.scales
-        self.gathered.loss = None if self.server.config.privacy.on else loss
-        self.gathered.secure = {
+        self.received.summed = change, error, self.scales
+        self.received.loss = None if self.setting.config.privacy.on else loss
+        self.received.secure = {
             "asked": len(self.ids),
             "summed": len(summed),
             "shares": self.terms.shares,
@@ -120,13 +131,12 @@ class SecureRound:
     def _check(self) -> None:
         """Does the strategy go on sums? Measured once for each set of tensors that it asks for."""
         asked = tuple(tuple(sorted(kind.shapes.items())) for kind in self.kinds)
-        server = self.server
-        if asked in server.summable:
+        if asked in self.session.summable:
             return
         kinds = [replace(kind, shapes=without_masked(kind.shapes)) for kind in self.kinds]
-        if reason := unsummable(server.strategy, server.state, kinds, self.round):
+        if reason := unsummable(self.setting.strategy, self.run.state, kinds, self.round):
             raise StrategyError(reason)
-        server.summable.add(asked)
+        self.session.summable.add(asked)
 
     # -- the stages ---------------------------------------------------------------------------
 
@@ -274,27 +284,28 @@ class SecureRound:
         lost: str = "",
     ) -> dict[int, T]:
         """One message to each, and what was read from the replies that are as they must be."""
-        server, c = self.server, self.server.config
+        c = self.setting.config
         seconds = min(c.secure.stage_deadline, c.round.deadline) if bare else c.round.deadline
 
         def messages() -> Iterable[Message]:
             for i, record in asked.items():
-                message = server.message(
-                    self.client[i], self.round, f"train.secagg_{name}", bare, seconds
-                )
-                message.content["secagg"] = record
-                size = count_bytes(message.content)
-                self.gathered.down[i] = self.gathered.down.get(i, 0) + size
-                yield message
+                made = message(
+                    self.setting, self.session, self.run, self.client[i], self.round,
+                    f"train.secagg_{name}", bare=bare, ttl=seconds,
+                )  # fmt: skip
+                made.content["secagg"] = record
+                size = count_bytes(made.content)
+                self.received.down[i] = self.received.down.get(i, 0) + size
+                yield made
 
         begun = time.perf_counter()
-        of_node = {server.nodes[i]: i for i in asked}
+        of_node = {self.session.nodes[i]: i for i in asked}
         found: dict[int, T] = {}
         failed: set[int] = set()
         for node, reply in exchange(self.grid, messages(), seconds):
             i = of_node[node]
             try:
-                tag_of(reply, self.client[i], self.round, server.token)
+                tag_of(reply, self.client[i], self.round, self.run.token)
                 found[i] = read(i, reply.content)
                 self.up[i] = self.up.get(i, 0) + count_bytes(reply.content)
             except (FedLoraError, KeyError, TypeError, AttributeError) as e:
@@ -304,25 +315,25 @@ class SecureRound:
         for i in sorted(asked.keys() - found.keys() - failed):
             refusal = Refusal(FailureKind.LATE, f"no reply within {seconds:g} s")
             self._refuse(i, _at(name, refusal, lost))
-        self.gathered.waited += time.perf_counter() - begun
+        self.received.waited += time.perf_counter() - begun
         return dict(sorted(found.items()))
 
     def _refuse(self, i: int, refusal: Refusal) -> None:
-        self.server.refuse(i, self.round, refusal, self.gathered)
+        self.received.refuse(i, self.round, refusal)
 
     def _accept(self, i: int) -> None:
         """Put a client of the sum on record, with what is known of it."""
         facts = facts_of(self.client[i], self.round, self.keeps[i], {}, self.up[i])
-        facts["bytes_down"] = self.gathered.down[i]
-        self.gathered.accepted.append(i)
-        self.gathered.clients[i] = facts
-        self.server.observer.client_done(i, facts)
+        facts["bytes_down"] = self.received.down[i]
+        self.received.accepted.append(i)
+        self.received.clients[i] = facts
+        self.session.observer.client_done(i, facts)
 
     # -- who is left --------------------------------------------------------------------------
 
-    def _kinds(self, clients: Sequence[Client]) -> list[Kind]:
-        base = self.server.base_number()
-        found = kinds_of(self._sends(c, base) for c in clients)
+    def _kinds(self, cohort: Sequence[Client]) -> list[Kind]:
+        base = base_number(self.setting, self.run.state)
+        found = kinds_of(self._sends(c, base) for c in cohort)
         for kind in found:
             if len(kind.clients) < TOGETHER:
                 reason = "it is the only one of its ranks in this round: its update would be no sum"
@@ -331,20 +342,19 @@ class SecureRound:
 
     def _sends(self, c: Client, base: int) -> tuple[Client, Shapes, Mapping[str, float]]:
         """A client, what it sends, the certificate's changes with it, and at which scales."""
-        server = self.server
-        shapes, scale = server.schemas.of(server.state, c, base, self.round)
+        shapes, scale = self.session.schemas.of(self.run.state, c, base, self.round)
         ranks = {m: layer.rank for m, layer in c.layers.items()}
-        cuts = certifier.cuts(server)
-        others = [] if cuts else [name for column, name in shapes if column == "other"]
-        return c, {**shapes, **masked_shapes(names_of(ranks, others, cuts))}, scale
+        cut = cuts(self.setting, self.run)
+        others = [] if cut else [name for column, name in shapes if column == "other"]
+        return c, {**shapes, **masked_shapes(names_of(ranks, others, cut))}, scale
 
     def _begun(self, i: int, record: ArrayRecord) -> None:
         """Keep what a client began from, in the clear; raises UpdateError where it is not that."""
         shapes = without_masked(self.kinds[self.kind_of[i]].shapes)
         others = [name for column, name in shapes if column == "other"]
         asked, client = self.round.number, self.client[i]
-        (start,) = self.server.certifier.read(record, client, asked, others, (), times=1)
-        self.gathered.certificates[i] = (asked, start, {})
+        (start,) = self.session.certifier.read(record, client, asked, others, (), times=1)
+        self.received.certificates[i] = (asked, start, {})
 
     def _enough(self, did: str, left: set[int], among: set[int] | None = None) -> None:
         need = self.terms.threshold
@@ -358,13 +368,13 @@ class SecureRound:
             )
 
     def _too_few(self, what: str) -> FedLoraError:
-        told = f"secure aggregation: {what}. Nothing was learned of any client"
-        return self.server.too_few(told, self.round, self.gathered)
+        said = f"secure aggregation: {what}. Nothing was learned of any client"
+        return too_few(self.setting, said, self.round, self.received)
 
     def _failed(self, what: str) -> RoundError:
         """Of a sum that does not come out: no spent budget is the cause of that."""
-        told = f"secure aggregation: {what}. Nothing was learned of any client"
-        return RoundError(self.server.told(told, self.round, self.gathered))
+        said = f"secure aggregation: {what}. Nothing was learned of any client"
+        return RoundError(told(self.setting, said, self.round, self.received))
 
 
 def _at(stage: str, refusal: Refusal, lost: str) -> Refusal:

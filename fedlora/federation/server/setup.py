@@ -3,108 +3,116 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from flwr.serverapp import Grid
 
+from fedlora.config.reader import Config
 from fedlora.errors import RoundError, StrategyError
-from fedlora.federation.server import options as compose
-from fedlora.federation.server.exchange import POLL, Gathered
+from fedlora.federation.server import options
+from fedlora.federation.server.exchange import POLL
 from fedlora.federation.server.first_gradient import survey
-from fedlora.federation.server.journal import Member
+from fedlora.federation.server.journal import Member, Saved
 from fedlora.federation.server.proof import Target, kinds, outputs, probes
+from fedlora.federation.server.run import Session, Setting, client, clients, load
 from fedlora.lora.adapter import Factors
 from fedlora.privacy.rehearsal import check_first
-from fedlora.strategies.base import Client, Round, Start, whole_download
-from fedlora.training import cache as site
+from fedlora.strategies.base import Client, Round, Start, Strategy, whole_download
+from fedlora.training import cache
 from fedlora.training.calibration import first_factors
 from fedlora.training.model.layers import taken_out
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
+from fedlora.training.precision import described
 
 
-def meet(server: "FederatedLora", grid: Grid) -> None:
-    """Ask every node who it is, until the clients the config counts on are there."""
-    want = server.config.clients.count
-    until = time.monotonic() + server.config.round.wait_for_clients
-    while True:
-        look(server, grid)
-        if len(server.nodes) >= want:
-            break
+def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
+    """Ask every node who it is, until the clients the config counts on are there.
+
+    Raises:
+        RoundError: they are not, in time.
+        StrategyError: the strategy cannot do what the config asks of these clients.
+    """
+    config = setting.config
+    want, seconds = config.clients.count, config.round.wait_for_clients
+    until = time.monotonic() + seconds
+    run = look(setting, session, run, grid)
+    while len(session.nodes) < want:
         if time.monotonic() > until:
             raise RoundError(
-                f"{len(server.nodes)} of clients.count = {want} nodes are connected after "
-                f"{server.config.round.wait_for_clients:g} s; start more nodes (with `flwr run`: "
-                f"--federation-config 'num-supernodes={want}'), or lower clients.count"
+                f"{len(session.nodes)} of clients.count = {want} nodes are connected after "
+                f"{seconds:g} s; start more nodes (with `flwr run`: --federation-config "
+                f"'num-supernodes={want}'), or lower clients.count"
             )
         time.sleep(POLL)
-    clients = [server.client(i) for i in sorted(server.members)]
-    problems = [
-        *server.strategy.problems(clients),
-        *compose.refusals(server),
-    ]
-    if problems:
+        run = look(setting, session, run, grid)
+    everyone = clients(setting, run)
+    if problems := [*setting.strategy.problems(everyone), *options.refusals(setting, everyone)]:
         raise StrategyError("\n".join(problems))
-    server.summary()
+    ranks = sorted({m.rank for m in run.members.values()})
+    session.observer.note(
+        f"{config.strategy.name} ({setting.guarantee}), {len(run.members)} clients of ranks "
+        f"{ranks}, {config.run.rounds} rounds"
+    )
+    session.observer.note(described(config.train.precision))
+    return run
 
 
-def look(server: "FederatedLora", grid: Grid) -> None:
+def look(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     """See which nodes are there, and take in those that are new."""
-    for i, facts in server.roster.look(grid, server.config.round.wait_for_clients or 1.0):
-        _welcome(server, i, facts)
-    server.nodes = {i: n for i, n in server.roster.nodes.items() if i in server.members}
+    members = dict(run.members)
+    seconds = setting.config.round.wait_for_clients or 1.0
+    for i, facts in session.roster.look(grid, seconds):
+        if i in members:
+            continue
+        member = setting.planner.welcome(i, facts)
+        reason = _too_late(setting, replace(run, members=members), member)
+        if reason:
+            session.observer.note(f"client {i} came after the start and is left out: {reason}")
+        else:
+            members[i] = member
+    session.nodes = {i: n for i, n in session.roster.nodes.items() if i in members}
+    return replace(run, members=members)
 
 
-def _welcome(server: "FederatedLora", i: int, facts: Mapping[str, Any]) -> None:
-    if i in server.members:
-        return
-    member = server.planner.welcome(i, facts)
-    if server.state is not None and (reason := _too_late(server, member)):
-        server.observer.note(f"client {i} came after the start and is left out: {reason}")
-        return
-    server.members[i] = member
-
-
-def _too_late(server: "FederatedLora", member: Member) -> str:
-    """Why a client cannot join a run that has begun; empty if it can."""
-    if server.config.privacy.by_client:
+def _too_late(setting: Setting, run: Saved, member: Member) -> str:
+    """Why a client cannot join a run that has begun; empty if it can, or if it has not begun."""
+    if run.state is None:
+        return ""
+    if setting.config.privacy.by_client:
         return "privacy.level = 'client' is calibrated to the clients of the start"
-    most = server.planner.widest(list(server.members.values()))
-    if any(rank > most.get(m, 0) for m, rank in server.planner.ranks(member).items()):
+    most = setting.planner.widest(list(run.members.values()))
+    if any(rank > most.get(m, 0) for m, rank in setting.planner.ranks(member).items()):
         return f"its rank {member.rank} is above the largest the run began with"
-    server.members[member.id] = member
-    clients = [server.client(i) for i in sorted(server.members)]
-    del server.members[member.id]
-    return "; ".join(server.strategy.problems(clients))
+    with_it = replace(run, members={**run.members, member.id: member})
+    return "; ".join(setting.strategy.problems(clients(setting, with_it)))
 
 
-def begin(server: "FederatedLora", grid: Grid) -> None:
-    """The first state, the baselines, and the model before any training: round 0."""
-    begun = time.perf_counter()
-    clients = [server.client(i) for i in sorted(server.members)]
-    members = [server.members[c.id] for c in clients]
-    whole = Client(-1, server.model.layers(server.planner.widest(members)))
-    factors = first_factors(server.model, whole, server.config, server.corpus)
-    start = Start(factors, clients, server.model.weights(), server.config.run.seed)
-    server.origin = taken_out(server.config, factors, server.model.weights())
-    server.state = server.strategy.init(start)
-    if factors.adapter() and server.config.lora.init != "default":
-        _check_begins(server, clients, factors)
-    if getattr(server.strategy, "wants_gradient", False):
-        server.state = server.strategy.from_gradient(server.state, survey(server, grid, clients))  # type: ignore[attr-defined]
-    if server.config.evaluate.baselines:
-        _baselines(server)
-    check_model(server, 1)
-    server.load(server.strategy.effective(server.state))
-    record = server.record(0, Gathered(), [], None, server.evaluate(0))
-    record["seconds"] = {"total": time.perf_counter() - begun}
-    server.commit(0, record)
-    server.observer.round_done(record)
+def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
+    """The first state and the baselines: the run as it is before round 1.
+
+    Raises:
+        StrategyError: the strategy would not begin from the base model.
+        TrainingCheckError: the server's own model does not train as it must.
+    """
+    config, strategy, model = setting.config, setting.strategy, setting.model
+    everyone = clients(setting, run)
+    whole = Client(-1, model.layers(setting.planner.widest([*run.members.values()])))
+    factors = first_factors(model, whole, config, setting.corpus)
+    start = Start(factors, everyone, model.weights(), config.run.seed)
+    origin = taken_out(config, factors, model.weights())
+    run = replace(run, state=strategy.init(start), origin=origin)
+    if factors.adapter() and config.lora.init != "default":
+        check_begins(strategy, run.state, everyone, factors, config)
+    if getattr(strategy, "wants_gradient", False):
+        found = survey(setting, session, run, grid, everyone)
+        run = replace(run, state=strategy.from_gradient(run.state, found))  # type: ignore[attr-defined]
+    if config.evaluate.baselines:
+        run = replace(run, baselines=_baselines(setting, session))
+    check_model(setting, session, run, 1)
+    return run
 
 
-def check_model(server: "FederatedLora", round: int) -> None:
+def check_model(setting: Setting, session: Session, run: Saved, round: int) -> None:
     """Does the server's own model train as it must, at the state there is?
 
     On a client's rows where this process has them, as in a simulation.
@@ -112,15 +120,21 @@ def check_model(server: "FederatedLora", round: int) -> None:
     Raises:
         TrainingCheckError: it does not; before anything is aggregated.
     """
-    client = replace(server.client(min(server.members)), base_version=0, has_memory=False)
-    config, corpus = server.config, server.corpus
+    first = replace(client(setting, run, min(run.members)), base_version=0, has_memory=False)
+    config, corpus = setting.config, setting.corpus
     here = not config.data.node_path and any(len(c.train) for c in corpus.clients)
-    rows = site.encoded("train", client.id, config, server.labels) if here else None
-    server.load(server.strategy.effective(server.state))
-    check_first(server.model, server.strategy, server.state, client, rows, config, round)
+    rows = cache.encoded("train", first.id, config, setting.labels) if here else None
+    load(setting, session, run, run.state)
+    check_first(setting.model, setting.strategy, run.state, first, rows, config, round)
 
 
-def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: Factors) -> None:
+def check_begins(
+    strategy: Strategy[Any],
+    state: Any,
+    clients: Sequence[Client],
+    factors: Factors,
+    config: Config,
+) -> None:
     """Every kind of client must begin with the B A that lora.init made, wherever it lies.
 
     Where B = 0, with rows of A that are of those it made.
@@ -128,18 +142,18 @@ def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: F
     Raises:
         StrategyError: the strategy begins otherwise, so a client would not start from W0.
     """
-    round = Round(1, server.config.run.seed)
+    round = Round(1, config.run.seed)
     want = factors.adapter()
     target = Target(probes(clients, 1, round.seed, 0))
     target.add(want, 1)
-    for client in kinds(clients):
-        came = whole_download(server.strategy, server.state, client, round, fold_absent=True)
-        loaded = server.strategy.start(came, Factors(), client, round)
+    for one in kinds(clients):
+        came = whole_download(strategy, state, one, round, fold_absent=True)
+        loaded = strategy.start(came, Factors(), one, round)
         for m, y in outputs(target, came.base, loaded.adapter(), came.fold).items():
             size = want[m].scale * float(want[m].A.norm() * want[m].B.norm())
             same = float((y - target.mean(m)).norm()) <= 1e-4 * size
             if not same or (m in loaded.A and not size and not _within(loaded.A[m], want[m].A)):
-                init, name = server.config.lora.init, server.config.strategy.name
+                init, name = config.lora.init, config.strategy.name
                 raise StrategyError(
                     f"lora.init = {init!r}: {name} begins with factors of its own, or cuts "
                     "these where ranks differ, so clients would not start from the base model; use "
@@ -154,20 +168,23 @@ def _within(A: torch.Tensor, whole: torch.Tensor) -> bool:
     return float((rows - rows @ Q @ Q.T).norm()) <= 1e-4 * float(rows.norm())
 
 
-def _baselines(server: "FederatedLora") -> None:
-    from fedlora.training import baselines
+def _baselines(setting: Setting, session: Session) -> dict[str, Mapping[str, float]]:
+    from fedlora.training import baselines  # scikit-learn takes a second to import
     from fedlora.training.features import frozen_features
 
-    trainable = any(len(c.train) for c in server.corpus.clients) and len(server.corpus.test)
-    if server.config.model.task != "classification" or not trainable:
-        return
-    found: dict[str, Callable[[], Mapping[str, float]]] = {
-        "majority class": lambda: baselines.majority(server.corpus),
-        "TF-IDF + logistic regression": lambda: baselines.tfidf(server.corpus),
+    corpus, config, model = setting.corpus, setting.config, setting.model
+    trainable = any(len(c.train) for c in corpus.clients) and len(corpus.test)
+    if config.model.task != "classification" or not trainable:
+        return {}
+    wanted: dict[str, Callable[[], Mapping[str, float]]] = {
+        "majority class": lambda: baselines.majority(corpus),
+        "TF-IDF + logistic regression": lambda: baselines.tfidf(corpus),
         "trained head only": lambda: baselines.trained_head(
-            server.corpus, lambda texts: frozen_features(server.model, texts, server.config)
+            corpus, lambda texts: frozen_features(model, texts, config)
         ),
     }
-    for name, compute in found.items():
-        server.baselines[name] = compute()
-        server.observer.baseline(name, server.baselines[name])
+    found = {}
+    for name, compute in wanted.items():
+        found[name] = compute()
+        session.observer.baseline(name, found[name])
+    return found

@@ -1,37 +1,38 @@
 """A round's replies in the order of its cohort: who is asked answers, or is left out.
 
-`uploads` is one of three ways to fill a round; the others are `secure.rounds.uploads`, which
-gives sums in place of single updates, and `buffered.uploads`, which waits for the first few.
+`uploads` is one of three ways to fill a round; the others are `secure_rounds.uploads`, which
+gives sums in place of single updates, and `asynchronous.uploads`, which waits for the first few.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.errors import FedLoraError
-from fedlora.federation.server import certifier
-from fedlora.federation.server import options as compose
-from fedlora.federation.server.exchange import Gathered, check_norm, exchange, read_reply
+from fedlora.federation.server import certification
+from fedlora.federation.server.exchange import Received, check_norm, exchange, read_reply
+from fedlora.federation.server.journal import Saved
+from fedlora.federation.server.run import Session, Setting, base_number
+from fedlora.federation.server.run import message as message_to
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import count_bytes
 from fedlora.strategies.base import Client, Round, Upload
-
-if TYPE_CHECKING:
-    from fedlora.federation.server.strategy import FederatedLora
 
 Read = tuple[Upload, dict[str, Any]]
 
 
 def uploads(
-    server: "FederatedLora",
+    setting: Setting,
+    session: Session,
+    run: Saved,
     grid: Grid,
-    clients: Sequence[Client],
+    cohort: Sequence[Client],
     round: Round,
-    gathered: Gathered,
+    received: Received,
 ) -> Iterator[Upload]:
     """The round's accepted updates in the cohort's order, each as soon as its turn has come.
 
@@ -39,23 +40,24 @@ def uploads(
     """
 
     def message(client: Client) -> Message:
-        made = server.message(client, round, "train")
-        gathered.down[client.id] = count_bytes(made.content)
-        gathered.asked[client.id] = time.perf_counter()
+        made = message_to(setting, session, run, client, round, "train")
+        received.down[client.id] = count_bytes(made.content)
+        received.asked[client.id] = time.perf_counter()
         return made
 
-    of_node = {server.nodes[c.id]: c for c in clients}
-    waiting = deque(c.id for c in clients)
+    deadline = setting.config.round.deadline
+    of_node = {session.nodes[c.id]: c for c in cohort}
+    waiting = deque(c.id for c in cohort)
     here: dict[int, Upload | None] = {}
-    answers = exchange(grid, map(message, clients), server.config.round.deadline)
+    answers = exchange(grid, map(message, cohort), deadline)
     while waiting:
         begun = time.perf_counter()
         node, reply = next(answers, (-1, None))
-        gathered.waited += time.perf_counter() - begun
+        received.waited += time.perf_counter() - begun
         if reply is None:
             break
         client = of_node[node]
-        here[client.id] = one(server, reply, client, round, gathered)
+        here[client.id] = one(setting, session, run, reply, client, round, received)
         del reply  # as large as the upload: neither is to be kept longer than it must
         while waiting and waiting[0] in here:
             if upload := here.pop(waiting.popleft()):
@@ -63,60 +65,84 @@ def uploads(
             del upload
     for i in waiting:
         if i not in here:
-            reason = f"no reply within {server.config.round.deadline:g} s"
-            server.refuse(i, round, Refusal(FailureKind.LATE, reason), gathered)
+            refusal = Refusal(FailureKind.LATE, f"no reply within {deadline:g} s")
+            received.refuse(i, round, refusal)
         elif upload := here[i]:
             yield upload
 
 
 def one(
-    server: "FederatedLora", reply: Message, client: Client, round: Round, gathered: Gathered
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    reply: Message,
+    client: Client,
+    round: Round,
+    received: Received,
 ) -> Upload | None:
     """A reply as an upload that counts, or None with the reason on record."""
-    if (found := read(server, reply, client, round, server.state, gathered)) is None:
+    if (found := read(setting, session, run, reply, client, round, run.state, received)) is None:
         return None
     upload, facts = found
-    facts["bytes_down"] = gathered.down.get(client.id, 0)
-    facts["elapsed_seconds"] = time.perf_counter() - gathered.asked.get(client.id, 0.0)
-    return accept(server, upload, facts, round, gathered)
+    facts["bytes_down"] = received.down.get(client.id, 0)
+    facts["elapsed_seconds"] = time.perf_counter() - received.asked.get(client.id, 0.0)
+    return accept(setting, session, upload, facts, round, received)
 
 
 def read(
-    server: "FederatedLora",
+    setting: Setting,
+    session: Session,
+    run: Saved,
     reply: Message,
     client: Client,
     round: Round,
     state: Any,
-    gathered: Gathered,
+    received: Received,
 ) -> Read | None:
     """A reply to what `state` sent in `round`, decoded and checked, with what it says of itself."""
     try:
-        schema = server.schemas.of(state, client, server.base_number(), round)
-        upload, facts = read_reply(reply, client, round, server.token, schema, gathered)
-        check_norm(server.strategy, state, upload, round, server.config.round.max_norm)
-        facts["certificate"] = certifier.read(server, reply.content, upload, round)
+        schema = session.schemas.of(state, client, base_number(setting, run.state), round)
+        upload, facts = read_reply(reply, client, round, run.token, schema, received)
+        check_norm(setting.strategy, state, upload, round, setting.config.round.max_norm)
+        facts["certificate"] = certification.read(
+            setting, session, run, reply.content, upload, round
+        )
     except FedLoraError as e:
-        server.refuse(client.id, round, Refusal.of(e), gathered)
+        received.refuse(client.id, round, Refusal.of(e))
         return None
     return upload, facts
 
 
 def accept(
-    server: "FederatedLora",
+    setting: Setting,
+    session: Session,
     upload: Upload,
     facts: dict[str, Any],
     round: Round,
-    gathered: Gathered,
+    received: Received,
 ) -> Upload | None:
     """Put an update on record; None where a device model says that it came too late."""
     client = upload.client
-    if reason := compose.late(server, client, round, facts, gathered):
-        server.refuse(client.id, round, Refusal(FailureKind.LATE, reason), gathered)
+    if reason := _late(setting, client, round, facts, received):
+        received.refuse(client.id, round, Refusal(FailureKind.LATE, reason))
         return None
-    gathered.accepted.append(client.id)
-    gathered.clients[client.id] = facts
-    gathered.certificates[client.id] = (round.number, *facts.pop("certificate"))
-    if server.config.output.keep_updates:
-        server.journal.update(round.number, upload)
-    server.observer.client_done(client.id, facts)
+    received.accepted.append(client.id)
+    received.clients[client.id] = facts
+    received.certificates[client.id] = (round.number, *facts.pop("certificate"))
+    if setting.config.output.keep_updates:
+        setting.journal.update(round.number, upload)
+    session.observer.client_done(client.id, facts)
     return upload
+
+
+def _late(
+    setting: Setting, client: Client, round: Round, facts: dict[str, Any], received: Received
+) -> str | None:
+    """Note a reply's virtual seconds; the reason to refuse it, where they are too many."""
+    if (found := setting.planner.spent(client, round.number, facts)) is None:
+        return None
+    received.virtual[client.id] = found
+    limit, took = setting.config.devices.deadline, found[0].total
+    if not limit or took <= limit:
+        return None
+    return f"{took:.3g} virtual seconds, devices.deadline = {limit:g}"

@@ -5,7 +5,7 @@
 The words of an error travel beside its code, for a person to read. What a client says is data:
 `Refusal` is the one way by which a reason enters the server's records, its terminal and its
 reports, on one line and cut, and nothing is decided by it. A client may lie about its code too;
-what that can buy it is in `Gathered.spent`.
+what that can buy it is in `Received.spent`.
 
 No torch here: `handover` answers without it.
 """

@@ -57,7 +57,7 @@ from fedlora.strategies import STRATEGIES
 
 MOST_ROUNDS = 4
 PRELOAD = [
-    "fedlora.federation.server.strategy",
+    "fedlora.federation.server.loop",
     "client_app.app",
     "fedlora.launch.simulate.grid",
     "fedlora.launch.simulate.run",

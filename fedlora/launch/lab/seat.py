@@ -2,7 +2,7 @@
 
 The strategy's two halves and the clients' own training, without messages between them: what the
 server gets here is what the wire would carry, column by column, so attacks on it are attacks on a
-run. `fedlora.federation.server.strategy` stays the only place where a run is made.
+run. `fedlora.federation.server.loop` stays the only place where a run is made.
 """
 
 import tempfile

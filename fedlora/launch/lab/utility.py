@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
-from fedlora.federation.server.strategy import FederatedLora
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import score
 from fedlora.launch.lab.membership import half_width, telling
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.privacy.accounting import calibrate
@@ -41,9 +42,9 @@ def federation(lab: "Lab", seed: int, strategy: str, epsilon: float) -> Row:
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
         server = FederatedLora(config)
         server.start(grid)
-    scores = server.score() or {}
+    scores = score(server.setting) or {}
     row: Row = {key: scores[key] for key in ("accuracy", "loss", "perplexity") if key in scores}
-    rounds = server.journal.lines()
+    rounds = server.setting.journal.lines()
     privacy = [c.get("privacy") or {} for r in rounds for c in (r.get("clients") or {}).values()]
     spent = max((float(p.get("epsilon", 0.0)) for p in privacy), default=0.0)
     up = rounds[-1]["bytes"]["up"] / max(1, len(rounds[-1]["accepted"]))
@@ -52,11 +53,11 @@ def federation(lab: "Lab", seed: int, strategy: str, epsilon: float) -> Row:
 
 def _threshold(server: FederatedLora) -> Row:
     """Are a client's losses on the final model lower than unseen rows'? (Yeom et al., 2018)"""
-    config = server.config
-    seen = site.encoded("train", min(server.members), config, server.labels)
-    others = site.encoded("central", -1, config, server.labels)
+    config = server.setting.config
+    seen = site.encoded("train", min(server.run.members), config, server.setting.labels)
+    others = site.encoded("central", -1, config, server.setting.labels)
     with threads(config.train.threads):
-        members, strangers = (-losses(server.model, rows) for rows in (seen, others))
+        members, strangers = (-losses(server.setting.model, rows) for rows in (seen, others))
     auc, _ = telling(members, strangers)
     return {"loss AUC": auc, "+-": half_width(auc, len(members), len(strangers))}
 

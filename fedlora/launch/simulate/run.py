@@ -32,7 +32,7 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
     from flwr.serverapp import Grid, ServerApp
 
     from client_app.app import app as client_app
-    from fedlora.federation.server.strategy import FederatedLora
+    from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import run_local
 
     directory = Path(config.run.out, config.run.name)

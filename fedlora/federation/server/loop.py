@@ -1,0 +1,348 @@
+"""The server's side: one loop over rounds that hosts any of our strategies.
+
+    meet the clients -> check the strategy -> [first gradients] -> evaluate
+    each round:  sample -> send -> take replies as they come, each checked -> aggregate
+                 -> the stages close: proof, certificate, ... -> evaluate -> checkpoint
+    collect what stays with the clients, if the strategy wants it once -> final evaluation
+
+Flower's own `Strategy.start` has no resume, no seed, no deadline, and ends with any exception; so
+this loop is its own, and `FederatedLora` no Flower strategy: Flower's loop would skip the stages.
+What a client sends is checked before it counts, and whatever is wrong with one reply costs that
+reply alone.
+"""
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import chain, islice
+from typing import Any
+
+from flwr.app import MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from fedlora.config.reader import Config
+from fedlora.errors import BudgetSpent
+from fedlora.federation.server import asynchronous, secure_rounds, synchronous
+from fedlora.federation.server.exchange import Received
+from fedlora.federation.server.finish import finish
+from fedlora.federation.server.journal import Member, Saved, state_types
+from fedlora.federation.server.roster import is_simulated
+from fedlora.federation.server.run import (
+    Session,
+    Setting,
+    base_number,
+    clients,
+    load,
+    score,
+    seconds,
+    too_few,
+    weighted,
+)
+from fedlora.federation.server.setup import begin, check_model, look, meet
+from fedlora.federation.server.stages import Stage, stages
+from fedlora.federation.wire.codes import FailureKind
+from fedlora.federation.wire.messages import pack_factors
+from fedlora.privacy.central import CentralPrivacy
+from fedlora.reports.console import Observer, Silent
+from fedlora.reports.observers import watched
+from fedlora.strategies.base import Round, Upload, seeded
+
+Record = dict[str, Any]
+
+
+class FederatedLora:
+    """Runs the config's federated LoRA algorithm on a Flower grid.
+
+    In a ServerApp of your own: `FederatedLora(Config.read(context.run_config)).start(grid)`.
+    Results are in the run's directory; `Result.arrays` is the final adapter.
+    """
+
+    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+        self.setting = Setting.of(config)
+        self.observer: Observer = observer or Silent()
+        self.session = Session.of(self.setting, self.observer)
+        self.run = Saved("", None, {}, {}, 0.0)
+        self.around: Sequence[Stage] = ()
+
+    def start(self, grid: Grid) -> Result:
+        """Run all the rounds that are left, and leave everything in the run's directory.
+
+        Raises:
+            StrategyError: the strategy cannot do what the config asks; before round 1.
+            RoundError: fewer than round.min-replies answered; the checkpoint is intact. Where all
+                others say that their privacy budget is spent, the run ends in good order instead.
+            ProofError: an aggregation that promises to be exact was not.
+        """
+        config, directory = self.setting.config, self.setting.journal.directory
+        with watched(self.observer, config, directory) as self.session.observer:
+            done, result, stopped = self.begin(grid), Result(), ""
+            for number in range(done + 1, config.run.rounds + 1):
+                try:
+                    record = self.round(grid, number)
+                except BudgetSpent as e:
+                    stopped = f"before round {number}: {e}"
+                    self.session.observer.note(f"stopped {stopped}")
+                    break
+                _note(result, number, record)
+            self.run = finish(self.setting, self.session, self.run, grid, stopped)
+        effective = self.setting.strategy.effective(self.run.state)
+        result.arrays = pack_factors(effective.factors, "float32")
+        return result
+
+    def begin(self, grid: Grid) -> int:
+        """Begin or resume the run, and meet its clients; the last finished round."""
+        setting, session = self.setting, self.session
+        session.simulated = is_simulated(grid)
+        done, self.run = begin_or_resume(setting, session)
+        self.run = meet(setting, session, self.run, grid)
+        if done < 0:
+            self.run, record = round_zero(setting, session, self.run, grid)
+            session.observer.round_done(record)
+        elif done < setting.config.run.rounds:  # maybe on another machine than it began on
+            check_model(setting, session, self.run, done + 1)
+        self.around = stages(setting, session)
+        return max(done, 0)
+
+    def round(self, grid: Grid, number: int) -> Record:
+        """Play one round; its line of rounds.jsonl."""
+        args = (self.setting, self.session, self.run, self.around, grid, number)
+        self.run, record = play_round(*args)
+        self.session.observer.round_done(record)
+        return record
+
+
+def _note(result: Result, number: int, record: Record) -> None:
+    if (loss := record["train_loss"]) is not None:  # no client may tell it under DP
+        result.train_metrics_clientapp[number] = MetricRecord({"loss": loss})
+    if scores := record["evaluation"]:
+        result.evaluate_metrics_serverapp[number] = MetricRecord(dict(scores))
+
+
+def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
+    """The last finished round, -1 for a fresh run, and what its checkpoint holds."""
+    config, journal = setting.config, setting.journal
+    fresh = Saved(uuid.uuid4().hex, None, {}, {}, 0.0)
+    session.central = CentralPrivacy.of(config)
+    if not config.run.resume:
+        journal.open()
+        return -1, fresh
+    done, saved = journal.resume(Saved, Member, *state_types(setting.strategy))
+    if saved is None:
+        return done, fresh
+    run: Saved = replace(saved, members=dict(saved.members), baselines=dict(saved.baselines))
+    if run.buffer:
+        everyone = {c.id: c for c in clients(setting, run)}
+        session.flights.restore(run.buffer, everyone, config.run.seed)
+    session.central = CentralPrivacy.of(config, run.clip)
+    session.observer.note(f"resuming {journal.directory} after round {done}")
+    return done, run
+
+
+def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tuple[Saved, Record]:
+    """The first state, and the model before any training, on record."""
+    begun = time.perf_counter()
+    run = begin(setting, session, run, grid)
+    load(setting, session, run, run.state)
+    record = line(0, session.received(), [], evaluated(setting, 0))
+    record |= {"strategy": setting.config.strategy.name, "proof": None, "certificate": None}
+    if session.central:
+        record["privacy"] = session.central.record()
+    record["seconds"] = {"total": time.perf_counter() - begun}
+    commit(setting, session, run, 0, record)
+    return run, record
+
+
+def play_round(
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    around: Sequence[Stage],
+    grid: Grid,
+    number: int,
+) -> tuple[Saved, Record]:
+    """One round, from sampling to checkpoint; the run after it, and its line of rounds.jsonl."""
+    begun = time.perf_counter()
+    round, config = Round(number, setting.config.run.seed), setting.config
+    run = gather(setting, session, run, grid)
+    cohort = clients(setting, run, sample(setting, session, run, round))
+    seen = clients(setting, run) if config.round.buffer or not cohort else cohort
+    for stage in around:
+        stage.open(run, seen, round)
+    session.observer.round_started(number, [c.id for c in cohort])
+    received = session.received()
+    uploads = collected(setting)(setting, session, run, grid, cohort, round, received)
+    for stage in around:
+        uploads = stage.uploads(uploads, run, round, received)
+    after = replace(run, state=aggregate(setting, session, run, uploads, round, received))
+    aggregated = time.perf_counter()
+    for stage in around:
+        after = stage.close(run, after, round, received)
+    closed = time.perf_counter()
+    load(setting, session, after, after.state)
+    scores = evaluated(setting, number)
+    done = time.perf_counter()
+    record = line(number, received, [c.id for c in cohort], scores)
+    record["strategy"] = config.strategy.name
+    for stage in around:
+        record |= stage.record()
+    after = credit(setting, session, after, received, base_number(setting, run.state))
+    record["seconds"] = {
+        "clients": received.waited,
+        "aggregate": aggregated - begun - received.waited,
+        "proof": closed - aggregated,
+        "evaluate": done - closed,
+        "total": time.perf_counter() - begun,
+    }
+    commit(setting, session, after, number, record)
+    return after, record
+
+
+def gather(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
+    """Who is there, with a while for those that were; and each one's plan for this round."""
+    run = look(setting, session, run, grid)
+    for _ in session.roster.wait(setting.config.round.wait_for_clients):
+        run = look(setting, session, run, grid)
+    return replace(run, members=setting.planner.replan(run.members))
+
+
+def sample(setting: Setting, session: Session, run: Saved, round: Round) -> list[int]:
+    """The round's cohort, from (seed, round) and the clients that are connected."""
+    most = setting.config.round.quarantine_after or float("inf")
+    busy, n = session.flights.of, setting.config.clients.per_round
+    there = sorted(
+        i
+        for i, m in run.members.items()
+        if i in session.nodes and i not in busy and m.offences < most
+    )
+    if session.central and session.central.poisson:
+        return session.central.cohort(there, round)
+    if not n or n - len(busy) >= len(there):
+        return there
+    chance = random.Random(seeded(round.seed, round.number, 0, "sample").initial_seed())
+    return sorted(chance.sample(there, max(0, n - len(busy))))
+
+
+def collected(setting: Setting) -> Callable[..., Iterator[Upload]]:
+    """How a round's updates come in."""
+    if setting.config.secure.aggregation:
+        return secure_rounds.uploads
+    return asynchronous.uploads if setting.config.round.buffer else synchronous.uploads
+
+
+def aggregate(
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    uploads: Iterator[Upload],
+    round: Round,
+    received: Received,
+) -> Any:
+    """The next state. The strategy draws the uploads, and so drives the round's replies.
+
+    Raises:
+        RoundError, BudgetSpent: too few updates count.
+    """
+    first = list(islice(uploads, 1))
+    if some := bool(first):
+        given = chain((first.pop() for _ in (1,)), uploads)  # let go as it is handed over
+        state = setting.strategy.aggregate(run.state, given, round)
+        for _ in uploads:  # a strategy that stopped early: nothing is left unread
+            pass
+    least = setting.config.round.min_replies
+    enough = 0 if session.central and session.central.poisson else least
+    if not some or len(received.accepted) < enough:
+        what = f"{len(received.accepted)} updates were accepted, round.min-replies = {least}"
+        raise too_few(setting, what, round, received)
+    return state
+
+
+def credit(
+    setting: Setting, session: Session, run: Saved, received: Received, version: int
+) -> Saved:
+    """Note what each client has now: only an accepted reply moves its memory on.
+
+    version: of the base that was sent.
+    """
+    members, most = dict(run.members), setting.config.round.quarantine_after
+    for failure in received.failures:
+        if (m := members.get(failure["client"])) is None:
+            continue
+        offence = failure["kind"] == FailureKind.BAD
+        members[m.id] = m = replace(m, failures=m.failures + 1, offences=m.offences + int(offence))
+        if offence and m.offences == most:
+            session.observer.note(f"client {m.id} is asked no more: {most} bad updates")
+    for i, facts in received.clients.items():
+        m = setting.planner.learned(members[i], facts, received.virtual.get(i))
+        members[i] = _credited(m, facts, version)
+    return replace(run, members=members)
+
+
+def _credited(m: Member, facts: Mapping[str, Any], version: int) -> Member:
+    return replace(
+        m,
+        memory_round=facts["round"] if facts["keeps"] else 0,
+        last_round=facts["round"],
+        offences=0,
+        base_version=version,
+        rounds=m.rounds + 1,
+        bytes_down=m.bytes_down + facts["bytes_down"],
+        bytes_up=m.bytes_up + facts["bytes_up"],
+        examples=facts["examples"],
+        first=m.first or facts["before"] or {},
+        personal=facts["after"] or {},
+    )
+
+
+def evaluated(setting: Setting, number: int) -> dict[str, float] | None:
+    """The loaded model on the central test rows, in the rounds that the config asks for.
+
+    Where clients keep a part to themselves there is no one model to evaluate in a round.
+    """
+    every, last = setting.config.evaluate.every, number >= setting.config.run.rounds
+    if not every or (number % every and not last):
+        return None
+    if number and setting.guarantee == "shared":
+        return None
+    return score(setting)
+
+
+def line(
+    number: int, received: Received, cohort: list[int], scores: Mapping[str, float] | None
+) -> Record:
+    """A round's line of rounds.jsonl, but for what its stages note."""
+    told = {i: received.clients[i] for i in sorted(received.clients)}
+    mean = weighted(told.values(), "train_loss")
+    found: Record = {
+        "round": number,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "train_loss": mean if received.loss is None else received.loss,
+        "evaluation": scores,
+        "cohort": cohort,
+        "accepted": sorted(received.accepted),
+        "failures": received.failures,
+        "clients": told,
+        "bytes": {
+            "down": sum(received.down.values()),
+            "up": sum(c["bytes_up"] for c in told.values()),
+        },
+    }
+    if received.secure:
+        found["secure"] = received.secure
+    if received.stale:
+        found["staleness"] = received.stale
+    if received.diverged:
+        found["loss_not_finite"] = sorted(received.diverged)
+    return found
+
+
+def commit(
+    setting: Setting, session: Session, run: Saved, number: int, record: Mapping[str, Any]
+) -> None:
+    """Put a round on record: the checkpoint, then its line."""
+    buffer = session.flights.saved() if setting.config.round.buffer else {}
+    saved = replace(run, seconds=seconds(session, run), buffer=buffer)
+    setting.journal.commit(number, saved, record)

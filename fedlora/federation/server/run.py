@@ -1,0 +1,224 @@
+"""A run as three values, and what every phase does with them.
+
+    Setting    what is made once: config, strategy, model, data, planner, journal
+    Saved      what a checkpoint holds: the strategy's state, the members, clocks (journal.py)
+    Session    what this process alone knows: who is connected, what was asked of whom
+
+A phase is a function of them: it takes a `Saved` and gives back the next one. Nothing but the
+session changes in place, and nothing of the session outlives the process.
+"""
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message, RecordDict
+
+from fedlora.config.reader import Config
+from fedlora.errors import BudgetSpent, FedLoraError, RoundError
+from fedlora.federation.server import proof_by_model
+from fedlora.federation.server.certifier import Certifier
+from fedlora.federation.server.exchange import Received, Schemas
+from fedlora.federation.server.flights import Flights
+from fedlora.federation.server.journal import Journal, Saved
+from fedlora.federation.server.planning import Planner
+from fedlora.federation.server.roster import Roster
+from fedlora.federation.wire.messages import Job, pack_download, pack_pairs
+from fedlora.privacy.central import CentralPrivacy
+from fedlora.reports.console import Observer
+from fedlora.strategies import forms
+from fedlora.strategies.base import Client, Promise, Round, Strategy, whole_download
+from fedlora.training import cache
+from fedlora.training.data.corpus import Corpus
+from fedlora.training.evaluate import evaluate
+from fedlora.training.model.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is made once, before anyone is met."""
+
+    config: Config
+    strategy: Strategy[Any]
+    model: Model
+    corpus: Corpus
+    guarantee: Promise
+    """What the strategy promises of this form of adapter."""
+    planner: Planner
+    journal: Journal
+
+    @classmethod
+    def of(cls, config: Config) -> "Setting":
+        """Loads the data and the model.
+
+        Raises:
+            FedLoraError: what is wrong with either.
+        """
+        strategy, corpus = config.build_strategy(), cache.corpus(config)
+        model = cache.model(config, corpus.labels)
+        guarantee = forms.promise(model.form, strategy)
+        planner = Planner(config, model)
+        return cls(config, strategy, model, corpus, guarantee, planner, Journal(config))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.corpus.labels
+
+    @property
+    def folds(self) -> bool:
+        """Is what a client does not adapt folded into its base?"""
+        return self.config.ranks.absent == "fold"
+
+    @property
+    def proves_by_model(self) -> bool:
+        return proof_by_model.measures(self.model.form, self.guarantee)
+
+
+@dataclass(slots=True)
+class Session:
+    """What one process knows of a run; a resumed run begins with another."""
+
+    observer: Observer
+    certifier: Certifier
+    schemas: Schemas
+    roster: Roster
+    simulated: bool = False
+    """Are all clients this machine?"""
+    central: CentralPrivacy | None = None
+    """Client-level DP, where it is on."""
+    nodes: dict[int, int] = field(default_factory=dict)
+    """Client to Flower node, of those that are connected."""
+    flights: Flights = field(default_factory=Flights)
+    """Who is training, where there is a buffer."""
+    summable: set[Any] = field(default_factory=set)
+    """What secure aggregation was found to go with."""
+    incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    started_at: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, setting: Setting, observer: Observer) -> "Session":
+        certifier = Certifier(setting.config, setting.model, setting.guarantee)
+        made = cls(observer, certifier, Schemas(setting.strategy), Roster(lambda _: None))
+        made.roster.refused = lambda text: made.observer.note(text)
+        return made
+
+    def received(self) -> Received:
+        """An empty round's, which tells of what is refused."""
+        return Received(self.observer.client_failed, self.simulated)
+
+
+def client(setting: Setting, run: Saved, i: int) -> Client:
+    """A client as the strategy sees it now."""
+    m = run.members[i]
+    layers = setting.model.layers(setting.planner.ranks(m))
+    return Client(i, layers, m.base_version, m.memory_round > 0)
+
+
+def clients(setting: Setting, run: Saved, ids: Iterable[int] | None = None) -> list[Client]:
+    """These clients, or all of the run's, in their order."""
+    return [client(setting, run, i) for i in sorted(run.members if ids is None else ids)]
+
+
+def connected(setting: Setting, session: Session, run: Saved) -> list[Client]:
+    return clients(setting, run, (i for i in run.members if i in session.nodes))
+
+
+def base_number(setting: Setting, state: Any) -> int:
+    """Of the newest change of the base that a state holds; 0 where it never moved."""
+    base = setting.strategy.effective(state).base
+    return base[-1].number if base else 0
+
+
+def cuts(setting: Setting, run: Saved) -> tuple[int, ...]:
+    """All clients' ranks, where A alone is shared; else none."""
+    if setting.guarantee != "shared":
+        return ()
+    return tuple(sorted({x.rank for c in clients(setting, run) for x in c.layers.values()}))
+
+
+def load(setting: Setting, session: Session, run: Saved, state: Any) -> None:
+    """Make the server's own model what the strategy says that a state's is."""
+    effective = setting.strategy.effective(state)
+    setting.model.rebase(f"{run.token}/{session.incarnation}", effective.base, run.origin)
+    setting.model.load(effective.factors)
+
+
+def score(setting: Setting) -> dict[str, float] | None:
+    """The loaded model on the central test rows; None where there are none."""
+    rows = cache.encoded("central", -1, setting.config, setting.labels)
+    scores = evaluate(setting.model, rows, setting.config, generate=True)
+    return scores and {**scores, "examples": len(rows)}
+
+
+def seconds(session: Session, run: Saved) -> float:
+    """Wall time the run has taken, over all its starts."""
+    return run.seconds + time.perf_counter() - session.started_at
+
+
+def message(
+    setting: Setting,
+    session: Session,
+    run: Saved,
+    client: Client,
+    round: Round,
+    kind: str,
+    *,
+    bare: bool = False,
+    ttl: float | None = None,
+    state: Any = None,
+) -> Message:
+    """One client's message: its job and, unless it is bare, its download of `state`.
+
+    ttl: seconds; by default round.deadline. state: by default the run's newest.
+    """
+    member, config = run.members[client.id], setting.config
+    job = Job(
+        round=round.number,
+        token=run.token,
+        incarnation=session.incarnation,
+        client=client.id,
+        ranks={m: layer.rank for m, layer in client.layers.items()},
+        memory_round=member.memory_round,
+        base_number=base_number(setting, run.state),
+        fingerprint=setting.model.fingerprint,
+        labels=setting.labels,
+        last_round=member.last_round,
+        cuts=cuts(setting, run),
+    )
+    content = RecordDict()
+    if not bare:
+        given = run.state if state is None else state
+        download = whole_download(setting.strategy, given, client, round, setting.folds)
+        content = pack_download(download, config.wire.dtype)
+        if run.origin and not member.last_round:  # once: it keeps it
+            content["origin"] = pack_pairs(run.origin, "float32")
+    content["job"] = job.record()
+    node, group = session.nodes[client.id], str(round.number)
+    return Message(content, node, kind, ttl=ttl or config.round.deadline, group_id=group)
+
+
+def too_few(setting: Setting, what: str, round: Round, received: Received) -> FedLoraError:
+    """The error of a round in which too few counted: BudgetSpent where that is the only cause.
+
+    Only under example-level DP has a client a budget; elsewhere one that says so lies.
+    """
+    ends = setting.config.privacy.by_example and received.spent
+    return (BudgetSpent if ends else RoundError)(told(setting, what, round, received))
+
+
+def told(setting: Setting, what: str, round: Round, received: Received) -> str:
+    """What went wrong with a round, all its failures, and what to do."""
+    reasons = "; ".join(f"client {f['client']}: {f['reason']}" for f in received.failures)
+    return (
+        f"round {round.number}: {what}. {reasons}. The state before it is in "
+        f"{setting.journal.directory / 'checkpoint'}; mend the cause and resume."
+    )
+
+
+def weighted(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of what clients told, by their examples; None where nobody did."""
+    told = [(r["examples"], r[key]) for r in rows if r.get(key) is not None]
+    total = sum(n for n, _ in told)
+    return sum(n * x for n, x in told) / total if total else None
