@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,35 +114,38 @@ def settings(tiny: dict[str, str], tmp_path: Path, request: pytest.FixtureReques
 
     In float32, but for tests that use `precision`.
     """
-    given_precision = "float32"
+    given = "float32"
     if "precision" in request.fixturenames:
-        given_precision = request.getfixturevalue("precision")
+        given = request.getfixturevalue("precision")
+    return partial(tiny_settings, tiny, tmp_path, given)
 
-    def build(kind: str = "bert", **changes: object) -> dict[str, object]:
-        given: dict[str, object] = {
-            "run.out": str(tmp_path),
-            "run.name": "run",
-            "run.rounds": 3,
-            "model.path": tiny[kind],
-            "model.task": "classification" if kind == "bert" else "causal-lm",
-            "data.path": tiny["rows"],
-            "data.prompt": "" if kind == "bert" else "text",
-            "data.test-size": 30,
-            "data.partition": "iid",
-            "clients.count": 4,
-            "clients.ranks": "2,3,5",
-            "lora.target-modules": TARGETS[kind],
-            "train.batch-size": 8,
-            "train.lr": 0.05,
-            "train.precision": given_precision,
-            "train.optimizer": "adamw",
-            "model.pooling": "default",
-            "lora.layers": "",
-            "evaluate.baselines": False,
-            "evaluate.generate-tokens": 0,
-            "output.plots": False,
-            "simulate.workers": 1,
-        }
-        return {**given, **changes}
 
-    return build
+def tiny_settings(
+    tiny: dict[str, str], out: Path, precision: str, kind: str = "bert", **changes: object
+) -> dict[str, object]:
+    """What the fixture `settings` gives, for fixtures of a wider scope."""
+    given: dict[str, object] = {
+        "run.out": str(out),
+        "run.name": "run",
+        "run.rounds": 3,
+        "model.path": tiny[kind],
+        "model.task": "classification" if kind == "bert" else "causal-lm",
+        "data.path": tiny["rows"],
+        "data.prompt": "" if kind == "bert" else "text",
+        "data.test-size": 30,
+        "data.partition": "iid",
+        "clients.count": 4,
+        "clients.ranks": "2,3,5",
+        "lora.target-modules": TARGETS[kind],
+        "train.batch-size": 8,
+        "train.lr": 0.05,
+        "train.precision": precision,
+        "train.optimizer": "adamw",
+        "model.pooling": "default",
+        "lora.layers": "",
+        "evaluate.baselines": False,
+        "evaluate.generate-tokens": 0,
+        "output.plots": False,
+        "simulate.workers": 1,
+    }
+    return {**given, **changes}

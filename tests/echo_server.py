@@ -3,23 +3,29 @@
     python echo_server.py DIRECTORY CLIENTS
 
 The adapter has as many bytes as a 7B model's of rank 64 on q and v of 32 layers of 4096 x 4096, on
-a base small enough for any machine. Prints {"payload": bytes, "peak": bytes above those before}.
+a base small enough for any machine. Prints {"payload": bytes, "peak": bytes above those before,
+in its round; "start": and until then}.
 """
 
+import ctypes
 import gc
 import json
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from conftest import WORDS, write_tokenizer
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from tiny_federation import quick
 
 from fedlora.config.reader import Config
+from fedlora.federation.server.certifier import pack_numbers
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid, _name
+from fedlora.reports.console import Silent
+from fedlora.training.certificate import names_of
 
 WIDTH, LAYERS = 512, 32
 PAYLOAD = 2 * 32 * 2 * 64 * 4096 * 4
@@ -27,7 +33,12 @@ assert PAYLOAD == 2 * LAYERS * 2 * WIDTH * WIDTH * 4
 
 
 class EchoGrid(LocalGrid):
-    """Answers for its clients, whose memory would count here too."""
+    """Answers for its clients, whose memory would count here too.
+
+    Nobody trains, so what they would measure of their models is what the server does of its own.
+    """
+
+    server: FederatedLora
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -45,12 +56,17 @@ class EchoGrid(LocalGrid):
         job = message.content.config_records["job"]
         tag = {key: job[key] for key in ("round", "token", "client")}
         sent = message.content.array_records["send"].items()
+        measured, _ = self.server.session.certifier.before[int(job["round"])]
+        numbers = {
+            m: measured[m] for m in names_of(dict.fromkeys(self.server.setting.model.shapes, 0), [], ())
+        }
         copied = {k: Array(a.dtype, a.shape, a.stype, bytes(bytearray(a.data))) for k, a in sent}
         return RecordDict(
             {
                 "reply": ConfigRecord({**tag, "keeps": False}),
                 "metrics": MetricRecord({"num-examples": 2 + client, "loss": 1.0}),
                 "sent": ArrayRecord(copied),
+                "certificate": pack_numbers(numbers, numbers),
             }
         )
 
@@ -77,6 +93,19 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
+class AfterTheCheck(Silent):
+    """The most before round 1, where the training check is; then counts anew."""
+
+    start = 0
+
+    def round_done(self, record: Mapping[str, Any]) -> None:
+        if record["round"] == 0:
+            self.start = resident("VmHWM")
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def main(directory: Path, clients: int) -> None:
     write(directory)
     given = {
@@ -88,13 +117,16 @@ def main(directory: Path, clients: int) -> None:
         "evaluate.baselines": False, "output.plots": False,
     }  # fmt: skip
     config = Config.read(given)
-    server = FederatedLora(config)
+    seen = AfterTheCheck()
+    server = FederatedLora(config, seen)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     with EchoGrid(None, clients, config.flat()) as grid:  # type: ignore[arg-type]
+        grid.server = server
         server.start(grid)
-    print(json.dumps({"payload": PAYLOAD, "peak": resident("VmHWM") - before}))
+    found = {"peak": resident("VmHWM") - before, "start": seen.start - before}
+    print(json.dumps({"payload": PAYLOAD, **found}))
 
 
 if __name__ == "__main__":

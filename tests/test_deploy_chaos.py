@@ -121,9 +121,12 @@ class Storm:
 @pytest.fixture
 def exposed(tiny, tmp_path: Path) -> Iterator[tuple[Plan, list[Relay]]]:
     """A deployment each of whose nodes reaches the server through a relay of its own."""
-    from conftest import settings
+    from conftest import tiny_settings
 
-    given = settings._get_wrapped_function()(tiny, tmp_path)(
+    given = tiny_settings(
+        tiny,
+        tmp_path,
+        "float32",
         "bert",
         **{
             "strategy.name": "fedsa",  # clients keep memory

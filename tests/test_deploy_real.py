@@ -25,10 +25,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def deployed(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
-    from conftest import settings
+    from conftest import tiny_settings
 
     root = tmp_path_factory.mktemp("real")
-    given = settings._get_wrapped_function()(tiny, root)("bert", **{"run.rounds": 2})
+    given = tiny_settings(tiny, root, "float32", "bert", **{"run.rounds": 2})
     plan = prepared(root / "dep", given, 4)
     mortal(plan)
     host.up(plan, print, timeout=300.0)

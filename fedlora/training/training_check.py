@@ -147,7 +147,8 @@ def check_gradients(
 
     loss()  # thrown away: it fills what would be stale in the next
     here = loss()
-    gradient = {p: p.grad.clone() for p in params if p.grad is not None and bool(p.grad.any())}
+    gradient = {p: p.grad for p in params if p.grad is not None and bool(p.grad.any())}
+    Still(params).zero_grad()  # the next pass has gradients of its own
     tolerance = tolerance_of(config)
     jitters = [_jittered(params, n, tolerance.jitter, loss, config.run.seed) for n in range(3)]
     gaps = [abs(x - here) for x in jitters]
@@ -166,9 +167,14 @@ def _jittered(
     params: Sequence[nn.Parameter], n: int, size: float, loss: Callable[[], float], seed: int
 ) -> float:
     """The loss of weights that differ by about what rounding makes of them."""
-    noise = {p: size * p.detach() * _noise(p, f"jitter {n}", i, seed) for i, p in enumerate(params)}
-    with moved(noise, 1.0):
+    home = {p: p.detach().clone() for p in params}
+    try:
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                p.add_(size * p * _noise(p, f"jitter {n}", i, seed))
         return loss()
+    finally:
+        _put_back(home)
 
 
 def _columns(live: Live) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -237,9 +243,13 @@ def moved(direction: Mapping[nn.Parameter, Tensor], t: float) -> Iterator[None]:
                 p.add_(d, alpha=t)
         yield
     finally:
-        with torch.no_grad():
-            for p, w in home.items():
-                p.copy_(w)
+        _put_back(home)
+
+
+def _put_back(home: Mapping[nn.Parameter, Tensor]) -> None:
+    with torch.no_grad():
+        for p, w in home.items():
+            p.copy_(w)
 
 
 def perturb(model: Model, seed: int) -> None:
