@@ -57,9 +57,8 @@ class EchoGrid(LocalGrid):
         tag = {key: job[key] for key in ("round", "token", "client")}
         sent = message.content.array_records["send"].items()
         measured, _ = self.server.session.certifier.before[int(job["round"])]
-        numbers = {
-            m: measured[m] for m in names_of(dict.fromkeys(self.server.setting.model.shapes, 0), [], ())
-        }
+        ranks = dict.fromkeys(self.server.setting.model.shapes, 0)
+        numbers = {m: measured[m] for m in names_of(ranks, [], ())}
         copied = {k: Array(a.dtype, a.shape, a.stype, bytes(bytearray(a.data))) for k, a in sent}
         return RecordDict(
             {
