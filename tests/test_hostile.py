@@ -21,6 +21,7 @@ from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, UpdateError, WireError
 from fedlora.federation.server.exchange import Received, read_reply
+from fedlora.federation.server.finish import finish
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.roster import Roster, read_facts
 from fedlora.federation.wire.messages import unpack
@@ -201,14 +202,10 @@ def came_and_went(
     config = Config.read(given_)
     with Comings(client_app, nodes, config.flat(), 1, node_configs, absent=absent) as grid:
         server = FederatedLora(config, Notes())
-        begin = server.round
-
-        def round(grid_: Comings, number: int) -> dict[str, object]:
-            grid_.round = number
-            return begin(grid_, number)
-
-        server.round = round  # type: ignore[method-assign,assignment]
-        server.start(grid)
+        for number in range(server.begin(grid) + 1, config.run.rounds + 1):
+            grid.round = number
+            server.round(grid, number)
+        finish(server.setting, server.session, server.run, grid)
     return server, Ran(server.setting.journal.directory)
 
 

@@ -81,12 +81,14 @@ class FederatedLora:
         with watched(self.observer, config, directory) as self.session.observer:
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):
+                args = (self.setting, self.session, self.run, self.around, grid, number)
                 try:
-                    record = self.round(grid, number)
+                    self.run, record = play_round(*args)
                 except BudgetSpent as e:
                     stopped = f"before round {number}: {e}"
                     self.session.observer.note(f"stopped {stopped}")
                     break
+                self.session.observer.round_done(record)
                 _note(result, number, record)
             self.run = finish(self.setting, self.session, self.run, grid, stopped)
         effective = self.setting.strategy.effective(self.run.state)
@@ -108,7 +110,7 @@ class FederatedLora:
         return max(done, 0)
 
     def round(self, grid: Grid, number: int) -> Record:
-        """Play one round; its line of rounds.jsonl."""
+        """Play one round by itself, once the run has begun; its line of rounds.jsonl."""
         args = (self.setting, self.session, self.run, self.around, grid, number)
         self.run, record = play_round(*args)
         self.session.observer.round_done(record)
@@ -177,8 +179,10 @@ def play_round(
     uploads = collected(setting)(setting, session, run, grid, cohort, round, received)
     for stage in around:
         uploads = stage.uploads(uploads, run, round, received)
-    after = replace(run, state=aggregate(setting, session, run, uploads, round, received))
-    aggregated = time.perf_counter()
+    some, uploads = peeked(uploads)  # the strategy draws them, and so drives the replies
+    state = setting.strategy.aggregate(run.state, uploads, round) if some else run.state
+    check_enough(setting, session, uploads, round, received, some)
+    after, aggregated = replace(run, state=state), time.perf_counter()
     for stage in around:
         after = stage.close(run, after, round, received)
     closed = time.perf_counter()
@@ -233,31 +237,32 @@ def collected(setting: Setting) -> Callable[..., Iterator[Upload]]:
     return asynchronous.uploads if setting.config.round.buffer else synchronous.uploads
 
 
-def aggregate(
+def peeked(uploads: Iterator[Upload]) -> tuple[bool, Iterator[Upload]]:
+    """Is there one at all? And all of them; the first is let go of as it is handed over."""
+    first = list(islice(uploads, 1))
+    return bool(first), chain((first.pop() for _ in range(len(first))), uploads)
+
+
+def check_enough(
     setting: Setting,
     session: Session,
-    run: Saved,
     uploads: Iterator[Upload],
     round: Round,
     received: Received,
-) -> Any:
-    """The next state. The strategy draws the uploads, and so drives the round's replies.
+    some: bool,
+) -> None:
+    """Read what a strategy that stopped early left unread, and count.
 
     Raises:
         RoundError, BudgetSpent: too few updates count.
     """
-    first = list(islice(uploads, 1))
-    if some := bool(first):
-        given = chain((first.pop() for _ in (1,)), uploads)  # let go as it is handed over
-        state = setting.strategy.aggregate(run.state, given, round)
-        for _ in uploads:  # a strategy that stopped early: nothing is left unread
-            pass
+    for _ in uploads:
+        pass
     least = setting.config.round.min_replies
     enough = 0 if session.central and session.central.poisson else least
     if not some or len(received.accepted) < enough:
         what = f"{len(received.accepted)} updates were accepted, round.min-replies = {least}"
         raise too_few(setting, what, round, received)
-    return state
 
 
 def credit(
