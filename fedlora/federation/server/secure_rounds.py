@@ -28,13 +28,13 @@ from fedlora.federation.secure.rules import TOGETHER, unsummable
 from fedlora.federation.secure.terms import SMALLEST, Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, kinds_of
 from fedlora.federation.server import certifier
-from fedlora.federation.server.certifier import (
+from fedlora.federation.server.exchange import Gathered, exchange, facts_of, tag_of
+from fedlora.federation.wire.certificate import (
     WITHIN,
     masked_shapes,
     without_changes,
     without_masked,
 )
-from fedlora.federation.server.exchange import Gathered, exchange, facts_of, tag_of
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import Shapes, count_bytes
 from fedlora.strategies.base import Client, Round, Upload
