@@ -187,7 +187,7 @@ def export(
     """Write a run's model as a PEFT adapter or as merged weights, and check what was written."""
     if as_ not in ("peft", "merged"):
         raise typer.BadParameter("must be peft or merged", param_hint="--as")
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     from fedlora.launch.export import export_run

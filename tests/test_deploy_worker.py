@@ -113,8 +113,8 @@ def answer(self, data):
 worker.Desk._reply = answer
 light = type(sys)("light")
 sys.modules["fedlora.federation.client.handlers"] = light
-sys.modules["fedlora.reports.console"] = light
-sys.modules["fedlora.reports.console"].quiet_libraries = lambda: None
+sys.modules["fedlora.training.quiet"] = light
+sys.modules["fedlora.training.quiet"].quiet_libraries = lambda: None
 sys.argv = ["", "--socket", "w.sock"]
 worker.main()
 """

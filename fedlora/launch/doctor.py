@@ -33,7 +33,7 @@ class Finding:
 
 def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:
     """Print what was found and, for an experiment, the plan. Returns 1 where a problem is."""
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console()

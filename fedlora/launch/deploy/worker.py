@@ -91,7 +91,7 @@ def serve(socket: Path) -> grpc.Server:
         os.umask(before)
     server.start()
 
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     state.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -49,7 +49,7 @@ def audit(
     Stopped, the same command goes on where it was.
     """
     from fedlora.config.reader import parse_overrides
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     try:
         budgets = [float(x) for x in epsilons.split(",")] if epsilons else None

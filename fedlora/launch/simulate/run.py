@@ -18,7 +18,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
 from fedlora.reports import report
-from fedlora.reports.console import Progress, Silent, quiet_libraries
+from fedlora.reports.console import Progress, Silent
+from fedlora.training.quiet import quiet_libraries
 
 SHIM = '"""{what} of fedlora."""\n\nfrom {package}.app import app\n\n__all__ = ["app"]\n'
 
