@@ -445,16 +445,16 @@ def test_a_server_that_asks_for_a_private_part_is_refused(
 
 
 def one_percent_off(patch: Patch) -> None:
-    from fedlora.launch import export
+    from fedlora.training.model import peft_directory
 
-    real = export.total
+    real = peft_directory.total
 
     def total(effective: Any) -> Any:
         found = dict(real(effective))
         m = next(iter(found))
         return {**found, m: replace(found[m], scale=1.01 * found[m].scale)}
 
-    patch.setattr(export, "total", total)
+    patch.setattr(peft_directory, "total", total)
 
 
 def an_old_head(patch: Patch) -> None:

@@ -20,7 +20,7 @@ from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.ranks import patterned
 from fedlora.federation.server.strategy import FederatedLora
-from fedlora.launch.export import export_run, load_exported
+from fedlora.launch.export import export_run
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES, fedavg, forms
 from fedlora.strategies.base import (
@@ -34,6 +34,7 @@ from fedlora.strategies.base import (
     whole_download,
 )
 from fedlora.strategies.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
+from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.model import Model
 
 Settings = Callable[..., dict[str, object]]

@@ -13,11 +13,12 @@ from flwr.serverapp import Grid
 from fedlora.federation.server.exchange import error_of, exchange, part_of
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import unpack_factors
-from fedlora.launch.export import beginning, certified, load_exported, save_peft
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.training.data.corpus import describe
+from fedlora.training.export_certificate import certified, load_exported
+from fedlora.training.model.peft_directory import beginning, save_peft
 
 if TYPE_CHECKING:
     from fedlora.federation.server.strategy import FederatedLora
