@@ -28,7 +28,7 @@ MERCY = 5.0
 """Seconds that abandoned work has in any case."""
 
 
-class Desk:
+class Worker:
     """Answers one message at a time."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Desk:
 def serve(socket: Path) -> grpc.Server:
     """Listen, and say so once the slow imports are done."""
     socket.unlink(missing_ok=True)
-    desk, state = Desk(), health.HealthServicer()
+    desk, state = Worker(), health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
     handler = grpc.unary_unary_rpc_method_handler(desk.answer)
     service, _, method = METHOD.strip("/").partition("/")

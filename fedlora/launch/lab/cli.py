@@ -58,7 +58,8 @@ def audit(
         raise typer.BadParameter("must be numbers: 0,8,1", param_hint="--epsilons") from None
     names = strategies.replace(" ", "").split(",") if strategies else None
     quiet_libraries()
-    from fedlora.launch.lab.study import Lab, main
+    from fedlora.launch.lab.plan import Lab
+    from fedlora.launch.lab.study import main
 
     lab = Lab.load(
         config, parse_overrides(set_ or []),

@@ -50,6 +50,12 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
     return finish(directory, config.output.plots)
 
 
+def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The config file of the run in this directory, and the keys that make a run go on there."""
+    where = {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
+    return directory / "config.toml", where
+
+
 def finish(directory: Path, plots: bool) -> Path:
     """The report page and the summary table."""
     report.closing(directory, report.write(directory, plots))
