@@ -231,7 +231,7 @@ def _data(config: Config, corpus: Any) -> Iterator[Finding]:
 
 
 def _precision(config: Config) -> Finding:
-    """What train.precision comes to here, and whether that is a good idea."""
+    """What train.precision resolves to here, and whether that is a good idea."""
     from fedlora.training.precision import described, resolved, slowdown
 
     said = described(config.train.precision)

@@ -1,4 +1,4 @@
-"""A tree of dataclasses and tensors in one file, written so that it is there whole or not at all.
+"""A tree of dataclasses and tensors in one file, which appears whole or not at all.
 
     save(path, tree)       temporary file, fsync, rename, fsync of the directory
     load(path, *types)     refuses by name what is damaged or of another kind

@@ -1,4 +1,4 @@
-"""Is what was written the model? The certificate's numbers of an export, loaded by plain libraries.
+"""Checks an export, as plain libraries load it, by the certificate's numbers of the model.
 
 Measured module by module through the loaded export's own modules, PEFT's or the merged weights,
 and compared with those of the federated model. Heads and other trained tensors likewise.

@@ -33,7 +33,7 @@ Live = Mapping[str, Mapping[str, nn.Parameter]]
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a client's training came to."""
+    """The results of a client's training."""
 
     loss: float
     """Mean over the examples seen; NaN where none was."""

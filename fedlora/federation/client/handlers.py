@@ -1,4 +1,4 @@
-"""The client's side of a round: take what came, train, send back what the strategy says.
+"""How a client answers each kind of message: one function for each.
 
     train       load the download, evaluate it, train, evaluate, remember, reply
     evaluate    load the download, evaluate it, reply
@@ -8,7 +8,7 @@
     secagg_...  the four stages of a secure aggregation, in place of train
 
 Every handler answers every message: whatever goes wrong comes back as an error reply with its
-reason, since a node that gets no reply waits for it for ever.
+reason, since without a reply the server waits until its deadline, or without end.
 """
 
 import time

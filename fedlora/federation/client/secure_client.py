@@ -1,4 +1,4 @@
-"""A client's four stages, each once a round, and its secrets from one to the next.
+"""A client's four stages of secure aggregation, and its secrets, kept from each to the next.
 
     <memory>/secure/round-00003.<next stage>.json     readable by its owner alone
 

@@ -3,9 +3,10 @@
     python -m fedlora.launch.deploy.worker --socket worker.sock
 
 gRPC with its health service on a Unix socket that only its owner can open. One message at a
-time. When the asker is gone (its deadline passed, or it was killed), nobody can use the answer,
-and the work cannot be cut short from within. It may take as long again, so that a node that is
-merely slow is warm for its next message; then the process ends, and its supervisor starts another.
+time. When the process that asked is gone (its deadline passed, or it was killed), nobody can use
+the answer, but the training cannot be interrupted. It gets the time that it has taken so far once
+more, so that a node that is merely slow stays warm for its next message. If that is not enough,
+this process exits, and its supervisor starts another.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedlora.federation.client.dispatch import HANDLERS, METHOD, OPTIONS, unpack
 
 ABANDONED = 75
-"""Exit status where the asker was gone and the work was not done for as long again."""
+"""Exit status after abandoned work was given its time once more and was still not done."""
 MERCY = 5.0
-"""Seconds that abandoned work has in any case."""
+"""The fewest seconds that abandoned work is given."""
 
 
 class Worker:

@@ -16,7 +16,7 @@ def ledger(
         Path, typer.Argument(help="A ledger, or a directory that has some.", show_default=False)
     ],
 ) -> None:
-    """Print what was spent of each data set's privacy, and what that comes to."""
+    """Print what was spent of each data set's privacy, and the epsilon of all of it."""
     from fedlora.errors import PrivacyError
     from fedlora.privacy.statement import statement
 
