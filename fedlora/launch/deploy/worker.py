@@ -75,9 +75,9 @@ class Worker:
 def serve(socket: Path) -> grpc.Server:
     """Listen, and say so once the slow imports are done."""
     socket.unlink(missing_ok=True)
-    desk, state = Worker(), health.HealthServicer()
+    worker, state = Worker(), health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
-    handler = grpc.unary_unary_rpc_method_handler(desk.answer)
+    handler = grpc.unary_unary_rpc_method_handler(worker.answer)
     service, _, method = METHOD.strip("/").partition("/")
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
