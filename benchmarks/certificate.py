@@ -21,7 +21,7 @@ from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row
 from fedlora.config.reader import Config
 from fedlora.federation.client import handlers as client
-from fedlora.federation.client import witness
+from fedlora.federation.client import job, witness
 from fedlora.federation.server import certifier
 from fedlora.federation.wire.messages import count_bytes
 
@@ -91,8 +91,8 @@ class Meters:
             (self.certificate, certifier, "end"),
             (self.certificate, witness, "numbers"),
             (self.certificate, client, "pack_numbers"),
-            (self.check, client.Desk, "check"),
-            (self.fit, client, "fit"),
+            (self.check, job.ClientJob, "check"),
+            (self.fit, job, "fit"),
         ):
             stack.enter_context(patch.object(place, name, meter.of(getattr(place, name))))
 

@@ -17,11 +17,11 @@ from flwr.clientapp import ClientApp
 from benchmarks.measure import Row, forked, peak, spent
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
-from fedlora.federation.client import witness
-from fedlora.federation.client.handlers import Desk, answer, query
-from fedlora.federation.server.certifier import pack_numbers
+from fedlora.federation.client.handlers import answer, query
+from fedlora.federation.client.job import ClientJob
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import client
+from fedlora.federation.wire.certificate import pack_numbers
 from fedlora.federation.wire.messages import pack_factors
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import seeded, travelling
@@ -169,14 +169,14 @@ def _train(message: Message, context: Context) -> Message:
     """A reply to every check's liking, without training: what came is sent back."""
 
     def back(message: Message, context: Context) -> Any:
-        desk = Desk.open(message, context)
-        sent = travelling(desk.download.send, desk.download.trainable)
+        work = ClientJob.open(message, context)
+        sent = travelling(work.download.send, work.download.trainable)
         metrics = {"num-examples": 1, "loss": 0.0, "steps": 0, "seconds": 0.0}
-        return desk.reply(
+        return work.reply(
             {
                 "sent": pack_factors(sent, "float32"),
                 "metrics": MetricRecord(metrics),
-                "certificate": _numbers(desk),
+                "certificate": _numbers(work),
             }
         )
 
@@ -187,11 +187,11 @@ untrained: dict[tuple[str, int], ArrayRecord] = {}
 """By run and round, what all these clients measure of what they were sent."""
 
 
-def _numbers(desk: Desk) -> ArrayRecord:
+def _numbers(work: ClientJob) -> ArrayRecord:
     """The certificate's, measured once a round: the server has loaded what it sends."""
-    key = desk.token, desk.job.round
+    key = work.token, work.job.round
     if key not in untrained:
-        found = witness.numbers(desk, desk.model())
+        found = work.numbers(work.model())
         untrained[key] = pack_numbers(found, found)
     return untrained[key]
 

@@ -19,7 +19,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row, forked, paired, spent
 from fedlora.config.reader import Config
-from fedlora.federation.client.handlers import read_config
+from fedlora.federation.client.job import read_config
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import Client, seeded
 from fedlora.training import cache as site

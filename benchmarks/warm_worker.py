@@ -27,8 +27,8 @@ def build(experiment: str, target: Path) -> None:
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.federation.server.run import client, message
     from fedlora.launch.simulate.grid import LocalGrid
-    from fedlora.reports.console import quiet_libraries
     from fedlora.strategies.base import Round
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     given = {"run.out": str(target), "evaluate.clients": False, "evaluate.baselines": False,

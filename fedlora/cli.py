@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fedlora.launch.deploy.cli import app as deploy
+from fedlora.launch.guard import guarded
 from fedlora.launch.lab.cli import app as privacy
 
 app = typer.Typer(
@@ -52,18 +52,14 @@ def simulate(
         overrides["simulate.workers"] = workers
     if (resume is None) == (config is None):
         raise typer.BadParameter("give an experiment file, or --resume with a run's directory")
-    if resume is not None:
-        config = resume / "config.toml"
-        overrides |= {
-            "run.resume": True,
-            "run.out": str(resume.parent),
-            "run.name": resume.name,
-        }
-    assert config is not None
     if engine not in ("local", "flower"):
         raise typer.BadParameter("must be local or flower", param_hint="--engine")
-    from fedlora.launch.simulate.run import flower, local
+    from fedlora.launch.simulate.run import flower, local, resumed
 
+    if resume is not None:
+        config, where = resumed(resume)
+        overrides |= where
+    assert config is not None
     (local if engine == "local" else flower)(config, overrides, quiet)
 
 
@@ -187,7 +183,7 @@ def export(
     """Write a run's model as a PEFT adapter or as merged weights, and check what was written."""
     if as_ not in ("peft", "merged"):
         raise typer.BadParameter("must be peft or merged", param_hint="--as")
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     from fedlora.launch.export import export_run
@@ -220,23 +216,7 @@ def config_(config: ConfigFile, set_: Set = None) -> None:
 
 def main() -> None:
     """Run the command; what a user can mend is said in one paragraph, without a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages
-    _guard(app)
-
-
-def _guard(run: Callable[[], Any]) -> None:
-    from fedlora.errors import FedLoraError
-
-    try:
-        run()
-    except FedLoraError as e:
-        said = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
-        typer.secho(said, fg="red", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    guarded(app)
 
 
 if __name__ == "__main__":

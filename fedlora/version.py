@@ -1,3 +1,3 @@
-"""The version, where whoever asks imports nothing else."""
+"""The version, in a file that imports nothing."""
 
 __version__ = "0.1.0"

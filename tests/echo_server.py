@@ -21,8 +21,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from tiny_federation import quick
 
 from fedlora.config.reader import Config
-from fedlora.federation.server.certifier import pack_numbers
 from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.wire.certificate import pack_numbers
 from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid, _name
 from fedlora.reports.console import Silent
 from fedlora.training.certificate import names_of

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora.federation.client import handlers as client
-from fedlora.federation.client import memory
+from fedlora.federation.client import job, memory
 from fedlora.federation.server import journal
 from fedlora.lora import tree_file as checkpoint
 
@@ -74,12 +73,14 @@ def plant(point: str, round: int, die: Callable[[], None] = die) -> None:
 
     match point:
         case "mid-client":
-            wrap(client, "fit", before=second_client)
+            wrap(job, "fit", before=second_client)
         case "memory-kept":
             remember = memory.ClientMemory
             wrap(remember, "remember", after=lambda self, n, _: die() if n == round else None)
         case "first-reply":
-            wrap(client.Desk, "reply", before=lambda x, *_: die() if x.job.round == round else None)
+            wrap(
+                job.ClientJob, "reply", before=lambda x, *_: die() if x.job.round == round else None
+            )
         case "half-a-checkpoint":
             wrap(checkpoint, "write_atomically", before=half_written)
         case "checkpoint-not-renamed":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.errors import ProofError
-from fedlora.federation.client import handlers as client
+from fedlora.federation.client import handlers, job
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.lowrank import extend, wide
@@ -73,13 +73,13 @@ def ravan_scale(patch: Patch) -> None:
 
 def on_clients(patch: Patch, planted: Callable[[Any], Any]) -> None:
     """The clients' strategy alone is another."""
-    real = client.Desk.open.__func__  # type: ignore[attr-defined]
+    real = job.ClientJob.open.__func__  # type: ignore[attr-defined]
 
     def opened(cls: Any, *args: Any) -> Any:
         desk = real(cls, *args)
         return dataclasses.replace(desk, strategy=planted(desk.strategy))
 
-    patch.setattr(client.Desk, "open", classmethod(opened))
+    patch.setattr(job.ClientJob, "open", classmethod(opened))
 
 
 class AtTheServersScale(FFA):
@@ -110,8 +110,8 @@ def other_ranks(patch: Patch) -> None:
 
 def each_its_own_base(patch: Patch) -> None:
     """As on machines of their own: within one process clients continue from the server's base."""
-    real = client.Desk.token.fget  # type: ignore[attr-defined]
-    patch.setattr(client.Desk, "token", property(lambda d: f"{real(d)}/{d.job.client}"))
+    real = job.ClientJob.token.fget  # type: ignore[attr-defined]
+    patch.setattr(job.ClientJob, "token", property(lambda d: f"{real(d)}/{d.job.client}"))
 
 
 def newest_change_only(patch: Patch) -> None:
@@ -417,8 +417,8 @@ def test_numbers_that_are_none_cost_their_client_its_update(
 
     real, turn = witness.numbers, iter([0] * 2 + [1] * 2 + [0] * 100)
 
-    def numbers(desk: Any, model: Any) -> Any:
-        found = real(desk, model)
+    def numbers(*args: Any) -> Any:
+        found = real(*args)
         return {n: x * float("nan") for n, x in found.items()} if next(turn) else found
 
     monkeypatch.setattr(witness, "numbers", numbers)
@@ -446,16 +446,16 @@ def test_a_server_that_asks_for_a_private_part_is_refused(
 
 
 def one_percent_off(patch: Patch) -> None:
-    from fedlora.launch import export
+    from fedlora.training.model import peft_directory
 
-    real = export.total
+    real = peft_directory.total
 
     def total(effective: Any) -> Any:
         found = dict(real(effective))
         m = next(iter(found))
         return {**found, m: replace(found[m], scale=1.01 * found[m].scale)}
 
-    patch.setattr(export, "total", total)
+    patch.setattr(peft_directory, "total", total)
 
 
 def an_old_head(patch: Patch) -> None:
@@ -502,10 +502,10 @@ def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
     real = witness.numbers
     turns = dict.fromkeys(range(5), 0)
 
-    def numbers(desk: Any, model: Model) -> Any:
-        i = desk.job.client
+    def numbers(*args: Any) -> Any:
+        i = args[-1].client
         turns[i] += 1
-        found = real(desk, model)
+        found = real(*args)
         lies = i == 1 and turns[i] == 4  # at the end of its second round
         return {n: x + 9.0 for n, x in found.items()} if lies else found
 
@@ -526,9 +526,9 @@ def test_a_client_that_says_it_began_elsewhere_does_not_stop_a_deployment(
 
     real = witness.numbers
 
-    def numbers(desk: Any, model: Model) -> Any:
-        found = real(desk, model)
-        lies = desk.job.client == 3 and desk.job.round == 2  # alike at start and end
+    def numbers(*args: Any) -> Any:
+        found = real(*args)
+        lies = args[-1].client == 3 and args[-1].round == 2  # alike at start and end
         return {n: x + 9.0 for n, x in found.items()} if lies else found
 
     monkeypatch.setattr(witness, "numbers", numbers)
@@ -675,6 +675,6 @@ def test_a_change_that_does_not_fit_the_sum_is_refused_by_name(
 ) -> None:
     from fedlora.errors import RoundError
 
-    monkeypatch.setattr(client, "public_scales", lambda _, names: dict.fromkeys(names, 1e-4))
+    monkeypatch.setattr(handlers, "public_scales", lambda _, names: dict.fromkeys(names, 1e-4))
     with pytest.raises(RoundError, match=r"certificate/.*secure.clipping-range"):
         federate(uneven(settings, "ffa", **SECURE))

@@ -38,7 +38,7 @@ def a_tree() -> Any:
 
 def test_a_tree_comes_back_with_its_types_and_bits(tmp_path: Path) -> None:
     save(tmp_path / "x", a_tree(), {"round": "3"})
-    tree = load(tmp_path / "x")
+    tree = load(tmp_path / "x", Version, BaseLog)
     assert list(tree) == ["factors", 7, "log", "set", "empty"]
     assert isinstance(tree["factors"], Factors)
     assert torch.equal(tree["factors"].A["m"], torch.arange(6.0).reshape(2, 3))

@@ -13,16 +13,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.compare import run as compare
 from fedlora.launch.compare.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
-from fedlora.launch.compare.table import (
-    Row,
-    as_csv,
-    as_html,
-    as_markdown,
-    compared,
-    once,
-    row,
-    target_of,
-)
+from fedlora.launch.compare.row import Row, once, row
+from fedlora.launch.compare.table import as_csv, as_html, as_markdown, compared, target_of
 from fedlora.reports.html import interval
 from fedlora.strategies import STRATEGIES
 

@@ -16,10 +16,9 @@ from fedlora.reports.console import (
     Observer,
     Progress,
     Silent,
-    _worth_reading,
-    quiet_libraries,
     shown,
 )
+from fedlora.training.quiet import _worth_reading, quiet_libraries
 
 
 def record(number: int, **more: Any) -> dict[str, Any]:

@@ -110,11 +110,11 @@ from pathlib import Path
 from fedlora.launch.deploy import worker
 def answer(self, data):
     {what}
-worker.Desk._reply = answer
+worker.Worker._reply = answer
 light = type(sys)("light")
 sys.modules["fedlora.federation.client.handlers"] = light
-sys.modules["fedlora.reports.console"] = light
-sys.modules["fedlora.reports.console"].quiet_libraries = lambda: None
+sys.modules["fedlora.training.quiet"] = light
+sys.modules["fedlora.training.quiet"].quiet_libraries = lambda: None
 sys.argv = ["", "--socket", "w.sock"]
 worker.main()
 """

@@ -181,11 +181,11 @@ def test_a_clients_own_model_is_exported_from_its_memory(
 def test_an_export_that_is_wrong_is_not_handed_over(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedlora.launch import export
+    from fedlora.training.model import peft_directory
 
     ran, _ = played(settings, "gpt2", "flora")
-    real = export.total
-    monkeypatch.setattr(export, "total", lambda e: dict(list(real(e).items())[1:]))
+    real = peft_directory.total
+    monkeypatch.setattr(peft_directory, "total", lambda e: dict(list(real(e).items())[1:]))
     with pytest.raises(FedLoraError, match="deviate"):
         export_run(ran.directory, tmp_path / "out")
 

@@ -11,7 +11,7 @@ from tiny_federation import QUICK, Ran, federate, quick, ranks_for, read_tensors
 
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, StrategyError
-from fedlora.federation.client.handlers import Desk
+from fedlora.federation.client.job import ClientJob
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import load
 from fedlora.lora.adapter import Factors
@@ -175,7 +175,7 @@ def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
         return folded(self, fold)
 
     monkeypatch.setattr(Model, "folded", noted)
-    monkeypatch.setattr(Desk, "token", property(lambda d: f"{d.job.client}/{d.job.round}"))
+    monkeypatch.setattr(ClientJob, "token", property(lambda d: f"{d.job.client}/{d.job.round}"))
     first = AtFirst()
     changes = {"clients.per-round": 2, "run.rounds": 12, "evaluate.clients": True}
     given = settings("gpt2", **quick(name, **{**PARTIAL, **changes, "wire.dtype": dtype}))

@@ -21,7 +21,7 @@ from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.ranks import patterned
 from fedlora.federation.server.run import load as load_state
-from fedlora.launch.export import export_run, load_exported
+from fedlora.launch.export import export_run
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES, fedavg, forms
 from fedlora.strategies.base import (
@@ -35,6 +35,7 @@ from fedlora.strategies.base import (
     whole_download,
 )
 from fedlora.strategies.forms import FORMS, INITS_LEFT_OUT, LEFT_OUT
+from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.model import Model
 
 Settings = Callable[..., dict[str, object]]

@@ -32,7 +32,8 @@ def epoch(model: Model, rows: Encoded, seed: int, look: bool = False) -> list[to
     found = []
     with torch.no_grad():
         drawn = batches(rows, 5, seeded(seed, 0, 0, "batches"))
-        for batch in ahead(model, drawn, "float32") if look else drawn:
+        seen = ahead(model.prefix, model.peft, drawn, "float32")
+        for batch in seen if look else drawn:
             batch.pop("labels")
             found.append(model.logits(batch))
     return found
@@ -80,7 +81,7 @@ def counted(real: Callable[..., torch.Tensor], calls: list[int]) -> Callable[...
 def test_looking_ahead_gives_the_same_batches_in_their_order(settings: Settings) -> None:
     model, rows, _ = ready(settings, "bert", **{"train.prefix-cache": 64})
     drawn = list(batches(rows, 5, seeded(0, 0, 0, "batches")))
-    given = list(ahead(model, iter(drawn), "float32"))
+    given = list(ahead(model.prefix, model.peft, iter(drawn), "float32"))
     assert all(x is y for x, y in zip(given, drawn, strict=True))
     assert model.prefix
     before = model.prefix.computed

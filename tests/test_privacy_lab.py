@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
+from fedlora.launch.lab.plan import Lab, Size
 from fedlora.launch.lab.seat import Seat, joined, pick
-from fedlora.launch.lab.study import Lab, Size, main
+from fedlora.launch.lab.study import main
 from fedlora.training import cache as site
 
 SHIPPED = Path(__file__).parent.parent / "simulations" / "experiments" / "privacy.toml"
@@ -82,10 +83,10 @@ def test_the_lab_measures_every_part_and_goes_on_where_it_was(
 
 def test_a_directory_of_another_experiment_is_refused(tmp_path: Path, settings: Build) -> None:
     path = experiment(tmp_path, settings, epsilons=[0], strategies=["fedavg"])
-    Lab.load(path, {}, tmp_path / "out")._open()
-    Lab.load(path, {}, tmp_path / "out")._open()
+    Lab.load(path, {}, tmp_path / "out").open()
+    Lab.load(path, {}, tmp_path / "out").open()
     with pytest.raises(FedLoraError, match="another experiment"):
-        Lab.load(path, {"train.lr": 0.5}, tmp_path / "out")._open()
+        Lab.load(path, {"train.lr": 0.5}, tmp_path / "out").open()
 
 
 def test_the_command_takes_what_the_lab_does(tmp_path: Path, settings: Build) -> None:

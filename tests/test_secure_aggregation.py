@@ -23,7 +23,7 @@ from tiny_federation import Ran, federate, quick
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PrivacyError, RoundError, StrategyError, UpdateError
-from fedlora.federation.client.secure_client import Member
+from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure import masking
 from fedlora.federation.secure.rules import alone, unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
@@ -202,9 +202,9 @@ def terms_of(cohort: int) -> Terms:
     return Terms(cohort, cohort, cohort // 2 + 1, 32, 8.0, 100)
 
 
-def trio(root: Path, vector: masking.Words, n: int = 3) -> tuple[list[Member], list[Any]]:
+def trio(root: Path, vector: masking.Words, n: int = 3) -> tuple[list[SecureClient], list[Any]]:
     """Members that have sent the same vector, and what each sent."""
-    members = [Member(root / str(i), i, 1, "start") for i in range(n)]
+    members = [SecureClient(root / str(i), i, 1, "start") for i in range(n)]
     keys = {m.me: m.setup(terms_of(n)) for m in members}
     boxes = {m.me: m.share(keys, terms_of) for m in members}
     masked = [
@@ -257,8 +257,8 @@ def test_no_secret_of_a_client_comes_out_of_both_kinds_of_its_shares(tmp_path: P
 
 
 def test_keys_that_are_not_ones_own_or_are_twice_there_are_refused(tmp_path: Path) -> None:
-    def fresh(name: str) -> tuple[Member, dict[int, tuple[bytes, bytes]]]:
-        members = [Member(tmp_path / name / str(i), i, 1, "start") for i in range(3)]
+    def fresh(name: str) -> tuple[SecureClient, dict[int, tuple[bytes, bytes]]]:
+        members = [SecureClient(tmp_path / name / str(i), i, 1, "start") for i in range(3)]
         return members[0], {m.me: m.setup(terms_of(3)) for m in members}
 
     me, keys = fresh("own")
@@ -271,11 +271,11 @@ def test_keys_that_are_not_ones_own_or_are_twice_there_are_refused(tmp_path: Pat
     with pytest.raises(PrivacyError, match="1 neighbours: must be 2 to 3"):
         me.share({0: keys[0]}, terms_of)
     with pytest.raises(PrivacyError, match="a sum over 2 clients"):
-        Member(tmp_path / "two", 0, 1, "start").setup(terms_of(2))
+        SecureClient(tmp_path / "two", 0, 1, "start").setup(terms_of(2))
 
 
 def test_shares_that_were_changed_on_the_way_are_found(tmp_path: Path) -> None:
-    members = [Member(tmp_path / str(i), i, 1, "start") for i in range(3)]
+    members = [SecureClient(tmp_path / str(i), i, 1, "start") for i in range(3)]
     keys = {m.me: m.setup(terms_of(3)) for m in members}
     boxes = {m.me: m.share(keys, terms_of) for m in members}
     with pytest.raises(PrivacyError, match="do not decrypt"):
@@ -551,11 +551,11 @@ def test_a_rank_that_loses_all_but_one_client_leaves_that_one_out(settings: Sett
 def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedlora.federation.client.handlers import Desk, Trained
+    from fedlora.federation.client.job import ClientJob, Trained
 
-    train = Desk.train
+    train = ClientJob.train
 
-    def large(desk: Desk) -> Trained:
+    def large(desk: ClientJob) -> Trained:
         done = train(desk)
         if desk.job.client != 2:
             return done
@@ -563,7 +563,7 @@ def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(
 
     given = settings(**five())
     with monkeypatch.context() as patch:
-        patch.setattr(Desk, "train", large)
+        patch.setattr(ClientJob, "train", large)
         got = play(given)
     assert [f["client"] for f in got.last["failures"]] == [2]
     assert "secure.clipping-range = 8" in got.last["failures"][0]["reason"]

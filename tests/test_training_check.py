@@ -107,7 +107,7 @@ def test_what_follows_is_the_same_with_and_without_the_check(
 ) -> None:
     given = settings("bert", **quick("fedex", **{"train.steps": 3, "lora.dropout": 0.2}))
     checked = federate(given)
-    monkeypatch.setattr("fedlora.federation.client.handlers.check_before_training", lambda *_: None)
+    monkeypatch.setattr("fedlora.federation.client.job.check_before_training", lambda *_: None)
     monkeypatch.setattr("fedlora.federation.server.setup.check_first", lambda *_: None)
     assert federate({**given, "run.name": "unchecked"}).adapter == checked.adapter
 
@@ -336,11 +336,9 @@ def broken_on_client_1(real: Callable[..., None]) -> Callable[..., None]:
 def test_in_a_simulation_a_client_that_does_not_train_ends_the_run(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora.federation.client import handlers as client
+    from fedlora.federation.client import job
 
-    monkeypatch.setattr(
-        client, "check_before_training", broken_on_client_1(client.check_before_training)
-    )
+    monkeypatch.setattr(job, "check_before_training", broken_on_client_1(job.check_before_training))
     given = settings("bert", **quick("fedex"))
     with pytest.raises(TrainingCheckError, match=r"round 1, client 1: .*planted"):
         federate(given)
@@ -350,12 +348,10 @@ def test_in_a_simulation_a_client_that_does_not_train_ends_the_run(
 def test_elsewhere_it_is_refused_by_kind_and_the_others_go_on(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora.federation.client import handlers as client
+    from fedlora.federation.client import job
     from fedlora.launch.simulate.grid import LocalGrid
 
-    monkeypatch.setattr(
-        client, "check_before_training", broken_on_client_1(client.check_before_training)
-    )
+    monkeypatch.setattr(job, "check_before_training", broken_on_client_1(job.check_before_training))
     monkeypatch.setattr(LocalGrid, "simulated", False)
     for r in federate(settings("bert", **quick("fedex"))).rounds[1:]:
         assert r["accepted"] == [0, 2]
@@ -365,12 +361,10 @@ def test_elsewhere_it_is_refused_by_kind_and_the_others_go_on(
 def test_where_losses_are_not_told_neither_is_what_the_check_measured(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora.federation.client import handlers as client
+    from fedlora.federation.client import job
     from fedlora.launch.simulate.grid import LocalGrid
 
-    monkeypatch.setattr(
-        client, "check_before_training", broken_on_client_1(client.check_before_training)
-    )
+    monkeypatch.setattr(job, "check_before_training", broken_on_client_1(job.check_before_training))
     monkeypatch.setattr(LocalGrid, "simulated", False)
     private = {"privacy.epsilon": 4.0, "privacy.delta": 1e-3}
     failed = federate(settings("bert", **quick("fedex", **private))).rounds[1]["failures"]

@@ -33,7 +33,7 @@ class Finding:
 
 def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:
     """Print what was found and, for an experiment, the plan. Returns 1 where a problem is."""
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console()
@@ -231,7 +231,7 @@ def _data(config: Config, corpus: Any) -> Iterator[Finding]:
 
 
 def _precision(config: Config) -> Finding:
-    """What train.precision comes to here, and whether that is a good idea."""
+    """What train.precision resolves to here, and whether that is a good idea."""
     from fedlora.training.precision import described, resolved, slowdown
 
     said = described(config.train.precision)

@@ -1,4 +1,4 @@
-"""A tree of dataclasses and tensors in one file, written so that it is there whole or not at all.
+"""A tree of dataclasses and tensors in one file, which appears whole or not at all.
 
     save(path, tree)       temporary file, fsync, rename, fsync of the directory
     load(path, *types)     refuses by name what is damaged or of another kind
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fedlora.errors import CheckpointError
 from fedlora.lora.adapter import Factors, Pair, Stack
-from fedlora.strategies.base import BaseLog, Client, Layer, Version
 
-KNOWN = (Factors, Pair, Stack, Version, BaseLog, Client, Layer)
+KNOWN = (Factors, Pair, Stack)
 
 
 def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
@@ -40,7 +39,7 @@ def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
 
 
 def load(path: Path, *types: type) -> Any:
-    """Read a tree back. `types` are the dataclasses in it beyond fedlora's own tensors' types.
+    """The tree that was saved. `types` are the dataclasses in it beyond Factors, Pair and Stack.
 
     Raises:
         CheckpointError: the file is not there, is damaged, or holds what is not expected.

@@ -1,4 +1,4 @@
-"""What a comparison's report and the privacy lab's share: a page, tables, figures, an interval."""
+"""Pages, tables, figures and intervals, for the reports of comparisons and the privacy lab."""
 
 import base64
 import io

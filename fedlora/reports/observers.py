@@ -1,4 +1,4 @@
-"""Where else a run's progress goes: JSON lines, a Prometheus endpoint, an experiment tracker.
+"""Sends a run's progress elsewhere: JSON lines, a Prometheus endpoint, an experiment tracker.
 
     output.log = "json"            one JSON object an event, on standard output
     output.metrics-port = 9109     http://127.0.0.1:9109/metrics while the run lasts

@@ -1,4 +1,4 @@
-"""What a run is judged by, and what its records say against it: sentences, none where all is well.
+"""Judges a run: its main score, and warnings in sentences, none where all is well.
 
     low        the final score is no better than the majority class, than the frozen model under a
                trained head, or than the model before any training
@@ -7,7 +7,7 @@
     fallen     the final score is worse than the best round's, by more than noise
     unheard    a client's training hardly moved the model, round after round (server/heard.py)
 
-Only records go in, as they lie in rounds.jsonl, so a run is judged alike whoever ends it, whether
+Only records go in, as they lie in rounds.jsonl, so a run is judged alike however it ends, whether
 it was resumed or not. What a run does not tell (no baselines, no central test, losses under DP)
 speaks neither for nor against it.
 """

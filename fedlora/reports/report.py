@@ -97,7 +97,7 @@ def summary_table(run_dir: Path) -> "Table":
 
 
 def closing(run_dir: Path, page: Path) -> None:
-    """Print what a run comes to: its table, what speaks against it in one line, where its page is.
+    """Print a run's results: its table, what speaks against it in one line, where its page is.
 
     The line is never folded, so that a log can be searched for it.
     """

@@ -8,7 +8,6 @@ this works on the Gram matrix of the updates,
 
 which takes r x r products only. A module that a client does not hold counts as 0 for it.
 
-    scale = bounds(adapters, bound)              scale down what is too long
     kept  = krum(adapters, byzantine, keep)      those with the closest neighbours
     kept  = trimmed(adapters, weights, share)    without the farthest from the geometric median
     p     = geometric_median(adapters, weights)  weights whose mean is the geometric median
@@ -53,19 +52,6 @@ def gram(adapters: Sequence[Adapter]) -> Tensor:
 def norms(adapters: Sequence[Adapter]) -> Tensor:
     """||D_i||_F over all modules, (n,)."""
     return gram(adapters).diagonal().clamp(min=0).sqrt()
-
-
-def cosines(adapters: Sequence[Adapter]) -> Tensor:
-    """cos(D_i, D_j), (n, n); 0 with an update of zero."""
-    G = gram(adapters)
-    size = G.diagonal().clamp(min=0).sqrt()
-    outer = size[:, None] * size
-    return torch.where(outer > 0, G / outer, 0).clamp(-1, 1)
-
-
-def bounds(adapters: Sequence[Adapter], bound: float) -> list[float]:
-    """The factor for each update that brings its norm to at most `bound`; 1 where it is."""
-    return [min(1.0, bound / n) if n > 0 else 1.0 for n in norms(adapters).tolist()]
 
 
 def krum(adapters: Sequence[Adapter], byzantine: int, keep: int = 1) -> list[int]:

@@ -1,16 +1,16 @@
-"""What a process holds once: the model and the data, whoever of its clients asks."""
+"""The model and the data that a process loads once and all its clients share."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from fedlora.config.reader import Config
-from fedlora.reports.console import quiet_libraries
 from fedlora.strategies.forms import fixed_rank
 from fedlora.training.data.batches import Encoded, encode
 from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.model.model import Model
+from fedlora.training.quiet import quiet_libraries
 
 
 class _Once:

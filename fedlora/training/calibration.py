@@ -1,4 +1,4 @@
-"""Initialisations that look at rows: those of lora.calibration, which are no client's.
+"""Initial adapters computed from the rows of lora.calibration, which belong to no client.
 
 For a module of inputs x (k) over all the tokens of the calibration rows, padding apart:
 

@@ -1,4 +1,4 @@
-"""The certificate: what each client's model makes of a few shared inputs, before and after.
+"""The certificate: each model's outputs on a few shared inputs, before and after a round.
 
 For a module of k inputs and d outputs, and K pairs of sign vectors x_j (k), u_j (d) that server and
 clients draw alike,

@@ -1,15 +1,18 @@
-"""Is what was written the model? The certificate's numbers of an export, loaded by plain libraries.
+"""Checks an export, as plain libraries load it, by the certificate's numbers of the model.
 
 Measured module by module through the loaded export's own modules, PEFT's or the merged weights,
 and compared with those of the federated model. Heads and other trained tensors likewise.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.training.certificate import (
     Gap,
@@ -21,8 +24,9 @@ from fedlora.training.certificate import (
     sizes,
     start_gaps,
 )
-from fedlora.training.model.loading import MeanPooled
+from fedlora.training.model.loading import MeanPooled, load_base
 from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.peft_directory import HEAD
 
 KEY = "export"
 
@@ -73,6 +77,36 @@ def worst(gaps: Mapping[str, Gap]) -> tuple[str, float]:
     known = {m: g for m, g in gaps.items() if not math.isnan(g.found)}
     name = max(known, key=lambda m: known[m].excess, default="")
     return name, known[name].excess if name else 0.0
+
+
+def certified(model: Model, loaded: Any, what: object) -> float:
+    """How far the export's modules are from the loaded model's, over what rounding explains.
+
+    Raises:
+        ModelError: by more than rounding.
+    """
+    gaps = check(model, numbers(model), loaded)
+    name, excess = worst(gaps)
+    if not excess <= 1:
+        raise ModelError(
+            f"{what}: {name} is not the federated model's: what it makes of the certificate's "
+            f"inputs is {excess:.1e} times farther off than rounding explains"
+        )
+    return excess
+
+
+def load_exported(config: Config, labels: Sequence[str], directory: Path, merged: bool) -> Any:
+    """An export as anyone loads it, with transformers and PEFT alone."""
+    from peft import PeftModel
+
+    there = config.model.model_copy(update={"path": str(directory)}) if merged else config.model
+    model = load_base(there, labels, config.run.seed)
+    if isinstance(model, MeanPooled):
+        if not merged:
+            model.encoder = PeftModel.from_pretrained(model.encoder, str(directory))
+        model.load_state_dict(load_file(directory / HEAD), strict=False)
+        return model.eval()
+    return model.eval() if merged else PeftModel.from_pretrained(model, str(directory)).eval()
 
 
 def plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which numbers a forward pass computes with: float32, or bfloat16 products by autocast.
+"""The precision of a forward pass: float32, or bfloat16 products by autocast.
 
     with autocast(config.train.precision):
         logits = model.logits(inputs)          one forward pass, and nothing else
@@ -41,7 +41,7 @@ def autocast(precision: str) -> Iterator[None]:
 
 
 def resolved(precision: str) -> Precision:
-    """What train.precision comes to here: "auto" is bfloat16 where torch has native products."""
+    """The precision to use here: "auto" is bfloat16 where torch has native products."""
     if precision == "auto":
         return "bfloat16" if lacking() is None else "float32"
     return "bfloat16" if precision == "bfloat16" else "float32"
@@ -76,7 +76,7 @@ def _processor() -> str:
 
 
 def described(precision: str) -> str:
-    """One line for a log: what it comes to, and why."""
+    """The resolved precision and the reason for it, as one line for a log."""
     chosen = resolved(precision)
     if precision != "auto":
         return f"precision: {chosen}"

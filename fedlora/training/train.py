@@ -33,7 +33,7 @@ Live = Mapping[str, Mapping[str, nn.Parameter]]
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a client's training came to."""
+    """The results of a client's training."""
 
     loss: float
     """Mean over the examples seen; NaN where none was."""
@@ -113,7 +113,7 @@ def steps(
     """One step of the optimiser a batch, each given back once it is taken; within `training`."""
     params = [p for ps in live.values() for p in ps.values()]
     received = {p: p.detach().clone() for p in params}
-    for batch in ahead(model, drawn, config.train.precision):
+    for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
         start = time.perf_counter()
         losses = example_losses(model, batch, config.train.precision)
         loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)

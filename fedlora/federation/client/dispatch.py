@@ -1,4 +1,4 @@
-"""Who answers a client's message: this process, or the node's warm worker.
+"""Answers a client's message in this process, or hands it to the node's warm worker.
 
 Flower starts a new process for every message. Where the node config names a `worker-socket` (or
 the environment FEDLORA_WORKER_SOCKET), that process imports no torch: it hands the message to the
@@ -32,7 +32,9 @@ def answer(kind: str, message: Message, context: Context) -> Message:
         from fedlora.federation.client import handlers as client
 
         return client.answer(getattr(client, HANDLERS[kind]), message, context)
-    except Exception as e:  # an import that fails, too: a node without a reply waits for ever
+    except (
+        Exception
+    ) as e:  # an import that fails, too: without a reply the server waits until its deadline
         return Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
 
 

@@ -1,4 +1,4 @@
-"""What leaves a client under a narrow wire dtype, with the rounding error of one round in the next.
+"""Sends an update in a narrow wire dtype, and adds its rounding error to the next one.
 
     x = trained + e        e: what the last accepted upload lost to rounding
     sent = Q(x)            stochastic, seeded from (seed, round, client)
@@ -12,42 +12,43 @@ it out. Left out, too, where the base moves, and under client-level privacy, who
 undo.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from flwr.app import ArrayRecord
 
-from fedlora.federation.wire.messages import pack_factors, unpack_factors
+from fedlora.config.reader import Config
+from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.wire.messages import Job, pack_factors, unpack_factors
 from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.lora.quantize import LEVELS
-from fedlora.strategies.base import Round
-
-if TYPE_CHECKING:
-    from fedlora.federation.client.handlers import Desk
+from fedlora.strategies.base import Round, Strategy
 
 
-def send(desk: "Desk", sent: Factors) -> ArrayRecord:
-    """The record of what this client sends this round."""
-    config, job = desk.config, desk.job
+def send(
+    sent: Factors, strategy: Strategy[Any], memory: ClientMemory, config: Config, job: Job
+) -> ArrayRecord:
+    """The record of what this client sends this round; the memory keeps what rounding lost."""
     dtype = config.wire.dtype
     if dtype not in LEVELS:
         return pack_factors(sent, dtype)
     generator = Round(job.round, config.run.seed).generator(job.client, "wire")
-    still = not desk.strategy.requires.moving_base and not config.privacy.by_client
+    still = not strategy.requires.moving_base and not config.privacy.by_client
     if not (config.wire.error_feedback and still):
         return pack_factors(sent, dtype, generator)
-    whole = _sum(sent, desk.memory.lost(job.last_round), 1.0)
+    whole = _sum(sent, memory.lost(job.last_round), 1.0)
     record = pack_factors(whole, dtype, generator)
-    desk.memory.lose(job.round, _sum(whole, unpack_factors(record, sent.scale), -1.0))
+    memory.lose(job.round, _sum(whole, unpack_factors(record, sent.scale), -1.0))
     return record
 
 
-def carried(desk: "Desk", trained: Factors) -> Factors | None:
-    """What was trained with what `send` is about to add to it; None where that is nothing."""
-    config = desk.config
-    still = not desk.strategy.requires.moving_base and not config.privacy.by_client
+def carried(
+    trained: Factors, strategy: Strategy[Any], memory: ClientMemory, config: Config, job: Job
+) -> Factors | None:
+    """The trained factors plus what `send` will add to them; None where it adds nothing."""
+    still = not strategy.requires.moving_base and not config.privacy.by_client
     if config.wire.dtype not in LEVELS or not (config.wire.error_feedback and still):
         return None
-    return _sum(trained, desk.memory.lost(desk.job.last_round), 1.0)
+    return _sum(trained, memory.lost(job.last_round), 1.0)
 
 
 def _sum(x: Factors, y: Factors, sign: float) -> Factors:

@@ -89,7 +89,7 @@ class ClientMemory:
             ClientMemoryError: it is gone.
         """
         try:
-            version: Version = load(self.base / "00000.safetensors")
+            version: Version = load(self.base / "00000.safetensors", Version)
         except CheckpointError as e:
             raise ClientMemoryError(
                 f"client {self.client} lacks what lora.init took out of the base ({e}); restore "
@@ -106,7 +106,7 @@ class ClientMemory:
         chain: list[Version] = []
         for n in range(number, 0, -1):
             try:
-                version: Version = load(self.base / f"{n:05}.safetensors")
+                version: Version = load(self.base / f"{n:05}.safetensors", Version)
             except CheckpointError as e:
                 raise ClientMemoryError(
                     f"client {self.client} lacks base change {n} of {number} ({e}); restore "

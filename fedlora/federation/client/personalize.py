@@ -9,9 +9,10 @@ client, only the scores do. The personalised factors stay in its memory, as pers
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from fedlora.config.reader import Config
+from fedlora.federation.wire.messages import Job
 from fedlora.lora.tree_file import save
 from fedlora.strategies.base import Client
 from fedlora.training.data.batches import Encoded
@@ -19,9 +20,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
 from fedlora.training.train import fit
-
-if TYPE_CHECKING:
-    from fedlora.federation.client.handlers import Desk
 
 Scores = dict[str, float] | None
 
@@ -38,25 +36,36 @@ def refusals(config: Config) -> Iterator[str]:
         )
 
 
-def personalized(desk: "Desk", model: Model, rows: Encoded, test: Encoded) -> Scores:
-    """Tune the loaded model as the strategy's clients train, at one rate; its scores."""
-    p, train = desk.config.personalize, desk.config.train
+def personalized(
+    model: Model,
+    rows: Encoded,
+    test: Encoded,
+    config: Config,
+    job: Job,
+    trainable: frozenset[str],
+    directory: Path,
+) -> Scores:
+    """Scores of the loaded model, tuned as the strategy's clients train but at a constant rate.
+
+    The tuned factors are written to `directory`.
+    """
+    p, train = config.personalize, config.train
     train = train.model_copy(
         update={"epochs": p.epochs, "steps": 0, "lr": p.lr or train.lr, "lr_schedule": "constant"}
     )
-    config = desk.config.model_copy(update={"train": train})
-    fit(model, rows, desk.download.trainable, config, desk.job.round, desk.job.client)
-    save(desk.memory.own / "personal.safetensors", model.read())
+    config = config.model_copy(update={"train": train})
+    fit(model, rows, trainable, config, job.round, job.client)
+    save(directory / "personal.safetensors", model.read())
     return evaluate(model, test, config)
 
 
-def alone(desk: "Desk", rows: Encoded, test: Encoded) -> Scores:
-    """Train from W0 for as many rounds as the client had its turn in, on average; its scores."""
-    config, job = desk.config, desk.job
-    model = desk.model()
+def alone(
+    model: Model, rows: Encoded, test: Encoded, config: Config, job: Job, token: str
+) -> Scores:
+    """Scores after training W0 on these rows only, for the average client's number of rounds."""
     me = Client(job.client, model.layers(job.ranks))
     first = model.init_factors(me, config.run.seed)
-    model.rebase(f"{desk.token}/alone/{job.client}", [], taken_out(config, first, model.weights()))
+    model.rebase(f"{token}/alone/{job.client}", [], taken_out(config, first, model.weights()))
     model.load(first)
     turns = (config.clients.per_round or config.clients.count) / config.clients.count
     rounds = max(1, int(config.run.rounds * turns + 0.5))

@@ -1,4 +1,4 @@
-"""A client's four stages, each once a round, and its secrets from one to the next.
+"""A client's four stages of secure aggregation, and its secrets, kept from each to the next.
 
     <memory>/secure/round-00003.<next stage>.json     readable by its owner alone
 
@@ -40,8 +40,8 @@ TermsOf = Callable[[int], Terms]
 """The run's terms, for a cohort of this size."""
 
 
-class Member:
-    """One client in one round."""
+class SecureClient:
+    """One client's part in one round of secure aggregation."""
 
     def __init__(self, directory: Path, client: int, round: int, incarnation: str) -> None:
         """`directory` is the client's own, of this run; `incarnation` names the server's start."""
@@ -175,7 +175,7 @@ class Member:
 class Masker:
     """The masks of one vector."""
 
-    def __init__(self, member: Member, state: dict[str, Any], terms: Terms) -> None:
+    def __init__(self, member: SecureClient, state: dict[str, Any], terms: Terms) -> None:
         self.member = member
         self.state = state
         self.terms = terms

@@ -14,19 +14,16 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.errors import ProofError, UpdateError
 from fedlora.federation.server.heard import heard
-from fedlora.federation.wire.messages import Shapes, pack, unpack
-from fedlora.lora.adapter import Factors
-from fedlora.strategies.base import Client, Promise, Upload
+from fedlora.federation.wire.certificate import unpack_numbers
+from fedlora.strategies.base import Client, Promise
 from fedlora.training.certificate import (
     Gap,
-    K,
     Numbers,
     Sizes,
     Witness,
@@ -39,24 +36,6 @@ from fedlora.training.certificate import (
     start_gaps,
 )
 from fedlora.training.model.model import Model
-
-
-def pack_numbers(*times: Numbers) -> ArrayRecord:
-    """One array of (times, names, K): the start's numbers, say, and the end's."""
-    stacked = [torch.stack([*numbers.values()]) for numbers in times]
-    return ArrayRecord({"numbers": pack(torch.stack(stacked), "float64")})
-
-
-def unpack_numbers(record: ArrayRecord, names: Sequence[str], times: int = 2) -> list[Numbers]:
-    """The inverse.
-
-    Raises:
-        WireError, UpdateError: they are not those of these names.
-    """
-    if "numbers" not in record:
-        raise UpdateError("the certificate lacks its numbers")
-    x = unpack(record["numbers"], "certificate", (times, len(names), K))
-    return [dict(zip(names, part, strict=True)) for part in x]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,42 +208,3 @@ def _share(gaps: Iterable[Gap], size: float) -> float:
     """The gaps' size over this one; the gaps' own where that is zero."""
     gap = math.sqrt(sum(g.found**2 for g in gaps if not math.isnan(g.found)))
     return gap / size if size else gap
-
-
-# -- within a secure sum --------------------------------------------------------------------------
-
-WITHIN = "certificate/"
-"""How a difference is named among the other tensors of a masked vector."""
-
-
-def masked_shapes(names: Iterable[str]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """What a client adds to its vector, as `wire.Shapes`."""
-    return {("other", WITHIN + name): (K,) for name in names}
-
-
-def without_masked(shapes: Shapes) -> dict[tuple[str, str], tuple[int, ...]]:
-    """The inverse: what strategies know of."""
-    return {(c, n): shape for (c, n), shape in shapes.items() if not n.startswith(WITHIN)}
-
-
-def with_changes(
-    sent: Factors, start: Numbers, end: Numbers, scales: Mapping[str, float]
-) -> Factors:
-    """What is to be summed, with the changes of the numbers, each over its public scale."""
-    changes = {WITHIN + m: ((end[m] - start[m]) / scales[m]).nan_to_num() for m in start}
-    return replace(sent, other={**sent.other, **changes})
-
-
-def without_changes(
-    uploads: Sequence[Upload], scales: Mapping[str, float]
-) -> tuple[list[Upload], Witness]:
-    """The uploads as strategies know them; and the mean of the changes, as if one client's."""
-    found: dict[str, Tensor] = {}
-    bare = []
-    for u in uploads:
-        mine = {n: x for n, x in u.sent.other.items() if n.startswith(WITHIN)}
-        found |= {n.removeprefix(WITHIN): x.double() for n, x in mine.items()}
-        other = {n: x for n, x in u.sent.other.items() if n not in mine}
-        bare.append(replace(u, sent=replace(u.sent, other=other)))
-    change = {m: x * scales[m] for m, x in found.items()}
-    return bare, Witness(1.0, {m: torch.zeros(K).double() for m in change}, change)

@@ -24,11 +24,12 @@ from fedlora.federation.server.run import (
 )
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import unpack_factors
-from fedlora.launch.export import beginning, certified, load_exported, save_peft
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
 from fedlora.strategies.base import Round, Strategy, Upload
 from fedlora.training.data.corpus import describe
+from fedlora.training.export_certificate import certified, load_exported
+from fedlora.training.model.peft_directory import beginning, save_peft
 
 
 def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: str = "") -> Saved:

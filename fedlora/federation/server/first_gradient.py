@@ -8,6 +8,8 @@ Tropp, 2011, https://arxiv.org/abs/0909.4061) each send a thin matrix, and both 
     2  server: Q = orth(Y) (d, w)          client: Z_i = Q^T sign(G_i)         Z = sum_i p_i Z_i
        M ~ Q Z
 
+This is the server's half; `client/first_gradient.py` has the clients' answers to both phases.
+
 Costs once, a layer and client: up w (d + k), down w d, with w = rank + OVERSAMPLING.
 
 Under DP this is refused: the sketches are not privatised.
@@ -17,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedlora.config.reader import Config
 from fedlora.errors import RoundError
 from fedlora.federation.server.exchange import error_of, exchange
 from fedlora.federation.server.journal import Saved
@@ -29,19 +30,9 @@ from fedlora.federation.server.run import Session, Setting, client, message
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import pack_factors, unpack_factors
 from fedlora.lora.adapter import Adapter, Factors, Pair
-from fedlora.strategies.base import Client, Round, Upload, mean, seeded, top_ranks
-from fedlora.training.data.batches import Encoded, batches
-from fedlora.training.model.model import Model
-from fedlora.training.train import example_losses
+from fedlora.strategies.base import Client, Round, Upload, mean, top_ranks
 
 OVERSAMPLING = 8
-EXAMPLES = 256
-"""A client's gradient is that of its first so many examples, in batches."""
-
-
-def omega(k: int, width: int, m: str, seed: int) -> Tensor:
-    """The probing matrix (k, w) of a module: the same on every client."""
-    return torch.randn(k, width, generator=seeded(seed, 0, 0, f"omega/{m}"))
 
 
 def survey(
@@ -55,38 +46,6 @@ def survey(
     Q = {m: torch.linalg.qr(y.double())[0].float() for m, y in Y.items()}  # (d, w)
     Z = _phase(setting, session, run, grid, clients, Factors(B=Q), widths)
     return {m: Pair(Z[m], Q[m]) for m in Q}
-
-
-def sketch(model: Model, rows: Encoded, config: Config, asked: RecordDict) -> RecordDict:
-    """A client's answer to either phase."""
-    settings: Mapping[str, Any] = asked.config_records["sketch"]
-    widths = dict(zip(settings["modules"], settings["widths"], strict=True))
-    Q = unpack_factors(asked.array_records["send"], {}).B
-    signs = first_signs(model, rows, config)
-    found = {}
-    for m, M in signs.items():
-        probe = omega(M.shape[1], widths[m], m, config.run.seed)
-        found[m] = Q[m].T @ M if Q else M @ probe
-    return RecordDict(
-        {
-            "sent": pack_factors(Factors(A=found), "float32"),
-            "metrics": MetricRecord({"num-examples": len(rows)}),
-        }
-    )
-
-
-def first_signs(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor]:
-    """sign(G) (d, k) of the untouched base, by module."""
-    generator = seeded(config.run.seed, 0, 0, "first gradient")
-    seen = 0
-    with model.base_gradients() as gradients:
-        for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
-            losses = example_losses(model, batch)
-            losses.sum().backward()
-            seen += len(losses)
-            if seen >= EXAMPLES:
-                break
-        return {m: G.sign() for m, G in gradients().items()}
 
 
 def _phase(

@@ -17,7 +17,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError
 from fedlora.lora import tree_file as checkpoint
 from fedlora.lora.adapter import Delta
-from fedlora.strategies.base import Strategy, Upload
+from fedlora.strategies.base import BaseLog, Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.server_optimizers import Moments
 
 KEPT_CHECKPOINTS = 2
@@ -79,9 +79,9 @@ class Saved:
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:
-    """The types a strategy's state may be made of: those its own file knows."""
+    """The types a strategy's state may be made of: the base log's, and those its own file knows."""
     known = vars(sys.modules[type(strategy).__module__]).values()
-    return [Moments, *(t for t in known if isinstance(t, type))]
+    return [Version, BaseLog, Client, Layer, Moments, *(t for t in known if isinstance(t, type))]
 
 
 class Journal:

@@ -27,12 +27,6 @@ from fedlora.federation.secure.masking import Words
 from fedlora.federation.secure.rules import TOGETHER, unsummable
 from fedlora.federation.secure.terms import SMALLEST, Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, kinds_of
-from fedlora.federation.server.certifier import (
-    WITHIN,
-    masked_shapes,
-    without_changes,
-    without_masked,
-)
 from fedlora.federation.server.exchange import Received, exchange, facts_of, tag_of
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import (
@@ -43,6 +37,12 @@ from fedlora.federation.server.run import (
     message,
     told,
     too_few,
+)
+from fedlora.federation.wire.certificate import (
+    WITHIN,
+    masked_shapes,
+    without_changes,
+    without_masked,
 )
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import Shapes, count_bytes

@@ -115,11 +115,6 @@ def unpack_factors(
     return Factors(scale, **columns)
 
 
-def roundtrip(factors: Factors, dtype: str) -> Factors:
-    """What the other side will hold."""
-    return unpack_factors(pack_factors(factors, dtype), factors.scale)
-
-
 def pack_pairs(pairs: Mapping[str, Delta], dtype: str) -> ArrayRecord:
     """Base changes: "A/..", "B/.." with the scale as a 0-d float64 tensor, dense ones as "D/..".
 

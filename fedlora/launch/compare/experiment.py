@@ -1,4 +1,4 @@
-"""What a comparison is of: an experiment's file, its [compare] table, and the cells of its grid."""
+"""The plan of a comparison: an experiment file, its [compare] table, the cells of its grid."""
 
 import itertools
 import json

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from fedlora.launch.compare.table import Row
+from fedlora.launch.compare.row import Row
 from fedlora.reports import html as page
 from fedlora.reports.axes import GREY, by_round, client_rows, new_figure, share, tall, with_legend
 from fedlora.reports.html import drawn

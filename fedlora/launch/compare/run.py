@@ -50,7 +50,10 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.federation.server.journal import NOT_THE_EXPERIMENT
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
-from fedlora.launch.compare.table import MARK, Row, row, write
+from fedlora.launch.compare.row import Row, row
+from fedlora.launch.compare.table import MARK, write
+from fedlora.launch.guard import guarded
+from fedlora.launch.simulate.run import local, resumed
 from fedlora.reports.console import printable
 from fedlora.reports.units import duration
 from fedlora.strategies import STRATEGIES
@@ -227,17 +230,17 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
 
 
 def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
-    arguments = ["fedlora", "simulate", "--quiet"]
+    changes: dict[str, Any] = {}
     if (cell.directory / "checkpoint").exists():
-        arguments += ["--resume", str(cell.directory)]
+        path, changes = resumed(cell.directory)
     else:
         config = Config.load(experiment.path, cell.given)
         cell.directory.parent.mkdir(parents=True, exist_ok=True)
         path = cell.beside("toml")
         path.write_text(config.toml())
         (cell.directory / "rounds.jsonl").unlink(missing_ok=True)  # begun, without a checkpoint
-        arguments.append(str(path))
-    process = _forkserver().Process(target=_cell, args=(arguments, str(cell.beside("log"))))
+    given = (path, changes, str(cell.beside("log")))
+    process = _forkserver().Process(target=_cell, args=given)
     process.start()
     return process
 
@@ -251,15 +254,12 @@ def _forkserver() -> ForkServerContext:
     return context
 
 
-def _cell(arguments: list[str], log: str) -> None:
-    """One run, as the command would do it, with all it says in the log."""
+def _cell(path: Path, changes: Mapping[str, Any], log: str) -> None:
+    """One run, as `fedlora simulate --quiet` does it, with all it says in the log."""
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = arguments
-    from fedlora.cli import main as command
-
-    command()
+    guarded(lambda: local(path, changes, quiet=True))
 
 
 def _finish(cell: Cell) -> None:

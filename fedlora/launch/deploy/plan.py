@@ -1,4 +1,4 @@
-"""What a deployment consists of, kept in its deploy.toml.
+"""The parts of a deployment, as its deploy.toml keeps them.
 
 DIR/deploy.toml
 DIR/ca/            the authority's key and certificate: stays with the operator

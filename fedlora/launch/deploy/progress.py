@@ -1,4 +1,4 @@
-"""What a person sees of a deployment: its processes, its nodes, its runs, its logs."""
+"""Prints the state of a deployment: its processes, nodes, runs and logs."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What keeps a deployment's processes running on one host: started by `up`, ended by `down`.
+"""Keeps a deployment's processes running on one host; started by `up`, ended by `down`.
 
 Each process is the leader of a group of its own, so ending it ends whatever it started. One that
 ends by itself is started again after a wait: a node after 65 s, since the SuperLink counts a

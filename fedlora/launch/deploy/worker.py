@@ -3,9 +3,10 @@
     python -m fedlora.launch.deploy.worker --socket worker.sock
 
 gRPC with its health service on a Unix socket that only its owner can open. One message at a
-time. When the asker is gone (its deadline passed, or it was killed), nobody can use the answer,
-and the work cannot be cut short from within. It may take as long again, so that a node that is
-merely slow is warm for its next message; then the process ends, and its supervisor starts another.
+time. When the process that asked is gone (its deadline passed, or it was killed), nobody can use
+the answer, but the training cannot be interrupted. It gets the time that it has taken so far once
+more, so that a node that is merely slow stays warm for its next message. If that is not enough,
+this process exits, and its supervisor starts another.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedlora.federation.client.dispatch import HANDLERS, METHOD, OPTIONS, unpack
 
 ABANDONED = 75
-"""Exit status where the asker was gone and the work was not done for as long again."""
+"""Exit status after abandoned work was given its time once more and was still not done."""
 MERCY = 5.0
-"""Seconds that abandoned work has in any case."""
+"""The fewest seconds that abandoned work is given."""
 
 
-class Desk:
+class Worker:
     """Answers one message at a time."""
 
     def __init__(self) -> None:
@@ -74,9 +75,9 @@ class Desk:
 def serve(socket: Path) -> grpc.Server:
     """Listen, and say so once the slow imports are done."""
     socket.unlink(missing_ok=True)
-    desk, state = Desk(), health.HealthServicer()
+    worker, state = Worker(), health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
-    handler = grpc.unary_unary_rpc_method_handler(desk.answer)
+    handler = grpc.unary_unary_rpc_method_handler(worker.answer)
     service, _, method = METHOD.strip("/").partition("/")
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
@@ -91,7 +92,7 @@ def serve(socket: Path) -> grpc.Server:
         os.umask(before)
     server.start()
 
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
     state.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -5,8 +5,8 @@ Each yields the rows of one table, one at a time. What an attack is, and its sou
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fedlora.config.reader import Config
 from fedlora.launch.lab.canaries import CASES, SHARP, audited
 from fedlora.launch.lab.inversion import embeddings, invert, pairs
 from fedlora.launch.lab.membership import alignment, confidence, half_width, lira, telling
+from fedlora.launch.lab.plan import Lab, Row
 from fedlora.launch.lab.seat import Change, Seat, joined, pick, train
 from fedlora.launch.lab.utility import losses
 from fedlora.privacy.training import Plan
@@ -23,11 +24,6 @@ from fedlora.training import cache as site
 from fedlora.training.data.batches import Encoded
 from fedlora.training.train import threads
 
-if TYPE_CHECKING:
-    from fedlora.launch.lab.study import Lab
-
-Row = dict[str, Any]
-
 SECURE = importlib.util.find_spec("fedlora.federation.secure") is not None
 """Secure aggregation: where it is there, the lab also attacks the sum, which is all it shows."""
 
@@ -35,7 +31,7 @@ SECURE = importlib.util.find_spec("fedlora.federation.secure") is not None
 # -- membership -----------------------------------------------------------------------------------
 
 
-def shadows(lab: "Lab", epsilon: float) -> Row:
+def shadows(lab: Lab, epsilon: float) -> Row:
     """LiRA-lite and the loss threshold, each model in turn the target and the others its shadows.
 
     Every model trains on a random half of a pool, so that members are few and the attack strong.
@@ -89,7 +85,7 @@ def _at_once(config: Config, n: int, epochs: float) -> Config:
     return Config.read({**config.flat(), **changes})
 
 
-def server_seat(lab: "Lab", rows: int, strategy: str, epsilon: float) -> Row:
+def server_seat(lab: Lab, rows: int, strategy: str, epsilon: float) -> Row:
     """Cosine of each row's gradient with the update of a client of n rows, in the middle of a run.
 
     Repeated with fresh members and others; with secure aggregation also on the sum over clients.
@@ -153,7 +149,7 @@ def _one_round(config: Config, n: int) -> Config:
     return Config.read({**config.flat(), **changes})
 
 
-def _pool(lab: "Lab", n: int) -> Encoded:
+def _pool(lab: Lab, n: int) -> Encoded:
     """At most n training rows of all clients together, in an order of the lab's own."""
     config = lab.config
     labels = site.corpus(config).labels
@@ -165,13 +161,7 @@ def _pool(lab: "Lab", n: int) -> Encoded:
 # -- canaries -------------------------------------------------------------------------------------
 
 
-def mechanisms(epsilons: Sequence[float]) -> list[tuple[str, float]]:
-    """What is audited at which claim: the mechanism at the lab's budgets, then bugs planted."""
-    sound = next(iter(CASES))
-    return [*((sound, e) for e in epsilons if e and e != SHARP[0]), *((c, SHARP[0]) for c in CASES)]
-
-
-def canary(lab: "Lab", mechanism: str, epsilon: float) -> Row:
+def canary(lab: Lab, mechanism: str, epsilon: float) -> Row:
     """Epsilon measured where this much is claimed."""
     _, delta, m = SHARP
     case = CASES[mechanism]
@@ -183,7 +173,7 @@ def canary(lab: "Lab", mechanism: str, epsilon: float) -> Row:
 # -- inversion ------------------------------------------------------------------------------------
 
 
-def inversion(lab: "Lab", strategy: str, rank: int) -> Row:
+def inversion(lab: Lab, strategy: str, rank: int) -> Row:
     """How much of a short sentence one client's upload gives away, by budget.
 
     The worst case the strategy allows: the first query layer adapted, one example, one SGD step,
@@ -240,7 +230,7 @@ def _open_layer(config: Config, rank: int) -> Config:
     return Config.read({**config.flat(), **changes})
 
 
-def _one_step(lab: "Lab", strategy: str, epsilon: float, config: Config, n: int) -> Config:
+def _one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -> Config:
     """One full-batch step of rate 1; under DP at the noise of the lab's whole run."""
     changes: dict[str, Any] = {"train.steps": 1, "train.batch-size": 1, "train.grad-clip": 0.0}
     if epsilon:

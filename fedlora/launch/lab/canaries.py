@@ -144,6 +144,12 @@ noise measures 2.45 with a standard deviation of 0.08. A larger claim hides more
 guesses of k prove an epsilon of about log(k / 3) at most; fewer canaries blur."""
 
 
+def mechanisms(epsilons: Sequence[float]) -> list[tuple[str, float]]:
+    """What is audited at which claim: the mechanism at the lab's budgets, then bugs planted."""
+    sound = next(iter(CASES))
+    return [*((sound, e) for e in epsilons if e and e != SHARP[0]), *((c, SHARP[0]) for c in CASES)]
+
+
 def audited(case: Case, epsilon: float, delta: float, m: int) -> float:
     """What is measured of a case that claims this epsilon."""
     sigma = calibrate(epsilon, delta, 1.0, case.releases)

@@ -16,7 +16,7 @@ def ledger(
         Path, typer.Argument(help="A ledger, or a directory that has some.", show_default=False)
     ],
 ) -> None:
-    """Print what was spent of each data set's privacy, and what that comes to."""
+    """Print what was spent of each data set's privacy, and the epsilon of all of it."""
     from fedlora.errors import PrivacyError
     from fedlora.privacy.statement import statement
 
@@ -49,7 +49,7 @@ def audit(
     Stopped, the same command goes on where it was.
     """
     from fedlora.config.reader import parse_overrides
-    from fedlora.reports.console import quiet_libraries
+    from fedlora.training.quiet import quiet_libraries
 
     try:
         budgets = [float(x) for x in epsilons.split(",")] if epsilons else None
@@ -58,7 +58,8 @@ def audit(
         raise typer.BadParameter("must be numbers: 0,8,1", param_hint="--epsilons") from None
     names = strategies.replace(" ", "").split(",") if strategies else None
     quiet_libraries()
-    from fedlora.launch.lab.study import Lab, main
+    from fedlora.launch.lab.plan import Lab
+    from fedlora.launch.lab.study import main
 
     lab = Lab.load(
         config, parse_overrides(set_ or []),

@@ -4,19 +4,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from fedlora.launch.lab.attacks import SECURE
+from fedlora.launch.lab.plan import Lab
 from fedlora.lora.tree_file import write_atomically
 from fedlora.reports.axes import GREEN, GREY, RED, new_figure, share, with_legend
 from fedlora.reports.html import COLOURS, drawn, interval, markdown, render
-
-if TYPE_CHECKING:
-    from fedlora.launch.lab.study import Lab
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -52,7 +50,7 @@ def by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def scores(lab: "Lab") -> tuple[str, dict[str, dict[float, list[float]]]]:
+def scores(lab: Lab) -> tuple[str, dict[str, dict[float, list[float]]]]:
     """The metric's name, and every seed's value by method and epsilon; the probe comes first."""
     runs = lab.rows("utility")
     metric = "accuracy" if any("accuracy" in r for r in runs) else "loss"
@@ -65,7 +63,7 @@ def scores(lab: "Lab") -> tuple[str, dict[str, dict[float, list[float]]]]:
     return metric, found
 
 
-def utility(lab: "Lab") -> Table:
+def utility(lab: Lab) -> Table:
     """Scores by method and budget; the probe first."""
     metric, found = scores(lab)
     write = percent if metric == "accuracy" else lambda x: f"{statistics.fmean(x):.3f}"
@@ -76,7 +74,7 @@ def utility(lab: "Lab") -> Table:
     ]
 
 
-def epsilons(lab: "Lab") -> Table:
+def epsilons(lab: Lab) -> Table:
     """Epsilon claimed and measured of each mechanism."""
     heads = ["mechanism", "epsilon claimed", "epsilon measured", "flagged", "must be flagged"]
     return heads, [
@@ -86,7 +84,7 @@ def epsilons(lab: "Lab") -> Table:
     ]  # fmt: skip
 
 
-def models(lab: "Lab") -> Table:
+def models(lab: Lab) -> Table:
     """The attacks on shadow models, and the loss threshold on the federations' own models."""
     heads = ["epsilon", "attack", "AUC", "+-", "TPR at 5 % FPR"]
     body = []
@@ -105,7 +103,7 @@ def models(lab: "Lab") -> Table:
     return heads, body
 
 
-def seats(lab: "Lab") -> Table:
+def seats(lab: Lab) -> Table:
     """AUC of the server's attack: strategies down, budgets across."""
     found = by(lab.rows("seat"), "strategy", "rows")
     heads = [
@@ -127,7 +125,7 @@ def seats(lab: "Lab") -> Table:
     return heads, body
 
 
-def inversions(lab: "Lab") -> Table:
+def inversions(lab: Lab) -> Table:
     """Part of a sentence read, by strategy and rank; one column a budget."""
     rows = [r for r in lab.rows("inversion") if "tokens" in r]
     recalls = list(dict.fromkeys(k for r in rows for k in r if k.startswith(("no DP", "epsilon"))))
@@ -146,21 +144,21 @@ def look(n: int) -> dict[str, Any]:
     return {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
 
 
-def look_of(lab: "Lab", name: str) -> dict[str, Any]:
+def look_of(lab: Lab, name: str) -> dict[str, Any]:
     """The same for a strategy in every figure."""
     if name == PROBE:
         return {"color": "#1f2937", "linestyle": "--", "marker": "s"}
     return look(list(lab.strategies).index(name))
 
 
-def across(ax: Axes, lab: "Lab") -> None:
+def across(ax: Axes, lab: Lab) -> None:
     """Budgets from none to the smallest, equally far apart."""
     ax.set_xticks(range(len(lab.epsilons)), [budget(e) for e in lab.epsilons])
     ax.set_xlim(-0.3, len(lab.epsilons) - 0.7)
     ax.set_xlabel("epsilon")
 
 
-def plot_utility(lab: "Lab") -> Figure | None:
+def plot_utility(lab: Lab) -> Figure | None:
     """Score by budget, a line a method; None where nothing was run."""
     metric, found = scores(lab)
     if not any(any(row.values()) for row in found.values()):
@@ -182,7 +180,7 @@ def plot_utility(lab: "Lab") -> Figure | None:
     return with_legend(figure, ax)
 
 
-def plot_epsilons(lab: "Lab") -> Figure | None:
+def plot_epsilons(lab: Lab) -> Figure | None:
     """Measured epsilon as bars, the claim as a stroke."""
     rows = lab.rows("canaries")
     if not rows:
@@ -200,7 +198,7 @@ def plot_epsilons(lab: "Lab") -> Figure | None:
     return figure
 
 
-def plot_models(lab: "Lab") -> Figure | None:
+def plot_models(lab: Lab) -> Figure | None:
     """AUC of each attack on the shadow models by budget."""
     rows = {r["epsilon"]: r for r in lab.rows("shadows")}
     at = [i for i, e in enumerate(lab.epsilons) if e in rows]
@@ -216,7 +214,7 @@ def plot_models(lab: "Lab") -> Figure | None:
     return with_legend(figure, ax)
 
 
-def plot_seats(lab: "Lab") -> Figure | None:
+def plot_seats(lab: Lab) -> Figure | None:
     """AUC of the server's attack by budget, a panel a client's size."""
     rows = lab.rows("seat")
     sizes = sorted({r["rows"] for r in rows})
@@ -242,7 +240,7 @@ def chance(ax: Axes) -> None:
     ax.set_ylim(min(0.4, ax.get_ylim()[0]), max(0.8, ax.get_ylim()[1]))
 
 
-def plot_inversions(lab: "Lab") -> Figure | None:
+def plot_inversions(lab: Lab) -> Figure | None:
     """Part of a sentence read by strategy and rank: without DP as bars, with it as strokes."""
     rows = [r for r in lab.rows("inversion") if "tokens" in r]
     if not rows:
@@ -320,7 +318,7 @@ BODY = """<pre><code>{{ command }}</code></pre>
 """
 
 
-def setting(lab: "Lab") -> str:
+def setting(lab: Lab) -> str:
     """What is compared, in one sentence."""
     c = lab.config
     return (
@@ -330,7 +328,7 @@ def setting(lab: "Lab") -> str:
     )
 
 
-def write(lab: "Lab", command: str) -> Path:
+def write(lab: Lab, command: str) -> Path:
     """privacy.html, privacy.md and plots/ of what has been measured so far."""
     parts = [(k, title, note, table(lab)) for k, (title, note, table, _) in PARTS.items()]
     parts = [p for p in parts if p[3][1]]

@@ -7,7 +7,7 @@ its own, so that comparing strategies does not spend one budget many times.
 import functools
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fedlora.config.reader import Config
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import score
 from fedlora.launch.lab.membership import half_width, telling
+from fedlora.launch.lab.plan import Lab, Row
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.privacy.accounting import calibrate
 from fedlora.privacy.chance import Chance
@@ -24,16 +25,11 @@ from fedlora.training.data.batches import Encoded, eval_batches
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses, threads
 
-if TYPE_CHECKING:
-    from fedlora.launch.lab.study import Lab
-
-Row = dict[str, Any]
-
 RATES = (0.5, 2.0, 8.0, 32.0)
 """Of the probe, tried at each budget; the best is what counts, which favours the probe."""
 
 
-def federation(lab: "Lab", seed: int, strategy: str, epsilon: float) -> Row:
+def federation(lab: Lab, seed: int, strategy: str, epsilon: float) -> Row:
     """One whole run: its score, epsilon, bytes, and the loss threshold on its model."""
     from client_app.app import app
 
@@ -76,7 +72,7 @@ def losses(model: Model, rows: Encoded, size: int = 64) -> Tensor:
 # -- the probe ------------------------------------------------------------------------------------
 
 
-def probe(lab: "Lab", seed: int, epsilon: float, rounds: int = 40) -> Row:
+def probe(lab: Lab, seed: int, epsilon: float, rounds: int = 40) -> Row:
     """DP gradient descent on a linear head over the frozen model's features, best of RATES."""
     config = lab.at(lab.strategies[0], epsilon, seed)
     known = features(lab.at(lab.strategies[0], 0.0, seed))

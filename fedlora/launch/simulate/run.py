@@ -18,7 +18,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
 from fedlora.reports import report
-from fedlora.reports.console import Progress, Silent, quiet_libraries
+from fedlora.reports.console import Progress, Silent
+from fedlora.training.quiet import quiet_libraries
 
 SHIM = '"""{what} of fedlora."""\n\nfrom {package}.app import app\n\n__all__ = ["app"]\n'
 
@@ -47,6 +48,12 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
         with _resumable(directory, observer):
             run_local(app, client_app, config.flat(), config.clients.count, workers)
     return finish(directory, config.output.plots)
+
+
+def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The config file of the run in this directory, and the keys that make a run go on there."""
+    where = {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
+    return directory / "config.toml", where
 
 
 def finish(directory: Path, plots: bool) -> Path:

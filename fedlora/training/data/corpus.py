@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Texts and what is to be said of each. A selection shares the strings of the whole."""
+    """Texts, each with its label or response. A selection shares the strings of the whole."""
 
     text: tuple[str, ...] = ()
     """The text; for causal-lm the prompt, "" where there is none."""

@@ -1,4 +1,4 @@
-"""Who gets which rows: flwr-datasets' partitioners, drawn anew until no client is left without."""
+"""Splits the rows among clients by flwr-datasets' partitioners, redrawn until each has some."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Where in a row aLoRA's adapters begin to act: at the last place of lora.invocation's tokens.
+"""The token of a row at which aLoRA's adapters begin to act: the last match of lora.invocation.
 
 Greenewald et al., "Activated LoRA", https://arxiv.org/abs/2504.12397: what stands before the
 invocation is computed by the base alone, so its cache is the base's. The change is s B A x there

@@ -1,4 +1,4 @@
-"""LoftQ: adapters that begin by making up for what a 4-bit base has rounded away.
+"""LoftQ: initial adapters that cancel most of the rounding error of a 4-bit base.
 
 Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization", https://arxiv.org/abs/2310.08659
 

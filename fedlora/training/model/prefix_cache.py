@@ -16,7 +16,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.training.model.layers import Shape, depth_of
 from fedlora.training.precision import autocast
-
-if TYPE_CHECKING:
-    from fedlora.training.model.model import Model
 
 GROUP, WIDTH = 8, 8
 AHEAD = 128
@@ -155,10 +152,10 @@ class Prefix:
 
 
 def ahead(
-    model: "Model", batches: Iterable[dict[str, Tensor]], precision: str
+    prefix: Prefix | None, model: nn.Module, batches: Iterable[dict[str, Tensor]], precision: str
 ) -> Iterator[dict[str, Tensor]]:
     """The same batches; what the next AHEAD examples lack is computed before the first of them."""
-    batches, prefix = iter(batches), model.prefix
+    batches = iter(batches)
     if prefix is None:
         yield from batches
         return
@@ -166,7 +163,7 @@ def ahead(
         more = max(0, AHEAD // len(some[0]["input_ids"]) - 1)
         some += itertools.islice(batches, more)
         with autocast(precision):
-            prefix.remember(model.peft, some)
+            prefix.remember(model, some)
         yield from some
 
 

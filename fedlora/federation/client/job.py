@@ -1,0 +1,221 @@
+"""One message's job on a client: what was asked, and what the client does it with.
+
+ClientJob.open(message, context)   config, job, strategy, memory and download of a message
+.train()                           one round of local training: what is to leave, and its scores
+.ready()                           the model loaded as the download and the memory say
+.reply(records)                    the reply, tagged with round, run and client
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from fedlora.config.reader import Config
+from fedlora.errors import ModelError, PrivacyError, TrainingCheckError
+from fedlora.federation.client import error_feedback, witness
+from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.client.secure_client import SecureClient
+from fedlora.federation.secure.terms import Terms
+from fedlora.federation.wire.messages import Job, unpack_download, unpack_pairs
+from fedlora.lora.adapter import Delta, Factors
+from fedlora.privacy.rehearsal import check_before_training
+from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
+from fedlora.strategies.forms import moves_base
+from fedlora.training import cache as site
+from fedlora.training.certificate import Numbers
+from fedlora.training.data.batches import Encoded
+from fedlora.training.evaluate import evaluate
+from fedlora.training.model.model import Model
+from fedlora.training.precision import computing
+from fedlora.training.train import Fit, fit, threads
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The results of one round of local training."""
+
+    sent: Factors
+    keeps: bool
+    examples: int
+    fit: Fit
+    scores: Mapping[str, float]
+    numbers: tuple[Numbers, Numbers]
+    """The certificate's, at the start and at the end."""
+
+
+@dataclass(frozen=True)
+class ClientJob:
+    """What one message asks of this client, and all that the client needs to do it."""
+
+    config: Config
+    job: Job
+    strategy: Strategy[Any]
+    memory: ClientMemory
+    download: Download
+    origin: Mapping[str, Delta]
+    """What the run's initialisation subtracts from the base; in the first message only."""
+
+    @classmethod
+    def open(cls, message: Message, context: Context) -> "ClientJob":
+        """The job that a message brings, under this node's own settings."""
+        config = read_config(context)
+        job = Job.read(message.content.config_records["job"])
+        root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
+        memory = ClientMemory(root, job.client, job.token)
+        bare = "download" not in message.content.config_records
+        download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
+        first = message.content.get("origin")
+        origin = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
+        return cls(config, job, config.build_strategy(), memory, download, origin)
+
+    @property
+    def token(self) -> str:
+        """The name of the run and of this start of the server."""
+        return f"{self.job.token}/{self.job.incarnation}"
+
+    def model(self) -> Model:
+        """This process's model, if it is the server's.
+
+        Raises:
+            ModelError: the base differs, so nothing learned on it would add up.
+        """
+        model, job = site.model(self.config, self.job.labels), self.job
+        if model.fingerprint != job.fingerprint:
+            raise ModelError(
+                f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
+                f"fingerprint {model.fingerprint}, must be {job.fingerprint}; use the same files"
+            )
+        return model
+
+    @property
+    def may_report_metrics(self) -> bool:
+        """May counts, losses, scores and timings leave? Under DP no noise covers them."""
+        if self.config.secure.aggregation:
+            return False
+        return not self.config.privacy.on or self.config.privacy.release_metrics
+
+    def check_clear(self, what: str) -> None:
+        """Raises PrivacyError where nothing of this client may leave but in a sum."""
+        if self.config.secure.aggregation:
+            raise PrivacyError(
+                f"secure.aggregation is on: client {self.job.client} does not send {what} in the "
+                "clear"
+            )
+
+    def terms(self, cohort: int) -> Terms:
+        """The terms of a secure aggregation with a cohort of this size."""
+        return Terms.of(self.config, cohort)
+
+    def secure_client(self) -> SecureClient:
+        """This client as a party of this round's secure aggregation."""
+        if not self.config.secure.aggregation:
+            raise PrivacyError("secure.aggregation is off on this client, and on at the server")
+        job = self.job
+        return SecureClient(self.memory.own / "secure", job.client, job.round, job.incarnation)
+
+    def train(self) -> Trained:
+        """Train the download on this client's rows, remember, and give what is to leave."""
+        config, job = self.config, self.job
+        rows = site.encoded("train", job.client, config, job.labels)
+        test = site.encoded("test", job.client, config, job.labels)
+        scores: dict[str, float] = {}
+        with threads(config.train.threads), self.ready() as (model, kept):
+            begun = self.numbers(model)
+            self.check(model, rows)
+            judged = config.evaluate.clients and self.may_report_metrics
+            if judged:
+                scores |= named("before", evaluate(model, test, config))
+            outcome = self.fit(model, rows)
+            if judged:
+                scores |= named("after", evaluate(model, test, config))
+            trained = model.read()
+            if whole := error_feedback.carried(trained, self.strategy, self.memory, config, job):
+                model.load(whole, self.download.block)
+            numbers = begun, self.numbers(model)
+        whole, keep = self.strategy.upload(trained, kept)
+        sent = travelling(whole, self.download.trainable)
+        keeps = any(True for _ in keep.items())
+        if keeps:
+            self.memory.remember(job.round, keep)
+        return Trained(sent, keeps, len(rows), outcome, scores, numbers)
+
+    def numbers(self, model: Model) -> Numbers:
+        """The certificate's numbers of the model as it is now."""
+        return witness.numbers(model, self.strategy, self.download, self.config, self.job)
+
+    def check(self, model: Model, rows: Encoded) -> None:
+        """Does the loaded model train as it must? Once a run, processor and set of columns.
+
+        Raises:
+            TrainingCheckError: it does not. What was measured is told where losses are.
+        """
+        key = f"{sorted(self.download.trainable)} on {computing(self.config.train.precision)}"
+        if key in self.memory.checked():
+            return
+        args = (model, rows, self.download, self.config, self.job.round, self.job.client)
+        try:
+            check_before_training(*args)
+        except TrainingCheckError as e:
+            raise e if self.may_report_metrics else TrainingCheckError(e.what) from None
+        self.memory.add_checked(key)
+
+    def fit(self, model: Model, rows: Encoded) -> Fit:
+        """Train on these rows: under example-level DP, paid for in this data set's ledger."""
+        config, job, download = self.config, self.job, self.download
+        args = (model, rows, download.trainable, config, job.round, job.client, download.penalty)
+        if not config.privacy.by_example:
+            return fit(*args)
+        from fedlora.privacy.ledger import Ledger, fingerprint
+        from fedlora.privacy.training import private_fit
+
+        raw = site.client_rows(job.client, config, job.labels).train
+        data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
+        root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
+        return private_fit(*args, Ledger(root, data), job.token)
+
+    @contextmanager
+    def ready(self) -> Iterator[tuple[Model, Factors]]:
+        """The model as this client is to train or judge it, and what the client had kept."""
+        download, job = self.download, self.job
+        model = self.model()
+        kept = self.memory.recall(job.memory_round)
+        if self.origin:
+            self.memory.add_base([Version(0, self.origin)])
+        self.memory.add_base(download.base)
+        init, stored = self.config.lora.init, self.config.model.quantization
+        start = self.memory.origin() if moves_base(init, stored) else {}
+        model.rebase(self.token, self.memory.base_to(job.base_number), start)
+        me = Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
+        round = Round(job.round, self.config.run.seed)
+        factors = self.strategy.start(download, kept, me, round)
+        with model.folded(download.fold):
+            model.load(factors, download.block)
+            yield model, kept
+
+    def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:
+        """These records, with the tag by which the server knows whose reply it is."""
+        tag: dict[str, Any] = {"round": self.job.round, "token": self.job.token}
+        tag |= {"client": self.job.client, "keeps": keeps}
+        return RecordDict({"reply": ConfigRecord(tag), **records})
+
+
+def read_config(context: Context) -> Config:
+    """The run config, with this node's own settings (data path, memory directory) in place."""
+    own = {
+        "data.node-path": context.node_config.get("data-path"),
+        "output.client-memory": context.node_config.get("memory"),
+        "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
+        "secure.aggregation": context.node_config.get("secure-aggregation"),
+    }
+    given = {**context.run_config, **{key: value for key, value in own.items() if value}}
+    return Config.read(given)
+
+
+def named(prefix: str, scores: Mapping[str, float] | None) -> dict[str, float]:
+    """The scores, each under "prefix.name"."""
+    return {f"{prefix}.{key}": float(value) for key, value in (scores or {}).items()}

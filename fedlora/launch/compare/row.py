@@ -1,0 +1,118 @@
+"""One row of a comparison: a strategy under a variant, with the numbers of its seeds' runs."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.reports.html import interval
+from fedlora.reports.outcome import ACCURACY, Metric, finite
+from fedlora.reports.run_files import RunFiles, read
+
+
+@dataclass
+class Row:
+    """One strategy under one variant."""
+
+    variant: str
+    strategy: str
+    promise: str
+    reason: str = ""
+    metric: Metric = ACCURACY
+    runs: list[RunFiles] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    """The final central score of each seed."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Means over the seeds."""
+    against: str = ""
+    """The score less the first row's of the same seed, with its interval."""
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that were chosen for this row, and what they are."""
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.variant, self.strategy)))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against each of its runs that something speaks against."""
+        return [
+            f"seed {run.summary['seed']}: {' '.join(run.summary['warnings'])}"
+            for run in self.runs
+            if run.summary["warnings"]
+        ]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.score) if self.score else None
+
+    @property
+    def half(self) -> float | None:
+        return interval(self.score)
+
+
+def row(
+    variant: str, strategy: str, promise: str, directories: Sequence[Path], reason: str = ""
+) -> Row:
+    """A row from the runs of its seeds."""
+    found = Row(variant, strategy, promise, reason, runs=[read(d) for d in directories])
+    if not found.runs:
+        return found
+    found.metric = found.runs[0].metric
+    key = found.metric.key
+    found.score = [s for r in found.runs if (s := finite(r.summary.get("final"), key)) is not None]
+    each = [_numbers(r, key) for r in found.runs]
+    for name in {n: None for numbers in each for n in numbers}:
+        values = [n[name] for n in each if name in n]
+        found.numbers[name] = statistics.fmean(values)
+    return found
+
+
+def _numbers(run: RunFiles, key: str) -> dict[str, float]:
+    """Every number of one run that the table has a column for."""
+    rounds = run.trained
+    numbers: dict[str, float | None] = {
+        "rounds": float(len(rounds)),
+        "up": float(sum(r["bytes"]["up"] for r in rounds)),
+        "down": float(sum(r["bytes"]["down"] for r in rounds)),
+        "once": float(once(rounds)),
+        "deviation": max(
+            (finite(r.get("proof"), "deviation") or 0.0 for r in rounds), default=None
+        ),
+        "seconds": finite(run.summary, "seconds"),
+        "virtual": finite(run.summary, "virtual_seconds"),
+    }
+    waits = [finite(r.get("virtual"), "waiting") for r in rounds]
+    if any(w is not None for w in waits):
+        numbers["waiting"] = sum(w or 0.0 for w in waits) / len(waits)
+    for kind, found in (run.summary.get("clients") or {}).items():
+        numbers[f"own {kind}"] = finite(found, key)
+        if kind == "final":
+            numbers["worst tenth"] = finite(found, f"worst_tenth_{key}")
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def once(rounds: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that came down only because a client was new: its first download less its second."""
+    seen: dict[str, list[int]] = {}
+    for r in rounds:
+        for i, facts in (r.get("clients") or {}).items():
+            seen.setdefault(str(i), []).append(int(facts["bytes_down"]))
+    return sum(max(0, down[0] - down[1]) for down in seen.values() if len(down) > 1)
+
+
+def reached(run: RunFiles, target: float) -> tuple[float, float] | None:
+    """Bytes and virtual seconds at the first evaluation that meets the target."""
+    moved, key = 0.0, run.metric.key
+    for r in run.rounds:
+        moved += sum((r.get("bytes") or {}).values())
+        value = finite(r.get("evaluation"), key)
+        if (
+            r["round"]
+            and value is not None
+            and (value == target or run.metric.better(value, target))
+        ):
+            return moved, finite(r.get("virtual"), "clock") or math.nan
+    return None

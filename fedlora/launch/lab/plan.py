@@ -1,0 +1,195 @@
+"""The plan of a privacy lab: one experiment, what is to be measured of it, and where that lies.
+
+An experiment may say in its [audit] table what the lab compares:
+
+    [audit]
+    epsilons = [0, 8, 3, 1]             0: without privacy
+    strategies = ["fedavg", "ffa"]
+    seeds = [0, 1]
+    [audit.open]                        keys where there is no privacy
+    "train.optimizer" = "adamw"
+    [audit.at.1]                        keys at epsilon 1
+    [audit.set.fedsb]                   keys of one strategy, whatever the budget
+    [audit.quick]                       keys of --quick
+
+`study.py` measures; this file imports none of the attacks.
+"""
+
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.launch.lab.canaries import mechanisms
+from fedlora.lora.tree_file import write_atomically
+from fedlora.strategies import STRATEGIES
+
+Row = dict[str, Any]
+
+KEYS = {"epsilons", "strategies", "seeds", "open", "at", "set", "quick"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the attacks take."""
+
+    pool: int = 240
+    """Rows of which each shadow model has half."""
+    shadows: int = 8
+    memorise: float = 20.0
+    """Epochs of a shadow model without privacy."""
+    rows: Sequence[int] = (16, 128)
+    """Of a client whose single update is attacked."""
+    trials: int = 3
+    tokens: int = 9
+    """Of the sentence that is to be read from an update."""
+    ranks: Sequence[int] = (4, 16, 64)
+    canaries: int = 0
+    """0: as many as tell every planted bug."""
+
+
+QUICK = Size(40, 4, 2.0, (4,), 1, 9, (16,), 2000)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: a row of one table."""
+
+    part: str
+    labels: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        values = (f"{x:g}" if isinstance(x, float) else str(x) for x in self.labels.values())
+        return "-".join([self.part, *values]).replace(" ", "-").replace(",", "").replace("/", "-")
+
+
+@dataclass
+class Lab:
+    """One experiment under audit."""
+
+    config: Config
+    out: Path
+    epsilons: Sequence[float] = (0.0, 8.0, 3.0, 1.0)
+    strategies: Sequence[str] = ("fedavg", "ffa", "fedex", "flora", "fedsa", "fedsb")
+    seeds: Sequence[int] = (0,)
+    table: Mapping[str, Any] = field(default_factory=dict)
+    """[audit], for what depends on strategy and budget."""
+    size: Size = Size()
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        overrides: Mapping[str, Any],
+        out: Path,
+        quick: bool = False,
+        **chosen: Sequence[Any] | None,
+    ) -> "Lab":
+        """By the experiment's file; `chosen` are epsilons, strategies, seeds in place of its own.
+
+        Raises:
+            ConfigError: the file or its [audit] table is wrong, or there is no such strategy.
+        """
+        config = Config.load(path, overrides)
+        table = tomllib.loads(path.read_text()).get("audit", {})
+        if wrong := sorted(set(table) - KEYS):
+            raise ConfigError([f"{path}: audit.{wrong[0]}: must be one of {sorted(KEYS)}"])
+        if quick:
+            config = Config.read({**config.flat(), **table.get("quick", {}), **overrides})
+        found = {k: chosen.get(k) or table.get(k) or getattr(cls, k) for k in
+                 ("epsilons", "strategies", "seeds")}  # fmt: skip
+        if unknown := [s for s in found["strategies"] if s not in STRATEGIES]:
+            raise ConfigError([f"--strategies: {unknown[0]} is none of {', '.join(STRATEGIES)}"])
+        if quick:  # one seed, without privacy and under the smallest budget
+            found["seeds"] = found["seeds"][:1]
+            found["epsilons"] = [
+                found["epsilons"][i] for i in sorted({0, len(found["epsilons"]) - 1})
+            ]
+        lab = cls(config, out, **found, table=table, size=QUICK if quick else Size())
+        for strategy in lab.strategies:  # all that is wrong with them is said before anything runs
+            for epsilon in lab.epsilons:
+                lab.at(strategy, epsilon)
+        return lab
+
+    def at(self, strategy: str, epsilon: float, seed: int | None = None) -> Config:
+        """The experiment with this strategy and budget, in a run of its own."""
+        seed = self.config.run.seed if seed is None else seed
+        table = self.table
+        changes: dict[str, Any] = {
+            **table.get("set", {}).get(strategy, {}),
+            **(table.get("at", {}).get(f"{epsilon:g}", {}) if epsilon else table.get("open", {})),
+            "strategy.name": strategy,
+            "privacy.epsilon": float(epsilon),
+            "privacy.noise-multiplier": 0.0,
+            "run.seed": seed,
+            "run.out": str(self.out / "runs"),
+            "run.name": f"{strategy}-{epsilon:g}-{seed}",
+            "evaluate.baselines": False,
+            "evaluate.clients": False,
+            "output.plots": False,
+            "simulate.workers": 1,
+        }
+        if len(set(self.config.clients.ranks)) > 1:
+            changes["clients.ranks"] = str(max(self.config.clients.ranks))
+        return Config.read({**self.config.flat(), **changes})
+
+    # -- what there is to measure ---------------------------------------------------------------
+
+    def jobs(self) -> list[Job]:
+        """Everything, cheapest first; runs of one model one after the other, so it loads once."""
+        small = {"strategy": self.strategies, "epsilon": self.epsilons}
+        found = [Job("canaries", dict(zip(("mechanism", "epsilon"), x, strict=True)))
+                 for x in mechanisms(self.epsilons)]  # fmt: skip
+        if self.config.model.task == "classification":
+            found += grid("probe", seed=self.seeds, epsilon=self.epsilons)
+        found += grid("inversion", strategy=self.strategies, rank=self.size.ranks)
+        found += grid("shadows", epsilon=self.epsilons)
+        found += grid("seat", rows=self.size.rows, **small)
+        runs = grid("utility", seed=self.seeds, **small)
+        return found + sorted(runs, key=self._loads)
+
+    def _loads(self, job: Job) -> tuple[int, str]:
+        """What of a run's config makes it load another model."""
+        seed, strategy, epsilon = job.labels.values()
+        return self.seeds.index(seed), str(self.at(strategy, epsilon).lora)
+
+    # -- what was measured ---------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the directory this experiment's, or see that it is."""
+        path = self.out / "experiment.json"
+        mine = {"config": self.config.flat(), "audit": dict(self.table), "size": asdict(self.size)}
+        mine["config"] = {k: v for k, v in mine["config"].items() if not k.startswith("run.out")}
+        text = json.dumps(mine, indent=1, sort_keys=True) + "\n"
+        if path.exists() and path.read_text() != text:
+            raise FedLoraError(
+                f"{self.out} has measurements of another experiment or of another size; choose "
+                "another --out, or remove it"
+            )
+        (self.out / "rows").mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+
+    def file(self, job: Job) -> Path:
+        return self.out / "rows" / f"{job.name}.json"
+
+    def row(self, job: Job) -> Row | None:
+        """What was measured; None where nothing was yet."""
+        path = self.file(job)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def rows(self, part: str) -> list[Row]:
+        """What was measured of one part, in the order of its jobs."""
+        found = (self.row(job) for job in self.jobs() if job.part == part)
+        return [row for row in found if row is not None]
+
+
+def grid(part: str, **axes: Sequence[Any]) -> list[Job]:
+    """One job for each combination; the last axis changes fastest."""
+    every = itertools.product(*axes.values())
+    return [Job(part, dict(zip(axes, values, strict=True))) for values in every]

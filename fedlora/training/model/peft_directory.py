@@ -1,0 +1,171 @@
+"""Writes a model as a PEFT directory, which `PeftModel.from_pretrained(base, directory)` loads.
+
+Every strategy's model is W0 + sum of low-rank changes, so one adapter holds it: the changes are
+stacked, and where that outgrows the layer, recompressed without loss.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedlora.config.reader import Config
+from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
+from fedlora.lora.lowrank import compress, norm, stack, svd
+from fedlora.lora.tree_file import write_atomically
+from fedlora.strategies.base import Effective, Version
+from fedlora.training.data.locate import locate
+from fedlora.training.model.layers import adapter_config
+from fedlora.training.model.model import PREFIX, Model
+
+ENCODER = "encoder."
+"""Where a mean-pooled model keeps its encoder, which is what an export of it adapts."""
+
+HEAD = "classifier.safetensors"
+
+USE_HEAD = """An encoder, the mean of its token states, and a linear head:
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), "adapter")  # or merged
+    head = safetensors.torch.load_file("adapter/classifier.safetensors")
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None].float()
+    pooled = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+    logits = pooled @ head["classifier.weight"].T + head["classifier.bias"]
+
+labels.json names the classes in order; BASE is base_model_name_or_path of adapter_config.json.
+"""
+
+
+def total(effective: Effective) -> Adapter:
+    """The whole change of each module as one pair, of the least rank that stacking gives."""
+    adapter = effective.factors.adapter()
+    modules = list(dict.fromkeys([*(m for v in effective.base for m in v.delta), *adapter]))
+    return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
+
+
+def beginning(effective: Effective, origin: Mapping[str, Delta]) -> Effective:
+    """The model with what its initialisation took out of W0 as the first of its base changes."""
+    if not origin:
+        return effective
+    return Effective((Version(0, origin), *effective.base), effective.factors)
+
+
+def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
+    deltas = [together(v.delta[m]) for v in base if m in v.delta]
+    pairs = [d for d in deltas if isinstance(d, Pair)] + ([pair] if pair else [])
+    full = [d for d in deltas if isinstance(d, Tensor)]
+    if not full:
+        whole = stack([Pair(p.A.double(), p.B.double(), p.scale) for p in pairs])
+        if whole.rank <= min(whole.A.shape[1], whole.B.shape[0]):
+            return Pair(whole.A.float(), whole.B.float())
+        U, S, Vh = svd(whole)
+    else:
+        every: list[Delta] = [*full, *pairs]
+        W = torch.stack([dense(d).double() for d in every]).sum(0)
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = max(1, int((S[0] * 1e-9 < S).sum()))  # what is left out is below float32's rounding
+    return Pair(Vh[:r].float().contiguous(), (U[:, :r] * S[:r]).float())
+
+
+def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
+    """The nearest adapter of at most this rank, and the relative Frobenius error it costs."""
+    cut = {m: compress(p, rank) if p.rank > rank else p for m, p in adapter.items()}
+    lost = sum(float(norm(stack([adapter[m], cut[m]], [1.0, -1.0]))) ** 2 for m in cut)
+    size = sum(float(norm(p)) ** 2 for p in adapter.values())
+    return cut, (lost / size) ** 0.5 if size else 0.0
+
+
+def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
+    """Write a PEFT directory that `PeftModel.from_pretrained(base, directory)` loads.
+
+    The scale is folded into B, so alpha = r on every module. Returns the relative error of
+    truncating to `rank` (0: as exact as stacking is).
+    """
+    if model.form.kind != "factors":
+        return _save_form(model, effective, directory)
+    adapter, error = total(effective), 0.0
+    if rank:
+        adapter, error = truncate(adapter, rank)
+    cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
+    adapter = {m[cut:]: p for m, p in adapter.items()}
+    shapes = {m[cut:]: shape for m, shape in model.shapes.items()}
+    config = adapter_config(model.config, shapes, {m: p.rank for m, p in adapter.items()})
+    top = config.r
+    config.lora_alpha = top
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora = False
+    config.init_lora_weights = True
+    tensors = {}
+    for m, p in adapter.items():
+        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A
+        tensors[f"{PREFIX}{m}.lora_B.weight"] = p.scale * p.B
+    other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}
+    tensors |= {PREFIX + name[cut:]: x for name, x in other.items()}
+    _write(model, config, tensors, effective, directory)
+    return error
+
+
+def _save_form(model: Model, effective: Effective, directory: Path) -> float:
+    """A form that is not LoRA, as PEFT itself names its tensors; frozen random ones go along."""
+    model.load(effective.factors)
+    config = copy.deepcopy(model.peft.peft_config[model.active])
+    cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
+    config.target_modules = [m[cut:] for m in model.shapes]
+    found = get_peft_model_state_dict(model.peft, adapter_name=model.active)
+    tensors = {}
+    for key, x in found.items():
+        name = key.removeprefix(PREFIX)
+        if key == name:
+            tensors[key] = x
+        elif not _of_head(name, cut):
+            tensors[PREFIX + name[cut:]] = x
+    _write(model, config, tensors, effective, directory)
+    return 0.0
+
+
+def _of_head(name: str, cut: int) -> bool:
+    """Is this a tensor of a mean-pooled model's head, which lies beside the encoder?"""
+    return bool(cut) and not name.startswith(ENCODER)
+
+
+def _write(
+    model: Model, config: Any, tensors: dict[str, Tensor], effective: Effective, directory: Path
+) -> None:
+    pooled = model.config.model.pooling == "mean"
+    config.inference_mode = True
+    config.base_model_name_or_path = locate(model.config.model.path)
+    config.task_type = _task_type(model.config)
+    config.modules_to_save = None if pooled else config.modules_to_save
+    directory.mkdir(parents=True, exist_ok=True)
+    if pooled:
+        save_head(effective, directory)
+    config.save_pretrained(str(directory))
+    tensors = {
+        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
+    }
+    path = directory / "adapter_model.safetensors"
+    write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
+    if model.labels:
+        labels = json.dumps(list(model.labels))
+        write_atomically(directory / "labels.json", labels.encode())
+
+
+def save_head(effective: Effective, directory: Path) -> None:
+    """A mean-pooled model's linear head, and how to use it: no library has a class for it."""
+    other = effective.factors.other.items()
+    head = {name: x.contiguous() for name, x in other if _of_head(name, len(ENCODER))}
+    write_atomically(directory / HEAD, to_bytes(head, metadata={"format": "pt"}))
+    write_atomically(directory / "README.md", USE_HEAD.encode())
+
+
+def _task_type(config: Config) -> str:
+    if config.model.task == "causal-lm":
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if config.model.pooling == "mean" else "SEQ_CLS"
