@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from torch import Tensor
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
 from fedlora.federation.client.memory import ClientMemory
-from fedlora.federation.server.setup import _check_begins
+from fedlora.federation.server.setup import check_begins
 from fedlora.federation.server.strategy import FederatedLora
 from fedlora.launch.export import export_run
 from fedlora.lora.adapter import Factors
@@ -198,9 +197,8 @@ def test_a_strategy_begins_with_what_was_found_or_refuses_it(
                    enumerate(ranks)]  # fmt: skip
         state = strategy.init(Start(first, clients, model.weights(), 0))
         named = Config.read(given(settings, public, init, **{"strategy.name": name}))
-        server: Any = SimpleNamespace(strategy=strategy, state=state, config=named)
         try:
-            _check_begins(server, clients, first)
+            check_begins(named, strategy, state, clients, first)
         except StrategyError as e:
             refused.add(name)
             said.append(str(e))

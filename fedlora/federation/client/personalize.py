@@ -8,10 +8,8 @@ All three are scored on rows that the client never trained on. Nothing of the tr
 client, only the scores do. The personalised factors stay in its memory, as personal.safetensors.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedlora.config.reader import Config
 from fedlora.lora.tree_file import save
 from fedlora.strategies.base import Client
 from fedlora.training.data.batches import Encoded
@@ -24,18 +22,6 @@ if TYPE_CHECKING:
     from fedlora.federation.client.handlers import Desk
 
 Scores = dict[str, float] | None
-
-
-def refusals(config: Config) -> Iterator[str]:
-    """Why the config's [personalize] cannot be; nothing if it can."""
-    p = config.personalize
-    if (p.epochs or p.alone) and not config.evaluate.clients:
-        yield "personalize: its result is the clients' own scores; set evaluate.clients = true"
-    if (p.epochs or p.alone) and config.privacy.on and not config.privacy.release_metrics:
-        yield (
-            "personalize: its result is the clients' own scores, which privacy keeps on the "
-            "clients; set privacy.release-metrics = true where they may leave without noise"
-        )
 
 
 def personalized(desk: "Desk", model: Model, rows: Encoded, test: Encoded) -> Scores:

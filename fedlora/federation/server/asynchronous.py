@@ -36,7 +36,7 @@ from fedlora.federation.server.synchronous import accept, read
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import count_bytes
 from fedlora.lora.lowrank import wide
-from fedlora.strategies.base import Client, Round, Upload
+from fedlora.strategies.base import Client, Round, Strategy, Upload
 from fedlora.strategies.probing import factors, follows_the_mean, same, untrained, vector
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def uploads(
     buffer, config = server.buffer, server.config.round
     for client in clients:
         buffer.flights[client.id] = Flight(client, round, server.state, server.clock)
-    check(server, [f.client for f in buffer.flights.values()], round)
+    if not buffer.checked:
+        check(server.strategy, server.state, [f.client for f in buffer.flights.values()], round)
+        buffer.checked = True
     _send(server, grid, gathered)
     landings = _by_clock if server.planner.devices else _as_they_come
     left = config.buffer
@@ -142,15 +144,12 @@ def fresh(
     return replace(upload, sent=factors(moved, upload.sent))
 
 
-def check(server: "FederatedLora", clients: Sequence[Client], round: Round) -> None:
+def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
     """Once a start, before anything is sent.
 
     Raises:
         StrategyError: a late update of this strategy cannot be brought up to date.
     """
-    if server.buffer.checked:
-        return
-    strategy, state = server.strategy, server.state
     kinds = {tuple((m, x.rank) for m, x in c.layers.items()): c for c in clients}.values()
     later = replace(round, number=round.number + 1)
     still = not strategy.requires.moving_base and not strategy.requires.own_gauge
@@ -166,7 +165,6 @@ def check(server: "FederatedLora", clients: Sequence[Client], round: Round) -> N
                 "another round (a base that moved, other coordinates, a sketch, a turn); use "
                 "fedavg, ffa, fedsa, fedsb or ravan, or round.buffer = 0"
             )
-    server.buffer.checked = True
 
 
 def _send(server: "FederatedLora", grid: Grid, gathered: Gathered) -> None:

@@ -5,37 +5,19 @@
     late(server, client, ...)         devices.deadline: what would have come too late
     virtual(server, gathered)         devices.classes: what the round would have taken
 
-`refusals` says before round 1 what does not go together.
+What does not go together is said before round 1: fedlora/preflight/options.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedlora.federation.client import personalize as personal
-from fedlora.federation.secure import rules as secure
 from fedlora.federation.server import screening
 from fedlora.federation.server.exchange import Gathered
 from fedlora.strategies import server_optimizers as server_opt
-from fedlora.strategies.base import Client, Round, Upload, uneven
-from fedlora.strategies.forms import ONE_RANK
+from fedlora.strategies.base import Client, Round, Upload
 
 if TYPE_CHECKING:
     from fedlora.federation.server.strategy import FederatedLora
-
-
-def refusals(server: "FederatedLora") -> Iterator[str]:
-    """Why the config's options do not go with its strategy or with each other."""
-    config, strategy = server.config, server.strategy
-    yield from server.planner.problems(strategy)
-    yield from screening.refusals(config, strategy)
-    if server.model.form.after and (gap := uneven([server.client(i) for i in server.members])):
-        yield f"lora.form = {config.lora.form!r}, but {gap}: {ONE_RANK}"
-    chosen = config.server.optimizer
-    if chosen != "none" and (reason := server_opt.refusal(strategy)):
-        yield f"server.optimizer = '{chosen}': {reason}"
-    yield from personal.refusals(config)
-    if config.secure.aggregation:
-        yield from secure.alone([server.client(i) for i in sorted(server.members)])
 
 
 def screened(

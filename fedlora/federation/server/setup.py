@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flwr.serverapp import Grid
 
+from fedlora.config.reader import Config
 from fedlora.errors import RoundError, StrategyError
-from fedlora.federation.server import options as compose
+from fedlora.federation.server.admission import problems as problems_of
 from fedlora.federation.server.exchange import POLL, Gathered
 from fedlora.federation.server.first_gradient import survey
 from fedlora.federation.server.journal import Member
 from fedlora.federation.server.proof import Target, kinds, outputs, probes
 from fedlora.lora.adapter import Factors
 from fedlora.privacy.rehearsal import check_first
-from fedlora.strategies.base import Client, Round, Start, whole_download
+from fedlora.strategies.base import Client, Round, Start, Strategy, whole_download
 from fedlora.training import cache as site
 from fedlora.training.calibration import first_factors
 from fedlora.training.model.layers import taken_out
@@ -41,11 +42,7 @@ def meet(server: "FederatedLora", grid: Grid) -> None:
             )
         time.sleep(POLL)
     clients = [server.client(i) for i in sorted(server.members)]
-    problems = [
-        *server.strategy.problems(clients),
-        *compose.refusals(server),
-    ]
-    if problems:
+    if problems := list(problems_of(server.config, server.strategy, clients)):
         raise StrategyError("\n".join(problems))
     server.summary()
 
@@ -91,7 +88,7 @@ def begin(server: "FederatedLora", grid: Grid) -> None:
     server.origin = taken_out(server.config, factors, server.model.weights())
     server.state = server.strategy.init(start)
     if factors.adapter() and server.config.lora.init != "default":
-        _check_begins(server, clients, factors)
+        check_begins(server.config, server.strategy, server.state, clients, factors)
     if getattr(server.strategy, "wants_gradient", False):
         server.state = server.strategy.from_gradient(server.state, survey(server, grid, clients))  # type: ignore[attr-defined]
     if server.config.evaluate.baselines:
@@ -120,7 +117,9 @@ def check_model(server: "FederatedLora", round: int) -> None:
     check_first(server.model, server.strategy, server.state, client, rows, config, round)
 
 
-def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: Factors) -> None:
+def check_begins(
+    config: Config, strategy: Strategy[Any], state: Any, clients: Sequence[Client], factors: Factors
+) -> None:
     """Every kind of client must begin with the B A that lora.init made, wherever it lies.
 
     Where B = 0, with rows of A that are of those it made.
@@ -128,18 +127,18 @@ def _check_begins(server: "FederatedLora", clients: Sequence[Client], factors: F
     Raises:
         StrategyError: the strategy begins otherwise, so a client would not start from W0.
     """
-    round = Round(1, server.config.run.seed)
+    round = Round(1, config.run.seed)
     want = factors.adapter()
     target = Target(probes(clients, 1, round.seed, 0))
     target.add(want, 1)
     for client in kinds(clients):
-        came = whole_download(server.strategy, server.state, client, round, fold_absent=True)
-        loaded = server.strategy.start(came, Factors(), client, round)
+        came = whole_download(strategy, state, client, round, fold_absent=True)
+        loaded = strategy.start(came, Factors(), client, round)
         for m, y in outputs(target, came.base, loaded.adapter(), came.fold).items():
             size = want[m].scale * float(want[m].A.norm() * want[m].B.norm())
             same = float((y - target.mean(m)).norm()) <= 1e-4 * size
             if not same or (m in loaded.A and not size and not _within(loaded.A[m], want[m].A)):
-                init, name = server.config.lora.init, server.config.strategy.name
+                init, name = config.lora.init, config.strategy.name
                 raise StrategyError(
                     f"lora.init = {init!r}: {name} begins with factors of its own, or cuts "
                     "these where ranks differ, so clients would not start from the base model; use "
