@@ -91,10 +91,10 @@ class Config(Section):
         sections = cls.model_fields
         built: dict[str, Any] = {}
         for name in sections:
-            model = StrategySection if name == "strategy" else sections[name].annotation
-            assert model is not None
+            section = StrategySection if name == "strategy" else sections[name].annotation
+            assert section is not None
             try:
-                built[name] = model(**tree.get(name, {}))
+                built[name] = section(**tree.get(name, {}))
             except ValidationError as e:
                 problems += [_problem(name, error, flat) for error in e.errors()]
         if problems:

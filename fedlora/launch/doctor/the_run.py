@@ -6,7 +6,7 @@ with their first gradients, the state before those is judged.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -20,7 +20,7 @@ from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Kind, Layout, kinds_of
 from fedlora.federation.server import asynchronous
 from fedlora.federation.server.exchange import Schemas
-from fedlora.federation.server.journal import Journal
+from fedlora.federation.server.journal import Journal, Member
 from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
@@ -55,12 +55,14 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
     )
     planner = Planner(config, model)
-    clients = clients_of(planner, config, model)
+    members = expected(planner, config)
+    clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
     findings += [Finding("problem", p) for p in preflight.problems(config, clients)]
     if any(f.level == "problem" for f in findings):
         return findings, Table()
     strategy = config.build_strategy()
-    state, factors = _begun(config, model, strategy, planner, clients, corpus)
+    widest = planner.widest([*members.values()])
+    state, factors = _begun(config, model, strategy, widest, clients, corpus)
     findings += [Finding("problem", p) for p in measured(config, strategy, state, clients, factors)]
     findings += _budget(config, corpus)
     if any(f.level == "problem" for f in findings):
@@ -72,19 +74,17 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     return findings, table
 
 
-def clients_of(planner: Planner, config: Config, model: Model) -> list[Client]:
-    """The clients of the first round: at the ranks that ranks.policy gives nodes like this one."""
+def expected(planner: Planner, config: Config) -> dict[int, Member]:
+    """The first round's members: at the ranks that ranks.policy gives nodes like this one."""
     mine = facts()
-    met = {i: planner.welcome(i, mine) for i in range(config.clients.count)}
-    members = planner.replan(met)
-    return [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
+    return planner.replan({i: planner.welcome(i, mine) for i in range(config.clients.count)})
 
 
 def _begun(
     config: Config,
     model: Model,
     strategy: Strategy[Any],
-    planner: Planner,
+    widest: Mapping[str, int],
     clients: Sequence[Client],
     corpus: Corpus,
 ) -> tuple[Any, Factors]:
@@ -92,8 +92,7 @@ def _begun(
 
     The model is left on the base that clients begin on.
     """
-    members = [planner.welcome(c.id, facts()) for c in clients]
-    whole = Client(-1, model.layers(planner.widest(members)))
+    whole = Client(-1, model.layers(widest))
     factors = first_factors(model, whole, config, corpus)
     state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
     origin = taken_out(config, factors, model.weights())
@@ -118,9 +117,9 @@ def measured(
     except (StrategyError, PrivacyError) as e:
         yield str(e)
     if config.secure.aggregation:
-        yield from filter(
-            None, [unsummable(strategy, state, _kinds(strategy, state, clients, round), round)]
-        )
+        kinds = _kinds(strategy, state, clients, round)
+        if problem := unsummable(strategy, state, kinds, round):
+            yield problem
 
 
 def _here(config: Config) -> Iterator[Finding]:
