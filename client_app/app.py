@@ -1,4 +1,4 @@
-"""The client's app under the name that pyproject.toml gives Flower."""
+"""fedlora's client."""
 
 from fedlora.launch.client_app import app
 

@@ -1,4 +1,4 @@
-"""The server's app under the name that pyproject.toml gives Flower."""
+"""fedlora's server."""
 
 from fedlora.launch.server_app import app
 

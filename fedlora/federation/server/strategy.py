@@ -59,7 +59,8 @@ from fedlora.training.precision import described
 class FederatedLora(FlowerStrategy):
     """A Flower strategy that runs the config's federated LoRA algorithm.
 
-    In a ServerApp of your own: `FederatedLora(Config.read(context.run_config)).start(grid)`.
+    In a ServerApp of your own: `FederatedLora(preflight.read(context.run_config)).start(grid)`;
+    preflight is what refuses a config that cannot run (fedlora/preflight).
     Results are in the run's directory; `Result.arrays` is the final adapter.
     """
 
