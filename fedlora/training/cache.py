@@ -21,7 +21,7 @@ class _Once:
 
     def __call__(self, key: Any, *args: Any) -> Any:
         if self.key != key:
-            self.value = None  # let go of the old one before the new one is made
+            self.key = self.value = None  # let go of the old one before the new one is made
             self.value, self.key = self.make(*args), key
         return self.value
 

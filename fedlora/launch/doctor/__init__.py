@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.doctor.finding import Finding
@@ -36,9 +37,9 @@ def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:
             findings.append(Finding("problem", str(e)))
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
     for f in findings:
-        console.print(marks[f.level], f.what, highlight=False)
+        console.print(marks[f.level], escape(f.what), highlight=False)
         if f.do:
-            console.print("     ->", f.do, highlight=False)
+            console.print("     ->", escape(f.do), highlight=False)
     if plan is not None:
         console.print(plan)
     return int(any(f.level == "problem" for f in findings))
