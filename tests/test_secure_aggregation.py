@@ -393,7 +393,7 @@ def test_a_client_alone_of_its_rank_is_refused_before_round_1(settings: Settings
         ({"robust.method": "median"}, "judges single updates"),
         ({"round.max-norm": 1.0}, "the norm of one"),
         ({"output.keep-updates": True}, "no update reaches the server"),
-        ({"ranks.policy": "legend"}, "steps and times"),
+        ({"ranks.policy": "legend", "strategy.name": "fedex"}, "steps and times"),
         ({"strategy.name": "fedsa"}, "in the clear"),
         ({"strategy.name": "fedsb", "strategy.fedsb.init-from": "update-approx"}, "first gradient"),
         ({"privacy.level": "client", "privacy.epsilon": 3.0}, "the server clips"),

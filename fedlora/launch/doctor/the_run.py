@@ -48,7 +48,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         FedLoraError: what would stop the run before its first round.
     """
     corpus = site.corpus(config)
-    findings = [*_data(config, corpus), *_here(config)]
+    findings = [*_data(config, corpus)]
     model = site.model(config, corpus.labels)
     total = sum(p.numel() for p in model.peft.get_base_model().parameters())
     findings.append(
@@ -58,20 +58,21 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
     findings += [Finding("problem", p) for p in preflight.problems(config, clients)]
+    beside = [*_here(config)]
     if any(f.level == "problem" for f in findings):
-        return findings, Table()
+        return [*findings, *beside], Table()
     strategy = config.build_strategy()
     widest = planner.widest([*members.values()])
     state, factors = _begun(config, model, strategy, widest, clients, corpus)
     findings += [Finding("problem", p) for p in measured(config, strategy, state, clients, factors)]
     findings += _budget(config, corpus)
     if any(f.level == "problem" for f in findings):
-        return findings, Table()
+        return [*findings, *beside], Table()
     findings += [_precision(config), _training(config, model, strategy, state, clients[0], corpus)]
     findings += _secure(config, strategy, state, clients)
     table, largest = _plan(config, strategy, state, clients, corpus)
     findings += _size(config, model, strategy, largest)
-    return findings, table
+    return [*findings, *beside], table
 
 
 def expected(planner: Planner, config: Config) -> dict[int, Member]:
