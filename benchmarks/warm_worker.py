@@ -22,10 +22,10 @@ from pathlib import Path
 def build(experiment: str, target: Path) -> None:
     """One train message and its context, as a node would receive them."""
     from client_app.app import app
-    from fedlora.config.reader import Config
     from fedlora.federation.client.dispatch import pack
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.federation.server.run import client, message
+    from fedlora.launch.experiment_file import load
     from fedlora.launch.simulate.grid import LocalGrid
     from fedlora.strategies.base import Round
     from fedlora.training.quiet import quiet_libraries
@@ -33,7 +33,7 @@ def build(experiment: str, target: Path) -> None:
     quiet_libraries()
     given = {"run.out": str(target), "evaluate.clients": False, "evaluate.baselines": False,
              "evaluate.every": 0, "train.steps": 4}  # fmt: skip
-    config = Config.load(experiment, given)
+    config = load(experiment, given)
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
         server = FederatedLora(config)
         server.begin(grid)

@@ -1,26 +1,5 @@
-"""The client: every message it can get, and who answers it.
+"""fedlora's client."""
 
-Nothing heavy is imported here: a deployed node starts this anew for every message, and may have a
-warm worker that answers. See fedlora/federation/client/dispatch.py.
-"""
+from fedlora.launch.client_app import app
 
-from functools import partial
-
-from flwr.clientapp import ClientApp
-
-from fedlora.federation.client.dispatch import answer
-
-app = ClientApp()
-
-for registered, handler in (
-    (app.query(), "query"),
-    (app.query("collect"), "collect"),
-    (app.train(), "train"),
-    (app.train("gradient"), "gradient"),
-    (app.evaluate(), "evaluate"),
-    (app.train("secagg_setup"), "secagg_setup"),
-    (app.train("secagg_share"), "secagg_share"),
-    (app.train("secagg_collect"), "secagg_collect"),
-    (app.train("secagg_unmask"), "secagg_unmask"),
-):
-    registered(partial(answer, handler))
+__all__ = ["app"]

@@ -209,9 +209,10 @@ def report(run: RunDir) -> None:
 @app.command(name="config")
 def config_(config: ConfigFile, set_: Set = None) -> None:
     """Print every key of an experiment, resolved."""
-    from fedlora.config.reader import Config, parse_overrides
+    from fedlora.config.reader import parse_overrides
+    from fedlora.launch.experiment_file import load
 
-    typer.echo(Config.load(config, parse_overrides(set_ or [])).toml(), nl=False)
+    typer.echo(load(config, parse_overrides(set_ or [])).toml(), nl=False)
 
 
 def main() -> None:

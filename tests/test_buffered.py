@@ -12,7 +12,7 @@ from tiny_federation import federate, quick, read_tensors
 from torch.testing import assert_close
 
 from client_app.app import app as client_app
-from fedlora.config.reader import Config
+from fedlora import preflight
 from fedlora.errors import ConfigError, StrategyError
 from fedlora.federation.server import loop
 from fedlora.federation.server.asynchronous import Flight, fresh
@@ -237,4 +237,4 @@ def test_what_does_not_go_with_a_buffer_is_said_at_once(
     settings: Settings, changes: dict[str, object], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        Config.read(settings(**{"round.buffer": 2, **changes}))
+        preflight.read(settings(**{"round.buffer": 2, **changes}))

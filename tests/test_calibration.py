@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from tiny_federation import federate, quick
 from torch import Tensor
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
 from fedlora.federation.client.memory import ClientMemory
@@ -198,7 +199,7 @@ def test_a_strategy_begins_with_what_was_found_or_refuses_it(
         state = strategy.init(Start(first, clients, model.weights(), 0))
         named = Config.read(given(settings, public, init, **{"strategy.name": name}))
         try:
-            check_begins(strategy, state, clients, first, named)
+            check_begins(named, strategy, state, clients, first)
         except StrategyError as e:
             refused.add(name)
             said.append(str(e))
@@ -216,7 +217,7 @@ def test_rows_that_train_or_test_the_model_calibrate_nothing(
 ) -> None:
     for changes in ({}, {"data.path": "", "data.test-path": tiny["rows"]}):
         with pytest.raises(ConfigError, match="these rows train or test the model; name other"):
-            Config.read(given(settings, tiny["rows"], "eva", **changes))
+            preflight.read(given(settings, tiny["rows"], "eva", **changes))
     mixed = tmp_path / "mixed.jsonl"
     theirs = Path(tiny["rows"]).read_text().splitlines()[7]
     mixed.write_text(Path(public).read_text() + theirs.replace("text", "text", 1) + "\n")
@@ -238,7 +239,9 @@ def test_what_calibration_cannot_be_is_said_with_what_to_do(
         ({"lora.init": "corda", "wire.dtype": "int8"}, "use wire.dtype = 'float32'"),
     ):
         with pytest.raises(ConfigError, match=says):
-            Config.read(given(settings, public, "eva", **{"model.quantization": "none", **changes}))
+            preflight.read(
+                given(settings, public, "eva", **{"model.quantization": "none", **changes})
+            )
 
 
 def test_too_little_to_go_by_is_an_error(settings: Settings, public: str, tmp_path: Path) -> None:

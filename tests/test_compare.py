@@ -9,12 +9,12 @@ import pytest
 import tomli_w
 from test_report import change, make_run
 
-from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.compare import run as compare
 from fedlora.launch.compare.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
 from fedlora.launch.compare.row import Row, once, row
 from fedlora.launch.compare.table import as_csv, as_html, as_markdown, compared, target_of
+from fedlora.launch.experiment_file import load
 from fedlora.reports.html import interval
 from fedlora.strategies import STRATEGIES
 
@@ -44,13 +44,13 @@ def test_every_shipped_experiment_says_its_claim_and_every_cell_of_it_is_a_valid
         names = chosen(None, found)
         grid = cells(found, names, found.seeds, {}, Path("x"), full)
         assert len(grid) == len(names) * len(found.seeds) * len(found.variants)
-        configs = [Config.load(found.path, cell.given) for cell in grid]
+        configs = [load(found.path, cell.given) for cell in grid]
         for cell, config in zip(grid, configs, strict=True):
             assert (config.strategy.name, config.run.seed) == (cell.strategy, cell.seed)
 
 
 def test_an_experiment_with_a_compare_table_is_a_config_file_still() -> None:
-    assert Config.load(SHIPPED / "legend.toml").devices.classes
+    assert load(SHIPPED / "legend.toml").devices.classes
 
 
 # -- what is asked for ----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_what_the_command_sets_goes_over_the_strategy_over_the_variant_over_full
     )  # fmt: skip
     found = Experiment.load(str(path))
     (cell,) = cells(found, ["fedex"], [0], {"train.batch-size": 4}, tmp_path, True)
-    config = Config.load(path, cell.given)
+    config = load(path, cell.given)
     assert (config.run.rounds, config.train.lr, config.lora.alpha) == (9, 2.0, 3.0)
     assert config.train.batch_size == 4
 
@@ -99,7 +99,7 @@ def test_a_variant_has_keys_of_its_own_for_one_strategy(tmp_path: Path, settings
     )  # fmt: skip
     found = Experiment.load(str(path))
     grid = cells(found, ["ffa", "fedex"], [0], {}, tmp_path, False)
-    rates = {c.name: Config.load(path, c.given).train.lr for c in grid}
+    rates = {c.name: load(path, c.given).train.lr for c in grid}
     assert rates == {"v ffa seed 0": 4, "v fedex seed 0": 2, "w ffa seed 0": 3, "w fedex seed 0": 1}
 
 
@@ -207,7 +207,7 @@ def test_search_gives_each_row_the_value_that_it_scores_best_with(
         best = 3e-2 if high > low else 1e-9
         assert [t["rounds"] for t in tried] == [2, 2], "half of three, rounded up"
         assert float(table[name]["train.lr"]) == best
-        cell = Config.load(out / f"cells/all/{name}/seed-0/config.toml")
+        cell = load(out / f"cells/all/{name}/seed-0/config.toml")
         assert (cell.train.lr, cell.run.rounds) == (best, 3)
     markdown = (out / "table.md").read_text()
     assert "| strategy | promise | train.lr |" in markdown

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doc_tables import load as module
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from tiny_federation import ROOT
 
-from fedlora.config.defaults import settled
-from fedlora.config.reader import Config, parse_overrides, write_defaults
+from fedlora.config.defaults import resolve_defaults
+from fedlora.config.reader import Config, parse_overrides
 from fedlora.errors import ConfigError
+from fedlora.launch.experiment_file import load
 from fedlora.strategies import STRATEGIES
 
 FLAT = Config().flat()
+written = module(ROOT / "docs" / "write_defaults.py", "docs_write_defaults")
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -28,6 +31,12 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def resolved(config: Config) -> Config:
+    names = ("train", "model", "lora")
+    found = resolve_defaults(*(getattr(config, n) for n in names), config.privacy)
+    return config.model_copy(update=dict(zip(names, found, strict=True)))
+
+
 def problems(given: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         Config.read(given)
@@ -35,14 +44,13 @@ def problems(given: dict[str, Any]) -> list[str]:
 
 
 def test_pyproject_lists_every_key_with_its_default(tmp_path: Path) -> None:
-    """After a change: python -c "import pathlib, fedlora.config.reader as c; c.write_defaults(
-    pathlib.Path('pyproject.toml'))"."""
+    """After a change: python docs/write_defaults.py."""
     text = (ROOT / "pyproject.toml").read_text()
     table = leaves(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
     assert table == FLAT
     assert [type(v) for v in table.values()] == [type(FLAT[k]) for k in table]
     (tmp_path / "pyproject.toml").write_text(text)
-    write_defaults(tmp_path / "pyproject.toml")
+    written.write_defaults(tmp_path / "pyproject.toml")
     assert (tmp_path / "pyproject.toml").read_text() == text
 
 
@@ -51,7 +59,7 @@ def test_flower_takes_every_value_as_it_is() -> None:
 
 
 def test_flat_and_read_are_inverse() -> None:
-    assert Config.read(FLAT) == Config.read({}) == settled(Config())
+    assert Config.read(FLAT) == Config.read({}) == resolved(Config())
 
 
 def test_toml_and_read_are_inverse(tmp_path: Path) -> None:
@@ -190,7 +198,7 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations" / "experiments").glob("*.toml")))
 def test_every_experiment_that_ships_can_be_read(path: Path) -> None:
-    assert Config.load(path).run.rounds > 0
+    assert load(path).run.rounds > 0
 
 
 junk = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -494,3 +494,19 @@ def test_a_skewed_partition_of_data_without_labels_is_refused(path):
 def test_a_test_file_with_an_unknown_label_is_refused(path, tmp_path):
     given = jsonl(tmp_path / "test.jsonl", [{"text": "t", "label": "z"}])
     assert 'label "z"' in error(Data(path=path, test_path=given, partition="iid"))
+
+
+def test_a_load_that_failed_is_no_result_of_the_one_before() -> None:
+    """Else a warm process would give nothing for data that it has read."""
+    from fedlora.training.cache import _Once
+
+    def make(key: str) -> str:
+        if key == "bad":
+            raise DataError("no such file")
+        return key
+
+    once = _Once(make)
+    assert once("good", "good") == "good"
+    with pytest.raises(DataError):
+        once("bad", "bad")
+    assert once("good", "good") == "good"

@@ -92,7 +92,7 @@ def test_the_app_carries_the_experiment_and_the_apps_of_the_library(plan: Plan) 
     assert config.clients.count == 3
     assert config.clients.ranks == (2, 4)
     assert config.train.lr == 0.05
-    for package in ("server_app", "client_app"):
+    for package in ("server_app", "client_app"):  # as `flwr run` takes them from the repository
         here = (Path(__file__).parents[1] / package / "app.py").read_text()
         assert (plan.app / package / "app.py").read_text() == here
 

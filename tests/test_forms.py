@@ -14,6 +14,7 @@ from tiny_federation import ROOT, federate, quick
 from torch import Tensor
 from typer.main import get_command
 
+from fedlora import preflight
 from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, ModelError, ProofError, StrategyError
@@ -152,9 +153,9 @@ def test_a_form_under_a_strategy_is_averaged_as_promised_or_refused(
     strategy: Any = STRATEGIES[name]()
     if forms.refusal(FORMS[form], strategy):
         with pytest.raises(ConfigError, match=rf"lora.form = '{form}' with .*{name}.*; use \w+"):
-            Config.read(given(settings, form, name))
+            preflight.read(given(settings, form, name))
         return
-    Config.read(given(settings, form, name))
+    preflight.read(given(settings, form, name))
     whole, shared = round_of(built(settings, form), strategy)
     promise = forms.promise(FORMS[form], strategy)
     if promise == "exact":
@@ -277,9 +278,9 @@ def test_what_goes_with_no_invocation_is_refused(settings: Settings) -> None:
         ({"privacy.epsilon": 3.0}, "only LoRA factors and linear heads have per-example"),
     ):
         with pytest.raises(ConfigError, match=says):
-            Config.read(given(settings, "alora", "fedavg", **changes))
+            preflight.read(given(settings, "alora", "fedavg", **changes))
     with pytest.raises(ConfigError, match="what a classifier reads is no continuation; use lora"):
-        Config.read(settings(**{"lora.form": "alora", "lora.invocation": "is"}))
+        preflight.read(settings(**{"lora.form": "alora", "lora.invocation": "is"}))
     with pytest.raises(
         StrategyError, match=r"client 1 (has )?rank 2: .* give all clients one rank"
     ):
@@ -322,14 +323,14 @@ def test_dora_is_dora(settings: Settings) -> None:
 def test_what_is_not_here_says_why_and_what_to_use(settings: Settings, name: str) -> None:
     key = "lora.form" if name in LEFT_OUT else "lora.init"
     with pytest.raises(ConfigError, match=rf"{key} = '.*': .*(use|name) .*\w"):
-        Config.read(settings(**{key: name}))
+        preflight.read(settings(**{key: name}))
 
 
 def test_a_misspelt_form_is_named_with_the_nearest(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="did you mean 'fourierft'"):
-        Config.read(settings(**{"lora.form": "fourierf"}))
+        preflight.read(settings(**{"lora.form": "fourierf"}))
     with pytest.raises(ConfigError, match=r"lora.init = 'piza': must be default, .*pissa_niter_N"):
-        Config.read(settings(**{"lora.init": "piza"}))
+        preflight.read(settings(**{"lora.init": "piza"}))
 
 
 @pytest.mark.parametrize(
@@ -347,15 +348,15 @@ def test_what_a_form_cannot_be_asked_is_refused(
     settings: Settings, changes: dict[str, object], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        Config.read(given(settings, "fourierft", "fedavg", **changes))
+        preflight.read(given(settings, "fourierft", "fedavg", **changes))
 
 
 def test_ranks_of_a_form_that_has_one_size_are_no_setting(settings: Settings) -> None:
     for form in (f for f, x in FORMS.items() if not x.size):
-        Config.read(given(settings, form, "fedavg"))
+        preflight.read(given(settings, form, "fedavg"))
         for changes in ({"clients.ranks": "8"}, {"ranks.policy": "capability"}):
             with pytest.raises(ConfigError, match=r"has one size, of which clients\.ranks"):
-                Config.read(given(settings, form, "fedavg", **changes))
+                preflight.read(given(settings, form, "fedavg", **changes))
 
 
 def test_options_that_a_form_has_not_are_listed(settings: Settings) -> None:
@@ -532,7 +533,7 @@ def test_a_strategy_that_begins_with_its_own_factors_refuses_pissa(
 
 def test_pissa_is_refused_where_the_wire_would_round_the_base(settings: Settings) -> None:
     with pytest.raises(ConfigError, match=r"use wire.dtype = 'float32'"):
-        Config.read(settings(**{"lora.init": "pissa", "wire.dtype": "int8"}))
+        preflight.read(settings(**{"lora.init": "pissa", "wire.dtype": "int8"}))
 
 
 def test_the_proof_says_what_rounding_costs_a_bfloat16_base(
@@ -557,9 +558,9 @@ def test_a_quantised_base_takes_no_form_that_reads_it_and_no_change(settings: Se
     low = {"model.quantization": "4bit"}
     for form in set(FORMS) - set(forms.ON_QUANTISED):
         with pytest.raises(ConfigError, match="this form reads W0; use lora"):
-            Config.read(given(settings, form, "fedavg", **low))
+            preflight.read(given(settings, form, "fedavg", **low))
     with pytest.raises(ConfigError, match="quantised weights cannot take a change"):
-        Config.read(settings(**low, **{"model.merge": "into-base"}))
+        preflight.read(settings(**low, **{"model.merge": "into-base"}))
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

@@ -9,6 +9,7 @@ from dp_accounting.pld import PLDAccountant
 from private_setting import Build, Setting
 from scipy import stats
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy import accounting
@@ -265,5 +266,5 @@ def test_impossible_combinations_are_refused_together(
     settings: Build, changes: dict[str, object], words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as e:
-        Config.read(settings("bert", **changes))
+        preflight.read(settings("bert", **changes))
     assert all(word in str(e.value) for word in words)

@@ -11,7 +11,7 @@ import torch
 from tiny_federation import federate, quick, read_tensors, timeless
 
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError, StrategyError
+from fedlora.errors import ConfigError
 from fedlora.federation.server.devices import Device, Devices, Work, parse_classes
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.ranks import (
@@ -183,10 +183,10 @@ def test_what_a_client_does_not_adapt_is_folded_in_and_costs_its_bytes(settings:
 
 
 def test_a_strategy_that_keeps_layers_on_its_clients_refuses_legend(settings: Settings) -> None:
-    with pytest.raises(StrategyError, match=r"legend.*fedsa.*use fedavg"):
+    with pytest.raises(ConfigError, match=r"legend.*fedsa.*use fedavg"):
         federate(settings(**quick("fedsa", **SUBSETS)))
     keeps = {**SUBSETS, "strategy.flora.reinit": "keep-A", "run.name": "keeps"}
-    with pytest.raises(StrategyError, match=r"legend.*flora.*use fedavg"):
+    with pytest.raises(ConfigError, match=r"legend.*flora.*use fedavg"):
         federate(settings(**quick("flora", **keeps)))
 
 
@@ -302,7 +302,7 @@ def test_a_reply_after_the_virtual_deadline_does_not_count(settings: Settings) -
 
 
 def test_a_layer_limit_that_no_policy_heeds_is_refused(settings: Settings) -> None:
-    with pytest.raises(StrategyError, match=r"devices\.classes limits.*legend"):
+    with pytest.raises(ConfigError, match=r"devices\.classes limits.*legend"):
         federate(settings(**quick("fedex"), **{"devices.classes": "slow:1:1:1"}))
 
 
@@ -322,7 +322,7 @@ def test_a_layer_limit_that_no_policy_heeds_is_refused(settings: Settings) -> No
 def test_what_does_not_compose_is_refused_with_the_reason_before_round_1(
     settings: Settings, name: str, given: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(StrategyError, match=reason):
+    with pytest.raises(ConfigError, match=reason):
         federate(settings(**{**quick(name), **given}))
 
 

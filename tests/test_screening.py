@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from strategy_federation import EXAMPLES, Played, fitting, play
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
-from fedlora.federation.server.screening import began, refusals, screen
+from fedlora.federation.server.screening import began, screen
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES, robust
 from fedlora.strategies.base import Upload
@@ -109,10 +110,11 @@ def test_the_update_of_a_client_that_did_not_train_is_zero() -> None:
 def test_privacy_of_a_client_and_a_choice_among_clients_are_refused_together() -> None:
     given = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
     with pytest.raises(ConfigError, match=r"robust\.method = 'median'"):
-        Config.read({"robust.method": "median", **given})
+        preflight.read({"robust.method": "median", **given})
 
 
 def test_krum_says_how_many_clients_it_needs() -> None:
-    given = Config.read({"robust.method": "krum", "clients.count": 6, "robust.byzantine": 2})
-    (reason,) = refusals(given, STRATEGIES["fedavg"]())
+    krum = {"robust.method": "krum", "clients.count": 6, "robust.byzantine": 2}
+    given = Config.read({"strategy.name": "fedavg", **krum})
+    (reason,) = preflight.problems(given)
     assert "at least 7 clients a round, and there are 6" in reason

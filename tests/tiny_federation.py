@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from client_app.app import app as client_app
-from fedlora.config.reader import Config
+from fedlora import preflight
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies import STRATEGIES
@@ -97,7 +97,7 @@ def federate(
 
     `nodes` are the clients' own node configs, as a deployed node has one.
     """
-    config = Config.read(settings)
+    config = preflight.read(settings)
     count, workers = config.clients.count, config.simulate.workers
     with LocalGrid(app, count, config.flat(), workers, nodes) as grid:  # type: ignore[arg-type]
         server = FederatedLora(config)

@@ -1,5 +1,5 @@
-"""What a key left at its default comes to, where that depends on others: training in the clear, and
-under example-level DP, which wants few trained numbers and few large steps.
+"""Defaults that depend on other keys: training in the clear, and under example-level DP, which
+wants few trained numbers and few large steps.
 
     key                  in the clear    under example-level DP
     train.optimizer      adamw           sgd
@@ -12,18 +12,16 @@ The values under DP are the ones found with simulations/experiments/privacy.toml
 what was tried; docs/results/privacy.md says what they are worth. Whatever an experiment sets stays.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fedlora.config.reader import Config
+from fedlora.config.sections import Lora, Model, Privacy, Train
 
 AUTO = "auto"
 
 
-def settled(config: "Config") -> "Config":
-    """The config with a value for each of those keys; itself where there is nothing to settle."""
-    private, train, p = config.privacy.by_example, config.train, config.privacy
-    optimizer = train.optimizer
+def resolve_defaults(
+    train: Train, model: Model, lora: Lora, p: Privacy
+) -> tuple[Train, Model, Lora]:
+    """The sections with a value for each of those keys; what was set stays."""
+    private, optimizer = p.by_example, train.optimizer
     if optimizer == AUTO:
         optimizer = "sgd" if private else "adamw"
     momentum = train.momentum
@@ -33,17 +31,13 @@ def settled(config: "Config") -> "Config":
     if private and not train.lr:
         step = 1.0 if 0 < p.epsilon <= 1 else 3.0
         lr = step / p.clip_norm if optimizer == "sgd" else 1e-2
-    pooling, layers = config.model.pooling, config.lora.layers
+    pooling, layers = model.pooling, lora.layers
     if pooling == AUTO:
-        pooling = "mean" if private and config.model.task == "classification" else "default"
+        pooling = "mean" if private and model.task == "classification" else "default"
     if layers == (AUTO,):
         layers = ("-1",) if private else ()
-    return config.model_copy(
-        update={
-            "train": train.model_copy(
-                update={"optimizer": optimizer, "momentum": momentum, "lr": lr}
-            ),
-            "model": config.model.model_copy(update={"pooling": pooling}),
-            "lora": config.lora.model_copy(update={"layers": layers}),
-        }
+    return (
+        train.model_copy(update={"optimizer": optimizer, "momentum": momentum, "lr": lr}),
+        model.model_copy(update={"pooling": pooling}),
+        lora.model_copy(update={"layers": layers}),
     )

@@ -8,14 +8,14 @@ keys be overridden that it lists, and a test keeps the two equal.
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import Field, ValidationError
 
-from fedlora.config.defaults import settled
+from fedlora.config.defaults import resolve_defaults
 from fedlora.config.fields import Section
 from fedlora.config.sections import (
     Clients,
@@ -40,7 +40,6 @@ from fedlora.config.sections import (
     Wire,
 )
 from fedlora.errors import ConfigError
-from fedlora.preflight import refused
 from fedlora.strategies import STRATEGIES, Strategy
 
 Scalar = bool | int | float | str
@@ -70,7 +69,9 @@ class Config(Section):
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Config":
-        """Check a flat or nested mapping of keys.
+        """The config of a flat or nested mapping of keys, parsed one key at a time.
+
+        Whether they can be together is not asked here: `fedlora.preflight.read` does.
 
         Raises:
             ConfigError: keys are unknown, values have the wrong type or are out of range. All the
@@ -90,31 +91,37 @@ class Config(Section):
         sections = cls.model_fields
         built: dict[str, Any] = {}
         for name in sections:
-            model = StrategySection if name == "strategy" else sections[name].annotation
-            assert model is not None
+            section = StrategySection if name == "strategy" else sections[name].annotation
+            assert section is not None
             try:
-                built[name] = model(**tree.get(name, {}))
+                built[name] = section(**tree.get(name, {}))
             except ValidationError as e:
                 problems += [_problem(name, error, flat) for error in e.errors()]
-        if not problems:
-            config = settled(cls(**built))
-            problems += refused(config)
         if problems:
             raise ConfigError(problems)
-        return config
+        train, model, lora = (built[name] for name in ("train", "model", "lora"))
+        train, model, lora = resolve_defaults(train, model, lora, built["privacy"])
+        return cls(**{**built, "train": train, "model": model, "lora": lora})
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> "Config":
-        """Read an experiment file, with `key = value` overrides on top."""
+    def load(
+        cls,
+        path: Path | str,
+        overrides: Mapping[str, Any] | None = None,
+        beside: Collection[str] = (),
+    ) -> "Config":
+        """Read an experiment file, with `key = value` overrides on top, as `read` does.
+
+        beside: tables of the file that are no part of the config.
+        """
         try:
             given = tomllib.loads(Path(path).read_text())
-            given.pop("compare", None)  # of `fedlora compare` alone: fedlora/launch/compare/run.py
-            given.pop("audit", None)  # of `fedlora privacy audit`: fedlora/launch/lab/study.py
         except FileNotFoundError:
             raise ConfigError([f"{path}: no such file"]) from None
         except tomllib.TOMLDecodeError as e:
             raise ConfigError([f"{path}: not TOML: {e}"]) from None
-        return cls.read({**dict(_flatten(given)), **(overrides or {})})
+        own = {name: table for name, table in given.items() if name not in beside}
+        return cls.read({**dict(_flatten(own)), **(overrides or {})})
 
     def flat(self) -> dict[str, Scalar]:
         """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
@@ -151,19 +158,6 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             overrides[key.strip()] = text.strip()
     return overrides
-
-
-def write_defaults(pyproject: Path) -> None:
-    """Put every key with its default below [tool.flwr.app.config] of a pyproject.toml.
-
-    Flower lets a run override only the keys that stand there.
-    """
-    header = "[tool.flwr.app.config]\n"
-    before, _, after = pyproject.read_text().partition(header)
-    lines = tomli_w.dumps(Config().flat()).splitlines()  # "run.name" = ..., one a line
-    keys = "".join(line.replace('"', "", 2) + "\n" for line in lines)
-    rest = after[after.index("\n[") :]
-    pyproject.write_text(before + header + keys + rest)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

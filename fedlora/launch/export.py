@@ -12,6 +12,7 @@ from fedlora.errors import CheckpointError, ModelError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.journal import Journal, Member, Saved, state_types
 from fedlora.federation.server.ranks import patterned
+from fedlora.launch.experiment_file import parse
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache as site
@@ -113,7 +114,7 @@ def export_run(
         CheckpointError: the run has no checkpoint.
         ModelError: what was written does not compute what the federated model does.
     """
-    config = Config.load(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
+    config = parse(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
     strategy = config.build_strategy()
     found = Journal(config).last(Saved, Member, *state_types(strategy))
     if found is None:

@@ -68,11 +68,8 @@ class CentralPrivacy:
         p = config.privacy
         if not p.by_client:
             return None
-        if p.delta >= 1 / config.clients.count:
-            raise PrivacyError(
-                f"privacy.delta = {p.delta:g} must be below 1 / clients.count = "
-                f"{1 / config.clients.count:.2g}"
-            )
+        if problem := delta_problem(config):
+            raise PrivacyError(problem)
         root = Path(p.ledger) if p.ledger else Path(config.run.out, config.run.name, "privacy")
         return cls(config, Ledger(root, "clients"), config.clients.count, C or p.clip_norm)
 
@@ -201,6 +198,14 @@ class CentralPrivacy:
         if self.config.privacy.insecure_reproducible_noise:
             return Chance.reproducible(round.seed, round.number, -1, purpose)
         return Chance()
+
+
+def delta_problem(config: Config) -> str:
+    """Why privacy.delta promises clients nothing; empty where it does."""
+    delta, N = config.privacy.delta, config.clients.count
+    if delta < 1 / N:
+        return ""
+    return f"privacy.delta = {delta:g} must be below 1 / clients.count = {1 / N:.2g}"
 
 
 def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:

@@ -10,6 +10,7 @@ what goes wrong in one is noted once, and that one is left out.
 
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -114,6 +115,30 @@ def plain(x: Any) -> Any:
     return [plain(v) for v in x] if isinstance(x, list | tuple | set | frozenset) else x
 
 
+def problems(config: "Config") -> Iterator[str]:
+    """What the config's observers lack on this machine: a free port, an installed tracker."""
+    if port := config.output.metrics_port:
+        try:
+            with socket.socket() as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                s.bind(("127.0.0.1", port))
+        except OSError as e:
+            yield _taken(port, e)
+    if config.output.tracker != "none":
+        yield from _not_installed(config.output.tracker)
+
+
+def _taken(port: int, error: OSError) -> str:
+    return f"output.metrics-port = {port}: {error.strerror}; choose another"
+
+
+def _not_installed(name: str) -> Iterator[str]:
+    from accelerate.tracking import get_available_trackers
+
+    if name not in {str(t.value) for t in get_available_trackers()}:
+        yield f"output.tracker = {name!r}: is not installed; install it, or choose another"
+
+
 @contextmanager
 def metrics(port: int) -> Iterator[Observer]:
     """Serve the run's figures to Prometheus, on loopback, until the end of the block."""
@@ -123,7 +148,7 @@ def metrics(port: int) -> Iterator[Observer]:
     try:
         server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as e:
-        raise ConfigError([f"output.metrics-port = {port}: {e.strerror}; choose another"]) from None
+        raise ConfigError([_taken(port, e)]) from None
     try:
         yield Figures(registry)
     finally:
@@ -213,6 +238,8 @@ def tracker(name: str, config: "Config", directory: Path) -> Iterator[Observer]:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    if found := list(_not_installed(name)):
+        raise ConfigError(found)
     PartialState(cpu=True)
     cls = LOGGER_TYPE_TO_CLASS[name]
     try:

@@ -16,19 +16,16 @@ What a strategy computes decides what it can run (`Requires.algebra`):
                   strategies that average each side by itself run it: d is their A, b their B
     tensors       anything else: only a strategy that averages whatever trains
 
-`refused` says all of it from the config, before anything runs. docs/forms.md is `table()`.
+`refusal` says why a strategy cannot run a form; what else of a form cannot be, and says so before
+anything runs, is fedlora/preflight/forms.py. docs/forms.md is `table()`.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Promise, Strategy
-
-if TYPE_CHECKING:
-    from fedlora.config.reader import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,80 +201,6 @@ def promise(form: Form, strategy: Strategy[Any]) -> Promise:
     return "exact" if form.law == "linear" else "approximate"
 
 
-def refused(config: "Config") -> Iterator[str]:
-    """What of the config's form and initialisation cannot be, each with what to do instead."""
-    lora = config.lora
-    yield from _init_refused(lora.init, lora.form)
-    yield from _calibration_refused(config)
-    if lora.form not in FORMS:
-        near = difflib.get_close_matches(lora.form, [*FORMS, *LEFT_OUT], n=1)
-        why = LEFT_OUT.get(lora.form) or (
-            f"no such form{f'; did you mean {near[0]!r}?' if near else ''}; `fedlora forms` lists "
-            "them"
-        )
-        yield f"lora.form = {lora.form!r}: {why}"
-        return
-    form = FORMS[lora.form]
-    if lora.rank_pattern and (form.kind != "factors" or config.ranks.policy == "legend"):
-        yield (
-            f"lora.rank-pattern with lora.form = {lora.form!r} and ranks.policy = "
-            f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and legend has a rule "
-            "of its own; leave it empty"
-        )
-    if reason := refusal(form, config.build_strategy()):
-        yield f"lora.form = {lora.form!r} with strategy.name = {config.strategy.name!r}: {reason}"
-    if lora.form != "lora" and config.robust.method != "none" and form.kind != "factors":
-        yield (
-            f"robust.method = {config.robust.method!r}: it judges updates by their products B A, "
-            f"and {lora.form} has none; use lora.form = 'lora'"
-        )
-    yield from _invocation_refused(config, form)
-    if config.model.quantization != "none":
-        yield from _quantised_refused(config)
-    if moves_base(lora.init) and config.wire.dtype != "float32":
-        yield (
-            f"lora.init = {lora.init!r} with wire.dtype = {config.wire.dtype!r}: A and B hold W0's "
-            "leading part, which would be rounded on the way; use wire.dtype = 'float32'"
-        )
-    if form.kind == "factors":
-        if lora.options:
-            yield f"lora.options: PEFT's own settings of a form; {lora.form} has keys of its own"
-        return
-    if not form.size:
-        if config.clients.ranks != type(config.clients)().ranks or config.ranks.policy != "list":
-            yield (
-                f"lora.form = {lora.form!r}: has one size, of which clients.ranks and ranks.policy "
-                "say nothing; leave both out"
-            )
-    elif len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
-        yield (
-            f"lora.form = {lora.form!r}: every client has the same tensors; set one rank in "
-            "clients.ranks, and ranks.policy = 'list'"
-        )
-    if lora.use_rslora:
-        yield f"lora.use-rslora = true: is the scale of LoRA's factors; {lora.form} has none"
-
-
-def _invocation_refused(config: "Config", form: Form) -> Iterator[str]:
-    lora = config.lora
-    if not form.after:
-        if lora.invocation:
-            yield f"lora.invocation: is alora's; {lora.form} acts on every token; leave it empty"
-        return
-    if config.model.task != "causal-lm":
-        yield (
-            f"lora.form = {lora.form!r} with model.task = {config.model.task!r}: what a classifier "
-            "reads is no continuation; use lora"
-        )
-    if not lora.invocation:
-        yield (
-            f"lora.form = {lora.form!r}: needs lora.invocation, a text that every prompt has, such "
-            "as the head of the assistant's turn in the chat template"
-        )
-    if len(set(config.clients.ranks)) > 1 or config.ranks.policy not in ("list", "capability"):
-        yield f"lora.form = {lora.form!r}: {ONE_RANK}"
-
-
 ONE_RANK = (
     "what a client of a lower rank or fewer layers does not train would be folded into its base, "
     "which acts on every token; give all clients one rank, by ranks.policy = 'list'"
@@ -285,65 +208,9 @@ ONE_RANK = (
 """Why a form that acts from an invocation on goes with no mixed ranks."""
 
 
-def _quantised_refused(config: "Config") -> Iterator[str]:
-    model, form = config.model, config.lora.form
-    if config.lora.init == "loftq" and model.quantization == "8bit":
-        yield "lora.init = 'loftq' with model.quantization = '8bit': is of 4 bits; use '4bit'"
-    if form not in ON_QUANTISED:
-        yield (
-            f"lora.form = {form!r} with model.quantization = {model.quantization!r}: this form "
-            f"reads W0; use {', '.join(ON_QUANTISED)}"
-        )
-    if model.merge == "into-base":
-        yield (
-            f"model.merge = 'into-base' with model.quantization = {model.quantization!r}: "
-            "quantised weights cannot take a change; use 'keep-as-adapter' or 'auto'"
-        )
-
-
-def _init_refused(init: str, form: str) -> Iterator[str]:
-    kind = FORMS[form].kind if form in FORMS else "factors"
-    if kind != "factors" and init != "default":
-        yield f"lora.init = {init!r}: is of LoRA's factors; {form} begins as PEFT begins it"
-    elif init in INITS_LEFT_OUT:
-        yield f"lora.init = {init!r}: {INITS_LEFT_OUT[init]}"
-    elif init not in INITS and not _niter(init):
-        yield f"lora.init = {init!r}: must be {', '.join(INITS)} or pissa_niter_N"
-    elif moves_base(init) and form == "dora":
-        yield f"lora.init = {init!r}: moves the base, whose norm DoRA divides by; use 'default'"
-    elif moves_base(init) and form in FORMS and FORMS[form].after:
-        yield (
-            f"lora.init = {init!r}: takes s B A out of the base on every token, and {form} gives "
-            "it back from its invocation on only; use 'default' or 'eva'"
-        )
-
-
-def _calibration_refused(config: "Config") -> Iterator[str]:
-    init, path = config.lora.init, config.lora.calibration
-    if init not in CALIBRATED:
-        if path:
-            yield (
-                f"lora.calibration = {path!r}: only lora.init = {', '.join(CALIBRATED)} read rows; "
-                "set one of them, or leave it empty"
-            )
-        return
-    if not path:
-        yield (
-            f"lora.init = {init!r}: looks at rows, and the clients' stay with them; name rows that "
-            "are no client's, such as a public text of the same kind, in lora.calibration"
-        )
-    if path and path in (config.data.path, config.data.test_path):
-        yield (f"lora.calibration = {path!r}: these rows train or test the model; name other ones")
-    if config.personalize.alone:
-        yield (
-            f"personalize.alone = true with lora.init = {init!r}: a client alone has no "
-            "calibration rows to begin from; set it to false"
-        )
-    if init == "lora_ga" and config.model.quantization != "none":
-        yield (
-            f"lora.init = 'lora_ga' with model.quantization = {config.model.quantization!r}: "
-            "quantised weights have no gradient; use eva or corda"
-        )
+def is_init(init: str) -> bool:
+    """Is there such a lora.init?"""
+    return init in INITS or _niter(init)
 
 
 def _niter(init: str) -> bool:
@@ -355,10 +222,9 @@ def moves_base(init: str, quantization: str = "none") -> bool:
     return (init in MOVES_BASE or _niter(init)) and (init != "loftq" or quantization == "none")
 
 
-def fixed_rank(config: "Config") -> int:
-    """The one size of a form that has no rank by client; 0 for LoRA's factors."""
-    form = FORMS[config.lora.form]
-    return 0 if form.kind == "factors" else config.clients.ranks[0]
+def fixed_rank(form: str, ranks: Sequence[int]) -> int:
+    """The one size of a form that has no rank by client, the first of `ranks`; 0 for factors."""
+    return 0 if FORMS[form].kind == "factors" else ranks[0]
 
 
 def verdicts(form: Form) -> dict[Promise | Literal["refused"], list[str]]:

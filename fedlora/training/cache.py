@@ -21,7 +21,7 @@ class _Once:
 
     def __call__(self, key: Any, *args: Any) -> Any:
         if self.key != key:
-            self.value = None  # let go of the old one before the new one is made
+            self.key = self.value = None  # let go of the old one before the new one is made
             self.value, self.key = self.make(*args), key
         return self.value
 
@@ -39,7 +39,7 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
            config.train.prefix_cache, labels, config.ranks.policy,
-           fixed_rank(config))  # fmt: skip
+           fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
     found: Model = _model(key, config, labels)
     return found
 

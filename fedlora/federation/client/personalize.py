@@ -8,7 +8,6 @@ All three are scored on rows that the client never trained on. Nothing of the tr
 client, only the scores do. The personalised factors stay in its memory, as personal.safetensors.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from fedlora.config.reader import Config
@@ -22,18 +21,6 @@ from fedlora.training.model.model import Model
 from fedlora.training.train import fit
 
 Scores = dict[str, float] | None
-
-
-def refusals(config: Config) -> Iterator[str]:
-    """Why the config's [personalize] cannot be; nothing if it can."""
-    p = config.personalize
-    if (p.epochs or p.alone) and not config.evaluate.clients:
-        yield "personalize: its result is the clients' own scores; set evaluate.clients = true"
-    if (p.epochs or p.alone) and config.privacy.on and not config.privacy.release_metrics:
-        yield (
-            "personalize: its result is the clients' own scores, which privacy keeps on the "
-            "clients; set privacy.release-metrics = true where they may leave without noise"
-        )
 
 
 def personalized(

@@ -90,17 +90,31 @@ class Journal:
         self.directory = Path(config.run.out, config.run.name)
         self.rounds = self.directory / "rounds.jsonl"
 
+    def check(self) -> None:
+        """Nothing, where the run can be begun or, with run.resume, gone on with. Writes nothing.
+
+        Raises:
+            CheckpointError: as `open`, or as `resume`.
+        """
+        if self.config.run.resume:
+            self._check_same()
+        else:
+            self._check_free()
+
+    def _check_free(self) -> None:
+        if self.rounds.exists():
+            raise CheckpointError(
+                f"{self.directory} holds a run already: continue it with "
+                f"`fedlora simulate --resume {self.directory}`, or give this one another run.name"
+            )
+
     def open(self) -> None:
         """Start the run's directory afresh.
 
         Raises:
             CheckpointError: a run of this name is there already.
         """
-        if self.rounds.exists():
-            raise CheckpointError(
-                f"{self.directory} holds a run already: continue it with "
-                f"`fedlora simulate --resume {self.directory}`, or give this one another run.name"
-            )
+        self._check_free()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._write_config()
         self.rounds.touch()
@@ -111,8 +125,7 @@ class Journal:
         Raises:
             CheckpointError: the configuration has changed; says in which keys.
         """
-        if (was := self._begun_with()) is not None:
-            self._check_config(was)
+        self._check_same()
         for left in self.directory.rglob(".*.tmp"):  # of a write that was cut short
             left.unlink(missing_ok=True)
         if (found := self.last(*types)) is None:
@@ -198,7 +211,9 @@ class Journal:
                 return config
         return None
 
-    def _check_config(self, was: Mapping[str, Any]) -> None:
+    def _check_same(self) -> None:
+        if (was := self._begun_with()) is None:
+            return
         now = self.config.flat()
         changed = [
             f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"

@@ -10,7 +10,7 @@ on the wire is what a reply took beyond its client's own work: on LocalGrid with
 clients that includes the wait for a worker, so plan by `devices.classes` there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from fedlora.federation.server.ranks import (
     patterned,
     shared_out,
 )
-from fedlora.strategies.base import Client, Strategy
+from fedlora.strategies.base import Client
 from fedlora.training.model.layers import depth_of
 from fedlora.training.model.model import Model
 
@@ -81,26 +81,6 @@ class Planner:
             i: replace(m, plan=self.legend.plan(self.legend.depth(known.get(i), m.cap, until)))
             for i, m in members.items()
         }
-
-    def problems(self, strategy: Strategy[Any]) -> Iterator[str]:
-        """Why the policy does not go with the strategy; nothing if it does."""
-        name = self.config.strategy.name
-        if self.devices and not self.legend and any(d.layers for d in self.devices.classes):
-            yield (
-                "devices.classes limits how many layers a class trains, and only ranks.policy = "
-                "'legend' gives clients different layers; leave out the limit, or set that policy"
-            )
-        keeps = strategy.requires.client_memory or getattr(strategy, "reinit", "") == "keep-A"
-        if self.legend and keeps:
-            yield (
-                "ranks.policy = 'legend' changes a client's layers from round to round, and "
-                f"{name} keeps a part of each on the client; use fedavg, fedex, flora or rolora"
-            )
-        if self.legend and self.config.privacy.on and not self.devices:
-            yield (
-                "ranks.policy = 'legend' lives on times that clients report, and no noise covers "
-                "those; set devices.classes to plan by a device model, or another policy"
-            )
 
     # -- times --------------------------------------------------------------------------------
 

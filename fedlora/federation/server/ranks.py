@@ -68,7 +68,7 @@ def patterned(modules: Iterable[str], rank: int, pattern: Sequence[str]) -> dict
     Raises:
         ConfigError: an expression is none, a rank is no positive number, or a part matches nothing.
     """
-    rules = _rules(pattern)
+    rules = parse_pattern(pattern)
     found, used = {}, set()
     for m in modules:
         part = next((p for p, (rule, _) in rules.items() if rule.fullmatch(m)), None)
@@ -84,7 +84,12 @@ def patterned(modules: Iterable[str], rank: int, pattern: Sequence[str]) -> dict
     return found
 
 
-def _rules(pattern: Sequence[str]) -> dict[str, tuple[re.Pattern[str], int]]:
+def parse_pattern(pattern: Sequence[str]) -> dict[str, tuple[re.Pattern[str], int]]:
+    """Each part "regex=rank" of lora.rank-pattern, with what it matches and the rank.
+
+    Raises:
+        ConfigError: an expression is none, or a rank is no positive number.
+    """
     rules = {}
     for part in pattern:
         expression, _, number = part.rpartition("=")

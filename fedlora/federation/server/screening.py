@@ -11,12 +11,12 @@ judged; it shares its client's fate.
 
 Composes with every strategy that sees a client's whole update: the last two leave the strategy's
 average as it is, over other clients or other weights, and a shortened update is an update. It
-does not with one that keeps a factor on its clients, nor (privacy/rules.py) with client-level
-privacy.
+does not with one that keeps a factor on its clients, nor with client-level privacy:
+fedlora/preflight/.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,27 +40,6 @@ class Verdict:
     dropped: list[int] = field(default_factory=list)
     factors: dict[int, float] = field(default_factory=dict)
     """By client: what its change was shortened to, or its weight."""
-
-
-def refusals(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
-    """Why robust.method does not go with the strategy or the config; nothing if it does."""
-    method = config.robust.method
-    if method == "none":
-        return
-    if strategy.promise == "shared":
-        yield (
-            f"robust.method = '{method}': {config.strategy.name} keeps a factor on its clients, so "
-            "the server never sees what an update does, and the other factor alone can be made "
-            "any length without changing the model; use fedavg, fedex or ffa"
-        )
-    if method in ("krum", "multi-krum"):
-        n = config.clients.per_round or config.clients.count
-        need = 2 * config.robust.byzantine + 3
-        if n < need:
-            yield (
-                f"robust.method = '{method}' with robust.byzantine = {config.robust.byzantine} "
-                f"needs at least {need} clients a round, and there are {n}"
-            )
 
 
 def screen(

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedlora.config.reader import Config
 from fedlora.errors import RoundError, StrategyError
-from fedlora.federation.server import options
+from fedlora.federation.server.admission import problems as problems_of
 from fedlora.federation.server.exchange import POLL
 from fedlora.federation.server.first_gradient import survey
 from fedlora.federation.server.journal import Member, Saved
@@ -46,7 +46,7 @@ def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
         time.sleep(POLL)
         run = look(setting, session, run, grid)
     everyone = clients(setting, run)
-    if problems := [*setting.strategy.problems(everyone), *options.refusals(setting, everyone)]:
+    if problems := list(problems_of(config, setting.strategy, everyone)):
         raise StrategyError("\n".join(problems))
     ranks = sorted({m.rank for m in run.members.values()})
     session.observer.note(
@@ -102,7 +102,7 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     origin = taken_out(config, factors, model.weights())
     run = replace(run, state=strategy.init(start), origin=origin)
     if factors.adapter() and config.lora.init != "default":
-        check_begins(strategy, run.state, everyone, factors, config)
+        check_begins(config, strategy, run.state, everyone, factors)
     if getattr(strategy, "wants_gradient", False):
         found = survey(setting, session, run, grid, everyone)
         run = replace(run, state=strategy.from_gradient(run.state, found))  # type: ignore[attr-defined]
@@ -129,11 +129,7 @@ def check_model(setting: Setting, session: Session, run: Saved, round: int) -> N
 
 
 def check_begins(
-    strategy: Strategy[Any],
-    state: Any,
-    clients: Sequence[Client],
-    factors: Factors,
-    config: Config,
+    config: Config, strategy: Strategy[Any], state: Any, clients: Sequence[Client], factors: Factors
 ) -> None:
     """Every kind of client must begin with the B A that lora.init made, wherever it lies.
 

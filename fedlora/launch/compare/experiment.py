@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
+from fedlora.launch.experiment_file import load
 from fedlora.strategies import STRATEGIES
 
 SEARCH_SEED = 1000
@@ -186,7 +186,7 @@ def trials(
         if (cell.variant, cell.strategy) in found:
             continue
         try:
-            short = (Config.load(experiment.path, cell.given).run.rounds + 1) // 2
+            short = (load(experiment.path, cell.given).run.rounds + 1) // 2
         except ConfigError:
             continue  # the grid says so too, with the reason
         mine = found[cell.variant, cell.strategy] = []

@@ -46,12 +46,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.federation.server.journal import NOT_THE_EXPERIMENT
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 from fedlora.launch.compare.row import Row, row
 from fedlora.launch.compare.table import MARK, write
+from fedlora.launch.experiment_file import load, parse
 from fedlora.launch.guard import guarded
 from fedlora.launch.simulate.run import local, resumed
 from fedlora.reports.console import printable
@@ -61,7 +61,7 @@ from fedlora.strategies import STRATEGIES
 MOST_ROUNDS = 4
 PRELOAD = [
     "fedlora.federation.server.loop",
-    "client_app.app",
+    "fedlora.launch.client_app",
     "fedlora.launch.simulate.grid",
     "fedlora.launch.simulate.run",
 ]
@@ -157,7 +157,7 @@ def equal_bytes(
             continue
         once, per_round = _bytes(cell.directory)
         mine = [c for c in grid if (c.variant, c.strategy) == (variant, name)]
-        rounds = Config.load(experiment.path, mine[0].given).run.rounds
+        rounds = load(experiment.path, mine[0].given).run.rounds
         budget = budgets.setdefault(variant, once + rounds * per_round)
         fits = int((budget - once) / per_round)
         for c in mine:
@@ -211,12 +211,12 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
         FedLoraError: it was run with another configuration.
     """
     try:
-        config = Config.load(experiment.path, cell.given)
+        config = load(experiment.path, cell.given)
     except ConfigError as e:
         cell.reason = "; ".join(e.problems)
         return True
     if (cell.directory / "config.toml").exists():
-        was = Config.load(cell.directory / "config.toml").flat()
+        was = parse(cell.directory / "config.toml").flat()
         differ = [
             key for key, value in config.flat().items()
             if was[key] != value and not key.startswith(NOT_THE_EXPERIMENT)
@@ -234,7 +234,7 @@ def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
     if (cell.directory / "checkpoint").exists():
         path, changes = resumed(cell.directory)
     else:
-        config = Config.load(experiment.path, cell.given)
+        config = load(experiment.path, cell.given)
         cell.directory.parent.mkdir(parents=True, exist_ok=True)
         path = cell.beside("toml")
         path.write_text(config.toml())

@@ -166,11 +166,12 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
 
     import tomli_w
 
+    from fedlora import preflight
     from fedlora.config.reader import Config
 
     project = tomllib.loads((plan.app / "pyproject.toml").read_text())
     given = project["tool"]["flwr"]["app"]["config"]
-    config = Config.read({**Config.read(given).flat(), **overrides})
+    config = preflight.read({**Config.read(given).flat(), **overrides})
     path = plan.run_directory / "run-config.toml"
     path.write_text(tomli_w.dumps(tomllib.loads(config.toml())))
     answer = operator("run", str(plan.app), CONNECTION, "--run-config", str(path))

@@ -1,6 +1,5 @@
 """`fedlora deploy init`: write a deployment's directory, ready to start."""
 
-import importlib.util
 import json
 import shutil
 import tomllib
@@ -11,11 +10,14 @@ from typing import Any
 
 import tomli_w
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys, scripts
 from fedlora.launch.deploy.guide import readme
 from fedlora.launch.deploy.plan import CONNECTION, LOOPBACK, Plan, free_ports
+from fedlora.launch.experiment_file import load
+from fedlora.launch.shim import SHIM
 
 GATE_PORT = 9443
 
@@ -88,7 +90,7 @@ def _experiment(wanted: Wanted) -> Config:
     if wanted.ranks:
         given["clients.ranks"] = ",".join(map(str, wanted.ranks))
     path = wanted.experiment
-    config = Config.load(path, given) if path else Config.read(given)
+    config = load(path, given) if path else preflight.read(given)
     flat = config.flat()
     for key in ("model.path", "data.path", "data.test-path"):
         value = str(flat[key])
@@ -182,14 +184,11 @@ def _write_node(plan: Plan, i: int) -> None:
 
 def _write_app(plan: Plan, config: Config) -> None:
     """The two apps as `flwr run` bundles them, with the experiment as their run config."""
-    for package in ("server_app", "client_app"):
-        target = plan.app / package
+    for kind in ("server", "client"):
+        target = plan.app / f"{kind}_app"
         target.mkdir(parents=True)
-        for module in (package, f"{package}.app"):
-            spec = importlib.util.find_spec(module)
-            if spec is None or spec.origin is None:
-                raise DeployError(f"{module} is not installed; pip install fedlora anew")
-            shutil.copy(spec.origin, target)
+        (target / "__init__.py").write_text("")
+        (target / "app.py").write_text(SHIM.format(kind=kind))
     tree: dict[str, Any] = {
         "project": {
             "name": "fedlora-app",

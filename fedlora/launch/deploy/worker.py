@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedlora.federation.client.dispatch import HANDLERS, METHOD, OPTIONS, unpack
+from fedlora.federation.client.dispatch import METHOD, OPTIONS, unpack
 
 ABANDONED = 75
 """Exit status after abandoned work was given its time once more and was still not done."""
@@ -59,7 +59,7 @@ class Worker:
         from flwr.common.serde import message_to_proto
         from flwr.supercore.task_identity import TaskIdentity
 
-        from fedlora.federation.client import handlers as client
+        from fedlora.launch.client_reply import reply
         from fedlora.training import cache as site
 
         kind, message, context = unpack(data)
@@ -68,8 +68,8 @@ class Worker:
         if context.run_id != self.run:  # its operator may have changed the data in between
             site.forget_data()
             self.run = context.run_id
-        reply = client.answer(getattr(client, HANDLERS[kind]), message, context)
-        return bytes(message_to_proto(reply).SerializeToString())
+        answered = reply(kind, message, context)
+        return bytes(message_to_proto(answered).SerializeToString())
 
 
 def serve(socket: Path) -> grpc.Server:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.launch.lab.canaries import CASES, SHARP, audited
 from fedlora.launch.lab.inversion import embeddings, invert, pairs
@@ -82,7 +83,7 @@ def _at_once(config: Config, n: int, epochs: float) -> Config:
         changes |= {"privacy.epsilon": 0.0, "privacy.noise-multiplier": plan.sigma}
     else:
         changes |= {"train.epochs": epochs, "train.steps": 0}
-    return Config.read({**config.flat(), **changes})
+    return preflight.read({**config.flat(), **changes})
 
 
 def server_seat(lab: Lab, rows: int, strategy: str, epsilon: float) -> Row:
@@ -146,7 +147,7 @@ def _one_round(config: Config, n: int) -> Config:
     if config.privacy.on:
         sigma = Plan.of(config, n).sigma
         changes |= {"privacy.epsilon": 0.0, "privacy.noise-multiplier": sigma}
-    return Config.read({**config.flat(), **changes})
+    return preflight.read({**config.flat(), **changes})
 
 
 def _pool(lab: Lab, n: int) -> Encoded:
@@ -227,7 +228,7 @@ def _open_layer(config: Config, rank: int) -> Config:
                "train.optimizer": "sgd", "train.lr": 1.0, "train.precision": "float32",
                "train.lr-schedule": "constant",
                "train.prefix-cache": 0}  # fmt: skip
-    return Config.read({**config.flat(), **changes})
+    return preflight.read({**config.flat(), **changes})
 
 
 def _one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -> Config:
@@ -240,7 +241,7 @@ def _one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -
             "privacy.clip-norm": whole.privacy.clip_norm,
             "privacy.sample-rate": 1.0,
         }
-    return Config.read({**config.flat(), **changes})
+    return preflight.read({**config.flat(), **changes})
 
 
 def _encoder(model: Any) -> Any:

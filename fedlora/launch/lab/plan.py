@@ -23,8 +23,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
+from fedlora.launch.experiment_file import load
 from fedlora.launch.lab.canaries import mechanisms
 from fedlora.lora.tree_file import write_atomically
 from fedlora.strategies import STRATEGIES
@@ -96,12 +98,12 @@ class Lab:
         Raises:
             ConfigError: the file or its [audit] table is wrong, or there is no such strategy.
         """
-        config = Config.load(path, overrides)
+        config = load(path, overrides)
         table = tomllib.loads(path.read_text()).get("audit", {})
         if wrong := sorted(set(table) - KEYS):
             raise ConfigError([f"{path}: audit.{wrong[0]}: must be one of {sorted(KEYS)}"])
         if quick:
-            config = Config.read({**config.flat(), **table.get("quick", {}), **overrides})
+            config = preflight.read({**config.flat(), **table.get("quick", {}), **overrides})
         found = {k: chosen.get(k) or table.get(k) or getattr(cls, k) for k in
                  ("epsilons", "strategies", "seeds")}  # fmt: skip
         if unknown := [s for s in found["strategies"] if s not in STRATEGIES]:
@@ -137,7 +139,7 @@ class Lab:
         }
         if len(set(self.config.clients.ranks)) > 1:
             changes["clients.ranks"] = str(max(self.config.clients.ranks))
-        return Config.read({**self.config.flat(), **changes})
+        return preflight.read({**self.config.flat(), **changes})
 
     # -- what there is to measure ---------------------------------------------------------------
 

@@ -31,7 +31,7 @@ RATES = (0.5, 2.0, 8.0, 32.0)
 
 def federation(lab: Lab, seed: int, strategy: str, epsilon: float) -> Row:
     """One whole run: its score, epsilon, bytes, and the loss threshold on its model."""
-    from client_app.app import app
+    from fedlora.launch.client_app import app
 
     config = lab.at(strategy, epsilon, seed)
     shutil.rmtree(Path(config.run.out, config.run.name), ignore_errors=True)  # one that was begun

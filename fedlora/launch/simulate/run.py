@@ -14,26 +14,27 @@ from typing import Any
 
 import tomli_w
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
+from fedlora.launch.experiment_file import load
+from fedlora.launch.shim import SHIM
 from fedlora.reports import report
 from fedlora.reports.console import Progress, Silent
 from fedlora.training.quiet import quiet_libraries
-
-SHIM = '"""{what} of fedlora."""\n\nfrom {package}.app import app\n\n__all__ = ["app"]\n'
 
 
 def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path:
     """Run on LocalGrid; the run's directory."""
     quiet_libraries()
-    config = Config.load(path, overrides)
+    config = load(path, overrides)
 
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
 
-    from client_app.app import app as client_app
     from fedlora.federation.server.loop import FederatedLora
+    from fedlora.launch.client_app import app as client_app
     from fedlora.launch.simulate.grid import run_local
 
     directory = Path(config.run.out, config.run.name)
@@ -43,7 +44,7 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
 
         @app.main()
         def main(grid: Grid, context: Context) -> None:
-            FederatedLora(Config.read(context.run_config), observer).start(grid)
+            FederatedLora(preflight.read(context.run_config), observer).start(grid)
 
         with _resumable(directory, observer):
             run_local(app, client_app, config.flat(), config.clients.count, workers)
@@ -87,7 +88,7 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
     run's status read from JSON, since `flwr run` exits 0 when a run has failed, too.
     """
     quiet_libraries()
-    config = _absolute(Config.load(path, overrides))
+    config = _absolute(load(path, overrides))
     directory = Path(config.run.out, config.run.name)
     search = commands()
     if shutil.which("flower-superlink", path=search) is None or not _has_ray():
@@ -128,8 +129,8 @@ def commands() -> str:
 def write_app(directory: Path, config: Config) -> Path:
     """A Flower app of two shims and this config; fedlora itself comes from the environment."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, package in (("run_server", "server_app"), ("run_client", "client_app")):
-        (directory / f"{name}.py").write_text(SHIM.format(what=package, package=package))
+    for kind in ("server", "client"):
+        (directory / f"run_{kind}.py").write_text(SHIM.format(kind=kind))
     (directory / "LICENSE").write_text("Apache-2.0\n")
     project = {
         "project": {

@@ -84,7 +84,10 @@ class Model:
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
             base.enable_input_require_grads()
-        self.form, self.rank = FORMS[config.lora.form], fixed_rank(config)
+        self.form, self.rank = (
+            FORMS[config.lora.form],
+            fixed_rank(config.lora.form, config.clients.ranks),
+        )
         self.shapes = find_layers(base, config)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)

@@ -1,16 +1,14 @@
-"""What cannot be private together, said before anything runs.
-
-`refused` reads the config alone, so that every problem is reported at once with the others.
-"""
+"""What no privacy guarantee covers: docs/privacy.md."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from fedlora.config.reader import Config
+from fedlora.config.reader import Config
+from fedlora.privacy.central import delta_problem
+from fedlora.strategies.base import Strategy
 
 
-def refused(config: "Config") -> Iterator[str]:
+def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Each combination of settings that no privacy guarantee covers, and what to do instead."""
     p = config.privacy
     if p.epsilon and p.noise_multiplier:
@@ -29,15 +27,15 @@ def refused(config: "Config") -> Iterator[str]:
         )
     if not p.on:
         return
-    if getattr(config.build_strategy(), "wants_gradient", False):
+    if getattr(strategy, "wants_gradient", False):
         yield (
             f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
             "without noise; choose another, such as strategy.fedsb.init-from = 'orthogonal'"
         )
-    yield from _by_example(config) if p.by_example else _by_client(config)
+    yield from _by_example(config) if p.by_example else _by_client(config, strategy)
 
 
-def _by_example(config: "Config") -> Iterator[str]:
+def _by_example(config: Config) -> Iterator[str]:
     if config.lora.form != "lora":
         yield (
             f"lora.form = {config.lora.form!r}: only LoRA factors and linear heads have "
@@ -47,8 +45,10 @@ def _by_example(config: "Config") -> Iterator[str]:
         yield "privacy.clip-quantile: adaptive clipping is for privacy.level = 'client' only"
 
 
-def _by_client(config: "Config") -> Iterator[str]:
-    if getattr(config.build_strategy(), "average_at_end", False):
+def _by_client(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
+    if problem := delta_problem(config):
+        yield problem
+    if getattr(strategy, "average_at_end", False):
         yield (
             "strategy.fedsa.average-at-end = true: that average is of what clients kept, without "
             "noise; set it to false"

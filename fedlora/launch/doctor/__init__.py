@@ -1,0 +1,45 @@
+"""`fedlora doctor`: find out before a run what would stop it, on this machine and in its config.
+
+Each check says what it found, and where something is wrong, what to do. What the run refuses before
+round 1 is refused here in the same words, by the same functions: fedlora/preflight, and those that
+measure a strategy on the run's own model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.launch.doctor.finding import Finding
+from fedlora.launch.doctor.this_machine import machine
+
+
+def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:
+    """Print what was found and, for an experiment, the plan. Returns 1 where a problem is."""
+    from fedlora.launch.doctor.the_run import experiment
+    from fedlora.launch.experiment_file import load
+    from fedlora.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    console = Console()
+    findings = list(machine())
+    plan = None
+    if path is not None:
+        try:
+            more, plan = experiment(load(path, overrides))
+            findings += more
+        except ConfigError as e:
+            findings += [Finding("problem", problem) for problem in e.problems]
+        except FedLoraError as e:
+            findings.append(Finding("problem", str(e)))
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+    for f in findings:
+        console.print(marks[f.level], escape(f.what), highlight=False)
+        if f.do:
+            console.print("     ->", escape(f.do), highlight=False)
+    if plan is not None:
+        console.print(plan)
+    return int(any(f.level == "problem" for f in findings))

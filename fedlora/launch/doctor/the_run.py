@@ -1,0 +1,292 @@
+"""What an experiment would come to: what stops it before round 1, else its plan.
+
+The data, the model and the clients' ranks are the run's own, and what it refuses is asked of the
+functions that refuse it there. Only the clients' replies are missing: of a strategy that begins
+with their first gradients, the state before those is judged.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from fedlora import preflight
+from fedlora.config.reader import Config
+from fedlora.errors import CheckpointError, PrivacyError, StrategyError, TrainingCheckError
+from fedlora.federation.client.machine import facts
+from fedlora.federation.secure.rules import unsummable
+from fedlora.federation.secure.terms import Terms
+from fedlora.federation.secure.vector import Kind, Layout, kinds_of
+from fedlora.federation.server import asynchronous
+from fedlora.federation.server.exchange import Schemas
+from fedlora.federation.server.journal import Journal, Member
+from fedlora.federation.server.planning import Planner
+from fedlora.federation.server.setup import check_begins
+from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
+from fedlora.launch.doctor.finding import Finding
+from fedlora.lora.adapter import Factors
+from fedlora.privacy import central
+from fedlora.privacy.rehearsal import check_first
+from fedlora.privacy.training import Plan
+from fedlora.reports import observers
+from fedlora.strategies.base import Client, Round, Start, Strategy
+from fedlora.strategies.forms import promise
+from fedlora.training import cache as site
+from fedlora.training.calibration import first_factors
+from fedlora.training.data.batches import steps_in
+from fedlora.training.data.corpus import Corpus
+from fedlora.training.model.layers import taken_out
+from fedlora.training.model.model import Model
+from fedlora.training.precision import described, resolved, slowdown
+
+
+def experiment(config: Config) -> tuple[list[Finding], Table]:
+    """Load the data and the model, ask the strategy, and lay out the plan.
+
+    Raises:
+        FedLoraError: what would stop the run before its first round.
+    """
+    corpus = site.corpus(config)
+    findings = [*_data(config, corpus)]
+    model = site.model(config, corpus.labels)
+    total = sum(p.numel() for p in model.peft.get_base_model().parameters())
+    findings.append(
+        Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
+    )
+    planner = Planner(config, model)
+    members = expected(planner, config)
+    clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
+    findings += [Finding("problem", p) for p in preflight.problems(config, clients)]
+    beside = [*_here(config)]
+    if any(f.level == "problem" for f in findings):
+        return [*findings, *beside], Table()
+    strategy = config.build_strategy()
+    widest = planner.widest([*members.values()])
+    state, factors = _begun(config, model, strategy, widest, clients, corpus)
+    findings += [Finding("problem", p) for p in measured(config, strategy, state, clients, factors)]
+    findings += _budget(config, corpus)
+    if any(f.level == "problem" for f in findings):
+        return [*findings, *beside], Table()
+    findings += [_precision(config), _training(config, model, strategy, state, clients[0], corpus)]
+    findings += _secure(config, strategy, state, clients)
+    table, largest = _plan(config, strategy, state, clients, corpus)
+    findings += _size(config, model, strategy, largest)
+    return [*findings, *beside], table
+
+
+def expected(planner: Planner, config: Config) -> dict[int, Member]:
+    """The first round's members: at the ranks that ranks.policy gives nodes like this one."""
+    mine = facts()
+    return planner.replan({i: planner.welcome(i, mine) for i in range(config.clients.count)})
+
+
+def _begun(
+    config: Config,
+    model: Model,
+    strategy: Strategy[Any],
+    widest: Mapping[str, int],
+    clients: Sequence[Client],
+    corpus: Corpus,
+) -> tuple[Any, Factors]:
+    """The strategy's first state, and the factors that it was made of.
+
+    The model is left on the base that clients begin on.
+    """
+    whole = Client(-1, model.layers(widest))
+    factors = first_factors(model, whole, config, corpus)
+    state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
+    origin = taken_out(config, factors, model.weights())
+    model.rebase("doctor", strategy.effective(state).base, origin)
+    return state, factors
+
+
+def measured(
+    config: Config, strategy: Strategy[Any], state: Any, clients: Sequence[Client], factors: Factors
+) -> Iterator[str]:
+    """What the run finds before anything is sent, by measuring its strategy on its own state."""
+    round = Round(1, config.run.seed)
+    try:
+        if factors.adapter() and config.lora.init != "default":
+            check_begins(config, strategy, state, clients, factors)
+        if private := central.CentralPrivacy.of(config):
+            central.check(strategy, state, clients, round)
+            private.ledger.read()
+            assert private.z > 0  # or it says that no noise is enough
+        if config.round.buffer:
+            asynchronous.check(strategy, state, clients, round)
+    except (StrategyError, PrivacyError) as e:
+        yield str(e)
+    if config.secure.aggregation:
+        kinds = _kinds(strategy, state, clients, round)
+        if problem := unsummable(strategy, state, kinds, round):
+            yield problem
+
+
+def _here(config: Config) -> Iterator[Finding]:
+    """What else stands in the way: a run of this name, a taken port, a tracker that is not here."""
+    try:
+        Journal(config).check()
+    except CheckpointError as e:
+        yield Finding("problem", str(e))
+    yield from (Finding("problem", p) for p in observers.problems(config))
+
+
+def _budget(config: Config, corpus: Corpus) -> Iterator[Finding]:
+    """Whether the clients whose rows are here could train under privacy.level = 'example'.
+
+    Each refuses for itself, so it is a problem where all of them would.
+    """
+    sizes = sorted({len(c.train) for c in corpus.clients} - {0})
+    if not config.privacy.by_example or config.data.node_path or not sizes:
+        return
+    refusals = []
+    for n in {sizes[0], sizes[-1]}:
+        try:
+            Plan.of(config, n)
+        except PrivacyError as e:
+            refusals.append(str(e))
+    if refusals:
+        every = len(refusals) == len({sizes[0], sizes[-1]})
+        yield Finding("problem" if every else "note", refusals[-1])
+
+
+def _data(config: Config, corpus: Any) -> Iterator[Finding]:
+    """What there is; and clients of a simulation with nothing to train on, which would end it."""
+    rows = sum(len(c.train) for c in corpus.clients)
+    yield Finding(
+        "ok",
+        f"data: {rows} training rows on {len(corpus.clients)} clients, "
+        f"{len(corpus.test)} central test rows"
+        + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
+    )
+    if config.data.node_path or not any(len(c.train) for c in corpus.clients):
+        return
+    bare = [str(i) for i, c in enumerate(corpus.clients) if not len(c.train)]
+    if bare:
+        yield Finding(
+            "problem",
+            f"clients {', '.join(bare[:5])}{' and more' if len(bare) > 5 else ''} have no rows to "
+            "train on",
+            "lower clients.count or data.client-test-fraction, or raise data.alpha",
+        )
+
+
+def _precision(config: Config) -> Finding:
+    """What train.precision comes to here, and whether that is a good idea."""
+    said = described(config.train.precision)
+    if resolved(config.train.precision) == "float32":
+        return Finding("ok", said)
+    ratio = slowdown()
+    said = f"{said}; a bfloat16 product takes {ratio:.2g} of a float32 one's time"
+    if ratio < 1:
+        return Finding("ok", said)
+    return Finding("note", said, "train.precision = 'float32' is faster on this machine")
+
+
+def _training(
+    config: Config, model: Any, strategy: Any, state: Any, client: Any, corpus: Any
+) -> Finding:
+    """The training check, on the first client's rows where they are here."""
+    here = not config.data.node_path and any(len(c.train) for c in corpus.clients)
+    rows = site.encoded("train", client.id, config, corpus.labels) if here else None
+    try:
+        check_first(model, strategy, state, client, rows, config, 1)
+    except TrainingCheckError as e:
+        return Finding(
+            "problem", f"training check: {e}", "docs/training-check.md says what each finding means"
+        )
+    whose = "client 0's rows" if here and not config.privacy.by_example else "synthetic rows"
+    return Finding("ok", f"training check: losses, gradients and a step are right on {whose}")
+
+
+def _kinds(
+    strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round
+) -> list[Kind]:
+    """The clients by what each sends in this round."""
+    schemas = Schemas(strategy)
+    return kinds_of((c, *schemas.of(state, c, 0, round)) for c in clients)
+
+
+def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator[Finding]:
+    """What secure aggregation hides, and what it costs."""
+    if not config.secure.aggregation:
+        return
+    kinds = _kinds(strategy, state, clients, Round(1, config.run.seed))
+    K = config.clients.per_round or config.clients.count
+    terms, numbers = Terms.of(config, K), len(Layout.over([kind.shapes for kind in kinds]))
+    size = terms.bits // 8
+    yield Finding(
+        "ok",
+        f"secure aggregation: the server learns sums over {terms.threshold} to {K} clients; up to "
+        f"{K - terms.threshold} of {K} may drop out" + (
+            "" if terms.shares >= K else f" (of each client's {terms.shares} neighbours, "
+            f"{terms.shares - terms.threshold})"
+        ),
+    )  # fmt: skip
+    yield Finding(
+        "ok",
+        f"secure aggregation costs 4 messages a client and round in place of 1, and up {numbers} "
+        f"numbers of {size} bytes ({numbers * size / 1e3:.0f} kB), whatever wire.dtype; it moves "
+        f"a mean over clients of {terms.weight if terms.weight == 1 else 100} examples by at most "
+        f"{terms.error(K, K * min(terms.weight, 100)):.1g}",
+    )
+
+
+def _plan(
+    config: Config, strategy: Any, state: Any, clients: Any, corpus: Any
+) -> tuple[Table, int]:
+    """What each client does in a round, and the most bytes one client's messages take."""
+    round = Round(1, config.run.seed)
+    table = Table("client", "rank", "rows", "test", "steps a round", "down", "up", title="Plan")
+    largest = 0
+    for c in clients:
+        sent = strategy.download(state, c, round)
+        begun = strategy.start(sent, Factors(), c, round)
+        back = pack_factors(strategy.upload(begun, begun)[0], config.wire.dtype)
+        down, up = count_bytes(pack_download(sent, config.wire.dtype)), back.count_bytes()
+        largest = max(largest, up + down)
+        rows = corpus.client(c.id)
+        train = config.train
+        steps = steps_in(len(rows.train), train.batch_size, train.steps, train.epochs)
+        rank = max(layer.rank for layer in c.layers.values())
+        table.add_row(
+            str(c.id), str(rank), str(len(rows.train)), str(len(rows.test)), str(steps),
+            f"{down / 1e3:.0f} kB", f"{up / 1e3:.0f} kB",
+        )  # fmt: skip
+    return table, largest
+
+
+def _size(config: Config, model: Model, strategy: Strategy[Any], largest: int) -> Iterator[Finding]:
+    """Whether it fits into this machine's memory, and in one line what would run."""
+    per_round = config.clients.per_round or config.clients.count
+    need, have = _memory(model, config, largest * per_round), _available()
+    fits = need < have
+    yield Finding(
+        "ok" if fits else "problem",
+        f"memory: about {need / 1e9:.1f} GB needed, {have / 1e9:.1f} GB available",
+        "" if fits else "lower train.batch-size, data.max-length or clients.ranks",
+    )
+    yield Finding(
+        "ok",
+        f"plan: {config.strategy.name} ({promise(model.form, strategy)}), "
+        f"{config.run.rounds} rounds of {per_round} clients, "
+        f"lr {config.train.lr:g} ({config.train.lr_schedule})",
+    )
+
+
+def _memory(model: Any, config: Config, in_flight: int) -> float:
+    """Base, activations of one batch a worker (a rule of thumb), messages: bytes."""
+    base = sum(p.numel() * p.element_size() for p in model.peft.parameters())
+    hidden = getattr(model.peft.config, "hidden_size", 768)
+    depth = getattr(model.peft.config, "num_hidden_layers", 12)
+    tokens = config.train.batch_size * config.data.max_length
+    activations = tokens * hidden * depth * 4 * 16  # about 16 tensors a layer survive
+    workers = config.simulate.workers or os.cpu_count() or 1
+    return float(base + workers * activations + 2 * in_flight + 5e8)
+
+
+def _available() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().available)

@@ -1,0 +1,68 @@
+"""What cannot run, said before anything does, all of it at once: one list for everyone who asks.
+
+    problems(config)             what the config and its strategy alone can tell
+    problems(config, clients)    and what these clients cannot do together
+    check(config)                a ConfigError of them all
+    read(given), load(path)      the config, read and checked
+
+The command, `fedlora doctor`, `fedlora compare` and the entry points of both apps ask; a node asks
+of its own config before it answers. The server asks the second part once more, of the clients that
+came (federation/server/admission.py). `Config` parses one key at a time and knows nothing of this.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
+from fedlora.federation.server import admission
+from fedlora.preflight import forms, options, privacy, secure
+from fedlora.strategies.base import Client
+
+
+def problems(config: Config, clients: Sequence[Client] | None = None) -> Iterator[str]:
+    """Each reason why the config, or the config with these clients, cannot run; what to do."""
+    strategy = config.build_strategy()
+    yield from forms.problems(config, strategy)
+    yield from privacy.problems(config, strategy)
+    yield from secure.problems(config, strategy)
+    yield from options.problems(config, strategy)
+    if clients is not None:
+        yield from admission.problems(config, strategy, clients)
+
+
+def check(config: Config, clients: Sequence[Client] | None = None) -> None:
+    """Nothing, where it can run.
+
+    Raises:
+        ConfigError: it cannot; with all the problems there are.
+    """
+    if found := list(problems(config, clients)):
+        raise ConfigError(found)
+
+
+def read(given: Mapping[str, Any]) -> Config:
+    """A flat or nested mapping of keys as a config that can run.
+
+    Raises:
+        ConfigError: a key or a value is wrong, or together they cannot be.
+    """
+    config = Config.read(given)
+    check(config)
+    return config
+
+
+def load(
+    path: Path | str, overrides: Mapping[str, Any] | None = None, beside: Collection[str] = ()
+) -> Config:
+    """An experiment file, with overrides on top, as a config that can run.
+
+    beside: tables of the file that are no part of the config.
+
+    Raises:
+        ConfigError: as `read`, or the file is none.
+    """
+    config = Config.load(path, overrides, beside)
+    check(config)
+    return config

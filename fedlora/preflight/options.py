@@ -1,0 +1,116 @@
+"""Options around a strategy's aggregation that it, or another option, does not go with.
+
+docs/composing.md has the table.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
+from fedlora.federation.server.devices import parse_classes
+from fedlora.federation.server.ranks import parse_pattern, parse_shares
+from fedlora.strategies import server_optimizers
+from fedlora.strategies.base import Strategy
+
+
+def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
+    """Each option that cannot be with what else is set, and what to do instead."""
+    yield from _ranks(config, strategy)
+    yield from _buffer(config)
+    yield from _robust(config, strategy)
+    chosen = config.server.optimizer
+    if chosen != "none" and (reason := server_optimizers.refusal(strategy)):
+        yield f"server.optimizer = '{chosen}': {reason}"
+    yield from _personalize(config)
+
+
+def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
+    """Ranks by module, rank policies and device classes: federation/server/planning.py."""
+    try:
+        parse_pattern(config.lora.rank_pattern)
+        if config.ranks.policy == "share":
+            parse_shares(config.ranks.shares)
+        devices = parse_classes(config.devices.classes)
+    except ConfigError as e:
+        yield from e.problems
+        return
+    legend = config.ranks.policy == "legend"
+    if not legend and any(d.layers for d in devices):
+        yield (
+            "devices.classes limits how many layers a class trains, and only ranks.policy = "
+            "'legend' gives clients different layers; leave out the limit, or set that policy"
+        )
+    keeps = strategy.requires.client_memory or getattr(strategy, "reinit", "") == "keep-A"
+    if legend and keeps:
+        yield (
+            "ranks.policy = 'legend' changes a client's layers from round to round, and "
+            f"{config.strategy.name} keeps a part of each on the client; use fedavg, fedex, flora "
+            "or rolora"
+        )
+    if legend and config.privacy.on and not devices:
+        yield (
+            "ranks.policy = 'legend' lives on times that clients report, and no noise covers "
+            "those; set devices.classes to plan by a device model, or another policy"
+        )
+
+
+def _buffer(config: Config) -> Iterator[str]:
+    """What a round that ends early does not go with: federation/server/asynchronous.py."""
+    size = config.round.buffer
+    if not size:
+        return
+    most = config.clients.per_round or config.clients.count
+    if size > most:
+        yield (
+            f"round.buffer = {size}: must be at most {most}, the clients that train at a time "
+            "(clients.per-round, or clients.count)"
+        )
+    if config.secure.aggregation:
+        yield (
+            "round.buffer with secure.aggregation: a masked sum needs all of its clients in one "
+            "round; set round.buffer = 0"
+        )
+    if config.privacy.by_client:
+        yield (
+            "round.buffer with privacy.level = 'client': who is in a round then depends on how "
+            "fast it is, which the accounting does not cover; set round.buffer = 0"
+        )
+    if config.ranks.policy == "legend":
+        yield (
+            "round.buffer with ranks.policy = 'legend': it changes a client's layers while the "
+            "client still trains others; choose another policy"
+        )
+
+
+def _robust(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
+    """What judging single updates does not go with: federation/server/screening.py."""
+    method = config.robust.method
+    if method == "none":
+        return
+    if strategy.promise == "shared":
+        yield (
+            f"robust.method = '{method}': {config.strategy.name} keeps a factor on its clients, so "
+            "the server never sees what an update does, and the other factor alone can be made "
+            "any length without changing the model; use fedavg, fedex or ffa"
+        )
+    if method in ("krum", "multi-krum"):
+        n = config.clients.per_round or config.clients.count
+        need = 2 * config.robust.byzantine + 3
+        if n < need:
+            yield (
+                f"robust.method = '{method}' with robust.byzantine = {config.robust.byzantine} "
+                f"needs at least {need} clients a round, and there are {n}"
+            )
+
+
+def _personalize(config: Config) -> Iterator[str]:
+    """What each client's own model needs: federation/client/personalize.py."""
+    p = config.personalize
+    if (p.epochs or p.alone) and not config.evaluate.clients:
+        yield "personalize: its result is the clients' own scores; set evaluate.clients = true"
+    if (p.epochs or p.alone) and config.privacy.on and not config.privacy.release_metrics:
+        yield (
+            "personalize: its result is the clients' own scores, which privacy keeps on the "
+            "clients; set privacy.release-metrics = true where they may leave without noise"
+        )
