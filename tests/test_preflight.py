@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tomli_w
 from flwr.app import Message, RecordDict
-from tiny_federation import ROOT, directory_of, federate, quick
+from tiny_federation import ROOT, directory_of, federate, python, quick
 
 from fedlora import preflight
 from fedlora.config.reader import Config
@@ -331,6 +331,13 @@ def asked(kind: str, run_config: Mapping[str, Any], node_config: Mapping[str, An
     context = grid.contexts[1000]
     context.run_config, context.node_config = dict(run_config), dict(node_config)
     return here(kind, message, context)
+
+
+def test_to_be_told_what_cannot_run_imports_no_model_library() -> None:
+    code = "import sys, fedlora.preflight as p; p.read({}); print(*sys.modules)"
+    loaded = python(code).stdout.split()
+    assert "fedlora.preflight" in loaded
+    assert not {"transformers", "peft", "opacus", "flwr"} & set(loaded)
 
 
 def test_a_node_refuses_what_its_own_settings_make_impossible() -> None:

@@ -11,7 +11,7 @@
     audit.py         a lower bound on epsilon, from canaries
     inversion.py     the text in one update
     summary.py       what a run's records say; statement.py: what a ledger says
-    rules.py         what cannot be private together, said before round 1
+    delta.py         whether delta promises anything; preflight/privacy.py has what cannot be private
 
 Imports point down this list's dependencies only; nothing here knows of Flower.
 """

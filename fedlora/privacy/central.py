@@ -43,6 +43,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
+from fedlora.privacy.delta import delta_problem
 from fedlora.privacy.ledger import Charge, Ledger
 from fedlora.privacy.mechanism import rounded
 from fedlora.strategies.base import Client, Round, Strategy, Upload
@@ -198,14 +199,6 @@ class CentralPrivacy:
         if self.config.privacy.insecure_reproducible_noise:
             return Chance.reproducible(round.seed, round.number, -1, purpose)
         return Chance()
-
-
-def delta_problem(config: Config) -> str:
-    """Why privacy.delta promises clients nothing; empty where it does."""
-    delta, N = config.privacy.delta, config.clients.count
-    if delta < 1 / N:
-        return ""
-    return f"privacy.delta = {delta:g} must be below 1 / clients.count = {1 / N:.2g}"
 
 
 def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
