@@ -229,6 +229,25 @@ def test_a_run_that_is_there_and_a_port_that_is_taken_are_found_by_both(
             federate(other)
 
 
+def test_a_budget_that_other_runs_have_spent_is_found_before_the_run_ends_at_it(
+    settings: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = {"privacy.level": "client", "privacy.epsilon": 3.0, "privacy.delta": 0.01,
+              "privacy.ledger": str(tmp_path / "shared")}  # fmt: skip
+    federate(given_of(settings, "fedavg", "bert", shared))
+    next_ = given_of(settings, "fedavg", "bert", {**shared, "run.name": "next"})
+    ledger = tmp_path / "shared" / "ledgers" / "clients.jsonl"
+    before = ledger.read_bytes()
+    said = doctored(next_, tmp_path / "x.toml", capsys, monkeypatch)
+    assert "the privacy budget is spent" in said
+    assert ledger.read_bytes() == before, "to ask costs nothing"
+    assert "the privacy budget is spent" in str(federate(next_).summary)
+    assert begun(next_) == []
+
+
 def test_all_that_is_wrong_is_said_at_once_each_with_what_to_do() -> None:
     with pytest.raises(ConfigError) as caught:
         preflight.read({"strategy.name": "fedsa", **CENTRAL, "robust.method": "median",

@@ -139,12 +139,22 @@ class CentralPrivacy:
 
     def pay(self, run: str, round: int) -> None:
         """Charge the ledger for a round."""
+        self.epsilon = self.ledger.reserve(self._charge(run, round), self.config.privacy.epsilon)
+
+    def afford(self) -> float:
+        """The epsilon that a round would make it, which is not paid for.
+
+        Raises:
+            BudgetSpent: `pay` would raise it.
+        """
+        return self.ledger.afford(self._charge("", 1), self.config.privacy.epsilon)
+
+    def _charge(self, run: str, round: int) -> Charge:
         p = self.config.privacy
         noise = "reproducible" if p.insecure_reproducible_noise else "system"
-        charge = Charge(
+        return Charge(
             Spend(self.q, self.z, 1), self.C, p.delta, "client", run=run, round=round, noise=noise
         )
-        self.epsilon = self.ledger.reserve(charge, p.epsilon)
 
     def cohort(self, there: Sequence[int], round: Round) -> list[int]:
         """A Poisson sample of the clients; its size is as secret as its members."""
