@@ -22,7 +22,9 @@ are not sent again, and of its two of 1024 x 200 one."""
 
 
 @pytest.fixture
-def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Relay]]:
+def counted(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[tuple[Plan, Relay]]:
     import torch
     from conftest import settings
     from transformers import BertConfig, BertModel
@@ -34,7 +36,7 @@ def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Relay]]:
     )  # fmt: skip
     BertModel(config).save_pretrained(str(tmp_path / "model"))
     write_tokenizer(tmp_path / "model")
-    given = settings._get_wrapped_function()(tiny, tmp_path)(
+    given = settings._get_wrapped_function()(tiny, tmp_path, request)(
         "bert",
         **{
             "model.path": str(tmp_path / "model"),

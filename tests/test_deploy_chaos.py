@@ -119,11 +119,13 @@ class Storm:
 
 
 @pytest.fixture
-def exposed(tiny, tmp_path: Path) -> Iterator[tuple[Plan, list[Relay]]]:
+def exposed(
+    tiny, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Plan, list[Relay]]]:
     """A deployment each of whose nodes reaches the server through a relay of its own."""
     from conftest import settings
 
-    given = settings._get_wrapped_function()(tiny, tmp_path)(
+    given = settings._get_wrapped_function()(tiny, tmp_path, request)(
         "bert",
         **{
             "strategy.name": "fedsa",  # clients keep memory

@@ -24,11 +24,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def deployed(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+def deployed(
+    tiny, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Plan]:
     from conftest import settings
 
     root = tmp_path_factory.mktemp("real")
-    given = settings._get_wrapped_function()(tiny, root)("bert", **{"run.rounds": 2})
+    given = settings._get_wrapped_function()(tiny, root, request)("bert", **{"run.rounds": 2})
     plan = prepared(root / "dep", given, 4)
     mortal(plan)
     host.up(plan, print, timeout=300.0)
