@@ -30,6 +30,7 @@ lint: $(READY)
 # Any warning fails it. It fetches nothing; the variable silences an advertisement.
 docs: $(READY)
 	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/draw_rooms.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: lint docs test

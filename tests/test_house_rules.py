@@ -70,6 +70,13 @@ def test_no_file_is_named_for_nothing() -> None:
     assert not parts & FORBIDDEN_NAMES
 
 
+def test_every_room_stands_in_the_page_about_the_house() -> None:
+    rooms = {p.stem for p in (ROOT / "fedlora").iterdir() if p.is_dir() or p.suffix == ".py"}
+    text = (ROOT / "docs" / "internals.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.M))
+    assert rooms - {"__init__", "__pycache__"} == told
+
+
 def test_strategies_know_tensors_only() -> None:
     allowed = {
         "torch",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tomli_w
 from flwr.app import Message, RecordDict
-from tiny_federation import ROOT, directory_of, federate, quick
+from tiny_federation import ROOT, directory_of, federate, python, quick
 
 from fedlora import preflight
 from fedlora.config.reader import Config
@@ -229,6 +229,25 @@ def test_a_run_that_is_there_and_a_port_that_is_taken_are_found_by_both(
             federate(other)
 
 
+def test_a_budget_that_other_runs_have_spent_is_found_before_the_run_ends_at_it(
+    settings: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = {"privacy.level": "client", "privacy.epsilon": 3.0, "privacy.delta": 0.01,
+              "privacy.ledger": str(tmp_path / "shared")}  # fmt: skip
+    federate(given_of(settings, "fedavg", "bert", shared))
+    next_ = given_of(settings, "fedavg", "bert", {**shared, "run.name": "next"})
+    ledger = tmp_path / "shared" / "ledgers" / "clients.jsonl"
+    before = ledger.read_bytes()
+    said = doctored(next_, tmp_path / "x.toml", capsys, monkeypatch)
+    assert "the privacy budget is spent" in said
+    assert ledger.read_bytes() == before, "to ask costs nothing"
+    assert "the privacy budget is spent" in str(federate(next_).summary)
+    assert begun(next_) == []
+
+
 def test_all_that_is_wrong_is_said_at_once_each_with_what_to_do() -> None:
     with pytest.raises(ConfigError) as caught:
         preflight.read({"strategy.name": "fedsa", **CENTRAL, "robust.method": "median",
@@ -331,6 +350,13 @@ def asked(kind: str, run_config: Mapping[str, Any], node_config: Mapping[str, An
     context = grid.contexts[1000]
     context.run_config, context.node_config = dict(run_config), dict(node_config)
     return here(kind, message, context)
+
+
+def test_to_be_told_what_cannot_run_imports_no_model_library() -> None:
+    code = "import sys, fedlora.preflight as p; p.read({}); print(*sys.modules)"
+    loaded = python(code).stdout.split()
+    assert "fedlora.preflight" in loaded
+    assert not {"transformers", "peft", "opacus", "flwr"} & set(loaded)
 
 
 def test_a_node_refuses_what_its_own_settings_make_impossible() -> None:

@@ -8,6 +8,7 @@
 The command, `fedlora doctor`, `fedlora compare` and the entry points of both apps ask; a node asks
 of its own config before it answers. The server asks the second part once more, of the clients that
 came (federation/server/admission.py). `Config` parses one key at a time and knows nothing of this.
+It loads no model and imports nothing that could, so that the command answers at once.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedlora.config.reader import Config
-from fedlora.privacy.central import delta_problem
+from fedlora.privacy.delta import delta_problem
 from fedlora.strategies.base import Strategy
 
 

@@ -11,7 +11,7 @@
     audit.py         a lower bound on epsilon, from canaries
     inversion.py     the text in one update
     summary.py       what a run's records say; statement.py: what a ledger says
-    rules.py         what cannot be private together, said before round 1
+    delta.py         whether delta promises anything; what else cannot be: preflight/privacy.py
 
 Imports point down this list's dependencies only; nothing here knows of Flower.
 """

@@ -43,6 +43,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
+from fedlora.privacy.delta import delta_problem
 from fedlora.privacy.ledger import Charge, Ledger
 from fedlora.privacy.mechanism import rounded
 from fedlora.strategies.base import Client, Round, Strategy, Upload
@@ -138,12 +139,22 @@ class CentralPrivacy:
 
     def pay(self, run: str, round: int) -> None:
         """Charge the ledger for a round."""
+        self.epsilon = self.ledger.reserve(self._charge(run, round), self.config.privacy.epsilon)
+
+    def afford(self) -> float:
+        """The epsilon that a round would make it, which is not paid for.
+
+        Raises:
+            BudgetSpent: `pay` would raise it.
+        """
+        return self.ledger.afford(self._charge("", 1), self.config.privacy.epsilon)
+
+    def _charge(self, run: str, round: int) -> Charge:
         p = self.config.privacy
         noise = "reproducible" if p.insecure_reproducible_noise else "system"
-        charge = Charge(
+        return Charge(
             Spend(self.q, self.z, 1), self.C, p.delta, "client", run=run, round=round, noise=noise
         )
-        self.epsilon = self.ledger.reserve(charge, p.epsilon)
 
     def cohort(self, there: Sequence[int], round: Round) -> list[int]:
         """A Poisson sample of the clients; its size is as secret as its members."""
@@ -198,14 +209,6 @@ class CentralPrivacy:
         if self.config.privacy.insecure_reproducible_noise:
             return Chance.reproducible(round.seed, round.number, -1, purpose)
         return Chance()
-
-
-def delta_problem(config: Config) -> str:
-    """Why privacy.delta promises clients nothing; empty where it does."""
-    delta, N = config.privacy.delta, config.clients.count
-    if delta < 1 / N:
-        return ""
-    return f"privacy.delta = {delta:g} must be below 1 / clients.count = {1 / N:.2g}"
 
 
 def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:

@@ -136,6 +136,15 @@ class Ledger:
             )
         return contents
 
+    def afford(self, charge: Charge, budget: float = 0.0) -> float:
+        """The epsilon that the charge would make it; nothing is written.
+
+        Raises:
+            BudgetSpent: it would exceed the budget (0: none).
+            PrivacyError: the ledger cannot be trusted.
+        """
+        return self._within(self.read(), charge, budget)
+
     def reserve(self, charge: Charge, budget: float = 0.0) -> float:
         """Write the charge down, on disk when this returns; the epsilon with it.
 
@@ -145,17 +154,21 @@ class Ledger:
         """
         with self._locked():
             contents = self.read()
-            after = contents.epsilon(charge.delta, charge.spend)
-            if budget and after > budget * (1 + 1e-9):
-                spent = contents.epsilon(charge.delta)
-                raise BudgetSpent(
-                    f"the privacy budget is spent: epsilon is {spent:.4g}, and "
-                    f"{charge.spend.steps} steps more make {after:.4g}, above the limit of "
-                    f"{budget:g} at delta = {charge.delta:g} ({self.path}); nothing was trained"
-                )
+            after = self._within(contents, charge, budget)
             if contents.torn:
                 contents = self._heal(contents, charge)
             self._append(contents, charge.record())
+        return after
+
+    def _within(self, contents: Contents, charge: Charge, budget: float) -> float:
+        after = contents.epsilon(charge.delta, charge.spend)
+        if budget and after > budget * (1 + 1e-9):
+            spent = contents.epsilon(charge.delta)
+            raise BudgetSpent(
+                f"the privacy budget is spent: epsilon is {spent:.4g}, and "
+                f"{charge.spend.steps} steps more make {after:.4g}, above the limit of "
+                f"{budget:g} at delta = {charge.delta:g} ({self.path}); nothing was trained"
+            )
         return after
 
     def _heal(self, contents: Contents, charge: Charge) -> Contents:
