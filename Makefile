@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	rm -rf runs/quickstart
-	$(BIN)/fedlora simulate simulations/experiments/quickstart.toml
+	$(BIN)/fedlora simulate quickstart
 
 test: $(READY)
 	$(BIN)/pytest -n 2 -m "not slow"

@@ -10,6 +10,7 @@ import typer
 from fedlora.launch.deploy.cli import app as deploy
 from fedlora.launch.guard import guarded
 from fedlora.launch.lab.cli import app as privacy
+from fedlora.version import __version__
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning of Hugging Face models on Flower.",
@@ -23,15 +24,30 @@ app.add_typer(privacy, name="privacy")
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a key: --set train.lr=1e-3")
 ]
-ConfigFile = Annotated[Path, typer.Argument(help="An experiment file (TOML).", show_default=False)]
+EXPERIMENT = "A file (TOML), or a shipped experiment's name."
+ConfigFile = Annotated[Path, typer.Argument(help=EXPERIMENT, show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """What every command has."""
 
 
 @app.command()
 def simulate(
-    config: Annotated[
-        Path | None, typer.Argument(help="An experiment file (TOML).", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(help=EXPERIMENT, show_default=False)] = None,
     set_: Set = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)
@@ -51,7 +67,7 @@ def simulate(
     if workers is not None:
         overrides["simulate.workers"] = workers
     if (resume is None) == (config is None):
-        raise typer.BadParameter("give an experiment file, or --resume with a run's directory")
+        raise typer.BadParameter("give an experiment, or --resume with a run's directory")
     if engine not in ("local", "flower"):
         raise typer.BadParameter("must be local or flower", param_hint="--engine")
     from fedlora.launch.simulate.run import flower, local, resumed
@@ -159,7 +175,7 @@ def forms() -> None:
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="An experiment file to check as well.")
+        Path | None, typer.Argument(help=f"To check as well. {EXPERIMENT}", show_default=False)
     ] = None,
     set_: Set = None,
 ) -> None:

@@ -11,7 +11,7 @@ from test_report import change, make_run
 
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.compare import run as compare
-from fedlora.launch.compare.experiment import SEARCH_SEED, SHIPPED, Cell, Experiment, cells, chosen
+from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen
 from fedlora.launch.compare.row import Row, once, row
 from fedlora.launch.compare.table import as_csv, as_html, as_markdown, compared, target_of
 from fedlora.launch.experiment_file import load
@@ -50,7 +50,7 @@ def test_every_shipped_experiment_says_its_claim_and_every_cell_of_it_is_a_valid
 
 
 def test_an_experiment_with_a_compare_table_is_a_config_file_still() -> None:
-    assert load(SHIPPED / "legend.toml").devices.classes
+    assert load("legend").devices.classes
 
 
 # -- what is asked for ----------------------------------------------------------------------------

@@ -26,7 +26,13 @@ from fedlora.strategies import STRATEGIES
 from fedlora.strategies import server_optimizers as server_opt
 
 PAGES = sorted(DOCS.rglob("*.md"))
-WRITTEN = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES)
+WRITTEN = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "simulations/README.md",
+    *PAGES,
+)
 YES = {True: "yes", False: "no"}
 WORKED = DOCS / "write-a-strategy.md"
 

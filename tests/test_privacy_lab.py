@@ -17,7 +17,6 @@ from fedlora.launch.lab.seat import Seat, joined, pick
 from fedlora.launch.lab.study import main
 from fedlora.training import cache as site
 
-SHIPPED = Path(__file__).parent.parent / "simulations" / "experiments" / "privacy.toml"
 TINY = Size(40, 4, 2.0, (4,), 1, 5, (12,), 2000)
 
 
@@ -35,7 +34,7 @@ def experiment(tmp_path: Path, settings: Build, **table: object) -> Path:
 
 
 def test_every_run_of_the_shipped_lab_is_a_valid_config_and_differs_where_its_table_says() -> None:
-    lab = Lab.load(SHIPPED, {}, Path("out"))
+    lab = Lab.load("privacy", {}, Path("out"))
     runs = {(s, e): lab.at(s, e) for s in lab.strategies for e in lab.epsilons}
     assert set(lab.strategies) == {"fedavg", "ffa", "fedex", "flora", "fedsa", "fedsb"}
     assert list(lab.epsilons) == [0, 8, 3, 1]

@@ -1,26 +1,58 @@
 """An experiment file: the tables of a run's config, and beside them those of commands of ours.
 
+Wherever a command takes one, it takes a path, or the name of one that ships: `quickstart`.
+
 [compare]    how `fedlora compare` varies the run: launch/compare/experiment.py
 [audit]      what `fedlora privacy audit` measures: launch/lab/study.py
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora import preflight
 from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
 
 BESIDE = ("compare", "audit")
+PACKAGE = Path(__file__).parents[1]
+PLACES = (PACKAGE / "simulations/experiments", PACKAGE.parent / "simulations/experiments")
+"""Of the experiments that ship: in the package in a wheel, beside it in a checkout."""
+
+
+def shipped() -> dict[str, Path]:
+    """The experiments that ship, by name; none in an app bundle, which carries code alone."""
+    place = next((p for p in PLACES if p.is_dir()), PACKAGE)
+    return {path.stem: path for path in sorted(place.glob("*.toml"))}
+
+
+def find(name: Path | str, also: Sequence[str] = ()) -> Path:
+    """The file by its path, else by its name where it is one that ships. A directory is no file.
+
+    also: names that the caller takes and this does not, for the error.
+
+    Raises:
+        ConfigError: neither; with the names, and the nearest.
+    """
+    path, known = Path(name), shipped()
+    if path.exists() and not path.is_dir():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    names = [*known, *also]
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise ConfigError([f"{name}: no such file, nor one of {', '.join(names)}{hint}"])
 
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The run's config, with overrides on top; it can run.
+    """The config of the experiment that `find` finds, with overrides on top; it can run.
 
     Raises:
-        ConfigError: it cannot, with all that is wrong.
+        ConfigError: there is none, or it cannot, with all that is wrong.
     """
-    return preflight.load(path, overrides, BESIDE)
+    return preflight.load(find(path), overrides, BESIDE)
 
 
 def parse(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -9,21 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import ConfigError
-from fedlora.launch.experiment_file import load
+from fedlora.launch.experiment_file import find, load
 from fedlora.strategies import STRATEGIES
 
 SEARCH_SEED = 1000
 """Of the runs that choose [compare.search]; a grid has seeds of its own."""
-PACKAGE = Path(__file__).parents[2]
-SHIPPED = next(
-    (
-        p
-        for p in (PACKAGE / "simulations/experiments", PACKAGE.parent / "simulations/experiments")
-        if p.is_dir()
-    ),
-    PACKAGE,
-)
-"""The experiments: beside the rooms in a wheel, beside the package in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +37,7 @@ class Experiment:
         Raises:
             ConfigError: it is not there, or its [compare] table has a key that is none.
         """
-        path = Path(name) if Path(name).exists() else SHIPPED / f"{name}.toml"
-        if not path.exists():
-            have = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
-            raise ConfigError([f"{name}: no such file, nor one of {have}, synthetic"])
+        path = find(name, also=["synthetic"])
         text = path.read_text()
         try:
             table = tomllib.loads(text).get("compare", {})

@@ -20,7 +20,10 @@ def init(
     directory: Directory,
     clients: Annotated[int, typer.Option(help="How many nodes.", show_default=False)],
     experiment: Annotated[
-        Path | None, typer.Option(help="An experiment file (TOML); default: the quickstart.")
+        Path | None,
+        typer.Option(
+            help="A file (TOML), or a shipped experiment's name; default: the quickstart."
+        ),
     ] = None,
     set_: Set = None,
     host: Annotated[

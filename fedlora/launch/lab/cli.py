@@ -29,7 +29,10 @@ def ledger(
 
 @app.command()
 def audit(
-    config: Annotated[Path, typer.Argument(help="An experiment file (TOML).", show_default=False)],
+    config: Annotated[
+        Path,
+        typer.Argument(help="A file (TOML), or a shipped experiment's name.", show_default=False),
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="Override a key: --set run.rounds=5")
     ] = None,

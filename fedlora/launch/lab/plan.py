@@ -26,7 +26,7 @@ from typing import Any
 from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.launch.experiment_file import load
+from fedlora.launch.experiment_file import find, load
 from fedlora.launch.lab.canaries import mechanisms
 from fedlora.lora.tree_file import write_atomically
 from fedlora.strategies import STRATEGIES
@@ -87,17 +87,18 @@ class Lab:
     @classmethod
     def load(
         cls,
-        path: Path,
+        path: Path | str,
         overrides: Mapping[str, Any],
         out: Path,
         quick: bool = False,
         **chosen: Sequence[Any] | None,
     ) -> "Lab":
-        """By the experiment's file; `chosen` are epsilons, strategies, seeds in place of its own.
+        """By the experiment's file or name, with `chosen` epsilons, strategies, seeds for its own.
 
         Raises:
             ConfigError: the file or its [audit] table is wrong, or there is no such strategy.
         """
+        path = find(path)
         config = load(path, overrides)
         table = tomllib.loads(path.read_text()).get("audit", {})
         if wrong := sorted(set(table) - KEYS):

@@ -1,7 +1,7 @@
 """The privacy lab: what an experiment's privacy costs, and what attacks get out of it.
 
-    fedlora privacy audit simulations/experiments/privacy.toml
-    fedlora privacy audit simulations/experiments/privacy.toml --quick
+    fedlora privacy audit privacy
+    fedlora privacy audit privacy --quick
 
     utility      accuracy by strategy and epsilon, beside a linear probe under the same epsilon
     membership   LiRA-lite and the loss threshold on models; the server's seat on single updates

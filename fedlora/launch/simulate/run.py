@@ -16,7 +16,7 @@ import tomli_w
 
 from fedlora import preflight
 from fedlora.config.reader import Config
-from fedlora.errors import FedLoraError, RoundError
+from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
 from fedlora.launch.experiment_file import load
 from fedlora.launch.shim import SHIM
@@ -52,9 +52,15 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
 
 
 def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The config file of the run in this directory, and the keys that make a run go on there."""
-    where = {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
-    return directory / "config.toml", where
+    """The config file of the run in this directory, and the keys that make a run go on there.
+
+    Raises:
+        ConfigError: no run began there.
+    """
+    path = directory / "config.toml"
+    if not path.exists():
+        raise ConfigError([f"{path}: no such file, so no run to go on with"])
+    return path, {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
 
 
 def finish(directory: Path, plots: bool) -> Path:
