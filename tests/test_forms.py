@@ -361,7 +361,7 @@ def test_ranks_of_a_form_that_has_one_size_are_no_setting(settings: Settings) ->
 
 def test_options_that_a_form_has_not_are_listed(settings: Settings) -> None:
     def model(form: str, **changes: object) -> Model:
-        return Model(Config.read(given(settings, form, "fedavg", **changes)), ("x", "y"))
+        return Model(preflight.read(given(settings, form, "fedavg", **changes)), ("x", "y"))
 
     with pytest.raises(ConfigError, match=r"fourierft has no 'scalling'; it has .*scaling"):
         model("fourierft", **{"lora.options": "scalling=3"})

@@ -113,7 +113,12 @@ class LocalGrid(Grid):
                 self._queue.append(message)
                 self._dispatch()
             else:
-                self._keep(message, self._answer(message))
+                context = self.contexts[message.metadata.dst_node_id]
+                try:
+                    reply = given(self.client_app(message, context))
+                except Exception as e:  # an app without a guard of its own
+                    reply = failed(e, message)
+                self._keep(message, reply)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -138,14 +143,11 @@ class LocalGrid(Grid):
     # -- the work -----------------------------------------------------------------------------
 
     def _answer(self, message: Message) -> Message:
-        context = self.contexts[message.metadata.dst_node_id]
+        """In a worker: as `push_messages` does where there is none."""
         try:
-            reply = self.client_app(message, context)
-            if reply is None:
-                raise ValueError("the ClientApp gave no reply")
-        except Exception as e:  # an app without a guard of its own
-            reply = Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
-        return reply
+            return given(self.client_app(message, self.contexts[message.metadata.dst_node_id]))
+        except Exception as e:
+            return failed(e, message)
 
     def _keep(self, message: Message, reply: Message) -> None:
         _name(reply)
@@ -207,6 +209,18 @@ class LocalGrid(Grid):
             worker.stop()
         self.workers = []
         self._selector.close()
+
+
+def given(reply: Message | None) -> Message:
+    """The app's reply; raises ValueError where it gave none."""
+    if reply is None:
+        raise ValueError("the ClientApp gave no reply")
+    return reply
+
+
+def failed(error: Exception, message: Message) -> Message:
+    """An error reply that says what went wrong."""
+    return Message(Error(code_of(error), f"{type(error).__name__}: {error}"), reply_to=message)
 
 
 @dataclass(eq=False)

@@ -14,7 +14,6 @@ from typing import Any
 
 import tomli_w
 
-from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
@@ -30,24 +29,18 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
     quiet_libraries()
     config = load(path, overrides)
 
-    from flwr.app import Context
-    from flwr.serverapp import Grid, ServerApp
-
     from fedlora.federation.server.loop import FederatedLora
-    from fedlora.launch.client_app import app as client_app
-    from fedlora.launch.simulate.grid import run_local
+    from fedlora.launch.client_app import app
+    from fedlora.launch.simulate.grid import LocalGrid
 
     directory = Path(config.run.out, config.run.name)
     workers = config.simulate.workers or os.cpu_count() or 1
-    app = ServerApp()
-    with Silent() if quiet else Progress(config.run.rounds) as observer:
-
-        @app.main()
-        def main(grid: Grid, context: Context) -> None:
-            FederatedLora(preflight.read(context.run_config), observer).start(grid)
-
-        with _resumable(directory, observer):
-            run_local(app, client_app, config.flat(), config.clients.count, workers)
+    with (
+        Silent() if quiet else Progress(config.run.rounds) as observer,
+        _resumable(directory, observer),
+        LocalGrid(app, config.clients.count, config.flat(), workers) as grid,
+    ):
+        FederatedLora(config, observer).start(grid)
     return finish(directory, config.output.plots)
 
 
