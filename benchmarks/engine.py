@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from benchmarks.measure import Row, forked, peak, spent
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
-from fedlora.federation.client.handlers import answer, query
+from fedlora.federation.client.handlers import query
 from fedlora.federation.client.job import ClientJob
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import client
@@ -161,7 +161,7 @@ idle = ClientApp()
 
 @idle.query()
 def _query(message: Message, context: Context) -> Message:
-    return answer(query, message, context)
+    return Message(query(message, context), reply_to=message)
 
 
 @idle.train()
@@ -180,7 +180,7 @@ def _train(message: Message, context: Context) -> Message:
             }
         )
 
-    return answer(back, message, context)
+    return Message(back(message, context), reply_to=message)
 
 
 untrained: dict[tuple[str, int], ArrayRecord] = {}

@@ -233,7 +233,8 @@ def config_(config: ConfigFile, set_: Set = None) -> None:
 
 def main() -> None:
     """Run the command; what a user can mend is said in one paragraph, without a traceback."""
-    guarded(app)
+    with guarded():
+        app()
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
-from fedlora.federation.client import dispatch as handover
 from fedlora.federation.wire.codes import Code
-from fedlora.launch.client_app import here
+from fedlora.launch.client_app import answer
 from fedlora.launch.deploy import node, worker
 
 
@@ -74,7 +73,7 @@ def a_message(ttl: float = 60.0):
 def test_a_worker_that_never_was_there_is_done_without() -> None:
     message, context = a_message()
     context.node_config["worker-socket"] = "nobody.sock"
-    reply = handover.answer("query", here, message, context)
+    reply = answer("query", message, context)
     assert reply.content.config_records["facts"]["client"] == 0
 
 
@@ -100,7 +99,7 @@ def test_an_error_keeps_its_code_all_the_way(
     message, context = a_message()
     if how == "warm":
         context.node_config["worker-socket"] = warm
-    reply = handover.answer("train", here, message, context)
+    reply = answer("train", message, context)
     assert reply.error.code == code
     assert str(reply.error.reason).startswith(f"{type(error).__name__}: {error}")
 
@@ -138,7 +137,7 @@ def dying(directory: Path, request: pytest.FixtureRequest) -> Iterator[subproces
 def test_a_crash_of_the_worker_is_an_error_reply() -> None:
     message, context = a_message()
     context.node_config["worker-socket"] = "w.sock"
-    reply = handover.answer("train", here, message, context)
+    reply = answer("train", message, context)
     assert reply.error.code == Code.WORKER_LOST
     assert "was lost with this message in hand" in reply.error.reason
 
@@ -150,7 +149,7 @@ def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(
     message, context = a_message(ttl=2.0)
     context.node_config["worker-socket"] = "w.sock"
     begun = time.monotonic()
-    reply = handover.answer("train", here, message, context)
+    reply = answer("train", message, context)
     assert reply.error.code == Code.WORKER_LOST
     assert "DEADLINE" in reply.error.reason
     assert time.monotonic() - begun < 8
@@ -168,11 +167,11 @@ def test_a_worker_that_is_only_slow_is_warm_for_the_next_message(dying: subproce
     """Ended at its deadline it would load the model anew for each message, and never be in time."""
     message, context = a_message(ttl=2.0)
     context.node_config["worker-socket"] = "w.sock"
-    late = handover.answer("train", here, message, context)
+    late = answer("train", message, context)
     assert "DEADLINE" in late.error.reason
     message, context = a_message(ttl=10.0)
     context.node_config["worker-socket"] = "w.sock"
-    reply = handover.answer("train", here, message, context)
+    reply = answer("train", message, context)
     assert not reply.has_error() or "was lost" not in reply.error.reason
     assert dying.poll() is None
 
@@ -200,6 +199,6 @@ def test_a_broken_installation_is_an_error_reply(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.delattr(client, "train")  # as where the installed version is another
     message, context = a_message()
-    reply = handover.answer("train", here, message, context)
+    reply = answer("train", message, context)
     assert reply.error.code == Code.BUG
     assert "AttributeError" in reply.error.reason

@@ -21,8 +21,8 @@ from fedlora.federation.server import admission
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.wire.codes import Code
 from fedlora.launch import client_reply
+from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
-from fedlora.launch.client_app import here
 from fedlora.launch.doctor import examine
 from fedlora.launch.simulate.grid import LocalGrid, _name
 from fedlora.strategies import STRATEGIES
@@ -349,7 +349,7 @@ def asked(kind: str, run_config: Mapping[str, Any], node_config: Mapping[str, An
     _name(message)
     context = grid.contexts[1000]
     context.run_config, context.node_config = dict(run_config), dict(node_config)
-    return here(kind, message, context)
+    return answer(kind, message, context)
 
 
 def test_to_be_told_what_cannot_run_imports_no_model_library() -> None:

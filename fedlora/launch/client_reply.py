@@ -4,9 +4,9 @@ A node's config is the run's with its own settings in place (its limit on epsilo
 checked here for what the server's was checked for there: fedlora/preflight.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 
 from fedlora import preflight
 from fedlora.config.reader import Config
@@ -23,15 +23,12 @@ UNCHECKED = ("query",)
 def reply(kind: str, message: Message, context: Context) -> Message:
     """The reply to a message of this kind, or an error reply with the reason. Never nothing."""
     handler: Handler = getattr(handlers, HANDLERS[kind])
-    if kind not in UNCHECKED:
-        handler = partial(_checked, handler)
-    return handlers.answer(handler, message, context)
-
-
-def _checked(handler: Handler, message: Message, context: Context) -> RecordDict:
-    if found := _problems(read_config(context)):
-        raise ConfigError([*found])
-    return handler(message, context)
+    try:
+        if kind not in UNCHECKED and (found := _problems(read_config(context))):
+            raise ConfigError([*found])
+        return Message(handler(message, context), reply_to=message)
+    except Exception as e:
+        return handlers.failed(e, message)
 
 
 @lru_cache(maxsize=4096)

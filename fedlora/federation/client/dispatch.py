@@ -1,4 +1,4 @@
-"""Answers a client's message in this process, or hands it to the node's warm worker.
+"""Hands a client's message to the node's warm worker, where there is one.
 
 Flower starts a new process for every message. Where the node config names a `worker-socket` (or
 the environment FEDLORA_WORKER_SOCKET), that process imports no torch: it hands the message to the
@@ -10,35 +10,24 @@ second try, since a private step may have been paid for; and never a wait past t
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
 
-from fedlora.federation.wire.codes import Code, code_of
+from fedlora.federation.wire.codes import Code
 
 METHOD = "/fedlora.Worker/Answer"
 READY = 60.0
 """Seconds to wait for a worker that is starting."""
 
 
-Here = Callable[[str, Message, Context], Message]
+def handed_over(kind: str, message: Message, context: Context) -> Message | None:
+    """The warm worker's reply to a message of this kind; None where there is no worker.
 
-
-def answer(kind: str, here: Here, message: Message, context: Context) -> Message:
-    """The reply to a message of this kind ("train", "evaluate", ...). Never nothing.
-
-    here: makes it in this process, where no worker does; called for nothing else.
+    kind: "train", "evaluate", ... An error reply where the worker was lost with the message.
     """
-    try:
-        named = context.node_config.get("worker-socket") or os.environ.get("FEDLORA_WORKER_SOCKET")
-        if named:
-            reply = ask(Path(str(named)), kind, message, context)
-            if reply is not None:
-                return reply
-        return here(kind, message, context)
-    except Exception as e:  # an import that fails, too: without a reply the server waits long
-        return Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
+    named = context.node_config.get("worker-socket") or os.environ.get("FEDLORA_WORKER_SOCKET")
+    return ask(Path(str(named)), kind, message, context) if named else None
 
 
 HANDLERS = {

@@ -45,12 +45,9 @@ from fedlora.training.train import threads
 Handler = Callable[[Message, Context], RecordDict]
 
 
-def answer(handler: Handler, message: Message, context: Context) -> Message:
-    """The handler's reply, or an error reply that says what went wrong. Never nothing."""
-    try:
-        return Message(handler(message, context), reply_to=message)
-    except Exception as e:  # whatever it is, the server must hear of it
-        return Message(Error(code_of(e), _told(e)), reply_to=message)
+def failed(error: Exception, message: Message) -> Message:
+    """An error reply that says what went wrong; whatever it is, the server must hear of it."""
+    return Message(Error(code_of(error), _told(error)), reply_to=message)
 
 
 def _told(error: Exception) -> str:

@@ -6,9 +6,10 @@ ClientJob.open(message, context)   config, job, strategy, memory and download of
 .reply(records)                    the reply, tagged with round, run and client
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ class ClientJob:
             judged = config.evaluate.clients and self.may_report_metrics
             if judged:
                 scores |= named("before", evaluate(model, test, config))
-            outcome = self.fit(model, rows)
+            columns, penalty = self.download.trainable, self.download.penalty
+            args = (model, rows, columns, config, job.round, job.client, penalty)
+            outcome = self.trainer()(*args)
             if judged:
                 scores |= named("after", evaluate(model, test, config))
             trained = model.read()
@@ -164,19 +167,18 @@ class ClientJob:
             raise e if self.may_report_metrics else TrainingCheckError(e.what) from None
         self.memory.add_checked(key)
 
-    def fit(self, model: Model, rows: Encoded) -> Fit:
-        """Train on these rows: under example-level DP, paid for in this data set's ledger."""
-        config, job, download = self.config, self.job, self.download
-        args = (model, rows, download.trainable, config, job.round, job.client, download.penalty)
+    def trainer(self) -> Callable[..., Fit]:
+        """`train.fit`; under example-level DP the same, paid for in this data set's ledger."""
+        config, job = self.config, self.job
         if not config.privacy.by_example:
-            return fit(*args)
+            return fit
         from fedlora.privacy.ledger import Ledger, fingerprint
         from fedlora.privacy.training import private_fit
 
         raw = site.client_rows(job.client, config, job.labels).train
         data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
         root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
-        return private_fit(*args, Ledger(root, data), job.token)
+        return partial(private_fit, ledger=Ledger(root, data), run=job.token)
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Model, Factors]]:

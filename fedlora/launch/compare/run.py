@@ -259,7 +259,8 @@ def _cell(path: Path, changes: Mapping[str, Any], log: str) -> None:
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    guarded(lambda: local(path, changes, quiet=True))
+    with guarded():
+        local(path, changes, quiet=True)
 
 
 def _finish(cell: Cell) -> None:
