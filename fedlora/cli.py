@@ -140,7 +140,7 @@ def strategies() -> None:
                 "client_memory": "client memory",
                 "moving_base": "a base that takes changes",
             }.items()
-            if getattr(cls.requires, field)
+            if getattr(cls().needs(), field)
         ]
         doc = sys.modules[cls.__module__].__doc__ or ""
         table.add_row(name, doc.split("\n\n")[0].replace("\n", " "), ", ".join(needs) or "-",

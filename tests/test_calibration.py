@@ -193,7 +193,7 @@ def test_a_strategy_begins_with_what_was_found_or_refuses_it(
     refused, said = set(), []
     for name, cls in STRATEGIES.items():
         strategy: Any = cls()
-        ranks = (8, 8) if strategy.requires.equal_ranks else (4, 8)
+        ranks = (8, 8) if strategy.needs().equal_ranks else (4, 8)
         clients = [Client(i, model.layers(dict.fromkeys(model.shapes, r))) for i, r in
                    enumerate(ranks)]  # fmt: skip
         state = strategy.init(Start(first, clients, model.weights(), 0))

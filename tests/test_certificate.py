@@ -17,7 +17,8 @@ from fedlora.federation.client.memory import ClientMemory
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.lowrank import extend, wide
 from fedlora.strategies import STRATEGIES, fedex, fedsb, lora_a2, ravan
-from fedlora.strategies.base import BaseLog, Client, Upload, Version
+from fedlora.strategies.base import Client, Upload, Version
+from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
 from fedlora.training import cache as site

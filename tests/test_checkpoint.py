@@ -22,7 +22,8 @@ from fedlora.federation.server.journal import Member, Saved, state_types
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.tree_file import load, notes, save, write_atomically
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import BaseLog, Version
+from fedlora.strategies.base import Version
+from fedlora.strategies.base_log import BaseLog
 
 
 def a_tree() -> Any:

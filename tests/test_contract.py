@@ -1,6 +1,7 @@
 """What every strategy owes the federation. A new one in STRATEGIES is covered unasked."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,18 @@ from fedlora.federation.server.journal import state_types
 from fedlora.lora.adapter import Factors, Pair, Stack, dense
 from fedlora.lora.tree_file import load, save
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import BaseLog, Client, Requires, Round, Upload, Version
+from fedlora.strategies.base import (
+    BeginsFromGradient,
+    Client,
+    CollectsAtEnd,
+    Needs,
+    Round,
+    Upload,
+    Version,
+    begins,
+    collects,
+)
+from fedlora.strategies.base_log import BaseLog
 
 VARIANTS = variants()
 FEDERATIONS = {
@@ -75,7 +87,7 @@ def rounds(strategy: Any, clients: list[Client]) -> list[Played]:
     return PLAYED[key]
 
 
-REMEMBERING = {name: s for name, s in VARIANTS.items() if s.requires.client_memory}
+REMEMBERING = {name: s for name, s in VARIANTS.items() if s.needs().client_memory}
 
 every_strategy = pytest.mark.parametrize("strategy", VARIANTS.values(), ids=VARIANTS)
 every_run = pytest.mark.parametrize(("strategy", "clients"), RUNS.values(), ids=RUNS)
@@ -233,7 +245,8 @@ def test_uploads_may_come_one_by_one(strategy: Any) -> None:
 
 @every_strategy
 def test_one_client_alone_is_kept_as_it_is(strategy: Any) -> None:
-    cut = (1 - getattr(strategy, "energy", 1)) ** 0.5  # what florist may leave out by its option
+    options = dataclasses.asdict(strategy)
+    cut = (1 - options.get("energy", 1)) ** 0.5  # what florist may leave out by its option
     for played in play(strategy, fitting(strategy), [(2,), (1,)]):
         assert deviation(strategy, played) <= max(cut, 1e-12)
 
@@ -334,11 +347,35 @@ def test_hyperparameters_are_what_a_config_can_hold(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_strategy_is_frozen_and_says_what_it_requires(name: str) -> None:
+def test_a_strategy_is_frozen_and_says_what_it_needs(name: str) -> None:
     cls: Any = STRATEGIES[name]
     assert cls.__dataclass_params__.frozen
-    assert isinstance(cls.requires, Requires)
+    assert isinstance(cls().needs(), Needs)
     assert cls.__bases__ == (object,)
+
+
+@every_strategy
+def test_a_strategy_has_the_methods_of_what_it_needs(strategy: Any) -> None:
+    assert (begins(strategy) is strategy) == strategy.needs().first_gradient
+    assert (collects(strategy) is strategy) == strategy.needs().collect_at_end
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_method_beyond_the_protocol_is_needed_with_some_option(name: str) -> None:
+    needed = [s.needs() for key, s in VARIANTS.items() if re.match(rf"{name}(\[|$)", key)]
+    has = VARIANTS[name]
+    assert isinstance(has, BeginsFromGradient) == any(x.first_gradient for x in needed)
+    assert isinstance(has, CollectsAtEnd) == any(x.collect_at_end for x in needed)
+
+
+@every_strategy
+def test_a_client_keeps_something_just_where_the_strategy_needs_memory(strategy: Any) -> None:
+    last = rounds(strategy, fitting(strategy))[-1]
+    client, round = fitting(strategy)[0], last.round
+    download = strategy.download(last.after, client, round)
+    loaded = strategy.start(download, Factors(), client, round)
+    _, kept = strategy.upload(loaded, Factors())
+    assert any(kept.items()) == strategy.needs().client_memory
 
 
 # What a client sends up and is sent down, a layer, in its second round of m = 3 clients.

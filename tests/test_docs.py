@@ -63,9 +63,9 @@ def test_every_strategy_has_a_page_that_says_what_it_needs_and_promises(name: st
     (said,) = table(page, "promise")
     assert said == {
         "promise": cls().promise,
-        "ranks may differ": YES[not cls.requires.equal_ranks],
-        "base moves": YES[cls.requires.moving_base],
-        "client memory": YES[cls.requires.client_memory],
+        "ranks may differ": YES[not cls().needs().equal_ranks],
+        "base moves": YES[cls().needs().moving_base],
+        "client memory": YES[cls().needs().client_memory],
     }
 
 
@@ -104,9 +104,9 @@ def test_the_overview_says_of_every_strategy_what_its_code_says() -> None:
     for name, cls in STRATEGIES.items():
         row = rows[name]
         assert row["promise"] == cls().promise
-        assert row["ranks may differ"] == YES[not cls.requires.equal_ranks]
-        assert row["base moves"] == YES[cls.requires.moving_base]
-        assert row["client memory"] == YES[cls.requires.client_memory]
+        assert row["ranks may differ"] == YES[not cls().needs().equal_ranks]
+        assert row["base moves"] == YES[cls().needs().moving_base]
+        assert row["client memory"] == YES[cls().needs().client_memory]
         sizes = {"d": 1024, "k": 1024, "r": 8, "m": 8, "t": 0}
         for way, formula in zip(("up", "down"), COSTS[name], strict=True):
             assert row[way].removeprefix("from ") == f"{4 * eval(formula, sizes):,}", (name, way)
@@ -129,7 +129,7 @@ def test_what_goes_with_what_is_what_the_code_refuses() -> None:
     rows = {row["strategy"]: row for row in table(DOCS / "composing.md", "strategy")}
     assert list(rows) == list(STRATEGIES), "rows in the order of STRATEGIES"
     for name, cls in STRATEGIES.items():
-        needs = cls.requires
+        needs = cls().needs()
         assert rows[name].pop("late updates") in YES.values()  # tests/test_buffered.py holds it
         assert rows[name] == {
             "strategy": name,

@@ -18,6 +18,7 @@ from fedlora.strategies import STRATEGIES
 PACKAGES = ("fedlora", "server_app", "client_app")
 SOURCES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
+SCRIPTS = sorted(p for d in ("benchmarks", "docs") for p in (ROOT / d).glob("*.py"))
 TREES = {p: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES}
 FORBIDDEN_NAMES = {
     "utils",
@@ -297,6 +298,30 @@ def test_a_strategys_name_is_compared_nowhere() -> None:
                 assert not named, f"{where(path, node)} compares with {named}"
             if isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
                 assert node.value.value not in STRATEGIES, f"{path.name}:{node.lineno}"
+
+
+def asked_beyond_its_protocol(text: str) -> Iterator[int]:
+    """Lines that ask a strategy for an attribute it need not have, or silence mypy about one."""
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[of, *_]):
+                if ast.unparse(of).split(".")[-1].lower() == "strategy":
+                    yield node.lineno
+    for n, line in enumerate(text.splitlines(), 1):
+        if "strategy" in line.lower() and "type: ignore[attr-" + "defined]" in line:
+            yield n
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS, *SCRIPTS], ids=lambda p: p.name)
+def test_a_strategy_has_no_undeclared_switches(path: Path) -> None:
+    """`needs()` says what it asks for, and strategies/base.py declares each method."""
+    assert not list(asked_beyond_its_protocol(path.read_text(encoding="utf-8")))
+
+
+def test_an_undeclared_switch_is_seen() -> None:
+    silenced = "setting.strategy.finish(x)  # type: ignore[attr-" + "defined]"
+    for text in ('getattr(strategy, "x", 0)', 'hasattr(self.strategy, "x")', silenced):
+        assert list(asked_beyond_its_protocol(text))
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: p.name)

@@ -8,7 +8,8 @@ import torch
 from fedlora.errors import ClientMemoryError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.lora.adapter import Factors, Pair
-from fedlora.strategies.base import BaseLog, Version
+from fedlora.strategies.base import Version
+from fedlora.strategies.base_log import BaseLog
 
 
 def kept(x: float) -> Factors:

@@ -15,7 +15,8 @@ from fedlora.errors import ModelError
 from fedlora.federation.server.proof import WEIGHTS
 from fedlora.lora.adapter import Factors, Pair, clone, dense
 from fedlora.lora.lowrank import accumulate
-from fedlora.strategies.base import BaseLog, Client, Version, seeded
+from fedlora.strategies.base import Client, Version, seeded
+from fedlora.strategies.base_log import BaseLog
 from fedlora.training.model import loftq
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import PREFIX, Model

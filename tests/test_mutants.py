@@ -42,7 +42,8 @@ from fedlora.strategies import (
     ravan,
     rolora,
 )
-from fedlora.strategies.base import BaseLog, Client, Round, Upload
+from fedlora.strategies.base import Client, Round, Upload
+from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.fedex import FedEx
 from fedlora.strategies.fedsa import FedSA
 from fedlora.strategies.fedsb import FedSB
@@ -376,14 +377,14 @@ def test_the_exactness_check_sees_the_planted_bug(
 class Planted:
     """A strategy whose server hears something else than was sent."""
 
-    strategy: Any
+    inner: Any
     hears: Callable[[Upload], Upload]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.strategy, name)
+        return getattr(self.inner, name)
 
     def aggregate(self, state: Any, uploads: Iterable[Upload], round: Round) -> Any:
-        return self.strategy.aggregate(state, map(self.hears, uploads), round)
+        return self.inner.aggregate(state, map(self.hears, uploads), round)
 
 
 def without_scale(u: Upload) -> Upload:

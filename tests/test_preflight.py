@@ -81,7 +81,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {**DP, "lora.form": "dora"}, "have per-example gradients"),
     ("fedavg", "bert", {**DP, "privacy.clip-quantile": 0.5}, "adaptive clipping is for"),
     ("fedavg", "bert", {**CENTRAL, "privacy.delta": 0.5}, "must be below 1 / clients.count"),
-    ("fedsa", "bert", CENTRAL, "that average is of what clients kept, without noise"),
+    ("fedsa", "bert", CENTRAL, "collects at the end what clients kept, without noise"),
     ("fedavg", "bert", {**CENTRAL, "output.keep-updates": True}, "as it came, un-noised"),
     ("fedavg", "bert", {**CENTRAL, "robust.method": "median"}, "which no clipping bounds"),
     ("fedavg", "bert", {**CENTRAL, "privacy.microbatch": 4}, "privacy.microbatch: is for"),
@@ -99,7 +99,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {**SECURE, "output.keep-updates": True}, "no update reaches the server"),
     ("fedex", "bert", {**SECURE, **LEGEND}, "needs each client's steps and times"),
     ("fedex", "bert", {**SECURE, "devices.classes": "fast:1:100"}, "devices.classes: it needs"),
-    ("fedsa", "bert", SECURE, "it asks each client for what it kept, in the clear"),
+    ("fedsa", "bert", SECURE, "collects at the end what clients kept, in the clear"),
     ("fedsb", "bert", {**SECURE, **SKETCHED}, "sends each client's first gradient in the clear"),
     # what goes around any strategy
     ("fedex", "bert", {"lora.rank-pattern": "value=none"}, "'=' and a positive rank"),

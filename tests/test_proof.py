@@ -11,8 +11,8 @@ from torch import Tensor
 from fedlora.errors import ProofError
 from fedlora.lora import lowrank
 from fedlora.lora.adapter import Factors, Pair, dense
-from fedlora.strategies import STRATEGIES, base, fedex, fedsvd, ffa, flora, mixed
-from fedlora.strategies.base import BaseLog
+from fedlora.strategies import STRATEGIES, fedex, fedsvd, ffa, flora, mixed
+from fedlora.strategies.base_log import BaseLog
 from fedlora.training.model.moving_base import MovingBase
 
 Settings = Callable[..., dict[str, object]]
@@ -175,7 +175,7 @@ def test_what_is_only_approximate_is_reported_and_not_stopped(settings: Settings
 
 
 def test_a_deviation_that_is_no_number_is_no_proof(settings: Settings, monkeypatch: Patch) -> None:
-    real = base.BaseLog.add
+    real = BaseLog.add
 
     def add(self: BaseLog, delta: Mapping[str, Any]) -> BaseLog:
         return real(self, {m: dense(x) * float("nan") for m, x in delta.items()})

@@ -1,6 +1,7 @@
 """What belongs to one strategy alone: refusals, limits, and what the base log promises."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ from strategy_federation import (
 )
 from torch.testing import assert_close
 
-from fedlora.errors import ClientMemoryError
+from fedlora.errors import ClientMemoryError, StrategyError
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import BaseLog, Round, Upload, mean, narrow, rest
+from fedlora.strategies.base import Needs, Round, Upload, begins, collects, mean, narrow, rest
+from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex import FedEx
 from fedlora.strategies.fedsa import FedSA
@@ -208,3 +210,20 @@ def test_a_newcomer_to_fedsa_gets_the_head_and_b_of_zero() -> None:
     loaded = FedSA().start(download, Factors(), EQUAL[0], Round(1, SEED))
     assert torch.equal(loaded.other["head.weight"], start.factors.other["head.weight"])
     assert all(not B.any() for B in loaded.B.values())
+
+
+@dataclass(frozen=True)
+class Says:
+    """It needs what it has no method for."""
+
+    what: Needs
+
+    def needs(self) -> Needs:
+        return self.what
+
+
+@pytest.mark.parametrize("ask", [begins, collects])
+def test_a_need_without_its_method_is_refused(ask: Any) -> None:
+    assert ask(Says(Needs())) is None
+    with pytest.raises(StrategyError, match=r"Says.needs\(\) says .*, and Says has no f"):
+        ask(Says(Needs(first_gradient=True, collect_at_end=True)))

@@ -33,7 +33,7 @@ def test_every_strategy_learns_and_keeps_its_promise(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_mixed_ranks_are_run_or_refused_with_what_to_use(name: str) -> None:
     o = outcome(name, (4, 8, 12))
-    if STRATEGIES[name].requires.equal_ranks:
+    if STRATEGIES[name]().needs().equal_ranks:
         assert "use " in o.refused
     else:
         assert not o.refused

@@ -26,7 +26,7 @@ QUICK: dict[str, object] = {
     "evaluate.clients": False,
     "evaluate.every": 0,
 }
-EQUAL_RANKS = {name for name, cls in STRATEGIES.items() if cls.requires.equal_ranks}
+EQUAL_RANKS = {name for name, cls in STRATEGIES.items() if cls().needs().equal_ranks}
 
 
 def quick(name: str, **changes: object) -> dict[str, object]:

@@ -142,8 +142,8 @@ class Config(Section):
     def build_strategy(self) -> Strategy[Any]:
         """The strategy that the config names, with its options."""
         name: str = self.strategy.name
-        options = getattr(self.strategy, name.replace("-", "_"), None)
-        return STRATEGIES[name](**(options.model_dump() if options else {}))
+        options = self.strategy.model_dump().get(name.replace("-", "_"), {})
+        return STRATEGIES[name](**options)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

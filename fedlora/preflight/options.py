@@ -41,7 +41,7 @@ def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             "devices.classes limits how many layers a class trains, and only ranks.policy = "
             "'legend' gives clients different layers; leave out the limit, or set that policy"
         )
-    keeps = strategy.requires.client_memory or getattr(strategy, "reinit", "") == "keep-A"
+    keeps = strategy.needs().client_memory
     if legend and keeps:
         yield (
             "ranks.policy = 'legend' changes a client's layers from round to round, and "

@@ -27,7 +27,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
         )
     if not p.on:
         return
-    if getattr(strategy, "wants_gradient", False):
+    if strategy.needs().first_gradient:
         yield (
             f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
             "without noise; choose another, such as strategy.fedsb.init-from = 'orthogonal'"
@@ -48,10 +48,10 @@ def _by_example(config: Config) -> Iterator[str]:
 def _by_client(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     if problem := delta_problem(config):
         yield problem
-    if getattr(strategy, "average_at_end", False):
+    if strategy.needs().collect_at_end:
         yield (
-            "strategy.fedsa.average-at-end = true: that average is of what clients kept, without "
-            "noise; set it to false"
+            f"strategy.name = {config.strategy.name!r}: it collects at the end what clients kept, "
+            "without noise; turn that off, as by strategy.fedsa.average-at-end = false"
         )
     if config.output.keep_updates:
         yield "output.keep-updates = true: it keeps each client's update as it came, un-noised"

@@ -37,12 +37,12 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     if config.ranks.policy == "legend" or config.devices.classes:
         what = "ranks.policy = 'legend'" if config.ranks.policy == "legend" else "devices.classes"
         yield f"{what}: it needs each client's steps and times, which secure.aggregation keeps back"
-    if getattr(strategy, "average_at_end", False):
+    if strategy.needs().collect_at_end:
         yield (
-            "strategy.fedsa.average-at-end = true: it asks each client for what it kept, in the "
-            "clear; set it to false with secure.aggregation"
+            f"strategy.name = {config.strategy.name!r}: it collects at the end what clients kept, "
+            "in the clear; turn that off, as by strategy.fedsa.average-at-end = false"
         )
-    if getattr(strategy, "wants_gradient", False):
+    if strategy.needs().first_gradient:
         yield (
             f"strategy.name = {config.strategy.name!r}: this initialisation sends each client's "
             "first gradient in the clear; choose another, such as 'orthogonal'"

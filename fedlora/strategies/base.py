@@ -22,15 +22,14 @@ p_i = n_i / sum of n_j over the clients that replied. "Exact" means the model af
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fedlora.errors import ClientMemoryError
-from fedlora.lora.adapter import COLUMNS, Adapter, Delta, Factors, Pair, Tensors, dense
-from fedlora.lora.lowrank import accumulate, pad, tail
+from fedlora.errors import ClientMemoryError, StrategyError
+from fedlora.lora.adapter import COLUMNS, Adapter, Delta, Factors, Pair, Tensors
+from fedlora.lora.lowrank import pad, tail
 
 State = TypeVar("State")
 
@@ -40,14 +39,17 @@ shared: what the clients share is averaged exactly; each keeps the rest, so no o
 
 
 @dataclass(frozen=True, slots=True)
-class Requires:
-    """What a strategy asks of the federation. Checked before round 1."""
+class Needs:
+    """What a strategy with its options asks of the federation. Checked before round 1."""
 
     equal_ranks: bool = False
     client_memory: bool = False
+    """Clients keep a part of what they trained, and their next round builds on it."""
     moving_base: bool = False
     first_gradient: bool = False
-    """Clients send a sketch of their first gradient's sign before round 1 (`from_gradient`)."""
+    """Clients send a sketch of their first gradient's sign before round 1: BeginsFromGradient."""
+    collect_at_end: bool = False
+    """After the last round clients send once what they kept: CollectsAtEnd."""
     beside_factors: bool = False
     """Even at equal ranks: a core between A and B, or ranks folded into a client's base."""
     own_gauge: bool = False
@@ -155,7 +157,8 @@ class Effective:
 class Strategy(Protocol[State]):
     """The contract. tests/test_contract.py runs it over every entry of STRATEGIES."""
 
-    requires: ClassVar[Requires]
+    def needs(self) -> Needs:
+        """What it asks of the federation with these options."""
 
     @property
     def promise(self) -> Promise: ...
@@ -185,6 +188,22 @@ class Strategy(Protocol[State]):
     def effective(self, state: State, client: Client | None = None) -> Effective: ...
 
 
+@runtime_checkable
+class BeginsFromGradient(Protocol[State]):
+    """Needed beside Strategy where `needs().first_gradient`."""
+
+    def from_gradient(self, state: State, mean: Adapter) -> State:
+        """The first state, of `init`'s and sum_i p_i sign(G_i) of the clients' first gradients."""
+
+
+@runtime_checkable
+class CollectsAtEnd(Protocol[State]):
+    """Needed beside Strategy where `needs().collect_at_end`."""
+
+    def finish(self, state: State, uploads: Iterable[Upload]) -> State:
+        """The last state, of what the clients had kept: each upload's `sent` is a `kept`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Start:
     """What a strategy begins with."""
@@ -200,6 +219,29 @@ class Start:
 
 
 # -- shared by strategies: plain functions, no base class ------------------------------------
+
+
+def begins(strategy: Strategy[State]) -> BeginsFromGradient[State] | None:
+    """Itself, if it needs a first gradient; StrategyError, if it then has no `from_gradient`."""
+    if not strategy.needs().first_gradient:
+        return None
+    if isinstance(strategy, BeginsFromGradient):
+        return strategy
+    raise StrategyError(_lacks(strategy, "first_gradient", "from_gradient(state, mean)"))
+
+
+def collects(strategy: Strategy[State]) -> CollectsAtEnd[State] | None:
+    """Itself, if it collects what clients kept; StrategyError, if it then has no `finish`."""
+    if not strategy.needs().collect_at_end:
+        return None
+    if isinstance(strategy, CollectsAtEnd):
+        return strategy
+    raise StrategyError(_lacks(strategy, "collect_at_end", "finish(state, uploads)"))
+
+
+def _lacks(strategy: Strategy[State], field: str, method: str) -> str:
+    name = type(strategy).__name__
+    return f"{name}.needs() says {field}, and {name} has no {method}: write it, or leave that out"
 
 
 def seeded(seed: int, round: int, client: int, purpose: str) -> torch.Generator:
@@ -354,42 +396,3 @@ def rest(whole: Adapter, client: Client) -> dict[str, Pair]:
 def as_factors(adapter: Adapter, other: Tensors) -> Factors:
     A, B = {m: p.A for m, p in adapter.items()}, {m: p.B for m, p in adapter.items()}
     return Factors({m: p.scale for m, p in adapter.items()}, A, B, other=other)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BaseLog:
-    """The changes of a moving base, in factors, so that a client that was away gets what it lacks.
-
-    A change is kept dense where that is smaller, and where the changes together outgrow a dense
-    matrix, all but the newest fold into one snapshot: a client that missed nothing is never sent
-    more than the newest. Clients add the changes in order whichever way they come, so one that
-    was away ends with the same bits as one that never was.
-    """
-
-    versions: tuple[Version, ...] = ()
-
-    @property
-    def number(self) -> int:
-        return self.versions[-1].number if self.versions else 0
-
-    def add(self, delta: Mapping[str, Delta]) -> "BaseLog":
-        small = {m: dense(x) if x.numel() > prod(x.shape) else x for m, x in delta.items()}
-        new = Version(self.number + 1, small)
-        log = (*self.versions, new)
-        return BaseLog((_snapshot(log[:-1]), new) if _outgrown(log) else log)
-
-    def since(self, version: int) -> tuple[Version, ...]:
-        return tuple(v for v in self.versions if v.number > version)
-
-
-def _outgrown(log: Sequence[Version]) -> bool:
-    size = sum(x.numel() for v in log if not v.snapshot for x in v.delta.values())
-    return size > sum({m: prod(x.shape) for v in log for m, x in v.delta.items()}.values())
-
-
-def _snapshot(log: Sequence[Version]) -> Version:
-    totals: dict[str, Tensor] = {}
-    for v in log:
-        for m, delta in v.delta.items():
-            totals[m] = accumulate(totals.get(m), delta)
-    return Version(log[-1].number, totals, snapshot=True)

@@ -19,7 +19,6 @@ Differs from the paper: p_i in place of uniform; ranks drawn anew each round fro
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,8 +28,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -47,7 +46,8 @@ def selection(state: Factors, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FedPLoRA:
-    requires: ClassVar[Requires] = Requires()
+    def needs(self) -> Needs:
+        return Needs()
 
     @property
     def promise(self) -> Promise:

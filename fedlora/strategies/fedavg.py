@@ -15,15 +15,14 @@ Differs from the paper: p_i over the clients that replied; scales folded into B 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -35,7 +34,8 @@ from fedlora.strategies.base import (
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
-    requires: ClassVar[Requires] = Requires(equal_ranks=True, algebra="tensors")
+    def needs(self) -> Needs:
+        return Needs(equal_ranks=True, algebra="tensors")
 
     @property
     def promise(self) -> Promise:

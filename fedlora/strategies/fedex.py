@@ -24,17 +24,15 @@ residual is never dense; clients that were away get each residual they missed.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Delta, Factors, Pair
 from fedlora.lora.lowrank import compress, extend, mean_and_residual
 from fedlora.strategies.base import (
-    BaseLog,
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -43,6 +41,7 @@ from fedlora.strategies.base import (
     narrow,
     rest,
 )
+from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.mixed import by_module
 
 
@@ -54,10 +53,11 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FedEx:
-    requires: ClassVar[Requires] = Requires(moving_base=True)
-
     rank: int = 0
     """Rank the residual is cut to; 0 keeps all of it."""
+
+    def needs(self) -> Needs:
+        return Needs(moving_base=True)
 
     @property
     def promise(self) -> Promise:

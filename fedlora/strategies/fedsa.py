@@ -24,7 +24,6 @@ with an old B against a moved A: its loss shows it for a few steps.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -33,8 +32,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -46,10 +45,11 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSA:
-    requires: ClassVar[Requires] = Requires(client_memory=True, algebra="sides")
-
     average_at_end: bool = True
     """After the last round ask each client once for its B and head, to export one model."""
+
+    def needs(self) -> Needs:
+        return Needs(client_memory=True, algebra="sides", collect_at_end=self.average_at_end)
 
     @property
     def promise(self) -> Promise:

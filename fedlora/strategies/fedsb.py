@@ -28,7 +28,7 @@ leaves LoRA-XS's S out of B, so that both frozen factors are orthonormal.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -69,20 +69,20 @@ def outside(state: Factors, m: str, r: int) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class FedSB:
-    requires: ClassVar[Requires] = Requires(client_memory=True, beside_factors=True)
-
     init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "orthogonal"
     eta: float = 1e-4
     """Size of the first step that "update-approx" imitates: the learning rate after warm-up."""
 
+    def needs(self) -> Needs:
+        return Needs(
+            client_memory=True,
+            beside_factors=True,
+            first_gradient=self.init_from == "update-approx",
+        )
+
     @property
     def promise(self) -> Promise:
         return "exact"
-
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether `from_gradient` must be called before round 1."""
-        return self.init_from == "update-approx"
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
         if gap := too_high(clients):
@@ -102,10 +102,10 @@ class FedSB:
             A[m], B[m], R[m] = Vh.to(A0).contiguous(), U.to(A0), A0.new_zeros(r, r)
         return replace(start.factors, A=A, B=B, R=R)
 
-    def from_gradient(self, state: Factors, gradient: Adapter) -> Factors:
+    def from_gradient(self, state: Factors, mean: Adapter) -> Factors:
         """The state begun from the mean over clients of the sign of their first gradient."""
         A, B, R = dict(state.A), dict(state.B), dict(state.R)
-        for m, mean_sign in gradient.items():
+        for m, mean_sign in mean.items():
             old, r = A[m], A[m].shape[0]
             U, S, Vh = svd(replace(mean_sign, scale=-self.eta * mean_sign.scale))
             found = min(r, len(S))

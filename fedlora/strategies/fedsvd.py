@@ -19,7 +19,6 @@ Differs from the paper: p_i in place of a uniform mean; ranks may differ; SVD of
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import compress, extend, rescale
@@ -27,8 +26,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -42,7 +41,8 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSVD:
-    requires: ClassVar[Requires] = Requires(own_gauge=True)
+    def needs(self) -> Needs:
+        return Needs(own_gauge=True)
 
     @property
     def promise(self) -> Promise:

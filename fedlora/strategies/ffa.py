@@ -18,7 +18,6 @@ Differs from the paper: p_i in place of a uniform mean; ranks may differ, by nes
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import extend
@@ -26,8 +25,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -41,7 +40,8 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FFA:
-    requires: ClassVar[Requires] = Requires(client_memory=True, algebra="sides")
+    def needs(self) -> Needs:
+        return Needs(client_memory=True, algebra="sides")
 
     @property
     def promise(self) -> Promise:

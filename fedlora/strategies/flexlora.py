@@ -17,7 +17,6 @@ client of a rank above delta's gets the missing directions from the first A, wit
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors, Pair, Tensors
 from fedlora.lora.lowrank import compress, stack
@@ -25,8 +24,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -48,10 +47,11 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FlexLoRA:
-    requires: ClassVar[Requires] = Requires(own_gauge=True)
-
     max_rank: int = 64
     """Rank the server keeps between rounds."""
+
+    def needs(self) -> Needs:
+        return Needs(own_gauge=True)
 
     @property
     def promise(self) -> Promise:

@@ -18,19 +18,18 @@ may be part of the clients, and one that was away gets each stack it missed.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from fedlora.lora.adapter import Adapter, Factors, Tensors, kaiming
 from fedlora.lora.lowrank import weighted
 from fedlora.strategies.base import (
-    BaseLog,
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -38,6 +37,7 @@ from fedlora.strategies.base import (
     remembered,
     scales,
 )
+from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.mixed import by_module
 
 
@@ -49,9 +49,10 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRA:
-    requires: ClassVar[Requires] = Requires(moving_base=True)
-
     reinit: Literal["random", "keep-A"] = "random"
+
+    def needs(self) -> Needs:
+        return Needs(moving_base=True, client_memory=self.reinit == "keep-A")
 
     @property
     def promise(self) -> Promise:

@@ -21,7 +21,6 @@ Differs from the paper: the base never moves; W_i counts the folded ranks too.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -31,8 +30,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -55,10 +54,11 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRIST:
-    requires: ClassVar[Requires] = Requires(own_gauge=True)
-
     energy: float = 0.95
     """Share of the squared singular values that is kept; 1 keeps all."""
+
+    def needs(self) -> Needs:
+        return Needs(own_gauge=True)
 
     @property
     def promise(self) -> Promise:

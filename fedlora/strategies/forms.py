@@ -8,7 +8,7 @@ of (the base, random projections, masks, locations) is frozen and equal on every
                   one of them trains, else off by a covariance, which is measured and logged
     not linear    the mean is off by more than that; it is measured and logged
 
-What a strategy computes decides what it can run (`Requires.algebra`):
+What a strategy computes decides what it can run (`Needs.algebra`):
 
     factors       LoRA's A (r, k) and B (d, r): the change is s B A, so any strategy
     vectors       VeRA's d (r) and b (out): the change is (B0 * b d^T) A0, linear in the product of
@@ -164,7 +164,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
     """Why the strategy cannot run the form, and what to use; None if it can."""
-    algebra = strategy.requires.algebra
+    algebra = strategy.needs().algebra
     name = type(strategy).__name__
     if form.kind == "tensors" and algebra != "tensors":
         return f"{name} is about LoRA's A and B, and this form has none; use fedavg"
@@ -173,18 +173,18 @@ def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
             f"{name} recombines the ranks of B A, and this form has two vectors between frozen "
             "projections; use fedavg, ffa, rolora or fedsa"
         )
-    if form.after and strategy.requires.moving_base:
+    if form.after and strategy.needs().moving_base:
         return (
             f"{name} moves the base, which acts on every token, and this form only from its "
             "invocation on; use fedavg, ffa, rolora or fedsvd"
         )
-    if form.after and strategy.requires.beside_factors:
+    if form.after and strategy.needs().beside_factors:
         return (
             f"{name} has more than A and B, a core between them or ranks folded into the base, "
             "and PEFT's code for this form those two alone; use fedavg, ffa, rolora or fedsvd"
         )
     if form.kind == "factors" and form.law == "not linear":
-        if strategy.requires.moving_base:
+        if strategy.needs().moving_base:
             return f"{name} moves the base, whose norm this form divides by; use fedavg or fedsa"
         if strategy.promise == "exact":
             return (

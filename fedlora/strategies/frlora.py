@@ -20,17 +20,15 @@ time, so that a client needs no memory but its base; a large W0 is factorised by
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors
 from fedlora.lora.lowrank import principal, stack
 from fedlora.strategies.base import (
-    BaseLog,
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -40,6 +38,7 @@ from fedlora.strategies.base import (
     too_high,
     uneven,
 )
+from fedlora.strategies.base_log import BaseLog
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +50,8 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FRLoRA:
-    requires: ClassVar[Requires] = Requires(equal_ranks=True, moving_base=True)
+    def needs(self) -> Needs:
+        return Needs(equal_ranks=True, moving_base=True)
 
     @property
     def promise(self) -> Promise:

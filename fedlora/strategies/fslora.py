@@ -20,7 +20,7 @@ of uniform; a plain step in place of the reference code's AdamW on the server.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,8 +29,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -46,9 +46,10 @@ def sketch(state: Factors, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FSLoRA:
-    requires: ClassVar[Requires] = Requires()
-
     normalize: Literal["none", "hits"] = "none"
+
+    def needs(self) -> Needs:
+        return Needs()
 
     @property
     def promise(self) -> Promise:

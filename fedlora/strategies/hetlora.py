@@ -24,7 +24,7 @@ travel up once more; scales are folded into B; weights are taken by module.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import norm, wide
@@ -32,9 +32,9 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Penalty,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -53,13 +53,14 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class HetLoRA:
-    requires: ClassVar[Requires] = Requires()
-
     gamma: float = 0.99
     """Share of its ranks that a client keeps when it prunes; 1 never prunes."""
     penalty: float = 1e-3
     """Weight lambda of the tail in the client's loss."""
     normalize: Literal["none", "hits"] = "none"
+
+    def needs(self) -> Needs:
+        return Needs()
 
     @property
     def promise(self) -> Promise:

@@ -23,7 +23,6 @@ yet trained first; a client has k_i ranks in each module.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,8 +33,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -63,7 +62,8 @@ def selection(state: State, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoRAA2:
-    requires: ClassVar[Requires] = Requires(beside_factors=True)
+    def needs(self) -> Needs:
+        return Needs(beside_factors=True)
 
     @property
     def promise(self) -> Promise:

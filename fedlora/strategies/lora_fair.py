@@ -25,7 +25,7 @@ Differs from the paper: the closed form; the cosine form is solved by a fixed po
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -86,11 +86,12 @@ def cosine(T: Tensor, B: Tensor, G: Tensor, size: Tensor, lam: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoRAFair:
-    requires: ClassVar[Requires] = Requires(equal_ranks=True)
-
     mode: Literal["ridge", "cosine"] = "ridge"
     lambda_rel: float = 0.01
     """Weight of ||D||^2: relative to trace(G) / r in "ridge", the paper's lambda in "cosine"."""
+
+    def needs(self) -> Needs:
+        return Needs(equal_ranks=True)
 
     @property
     def promise(self) -> Promise:

@@ -20,7 +20,6 @@ they were; the SVD goes through the small core.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -30,8 +29,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -65,10 +64,11 @@ def by_rank(pairs: Sequence[Pair], p: Sequence[float]) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
-    requires: ClassVar[Requires] = Requires(own_gauge=True)
-
     max_rank: int = 64
     """Rank the server keeps between rounds."""
+
+    def needs(self) -> Needs:
+        return Needs(own_gauge=True)
 
     @property
     def promise(self) -> Promise:

@@ -24,7 +24,6 @@ that is shared); p_i in place of uniform.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ from fedlora.strategies.base import (
     Client,
     Download,
     Effective,
+    Needs,
     Promise,
-    Requires,
     Round,
     Start,
     Upload,
@@ -72,10 +71,11 @@ def completed(state: Factors, upload: Upload, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ravan:
-    requires: ClassVar[Requires] = Requires(client_memory=True, beside_factors=True)
-
     head_rank: int = 4
     """Rank b of one head; the number of heads follows from a client's rank."""
+
+    def needs(self) -> Needs:
+        return Needs(client_memory=True, beside_factors=True)
 
     @property
     def promise(self) -> Promise:

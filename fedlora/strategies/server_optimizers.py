@@ -140,12 +140,12 @@ def refusal(strategy: Strategy[Any]) -> str | None:
     """Why no server optimiser goes with this strategy; None if one does."""
     name = type(strategy).__name__
     use = "use fedavg, ffa, rolora, fedsa, fedsb or fslora"
-    if strategy.requires.moving_base:
+    if strategy.needs().moving_base:
         return (
             f"{name} keeps its model in the base, which takes the round's change whole; a step "
             f"of the factors alone would part the two; {use}"
         )
-    if strategy.requires.own_gauge:
+    if strategy.needs().own_gauge:
         return (
             f"{name} refactors the model each round, so the difference of two rounds' factors is "
             f"no direction of it; {use}"

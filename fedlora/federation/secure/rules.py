@@ -57,7 +57,7 @@ def unsummable(
     used = outputs(strategy.effective(each), probes)
     got = outputs(strategy.effective(once), probes)
     same = all(_close(used[m], got[m]) for m in used)
-    if same and (strategy.requires.own_gauge or _alike(each, once)):
+    if same and (strategy.needs().own_gauge or _alike(each, once)):
         return ""
     return (
         f"secure.aggregation: {type(strategy).__name__} needs each client's own update (its "

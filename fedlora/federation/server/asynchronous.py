@@ -114,7 +114,7 @@ def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round:
     """
     kinds = {tuple((m, x.rank) for m, x in c.layers.items()): c for c in clients}.values()
     later = replace(round, number=round.number + 1)
-    still = not strategy.requires.moving_base and not strategy.requires.own_gauge
+    still = not strategy.needs().moving_base and not strategy.needs().own_gauge
     for client in kinds:
         alike = still and same(
             untrained(strategy, state, client, round).sent,

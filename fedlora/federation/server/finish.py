@@ -26,7 +26,7 @@ from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import unpack_factors
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
-from fedlora.strategies.base import Round, Strategy, Upload
+from fedlora.strategies.base import CollectsAtEnd, Round, Upload, collects
 from fedlora.training.data.corpus import describe
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.model.peft_directory import beginning, save_peft
@@ -37,8 +37,8 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
 
     `stopped` says why the run ended before its last round, if it did.
     """
-    if has_end(setting.strategy):
-        run = collect(setting, session, run, grid)
+    if collector := collects(setting.strategy):
+        run = collect(setting, session, run, grid, collector)
     if setting.config.evaluate.clients:
         run = final_scores(setting, session, run, grid)
     load(setting, session, run, run.state)
@@ -49,12 +49,9 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
     return run
 
 
-def has_end(strategy: Strategy[Any]) -> bool:
-    """Does it average once, at the end, what clients kept?"""
-    return bool(getattr(strategy, "average_at_end", False))
-
-
-def collect(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
+def collect(
+    setting: Setting, session: Session, run: Saved, grid: Grid, collector: CollectsAtEnd[Any]
+) -> Saved:
     """Once: what the clients kept, for a strategy's exact average of it."""
     round = Round(setting.config.run.rounds, setting.config.run.seed)
     asked = [c for c in connected(setting, session, run) if c.has_memory]
@@ -69,7 +66,7 @@ def collect(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved
     if not uploads:
         return run
     uploads.sort(key=lambda u: u.client.id)
-    return replace(run, state=setting.strategy.finish(run.state, uploads))  # type: ignore[attr-defined]
+    return replace(run, state=collector.finish(run.state, uploads))
 
 
 def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
@@ -212,4 +209,4 @@ def write_records(
 
 def has_one_model(setting: Setting) -> bool:
     """Not where what the clients keep was never averaged: then the server's is half of a model."""
-    return setting.guarantee != "shared" or has_end(setting.strategy)
+    return setting.guarantee != "shared" or setting.strategy.needs().collect_at_end

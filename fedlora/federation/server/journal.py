@@ -17,7 +17,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError
 from fedlora.lora import tree_file as checkpoint
 from fedlora.lora.adapter import Delta
-from fedlora.strategies.base import BaseLog, Client, Layer, Strategy, Upload, Version
+from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
+from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.server_optimizers import Moments
 
 KEPT_CHECKPOINTS = 2

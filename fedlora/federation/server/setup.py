@@ -18,7 +18,7 @@ from fedlora.federation.server.proof import Target, kinds, outputs, probes
 from fedlora.federation.server.run import Session, Setting, client, clients, load
 from fedlora.lora.adapter import Factors
 from fedlora.privacy.rehearsal import check_first
-from fedlora.strategies.base import Client, Round, Start, Strategy, whole_download
+from fedlora.strategies.base import Client, Round, Start, Strategy, begins, whole_download
 from fedlora.training import cache
 from fedlora.training.calibration import first_factors
 from fedlora.training.model.layers import taken_out
@@ -103,9 +103,9 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     run = replace(run, state=strategy.init(start), origin=origin)
     if factors.adapter() and config.lora.init != "default":
         check_begins(config, strategy, run.state, everyone, factors)
-    if getattr(strategy, "wants_gradient", False):
+    if beginner := begins(strategy):
         found = survey(setting, session, run, grid, everyone)
-        run = replace(run, state=strategy.from_gradient(run.state, found))  # type: ignore[attr-defined]
+        run = replace(run, state=beginner.from_gradient(run.state, found))
     if config.evaluate.baselines:
         run = replace(run, baselines=_baselines(setting, session))
     check_model(setting, session, run, 1)

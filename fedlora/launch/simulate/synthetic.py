@@ -40,6 +40,8 @@ from fedlora.strategies.base import (
     Start,
     Upload,
     Version,
+    begins,
+    collects,
     seeded,
     top_ranks,
     travelling,
@@ -157,9 +159,9 @@ def play(
     own = [float(task.loss(c.id, held(strategy, state, c, places[c.id], after))) for c in clients]
     mean = sum(n * x for n, x in zip(EXAMPLES, own, strict=True)) / sum(EXAMPLES)
     done.own = (mean - floor) / (zero - floor)
-    if getattr(strategy, "average_at_end", False):
+    if collector := collects(strategy):
         kept = [Upload(c, places[c.id].kept, EXAMPLES[c.id]) for c in clients]
-        state = strategy.finish(state, kept)
+        state = collector.finish(state, kept)
     done.excess = (task.everywhere(model_of(strategy, state)) - floor) / (zero - floor)
     return done
 
@@ -171,12 +173,12 @@ def begin(strategy: Any, task: Task, clients: Sequence[Client], seed: int) -> An
     B = {m: torch.zeros(d, ranks[m], dtype=torch.float64) for m, (d, _) in SIZES.items()}
     scale = {m: ALPHA / r for m, r in ranks.items()}
     state = strategy.init(Start(Factors(scale, A, B), clients, task.W0, seed))
-    if getattr(strategy, "wants_gradient", False):
+    if beginner := begins(strategy):
         mean = {}
         for m, (d, _) in SIZES.items():
             signs = [n * -x[m].sign() for n, x in zip(EXAMPLES, task.yx, strict=True)]
             mean[m] = Pair(sum(signs[1:], signs[0]) / sum(EXAMPLES), torch.eye(d).double())
-        state = strategy.from_gradient(state, mean)
+        state = beginner.from_gradient(state, mean)
     return state
 
 

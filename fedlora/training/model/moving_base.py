@@ -22,7 +22,8 @@ from torch.nn.functional import linear
 from fedlora.config.sections import Model as ModelConfig
 from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import accumulate
-from fedlora.strategies.base import BaseLog, Version
+from fedlora.strategies.base import Version
+from fedlora.strategies.base_log import BaseLog
 from fedlora.training.model.layers import Shape
 
 
