@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from fedlora.config import sections
 from fedlora.config.reader import Config
+from fedlora.config.strategies import strategy_section
 from fedlora.strategies import STRATEGIES, forms
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -88,7 +89,7 @@ def page() -> str:
     texts = described(inspect.getsource(sections))
     lines = [HEAD]
     for section, field in Config.model_fields.items():
-        model = sections.StrategySection if section == "strategy" else field.annotation
+        model = strategy_section() if section == "strategy" else field.annotation
         mine = texts.get(model.__name__, {})  # type: ignore[union-attr]
         lines += [f"## [{section}]", ""]
         if mine.get(""):
@@ -106,7 +107,7 @@ def strategies() -> Iterator[str]:
     yield "own, `[strategy.fedex]`; those of strategies that a run does not use are left alone."
     yield ""
     for name, cls in STRATEGIES.items():
-        section = sections.StrategySection.model_fields.get(name.replace("-", "_"))
+        section = strategy_section().model_fields.get(name.replace("-", "_"))
         if section is not None:
             texts = described(inspect.getsource(sys.modules[cls.__module__]))[cls.__name__]
             yield f"### [strategy.{name}]"

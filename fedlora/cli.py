@@ -129,10 +129,11 @@ def strategies() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedlora.strategies import STRATEGIES
+    from fedlora.strategies import list_strategies
+    from fedlora.strategies.registry import broken_packages
 
     table = Table("strategy", "what it does", "needs", "promise", title="Strategies")
-    for name, cls in STRATEGIES.items():
+    for name, cls in list_strategies().items():
         needs = [
             text
             for field, text in {
@@ -146,6 +147,8 @@ def strategies() -> None:
         table.add_row(name, doc.split("\n\n")[0].replace("\n", " "), ", ".join(needs) or "-",
                       cls().promise)  # fmt: skip
     Console().print(table)
+    for problem in broken_packages():
+        Console().print(f"note: {problem}", markup=False)
     Console().print(
         "exact: the next model is W + sum p_i s_i B_i A_i, checked every round. "
         "approximate: the deviation from that is measured and logged every round. "

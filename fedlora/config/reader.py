@@ -35,12 +35,12 @@ from fedlora.config.sections import (
     Secure,
     Server,
     Simulate,
-    StrategySection,
     Train,
     Wire,
 )
-from fedlora.errors import ConfigError
-from fedlora.strategies import STRATEGIES, Strategy
+from fedlora.config.strategies import strategy_options, strategy_section, strategy_tables
+from fedlora.errors import ConfigError, StrategyError
+from fedlora.strategies import Strategy, list_strategies, registry
 
 Scalar = bool | int | float | str
 
@@ -51,7 +51,7 @@ class Config(Section):
     data: Data = Data()
     clients: Clients = Clients()
     lora: Lora = Lora()
-    strategy: Any = Field(default_factory=StrategySection)
+    strategy: Any = Field(default_factory=lambda: strategy_section()())
     train: Train = Train()
     round: Round = Round()
     evaluate: Evaluate = Evaluate()
@@ -78,7 +78,7 @@ class Config(Section):
                 problems are in one message, each unknown key with the nearest known one.
         """
         flat = dict(_flatten(given))
-        known = cls().flat()
+        known = _dotted(cls().model_dump())
         problems = [_unknown(key, known) for key in flat if key not in known]
         good = {key: value for key, value in flat.items() if key in known}
         tree: dict[str, Any] = {}
@@ -91,7 +91,7 @@ class Config(Section):
         sections = cls.model_fields
         built: dict[str, Any] = {}
         for name in sections:
-            section = StrategySection if name == "strategy" else sections[name].annotation
+            section = strategy_section() if name == "strategy" else sections[name].annotation
             assert section is not None
             try:
                 built[name] = section(**tree.get(name, {}))
@@ -125,8 +125,8 @@ class Config(Section):
 
     def flat(self) -> dict[str, Scalar]:
         """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
-        tree = {name: getattr(self, name).model_dump() for name in type(self).model_fields}
-        return {key.replace("_", "-"): _scalar(value) for key, value in _flatten(tree)}
+        left = {"strategy": strategy_tables(self.strategy)}
+        return _dotted({**self.model_dump(), **left})
 
     def toml(self) -> str:
         """Every key as a TOML file: what a run's directory keeps."""
@@ -140,10 +140,16 @@ class Config(Section):
         return tomli_w.dumps(tree)
 
     def build_strategy(self) -> Strategy[Any]:
-        """The strategy that the config names, with its options."""
+        """The strategy that the config names, with its options.
+
+        Raises:
+            ConfigError: it lacks a method, say one that it says it needs with these options.
+        """
         name: str = self.strategy.name
-        options = self.strategy.model_dump().get(name.replace("-", "_"), {})
-        return STRATEGIES[name](**options)
+        try:
+            return registry.build(list_strategies()[name], strategy_options(self.strategy))
+        except StrategyError as e:
+            raise ConfigError([f"strategy.name = {name!r}: {e}"]) from None
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -166,6 +172,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _dotted(tree: Mapping[str, Any]) -> dict[str, Scalar]:
+    return {key.replace("_", "-"): _scalar(value) for key, value in _flatten(tree)}
 
 
 def _scalar(value: Any) -> Scalar:

@@ -4,13 +4,11 @@
 docs/configuration.md is written from this file.
 """
 
-from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field
 
 from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
-from fedlora.strategies import STRATEGIES
 
 
 class Run(Section):
@@ -360,19 +358,3 @@ class Output(Section):
 class Simulate(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes of `fedlora simulate`; 0: one a core; 1: in the server's process."""
-
-
-def _strategy_section() -> type[BaseModel]:
-    """name, and one table of options for each strategy: the fields of its dataclass."""
-    tables: dict[str, Any] = {}
-    for name, cls in STRATEGIES.items():
-        options = {f.name: (f.type, f.default) for f in fields(cls)}  # type: ignore[arg-type]
-        if options:
-            table = create_model(f"{name}-options", __base__=Section, **options)  # type: ignore[call-overload]
-            tables[name.replace("-", "_")] = (table, table())
-    names = Literal[tuple(STRATEGIES)]  # type: ignore[valid-type]
-    tables["name"] = (names, "fedex")
-    return create_model("StrategySection", __base__=Section, **tables)
-
-
-StrategySection = _strategy_section()

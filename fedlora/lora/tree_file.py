@@ -38,6 +38,15 @@ def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
     write_atomically(path, data)
 
 
+def kinds(tree: Any) -> set[str]:
+    """The names of the dataclasses in a tree: those that `load` must be given the types of."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        inner = [getattr(tree, f.name) for f in dataclasses.fields(tree)]
+        return {type(tree).__name__}.union(*map(kinds, inner))
+    inner = list(tree.values()) if isinstance(tree, Mapping) else tree
+    return set().union(*map(kinds, inner)) if isinstance(inner, tuple | list) else set()
+
+
 def load(path: Path, *types: type) -> Any:
     """The tree that was saved. `types` are the dataclasses in it beyond Factors, Pair and Stack.
 

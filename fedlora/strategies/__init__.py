@@ -1,7 +1,13 @@
-"""The strategies by their config name. A new one is a new file, a line here and a test."""
+"""The strategies by their config name. A new one is a new file, a line here and a test.
 
+One that lives elsewhere is registered: fedlora/strategies/registry.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from fedlora.strategies import registry
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.fed_plora import FedPLoRA
 from fedlora.strategies.fedavg import FedAvg
@@ -43,4 +49,22 @@ STRATEGIES: dict[str, type[Strategy[Any]]] = {
     "ravan": Ravan,
 }
 
-__all__ = ["STRATEGIES", "Strategy"]
+
+def register_strategy(name: str, cls: type[Strategy[Any]], states: Sequence[type] = ()) -> None:
+    """Make a strategy known by a name, before a config that names it is read.
+
+    Its options are its fields, as `strategy.<name>.<option>`. `states` are the dataclasses of its
+    state that its own module does not name.
+
+    Raises:
+        StrategyError: the name is taken, say, or a method is missing; with all that is wrong.
+    """
+    registry.add(name, cls, states, STRATEGIES)
+
+
+def list_strategies() -> Mapping[str, type[Strategy[Any]]]:
+    """Name to class: fedlora's own, then what was registered and what packages add. Read-only."""
+    return MappingProxyType({**STRATEGIES, **registry.added(STRATEGIES)})
+
+
+__all__ = ["STRATEGIES", "Strategy", "list_strategies", "register_strategy"]

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.reader import Config
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, StrategyError
 from fedlora.lora import tree_file as checkpoint
 from fedlora.lora.adapter import Delta
 from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.base_log import BaseLog
+from fedlora.strategies.registry import states_of
 from fedlora.strategies.server_optimizers import Moments
 
 KEPT_CHECKPOINTS = 2
@@ -80,9 +81,27 @@ class Saved:
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:
-    """The types a strategy's state may be made of: the base log's, and those its own file knows."""
+    """The types a strategy's state may be made of: the base log's, those its own file knows, and
+    those it was registered with."""
     known = vars(sys.modules[type(strategy).__module__]).values()
-    return [Version, BaseLog, Client, Layer, Moments, *(t for t in known if isinstance(t, type))]
+    named = [t for t in known if isinstance(t, type)]
+    return [Version, BaseLog, Client, Layer, Moments, *named, *states_of(strategy)]
+
+
+def check_kept(strategy: Strategy[Any], state: Any) -> None:
+    """Nothing, where a checkpoint of the state can be read again.
+
+    Raises:
+        StrategyError: it holds a dataclass that nobody could find again; says how to name it.
+    """
+    named = {t.__name__ for t in (*checkpoint.KNOWN, *state_types(strategy))}
+    if lost := sorted(checkpoint.kinds(state) - named):
+        cls = type(strategy)
+        raise StrategyError(
+            f"the state of {cls.__name__} holds a {lost[0]}, which no checkpoint could give back: "
+            f"import {lost[0]} by name in {cls.__module__}, or register it with "
+            f"register_strategy(..., states=({lost[0]},))"
+        )
 
 
 class Journal:

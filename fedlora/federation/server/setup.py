@@ -13,7 +13,7 @@ from fedlora.errors import RoundError, StrategyError
 from fedlora.federation.server.admission import problems as problems_of
 from fedlora.federation.server.exchange import POLL
 from fedlora.federation.server.first_gradient import survey
-from fedlora.federation.server.journal import Member, Saved
+from fedlora.federation.server.journal import Member, Saved, check_kept
 from fedlora.federation.server.proof import Target, kinds, outputs, probes
 from fedlora.federation.server.run import Session, Setting, client, clients, load
 from fedlora.lora.adapter import Factors
@@ -93,6 +93,7 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     Raises:
         StrategyError: the strategy would not begin from the base model.
         TrainingCheckError: the server's own model does not train as it must.
+        StrategyError: the strategy's state could not be read from a checkpoint again.
     """
     config, strategy, model = setting.config, setting.strategy, setting.model
     everyone = clients(setting, run)
@@ -106,6 +107,7 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     if beginner := begins(strategy):
         found = survey(setting, session, run, grid, everyone)
         run = replace(run, state=beginner.from_gradient(run.state, found))
+    check_kept(strategy, run.state)
     if config.evaluate.baselines:
         run = replace(run, baselines=_baselines(setting, session))
     check_model(setting, session, run, 1)

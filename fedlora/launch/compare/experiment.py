@@ -10,7 +10,7 @@ from typing import Any
 
 from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import find, load
-from fedlora.strategies import STRATEGIES
+from fedlora.strategies import list_strategies
 
 SEARCH_SEED = 1000
 """Of the runs that choose [compare.search]; a grid has seeds of its own."""
@@ -57,15 +57,16 @@ class Experiment:
                 comment.append(line.removeprefix("#").strip())
         variants = table.get("variants", {"": {}})
         inner = {f"variants.{name}.set": v.get("set", {}) for name, v in variants.items()}
+        names = list_strategies()
         for where, given in {"set": table.get("set", {}), **inner}.items():
-            if wrong := sorted(set(given) - set(STRATEGIES)):
+            if wrong := sorted(set(given) - set(names)):
                 raise ConfigError(
-                    [f"{path}: compare.{where}.{wrong[0]}: must be one of {', '.join(STRATEGIES)}"]
+                    [f"{path}: compare.{where}.{wrong[0]}: must be one of {', '.join(names)}"]
                 )
         return cls(
             path,
             "\n".join(comment).strip(),
-            table.get("strategies", list(STRATEGIES)),
+            table.get("strategies", list(names)),
             table.get("seeds", [0, 1, 2]),
             table.get("set", {}),
             variants,
@@ -111,9 +112,11 @@ def chosen(strategies: str | None, experiment: Experiment) -> list[str]:
     """
     names = list(experiment.strategies)
     if strategies:
-        names = [*STRATEGIES] if strategies == "all" else strategies.replace(" ", "").split(",")
-    if wrong := [n for n in names if n not in STRATEGIES]:
-        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(STRATEGIES)}"])
+        names = (
+            [*list_strategies()] if strategies == "all" else strategies.replace(" ", "").split(",")
+        )
+    if wrong := [n for n in names if n not in list_strategies()]:
+        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(list_strategies())}"])
     return names
 
 

@@ -56,7 +56,7 @@ from fedlora.launch.guard import guarded
 from fedlora.launch.simulate.run import local, resumed
 from fedlora.reports.console import printable
 from fedlora.reports.units import duration
-from fedlora.strategies import STRATEGIES
+from fedlora.strategies import list_strategies
 
 MOST_ROUNDS = 4
 PRELOAD = [
@@ -171,7 +171,7 @@ def rows(grid: Sequence[Cell]) -> list[Row]:
         mine = [c for c in grid if (c.variant, c.strategy) == (variant, name)]
         reason = next((c.reason for c in mine if c.reason), "")
         done = [c.directory for c in mine if c.done]
-        found.append(row(variant, name, STRATEGIES[name]().promise, done, reason))
+        found.append(row(variant, name, list_strategies()[name]().promise, done, reason))
         found[-1].searched = mine[0].searched
     return found
 

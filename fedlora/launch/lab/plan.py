@@ -29,7 +29,7 @@ from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.experiment_file import find, load
 from fedlora.launch.lab.canaries import mechanisms
 from fedlora.lora.tree_file import write_atomically
-from fedlora.strategies import STRATEGIES
+from fedlora.strategies import list_strategies
 
 Row = dict[str, Any]
 
@@ -107,8 +107,10 @@ class Lab:
             config = preflight.read({**config.flat(), **table.get("quick", {}), **overrides})
         found = {k: chosen.get(k) or table.get(k) or getattr(cls, k) for k in
                  ("epsilons", "strategies", "seeds")}  # fmt: skip
-        if unknown := [s for s in found["strategies"] if s not in STRATEGIES]:
-            raise ConfigError([f"--strategies: {unknown[0]} is none of {', '.join(STRATEGIES)}"])
+        if unknown := [s for s in found["strategies"] if s not in list_strategies()]:
+            raise ConfigError(
+                [f"--strategies: {unknown[0]} is none of {', '.join(list_strategies())}"]
+            )
         if quick:  # one seed, without privacy and under the smallest budget
             found["seeds"] = found["seeds"][:1]
             found["epsilons"] = [

@@ -32,7 +32,7 @@ from fedlora.federation.wire.messages import count_bytes, pack_download, pack_fa
 from fedlora.launch.simulate.teacher import EXAMPLES, SIZES, Task, make_task
 from fedlora.lora.adapter import Factors, Pair, dense, kaiming
 from fedlora.lora.lowrank import accumulate
-from fedlora.strategies import STRATEGIES
+from fedlora.strategies import list_strategies
 from fedlora.strategies.base import (
     Client,
     Layer,
@@ -111,7 +111,7 @@ def compare(
     """Each strategy at its best rate; one that refuses these ranks with its reason."""
     task = make_task(seed, h)
     for name in names:
-        strategy, clients = STRATEGIES[name](), clients_of(ranks)
+        strategy, clients = list_strategies()[name](), clients_of(ranks)
         if problems := list(strategy.problems(clients)):
             yield Outcome(name, ranks, refused=problems[0])
             continue
@@ -312,7 +312,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         if o.refused:
             continue
         cells = [
-            o.strategy, STRATEGIES[o.strategy]().promise, f"{o.rate:g}", f"{o.excess:.3f}",
+            o.strategy, list_strategies()[o.strategy]().promise, f"{o.rate:g}", f"{o.excess:.3f}",
             f"{o.own:.3f}", f"{o.deviation:.1e}", f"{o.down / 1e3:.0f} kB", f"{o.up / 1e3:.0f} kB",
             f"{o.once / 1e3:.0f} kB",
         ]  # fmt: skip
@@ -326,9 +326,9 @@ RANKS = {"equal ranks": (4,), "mixed ranks": (4, 8, 12)}
 
 def main(strategies: str | None, seeds: Sequence[int] | None, out: Path | None) -> None:
     """`fedlora compare synthetic`: a table for equal ranks and one for mixed, printed and kept."""
-    names = list(STRATEGIES) if strategies in (None, "all") else strategies.split(",")
-    if wrong := [n for n in names if n not in STRATEGIES]:
-        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(STRATEGIES)}"])
+    names = list(list_strategies()) if strategies in (None, "all") else strategies.split(",")
+    if wrong := [n for n in names if n not in list_strategies()]:
+        raise ConfigError([f"--strategies: {wrong[0]} is none of {', '.join(list_strategies())}"])
     text = ""
     with threads(1):
         for seed in seeds or (0,):
