@@ -145,21 +145,25 @@ def ran(settings, dtype: str, **changes):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_run_ends_near_the_float32_run_in_a_fraction_of_the_bytes(settings, dtype: str) -> None:
     whole, narrow = ran(settings, "float32"), ran(settings, dtype)
-    a, b = (s.strategy.effective(s.state).factors for s in (whole, narrow))
+    a, b = (s.setting.strategy.effective(s.run.state).factors for s in (whole, narrow))
     for m in a.A:
         x, y = a.B[m] @ a.A[m], b.B[m] @ b.A[m]
         assert (x - y).norm() < (0.3 if dtype == "int8" else 1.5) * x.norm()
-    up = [sum(m.bytes_up for m in s.members.values()) for s in (whole, narrow)]
+    up = [sum(m.bytes_up for m in s.run.members.values()) for s in (whole, narrow)]
     assert up[1] < 0.75 * up[0]  # names and settings weigh in so small a model
 
 
 def test_error_feedback_is_kept_by_the_client_and_moves_the_result(settings) -> None:
     with_it = ran(settings, "int8")
     without = ran(settings, "int8", **{"wire.error-feedback": False})
-    kept = list(Path(with_it.journal.directory).glob("clients/*/client-*/lost-*.safetensors"))
+    kept = list(
+        Path(with_it.setting.journal.directory).glob("clients/*/client-*/lost-*.safetensors")
+    )
     assert kept
-    assert not list(Path(without.journal.directory).glob("clients/*/client-*/lost-*.safetensors"))
-    a, b = (s.strategy.effective(s.state).factors for s in (with_it, without))
+    assert not list(
+        Path(without.setting.journal.directory).glob("clients/*/client-*/lost-*.safetensors")
+    )
+    a, b = (s.setting.strategy.effective(s.run.state).factors for s in (with_it, without))
     assert any(not torch.equal(a.A[m], b.A[m]) for m in a.A)
 
 
