@@ -38,7 +38,7 @@ def arrows() -> Counter[tuple[str, str]]:
 
 
 def draw() -> str:
-    """The picture as SVG."""
+    """The picture as SVG. The lowest floor has no arrows: everybody imports it."""
     rows = floors()
     width = max(len(row) for row in rows) * (W + GAP) + 240
     place = {}
@@ -46,37 +46,41 @@ def draw() -> str:
         left = (width - len(row) * (W + GAP) + GAP) / 2
         for i, room in enumerate(row):
             place[room] = left + i * (W + GAP), 20 + n * FLOOR
-    lines = []
-    for (a, b), n in sorted(arrows().items()):
-        if a not in place or b not in place:
-            continue
-        (x0, y0), (x1, y1) = place[a], place[b]
-        far = (y1 - y0) / FLOOR
-        start, end = (x0 + W / 2, y0 + H), (x1 + W / 2, y1)
-        side = 0 if far <= 1 else (1 if (len(a) + len(b)) % 2 else -1) * (30 + 22 * far)
-        middle = (start[0] + end[0]) / 2 + side * 2, (start[1] + end[1]) / 2
-        lines.append(
-            f'<path d="M{start[0]:.0f} {start[1]:.0f} Q{middle[0]:.0f} {middle[1]:.0f} '
-            f'{end[0]:.0f} {end[1]:.0f}" stroke-width="{0.6 + min(n, 60) / 20:.1f}">'
-            f"<title>{a} imports {b}: {n}</title></path>"
-        )
-    boxes = [
-        f'<rect x="{x:.0f}" y="{y:.0f}" width="{W}" height="{H}" rx="6"/>'
-        f'<text x="{x + W / 2:.0f}" y="{y + H / 2 + 5:.0f}">{room}</text>'
-        for room, (x, y) in place.items()
+    lines = [
+        _line(place[a], place[b], n, f"{a} imports {b}: {n}")
+        for (a, b), n in sorted(arrows().items())
+        if a in place and b in place and b not in rows[-1]
     ]
-    height = 20 + len(rows) * FLOOR
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
-        'font-family="sans-serif" font-size="15" text-anchor="middle">\n'
-        f'<defs><marker id="tip" markerWidth="7" markerHeight="7" refX="6" refY="3" orient="auto" '
-        f'markerUnits="userSpaceOnUse"><path d="M0 0 L6 3 L0 6z" fill="{INK}"/></marker></defs>\n'
-        f'<g fill="none" stroke="{INK}" stroke-opacity="0.45" marker-end="url(#tip)">\n'
-        + "\n".join(line.replace("<path ", '<path marker-end="url(#tip)" ') for line in lines)
-        + f'\n</g>\n<g fill="#eef2ff" stroke="{INK}">\n'
-        + "\n".join(b.replace("<text", f'<text fill="{INK}" stroke="none"') for b in boxes)
-        + "\n</g>\n</svg>\n"
+    boxes = [f'<rect x="{x:.0f}" y="{y}" width="{W}" height="{H}" rx="6"/>'
+             for x, y in place.values()]  # fmt: skip
+    names = [f'<text x="{x + W / 2:.0f}" y="{y + H / 2 + 5:.0f}">{room}</text>'
+             for room, (x, y) in place.items()]  # fmt: skip
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {len(rows) * FLOOR}">',
+            '<marker id="tip" markerWidth="7" markerHeight="7" refX="6" refY="3" orient="auto" '
+            f'markerUnits="userSpaceOnUse"><path d="M0 0 L6 3 L0 6z" fill="{INK}"/></marker>',
+            f'<g fill="none" stroke="{INK}" stroke-opacity="0.45" marker-end="url(#tip)">',
+            *lines,
+            f'</g>\n<g fill="#eef2ff" stroke="{INK}">',
+            *boxes,
+            f'</g>\n<g fill="{INK}" font-family="sans-serif" font-size="15" text-anchor="middle">',
+            *names,
+            "</g>\n</svg>\n",
+        ]
     )
+
+
+def _line(above: tuple[float, int], below: tuple[float, int], n: int, title: str) -> str:
+    """From one box's foot to another's head; past the floors between, to the side."""
+    (x0, y0), (x1, y1) = above, below
+    x0, y0, x1 = x0 + W / 2, y0 + H, x1 + W / 2
+    far = (y1 + H - y0) / FLOOR
+    side = 0 if far <= 1 else (1 if len(title) % 2 else -1) * (60 + 44 * far)
+    x, y = (x0 + x1) / 2 + side, (y0 + y1) / 2
+    width = 0.6 + min(n, 60) / 20
+    curve = f"M{x0:.0f} {y0} Q{x:.0f} {y:.0f} {x1:.0f} {y1}"
+    return f'<path d="{curve}" stroke-width="{width:.1f}"><title>{title}</title></path>'
 
 
 if __name__ == "__main__":

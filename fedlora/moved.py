@@ -35,7 +35,7 @@ MOVED = {
     "robust": "fedlora.strategies.robust",
     "sections": "fedlora.config.sections",
     "secure": "fedlora.federation.secure",
-    "server": f"{SERVER}.loop",
+    "server": "fedlora.launch.federation",
     "server_opt": "fedlora.strategies.server_optimizers",
 }
 

@@ -281,6 +281,12 @@ def test_the_configuration_page_is_the_one_that_is_generated() -> None:
     assert generator.page() == generator.PAGE.read_text()
 
 
+def test_the_picture_of_the_rooms_is_the_one_that_the_imports_draw() -> None:
+    """Else: python docs/draw_rooms.py."""
+    rooms = load(DOCS / "draw_rooms.py", "docs_draw_rooms")
+    assert rooms.draw() == rooms.PICTURE.read_text()
+
+
 def test_the_configuration_page_has_every_key_and_what_the_code_says_of_it() -> None:
     text, section, found = generator.page(), "", set()
     for line in text.splitlines():

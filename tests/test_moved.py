@@ -19,6 +19,19 @@ def test_an_old_module_is_the_new_one_and_says_so(name: str) -> None:
     assert found.__name__ == MOVED[name]
 
 
+def test_the_server_of_then_checks_its_config_as_it_did() -> None:
+    """Config.read did that, and knows no combinations any more."""
+    from fedlora.config.reader import Config
+    from fedlora.errors import ConfigError
+
+    sys.modules.pop("fedlora.server", None)
+    with pytest.warns(DeprecationWarning, match="is now"):
+        from fedlora.server import FederatedLora
+    config = Config.read({"privacy.level": "client", "model.path": "nowhere"})
+    with pytest.raises(ConfigError, match=r"privacy.level = 'client': needs"):
+        FederatedLora(config)
+
+
 def test_what_config_held_is_still_found_there() -> None:
     from fedlora.config import reader
 

@@ -3,9 +3,9 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import preflight
+from fedlora.config.reader import Config
 from fedlora.federation.server.allocator import keep_freed_memory
-from fedlora.federation.server.loop import FederatedLora
+from fedlora.launch.federation import Federation
 from fedlora.reports.console import Progress
 
 app = ServerApp()
@@ -15,6 +15,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """A whole run; what cannot run is refused before the data or a model is loaded."""
     keep_freed_memory()
-    config = preflight.read(context.run_config)
+    config = Config.read(context.run_config)
     with Progress(config.run.rounds) as observer:
-        FederatedLora(config, observer).start(grid)
+        Federation(config, observer).start(grid)

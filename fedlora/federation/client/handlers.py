@@ -187,9 +187,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     x = masker.masked(vector)
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}
-    if (
-        not work.job.cuts
-    ):  # they follow from what the server sent; with a B of one's own they do not
+    if not work.job.cuts:  # what follows from what the server sent; not with a B of one's own
         records["start"] = pack_numbers(start)
     return work.reply(records, done.keeps)
 

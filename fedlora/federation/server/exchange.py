@@ -57,8 +57,6 @@ class Received:
     summed: Any = None
     """Of a secure aggregation: (the mean change of all of them, the error of any of its numbers,
     what they were divided by)."""
-    certificate: Any = None
-    """The round's, once it is aggregated."""
     secure: Mapping[str, Any] | None = None
     """What a secure aggregation came to."""
     diverged: set[int] = field(default_factory=set)

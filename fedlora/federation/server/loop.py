@@ -57,8 +57,8 @@ Record = dict[str, Any]
 class FederatedLora:
     """Runs the config's federated LoRA algorithm on a Flower grid.
 
-    In a ServerApp of your own: `FederatedLora(Config.read(context.run_config)).start(grid)`.
-    Results are in the run's directory; `Result.arrays` is the final adapter.
+    The config is one that can run: `fedlora.launch.federation` checks it first. Results are in the
+    run's directory; `Result.arrays` is the final adapter.
     """
 
     def __init__(self, config: Config, observer: Observer | None = None) -> None:
@@ -78,7 +78,8 @@ class FederatedLora:
             ProofError: an aggregation that promises to be exact was not.
         """
         config, directory = self.setting.config, self.setting.journal.directory
-        with watched(self.observer, config, directory) as self.session.observer:
+        with watched(self.observer, config, directory) as observer:
+            self.session = Session.of(self.setting, observer)
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):
                 args = (self.setting, self.session, self.run, self.around, grid, number)
@@ -86,9 +87,9 @@ class FederatedLora:
                     self.run, record = play_round(*args)
                 except BudgetSpent as e:
                     stopped = f"before round {number}: {e}"
-                    self.session.observer.note(f"stopped {stopped}")
+                    observer.note(f"stopped {stopped}")
                     break
-                self.session.observer.round_done(record)
+                observer.round_done(record)
                 _note(result, number, record)
             self.run = finish(self.setting, self.session, self.run, grid, stopped)
         effective = self.setting.strategy.effective(self.run.state)
@@ -127,20 +128,18 @@ def _note(result: Result, number: int, record: Record) -> None:
 def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
     """The last finished round, -1 for a fresh run, and what its checkpoint holds."""
     config, journal = setting.config, setting.journal
-    fresh = Saved(uuid.uuid4().hex, None, {}, {}, 0.0)
-    session.central = CentralPrivacy.of(config)
-    if not config.run.resume:
+    done, saved = -1, None
+    if config.run.resume:
+        done, saved = journal.resume(Saved, Member, *state_types(setting.strategy))
+    else:
         journal.open()
-        return -1, fresh
-    done, saved = journal.resume(Saved, Member, *state_types(setting.strategy))
-    if saved is None:
-        return done, fresh
-    run: Saved = replace(saved, members=dict(saved.members), baselines=dict(saved.baselines))
+    run: Saved = saved or Saved(uuid.uuid4().hex, None, {}, {}, 0.0)
+    session.central = CentralPrivacy.of(config, run.clip)
     if run.buffer:
         everyone = {c.id: c for c in clients(setting, run)}
         session.flights.restore(run.buffer, everyone, config.run.seed)
-    session.central = CentralPrivacy.of(config, run.clip)
-    session.observer.note(f"resuming {journal.directory} after round {done}")
+    if saved:
+        session.observer.note(f"resuming {journal.directory} after round {done}")
     return done, run
 
 

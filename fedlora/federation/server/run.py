@@ -100,9 +100,7 @@ class Session:
     @classmethod
     def of(cls, setting: Setting, observer: Observer) -> "Session":
         certifier = Certifier(setting.config, setting.model, setting.guarantee)
-        made = cls(observer, certifier, Schemas(setting.strategy), Roster(lambda _: None))
-        made.roster.refused = lambda text: made.observer.note(text)
-        return made
+        return cls(observer, certifier, Schemas(setting.strategy), Roster(observer.note))
 
     def received(self) -> Received:
         """An empty round's, which tells of what is refused."""
