@@ -365,8 +365,12 @@ def test_a_mean_of_unequal_clients_of_whom_one_lacks_a_module() -> None:
 # -- whole runs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("name", [n for n, s in STRATEGIES.items() if s().promise != "approximate"])
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [pytest.param(n, wire, marks=() if wire == "float32" or n == "fedex" else pytest.mark.slow)
+     for n, s in STRATEGIES.items() if s().promise != "approximate"
+     for wire in ("float32", "bfloat16", "int8")],
+)  # fmt: skip
 def test_clean_runs_stay_well_below_the_bound(settings: Settings, name: str, wire: str) -> None:
     changes = {"clients.per-round": 4, "run.rounds": 4, "wire.dtype": wire}
     for r in federate(uneven(settings, name, **changes)).rounds[1:]:
@@ -492,8 +496,11 @@ def test_an_adapter_that_is_not_the_model_is_not_passed_off_as_it(
 PLAIN = [n for n, s in STRATEGIES.items() if n != "fedsa"]
 
 
-@pytest.mark.parametrize("wire", ["float32", "int8"])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [*((n, "float32") for n in PLAIN), ("fedex", "int8"),
+     *(pytest.param(n, "int8", marks=pytest.mark.slow) for n in PLAIN if n != "fedex")],
+)  # fmt: skip
 def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
     settings: Settings, monkeypatch: Patch, name: str, wire: str
 ) -> None:

@@ -108,11 +108,15 @@ def cores(ran: Ran, m: str, start: Factors) -> np.ndarray:
     return B @ sR @ A
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [*(("float32", kind) for kind in MODELS), ("bfloat16", "bert"),
+     *(pytest.param("bfloat16", kind, marks=pytest.mark.slow) for kind in MODELS[1:])],
+    indirect=["precision"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", STRATEGIES)
-@BOTH
 def test_every_strategy_runs_and_an_exact_one_ships_the_sum_of_its_updates(
-    settings: Settings, name: str, kind: str
+    settings: Settings, precision: str, name: str, kind: str
 ) -> None:
     first = AtFirst()
     ran = federate(settings(kind, **quick(name, **PARTIAL)), before=first.watch)

@@ -99,7 +99,13 @@ def test_strategies_know_tensors_only() -> None:
             assert found <= allowed, path.name
 
 
-SEEDS = {"torch.manual_seed", "random.seed", "np.random.seed", "numpy.random.seed"}
+SEEDS = {
+    "torch.manual_seed",
+    "torch.default_generator.manual_seed",
+    "random.seed",
+    "np.random.seed",
+    "numpy.random.seed",
+}
 GLOBAL_DRAWS = ("random.random", "random.choice", "random.shuffle", "random.sample", "np.random.")
 
 

@@ -88,8 +88,12 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("bert", "float32"), ("bert", "bfloat16"), ("gpt2", "float32"), ("llama", "bfloat16"),
+     *(pytest.param(*x, marks=pytest.mark.slow) for x in
+       (("gpt2", "bfloat16"), ("llama", "float32")))],
+)  # fmt: skip
 @pytest.mark.parametrize("what", VARIANTS)
 def test_a_healthy_model_passes_and_is_left_as_it_was(
     settings: Settings, what: str, kind: str, precision: str

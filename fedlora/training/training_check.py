@@ -139,7 +139,7 @@ def check_gradients(
     def loss() -> float:
         """The training loss of the weights as they are now, under the same dropout each time."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.run.seed)
+            torch.default_generator.manual_seed(config.run.seed)  # what fork_rng puts back
             found = next(passes).loss
         if not abs(found) < float("inf"):
             raise TrainingCheckError("the loss is not finite")
