@@ -2,69 +2,24 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from strategy_federation import (
-    EQUAL,
-    EVEN,
-    EVEN_MIXED,
-    EXAMPLES,
-    MIXED,
-    PARTIAL,
-    RESCALED,
-    SEED,
-    Played,
-    Site,
-    assert_same,
-    base_change,
-    deviation,
-    fitting,
-    make_start,
-    model_change,
-    play,
-    variants,
-    visit,
-)
-from torch import Tensor
-from torch.testing import assert_close
+from strategy_federation import EQUAL, EXAMPLES, SEED, fitting, make_start, play, variants
 
 from fedlora.errors import ClientMemoryError
-from fedlora.federation.server.journal import state_types
-from fedlora.lora.adapter import Factors, Pair, Stack, dense
-from fedlora.lora.tree_file import load, save
+from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import (
-    BeginsFromGradient,
-    Client,
-    CollectsAtEnd,
-    Needs,
-    Round,
-    Upload,
-    Version,
-    begins,
-    collects,
-)
-from fedlora.strategies.base_log import BaseLog
+from fedlora.strategies.base import BeginsFromGradient, Client, CollectsAtEnd, Needs, Round
+from fedlora.testing import contract
 
 VARIANTS = variants()
-FEDERATIONS = {
-    "equal": EQUAL,
-    "rescaled": RESCALED,
-    "partial": PARTIAL,
-    "mixed": MIXED,
-    "even": EVEN,
-    "even-mixed": EVEN_MIXED,
-}
-COHORTS = ((0, 1, 2), (3, 0), (1, 3), (2,), (3, 1, 0, 2))
-
 RUNS = {
     f"{name}-{which}": (strategy, clients)
     for name, strategy in VARIANTS.items()
-    for which, clients in FEDERATIONS.items()
+    for which, clients in contract.FEDERATIONS.items()
     if not list(strategy.problems(clients)) and ("[" not in name or "mixed" in which)
 }
 EXACT = {key: run for key, run in RUNS.items() if run[0].promise == "exact"}
@@ -73,20 +28,9 @@ BY_EXAMPLES = {key: run for key, run in RUNS.items() if not key.startswith(WEIGH
 REFUSED = {
     f"{name}-{which}": (strategy, clients)
     for name, strategy in VARIANTS.items()
-    for which, clients in FEDERATIONS.items()
+    for which, clients in contract.FEDERATIONS.items()
     if list(strategy.problems(clients))
 }
-PLAYED: dict[tuple[int, int], list[Played]] = {}
-
-
-def rounds(strategy: Any, clients: list[Client]) -> list[Played]:
-    """The rounds of COHORTS, played once for all the tests that only look at them."""
-    key = id(strategy), id(clients)
-    if key not in PLAYED:
-        PLAYED[key] = list(play(strategy, clients, COHORTS))
-    return PLAYED[key]
-
-
 REMEMBERING = {name: s for name, s in VARIANTS.items() if s.needs().client_memory}
 
 every_strategy = pytest.mark.parametrize("strategy", VARIANTS.values(), ids=VARIANTS)
@@ -95,219 +39,105 @@ every_run = pytest.mark.parametrize(("strategy", "clients"), RUNS.values(), ids=
 
 @pytest.mark.parametrize(("strategy", "clients"), REFUSED.values(), ids=REFUSED)
 def test_a_refusal_says_what_to_use_instead(strategy: Any, clients: list[Client]) -> None:
-    for problem in strategy.problems(clients):
-        assert "; use " in problem
+    contract.a_refusal_says_what_to_use_instead(strategy, clients)
 
 
 @every_strategy
 def test_every_strategy_can_run_clients_of_one_rank(strategy: Any) -> None:
-    assert not list(strategy.problems(fitting(strategy)))
-
-
-def model(strategy: Any, state: Any) -> tuple[dict[str, Tensor], Factors]:
-    effective = strategy.effective(state)
-    return model_change(effective), Factors(other=effective.factors.other)
-
-
-def assert_same_model(strategy: Any, x: Any, y: Any, atol: float = 1e-11) -> None:
-    (left, left_head), (right, right_head) = model(strategy, x), model(strategy, y)
-    assert left.keys() == right.keys()
-    for m in left:
-        assert_close(left[m], right[m], rtol=0, atol=atol)
-    assert_same(left_head, right_head)
+    contract.every_strategy_can_run_clients_of_one_rank(strategy)
 
 
 @every_run
 def test_an_exact_strategy_is_exact_in_every_round_and_any_cohort(
     strategy: Any, clients: list[Client]
 ) -> None:
-    gaps = [deviation(strategy, played) for played in rounds(strategy, clients)]
-    if strategy.promise in ("exact", "shared"):
-        assert max(gaps) < 1e-12
-    else:
-        assert max(gaps) < 10  # reported, not promised; but of the size of the model
+    contract.an_exact_strategy_is_exact_in_every_round_and_any_cohort(strategy, clients)
 
 
 @pytest.mark.parametrize(("strategy", "clients"), EXACT.values(), ids=EXACT)
 def test_under_an_exact_strategy_each_client_starts_from_the_whole_model(
     strategy: Any, clients: list[Client]
 ) -> None:
-    for played in rounds(strategy, clients):
-        whole = model_change(strategy.effective(played.before))
-        for v in played.visits:
-            for m in v.upload.client.layers:
-                want = whole.get(m, torch.zeros_like(v.start_model[m]))
-                assert_close(v.start_model[m], want, rtol=0, atol=1e-11)
+    contract.under_an_exact_strategy_each_client_starts_from_the_whole_model(strategy, clients)
 
 
 @every_run
 def test_every_direction_a_client_receives_can_learn(strategy: Any, clients: list[Client]) -> None:
-    """A row of A and a column of B that are both 0 get no gradient, ever. Delta cannot show it."""
-    for played in rounds(strategy, clients)[::3]:
-        for client in clients:
-            download = strategy.download(played.after, client, played.round)
-            loaded = strategy.start(download, Factors(), client, played.round)
-            for m, A in loaded.A.items():
-                sizes = A.norm(dim=1) + loaded.B[m].norm(dim=0)
-                assert (sizes > 0.1).all()
+    contract.every_direction_a_client_receives_can_learn(strategy, clients)
 
 
 @every_strategy
 def test_a_client_that_was_away_catches_up_to_the_same_bits(strategy: Any) -> None:
-    sites: dict[int, Site] = {}
-    *_, last = play(strategy, fitting(strategy), COHORTS, sites)
-    rejoined = [sites.setdefault(i, Site()) for i in range(4)]
-    round = Round(len(COHORTS) + 1, SEED)
-    for i, site in enumerate(rejoined):
-        visit(strategy, last.after, fitting(strategy)[i], site, round)
-    newcomer = Site()
-    visit(strategy, last.after, fitting(strategy)[0], newcomer, round)
-    server = base_change(strategy.effective(last.after).base)
-    for site in (*rejoined, newcomer):
-        assert site.base.keys() == server.keys()
-        for m, total in server.items():
-            assert torch.equal(site.base[m], total)
+    contract.a_client_that_was_away_catches_up_to_the_same_bits(strategy)
 
 
 @every_run
 def test_the_order_of_replies_does_not_matter(strategy: Any, clients: list[Client]) -> None:
-    last = rounds(strategy, clients)[-1]
-    again = strategy.aggregate(last.before, last.uploads[::-1], last.round)
-    assert_same_model(strategy, last.after, again)
+    contract.the_order_of_replies_does_not_matter(strategy, clients)
 
 
 @every_strategy
 def test_only_the_ratios_of_num_examples_matter(strategy: Any) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    tenfold = [dataclasses.replace(u, num_examples=10 * u.num_examples) for u in last.uploads]
-    again = strategy.aggregate(last.before, tenfold, last.round)
-    assert_same_model(strategy, last.after, again)
-
-
-def at_scale(upload: Upload, c: float) -> Upload:
-    """The same update, written at c times its scale: B, or the core, is divided by c."""
-    sent = upload.sent
-    B, R = ({m: x / c for m, x in columns.items()} for columns in (sent.B, sent.R))
-    layers = {m: dataclasses.replace(x, scale=c * x.scale) for m, x in upload.client.layers.items()}
-    return dataclasses.replace(
-        upload,
-        client=dataclasses.replace(upload.client, layers=layers),
-        sent=dataclasses.replace(
-            sent,
-            scale={m: c * s for m, s in sent.scale.items()},
-            B=sent.B if sent.R else B,
-            R=R,
-        ),
-    )
+    contract.only_the_ratios_of_num_examples_matter(strategy)
 
 
 @every_run
 def test_the_same_update_at_another_scale_counts_the_same(
     strategy: Any, clients: list[Client]
 ) -> None:
-    """A scale that is dropped anywhere shows, also where nothing exact is promised."""
-    last = rounds(strategy, clients)[-1]
-    again = [at_scale(u, 1 + i / 2) for i, u in enumerate(last.uploads)]
-    assert_same_model(strategy, last.after, strategy.aggregate(last.before, again, last.round))
+    contract.the_same_update_at_another_scale_counts_the_same(strategy, clients)
 
 
 @pytest.mark.parametrize(("strategy", "clients"), BY_EXAMPLES.values(), ids=BY_EXAMPLES)
 def test_an_update_of_thrice_the_examples_counts_as_three(
     strategy: Any, clients: list[Client]
 ) -> None:
-    last = rounds(strategy, clients)[-1]
-    first, *rest = last.uploads
-    thrice = dataclasses.replace(first, num_examples=3 * first.num_examples)
-    one = strategy.aggregate(last.before, [thrice, *rest], last.round)
-    three = strategy.aggregate(last.before, [first, first, first, *rest], last.round)
-    assert_same_model(strategy, one, three)
+    contract.an_update_of_thrice_the_examples_counts_as_three(strategy, clients)
 
 
 @every_strategy
 def test_a_client_without_examples_counts_for_nothing(strategy: Any) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    nothing = dataclasses.replace(last.uploads[1], num_examples=0)
-    with_it = [last.uploads[0], nothing, *last.uploads[2:]]
-    without = [last.uploads[0], *last.uploads[2:]]
-    assert_same_model(
-        strategy,
-        strategy.aggregate(last.before, with_it, last.round),
-        strategy.aggregate(last.before, without, last.round),
-    )
+    contract.a_client_without_examples_counts_for_nothing(strategy)
 
 
 @every_strategy
 def test_uploads_may_come_one_by_one(strategy: Any) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    again = strategy.aggregate(last.before, iter(last.uploads), last.round)
-    assert_same_model(strategy, last.after, again, atol=0)
+    contract.uploads_may_come_one_by_one(strategy)
 
 
 @every_strategy
 def test_one_client_alone_is_kept_as_it_is(strategy: Any) -> None:
-    options = dataclasses.asdict(strategy)
-    cut = (1 - options.get("energy", 1)) ** 0.5  # what florist may leave out by its option
-    for played in play(strategy, fitting(strategy), [(2,), (1,)]):
-        assert deviation(strategy, played) <= max(cut, 1e-12)
+    contract.one_client_alone_is_kept_as_it_is(strategy)
 
 
 @every_strategy
 def test_no_reply_changes_nothing(strategy: Any) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    assert_same_model(strategy, last.after, strategy.aggregate(last.after, [], Round(6, SEED)))
+    contract.no_reply_changes_nothing(strategy)
 
 
 @every_strategy
 def test_aggregate_changes_none_of_its_arguments(strategy: Any) -> None:
-    """Of a state that was not aggregated before: writing the same into it twice changes nothing."""
-    *_, first = play(strategy, fitting(strategy), [(0, 1, 2)])
-    state, round = first.after, Round(2, SEED)
-    uploads = [visit(strategy, state, c, Site(), round).upload for c in fitting(strategy)]
-    tensors = [*walk(state), *(t for u in uploads for _, _, t in u.sent.items())]
-    before = [t.clone() for t in tensors]
-    strategy.aggregate(state, uploads, round)
-    assert all(torch.equal(t, copy) for t, copy in zip(tensors, before, strict=True))
+    contract.aggregate_changes_none_of_its_arguments(strategy)
 
 
 @every_strategy
 def test_the_state_shares_no_storage_with_an_upload_but_in_a_stack(strategy: Any) -> None:
-    *_, last = play(strategy, fitting(strategy), [(0,), (0, 1)])
-    own = [t for t in walk(last.after) if id(t) not in stacked(last.after)]
-    before = [t.clone() for t in own]
-    for u in last.uploads:
-        for _, _, t in u.sent.items():
-            t.fill_(99)
-    assert all(torch.equal(t, copy) for t, copy in zip(own, before, strict=True))
+    contract.the_state_shares_no_storage_with_an_upload_but_in_a_stack(strategy)
 
 
 @every_strategy
 def test_the_same_call_gives_the_same_bits(strategy: Any) -> None:
-    one = rounds(strategy, fitting(strategy))[-1]
-    *_, two = play(strategy, fitting(strategy), COHORTS)
-    assert all(torch.equal(x, y) for x, y in zip(walk(one.after), walk(two.after), strict=True))
+    contract.the_same_call_gives_the_same_bits(strategy)
 
 
 @every_strategy
 def test_a_module_that_no_one_sent_is_carried_unchanged(strategy: Any) -> None:
-    without = [
-        dataclasses.replace(c, layers={m: x for m, x in c.layers.items() if "0" in m})
-        for c in fitting(strategy)
-    ]
-    state = None
-    for i, clients in enumerate((fitting(strategy), without)):
-        start = strategy.init(make_start(fitting(strategy))) if state is None else state
-        visits = [visit(strategy, start, c, Site(), Round(i + 1, SEED)) for c in clients]
-        state = strategy.aggregate(start, [v.upload for v in visits], Round(i + 1, SEED))
-        played = Played(Round(i + 1, SEED), start, visits, state)
-        assert not without[0].layers.keys() >= fitting(strategy)[0].layers.keys()
-        if i == 1:
-            m = "layers.1.down"
-            old, new = (model(strategy, s)[0].get(m) for s in (played.before, played.after))
-            assert (old is None and new is None) or torch.allclose(old, new, rtol=0, atol=1e-12)
+    contract.a_module_that_no_one_sent_is_carried_unchanged(strategy)
 
 
 @pytest.mark.parametrize("strategy", REMEMBERING.values(), ids=REMEMBERING)
 def test_a_client_whose_memory_is_gone_says_so(strategy: Any) -> None:
+    contract.a_client_whose_memory_is_gone_says_so(strategy)
     state = strategy.init(make_start(fitting(strategy)))
     client = dataclasses.replace(fitting(strategy)[0], has_memory=True)
     download = strategy.download(state, client, Round(1, SEED))
@@ -318,26 +148,12 @@ def test_a_client_whose_memory_is_gone_says_so(strategy: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @every_strategy
 def test_factors_keep_their_dtype(strategy: Any, dtype: torch.dtype) -> None:
-    *_, last = play(strategy, fitting(strategy), [(0, 1, 2)], dtype=dtype)
-    for c, name, t in strategy.effective(last.after).factors.items():
-        assert t.dtype == dtype, (c, name)
-        assert t.isfinite().all()
-    for version in strategy.effective(last.after).base:
-        for delta in version.delta.values():
-            assert dense(delta).dtype == torch.float32
+    contract.factors_keep_their_dtype(strategy, dtype)
 
 
 @every_strategy
 def test_a_state_comes_back_from_a_checkpoint_bit_for_bit(strategy: Any, tmp_path: Path) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    save(tmp_path / "state", last.after)
-    again = load(tmp_path / "state", *state_types(strategy))
-    assert all(torch.equal(x, y) for x, y in zip(walk(last.after), walk(again), strict=True))
-    round = Round(len(COHORTS) + 1, SEED)
-    for client in fitting(strategy):
-        before, after = (strategy.download(x, client, round) for x in (last.after, again))
-        assert_same(before.send, after.send, atol=0)
-        assert before.penalty == after.penalty
+    contract.a_state_comes_back_from_a_checkpoint_bit_for_bit(strategy, tmp_path)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -356,8 +172,7 @@ def test_a_strategy_is_frozen_and_says_what_it_needs(name: str) -> None:
 
 @every_strategy
 def test_a_strategy_has_the_methods_of_what_it_needs(strategy: Any) -> None:
-    assert (begins(strategy) is strategy) == strategy.needs().first_gradient
-    assert (collects(strategy) is strategy) == strategy.needs().collect_at_end
+    contract.a_strategy_has_the_methods_of_what_it_needs(strategy)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -370,12 +185,7 @@ def test_a_method_beyond_the_protocol_is_needed_with_some_option(name: str) -> N
 
 @every_strategy
 def test_a_client_keeps_something_just_where_the_strategy_needs_memory(strategy: Any) -> None:
-    last = rounds(strategy, fitting(strategy))[-1]
-    client, round = fitting(strategy)[0], last.round
-    download = strategy.download(last.after, client, round)
-    loaded = strategy.start(download, Factors(), client, round)
-    _, kept = strategy.upload(loaded, Factors())
-    assert any(kept.items()) == strategy.needs().client_memory
+    contract.a_client_keeps_something_just_where_the_strategy_needs_memory(strategy)
 
 
 # What a client sends up and is sent down, a layer, in its second round of m = 3 clients.
@@ -418,31 +228,6 @@ def test_what_travels_is_what_the_docstring_says(name: str) -> None:
         up, down = (numbers(formula, v.upload.client) for formula in COSTS[name])
         assert sum(v.sent_up[c] for c in "ABR") == up
         assert sum(n for c, n in v.sent_down.items() if c != "other") == down
-
-
-def stacked(state: Any) -> set[int]:
-    """The tensors, by id, that are terms of a stack."""
-    base = getattr(state, "base", BaseLog())
-    deltas = [x for v in base.versions for x in v.delta.values()]
-    stacks = [x for x in deltas if isinstance(x, Stack)]
-    centres = {id(x.centre.A) for x in stacks if x.centre}
-    return {id(t) for x in stacks for t in (*x.A, *x.B)} | centres
-
-
-def walk(x: Any) -> list[Tensor]:
-    """The tensors of a state, in order; the types are those the checkpoint encoder knows."""
-    if isinstance(x, Tensor):
-        return [x]
-    if x is None or isinstance(x, int | float | str | bool):
-        return []
-    if isinstance(x, tuple):
-        return [t for item in x for t in walk(item)]
-    if isinstance(x, Mapping):
-        assert all(isinstance(key, str | int) for key in x)
-        return [t for item in x.values() for t in walk(item)]
-    known = isinstance(x, Factors | Pair | Stack | Version | BaseLog)
-    assert known or (dataclasses.is_dataclass(x) and type(x).__dataclass_params__.frozen), type(x)
-    return [t for f in dataclasses.fields(x) for t in walk(getattr(x, f.name))]
 
 
 def test_the_sizes_of_this_federation_are_all_different() -> None:

@@ -155,7 +155,7 @@ class Effective:
 
 
 class Strategy(Protocol[State]):
-    """The contract. tests/test_contract.py runs it over every entry of STRATEGIES."""
+    """The contract. `fedlora.testing` checks it, tests/test_contract.py of each of STRATEGIES."""
 
     def needs(self) -> Needs:
         """What it asks of the federation with these options."""
