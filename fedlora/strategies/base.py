@@ -155,7 +155,7 @@ class Effective:
 
 
 class Strategy(Protocol[State]):
-    """The contract. `fedlora.testing` checks it, tests/test_contract.py of each of STRATEGIES."""
+    """The contract, which `fedlora.testing` checks."""
 
     def needs(self) -> Needs:
         """What it asks of the federation with these options."""

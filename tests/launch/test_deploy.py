@@ -1,0 +1,349 @@
+"""A deployment's directory, its keys, its door, its supervisor and its worker: without Flower."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fedlora.config.reader import Config
+from fedlora.errors import DeployError
+from fedlora.launch.deploy import keys
+from fedlora.launch.deploy.gate import Gate
+from fedlora.launch.deploy.host import down, register, registered
+from fedlora.launch.deploy.layout import Wanted, init, renew
+from fedlora.launch.deploy.plan import Plan, free_ports
+from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
+
+
+@pytest.fixture
+def plan(settings, tmp_path: Path) -> Plan:
+    given = {k: v for k, v in settings().items() if k != "clients.count"}
+    return init(Wanted(tmp_path / "dep", 3, overrides=given, ranks=(2, 4)))
+
+
+# -- the directory ------------------------------------------------------------------------------
+
+
+def test_secrets_are_readable_by_their_owner_alone(plan: Plan) -> None:
+    secret = [*plan.directory.rglob("*.key")]
+    assert len(secret) == 1 + 1 + plan.clients  # authority, server, nodes
+    for path in secret:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "umask 077" in (plan.server / "env.sh").read_text()
+    assert not list((plan.node(0)).rglob("ca.key")), "a node has no use for the authority's key"
+    assert not list(plan.server.rglob("ca.key"))
+
+
+def test_tls_and_node_keys_are_on_unless_told_otherwise(plan: Plan, tmp_path: Path) -> None:
+    link, node = (plan.server / "superlink.sh").read_text(), (plan.node(1) / "node.sh").read_text()
+    assert "--enable-supernode-auth" in link
+    assert "--ssl-keyfile" in link
+    assert "--auth-supernode-private-key node.key" in node
+    assert not any("--insecure" in p.read_text() for p in plan.directory.rglob("*.sh"))
+    bare = init(Wanted(tmp_path / "bare", 1, secure=False, own_data=False))
+    assert "--insecure" in (bare.server / "superlink.sh").read_text()
+    assert not list(bare.directory.rglob("*.key"))
+
+
+def test_control_is_never_beyond_loopback(tmp_path: Path) -> None:
+    far = init(Wanted(tmp_path / "far", 1, host="server.example.org", own_data=False))
+    assert "--host 127.0.0.1 " in (far.server / "superlink.sh").read_text()
+    assert f"server.example.org:{far.gate_port}" in (far.node(0) / "node.sh").read_text()
+    nginx = (far.server / "nginx.conf").read_text()
+    assert nginx.index("location /v1/fleet/") < nginx.index("location / { return 403; }")
+
+
+def test_each_node_has_its_own_rank_rows_and_memory(plan: Plan) -> None:
+    from fedlora.training import cache as site
+
+    config = app_config(plan)
+    shared = config.model_copy(deep=True)
+    for i in range(3):
+        script = (plan.node(i) / "node.sh").read_text()
+        assert f"partition-id={i} num-partitions=3 rank={(2, 4, 2)[i]}" in script
+        given = {**config.flat(), "data.node-path": str(plan.node(i) / "data")}
+        labels = site.corpus(config).labels
+        own = site.client_rows(i, Config.read(given), labels)
+        assert own == site.client_rows(i, shared, labels), (
+            "the rows a simulation gives it, in order"
+        )
+
+
+def app_config(plan: Plan) -> Config:
+    tree = tomllib.loads((plan.app / "pyproject.toml").read_text())
+    return Config.read(tree["tool"]["flwr"]["app"]["config"])
+
+
+def test_the_app_carries_the_experiment_and_the_apps_of_the_library(plan: Plan) -> None:
+    config = app_config(plan)
+    assert config.clients.count == 3
+    assert config.clients.ranks == (2, 4)
+    assert config.train.lr == 0.05
+    for package in ("server_app", "client_app"):  # as `flwr run` takes them from the repository
+        here = (Path(__file__).parents[2] / package / "app.py").read_text()
+        assert (plan.app / package / "app.py").read_text() == here
+
+
+def test_a_directory_in_use_is_left_alone(plan: Plan) -> None:
+    with pytest.raises(DeployError, match="is not empty"):
+        init(Wanted(plan.directory, 2))
+
+
+def test_a_directory_without_a_deployment_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="fedlora deploy init"):
+        Plan.load(tmp_path)
+
+
+def test_compose_is_valid_and_keeps_control_inside(plan: Plan) -> None:
+    text = (plan.directory / "compose.yaml").read_text().split("\n", 1)[1]
+    services = json.loads(text)["services"]
+    assert services["superlink"].get("ports") is None
+    assert services["gate"]["network_mode"] == "service:superlink"
+    assert set(services) >= {"superlink", "superexec", "node-0", "node-2", "worker-2"}
+
+
+# -- keys ---------------------------------------------------------------------------------------
+
+
+def test_flower_takes_the_node_keys(plan: Plan) -> None:
+    from flwr.cli.supernode.register import try_load_public_key
+
+    found = {try_load_public_key(plan.node(i) / "node.pub") for i in range(3)}
+    assert len(found) == 3
+
+
+@pytest.fixture
+def server(plan: Plan) -> Iterator[int]:
+    """A TLS server with the deployment's certificate; its port. Closes what it accepts."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(10)
+
+    def serve() -> None:
+        while True:
+            try:
+                raw, _ = listener.accept()
+            except OSError:
+                return
+            context.load_cert_chain(plan.server / "server.pem", plan.server / "server.key")
+            try:
+                context.wrap_socket(raw, server_side=True).close()
+            except OSError:
+                raw.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def greet(port: int, ca: Path, name: str = "localhost") -> None:
+    context = ssl.create_default_context(cafile=ca)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        context.wrap_socket(raw, server_hostname=name).close()
+
+
+def test_the_certificate_holds_for_its_names_and_its_authority_only(plan, server, tmp_path) -> None:
+    greet(server, plan.server / "ca.crt")
+    greet(server, plan.server / "ca.crt", "127.0.0.1")
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+        greet(server, plan.server / "ca.crt", "other.example.org")
+    keys.authority(tmp_path, 1.0)
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"signature|issuer|self"):
+        greet(server, tmp_path / "ca.crt")
+
+
+def test_an_expired_certificate_is_refused_and_renewed(plan: Plan, server: int) -> None:
+    renew(plan, -1.0)
+    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        greet(server, plan.server / "ca.crt")
+    renew(plan, 1.0)
+    greet(server, plan.server / "ca.crt")
+
+
+# -- the gate -----------------------------------------------------------------------------------
+
+
+def through_the_gate(method: str, path: str, body: bytes = b"", limit: int = 1000):
+    seen: list[httpx.Request] = []
+
+    async def upstream(request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        seen.append(request)
+
+        async def parts():
+            yield b"answer to "
+            yield request.content
+
+        return httpx.Response(200, content=parts(), headers={"x-a": "b"})
+
+    async def ask() -> httpx.Response:
+        behind = httpx.AsyncClient(
+            base_url="https://up", transport=httpx.MockTransport(upstream), trust_env=False
+        )
+        async with (
+            behind,
+            httpx.AsyncClient(
+                base_url="https://gate", transport=httpx.ASGITransport(Gate(behind, limit))
+            ) as client,
+        ):
+            return await client.request(method, path, content=body, headers={"x-sig": "s"})
+
+    return asyncio.run(ask()), seen
+
+
+def test_the_gate_passes_fleet_with_its_headers_and_body() -> None:
+    answer, seen = through_the_gate("POST", "/v1/fleet/pull?a=b", b"body")
+    assert (answer.status_code, answer.content, answer.headers["x-a"]) == (
+        200,
+        b"answer to body",
+        "b",
+    )
+    assert seen[0].url.path == "/v1/fleet/pull"
+    assert seen[0].url.query == b"a=b"
+    assert seen[0].headers["x-sig"] == "s"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run",
+        "/v1/runtime/x",
+        "/openapi.json",
+        "/",
+        "/v1/fleet/../control/x",
+        "/v1/fleet/%2e%2e/control/x",
+        "/v1/fleet//control",
+        "//v1/fleet/x",
+        "/v1/fleetx",
+        "/V1/fleet/x",
+    ],
+)
+def test_the_gate_passes_nothing_else(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answer, seen = through_the_gate("POST", path)
+    assert (answer.status_code, seen) == (403, [])
+    assert "refused POST" in capsys.readouterr().out
+
+
+def test_the_gate_refuses_an_oversized_message() -> None:
+    answer, seen = through_the_gate("POST", "/v1/fleet/push", b"x" * 1001)
+    assert (answer.status_code, seen) == (413, [])
+
+
+# -- registering --------------------------------------------------------------------------------
+
+
+class Stub:
+    """Stands for `flwr`: it gives each key that is registered the next number."""
+
+    def __init__(self, known: dict[str, str], after: int = 99) -> None:
+        self.known, self.after = known, after
+
+    def keys(self) -> dict[str, str]:
+        return dict(self.known)
+
+    def __call__(self, *arguments: str) -> dict[str, str]:
+        if len(self.known) >= self.after:
+            raise DeployError("`flwr supernode register`: Public key already in use.")
+        key = keys.pem(Path(arguments[2]))
+        assert key not in self.known
+        self.known[key] = str(len(self.known) + 1)
+        return {"node-id": self.known[key]}
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_an_up_that_was_cut_short_registers_the_rest_and_keeps_the_ids(
+    plan: Plan, forget: bool
+) -> None:
+    """Also of a key that was registered just before, and whose id was not on record yet."""
+    plan.run_directory.mkdir(exist_ok=True)
+    known: dict[str, str] = {}
+    with pytest.raises(DeployError, match="already in use"):  # its words excuse nothing
+        register(plan, Stub(known, after=2))
+    assert registered(plan) == {"node-0": "1", "node-1": "2"}
+    if forget:
+        (plan.run_directory / "registered.part").unlink()
+    register(plan, Stub(known))
+    assert registered(plan) == {"node-0": "1", "node-1": "2", "node-2": "3"}
+
+
+# -- the supervisor -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Iterator[Plan]:
+    """A deployment whose programs are shell scripts that sleep."""
+    ports = free_ports(2)
+    plan = Plan(tmp_path, 1, (2,), port=ports[0], node_ports=ports[1:], node_restart=0.5)
+    for path in (plan.server, plan.node(0), plan.run_directory):
+        path.mkdir(parents=True)
+    for name in (
+        "server/superlink",
+        "server/superexec",
+        "nodes/node-0/worker",
+        "nodes/node-0/node",
+    ):
+        Path(tmp_path, f"{name}.sh").write_text("sleep 1000 & echo started; wait\n")
+    (plan.run_directory / "registered.json").write_text("{}")
+    plan.save()
+    me = subprocess.Popen([sys.executable, "-m", "fedlora.launch.deploy.supervise", str(tmp_path)])
+    yield plan
+    down(plan, lambda _: None)
+    me.wait(20)
+
+
+def until(done, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
+
+
+def child(plan: Plan, name: str) -> dict:
+    return read_state(plan).get("children", {}).get(name, {})
+
+
+def test_what_dies_is_started_again_and_down_ends_exactly_what_was_started(stand_ins) -> None:
+    until(lambda: all(is_running(child(stand_ins, n)) for n in ("superlink", "node-0", "worker-0")))
+    first = child(stand_ins, "node-0")
+    os.kill(first["pid"], signal.SIGKILL)
+    until(lambda: child(stand_ins, "node-0").get("restarts") == 1)
+    again = child(stand_ins, "node-0")
+    assert again["pid"] != first["pid"]
+    assert again["last_exit"] == -signal.SIGKILL
+    everyone = [c["pid"] for c in read_state(stand_ins)["children"].values()]
+    down(stand_ins, lambda _: None)
+    for pid in everyone:
+        assert not _group_alive(pid), "nor is anything left that they had started"
+    assert read_state(stand_ins) == {}
+
+
+def test_down_ends_what_a_killed_supervisor_left(stand_ins: Plan) -> None:
+    until(lambda: is_running(child(stand_ins, "node-0")))
+    state = read_state(stand_ins)
+    os.kill(state["supervisor"]["pid"], signal.SIGKILL)
+    until(lambda: not is_running(state["supervisor"]))
+    said: list[str] = []
+    down(stand_ins, said.append)
+    assert "4 processes" in said[0]
+    assert not any(is_running(c) for c in state["children"].values())
+
+
+def test_a_process_of_the_same_number_is_not_mistaken_for_ours() -> None:
+    assert not is_running({"pid": os.getpid(), "created": 1.0})

@@ -1,0 +1,146 @@
+"""The privacy lab: its table in an experiment's file, what the server sees, and going on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.launch.lab.plan import Lab, Size
+from fedlora.launch.lab.seat import Seat, joined, pick
+from fedlora.launch.lab.study import main
+from fedlora.training import cache as site
+from tests.support.private_setting import Build
+
+TINY = Size(40, 4, 2.0, (4,), 1, 5, (12,), 2000)
+
+
+def experiment(tmp_path: Path, settings: Build, **table: object) -> Path:
+    given = settings(
+        "bert", **{
+            "run.name": "tiny", "run.rounds": 1, "clients.count": 3, "clients.ranks": "3",
+            "train.steps": 1, "model.pooling": "mean", "model.dropout": 0.0,
+            "privacy.sample-rate": 1.0, "privacy.delta": 1e-3, "train.optimizer": "sgd",
+        },
+    )  # fmt: skip
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps({**given, "audit": table}))
+    return path
+
+
+def test_every_run_of_the_shipped_lab_is_a_valid_config_and_differs_where_its_table_says() -> None:
+    lab = Lab.load("privacy", {}, Path("out"))
+    runs = {(s, e): lab.at(s, e) for s in lab.strategies for e in lab.epsilons}
+    assert set(lab.strategies) == {"fedavg", "ffa", "fedex", "flora", "fedsa", "fedsb"}
+    assert list(lab.epsilons) == [0, 8, 3, 1]
+    for (strategy, epsilon), config in runs.items():
+        assert config.strategy.name == strategy
+        assert config.privacy.epsilon == epsilon
+        assert config.model.pooling == "mean"
+    for key, value in lab.table["open"].items():
+        assert runs["fedavg", 0].flat()[key] == value
+
+
+def test_a_wrong_table_is_an_error_that_says_so(tmp_path: Path, settings: Build) -> None:
+    with pytest.raises(ConfigError, match=r"audit\.seed: must be one of"):
+        Lab.load(experiment(tmp_path, settings, seed=[1]), {}, tmp_path)
+    with pytest.raises(ConfigError, match="--strategies: fedavq is none of"):
+        Lab.load(experiment(tmp_path, settings), {}, tmp_path, strategies=["fedavq"])
+
+
+def test_the_lab_measures_every_part_and_goes_on_where_it_was(
+    tmp_path: Path, settings: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(tmp_path, settings, epsilons=[0, 8], strategies=["fedavg", "fedsb"])
+    lab = Lab.load(path, {}, tmp_path / "out")
+    lab.size = TINY
+    page = main(lab, 1, "fedlora privacy audit tiny.toml")
+    for part in ("canaries", "probe", "inversion", "shadows", "seat", "utility"):
+        rows = lab.rows(part)
+        assert rows, part
+        assert len(rows) == sum(job.part == part for job in lab.jobs())
+    assert all(r["no DP"] == 1.0 and r["epsilon 8"] == 0.0 for r in lab.rows("inversion"))
+    assert all(r["AUC"] != 0.5 for r in lab.rows("seat"))
+    text = page.read_text()
+    assert all(title in text for title in ("Utility", "Membership, from models", "inversion"))
+    assert text.count("data:image/png") == 5
+    assert "http://" not in text
+    capsys.readouterr()
+    first = next(job for job in lab.jobs() if job.part == "utility")
+    lab.file(first).unlink()
+    stamps = {job.name: lab.file(job).stat().st_mtime_ns for job in lab.jobs() if job != first}
+    main(lab, 1, "")
+    assert {n: (tmp_path / "out/rows" / f"{n}.json").stat().st_mtime_ns for n in stamps} == stamps
+    assert lab.row(first) is not None
+    assert f"[1/1] {first.name}" in capsys.readouterr().out
+
+
+def test_a_directory_of_another_experiment_is_refused(tmp_path: Path, settings: Build) -> None:
+    path = experiment(tmp_path, settings, epsilons=[0], strategies=["fedavg"])
+    Lab.load(path, {}, tmp_path / "out").open()
+    Lab.load(path, {}, tmp_path / "out").open()
+    with pytest.raises(FedLoraError, match="another experiment"):
+        Lab.load(path, {"train.lr": 0.5}, tmp_path / "out").open()
+
+
+def test_the_command_takes_what_the_lab_does(tmp_path: Path, settings: Build) -> None:
+    path = experiment(tmp_path, settings)
+    done = CliRunner().invoke(app, ["privacy", "audit", str(path), "--epsilons", "x"])
+    assert done.exit_code == 2
+    assert "must be numbers" in done.output
+
+
+@pytest.mark.parametrize(
+    ("strategy", "columns"),
+    [("fedavg", {"A", "B", "other"}), ("ffa", {"B", "other"}), ("fedsa", {"A"}),
+     ("fedsb", {"R", "other"}), ("flora", {"A", "B", "other"}), ("fedex", {"A", "B", "other"})],
+)  # fmt: skip
+def test_the_seat_sees_what_a_client_changed_in_the_columns_that_travel(
+    tmp_path: Path, settings: Build, strategy: str, columns: set[str]
+) -> None:
+    config = Config.read(
+        settings(
+            "bert",
+            **{
+                "strategy.name": strategy,
+                "clients.ranks": "3",
+                "train.steps": 2,
+                "clients.count": 3,
+            },
+        )
+    )
+    labels = site.corpus(config).labels
+    rows = [site.encoded("train", i, config, labels) for i in range(3)]
+    seat = Seat(config)
+    seat.warm(rows)
+    sent, _ = seat.send(1, rows[1], config)
+    change = seat.change(1, sent)
+    assert set(change) == columns
+    for column in columns:
+        assert all(bool(x.any()) for x in change[column].values()), column
+    nothing = seat.change(1, _began(seat, sent))
+    assert all(not bool(x.any()) for xs in nothing.values() for x in xs.values())
+
+
+def _began(seat: Seat, sent):  # type: ignore[no-untyped-def]
+    from fedlora.strategies.base import travelling
+
+    with seat.received(1) as (came, factors):
+        return travelling(seat.strategy.upload(factors, seat.kept.get(1))[0], came.trainable)
+
+
+def test_rows_that_are_picked_and_joined_are_the_rows(settings: Build) -> None:
+    config = Config.read(settings("bert"))
+    rows = site.encoded("train", 0, config, site.corpus(config).labels)
+    few = pick(rows, torch.tensor([3, 0]))
+    assert few.ids[: int(few.starts[1])].equal(rows.ids[int(rows.starts[3]) : int(rows.starts[4])])
+    both = joined([few, rows])
+    assert len(both) == len(rows) + 2
+    assert both.lengths.tolist() == [*few.lengths.tolist(), *rows.lengths.tolist()]
+    assert pick(both, torch.arange(2, len(both))).ids.equal(rows.ids)
+    assert json.dumps(both.starts.tolist())

@@ -1,0 +1,256 @@
+"""Per-example gradients against the slow way, and what they refuse."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fedlora.errors import PrivacyError
+from fedlora.privacy.chance import Chance
+from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
+from fedlora.privacy.per_example import clipping, kept_apart
+from fedlora.privacy.probe import check_apart
+from tests.support.private_setting import Build, Setting, norm
+
+BATCH = [0, 3, 5, 8, 11]  # of different lengths, so padded
+
+
+def gathered(s: Setting, numbers: list[int]) -> dict[nn.Parameter, torch.Tensor]:
+    with kept_apart(s.model.peft, s.model.active, frozenset(s.params), s.model.masks) as sink:
+        s.losses(numbers).sum().backward()
+        found = sink.take(len(numbers))
+        assert all(p.grad is None for p in s.model.peft.parameters())
+    return {p: g.dense() for p, g in found.items()}
+
+
+def agree(s: Setting, tolerance: float = 1e-12) -> None:
+    found, want = gathered(s, BATCH), s.one_by_one(BATCH)
+    assert set(found) == set(s.params)
+    for i, alone in enumerate(want):
+        size = norm(alone)
+        assert size > 0
+        for p in s.params:
+            assert float((found[p][i] - alone[p]).abs().max()) <= tolerance * max(size, 1)
+
+
+KINDS = ("bert", "gpt2", "llama")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["fedex", "ffa", "fedsb", "ravan"])
+def test_per_example_gradients_are_those_of_batches_of_one(
+    settings: Build, kind: str, strategy: str
+) -> None:
+    given = {"strategy.name": strategy}
+    if strategy == "ravan":
+        given["strategy.ravan.head-rank"] = 3
+    s = Setting(settings(kind, **given))
+    agree(s, 2e-7 if kind == "llama" else 1e-12)  # LlamaRMSNorm computes in float32 whatever
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rslora_and_all_linear_layers_work(settings: Build, kind: str) -> None:
+    given = {"lora.use-rslora": True, "lora.target-modules": "all-linear"}
+    s = Setting(settings(kind, **given))
+    agree(s, 2e-7 if kind == "llama" else 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reentrant_checkpointing_changes_no_gradient(settings: Build, kind: str) -> None:
+    s = Setting(settings(kind, **{"train.gradient-checkpointing": True}))
+    s.model.peft.train()  # checkpointing is off in eval mode; dropout would differ by batch
+    for module in s.model.peft.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    agree(s, 2e-7 if kind == "llama" else 1e-12)
+
+
+def test_a_head_over_every_token_works(settings: Build) -> None:
+    s = Setting(settings("llama", **{"lora.modules-to-save": "lm_head"}))
+    assert any("lm_head" in name for name in s.live["other"])
+    agree(s, 2e-7)
+
+
+def test_a_mean_pooled_head_works(settings: Build) -> None:
+    agree(Setting(settings("bert", **{"model.pooling": "mean"})))
+
+
+def test_bfloat16_autocast_gives_the_gradients_of_plain_autocast(settings: Build) -> None:
+    s = Setting(settings("bert"), torch.float32)
+    exact = s.one_by_one(BATCH)
+    s.precision = "bfloat16"
+    plain, found = s.one_by_one(BATCH), gathered(s, BATCH)
+    for i, want in enumerate(exact):
+        ours = norm({p: found[p][i] - want[p] for p in s.params}) / norm(want)
+        theirs = norm({p: plain[i][p] - want[p] for p in s.params}) / norm(want)
+        assert 0 < ours < max(2 * theirs, 0.02)
+
+
+def test_a_layer_called_twice_has_one_gradient(settings: Build) -> None:
+    """The norm is of the sum of both calls' gradients, not of each."""
+    s = Setting(settings("bert"))
+    layers = s.model.peft.base_model.model.bert.encoder.layer
+    layers[1] = layers[0]
+    s.params = tuple(p for p in s.params if any(p is q for q in s.model.peft.parameters()))
+    agree(s)
+
+
+def test_dropout_is_that_of_plain_training(settings: Build) -> None:
+    s = Setting(settings("bert", **{"lora.dropout": 0.3}))
+    s.model.peft.train()
+    torch.manual_seed(5)
+    plain = torch.autograd.grad(s.losses(BATCH).sum(), s.params)
+    torch.manual_seed(5)
+    found = gathered(s, BATCH)
+    for p, want in zip(s.params, plain, strict=True):
+        assert torch.allclose(found[p].sum(0), want, rtol=0, atol=1e-12)
+    s.model.peft.eval()
+
+
+def test_the_model_is_as_before_afterwards(settings: Build) -> None:
+    s = Setting(settings("bert", **{"strategy.name": "fedsb"}))
+    before = s.losses(BATCH)
+    gathered(s, BATCH)
+    assert torch.equal(s.losses(BATCH), before)
+    s.losses(BATCH).sum().backward()
+    assert all(p.grad is not None for p in s.params)
+    for p in s.params:
+        p.grad = None
+
+
+# -- the sum and its sensitivity ---------------------------------------------------------------
+
+
+def total(s: Setting, numbers: list[int], C: float, size: int = 2) -> torch.Tensor:
+    clipped = ClippedSum(s.params, C)
+    with kept_apart(s.model.peft, s.model.active, frozenset(s.params)) as sink:
+        for part in microbatches(torch.tensor(numbers), s.rows.lengths, size):
+            s.losses(part.tolist()).sum().backward()
+            clipped.add(sink.take(len(part)))
+    return torch.cat([g.flatten() for g in clipped.noised(0.0, Chance()).values()])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("part", [0.3, 1.0, 3.0])
+def test_removing_any_example_moves_the_sum_by_at_most_c(
+    settings: Build, kind: str, part: float
+) -> None:
+    s = Setting(settings(kind), torch.float32)
+    C = part * sorted(norm(g) for g in s.one_by_one(BATCH))[2]
+    whole = total(s, BATCH, C)
+    moves = [float((whole - total(s, [j for j in BATCH if j != i], C)).norm()) for i in BATCH]
+    assert max(moves) <= C * (1 + 1e-6)
+    assert part > 2 or max(moves) > 0.99 * C
+
+
+def test_a_long_document_moves_the_sum_no_more_than_a_short_one(settings: Build) -> None:
+    """Per-example losses; a loss over all the batch's tokens would rescale every other example."""
+    s = Setting(settings("llama", **{"data.response": "text", "data.prompt": ""}), torch.float32)
+    longest = int(s.rows.lengths.argmax())
+    others = [i for i in range(12) if i != longest]
+    assert int(s.rows.lengths[longest]) > int(s.rows.lengths[others].min())
+    C = 0.5 * min(norm(g) for g in s.one_by_one([longest, *others]))
+    move = float((total(s, [longest, *others], C) - total(s, others, C)).norm())
+    assert move <= C * (1 + 1e-6)
+
+
+def test_micro_batches_change_the_sum_by_rounding_alone(settings: Build) -> None:
+    s = Setting(settings("bert"))
+    sums = [total(s, BATCH, 0.1, size) for size in (1, 2, 5)]
+    assert max(float((x - sums[0]).abs().max()) for x in sums) < 1e-14
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 1e30])
+def test_a_non_finite_example_counts_as_zero(settings: Build, poison: float) -> None:
+    s = Setting(settings("bert"), torch.float32)
+    clean = total(s, BATCH[1:], 0.1, 5)
+    clipped = ClippedSum(s.params, 0.1)
+    with kept_apart(s.model.peft, s.model.active, frozenset(s.params)) as sink:
+        losses = s.losses(BATCH)
+        (losses * torch.tensor([poison, 1, 1, 1, 1])).sum().backward()
+        clipped.add(sink.take(len(BATCH)))
+    found = torch.cat([g.flatten() for g in clipped.noised(0.0, Chance()).values()])
+    assert torch.isfinite(found).all()
+    moved = float((found - clean).norm())
+    assert moved <= 0.1 * (1 + 1e-6) if poison == 1e30 else moved < 1e-6
+
+
+def test_bf16_gradients_are_clipped_by_the_norm_of_what_is_summed(settings: Build) -> None:
+    s = Setting(settings("bert"), torch.float32)
+    s.precision = "bfloat16"
+    with kept_apart(s.model.peft, s.model.active, frozenset(s.params)) as sink:
+        s.losses(BATCH).sum().backward()
+        found = sink.take(len(BATCH))
+    C = 0.01
+    finite, c = clipping(found, C)
+    for i in range(len(BATCH)):
+        one = torch.zeros_like(c)
+        one[i] = c[i]
+        part = {p: g.weighted_sum(one) for p, g in finite.items()}
+        assert norm(part) <= C * (1 + 1e-7)
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(settings: Build) -> Setting:
+    return Setting(settings("bert"), torch.float32)
+
+
+def refusal(s: Setting) -> str:
+    with pytest.raises(PrivacyError) as e:
+        gathered(s, BATCH)
+    return str(e.value)
+
+
+def test_batchnorm_is_refused(bert: Setting) -> None:
+    bert.model.peft.base_model.model.bert.pooler.norm = nn.BatchNorm1d(4)
+    assert "BatchNorm" in refusal(bert)
+
+
+def test_dora_is_refused(settings: Build) -> None:
+    s = Setting(settings("bert", **{"lora.form": "dora", "strategy.name": "fedavg"}), torch.float32)
+    assert "per-example gradient" in refusal(s)
+
+
+def test_a_trained_layer_that_is_not_linear_is_refused(settings: Build) -> None:
+    given = {"lora.modules-to-save": "word_embeddings"}
+    s = Setting(settings("bert", **given), torch.float32)
+    assert "only LoRA factors and linear heads" in refusal(s)
+
+
+def test_a_parameter_without_a_gradient_is_an_error_not_a_zero(bert: Setting) -> None:
+    query = bert.model.peft.base_model.model.bert.encoder.layer[1].attention.self.query
+    query.forward = query.base_layer.forward
+    assert "no per-example gradient" in refusal(bert)
+
+
+def test_a_weight_used_outside_its_module_is_an_error(bert: Setting) -> None:
+    weight = bert.params[0]
+    losses = bert.losses
+    bert.losses = lambda numbers: losses(numbers) + weight.square().sum()
+    assert "outside of the module" in refusal(bert)
+
+
+def test_a_model_that_mixes_examples_is_found_before_training(bert: Setting) -> None:
+    check_apart(bert.model, bert.live)
+    mixed = copy.copy(bert.model)  # not the model that passed
+    dense = mixed.peft.base_model.model.bert.encoder.layer[0].output.dense
+    handle = dense.register_forward_hook(lambda _, __, y: y + y.roll(1, 0))
+    with pytest.raises(PrivacyError, match="does not keep the examples"):
+        check_apart(mixed, bert.live)
+    handle.remove()
+
+
+def test_the_probe_leaves_no_trace(bert: Setting) -> None:
+    before = [p.detach().clone() for p in bert.params]
+    check_apart(bert.model, bert.live)
+    assert all(torch.equal(p, q) for p, q in zip(bert.params, before, strict=True))
+    assert all(p.grad is None for p in bert.params)
+
+
+def test_a_poisson_sample_of_rate_0_is_empty_and_of_rate_1_everything() -> None:
+    assert len(poisson(9, 0.0, Chance())) == 0
+    assert poisson(9, 1.0, Chance()).tolist() == list(range(9))

@@ -1,0 +1,270 @@
+"""Noise, sampling and accounting: each against what it must be, with its confidence interval."""
+
+import math
+
+import pytest
+import torch
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from scipy import stats
+
+from fedlora import preflight
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError, PrivacyError
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import Spend, calibrate, epsilon
+from fedlora.privacy.chance import Chance
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.mechanism import ClippedSum, poisson, rounded
+from fedlora.privacy.training import Plan, private_fit
+from tests.support.private_setting import Build, Setting
+
+N = 200_000
+
+
+def fixed(n: int) -> Chance:
+    """The generator that is keyed from the system, but with a known key: a test of a statistic at
+    1 in 1,000 must not fail once in 1,000 runs."""
+    return Chance.reproducible(n, 0, 0, "test")
+
+
+def test_noise_is_standard_normal() -> None:
+    z = fixed(1).gaussians(N + 1)
+    assert z.dtype == torch.float64
+    half = stats.norm.ppf(0.9995) / math.sqrt(2 * N)
+    assert abs(float(z.std()) - 1) < half
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
+
+
+def test_noise_has_tails_that_float32_lacks() -> None:
+    """Box-Muller on 24-bit uniforms ends at 5.77; here the least uniform gives 8.57."""
+    assert math.sqrt(-2 * math.log(2.0**-53)) > 8.5
+    u = fixed(2).uniforms(N)
+    assert u.dtype == torch.float64
+    assert float((u * 2**24).frac().abs().gt(0).double().mean()) > 0.99  # bits beyond the 24th
+
+
+def test_two_streams_are_independent_and_a_reproducible_one_repeats() -> None:
+    a, b = fixed(3).gaussians(N), fixed(4).gaussians(N)
+    assert abs(float((a * b).mean())) < 4 / math.sqrt(N)
+    same = [Chance.reproducible(1, 2, 3, "noise").gaussians(9) for _ in range(2)]
+    assert torch.equal(*same)
+    names = [(1, 2, 3, "sampling"), (1, 2, 4, "noise"), (1, 3, 3, "noise"), (2, 2, 3, "noise")]
+    assert all(not torch.equal(Chance.reproducible(*n).gaussians(9), same[0]) for n in names)
+
+
+def test_noise_is_added_once_with_the_std_that_is_accounted() -> None:
+    p = torch.nn.Parameter(torch.zeros(N))
+    sigma, C = 1.3, 0.5
+    noised = ClippedSum((p,), C).noised(sigma, fixed(5))[p]
+    half = stats.norm.ppf(0.9995) / math.sqrt(2 * N)
+    assert abs(float(noised.std()) / (sigma * C) - 1) < half
+    assert stats.kstest((noised / (sigma * C)).numpy(), "norm").pvalue > 1e-4
+
+
+def test_released_numbers_lie_on_a_grid_that_the_data_do_not_move() -> None:
+    x = torch.randn(100, dtype=torch.float64)
+    grid = 2.0**-24
+    assert torch.equal(rounded(x.clone(), 1.5) / grid, (rounded(x.clone(), 1.5) / grid).round())
+    assert float((rounded(x.clone(), 1.5) - x).abs().max()) <= grid / 2
+
+
+@pytest.mark.parametrize(("n", "q"), [(40, 0.05), (25, 0.3)])
+def test_samples_are_poisson(n: int, q: float) -> None:
+    chance, times = fixed(6), 4000
+    hits = torch.zeros(n)
+    sizes = []
+    for _ in range(times):
+        sample = poisson(n, q, chance)
+        hits[sample] += 1
+        sizes.append(len(sample))
+    chi2 = float(((hits - times * q).square() / (times * q * (1 - q))).sum())
+    assert 1e-4 < stats.chi2.sf(chi2, n) < 1 - 1e-4
+    empty = (1 - q) ** n * times
+    assert abs(sizes.count(0) - empty) < 4.5 * math.sqrt(empty) + 1
+    variance = float(torch.tensor(sizes).double().var())
+    assert abs(variance / (n * q * (1 - q)) - 1) < 4.5 * math.sqrt(2 / times) + 0.05
+
+
+# -- accounting --------------------------------------------------------------------------------
+
+
+def second_opinion(spends: list[Spend], delta: float) -> float:
+    accountant = PLDAccountant()
+    for s in spends:
+        step = dp_event.PoissonSampledDpEvent(s.q, dp_event.GaussianDpEvent(s.sigma))
+        accountant.compose(dp_event.SelfComposedDpEvent(step, s.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+LONG = [(0.05, 1.0, 200, 1e-5), (0.25, 3.0, 100, 1e-4), (0.004, 0.6, 3000, 1e-6)]
+GRID = [
+    (1.0, 5.0, 30, 1e-5),
+    (0.1, 100, 10, 1e-5),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in LONG),
+]
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps", "delta"), GRID)
+def test_epsilon_is_that_of_an_independent_accountant_and_never_below(
+    q: float, sigma: float, steps: int, delta: float
+) -> None:
+    ours, theirs = (
+        epsilon([Spend(q, sigma, steps)], delta),
+        second_opinion([Spend(q, sigma, steps)], delta),
+    )
+    assert theirs - 1e-3 <= ours <= theirs + 0.02
+
+
+def test_rounds_of_different_noise_compose_as_the_other_accountant_says() -> None:
+    spends = [Spend(1.0, 8.0, 9), Spend(0.5, 6.0, 5), Spend(1.0, 8.0, 9)]
+    ours, theirs = epsilon(spends, 1e-3), second_opinion(spends, 1e-3)
+    assert theirs - 1e-3 <= ours <= theirs + 0.02
+    assert ours > 1.3 * epsilon(spends[:1], 1e-3)  # a new accountant each round claims that
+
+
+@pytest.mark.parametrize(
+    ("target", "q", "steps"),
+    [(1.0, 1.0, 30), pytest.param(8.0, 0.1, 30, marks=pytest.mark.slow)],
+)
+def test_calibrated_noise_keeps_the_budget_and_wastes_little(
+    target: float, q: float, steps: int
+) -> None:
+    sigma = calibrate(target, 1e-5, q, steps)
+    assert 0.97 * target - 0.02 < epsilon([Spend(q, sigma, steps)], 1e-5) <= target
+    assert second_opinion([Spend(q, sigma, steps)], 1e-5) <= target
+
+
+def test_limits_of_epsilon() -> None:
+    assert epsilon([], 1e-5) == 0
+    assert epsilon([Spend(0.5, 1.0, 0), Spend(0.0, 1.0, 9)], 1e-5) == 0
+    assert epsilon([Spend(0.5, 0.0, 1)], 1e-5) == math.inf
+    assert epsilon([Spend(0.5, 1e-2, 9)], 1e-5) > 1000
+
+
+# -- the local loop ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The RDP bound for epsilon, where the test is not about it."""
+    monkeypatch.setattr(accounting, "_composed", accounting._loose)
+
+
+def fitted(s: Setting, tmp_path, round: int = 1, **changes: object):
+    config = Config.read({**s.config.flat(), **changes})
+    before = {p: p.detach().clone() for p in s.params}
+    ledger = Ledger(tmp_path, "d")
+    fit = private_fit(s.model, s.rows, s.columns, config, round, 0, None, ledger)
+    return fit, {p: (p.detach() - before[p]).double() for p in s.params}, ledger
+
+
+PRIVATE = {
+    "privacy.noise-multiplier": 2.0,
+    "privacy.delta": 1e-3,
+    "train.optimizer": "sgd",
+    "train.lr": 1.0,
+    "train.lr-schedule": "constant",
+    "train.grad-clip": 0.0,
+    "train.steps": 1,
+}
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_step_on_an_empty_sample_is_noise_alone_and_is_paid_for(
+    settings: Build, tmp_path
+) -> None:
+    s = Setting(settings("bert", **PRIVATE))
+    s.model.peft.forward = None  # must not be called
+    import fedlora.privacy.training as training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "poisson", lambda *_: torch.empty(0, dtype=torch.long))
+        patch.setattr(training, "check_apart", lambda *_: None)
+        fit, moved, ledger = fitted(s, tmp_path)
+    flat = torch.cat([x.flatten() for x in moved.values()])
+    std = 2.0 * 0.3 / (8 / len(s.rows) * len(s.rows))
+    assert abs(float(flat.std()) / std - 1) < 4 / math.sqrt(2 * len(flat))
+    assert math.isnan(fit.loss)
+    assert [c.spend.steps for c in ledger.read().charges] == [1]
+
+
+@pytest.mark.usefixtures("_quick")
+def test_noise_is_fresh_each_step_round_and_restart(settings: Build, tmp_path) -> None:
+    """Fresh from the system though run.seed is the same; the same only on express demand."""
+    s = Setting(settings("bert", **PRIVATE))
+    start = {p: p.detach().clone() for p in s.params}
+    found = []
+    for insecure in (False, False, True, True):
+        with torch.no_grad():
+            for p, x in start.items():
+                p.copy_(x)
+        changes = {"privacy.insecure-reproducible-noise": insecure}
+        moved = fitted(s, tmp_path, **changes)[1]
+        found.append(torch.cat([x.flatten() for x in moved.values()]))
+    assert float(torch.corrcoef(torch.stack(found[:2]))[0, 1].abs()) < 0.2
+    assert torch.equal(found[2], found[3])
+
+
+@pytest.mark.usefixtures("_quick")
+def test_huge_clip_and_tiny_noise_at_q_1_is_full_batch_gradient_descent(
+    settings: Build, tmp_path
+) -> None:
+    s = Setting(settings("bert", **PRIVATE))
+    for module in s.model.peft.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    grads = s.one_by_one(list(range(len(s.rows))))
+    want = {p: -sum(g[p] for g in grads) / len(s.rows) for p in s.params}
+    changes = {
+        "privacy.noise-multiplier": 1e-13,
+        "privacy.clip-norm": 1e3,
+        "privacy.sample-rate": 1,
+    }
+    changes["privacy.sample-rate"] = 1.0
+    _, moved, _ = fitted(s, tmp_path, **changes)
+    assert max(float((moved[p] - want[p]).abs().max()) for p in s.params) < 1e-8
+
+
+def test_a_plan_counts_the_steps_of_all_rounds(settings: Build) -> None:
+    given = {"privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3}
+    plan = Plan.of(Config.read(settings("bert", **given)), 30)
+    assert (plan.q, plan.steps, plan.sigma) == (8 / 30, 4, 1.0)
+    given = {"privacy.epsilon": 3.0, "privacy.delta": 1e-3, "privacy.sample-rate": 1.0}
+    config = Config.read(settings("bert", **given, **{"train.steps": 4}))
+    plan = Plan.of(config, 30)
+    planned = Spend(1.0, plan.sigma, 4 * config.run.rounds)
+    assert 2.9 < epsilon([planned], 1e-3) <= 3.0
+    with pytest.raises(PrivacyError, match="1/n"):
+        Plan.of(config, 1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"privacy.epsilon": 3.0, "privacy.noise-multiplier": 1.0}, ["both set"]),
+        ({"privacy.level": "client"}, ["needs privacy.epsilon"]),
+        ({"privacy.insecure-reproducible-noise": True}, ["privacy is off"]),
+        ({"privacy.max-epsilon": 2.0}, ["this node's limit"]),
+        (
+            {"privacy.epsilon": 3.0, "lora.form": "dora", "lora.init": "eva"},
+            ["lora.form", "lora.init"],
+        ),
+        (
+            {"privacy.epsilon": 3.0, "strategy.name": "fedsb",
+             "strategy.fedsb.init-from": "update-approx"},
+            ["without noise"],
+        ),
+        (
+            {"privacy.epsilon": 3.0, "privacy.level": "client", "strategy.name": "fedsa",
+             "output.keep-updates": True},
+            ["average-at-end", "keep-updates"],
+        ),
+    ],
+)  # fmt: skip
+def test_impossible_combinations_are_refused_together(
+    settings: Build, changes: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as e:
+        preflight.read(settings("bert", **changes))
+    assert all(word in str(e.value) for word in words)
