@@ -35,7 +35,7 @@ docs: $(READY)
 
 check: lint docs test
 
-# Every figure of docs/benchmarks.md, side by side with its peer; 18 minutes on two free cores.
+# Every figure of docs/use/benchmarks.md, side by side with its peer; 18 minutes on two free cores.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 

@@ -1,4 +1,4 @@
-"""All of docs/benchmarks.md in one run: `make bench`, or `python -m benchmarks.run [--quick]`.
+"""All of docs/use/benchmarks.md in one run: `make bench`, or `python -m benchmarks.run [--quick]`.
 
     --quick          the smallest size of each, in three minutes: that every row still runs
     --only NAME      one group of rows
@@ -58,7 +58,7 @@ def group(name: str, quick: bool) -> list[Row]:
 
 
 def table(found: dict[str, object]) -> str:
-    """The Markdown of docs/benchmarks.md."""
+    """The Markdown of docs/use/benchmarks.md."""
     rows: list[dict[str, object]] = found["rows"]  # type: ignore[assignment]
     on: dict[str, Any] = found["machine"]  # type: ignore[assignment]
     lines = [
@@ -107,7 +107,7 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "latest.json").write_text(json.dumps(result, indent=1) + "\n")
     if not given.quick and not given.only:
-        (ROOT / "docs/benchmarks.md").write_text(table(result))
+        (ROOT / "docs/use/benchmarks.md").write_text(table(result))
     return int(any("failed" in row.how for row in rows if row.value is None))
 
 

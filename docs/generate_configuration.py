@@ -1,5 +1,5 @@
-"""Write docs/configuration.md from the config tree, and the table of docs/forms.md from the forms:
-`python docs/generate_configuration.py`.
+"""Write docs/use/configuration.md from the config tree, and the table of docs/extend/forms.md from
+the forms: `python docs/generate_configuration.py`.
 
 Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
 stands under its field, in fedlora/config/sections.py or, for a strategy's
@@ -18,8 +18,8 @@ from fedlora.config.reader import Config
 from fedlora.config.strategies import strategy_section
 from fedlora.strategies import STRATEGIES, forms
 
-PAGE = Path(__file__).parent / "configuration.md"
-FORMS = Path(__file__).parent / "forms.md"
+PAGE = Path(__file__).parent / "use" / "configuration.md"
+FORMS = Path(__file__).parent / "extend" / "forms.md"
 
 HEAD = """# Configuration
 
@@ -102,7 +102,7 @@ def page() -> str:
 
 
 def strategies() -> Iterator[str]:
-    yield "`name` is one of " + ", ".join(f"[`{n}`](strategies/{n}.md)" for n in STRATEGIES) + "."
+    yield "`name` is one of " + ", ".join(f"[`{n}`](../strategies/{n}.md)" for n in STRATEGIES) + "."
     yield f'Default: `"{Config().strategy.name}"`. A strategy\'s options have a table of their'
     yield "own, `[strategy.fedex]`; those of strategies that a run does not use are left alone."
     yield ""
@@ -112,7 +112,7 @@ def strategies() -> Iterator[str]:
             texts = described(inspect.getsource(sys.modules[cls.__module__]))[cls.__name__]
             yield f"### [strategy.{name}]"
             yield ""
-            yield f"What each does is on [its page](strategies/{name}.md#options)."
+            yield f"What each does is on [its page](../strategies/{name}.md#options)."
             yield ""
             yield from table(f"strategy.{name}", section.annotation, texts)
             yield ""

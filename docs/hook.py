@@ -64,7 +64,8 @@ def expanded(nav: list[Any], taken: set[str]) -> Iterator[Any]:
 
 
 def results() -> list[Path]:
-    return sorted((DOCS / "results").glob("*.md"))
+    pages = sorted((DOCS / "results").glob("*.md"))
+    return [p for p in pages if p.name != "index.md"]
 
 
 def title_of(text: str) -> str:
@@ -74,7 +75,7 @@ def title_of(text: str) -> str:
 
 def listed(pages: list[Path]) -> Iterator[str]:
     for path in pages:
-        yield f"- [{title_of(path.read_text(encoding='utf-8'))}](results/{path.name})"
+        yield f"- [{title_of(path.read_text(encoding='utf-8'))}]({path.name})"
 
 
 def rows_of(strategy: str, pages: list[Path]) -> Iterator[str]:

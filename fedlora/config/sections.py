@@ -1,7 +1,7 @@
 """Every key of a run, with its type, its default and, below it, what it means: one class a section.
 
 `fedlora.config.reader` reads them from TOML and from Flower's flat run config;
-docs/configuration.md is written from this file.
+docs/use/configuration.md is written from this file.
 """
 
 from typing import Annotated, Literal

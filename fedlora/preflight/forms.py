@@ -1,4 +1,4 @@
-"""Adapter forms, initialisations and quantised bases that cannot be: docs/forms.md."""
+"""Adapter forms, initialisations and quantised bases that cannot be: docs/extend/forms.md."""
 
 import difflib
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Options around a strategy's aggregation that it, or another option, does not go with.
 
-docs/composing.md has the table.
+docs/extend/composing.md has the table.
 """
 
 from collections.abc import Iterator

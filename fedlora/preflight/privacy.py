@@ -1,4 +1,4 @@
-"""What no privacy guarantee covers: docs/privacy.md."""
+"""What no privacy guarantee covers: docs/privacy/index.md."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What secure aggregation does not go with: docs/privacy.md."""
+"""What secure aggregation does not go with: docs/privacy/index.md."""
 
 from collections.abc import Iterator
 from typing import Any

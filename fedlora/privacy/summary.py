@@ -24,7 +24,7 @@ def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, An
         "losses_counts_scores": "sent WITHOUT NOISE, outside of the promise"
         if p.release_metrics
         else "kept on the clients",
-        "promise": "docs/privacy.md",
+        "promise": "docs/privacy/index.md",
     }
     last: dict[str, Mapping[str, Any]] = {}
     for line in rounds:

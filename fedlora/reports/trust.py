@@ -92,7 +92,7 @@ def left(run: RunFiles) -> Iterator[tuple[str, str]]:
         if masked:
             yield "Trained factors", f"{which}, each round, masked: known is their sum alone"
             yield "Counts and losses", "masked as well: known is their sum over the clients"
-            yield "Clients in a sum", f"{min(masked)} at least; docs/privacy.md says against whom"
+            yield "Clients in a sum", f"{min(masked)} or more; docs/privacy/index.md: against whom"
         else:
             yield "Trained factors", f"{which}, each round"
             yield "Example counts", "how many rows the client trained on, each round"

@@ -17,7 +17,7 @@ What a strategy computes decides what it can run (`Needs.algebra`):
     tensors       anything else: only a strategy that averages whatever trains
 
 `refusal` says why a strategy cannot run a form; what else of a form cannot be, and says so before
-anything runs, is fedlora/preflight/forms.py. docs/forms.md is `table()`.
+anything runs, is fedlora/preflight/forms.py. docs/extend/forms.md is `table()`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -256,7 +256,7 @@ HEADINGS = ("form", "f(x)", "in what trains", "clients.ranks is", "exact", "logg
 
 
 def table() -> str:
-    """The forms as a Markdown table: what docs/forms.md holds."""
+    """The forms as a Markdown table: what docs/extend/forms.md holds."""
     named = ((f"`{name}`", *rest) for name, *rest in rows())
     lines = [HEADINGS, ("---",) * len(HEADINGS), *named]
     cells = [[c.replace("|", "\\|") for c in line] for line in lines]

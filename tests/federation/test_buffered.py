@@ -27,7 +27,7 @@ DEVICES = "fast:4:100,middle:1:20,slow:0.1:2"
 # What the documentation says takes late updates; the tests hold the code to it.
 TAKES = {
     row["strategy"]
-    for row in table(DOCS / "composing.md", "strategy")
+    for row in table(DOCS / "extend" / "composing.md", "strategy")
     if row["late updates"] == "yes"
 }
 

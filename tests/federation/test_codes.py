@@ -136,7 +136,7 @@ def test_what_is_wrong_with_a_reply_is_bad_whatever_the_words_are() -> None:
 
 
 def test_every_kind_is_in_the_documentation_and_no_other() -> None:
-    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "deploy" / "index.md").read_text(encoding="utf-8")
     table = text.split("| kind | what happened |", 1)[1].split("\n\n", 1)[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [k.value for k in FailureKind]
 

@@ -46,7 +46,7 @@ STAGES = ("setup", "share", "collect", "unmask")
 # What the documentation says can be summed; the tests hold the code to it.
 SAID = [
     (row["ranks"], re.findall("`(.+?)`", row["strategies"]))
-    for row in table(DOCS / "privacy.md", "ranks")
+    for row in table(DOCS / "privacy" / "index.md", "ranks")
 ]
 ANY_RANKS = {name for ranks, names in SAID for name in names if ranks == "any"}
 EQUAL_RANKS_ONLY = {name for ranks, names in SAID for name in names if ranks.startswith("one")}
@@ -358,7 +358,7 @@ def test_a_strategy_goes_on_sums_exactly_where_the_documentation_says_so(name: s
         said = reason(name, mixed)
         assert bool(said) == (name not in ANY_RANKS)
         assert not said or "use ffa, fedsb" in said
-    assert sum(name in names for _, names in SAID) == 1, "one row of docs/privacy.md has it"
+    assert sum(name in names for _, names in SAID) == 1, "one row of docs/privacy/index.md has it"
 
 
 def test_a_strategy_that_needs_single_updates_is_refused_before_anything_is_sent(

@@ -34,7 +34,7 @@ WRITTEN = (
     *PAGES,
 )
 YES = {True: "yes", False: "no"}
-WORKED = DOCS / "write-a-strategy.md"
+WORKED = DOCS / "extend" / "write-a-strategy.md"
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
@@ -126,7 +126,7 @@ def test_what_is_sent_once_is_what_the_overview_says(name: str) -> None:
 
 
 def test_what_goes_with_what_is_what_the_code_refuses() -> None:
-    rows = {row["strategy"]: row for row in table(DOCS / "composing.md", "strategy")}
+    rows = {row["strategy"]: row for row in table(DOCS / "extend" / "composing.md", "strategy")}
     assert list(rows) == list(STRATEGIES), "rows in the order of STRATEGIES"
     for name, cls in STRATEGIES.items():
         needs = cls().needs()
@@ -266,7 +266,7 @@ def commands(group: click.Group, path: str = "fedlora") -> Iterator[tuple[str, c
 
 
 def test_every_command_and_option_is_in_the_reference() -> None:
-    text = (DOCS / "commands.md").read_text()
+    text = (DOCS / "use" / "commands.md").read_text()
     group = get_command(app)
     found = list(commands(group))  # type: ignore[arg-type]
     assert len(found) > 10
@@ -340,7 +340,7 @@ def test_a_result_that_is_added_is_listed_and_quoted(tmp_path: Path) -> None:
         "# New\n\n## at one rank\n\n| seed | strategy |\n|---|---|\n| 1 | `ffa` |\n| 2 | fedex |\n"
         "\n| other |\n|---|\n| ffa |\n"
     )
-    assert list(hook.listed([page])) == ["- [New](results/new.md)"]
+    assert list(hook.listed([page])) == ["- [New](new.md)"]
     (quoted,) = hook.rows_of("ffa", [page])
     assert quoted.startswith("[New](../results/new.md), at one rank:")
     assert "| 1 | `ffa` |" in quoted

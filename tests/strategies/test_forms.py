@@ -375,7 +375,7 @@ def test_options_that_a_form_has_not_are_listed(settings: Settings) -> None:
 
 
 def test_the_document_holds_the_table() -> None:
-    text = (ROOT / "docs" / "forms.md").read_text()
+    text = (ROOT / "docs" / "extend" / "forms.md").read_text()
     assert forms.table() in text, "run: python docs/generate_configuration.py"
     for name in [*FORMS, *forms.INITS, *LEFT_OUT, *INITS_LEFT_OUT]:
         assert f"`{name}`" in text, name
@@ -383,7 +383,7 @@ def test_the_document_holds_the_table() -> None:
 
 def test_the_generator_writes_the_table_anew_and_nothing_else() -> None:
     generator = load(ROOT / "docs" / "generate_configuration.py", "docs_generate_configuration")
-    text = (ROOT / "docs" / "forms.md").read_text()
+    text = (ROOT / "docs" / "extend" / "forms.md").read_text()
     last = forms.table().splitlines()[-1] + "\n"
     assert generator.with_table(text.replace(last, "| stale |\n")) == text
 

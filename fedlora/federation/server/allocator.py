@@ -2,7 +2,7 @@
 
 glibc gives freed memory back to the system; each page of it is then zeroed anew when it is next
 touched. An aggregation whose result is as large as its uploads paid as much for that as for its
-arithmetic (docs/performance.md).
+arithmetic (docs/use/performance.md).
 """
 
 import ctypes

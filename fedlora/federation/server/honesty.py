@@ -12,7 +12,7 @@ numbers agree with the upload as the modules see it, and the certificate says wh
 half of the clients or more disagree, or all are this machine, nobody is left out either: it is the
 software, and the certificate stops the run.
 
-A client that lies about both alike is not found here: see docs/proof.md.
+A client that lies about both alike is not found here: see docs/extend/proof.md.
 """
 
 import math

@@ -192,9 +192,8 @@ def _training(
     try:
         check_first(model, strategy, state, client, rows, config, 1)
     except TrainingCheckError as e:
-        return Finding(
-            "problem", f"training check: {e}", "docs/training-check.md says what each finding means"
-        )
+        means = "docs/use/training-check.md says what each finding means"
+        return Finding("problem", f"training check: {e}", means)
     whose = "client 0's rows" if here and not config.privacy.by_example else "synthetic rows"
     return Finding("ok", f"training check: losses, gradients and a step are right on {whose}")
 
