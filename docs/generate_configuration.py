@@ -102,7 +102,9 @@ def page() -> str:
 
 
 def strategies() -> Iterator[str]:
-    yield "`name` is one of " + ", ".join(f"[`{n}`](../strategies/{n}.md)" for n in STRATEGIES) + "."
+    yield (
+        "`name` is one of " + ", ".join(f"[`{n}`](../strategies/{n}.md)" for n in STRATEGIES) + "."
+    )
     yield f'Default: `"{Config().strategy.name}"`. A strategy\'s options have a table of their'
     yield "own, `[strategy.fedex]`; those of strategies that a run does not use are left alone."
     yield ""
