@@ -33,7 +33,9 @@ def resolve_defaults(
         lr = step / p.clip_norm if optimizer == "sgd" else 1e-2
     pooling, layers = model.pooling, lora.layers
     if pooling == AUTO:
-        pooling = "mean" if private and model.task == "classification" else "default"
+        own = model.path.startswith("py:")  # a whole model, with a head
+        mean = private and model.task == "classification" and not own
+        pooling = "mean" if mean else "default"
     if layers == (AUTO,):
         layers = ("-1",) if private else ()
     return (

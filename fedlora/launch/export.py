@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ModelError
@@ -18,9 +19,17 @@ from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache as site
 from fedlora.training.data.batches import eval_batches
 from fedlora.training.export_certificate import certified, load_exported
-from fedlora.training.model.loading import MeanPooled, load_base
+from fedlora.training.model.loading import MeanPooled, load_base, logits_of
 from fedlora.training.model.model import Model
-from fedlora.training.model.peft_directory import beginning, save_head, save_peft, total, truncate
+from fedlora.training.model.peft_directory import (
+    WEIGHTS,
+    beginning,
+    save_head,
+    save_peft,
+    total,
+    truncate,
+)
+from fedlora.training.user_code import is_code
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 1e-2}
 """Relative difference of logits that rounding in the base's dtype can explain."""
@@ -86,7 +95,10 @@ def _save_whole(model: Model, base: Any, effective: Effective, directory: Path) 
     if isinstance(base, MeanPooled):
         save_head(effective, directory)
         base = base.encoder
-    base.save_pretrained(str(directory))
+    if is_code(model.config.model.path) and not hasattr(base, "save_pretrained"):
+        save_model(base, str(directory / WEIGHTS))
+    else:
+        base.save_pretrained(str(directory))
     model.tokenizer.save_pretrained(str(directory))
 
 
@@ -136,8 +148,8 @@ def export_run(
     inputs = {key: x for key, x in batch.items() if key != "labels"}
     loaded = load_exported(config, corpus.labels, out, merged)
     with torch.no_grad():
-        want = model.peft(**inputs).logits.float()
-        got = loaded(**inputs).logits.float()
+        want = logits_of(model.peft(**inputs)).float()
+        got = logits_of(loaded(**inputs)).float()
     deviation = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
     if not rank and not deviation < TOLERANCE[config.model.dtype]:
         raise ModelError(f"{out}: its logits deviate from the federated model's by {deviation:.1e}")

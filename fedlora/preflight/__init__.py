@@ -18,7 +18,7 @@ from typing import Any
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.server import admission
-from fedlora.preflight import forms, options, privacy, secure
+from fedlora.preflight import forms, options, privacy, secure, user_code
 from fedlora.strategies.base import Client
 
 
@@ -29,6 +29,7 @@ def problems(config: Config, clients: Sequence[Client] | None = None) -> Iterato
     yield from privacy.problems(config, strategy)
     yield from secure.problems(config, strategy)
     yield from options.problems(config, strategy)
+    yield from user_code.problems(config)
     if clients is not None:
         yield from admission.problems(config, strategy, clients)
 

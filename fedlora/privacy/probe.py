@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlora.errors import PrivacyError
 from fedlora.privacy.per_example import Gradient, kept_apart
 from fedlora.training.data.batches import IGNORE, Batch
+from fedlora.training.model.loading import padding, vocabulary
 from fedlora.training.model.model import Model
 from fedlora.training.train import Live, example_losses
 
@@ -86,7 +87,7 @@ def _compare(
 
 
 def _made_up(model: Model, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    size = model.peft.get_input_embeddings().weight.shape[0]
+    size = vocabulary(model.peft.get_base_model(), model.tokenizer)
     ids = torch.randint(0, size, (1, n), generator=generator)
     mask = torch.ones_like(ids)
     if model.labels:
@@ -98,7 +99,8 @@ def _made_up(model: Model, n: int, generator: torch.Generator) -> dict[str, Tens
 
 def _stacked(model: Model, examples: list[Batch]) -> Batch:
     width = max(e["input_ids"].shape[1] for e in examples)
-    fill = {"input_ids": int(model.peft.config.pad_token_id or 0), "attention_mask": 0}
+    pad = padding(model.peft.get_base_model(), model.tokenizer)
+    fill = {"input_ids": pad, "attention_mask": 0}
 
     def padded(key: str, x: Tensor) -> Tensor:
         if x.ndim == 1:

@@ -11,6 +11,7 @@ from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
+from fedlora.training.user_code import identity
 
 
 class _Once:
@@ -38,7 +39,7 @@ _corpus = _Once(load_corpus)
 def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
-           config.train.prefix_cache, labels, config.ranks.policy,
+           config.train.prefix_cache, labels, config.ranks.policy, identity(config),
            fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
     found: Model = _model(key, config, labels)
     return found
@@ -47,7 +48,7 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
 def corpus(config: Config) -> Corpus:
     """The simulated federation's data, split as the config says."""
     key = (config.data, config.model.task, config.clients.count, config.run.seed)
-    found: Corpus = _corpus(key, *key)
+    found: Corpus = _corpus((*key, identity(config)), *key)
     return found
 
 
@@ -65,7 +66,7 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
     """This client's rows: its part of the simulated federation, or its node's own file."""
     if config.data.node_path:
-        return load_node(config.data, config.model.task, labels, config.run.seed)
+        return load_node(config.data, config.model.task, labels, config.run.seed, client)
     return corpus(config).client(client)
 
 

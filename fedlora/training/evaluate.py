@@ -1,14 +1,18 @@
 """How good the loaded model is on some rows: accuracy and F1, or perplexity and exact match."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
+from fedlora.errors import ModelError
 from fedlora.training import metrics
 from fedlora.training.data.batches import IGNORE, Encoded, eval_batches, prompt_batches
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
-from fedlora.training.train import token_losses
+from fedlora.training.train import own_losses, token_losses
+from fedlora.training.user_code import find
 
 
 @torch.no_grad()
@@ -29,7 +33,9 @@ def evaluate(
         scores = _language(model, rows, config)
         prompted = rows.prompts is not None and bool(rows.prompts.min() > 0)
         if generate and prompted and config.evaluate.generate_tokens:
-            scores["exact_match"] = _exact_match(model, rows, config)
+            answers, responses = _answered(model, rows, config)
+            scores["exact_match"] = metrics.exact_match(answers, responses)
+            scores |= _own(config, answers, responses)
         return scores
 
 
@@ -38,19 +44,49 @@ def _classification(model: Model, rows: Encoded, config: Config) -> dict[str, fl
     for batch in eval_batches(rows, config.evaluate.batch_size):
         labels.append(batch.pop("labels"))
         logits.append(model.logits(batch))
-    return metrics.classification(torch.cat(logits), torch.cat(labels), len(model.labels))
+    found, wanted = torch.cat(logits), torch.cat(labels)
+    scores = metrics.classification(found, wanted, len(model.labels))
+    if config.train.loss:
+        losses = own_losses(config.train.loss, found, wanted)
+        scores["loss"] = losses.double().mean().item()
+    return scores | _own(config, found, wanted)
+
+
+def _own(config: Config, predicted: Any, wanted: Any) -> dict[str, float]:
+    """The scores of the user's own function; none where there is none.
+
+    Raises:
+        ModelError: it gives something else than numbers by name.
+    """
+    if not (name := config.evaluate.metrics):
+        return {}
+    found = find("evaluate.metrics", name)(predicted, wanted)
+    try:
+        return {str(key): float(value) for key, value in found.items()}
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ModelError(
+            f"evaluate.metrics = {name!r}: it gives {found!r:.80}, must be numbers by name"
+        ) from e
 
 
 def _language(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
     losses, tokens = [], []
     for batch in eval_batches(rows, config.evaluate.batch_size):
         labels = batch.pop("labels")
-        losses.append(token_losses(model.logits(batch), labels))
+        losses.append(_losses(config, model.logits(batch), labels))
         tokens.append((labels[:, 1:] != IGNORE).sum(1))
     return metrics.language(torch.cat(losses), torch.cat(tokens))
 
 
-def _exact_match(model: Model, rows: Encoded, config: Config) -> float:
+def _losses(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
+    """Each example's loss, as it is trained."""
+    if config.train.loss:
+        return own_losses(config.train.loss, logits, labels)
+    return token_losses(logits, labels)
+
+
+def _answered(model: Model, rows: Encoded, config: Config) -> tuple[list[str], list[str]]:
+    """What the model answers each prompt, greedily, and what it should."""
     responses = _responses(model, rows)
     answers: dict[int, str] = {}
     for numbers, batch in prompt_batches(rows, config.evaluate.batch_size):
@@ -63,7 +99,7 @@ def _exact_match(model: Model, rows: Encoded, config: Config) -> float:
         )
         texts = model.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         answers |= dict(zip(numbers.tolist(), texts, strict=True))
-    return metrics.exact_match([answers[n] for n in range(len(rows))], responses)
+    return [answers[n] for n in range(len(rows))], responses
 
 
 def _responses(model: Model, rows: Encoded) -> list[str]:

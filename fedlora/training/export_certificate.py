@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
@@ -26,7 +26,8 @@ from fedlora.training.certificate import (
 )
 from fedlora.training.model.loading import MeanPooled, load_base
 from fedlora.training.model.model import PREFIX, Model
-from fedlora.training.model.peft_directory import HEAD
+from fedlora.training.model.peft_directory import HEAD, WEIGHTS
+from fedlora.training.user_code import is_code
 
 KEY = "export"
 
@@ -99,13 +100,17 @@ def load_exported(config: Config, labels: Sequence[str], directory: Path, merged
     """An export as anyone loads it, with transformers and PEFT alone."""
     from peft import PeftModel
 
-    there = config.model.model_copy(update={"path": str(directory)}) if merged else config.model
+    own = is_code(config.model.path)
+    moved = merged and not own
+    there = config.model.model_copy(update={"path": str(directory)}) if moved else config.model
     model = load_base(there, labels, config.run.seed)
     if isinstance(model, MeanPooled):
         if not merged:
             model.encoder = PeftModel.from_pretrained(model.encoder, str(directory))
         model.load_state_dict(load_file(directory / HEAD), strict=False)
         return model.eval()
+    if merged and own:
+        load_model(model, directory / WEIGHTS)
     return model.eval() if merged else PeftModel.from_pretrained(model, str(directory)).eval()
 
 

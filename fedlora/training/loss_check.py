@@ -12,7 +12,7 @@ from fedlora.errors import TrainingCheckError
 from fedlora.training.data.batches import IGNORE, Batch, Encoded
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
-from fedlora.training.train import example_losses
+from fedlora.training.train import example_losses, own_losses
 
 EXAMPLES = 4
 """Of the check's batch."""
@@ -62,13 +62,11 @@ def check_losses(model: Model, batch: Batch, config: Config) -> None:
     given = example_losses(model, batch, precision).double()
     with autocast(precision):
         logits = model.logits({key: x for key, x in batch.items() if key != "labels"})
-    want = torch.stack([_defined(*row) for row in zip(logits, batch["labels"], strict=True)])
-    _close(
-        given,
-        want,
-        1e-4 * want.abs().max(),
-        "an example's loss is not the mean over its own scored tokens",
-    )
+    want = torch.stack([_loss(config, *row) for row in zip(logits, batch["labels"], strict=True)])
+    theirs = "what train.loss gives it alone"
+    right = theirs if config.train.loss else "the mean over its own scored tokens"
+    what = f"an example's loss is not {right}"
+    _close(given, want, 1e-4 * want.abs().max(), what)
     ones = [example_losses(model, _one(batch, i)) for i in range(len(given))]
     alone, own = torch.cat(ones).double(), ALONE[model.config.model.dtype]
     _close(
@@ -78,6 +76,13 @@ def check_losses(model: Model, batch: Batch, config: Config) -> None:
         "an example's loss depends on what else is in its batch: padding that is not masked, or a "
         "padding token that the model does not know",
     )
+
+
+def _loss(config: Config, logits: Tensor, label: Tensor) -> Tensor:
+    """One example's loss by its definition; by the user's own function where there is one."""
+    if name := config.train.loss:
+        return own_losses(name, logits[None], label[None])[0].double()
+    return _defined(logits, label)
 
 
 def _defined(logits: Tensor, label: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
 from fedlora.config.sections import Train
+from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.precision import autocast
+from fedlora.training.user_code import find
 
 Live = Mapping[str, Mapping[str, nn.Parameter]]
 """The parameters that train, by column ("A", "B", "R", "other") and name."""
@@ -134,9 +136,27 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
     inputs = {key: x for key, x in batch.items() if key != "labels"}
     with autocast(precision):
         logits = model.logits(inputs)
+    if model.config.train.loss:
+        return own_losses(model.config.train.loss, logits, labels)
     if labels.ndim == 1:
         return cross_entropy(logits, labels, reduction="none")
     return token_losses(logits, labels)
+
+
+def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """What the user's own loss makes of float32 logits and labels: each example's, (batch,).
+
+    Raises:
+        ModelError: it gives something else.
+    """
+    losses = find("train.loss", name)(logits, labels)
+    if not isinstance(losses, Tensor) or losses.shape != labels.shape[:1]:
+        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ModelError(
+            f"train.loss = {name!r}: it gives {given}, must be a tensor of one loss an example, "
+            f"{tuple(labels.shape[:1])}: not their mean, which privacy could not bound"
+        )
+    return losses.float()
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

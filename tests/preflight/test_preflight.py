@@ -118,6 +118,13 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"personalize.alone": True}, "set evaluate.clients = true"),
     ("fedavg", "bert", {**DP, "personalize.epochs": 1.0, "evaluate.clients": True},
      "set privacy.release-metrics = true"),
+    # the user's own code
+    ("fedavg", "bert", {"train.loss": "py:live:x", "simulate.workers": 2}, "simulate.workers = 1"),
+    ("fedavg", "bert", {"train.loss": "py:live:x", "run.resume": True}, "whether it is the one"),
+    ("fedavg", "bert", {"model.path": "py:a:b"}, "has no tokenizer beside it"),
+    ("fedavg", "bert", {"model.path": "py:a:b", "model.quantization": "4bit"}, "as it is to be"),
+    ("fedavg", "bert", {"model.path": "py:a:b", "model.pooling": "mean"}, "has its head already"),
+    ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
 ]  # fmt: skip
 BY_CLIENTS: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"clients.ranks": "2,3"}, "one rank for all"),

@@ -10,7 +10,8 @@ from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Round, Start
 from fedlora.training import cache as site
 from fedlora.training.data.batches import Encoded, collate
-from fedlora.training.model.model import Model, inside
+from fedlora.training.model.inner_factor import inside
+from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses
 
 

@@ -28,6 +28,7 @@ from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
 from fedlora.strategies.forms import moves_base
 from fedlora.training import cache as site
+from fedlora.training import user_code
 from fedlora.training.certificate import Numbers
 from fedlora.training.data.batches import Encoded
 from fedlora.training.evaluate import evaluate
@@ -83,9 +84,18 @@ class ClientJob:
         """This process's model, if it is the server's.
 
         Raises:
-            ModelError: the base differs, so nothing learned on it would add up.
+            ModelError: the base differs, so nothing learned on it would add up; or the source of
+                the user's own code does.
         """
-        model, job = site.model(self.config, self.job.labels), self.job
+        job = self.job
+        if (mine := user_code.identity(self.config)) != job.code:
+            named = ", ".join(value for _, value in user_code.named(self.config))
+            raise ModelError(
+                f"client {job.client}'s source of {named or 'no code at all'} is not the server's: "
+                f"digest {mine or 'of nothing'}, must be {job.code or 'of nothing'}; use the same "
+                "files"
+            )
+        model = site.model(self.config, job.labels)
         if model.fingerprint != job.fingerprint:
             raise ModelError(
                 f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "

@@ -21,6 +21,7 @@ from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.registry import states_of
 from fedlora.strategies.server_optimizers import Moments
+from fedlora.training import user_code
 
 KEPT_CHECKPOINTS = 2
 NOT_THE_EXPERIMENT = ("run.resume", "run.out", "run.name", "output.", "simulate.", "round.wait")
@@ -185,6 +186,7 @@ class Journal:
             "round": str(round),
             "config": json.dumps(self.config.flat()),
             "line": line,
+            "code": json.dumps(dict(user_code.sources(self.config))),
         }
         path = self.directory / "checkpoint" / f"round-{round:05}.safetensors"
         try:
@@ -223,17 +225,18 @@ class Journal:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.directory / "checkpoint").glob("round-*.safetensors"))
 
-    def _begun_with(self) -> dict[str, Any] | None:
-        """The config in the newest checkpoint whose notes can be read."""
+    def _begun_with(self) -> tuple[dict[str, Any], dict[str, str]] | None:
+        """The config, and the digests of the user's code, in the newest checkpoint that is read."""
         for path in self._checkpoints()[::-1]:
             with contextlib.suppress(CheckpointError):
-                config: dict[str, Any] = json.loads(checkpoint.notes(path)["config"])
-                return config
+                notes = checkpoint.notes(path)
+                return json.loads(notes["config"]), json.loads(notes.get("code", "{}"))
         return None
 
     def _check_same(self) -> None:
-        if (was := self._begun_with()) is None:
+        if (begun := self._begun_with()) is None:
             return
+        was, code = begun
         now = self.config.flat()
         changed = [
             f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
@@ -242,6 +245,9 @@ class Journal:
         ]
         if self.config.train.lr_schedule == "constant":  # more rounds change no earlier one
             changed = [c for c in changed if not c.startswith("run.rounds:")]
+        for key, digest in user_code.sources(self.config).items() if not changed else ():
+            if digest != code.get(key):
+                changed.append(f"{key}: the source of {now[key]} was {code.get(key)}, is {digest}")
         if changed:
             raise CheckpointError(
                 f"{self.directory} was begun with another configuration:\n  "

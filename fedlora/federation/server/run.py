@@ -30,7 +30,7 @@ from fedlora.privacy.central import CentralPrivacy
 from fedlora.reports.console import Observer
 from fedlora.strategies import forms
 from fedlora.strategies.base import Client, Promise, Round, Strategy, whole_download
-from fedlora.training import cache
+from fedlora.training import cache, user_code
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.evaluate import evaluate
 from fedlora.training.model.model import Model
@@ -184,6 +184,7 @@ def message(
         labels=setting.labels,
         last_round=member.last_round,
         cuts=cuts(setting, run),
+        code=user_code.identity(config),
     )
     content = RecordDict()
     if not bare:

@@ -255,6 +255,8 @@ class Job:
     """The last round in which this client's reply was accepted."""
     cuts: tuple[int, ...] = ()
     """Where A alone is shared, all clients' ranks: see `certificate.names_of`."""
+    code: str = ""
+    """A digest of the user's own code, where the config names any: see `user_code.identity`."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -271,6 +273,7 @@ class Job:
                 "labels": list(self.labels),
                 "last-round": self.last_round,
                 "cuts": list(self.cuts),
+                **({"code": self.code} if self.code else {}),
             }
         )
 
@@ -289,6 +292,7 @@ class Job:
             tuple(x["labels"]),
             x["last-round"],
             tuple(x["cuts"]),
+            x.get("code", ""),
         )
 
 

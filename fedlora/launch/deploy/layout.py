@@ -17,7 +17,7 @@ from fedlora.launch.deploy import keys, scripts
 from fedlora.launch.deploy.guide import readme
 from fedlora.launch.deploy.plan import CONNECTION, LOOPBACK, Plan, free_ports
 from fedlora.launch.experiment_file import load
-from fedlora.launch.shim import SHIM
+from fedlora.launch.shim import shim
 
 GATE_PORT = 9443
 
@@ -188,7 +188,7 @@ def _write_app(plan: Plan, config: Config) -> None:
         target = plan.app / f"{kind}_app"
         target.mkdir(parents=True)
         (target / "__init__.py").write_text("")
-        (target / "app.py").write_text(SHIM.format(kind=kind))
+        (target / "app.py").write_text(shim(kind, config))
     tree: dict[str, Any] = {
         "project": {
             "name": "fedlora-app",

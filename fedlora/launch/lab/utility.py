@@ -24,6 +24,7 @@ from fedlora.training import cache as site
 from fedlora.training.data.batches import Encoded, eval_batches
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses, threads
+from fedlora.training.user_code import named
 
 RATES = (0.5, 2.0, 8.0, 32.0)
 """Of the probe, tried at each budget; the best is what counts, which favours the probe."""
@@ -31,10 +32,11 @@ RATES = (0.5, 2.0, 8.0, 32.0)
 
 def federation(lab: Lab, seed: int, strategy: str, epsilon: float) -> Row:
     """One whole run: its score, epsilon, bytes, and the loss threshold on its model."""
-    from fedlora.launch.client_app import app
+    from fedlora.launch.client_app import client_app
 
     config = lab.at(strategy, epsilon, seed)
     shutil.rmtree(Path(config.run.out, config.run.name), ignore_errors=True)  # one that was begun
+    app = client_app(value for _, value in named(config))
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
         server = FederatedLora(config)
         server.start(grid)

@@ -18,10 +18,11 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
 from fedlora.launch.experiment_file import load
-from fedlora.launch.shim import SHIM
+from fedlora.launch.shim import shim
 from fedlora.reports import report
 from fedlora.reports.console import Progress, Silent
 from fedlora.training.quiet import quiet_libraries
+from fedlora.training.user_code import is_code, named
 
 
 def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path:
@@ -30,15 +31,16 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
     config = load(path, overrides)
 
     from fedlora.federation.server.loop import FederatedLora
-    from fedlora.launch.client_app import app
+    from fedlora.launch.client_app import client_app
     from fedlora.launch.simulate.grid import LocalGrid
 
     directory = Path(config.run.out, config.run.name)
     workers = config.simulate.workers or os.cpu_count() or 1
+    code = [value for _, value in named(config)]
     with (
         Silent() if quiet else Progress(config.run.rounds) as observer,
         _resumable(directory, observer),
-        LocalGrid(app, config.clients.count, config.flat(), workers) as grid,
+        LocalGrid(client_app(code), config.clients.count, config.flat(), workers) as grid,
     ):
         FederatedLora(config, observer).start(grid)
     return finish(directory, config.output.plots)
@@ -98,6 +100,7 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
     environment = {
         **os.environ,
         "PATH": search,
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path.cwd())]),
         "FLWR_HOME": str(home / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -129,7 +132,7 @@ def write_app(directory: Path, config: Config) -> Path:
     """A Flower app of two shims and this config; fedlora itself comes from the environment."""
     directory.mkdir(parents=True, exist_ok=True)
     for kind in ("server", "client"):
-        (directory / f"run_{kind}.py").write_text(SHIM.format(kind=kind))
+        (directory / f"run_{kind}.py").write_text(shim(kind, config))
     (directory / "LICENSE").write_text("Apache-2.0\n")
     project = {
         "project": {
@@ -161,7 +164,7 @@ def _absolute(config: Config) -> Config:
     flat["run.out"] = str(Path(str(flat["run.out"])).resolve())
     for key in ("model.path", "data.path", "data.test-path", "output.client-memory"):
         value = str(flat[key])
-        if value and not value.startswith("pkg:") and Path(value).exists():
+        if value and not value.startswith("pkg:") and not is_code(value) and Path(value).exists():
             flat[key] = str(Path(value).resolve())
     return Config.read(flat)
 

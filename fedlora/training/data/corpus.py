@@ -9,18 +9,21 @@ the very part that the server counted.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
+from datasets import Dataset
 
 from fedlora.config.sections import Data
 from fedlora.errors import DataError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.partition import partition
 from fedlora.training.data.tables import column, prompts, quoted, read
+from fedlora.training.user_code import called, find, is_code
 
 Task = Literal["classification", "causal-lm"]
 
@@ -91,6 +94,8 @@ def load(data: Data, task: Task, clients: int, seed: int) -> Corpus:
     Raises:
         DataError: the source cannot be read, lacks a column, or cannot be split as asked.
     """
+    if is_code(data.path):
+        return _called(data, task, clients, seed)
     if not data.path and not data.test_path:
         raise DataError("data.path is empty: name the data, or at least a data.test-path")
     if not data.path:
@@ -105,7 +110,39 @@ def load(data: Data, task: Task, clients: int, seed: int) -> Corpus:
     return Corpus(labels, test, tuple(own))
 
 
-def load_node(data: Data, task: Task, labels: Sequence[str], seed: int = 0) -> ClientRows:
+def _called(data: Data, task: Task, clients: int, seed: int) -> Corpus:
+    """The corpus of the user's own function: each client's rows, and those of the central test."""
+    every = [_own_rows(data, task, "data.path", data.path, i) for i in (None, *range(clients))]
+    if data.dedupe:  # a client has no row of the central test set, as with data.test-path
+        known = set(every[0].keys)
+        every[1:] = [p.select(i for i, k in enumerate(p.keys) if k not in known) for p in every[1:]]
+    test, *parts = every
+    if empty := [i for i, part in enumerate(parts) if not len(part)]:
+        raise DataError(
+            f"data.path = {data.path!r}: all rows of client {empty[0]} are central test rows too; "
+            "give None other rows, or set data.dedupe = false"
+        )
+    whole = Rows(*(tuple(chain.from_iterable(getattr(p, c) for p in every)) for c in COLUMNS))
+    labels = _labels(whole, data, task)
+    return Corpus(labels, test, tuple(_client(p, data, seed, i) for i, p in enumerate(parts)))
+
+
+COLUMNS = ("text", "label", "response")
+
+
+def _own_rows(data: Data, task: Task, key: str, name: str, client: int | None) -> Rows:
+    """What the user's function gives for a client, or for None: the central test rows."""
+    whose = "the central test rows" if client is None else f"client {client}'s rows"
+    live = find(key, name)
+    table = live.get(client) if isinstance(live, Mapping) else called(key, name, Dataset, client)
+    if not isinstance(table, Dataset) or not len(table):
+        raise DataError(f"{key} = {name!r}: it has no rows as {whose}, must be a Dataset of some")
+    return _rows_of(table, data, "", f"{name} ({whose})", task)
+
+
+def load_node(
+    data: Data, task: Task, labels: Sequence[str], seed: int = 0, client: int = 0
+) -> ClientRows:
     """A deployed client's rows: `data.node-path` whole. `labels` is what the server sent.
 
     A directory with a train.jsonl in it is split already: test.jsonl, if there, is its own test.
@@ -113,6 +150,10 @@ def load_node(data: Data, task: Task, labels: Sequence[str], seed: int = 0) -> C
     Raises:
         DataError: as in `load`, or the file has a label that the server does not know.
     """
+    if is_code(data.node_path):
+        rows = _own_rows(data, task, "data.node-path", data.node_path, client)
+        _check_labels(rows, labels, data.node_path)
+        return _client(rows, data, seed, client)
     split = [Path(data.node_path, f"{name}.jsonl") for name in ("train", "test")]
     if split[0].is_file():
         parts = []
@@ -157,7 +198,11 @@ def describe(corpus: Corpus) -> dict[int, dict[str, int]]:
 
 def _rows(data: Data, key: str, path: str, task: Task) -> Rows:
     """The distinct rows of a source. Those without text, label or response are left out, noted."""
-    table = read(data, key, path)
+    return _rows_of(read(data, key, path), data, key, path, task)
+
+
+def _rows_of(table: Dataset, data: Data, key: str, path: str, task: Task) -> Rows:
+    """The distinct, whole rows of a table that `path` names."""
     renames = dict(pair.split("=", 1) for pair in data.map)
     label, response, group = [], [], []
     if task == "classification" or data.label in table.column_names:

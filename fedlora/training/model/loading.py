@@ -1,6 +1,7 @@
 """A pretrained model and its tokenizer from a hub id, a directory, a package or a GGUF file."""
 
 import contextlib
+import copy
 import hashlib
 import io
 import os
@@ -27,10 +28,14 @@ from fedlora.config.sections import Model as ModelConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
+from fedlora.training.user_code import called, is_code, is_live
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token if it has none."""
+    if config.tokenizer:
+        made = called("model.tokenizer", config.tokenizer, PreTrainedTokenizerBase)
+        return _padding(made)
     path, gguf = _source(config)
     tokenizer = AutoTokenizer.from_pretrained(
         path,
@@ -38,6 +43,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         trust_remote_code=config.trust_remote_code,
         **({"gguf_file": gguf} if gguf else {}),
     )
+    return _padding(tokenizer)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -49,6 +58,8 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
     Raises:
         ModelError: it is not there, or is no model of this task.
     """
+    if is_code(config.path):
+        return _frozen(_own(config, labels, seed), config)
     path, gguf = _source(config)
     if gguf:
         path = _converted(path, gguf)
@@ -75,6 +86,24 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
                 model = AutoModelForSequenceClassification.from_pretrained(path, **options)
         except (OSError, ValueError) as e:
             raise ModelError(f"model.path = {config.path!r} does not load: {e}") from e
+    return _frozen(model, config)
+
+
+def _own(config: ModelConfig, labels: Sequence[str], seed: int) -> Any:
+    """The model that the user's function makes of the label names; of a live one a copy.
+
+    It is called as the numbers of a head are drawn: what it draws from torch is the run's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded(seed, 0, 0, "head").initial_seed())
+        made = called("model.path", config.path, nn.Module, tuple(labels))
+    made = copy.deepcopy(made) if is_live(config.path) else made
+    if not hasattr(made, "is_gradient_checkpointing"):
+        made.is_gradient_checkpointing = False  # else PEFT takes it for one: see MeanPooled
+    return made
+
+
+def _frozen(model: Any, config: ModelConfig) -> Any:
     if config.dropout >= 0:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -125,6 +154,36 @@ class MeanPooled(nn.Module):
 
     def enable_input_require_grads(self) -> None:
         self.encoder.enable_input_require_grads()
+
+
+def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids a model knows: its embedding's rows; of one without, the tokenizer's."""
+    if hasattr(base, "get_input_embeddings"):
+        return int(base.get_input_embeddings().weight.shape[0])
+    return len(tokenizer)
+
+
+def padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that fills a batch up, by the model's config or else the tokenizer's."""
+    found = getattr(getattr(base, "config", None), "pad_token_id", None)
+    return int((tokenizer.pad_token_id if found is None else found) or 0)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: itself, or what it calls so.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"the model's forward gives a {type(output).__name__} without logits; it must give a "
+            "tensor, or an output with `logits`: (batch, classes), or (batch, tokens, vocabulary)"
+        )
+    return found
 
 
 def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:

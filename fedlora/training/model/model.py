@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
 from fedlora.training.model.alora import offsets
+from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
 from fedlora.training.model.loading import (
     checkpoint_activations,
@@ -35,6 +35,7 @@ from fedlora.training.model.loading import (
     frozen_tensors,
     load_base,
     load_tokenizer,
+    logits_of,
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
@@ -42,33 +43,6 @@ from fedlora.training.model.prefix_cache import Prefix
 PREFIX = "base_model.model."
 KEPT_PROFILES = 8
 """Rank profiles whose PEFT adapters stay attached; the least recently used one goes first."""
-
-
-class Core(LoraVariant):  # type: ignore[misc]
-    """x -> W0 x + s B R (A x): PEFT's extension point, with the r x r core between the factors."""
-
-    def __init__(self, R: nn.Parameter) -> None:
-        self.R = R
-
-    def forward(
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
-    ) -> Tensor:
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        inner = A(module.lora_dropout[active_adapter](x))  # (..., r)
-        inner = inner @ self.R.T.to(inner.dtype)
-        out: Tensor = result + B(inner) * module.scaling[active_adapter]
-        return out
-
-
-def inside(R: Tensor, block: int) -> Tensor:
-    """1 in the diagonal blocks of this size of a core, 0 elsewhere; (r, r)."""
-    blocks = [torch.ones(block, block)] * (len(R) // block)
-    mask: Tensor = torch.block_diag(*blocks)
-    return mask.to(R)
-
-
-def _masked(mask: Tensor, gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient * mask
 
 
 class Model:
@@ -79,8 +53,9 @@ class Model:
         self.labels = tuple(labels)
         self.tokenizer = load_tokenizer(config.model)
         base = load_base(config.model, self.labels, config.run.seed)
-        if getattr(base.config, "pad_token_id", None) is None:
-            base.config.pad_token_id = self.tokenizer.pad_token_id
+        known = getattr(base, "config", None)
+        if known is not None and getattr(known, "pad_token_id", None) is None:
+            known.pad_token_id = self.tokenizer.pad_token_id
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
             base.enable_input_require_grads()
@@ -202,7 +177,7 @@ class Model:
                     self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
                     if block:
                         self.masks[R] = mask = inside(R, block)
-                        R.register_hook(functools.partial(_masked, mask))
+                        R.register_hook(functools.partial(masked, mask))
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
                 for m in self._on():
@@ -250,8 +225,7 @@ class Model:
             inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}
         if self.prefix:
             return self.prefix.logits(self.peft, inputs).float()
-        logits: Tensor = self.peft(**inputs).logits
-        return logits.float()
+        return logits_of(self.peft(**inputs)).float()
 
     # -- the base ---------------------------------------------------------------------------
 

@@ -23,11 +23,15 @@ from fedlora.strategies.base import Effective, Version
 from fedlora.training.data.locate import locate
 from fedlora.training.model.layers import adapter_config
 from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.user_code import is_code
 
 ENCODER = "encoder."
 """Where a mean-pooled model keeps its encoder, which is what an export of it adapts."""
 
 HEAD = "classifier.safetensors"
+
+WEIGHTS = "model.safetensors"
+"""Of a merged model that the user's own function makes: its state, without a config."""
 
 USE_HEAD = """An encoder, the mean of its token states, and a linear head:
 
@@ -140,7 +144,8 @@ def _write(
 ) -> None:
     pooled = model.config.model.pooling == "mean"
     config.inference_mode = True
-    config.base_model_name_or_path = locate(model.config.model.path)
+    base = model.config.model.path
+    config.base_model_name_or_path = base if is_code(base) else locate(base)
     config.task_type = _task_type(model.config)
     config.modules_to_save = None if pooled else config.modules_to_save
     directory.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,9 @@ def save_head(effective: Effective, directory: Path) -> None:
     write_atomically(directory / "README.md", USE_HEAD.encode())
 
 
-def _task_type(config: Config) -> str:
+def _task_type(config: Config) -> str | None:
+    if is_code(config.model.path):
+        return None  # PEFT's tasks ask for a transformers config
     if config.model.task == "causal-lm":
         return "CAUSAL_LM"
     return "FEATURE_EXTRACTION" if config.model.pooling == "mean" else "SEQ_CLS"

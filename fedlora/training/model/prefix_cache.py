@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.training.model.layers import Shape, depth_of
 from fedlora.training.precision import autocast
+from fedlora.training.user_code import is_code
 
 GROUP, WIDTH = 8, 8
 AHEAD = 128
@@ -50,6 +51,7 @@ class Prefix:
         varies = (
             bool(config.lora.modules_to_save)  # they may lie below
             or config.train.gradient_checkpointing
+            or is_code(config.model.path)  # whose layers may be called in any way
             or any(_drops(m) for m in base.modules())
         )
         if not config.train.prefix_cache or not whole or varies:
