@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora.federation.client.dispatch import handed_over
-from fedlora.federation.wire.codes import code_of
+from fedlora.federation.client.dispatch import failed, handed_over
 from fedlora.training.user_code import name_of
 
 Code = str | Callable[..., Any] | Any
@@ -74,11 +73,11 @@ def answer(
                 context.node_config.setdefault(key, value)
         if (came := handed_over(kind, message, context)) is not None:
             return came
-        from fedlora.launch.client_reply import reply
+        from fedlora.launch.client_reply import handler_of
 
-        return reply(kind, message, context)
+        return Message(handler_of(kind, context)(message, context), reply_to=message)
     except Exception as e:  # an import that fails, too: without a reply the server waits long
-        return Message(Error(code_of(e), f"{type(e).__name__}: {e}"), reply_to=message)
+        return failed(e, message)
 
 
 app = client_app()

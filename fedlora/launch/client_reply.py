@@ -1,4 +1,4 @@
-"""A client's reply, made in this process: the node's own config is checked before it is heeded.
+"""Who answers a message in this process: the node's own config is checked before it is heeded.
 
 A node's config is the run's with its own settings in place (its limit on epsilon, say), so it is
 checked here for what the server's was checked for there: fedlora/preflight.
@@ -13,7 +13,7 @@ from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.client import handlers
-from fedlora.federation.client.dispatch import HANDLERS
+from fedlora.federation.client.dispatch import HANDLERS, failed
 from fedlora.federation.client.handlers import Handler
 from fedlora.federation.client.job import read_config
 from fedlora.training import user_code
@@ -24,15 +24,24 @@ UNCHECKED = ("query",)
 
 def reply(kind: str, message: Message, context: Context) -> Message:
     """The reply to a message of this kind, or an error reply with the reason. Never nothing."""
-    handler: Handler = getattr(handlers, HANDLERS[kind])
     try:
-        if kind not in UNCHECKED:
-            config = read_config(context)
-            if found := (*_problems(config), *_strange(config, context)):
-                raise ConfigError([*found])
-        return Message(handler(message, context), reply_to=message)
+        return Message(handler_of(kind, context)(message, context), reply_to=message)
     except Exception as e:
-        return handlers.failed(e, message)
+        return failed(e, message)
+
+
+def handler_of(kind: str, context: Context) -> Handler:
+    """Who answers a message of this kind on this node.
+
+    Raises:
+        ConfigError: the node's config cannot run, or names code that the node was not told of.
+    """
+    if kind not in UNCHECKED:
+        config = read_config(context)
+        if found := (*_problems(config), *_strange(config, context)):
+            raise ConfigError([*found])
+    handler: Handler = getattr(handlers, HANDLERS[kind])
+    return handler
 
 
 def _strange(config: Config, context: Context) -> Iterator[str]:

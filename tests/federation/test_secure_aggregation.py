@@ -5,6 +5,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -553,19 +554,21 @@ def test_a_rank_that_loses_all_but_one_client_leaves_that_one_out(settings: Sett
 def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedlora.federation.client.job import ClientJob, Trained
+    from fedlora.federation.client.job import ClientJob, LocalRound
 
-    train = ClientJob.train
+    local_round = ClientJob.local_round
 
-    def large(desk: ClientJob) -> Trained:
-        done = train(desk)
-        if desk.job.client != 2:
-            return done
-        return replace(done, sent=replace(done.sent, B={m: x + 9 for m, x in done.sent.B.items()}))
+    @contextmanager
+    def large(job: ClientJob) -> Iterator[LocalRound]:
+        with local_round(job) as local:
+            yield local
+        if job.job.client == 2:
+            B = {m: x + 9 for m, x in local.done.sent.B.items()}
+            local.done = replace(local.done, sent=replace(local.done.sent, B=B))
 
     given = settings(**five())
     with monkeypatch.context() as patch:
-        patch.setattr(ClientJob, "train", large)
+        patch.setattr(ClientJob, "local_round", large)
         got = play(given)
     assert [f["client"] for f in got.last["failures"]] == [2]
     assert "secure.clipping-range = 8" in got.last["failures"][0]["reason"]

@@ -10,11 +10,13 @@ second try, since a private step may have been paid for; and never a wait past t
 
 import os
 import time
+import traceback
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
 
-from fedlora.federation.wire.codes import Code
+from fedlora.errors import FedLoraError
+from fedlora.federation.wire.codes import Code, code_of
 
 METHOD = "/fedlora.Worker/Answer"
 READY = 60.0
@@ -28,6 +30,18 @@ def handed_over(kind: str, message: Message, context: Context) -> Message | None
     """
     named = context.node_config.get("worker-socket") or os.environ.get("FEDLORA_WORKER_SOCKET")
     return ask(Path(str(named)), kind, message, context) if named else None
+
+
+def failed(error: Exception, message: Message) -> Message:
+    """An error reply that says what went wrong; whatever it is, the server must hear of it.
+
+    Of an error that is not meant for a user it also says where it was raised.
+    """
+    told = f"{type(error).__name__}: {error}"
+    if not isinstance(error, FedLoraError):
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told += f" ({Path(where.filename).name}:{where.lineno})"
+    return Message(Error(code_of(error), told), reply_to=message)
 
 
 HANDLERS = {

@@ -12,9 +12,7 @@ reason, since without a reply the server waits until its deadline, or without en
 """
 
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from flwr.app import (
@@ -22,20 +20,18 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     RecordDict,
 )
 
-from fedlora.errors import FedLoraError, PrivacyError
+from fedlora.errors import PrivacyError
 from fedlora.federation.client import error_feedback
 from fedlora.federation.client import machine as capability
 from fedlora.federation.client.first_gradient import sketch
 from fedlora.federation.client.job import ClientJob, named
 from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
-from fedlora.federation.wire.codes import code_of
 from fedlora.federation.wire.messages import pack_factors, seq
 from fedlora.training import cache as site
 from fedlora.training.certificate import public_scales
@@ -43,20 +39,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.train import threads
 
 Handler = Callable[[Message, Context], RecordDict]
-
-
-def failed(error: Exception, message: Message) -> Message:
-    """An error reply that says what went wrong; whatever it is, the server must hear of it."""
-    return Message(Error(code_of(error), _told(error)), reply_to=message)
-
-
-def _told(error: Exception) -> str:
-    """An error in words; of one that is not meant for a user also where it was raised."""
-    told = f"{type(error).__name__}: {error}"
-    if isinstance(error, FedLoraError):
-        return told
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{told} ({Path(where.filename).name}:{where.lineno})"
 
 
 def query(_: Message, context: Context) -> RecordDict:
@@ -76,7 +58,9 @@ def train(message: Message, context: Context) -> RecordDict:
     begun = time.perf_counter()
     work = ClientJob.open(message, context)
     work.check_clear("an update")
-    done = work.train()
+    with work.local_round() as local:
+        local.outcome = local.train()
+    done = local.done
     metrics: dict[str, Any] = {
         "num-examples": done.examples if work.may_report_metrics else 1,
         "steps": done.fit.steps,
@@ -178,7 +162,9 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
     masker = work.secure_client().open(boxes, work.terms)
-    done, private = work.train(), work.config.privacy.on
+    with work.local_round() as local:
+        local.outcome = local.train()
+    done, private = local.done, work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     layout = Layout.read(asked)
     start, end = done.numbers

@@ -1,14 +1,14 @@
 """One message's job on a client: what was asked, and what the client does it with.
 
 ClientJob.open(message, context)   config, job, strategy, memory and download of a message
-.train()                           one round of local training: what is to leave, and its scores
+.local_round()                     around one round of training: what is to leave, and its scores
 .ready()                           the model loaded as the download and the memory say
 .reply(records)                    the reply, tagged with round, run and client
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -48,6 +48,16 @@ class Trained:
     scores: Mapping[str, float]
     numbers: tuple[Numbers, Numbers]
     """The certificate's, at the start and at the end."""
+
+
+@dataclass
+class LocalRound:
+    """One round of local training, under way."""
+
+    train: Callable[[], Fit]
+    outcome: Fit = field(init=False)
+    """What `train` gave."""
+    done: Trained = field(init=False)
 
 
 @dataclass(frozen=True)
@@ -129,8 +139,12 @@ class ClientJob:
         job = self.job
         return SecureClient(self.memory.own / "secure", job.client, job.round, job.incarnation)
 
-    def train(self) -> Trained:
-        """Train the download on this client's rows, remember, and give what is to leave."""
+    @contextmanager
+    def local_round(self) -> Iterator[LocalRound]:
+        """The model loaded and checked, for the body to train; then what is to leave, in `done`.
+
+        Around the body rather than under it: what trains stands on the stack of its message.
+        """
         config, job = self.config, self.job
         rows = site.encoded("train", job.client, config, job.labels)
         test = site.encoded("test", job.client, config, job.labels)
@@ -143,7 +157,8 @@ class ClientJob:
                 scores |= named("before", evaluate(model, test, config))
             columns, penalty = self.download.trainable, self.download.penalty
             args = (model, rows, columns, config, job.round, job.client, penalty)
-            outcome = self.trainer()(*args)
+            local = LocalRound(partial(self.trainer(), *args))
+            yield local
             if judged:
                 scores |= named("after", evaluate(model, test, config))
             trained = model.read()
@@ -155,7 +170,7 @@ class ClientJob:
         keeps = any(True for _ in keep.items())
         if keeps:
             self.memory.remember(job.round, keep)
-        return Trained(sent, keeps, len(rows), outcome, scores, numbers)
+        local.done = Trained(sent, keeps, len(rows), local.outcome, scores, numbers)
 
     def numbers(self, model: Model) -> Numbers:
         """The certificate's numbers of the model as it is now."""

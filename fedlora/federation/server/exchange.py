@@ -126,6 +126,14 @@ def ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
             yield node, came.pop(0)
 
 
+def passing(uploads: Iterator[Upload], look: Callable[[Upload], None]) -> Iterator[Upload]:
+    """The uploads, each once `look` has seen it, and let go of before the next is asked for."""
+    for upload in uploads:
+        look(upload)
+        yield upload
+        del upload
+
+
 def read_reply(
     reply: Message,
     client: Client,

@@ -10,13 +10,14 @@ model is asked as well; other forms are asked of the model alone (proof_by_model
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora.federation.server import proof_by_model
-from fedlora.federation.server.exchange import Received
+from fedlora.federation.server.exchange import Received, passing
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.proof import WEIGHTS, Proof, Target, model_deviation, probes, prove
 from fedlora.federation.server.run import Session, Setting, base_number, clients, load
@@ -49,15 +50,7 @@ class Proving:
     def uploads(
         self, uploads: Iterator[Upload], run: Saved, round: Round, received: Received
     ) -> Iterator[Upload]:
-        strategy, model = self.setting.strategy, self.setting.model
-        for upload in uploads:
-            if self.setting.proves_by_model:
-                proof_by_model.add(model, strategy, run.state, self.target, upload, round)
-            else:
-                pairs = strategy.trained(run.state, upload, round)
-                self.target.add(pairs, upload.num_examples)
-            yield upload
-            del upload  # before the next is asked for
+        return passing(uploads, partial(self._see, run, round))
 
     def close(self, before: Saved, after: Saved, round: Round, received: Received) -> Saved:
         """Prove the round.
@@ -81,6 +74,15 @@ class Proving:
 
     def record(self) -> Mapping[str, Any]:
         return {"proof": self.found and self.found.record()}
+
+    def _see(self, run: Saved, round: Round, upload: Upload) -> None:
+        """Add an update to what the aggregate is to be."""
+        strategy, model = self.setting.strategy, self.setting.model
+        if self.setting.proves_by_model:
+            proof_by_model.add(model, strategy, run.state, self.target, upload, round)
+        else:
+            pairs = strategy.trained(run.state, upload, round)
+            self.target.add(pairs, upload.num_examples)
 
     def _proved(self, before: Saved, after: Saved, kinds: Sequence[Client], round: Round) -> Proof:
         setting, dtype = self.setting, self.setting.config.wire.dtype
