@@ -27,11 +27,12 @@ from conftest import CUES, LABELS, WORDS, write_tokenizer
 from fedlora.adapter import Factors, Pair, Stack
 from fedlora.journal import Member, Saved
 from fedlora.server_opt import Moments
-from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import BaseLog, Client, Layer, Version
 from strategy_federation import fitting, play
 from tiny_federation import federate
 from transformers import BertConfig, BertForSequenceClassification
+
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import BaseLog, Client, Layer, Version
 
 RUNS: dict[str, dict[str, object]] = {
     "fedex": {"strategy.name": "fedex"},

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.reader import Config
-from fedlora.errors import CheckpointError, StrategyError
+from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.lora import tree_file as checkpoint
 from fedlora.lora.adapter import Delta
+from fedlora.lora.tree_format import Names
 from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.registry import states_of
@@ -67,17 +68,25 @@ class Saved:
     members: Mapping[int, Member]
     baselines: Mapping[str, Mapping[str, float]]
     seconds: float
-    finished: bool = False
     clock: float = 0.0
     """Virtual seconds so far, where there is a device model."""
     moments: Any = None
     """The server optimiser's."""
     clip: float = 0.0
     """Client-level DP's clip norm, where it adapts."""
-    origin: Mapping[str, Delta] = field(default_factory=dict)
+    base_offset: Mapping[str, Delta] = field(default_factory=dict)
     """What lora.init took out of the base."""
     buffer: Mapping[str, Any] = field(default_factory=dict)
     """Who was training, and on which round's state, where there is a buffer."""
+
+
+OLDER = {
+    1: Names(
+        fields={"Saved.origin": "base_offset"},
+        dropped=frozenset({"Saved.finished"}),  # never read
+    )
+}
+"""What checkpoints of older formats call a Saved and a Member: see lora/tree_format.py."""
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:
@@ -143,6 +152,7 @@ class Journal:
         """The last round whose checkpoint is whole, and what was saved; (-1, None) before any.
 
         Raises:
+            FormatError: the checkpoint is whole, and not for this fedlora to read.
             CheckpointError: the configuration has changed; says in which keys.
         """
         self._check_same()
@@ -162,12 +172,15 @@ class Journal:
         """The newest checkpoint that is whole, and its notes; None where there is none.
 
         Raises:
+            FormatError: the newest one is whole, and not for this fedlora to read.
             CheckpointError: there are some, and none can be read. Never a fresh start instead.
         """
         problems: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
             try:
-                return checkpoint.load(path, *types), checkpoint.notes(path)
+                return checkpoint.load(path, *types, older=OLDER), checkpoint.notes(path)
+            except FormatError:  # the one before it would undo a round that is whole
+                raise
             except CheckpointError as e:  # damaged: the one before it is whole
                 problems.append(e)
         if problems:
@@ -224,11 +237,19 @@ class Journal:
         return sorted((self.directory / "checkpoint").glob("round-*.safetensors"))
 
     def _begun_with(self) -> dict[str, Any] | None:
-        """The config in the newest checkpoint whose notes can be read."""
+        """The config in the newest checkpoint whose notes can be read.
+
+        Raises:
+            FormatError: a newer fedlora wrote the newest.
+        """
         for path in self._checkpoints()[::-1]:
-            with contextlib.suppress(CheckpointError):
+            try:
                 config: dict[str, Any] = json.loads(checkpoint.notes(path)["config"])
-                return config
+            except FormatError:
+                raise
+            except CheckpointError:
+                continue
+            return config
         return None
 
     def _check_same(self) -> None:
