@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedlora.errors import CheckpointError, FormatError
 from fedlora.lora.adapter import Factors, Pair, Stack
-from fedlora.lora.tree_format import FORMAT, KEY, Names, Older, make, number, renamed
+from fedlora.lora.tree_format import FORMAT, Names, Older, make, numbered, parted, renamed
 
 KNOWN = (Factors, Pair, Stack)
 
@@ -37,8 +37,8 @@ def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
         if x.untyped_storage().data_ptr() in seen or not x.is_contiguous():
             tensors[name] = x.detach().clone().contiguous()
         seen[x.untyped_storage().data_ptr()] = name
-    format = {"tree": json.dumps(skeleton), KEY: str(FORMAT)}
-    write_atomically(path, to_bytes(tensors, metadata={**(notes or {}), **format}))
+    data = to_bytes(tensors, metadata={"tree": json.dumps(numbered(skeleton)), **(notes or {})})
+    write_atomically(path, data)
 
 
 def kinds(tree: Any) -> set[str]:
@@ -62,18 +62,15 @@ def load(path: Path, *types: type, older: Older | None = None) -> Any:
     """
     try:
         data = path.read_bytes()  # one read: a writer may put another file here meanwhile
-        metadata, tensors = _metadata(data), from_bytes(data)
-        found = number(metadata, path)
-        skeleton = json.loads(metadata["tree"])
+        found, tensors = json.loads(_metadata(data)["tree"]), from_bytes(data)
+        number, skeleton = parted(found, path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
-    steps = tuple((older or {}).get(n, Names()) for n in range(found, FORMAT))
+    steps = tuple((older or {}).get(n, Names()) for n in range(number, FORMAT))
     known = {t.__name__: t for t in (*KNOWN, *types)}
     try:
-        if not isinstance(skeleton, dict):
-            raise ValueError("it holds no tree")
         return _Reader(path, tensors, known, steps).build(skeleton)
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
@@ -96,10 +93,10 @@ def notes(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as f:
             metadata: dict[str, str] = f.metadata() or {}
-        number(metadata, path)
-    except (SafetensorError, OSError, ValueError) as e:
+        parted(json.loads(metadata.pop("tree")), path)
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
-    return {k: v for k, v in metadata.items() if k not in ("tree", KEY)}
+    return metadata
 
 
 def write_atomically(path: Path, data: bytes) -> None:

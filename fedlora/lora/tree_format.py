@@ -1,9 +1,9 @@
 """The number of a tree file's format, and what a file of an older one calls things today.
 
-The names of classes and fields in a tree are on disk, so they are a format, and it has a number:
-`tree_format` in the file's metadata.
+The names of classes and fields in a tree are on disk, so they are a format, and it has a number,
+which stands before the tree in the file's metadata: {"format": 2, "tree": ...}.
 
-    1    no number in the file: everything up to version 0.1.0
+    1    the tree alone, without a number: everything up to version 0.1.0
     2    the number; `Saved.origin` is `Saved.base_offset`, and `Saved.finished` is gone
 
 When a name on disk changes, FORMAT goes up by one, and who owns the class says in a `Names` what
@@ -21,8 +21,6 @@ from fedlora.errors import FormatError
 from fedlora.version import __version__
 
 FORMAT = 2
-KEY = "tree_format"
-"""Of the number, in the metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +40,31 @@ Older = Mapping[int, Names]
 """By the number of the format that they are the names of."""
 
 
-def number(metadata: Mapping[str, str], where: object) -> int:
-    """The format of the file with this metadata.
+def numbered(tree: Any) -> dict[str, Any]:
+    """A tree with today's number before it."""
+    return {"format": FORMAT, "tree": tree}
+
+
+def parted(found: Any, where: object) -> tuple[int, Any]:
+    """The number and the tree of what a file holds.
 
     Raises:
-        ValueError: it is no number.
+        ValueError: it is neither with a number nor without.
         FormatError: a newer fedlora wrote the file.
     """
-    found = int(metadata.get(KEY, 1))
-    if found > FORMAT:
+    if not isinstance(found, dict):
+        raise ValueError("it holds no tree")
+    if "format" not in found:
+        return 1, found
+    number = found["format"]
+    if type(number) is not int or number < 2:
+        raise ValueError(f"its format is {number!r}")
+    if number > FORMAT:
         raise FormatError(
-            f"{where} has format {found}, written by a newer fedlora: this one, {__version__}, "
+            f"{where} has format {number}, written by a newer fedlora: this one, {__version__}, "
             f"reads up to format {FORMAT}. Use the fedlora that wrote it, or one after that"
         )
-    return found
+    return number, found["tree"]
 
 
 def renamed(
