@@ -56,6 +56,10 @@ class CheckpointError(FedLoraError):
     """A checkpoint cannot be read, or belongs to another configuration."""
 
 
+class FormatError(CheckpointError):
+    """A file that is whole, and holds what this fedlora does not know: see lora/tree_format.py."""
+
+
 class WireError(FedLoraError, ValueError):
     """A message does not decode. Raised before anything of the declared size is allocated."""
 

@@ -134,7 +134,7 @@ def export_run(
     saved: Saved = found[0]
     corpus = site.corpus(config)
     model = site.model(config, corpus.labels)
-    effective = beginning(strategy.effective(saved.state), saved.origin)
+    effective = beginning(strategy.effective(saved.state), saved.base_offset)
     if client is not None:
         effective = _of_client(client, config, strategy, saved, model)
     if merged:
@@ -142,7 +142,7 @@ def export_run(
     else:
         truncation, rounding = save_peft(model, effective, out, rank), 0.0
 
-    model.rebase("export", effective.base[bool(saved.origin) :], saved.origin)
+    model.rebase("export", effective.base[bool(saved.base_offset) :], saved.base_offset)
     model.load(effective.factors)
     batch = next(eval_batches(site.encoded("central", -1, config, corpus.labels), 16))
     inputs = {key: x for key, x in batch.items() if key != "labels"}
@@ -169,4 +169,4 @@ def _of_client(
     round = Round(config.run.rounds + 1, config.run.seed)
     factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)
     base = strategy.effective(saved.state).base
-    return beginning(Effective(base, factors), saved.origin)
+    return beginning(Effective(base, factors), saved.base_offset)

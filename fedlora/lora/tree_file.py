@@ -3,7 +3,8 @@
     save(path, tree)       temporary file, fsync, rename, fsync of the directory
     load(path, *types)     refuses by name what is damaged or of another kind
 
-The file is safetensors; the tree's skeleton is JSON in its metadata. Nothing is pickled.
+The file is safetensors; the tree's skeleton is JSON in its metadata. Nothing is pickled. The names
+of classes and fields in it are a format with a number: fedlora/lora/tree_format.py.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, FormatError
 from fedlora.lora.adapter import Factors, Pair, Stack
+from fedlora.lora.tree_format import FORMAT, Names, Older, make, numbered, parted, renamed
 
 KNOWN = (Factors, Pair, Stack)
 
@@ -34,7 +37,7 @@ def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
         if x.untyped_storage().data_ptr() in seen or not x.is_contiguous():
             tensors[name] = x.detach().clone().contiguous()
         seen[x.untyped_storage().data_ptr()] = name
-    data = to_bytes(tensors, metadata={"tree": json.dumps(skeleton), **(notes or {})})
+    data = to_bytes(tensors, metadata={"tree": json.dumps(numbered(skeleton)), **(notes or {})})
     write_atomically(path, data)
 
 
@@ -47,23 +50,28 @@ def kinds(tree: Any) -> set[str]:
     return set().union(*map(kinds, inner)) if isinstance(inner, tuple | list) else set()
 
 
-def load(path: Path, *types: type) -> Any:
+def load(path: Path, *types: type, older: Older | None = None) -> Any:
     """The tree that was saved. `types` are the dataclasses in it beyond Factors, Pair and Stack.
 
+    older: what older formats call those types and their fields, where they differ.
+
     Raises:
-        CheckpointError: the file is not there, is damaged, or holds what is not expected.
+        FormatError: the file is whole, and a newer fedlora wrote it, or it holds a class or a field
+            that is not expected.
+        CheckpointError: it is not there, or is damaged.
     """
     try:
         data = path.read_bytes()  # one read: a writer may put another file here meanwhile
-        skeleton, tensors = json.loads(_metadata(data)["tree"]), from_bytes(data)
+        found, tensors = json.loads(_metadata(data)["tree"]), from_bytes(data)
+        number, skeleton = parted(found, path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
+    steps = tuple((older or {}).get(n, Names()) for n in range(number, FORMAT))
+    known = {t.__name__: t for t in (*KNOWN, *types)}
     try:
-        if not isinstance(skeleton, dict):
-            raise ValueError("it holds no tree")
-        return _build(skeleton, tensors, {t.__name__: t for t in (*KNOWN, *types)}, path)
+        return _Reader(path, tensors, known, steps).build(skeleton)
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
 
@@ -79,14 +87,16 @@ def notes(path: Path) -> dict[str, str]:
     """The strings that were saved beside the tree.
 
     Raises:
-        CheckpointError: the file is not there or is damaged.
+        FormatError: a newer fedlora wrote the file.
+        CheckpointError: it is not there or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as f:
             metadata: dict[str, str] = f.metadata() or {}
-    except (SafetensorError, OSError) as e:
+        parted(json.loads(metadata.pop("tree")), path)
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
-    return {k: v for k, v in metadata.items() if k != "tree"}
+    return metadata
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -133,21 +143,38 @@ def _flatten(x: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a {type(x).__name__} cannot be kept in a checkpoint")
 
 
-def _build(x: Any, tensors: Mapping[str, Tensor], types: Mapping[str, type], path: Path) -> Any:
-    if not isinstance(x, dict | list):
-        return x
-    match x:
-        case {"tensor": name}:
-            return tensors[name]
-        case {"type": name, "fields": values}:
-            if name not in types:
-                raise CheckpointError(f"{path} holds a {name}, which this run has no use for")
-            built = {key: _build(value, tensors, types, path) for key, value in values.items()}
-            return types[name](**built)
-        case {"map": items}:
-            return {key: _build(value, tensors, types, path) for key, value in items}
-        case {"tuple": items}:
-            return tuple(_build(value, tensors, types, path) for value in items)
-        case {"set": items}:
-            return frozenset(items)
-    raise CheckpointError(f"{path} is damaged: {x!r} is no part of a tree")
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Builds the tree of one file."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    types: Mapping[str, type]
+    steps: tuple[Names, ...]
+    """From the file's names to today's."""
+
+    def build(self, x: Any) -> Any:
+        if not isinstance(x, dict | list):
+            return x
+        match x:
+            case {"tensor": name}:
+                return self.tensors[name]
+            case {"type": name, "fields": values}:
+                return self._object(name, values)
+            case {"map": items}:
+                return {key: self.build(value) for key, value in items}
+            case {"tuple": items}:
+                return tuple(self.build(value) for value in items)
+            case {"set": items}:
+                return frozenset(items)
+        raise CheckpointError(f"{self.path} is damaged: {x!r} is no part of a tree")
+
+    def _object(self, name: str, values: Mapping[str, Any]) -> Any:
+        name, values = renamed(name, values, self.steps)
+        if name not in self.types:
+            raise FormatError(
+                f"{self.path} holds a {name}, which this run has no use for: read it with the "
+                "strategy and the fedlora that wrote it"
+            )
+        built = {key: self.build(value) for key, value in values.items()}
+        return make(self.types[name], built, str(self.path))

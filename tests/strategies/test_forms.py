@@ -477,11 +477,11 @@ def test_pissa_takes_one_part_out_of_the_base_for_clients_of_any_rank(
         assert r["proof"]["deviation"] < r["proof"]["bound"]
         assert r["proof"]["model_deviation"] < r["proof"]["bound"]
     assert len([*(ran.directory / "clients").rglob("base/00000.safetensors")]) == 1
-    origin = seen[0].run.origin
-    assert {p.rank for p in origin.values()} == {5}
+    base_offset = seen[0].run.base_offset
+    assert {p.rank for p in base_offset.values()} == {5}
     for m, W in seen[0].setting.model.weights().items():
         S = torch.linalg.svdvals(W)
-        assert torch.allclose(origin[m].delta().norm(), S[:5].norm(), rtol=1e-4)
+        assert torch.allclose(base_offset[m].delta().norm(), S[:5].norm(), rtol=1e-4)
     for merged in (False, True):
         out = tmp_path / str(merged)
         assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
@@ -515,9 +515,9 @@ def test_loftqs_base_is_the_same_on_every_client_and_goes_into_the_export(
     assert ran.rounds[-1]["proof"]["model_deviation"] < ran.rounds[-1]["proof"]["bound"]
     server, stored = seen[0], [*(ran.directory / "clients").rglob("base/00000.safetensors")]
     assert len(stored) == 1
-    kept = ClientMemory(ran.directory / "clients", 0, server.run.token).origin()
-    assert kept.keys() == server.run.origin.keys() == server.setting.model.shapes.keys()
-    for m, moved in server.run.origin.items():
+    kept = ClientMemory(ran.directory / "clients", 0, server.run.token).base_offset()
+    assert kept.keys() == server.run.base_offset.keys() == server.setting.model.shapes.keys()
+    for m, moved in server.run.base_offset.items():
         assert torch.equal(kept[m], moved), m
     for merged in (False, True):
         assert export_run(ran.directory, tmp_path / str(merged), merged=merged).deviation < 1e-5
@@ -584,7 +584,7 @@ def test_loftq_on_a_base_of_four_bits_takes_nothing_out_of_it(settings: Settings
     ran = federate(settings("llama", **quick("ffa", **low)), before=seen.append)
     assert not any(r["failures"] for r in ran.rounds)
     server = seen[0]
-    assert not server.run.origin
+    assert not server.run.base_offset
     whole = Model(Config.read(settings("llama")), ()).weights()
     me = Client(-1, server.setting.model.layers(dict.fromkeys(server.setting.model.shapes, 6)))
     first = server.setting.model.init_factors(me, 0)

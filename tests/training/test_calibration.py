@@ -303,12 +303,12 @@ def test_a_federation_begins_there_on_every_client_and_is_exported(
     for merged in (False, True):
         assert export_run(ran.directory, tmp_path / str(merged), merged=merged).deviation < 1e-5
     stored = [*(ran.directory / "clients").rglob("base/00000.safetensors")]
-    assert bool(stored) == bool(server.run.origin) == (init != "eva")
-    if server.run.origin:
+    assert bool(stored) == bool(server.run.base_offset) == (init != "eva")
+    if server.run.base_offset:
         mine, theirs = (Model(server.setting.config, server.setting.labels) for _ in range(2))
         memory = ClientMemory(ran.directory / "clients", 0, server.run.token)
-        mine.rebase("run", [], server.run.origin)
-        theirs.rebase("run", [], memory.origin())
+        mine.rebase("run", [], server.run.base_offset)
+        theirs.rebase("run", [], memory.base_offset())
         for m, W in theirs.weights().items():
             a, b = (x.peft.get_submodule(PREFIX + m).get_base_layer().weight
                     for x in (mine, theirs))  # fmt: skip

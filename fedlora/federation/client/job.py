@@ -69,7 +69,7 @@ class ClientJob:
     strategy: Strategy[Any]
     memory: ClientMemory
     download: Download
-    origin: Mapping[str, Delta]
+    base_offset: Mapping[str, Delta]
     """What the run's initialisation subtracts from the base; in the first message only."""
 
     @classmethod
@@ -81,9 +81,9 @@ class ClientJob:
         memory = ClientMemory(root, job.client, job.token)
         bare = "download" not in message.content.config_records
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
-        first = message.content.get("origin")
-        origin = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
-        return cls(config, job, config.build_strategy(), memory, download, origin)
+        first = message.content.get("base-offset")
+        base_offset = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
+        return cls(config, job, config.build_strategy(), memory, download, base_offset)
 
     @property
     def token(self) -> str:
@@ -211,11 +211,11 @@ class ClientJob:
         download, job = self.download, self.job
         model = self.model()
         kept = self.memory.recall(job.memory_round)
-        if self.origin:
-            self.memory.add_base([Version(0, self.origin)])
+        if self.base_offset:
+            self.memory.add_base([Version(0, self.base_offset)])
         self.memory.add_base(download.base)
         init, stored = self.config.lora.init, self.config.model.quantization
-        start = self.memory.origin() if moves_base(init, stored) else {}
+        start = self.memory.base_offset() if moves_base(init, stored) else {}
         model.rebase(self.token, self.memory.base_to(job.base_number), start)
         me = Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
         round = Round(job.round, self.config.run.seed)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedlora.errors import CheckpointError, ClientMemoryError
+from fedlora.errors import CheckpointError, ClientMemoryError, FormatError
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.lora.tree_file import load, save, write_atomically
 from fedlora.strategies.base import Version
@@ -53,13 +53,19 @@ class ClientMemory:
         save(self.own / f"round-{round:05}.safetensors", kept)
 
     def lost(self, round: int) -> Factors:
-        """What the upload of that round lost to rounding; nothing where that is not known."""
+        """What the upload of that round lost to rounding; nothing where that is not known.
+
+        Raises:
+            FormatError: it is there, and not for this fedlora to read.
+        """
         path = self.own / f"lost-{round:05}.safetensors"
         for other in self.own.glob("lost-*.safetensors"):
             if other != path:
                 other.unlink(missing_ok=True)
         try:
             found: Factors = load(path)
+        except FormatError:  # a newer fedlora's: it is known, and not to be passed over
+            raise
         except CheckpointError:
             return Factors()
         return found
@@ -82,7 +88,7 @@ class ClientMemory:
         for v in versions:
             save(self.base / f"{v.number:05}.safetensors", v)
 
-    def origin(self) -> Mapping[str, Delta]:
+    def base_offset(self) -> Mapping[str, Delta]:
         """What the run's initialisation takes out of the base.
 
         Raises:

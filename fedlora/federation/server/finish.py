@@ -42,7 +42,7 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
     if setting.config.evaluate.clients:
         run = final_scores(setting, session, run, grid)
     load(setting, session, run, run.state)
-    effective = beginning(setting.strategy.effective(run.state), run.origin)
+    effective = beginning(setting.strategy.effective(run.state), run.base_offset)
     adapter = setting.journal.directory / "adapter"
     save_peft(setting.model, effective, adapter)
     write_records(setting, session, run, stopped, certify(setting, session, adapter))

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.reader import Config
-from fedlora.errors import CheckpointError, StrategyError
+from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.lora import tree_file as checkpoint
 from fedlora.lora.adapter import Delta
+from fedlora.lora.tree_format import Names
 from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.registry import states_of
@@ -68,17 +69,25 @@ class Saved:
     members: Mapping[int, Member]
     baselines: Mapping[str, Mapping[str, float]]
     seconds: float
-    finished: bool = False
     clock: float = 0.0
     """Virtual seconds so far, where there is a device model."""
     moments: Any = None
     """The server optimiser's."""
     clip: float = 0.0
     """Client-level DP's clip norm, where it adapts."""
-    origin: Mapping[str, Delta] = field(default_factory=dict)
+    base_offset: Mapping[str, Delta] = field(default_factory=dict)
     """What lora.init took out of the base."""
     buffer: Mapping[str, Any] = field(default_factory=dict)
     """Who was training, and on which round's state, where there is a buffer."""
+
+
+OLDER = {
+    1: Names(
+        fields={"Saved.origin": "base_offset"},
+        dropped=frozenset({"Saved.finished"}),  # never read
+    )
+}
+"""What checkpoints of older formats call a Saved and a Member: see lora/tree_format.py."""
 
 
 def state_types(strategy: Strategy[Any]) -> list[type]:
@@ -144,6 +153,7 @@ class Journal:
         """The last round whose checkpoint is whole, and what was saved; (-1, None) before any.
 
         Raises:
+            FormatError: the checkpoint is whole, and not for this fedlora to read.
             CheckpointError: the configuration has changed; says in which keys.
         """
         self._check_same()
@@ -163,12 +173,15 @@ class Journal:
         """The newest checkpoint that is whole, and its notes; None where there is none.
 
         Raises:
+            FormatError: the newest one is whole, and not for this fedlora to read.
             CheckpointError: there are some, and none can be read. Never a fresh start instead.
         """
         problems: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
             try:
-                return checkpoint.load(path, *types), checkpoint.notes(path)
+                return checkpoint.load(path, *types, older=OLDER), checkpoint.notes(path)
+            except FormatError:  # the one before it would undo a round that is whole
+                raise
             except CheckpointError as e:  # damaged: the one before it is whole
                 problems.append(e)
         if problems:
@@ -186,8 +199,9 @@ class Journal:
             "round": str(round),
             "config": json.dumps(self.config.flat()),
             "line": line,
-            "code": json.dumps(dict(user_code.sources(self.config))),
         }
+        if code := user_code.sources(self.config):
+            notes["code"] = json.dumps(dict(code))
         path = self.directory / "checkpoint" / f"round-{round:05}.safetensors"
         try:
             checkpoint.save(path, tree, notes)
@@ -226,17 +240,26 @@ class Journal:
         return sorted((self.directory / "checkpoint").glob("round-*.safetensors"))
 
     def _begun_with(self) -> tuple[dict[str, Any], dict[str, str]] | None:
-        """The config, and the digests of the user's code, in the newest checkpoint that is read."""
+        """The config, and the digests of the user's code, in the newest checkpoint that is read.
+
+        Raises:
+            FormatError: a newer fedlora wrote the newest.
+        """
         for path in self._checkpoints()[::-1]:
-            with contextlib.suppress(CheckpointError):
+            try:
                 notes = checkpoint.notes(path)
                 return json.loads(notes["config"]), json.loads(notes.get("code", "{}"))
+            except FormatError:
+                raise
+            except CheckpointError:
+                continue
         return None
 
     def _check_same(self) -> None:
         if (begun := self._begun_with()) is None:
             return
-        was, code = begun
+        begun_with, code = begun
+        was = {**Config().flat(), **begun_with}  # a key is new with the value that it had before
         now = self.config.flat()
         changed = [
             f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"

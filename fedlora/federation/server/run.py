@@ -139,7 +139,7 @@ def cuts(setting: Setting, run: Saved) -> tuple[int, ...]:
 def load(setting: Setting, session: Session, run: Saved, state: Any) -> None:
     """Make the server's own model what the strategy says that a state's is."""
     effective = setting.strategy.effective(state)
-    setting.model.rebase(f"{run.token}/{session.incarnation}", effective.base, run.origin)
+    setting.model.rebase(f"{run.token}/{session.incarnation}", effective.base, run.base_offset)
     setting.model.load(effective.factors)
 
 
@@ -191,8 +191,8 @@ def message(
         given = run.state if state is None else state
         download = whole_download(setting.strategy, given, client, round, setting.folds)
         content = pack_download(download, config.wire.dtype)
-        if run.origin and not member.last_round:  # once: it keeps it
-            content["origin"] = pack_pairs(run.origin, "float32")
+        if run.base_offset and not member.last_round:  # once: it keeps it
+            content["base-offset"] = pack_pairs(run.base_offset, "float32")
     content["job"] = job.record()
     node, group = session.nodes[client.id], str(round.number)
     return Message(content, node, kind, ttl=ttl or config.round.deadline, group_id=group)

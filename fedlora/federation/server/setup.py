@@ -101,8 +101,8 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     whole = Client(-1, model.layers(setting.planner.widest([*run.members.values()])))
     factors = first_factors(model, whole, config, setting.corpus)
     start = Start(factors, everyone, model.weights(), config.run.seed)
-    origin = taken_out(config, factors, model.weights())
-    run = replace(run, state=strategy.init(start), origin=origin)
+    base_offset = taken_out(config, factors, model.weights())
+    run = replace(run, state=strategy.init(start), base_offset=base_offset)
     if factors.adapter() and config.lora.init != "default":
         check_begins(config, strategy, run.state, everyone, factors)
     if beginner := begins(strategy):

@@ -96,8 +96,8 @@ def _begun(
     whole = Client(-1, model.layers(widest))
     factors = first_factors(model, whole, config, corpus)
     state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
-    origin = taken_out(config, factors, model.weights())
-    model.rebase("doctor", strategy.effective(state).base, origin)
+    base_offset = taken_out(config, factors, model.weights())
+    model.rebase("doctor", strategy.effective(state).base, base_offset)
     return state, factors
 
 

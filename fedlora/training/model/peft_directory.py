@@ -54,11 +54,11 @@ def total(effective: Effective) -> Adapter:
     return {m: _total_of(m, effective.base, adapter.get(m)) for m in modules}
 
 
-def beginning(effective: Effective, origin: Mapping[str, Delta]) -> Effective:
+def beginning(effective: Effective, base_offset: Mapping[str, Delta]) -> Effective:
     """The model with what its initialisation took out of W0 as the first of its base changes."""
-    if not origin:
+    if not base_offset:
         return effective
-    return Effective((Version(0, origin), *effective.base), effective.factors)
+    return Effective((Version(0, base_offset), *effective.base), effective.factors)
 
 
 def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
