@@ -71,12 +71,14 @@ def simulate(
     if engine not in ("local", "flower"):
         raise typer.BadParameter("must be local or flower", param_hint="--engine")
     from fedlora.launch.simulate.run import flower, local, resumed
+    from fedlora.reports import report
 
     if resume is not None:
         config, where = resumed(resume)
         overrides |= where
     assert config is not None
-    (local if engine == "local" else flower)(config, overrides, quiet)
+    directory = (local if engine == "local" else flower)(config, overrides, quiet)
+    report.closing(directory, directory / "report.html")
 
 
 @app.command()

@@ -2,7 +2,17 @@
 
 
 class FedLoraError(Exception):
-    """Base of every error below, so a caller can catch them all."""
+    """Base of every error below, so a caller can catch them all.
+
+    >>> from fedlora import FedLoraError, load_config
+    >>> try:
+    ...     load_config("quickstart", {"run.round": 3})
+    ... except FedLoraError as e:
+    ...     print(e)
+    1 problem in the run config:
+      run.round: no such key; did you mean "run.rounds"?
+    ...
+    """
 
 
 class ConfigError(FedLoraError, ValueError):

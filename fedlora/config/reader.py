@@ -46,6 +46,16 @@ Scalar = bool | int | float | str
 
 
 class Config(Section):
+    """Every key of a run. Frozen: `read` makes another, of `flat` with changes.
+
+    >>> from fedlora import Config
+    >>> config = Config.read({"strategy.name": "fedsa", "lora": {"alpha": 32.0}})
+    >>> config.lora.alpha, config.train.batch_size
+    (32.0, 16)
+    >>> Config.read({**config.flat(), "train.batch-size": 8}).train.batch_size
+    8
+    """
+
     run: Run = Run()
     model: Model = Model()
     data: Data = Data()

@@ -35,6 +35,7 @@ def make_client_app(
     its app does not name. `data` is more than a permission: these are this node's rows, in place
     of its share of the server's. What each must be: fedlora/training/user_code.py.
 
+    >>> from fedlora import make_client_app
     >>> app = make_client_app(loss="torch.nn.functional:cross_entropy")
 
     Raises:

@@ -55,6 +55,32 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config
     return preflight.load(find(path), overrides, BESIDE)
 
 
+def load_config(
+    path: Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """The config of an experiment: a file, the name of one that ships, or a mapping of keys.
+
+    >>> from fedlora import load_config
+    >>> load_config("quickstart", {"run.rounds": 2}).run.rounds
+    2
+
+    Raises:
+        ConfigError: there is no such file, or it cannot run; with all that is wrong.
+    """
+    if isinstance(path, Mapping):
+        return preflight.read({**_dotted(path), **(overrides or {})})
+    return load(path, overrides)
+
+
+def _dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys, so that an override replaces the key that it names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping)
+        flat |= _dotted(value, f"{before}{key}.") if inner else {f"{before}{key}": value}
+    return flat
+
+
 def parse(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
     """The run's config, whether or not it can run: what a finished run was."""
     return Config.load(path, overrides, BESIDE)

@@ -18,8 +18,7 @@ from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import StrategyError
 from fedlora.federation.server.loop import FederatedLora as Server
-from fedlora.reports.console import Observer, Silent
-from fedlora.reports.observers import All
+from fedlora.reports.console import Observer, Silent, together
 from fedlora.strategies import Strategy, list_strategies
 from fedlora.training.user_code import name_of
 
@@ -59,8 +58,7 @@ class Federation:
         """
         self.config = with_own(config, strategy, model, tokenizer, data, loss, metrics)
         preflight.check(self.config)
-        first = observer or Silent()
-        self._server = Server(self.config, All(first, [*observers]) if observers else first)
+        self._server = Server(self.config, together([observer or Silent(), *observers]))
 
     def start(self, grid: Grid) -> Result:
         """Run to the end: see `FederatedLora.start`. `Result.arrays` is the final adapter."""

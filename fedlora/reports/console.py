@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Told what happens in a run, as it happens. Its answers are never used."""
+    """Told what happens in a run, as it happens. Its answers are never used.
+
+    One of your own overrides the methods that it wants. An error that it raises stops the run,
+    which can be resumed.
+
+    >>> from fedlora import Observer
+    >>> class Losses(Observer):
+    ...     def round_done(self, record):
+    ...         print(record["round"], record["train_loss"])
+    >>> Losses().round_done({"round": 1, "train_loss": 0.5})
+    1 0.5
+    """
 
     def baseline(self, name: str, metrics: Mapping[str, Any]) -> None: ...
 
@@ -63,6 +74,42 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+class Together:
+    """Tells several observers, in their order."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = observers
+
+    def baseline(self, name: str, metrics: Mapping[str, Any]) -> None:
+        for x in self.observers:
+            x.baseline(name, metrics)
+
+    def round_started(self, number: int, cohort: list[int]) -> None:
+        for x in self.observers:
+            x.round_started(number, cohort)
+
+    def client_done(self, client: int, metrics: Mapping[str, Any]) -> None:
+        for x in self.observers:
+            x.client_done(client, metrics)
+
+    def client_failed(self, client: int | None, reason: str) -> None:
+        for x in self.observers:
+            x.client_failed(client, reason)
+
+    def round_done(self, record: Mapping[str, Any]) -> None:
+        for x in self.observers:
+            x.round_done(record)
+
+    def note(self, text: str) -> None:
+        for x in self.observers:
+            x.note(text)
+
+
+def together(observers: Sequence[Observer]) -> Observer:
+    """One observer that tells these."""
+    return observers[0] if len(observers) == 1 else Together(observers)
 
 
 class Progress:

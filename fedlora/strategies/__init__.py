@@ -56,6 +56,15 @@ def register_strategy(name: str, cls: type[Strategy[Any]], states: Sequence[type
     Its options are its fields, as `strategy.<name>.<option>`. `states` are the dataclasses of its
     state that its own module does not name.
 
+    >>> from dataclasses import dataclass
+    >>> from fedlora import Config, list_strategies, register_strategy
+    >>> @dataclass(frozen=True)
+    ... class HalfStep(list_strategies()["fedavg"]):
+    ...     step: float = 0.5
+    >>> register_strategy("half-step", HalfStep)
+    >>> Config.read({"strategy.name": "half-step", "strategy.half-step.step": 0.25}).strategy.name
+    'half-step'
+
     Raises:
         StrategyError: the name is taken, say, or a method is missing; with all that is wrong.
     """
@@ -63,7 +72,12 @@ def register_strategy(name: str, cls: type[Strategy[Any]], states: Sequence[type
 
 
 def list_strategies() -> Mapping[str, type[Strategy[Any]]]:
-    """Name to class: fedlora's own, then what was registered and what packages add. Read-only."""
+    """Name to class: fedlora's own, then what was registered and what packages add. Read-only.
+
+    >>> from fedlora import list_strategies
+    >>> list_strategies()["fedsa"]().promise
+    'shared'
+    """
     return MappingProxyType({**STRATEGIES, **registry.added(STRATEGIES)})
 
 

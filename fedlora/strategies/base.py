@@ -155,7 +155,12 @@ class Effective:
 
 
 class Strategy(Protocol[State]):
-    """The contract, which `fedlora.testing` checks."""
+    """The contract, which `fedlora.testing` checks.
+
+    >>> from fedlora import list_strategies
+    >>> list_strategies()["fedex"]().promise
+    'exact'
+    """
 
     def needs(self) -> Needs:
         """What it asks of the federation with these options."""

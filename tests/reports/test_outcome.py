@@ -18,7 +18,7 @@ from fedlora.reports.units import percent
 from tests.conftest import CUES
 from tests.federation.test_bad_clients import Bad, metric, poison
 from tests.reports.test_report import Page, change, make_run
-from tests.support.tiny_federation import Ran, federate, quick
+from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
 Settings = Callable[..., dict[str, object]]
 ROWS = 500
@@ -378,12 +378,13 @@ def test_a_run_that_has_not_ended_is_judged_by_its_losses_alone(tmp_path: Path) 
 def test_simulate_ends_well_and_says_what_is_wrong(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    from fedlora.launch.simulate.run import local
+    from fedlora.cli import simulate
 
+    given = settings(**quick("fedavg", **HELPLESS))
     path = tmp_path / "tiny.toml"
-    path.write_text(tomli_w.dumps(settings(**quick("fedavg", **HELPLESS))))
-    directory = local(path, {}, quiet)
+    path.write_text(tomli_w.dumps(given))
+    simulate(path, quiet=quiet)
     told = capsys.readouterr().out
-    (why,) = summary(Ran(directory))["warnings"]
+    (why,) = summary(Ran(directory_of(given)))["warnings"]
     assert why.startswith("The final accuracy")
     assert told.splitlines()[-2] == f"warning: {why}"

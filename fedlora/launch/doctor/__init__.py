@@ -12,9 +12,34 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.this_machine import machine
+from fedlora.launch.experiment_file import load_config
+
+
+def check(
+    config: Config | Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> list[str]:
+    """All that would stop the run before its first round, each with what to do; none: it can run.
+
+    As `fedlora doctor` has it: reads the data, loads the model and asks the strategy.
+
+    >>> from fedlora import check
+    >>> check("quickstart", {"strategy.name": "fedsa", "robust.method": "median"})
+    ["robust.method = 'median': fedsa keeps a factor on its clients, ...]
+    """
+    from fedlora.launch.doctor.the_run import experiment
+
+    try:
+        given = config if isinstance(config, Config) else load_config(config)
+        found, _ = experiment(load_config(given.flat(), overrides))
+    except ConfigError as e:
+        return [*e.problems]
+    except FedLoraError as e:
+        return [str(e)]
+    return [f"{f.what}; {f.do}" if f.do else f.what for f in found if f.level == "problem"]
 
 
 def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:

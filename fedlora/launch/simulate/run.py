@@ -7,28 +7,75 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server.roster import SIMULATED
-from fedlora.launch.experiment_file import load
+from fedlora.launch.experiment_file import load, load_config
+from fedlora.launch.run import Run
 from fedlora.launch.shim import shim
 from fedlora.reports import report
-from fedlora.reports.console import Progress, Silent
+from fedlora.reports.console import Observer, Progress, Silent, together
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.user_code import is_code, named
 
 
-def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path:
-    """Run on LocalGrid; the run's directory."""
+def simulate(
+    config: Config | Path | str | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    strategy: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Any = None,
+    loss: Any = None,
+    metrics: Any = None,
+    observers: Sequence[Observer] = (),
+    quiet: bool = True,
+) -> Run:
+    """Run a federation on this machine, as `fedlora simulate` does.
+
+    config: a `Config`, an experiment's file or name, or a mapping of keys; overrides go on top.
+    strategy, model, tokenizer, data, loss, metrics: the user's own, as for `Federation`.
+    observers: told of each round as it ends. quiet: print nothing.
+
+    >>> from fedlora import simulate
+    >>> run = simulate("quickstart", {
+    ...     "run.name": "taste", "run.rounds": 2, "clients.count": 2, "train.steps": 2,
+    ...     "data.limit": 300, "data.test-size": 60, "evaluate.baselines": False})
+    >>> len(run.rounds)
+    3
+
+    Raises:
+        ConfigError: it cannot run; with all the reasons, before anything is loaded.
+        RoundError: too few clients answered. The run goes on with {"run.resume": True}.
+    """
+    from fedlora.launch.federation import with_own
+
+    given = config if isinstance(config, Config) else load_config(config, overrides)
+    if isinstance(config, Config) and overrides:
+        given = Config.read({**config.flat(), **overrides})
+    own = with_own(given, strategy, model, tokenizer, data, loss, metrics)
+    preflight.check(own)
+    return Run(local(own, {}, quiet, observers))
+
+
+def local(
+    experiment: Config | Path,
+    overrides: Mapping[str, Any],
+    quiet: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Path:
+    """Run on LocalGrid; the run's directory. A config is one that can run."""
     quiet_libraries()
-    config = load(path, overrides)
+    config = experiment if isinstance(experiment, Config) else load(experiment, overrides)
 
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.client_app import client_app
@@ -38,12 +85,13 @@ def local(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Path
     workers = config.simulate.workers or os.cpu_count() or 1
     code = [value for _, value in named(config)]
     with (
-        Silent() if quiet else Progress(config.run.rounds) as observer,
-        _resumable(directory, observer),
+        Silent() if quiet else Progress(config.run.rounds) as printer,
+        _resumable(directory, printer),
         LocalGrid(client_app(code), config.clients.count, config.flat(), workers) as grid,
     ):
-        FederatedLora(config, observer).start(grid)
-    return finish(directory, config.output.plots)
+        FederatedLora(config, together([printer, *observers])).start(grid)
+    report.write(directory, config.output.plots)
+    return directory
 
 
 def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
@@ -56,12 +104,6 @@ def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
     if not path.exists():
         raise ConfigError([f"{path}: no such file, so no run to go on with"])
     return path, {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
-
-
-def finish(directory: Path, plots: bool) -> Path:
-    """The report page and the summary table."""
-    report.closing(directory, report.write(directory, plots))
-    return directory
 
 
 @contextmanager
@@ -120,7 +162,8 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
     ):
         run_id = _submit(app, config, environment)
         _follow(run_id, directory, environment, observer, home)
-    return finish(directory, config.output.plots)
+    report.write(directory, config.output.plots)
+    return directory
 
 
 def commands() -> str:
