@@ -361,8 +361,7 @@ def whole_download(
 ) -> Download:
     """The strategy's download, with what the client does not adapt folded into its base.
 
-    Without it a client of fewer modules would train on a model that lacks the federation's
-    changes of the others. What the strategy folds itself stays as it is.
+    Else a client of fewer modules would train on a model that lacks the others' changes.
     """
     came = strategy.download(state, client, round)
     if not fold_absent:
@@ -383,10 +382,7 @@ def travelling(sent: Factors, trainable: frozenset[str]) -> Factors:
 
 
 def narrow(pair: Pair, layer: Layer) -> Pair:
-    """The leading ranks of a pair that fit a client's layer, at the client's own scale.
-
-    A layer of a higher rank than the pair gets zero columns of B and zero rows of A.
-    """
+    """The leading ranks of a pair, padded with zeros, at a client's own rank and scale."""
     r = layer.rank
     wide = pair if pair.rank >= r else pad(pair, r)
     return Pair(wide.A[:r], wide.B[:, :r] * (pair.scale / layer.scale), layer.scale)
