@@ -86,6 +86,10 @@ class Place:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def script(self, name: str, *more: str) -> str:
+        """A file of this directory, run as a user runs one."""
+        return self.python(f"import runpy; runpy.run_path({name!r}, run_name='__main__')", *more)
+
     def fedlora(self, *arguments: str, before: tuple[str, ...] = ()) -> str:
         return self.python("from fedlora.cli import main; main()", *arguments, before=before)
 
@@ -192,3 +196,133 @@ def test_flowers_engine_ends_there_in_the_bytes_of_local_grid(place: Place) -> N
         run = place.directory / "runs" / engine
         ended.append((run / "adapter" / "adapter_model.safetensors").read_bytes())
     assert ended[0] == ended[1]
+
+
+# -- a stranger's own -----------------------------------------------------------------------------
+
+STRATEGY = """
+from dataclasses import dataclass, replace
+
+from fedlora import list_strategies, register_strategy
+
+
+@dataclass(frozen=True)
+class Halfway(list_strategies()["fedavg"]):
+    far: float = 0.5
+
+    def aggregate(self, state, uploads, round):
+        after = super().aggregate(state, uploads, round)
+        A, B = ({m: x.lerp(getattr(after, c)[m], self.far)
+                 for m, x in getattr(state, c).items()} for c in ("A", "B"))
+        return replace(after, A=A, B=B)
+
+
+register_strategy("halfway", Halfway)
+"""
+RUN = """
+import halfway, mine
+from fedlora import export, open_run, simulate
+
+keys = {"run.name": "own", "run.rounds": 2, "clients.count": 3, "clients.ranks": "3",
+        "lora.target-modules": "inner,outer", "train.lr": 0.02, "evaluate.baselines": False,
+        "train.lr-schedule": "constant", "output.plots": False}
+own = dict(model=mine.make_model, tokenizer=mine.make_tokenizer, data=mine.rows, loss=mine.loss,
+           metrics=mine.metrics, strategy=halfway.Halfway(far=0.9))
+if __name__ == "__main__":
+    simulate(keys, **own)
+    run = simulate(keys, {"run.rounds": 4, "run.resume": True}, **own)
+    assert run.summary["strategy"] == "halfway", run.summary
+    assert list(run.rounds["round"]) == [0, 1, 2, 3, 4]
+    print(run.rounds["evaluation.accuracy"].iloc[-1], export(run, "out").deviation)
+"""
+KEYS = """
+[run]
+name = "by-file"
+rounds = 2
+[model]
+path = "py:mine:make_model"
+tokenizer = "py:mine:make_tokenizer"
+[data]
+path = "py:mine:rows"
+[train]
+lr = 0.05
+loss = "py:mine:loss"
+[evaluate]
+metrics = "py:mine:metrics"
+baselines = false
+[clients]
+count = 2
+[lora]
+target-modules = "inner,outer"
+[output]
+plots = false
+"""
+
+
+@pytest.fixture
+def stranger(place: Place) -> Place:
+    """With the module of docs/use/python.md, a strategy, and an experiment that names them."""
+    text = (ROOT / "docs/use/python.md").read_text()
+    (block,) = re.findall(r'```python title="mine.py"\n(.*?)```', text, flags=re.S)
+    for name, content in (
+        ("mine.py", block), ("halfway.py", STRATEGY), ("run_it.py", RUN), ("mine.toml", KEYS),
+    ):  # fmt: skip
+        (place.directory / name).write_text(content)
+    return place
+
+
+@pytest.mark.slow
+def test_a_strangers_strategy_model_data_loss_and_metrics_run_resume_and_export(
+    stranger: Place,
+) -> None:
+    accuracy, deviation = map(float, stranger.script("run_it.py").split()[-2:])
+    assert accuracy > 0.9
+    assert deviation < 1e-5
+
+
+@pytest.mark.slow
+def test_a_strangers_strategy_is_held_to_the_contract(stranger: Place) -> None:
+    code = "import halfway; from fedlora.testing import check_strategy; "
+    failing = stranger.python(
+        code + "\ntry:\n    check_strategy(halfway.Halfway)\nexcept AssertionError as e:\n"
+        "    print(e.__notes__[0])"
+    )
+    assert "one client alone is kept as it is" in failing  # halfway is not kept, and it says so
+    stranger.python("from fedlora import list_strategies\n"
+                    "from fedlora.testing import check_strategy\n"
+                    "check_strategy(list_strategies()['fedavg'])")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_file_that_names_code_runs_with_the_command(stranger: Place) -> None:
+    assert "problem" not in stranger.fedlora("doctor", "mine.toml")
+    stranger.fedlora("simulate", "mine.toml", "--quiet", "--workers", "2")
+    stranger.fedlora("export", "runs/by-file", "--as", "merged", "--out", "whole")
+    assert (stranger.directory / "whole" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Flower's engine needs Ray")
+@pytest.mark.skipif(not namespaces(), reason="no network namespaces here, and Ray listens widely")
+def test_flowers_engine_runs_it_as_well(stranger: Place) -> None:
+    stranger.fedlora("simulate", "mine.toml", "--quiet", "--engine", "flower", before=tuple(ALONE))
+    assert (stranger.directory / "runs/by-file/adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm", ["--worker", "--no-worker"])
+def test_a_deployment_of_it_runs_from_the_wheel(stranger: Place, warm: str) -> None:
+    """The bundle names the code, and nodes find it where they run; as LocalGrid's, to the bit."""
+    stranger.installed = Path(f"{stranger.installed}{os.pathsep}{stranger.directory}")
+    stranger.fedlora("simulate", "mine.toml", "--quiet", "--workers", "1")
+    stranger.fedlora(
+        "deploy", "init", "d", "--clients", "2", "--experiment", "mine.toml", "--shared-data", warm
+    )
+    try:
+        stranger.fedlora("deploy", "up", "d")
+        stranger.fedlora("deploy", "run", "d")
+    finally:
+        stranger.fedlora("deploy", "down", "d")
+    (far,) = stranger.directory.glob("d/**/by-file/adapter/adapter_model.safetensors")
+    near = stranger.directory / "runs/by-file/adapter/adapter_model.safetensors"
+    assert far.read_bytes() == near.read_bytes()

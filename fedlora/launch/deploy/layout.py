@@ -10,7 +10,6 @@ from typing import Any
 
 import tomli_w
 
-from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys, scripts
@@ -89,8 +88,7 @@ def _experiment(wanted: Wanted) -> Config:
     given |= {"clients.count": wanted.clients, "run.out": "runs"}
     if wanted.ranks:
         given["clients.ranks"] = ",".join(map(str, wanted.ranks))
-    path = wanted.experiment
-    config = load(path, given) if path else preflight.read(given)
+    config = load(wanted.experiment or "quickstart", given)
     flat = config.flat()
     for key in ("model.path", "data.path", "data.test-path"):
         value = str(flat[key])

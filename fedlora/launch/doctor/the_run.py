@@ -276,8 +276,8 @@ def _size(config: Config, model: Model, strategy: Strategy[Any], largest: int) -
 def _memory(model: Any, config: Config, in_flight: int) -> float:
     """Base, activations of one batch a worker (a rule of thumb), messages: bytes."""
     base = sum(p.numel() * p.element_size() for p in model.peft.parameters())
-    hidden = getattr(model.peft.config, "hidden_size", 768)
-    depth = getattr(model.peft.config, "num_hidden_layers", 12)
+    known = getattr(model.peft.get_base_model(), "config", None)
+    hidden, depth = getattr(known, "hidden_size", 768), getattr(known, "num_hidden_layers", 12)
     tokens = config.train.batch_size * config.data.max_length
     activations = tokens * hidden * depth * 4 * 16  # about 16 tensors a layer survive
     workers = config.simulate.workers or os.cpu_count() or 1
