@@ -18,6 +18,12 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Each option that cannot be with what else is set, and what to do instead."""
     yield from _ranks(config, strategy)
     yield from _buffer(config)
+    least, most = config.round.min_replies, config.clients.per_round or config.clients.count
+    if least > most:
+        yield (
+            f"round.min-replies = {least}: no more than {most} clients train in a round "
+            "(clients.per-round, or clients.count); lower it"
+        )
     yield from _robust(config, strategy)
     chosen = config.server.optimizer
     if chosen != "none" and (reason := server_optimizers.refusal(strategy)):

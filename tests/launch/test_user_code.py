@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid, ServerApp
 
 from fedlora import preflight
 from fedlora.config.reader import Config
@@ -26,7 +27,7 @@ from fedlora.federation.client.job import ClientJob
 from fedlora.launch.client_app import client_app, make_client_app
 from fedlora.launch.export import export_run
 from fedlora.launch.federation import Federation, with_own
-from fedlora.launch.simulate.grid import LocalGrid
+from fedlora.launch.simulate.grid import LocalGrid, run_local
 from fedlora.strategies import STRATEGIES, register_strategy, registry
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.registry import Registry
@@ -243,6 +244,28 @@ def some(client: int | None) -> Dataset:
     """10, 20 and 30 rows, of which the client's own test takes a tenth."""
     assert client is not None
     return own_code.rows(client).select(range(10 + 10 * client))
+
+
+def test_two_flower_apps_of_ones_own(settings: Settings) -> None:
+    """A ServerApp with `Federation` in it and a ClientApp made by `make_client_app`."""
+    given = settings(**quick("fedavg"), **{"lora.target-modules": "inner,outer"})
+    own: dict[str, Any] = {
+        "model": f"{HERE}:make_model",
+        "tokenizer": own_code.make_tokenizer,
+        "data": own_code.rows,
+        "loss": own_code.smoothed,
+        "metrics": own_code.top_two,
+    }
+    server, ended = ServerApp(), []
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        made = Federation(Config.read(context.run_config), strategy=FedAvg(), **own)
+        ended.append(made.start(grid))
+
+    run_local(server, make_client_app(**own), Config.read(given).flat(), 3)
+    assert len(ended[0].arrays) > 0
+    assert Ran(directory_of(given)).rounds[-1]["round"] == 2
 
 
 def test_an_app_hands_its_names_to_the_nodes_worker() -> None:

@@ -118,6 +118,8 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"personalize.alone": True}, "set evaluate.clients = true"),
     ("fedavg", "bert", {**DP, "personalize.epochs": 1.0, "evaluate.clients": True},
      "set privacy.release-metrics = true"),
+    ("fedavg", "bert", {"round.min-replies": 9}, "no more than 3 clients train in a round"),
+    ("fedavg", "bert", {"round.min-replies": 3, "clients.per-round": 2}, "no more than 2 clients"),
     # the user's own code
     ("fedavg", "bert", {"train.loss": "py:live:x", "simulate.workers": 2}, "simulate.workers = 1"),
     ("fedavg", "bert", {"train.loss": "py:live:x", "run.resume": True}, "whether it is the one"),
