@@ -16,7 +16,7 @@ import tomli_w
 
 from fedlora import preflight
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError, FedLoraError, RoundError
+from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.server.roster import SIMULATED
 from fedlora.launch.experiment_file import load, load_config
 from fedlora.launch.run import Run
