@@ -172,7 +172,8 @@ def export(
 def _told(files: RunFiles) -> Iterator[tuple[str, str]]:
     """(what, value) of a run in a few words: strategy, rounds, final score, whether it ended."""
     yield "strategy", files.summary["strategy"]
-    yield "rounds", f"{files.summary['rounds']} rounds"
+    n = files.summary["rounds"]
+    yield "rounds", f"{n} round{'' if n == 1 else 's'}"
     key = files.metric.key
     score = (files.summary.get("final") or {}).get(key)
     if isinstance(score, float):
