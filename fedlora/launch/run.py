@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +47,23 @@ class Run:
         return read(self.directory)
 
     def __repr__(self) -> str:
+        told = ", ".join(value for _, value in _told(self._read()))
+        return f"Run({str(self.directory)!r}: {told})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same, and the warnings of a run that did not go well."""
         files = self._read()
-        last = files.summary.get("final") or {}
-        key = files.metric.key
-        score = f", {key} {last[key]:.3f}" if isinstance(last.get(key), float) else ""
-        short = "" if files.complete else ", not finished"
-        number, name = files.summary["rounds"], files.summary["strategy"]
-        return f"Run({str(self.directory)!r}: {name}, {number} rounds{score}{short})"
+        lines = [("run", str(self.directory)), *_told(files)]
+        lines += [("warning", why) for why in files.summary["warnings"]]
+        rows = (f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in lines)
+        return f"<table>{''.join(rows)}</table>"
 
     @property
     def config(self) -> Config:
         """What the run was started with."""
-        where = {"run.out": str(self.directory.parent), "run.name": self.directory.name}
-        return parse(self.directory / "config.toml", where)
+        at = self.directory
+        at = at.resolve() if at.name in ("", "..") else at
+        return parse(at / "config.toml", {"run.out": str(at.parent), "run.name": at.name})
 
     @property
     def rounds(self) -> "pandas.DataFrame":
@@ -164,6 +169,19 @@ def export(
     return export_run(directory, Path(out), merged, rank, client)
 
 
+def _told(files: RunFiles) -> Iterator[tuple[str, str]]:
+    """(what, value) of a run in a few words: strategy, rounds, final score, whether it ended."""
+    yield "strategy", files.summary["strategy"]
+    n = files.summary["rounds"]
+    yield "rounds", f"{n} round{'' if n == 1 else 's'}"
+    key = files.metric.key
+    score = (files.summary.get("final") or {}).get(key)
+    if isinstance(score, float):
+        yield "final", f"{key} {score:.3f}"
+    if not files.complete:
+        yield "state", "not finished"
+
+
 def _columns(
     record: Mapping[str, Any], before: str = "", skip: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Any]]:
@@ -178,6 +196,9 @@ def _columns(
 
 
 def _table(rows: Iterator[dict[str, Any]]) -> "pandas.DataFrame":
+    """A frame of rows. Where a row has null for what is a table in others, it has those columns."""
     import pandas
 
-    return pandas.DataFrame(list(rows))
+    frame = pandas.DataFrame(list(rows))
+    tables = {c[:i] for c in frame.columns for i, x in enumerate(c) if x == "."}
+    return frame.drop(columns=[c for c in frame.columns if c in tables and frame[c].isna().all()])

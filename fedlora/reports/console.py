@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """Told what happens in a run, as it happens. Its answers are never used.
 
-    One of your own overrides the methods that it wants. An error that it raises stops the run,
-    which can be resumed.
+    One of your own overrides the methods that it wants. An error that it raises stops the run, with
+    a note of whose it is; the finished rounds are kept, and the run can be resumed.
 
     >>> from fedlora import Observer
     >>> class Losses(Observer):
@@ -77,34 +77,36 @@ class Silent:
 
 
 class Together:
-    """Tells several observers, in their order."""
+    """Tells several observers, in their order; the error of one has a note that names it."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
 
-    def baseline(self, name: str, metrics: Mapping[str, Any]) -> None:
+    def _tell(self, what: str, *args: Any) -> None:
         for x in self.observers:
-            x.baseline(name, metrics)
+            try:
+                getattr(x, what)(*args)
+            except Exception as e:
+                e.add_note(f"the observer {type(x).__name__} raised this in {what}")
+                raise
+
+    def baseline(self, name: str, metrics: Mapping[str, Any]) -> None:
+        self._tell("baseline", name, metrics)
 
     def round_started(self, number: int, cohort: list[int]) -> None:
-        for x in self.observers:
-            x.round_started(number, cohort)
+        self._tell("round_started", number, cohort)
 
     def client_done(self, client: int, metrics: Mapping[str, Any]) -> None:
-        for x in self.observers:
-            x.client_done(client, metrics)
+        self._tell("client_done", client, metrics)
 
     def client_failed(self, client: int | None, reason: str) -> None:
-        for x in self.observers:
-            x.client_failed(client, reason)
+        self._tell("client_failed", client, reason)
 
     def round_done(self, record: Mapping[str, Any]) -> None:
-        for x in self.observers:
-            x.round_done(record)
+        self._tell("round_done", record)
 
     def note(self, text: str) -> None:
-        for x in self.observers:
-            x.note(text)
+        self._tell("note", text)
 
 
 def together(observers: Sequence[Observer]) -> Observer:

@@ -76,7 +76,10 @@ def read(run_dir: Path) -> RunFiles:
     """
     run_dir = Path(run_dir)
     if not (run_dir / "rounds.jsonl").is_file():
-        raise FedLoraError(f"{run_dir}: no rounds.jsonl here, so this is not a run's directory")
+        raise FedLoraError(
+            f"{run_dir}: no rounds.jsonl here, so this is not a run's directory; "
+            "name one that a run wrote to, run.out/run.name, such as runs/quickstart"
+        )
     rounds = {r["round"]: r for r in _lines(run_dir / "rounds.jsonl")}
     ordered = tuple(rounds[number] for number in sorted(rounds))
     config = dict(_flat(_toml(run_dir / "config.toml")))

@@ -21,7 +21,7 @@ from fedlora.lora.adapter import Pair
 from fedlora.strategies import STRATEGIES, registry
 from fedlora.strategies.registry import Registry
 from tests.support import own_code
-from tests.support.tiny_federation import Ran, python, quick
+from tests.support.tiny_federation import Ran, directory_of, python, quick
 
 Settings = Callable[..., dict[str, object]]
 NAMES = (
@@ -180,8 +180,39 @@ def test_a_run_that_was_cut_short_opens_too(ran: Run, tmp_path: Path) -> None:
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedLoraError, match=r"no rounds\.jsonl here, so this is not a run's"):
+    with pytest.raises(FedLoraError, match=r"no rounds\.jsonl here.* name one that a run wrote to"):
         open_run(tmp_path)
+
+
+def test_a_run_opens_from_within_its_own_directory(
+    ran: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ran.directory / "checkpoint")
+    section = open_run("..").config.run
+    assert (section.out, section.name) == (str(ran.directory.parent), ran.directory.name)
+    monkeypatch.chdir(ran.directory)
+    assert open_run(".").config.flat() == ran.config.flat()
+
+
+def test_a_round_without_a_table_has_no_column_of_its_name(settings: Settings) -> None:
+    """Round 0 has neither proof nor certificate, round 1 no evaluation."""
+    given = settings("bert", **quick("fedavg", **{"evaluate.every": 2}))
+    rounds = run_here(given).rounds
+    assert not {"evaluation", "proof", "certificate"} & {*rounds.columns}
+    assert list(rounds["evaluation.accuracy"].isna()) == [False, True, False]
+    assert list(rounds["proof.deviation"].isna()) == [True, False, False]
+
+
+def test_a_notebook_shows_a_run_as_a_table_of_text(ran: Run, tmp_path: Path) -> None:
+    import shutil
+
+    shown = ran._repr_html_()
+    assert "<th>strategy</th><td>fedex</td>" in shown
+    assert "<td>3 rounds</td>" in shown
+    assert f"accuracy {ran.summary['final']['accuracy']:.3f}" in shown
+    shutil.copytree(ran.directory, copy := tmp_path / "<script>")
+    assert "&lt;script&gt;" in open_run(copy)._repr_html_()
+    assert "<script>" not in open_run(copy)._repr_html_()
 
 
 # -- simulate, check, load_config ----------------------------------------------------------------
@@ -202,8 +233,11 @@ def test_observers_are_told_of_each_round_and_one_that_raises_stops_a_run_that_g
     settings: Settings,
 ) -> None:
     given, one, two = settings("bert", **quick("fedavg")), Seen(), Seen(stop=1)
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(RuntimeError, match="enough") as stopped:
         run_here(given, observers=[one, two])
+    whose, how = stopped.value.__notes__
+    assert whose == "the observer Seen raised this in round_done"
+    assert how == f"continue with: fedlora simulate --resume {directory_of(given)}"
     assert one.rounds == two.rounds == [0, 1]
     more = Seen()
     run = run_here(given, {"run.resume": True}, observers=[more])

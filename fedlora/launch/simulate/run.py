@@ -16,7 +16,7 @@ import tomli_w
 
 from fedlora import preflight
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError, FedLoraError, RoundError
+from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.server.roster import SIMULATED
 from fedlora.launch.experiment_file import load, load_config
 from fedlora.launch.run import Run
@@ -44,7 +44,8 @@ def simulate(
 
     config: a `Config`, an experiment's file or name, or a mapping of keys; overrides go on top.
     strategy, model, tokenizer, data, loss, metrics: the user's own, as for `Federation`.
-    observers: told of each round as it ends. quiet: print nothing.
+    observers: told of each round as it ends; the error of one stops the run, which can go on.
+    quiet: print nothing.
 
     >>> from fedlora import simulate
     >>> run = simulate("quickstart", {
@@ -115,7 +116,7 @@ def _resumable(directory: Path, observer: Any) -> Iterator[None]:
     except KeyboardInterrupt:
         observer.note(f"stopped; {hint}")
         raise
-    except FedLoraError as e:
+    except Exception as e:  # an observer of the user's own may raise anything
         if (directory / "checkpoint").exists():
             e.add_note(hint)
         raise
