@@ -12,14 +12,14 @@ The values under DP are the ones found with simulations/experiments/privacy.toml
 what was tried; docs/results/privacy.md says what they are worth. Whatever an experiment sets stays.
 """
 
-from fedlora.config.sections import Lora, Model, Privacy, Train
+from fedlora.config.sections import LoraConfig, ModelConfig, PrivacyConfig, TrainConfig
 
 AUTO = "auto"
 
 
 def resolve_defaults(
-    train: Train, model: Model, lora: Lora, p: Privacy
-) -> tuple[Train, Model, Lora]:
+    train: TrainConfig, model: ModelConfig, lora: LoraConfig, p: PrivacyConfig
+) -> tuple[TrainConfig, ModelConfig, LoraConfig]:
     """The sections with a value for each of those keys; what was set stays."""
     private, optimizer = p.by_example, train.optimizer
     if optimizer == AUTO:

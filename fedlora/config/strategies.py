@@ -31,7 +31,7 @@ def _strategy_section(known: tuple[tuple[str, type], ...]) -> type[BaseModel]:
             table = create_model(f"{name}-options", __base__=Section, **options)  # type: ignore[call-overload]
             tables[_field(name)] = (table, table())
     tables["name"] = (Annotated[str, BeforeValidator(_strategy_name)], "fedex")
-    return create_model("StrategySection", __base__=Section, **tables)
+    return create_model("StrategyConfig", __base__=Section, **tables)
 
 
 def _field(name: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
-from fedlora.config.sections import Train
+from fedlora.config.sections import TrainConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
@@ -197,7 +197,7 @@ def learning_rate(config: Config, round: int) -> float:
     return config.train.lr
 
 
-def build_optimizer(live: Live, train: Train, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(live: Live, train: TrainConfig, lr: float) -> torch.optim.Optimizer:
     """The config's optimiser over the live parameters; B's rate is lr * lr-ratio-b (LoRA+)."""
     groups = [
         {"params": list(ps.values()), "lr": lr * (train.lr_ratio_b if column == "B" else 1.0)}
