@@ -17,7 +17,7 @@ from fedlora.strategies.forms import (
     Form,
     is_init,
     moves_base,
-    refusal,
+    problem,
 )
 
 
@@ -41,7 +41,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and legend has a rule "
             "of its own; leave it empty"
         )
-    if reason := refusal(form, strategy):
+    if reason := problem(form, strategy):
         yield f"lora.form = {lora.form!r} with strategy.name = {config.strategy.name!r}: {reason}"
     if lora.form != "lora" and config.robust.method != "none" and form.kind != "factors":
         yield (

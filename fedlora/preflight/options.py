@@ -20,7 +20,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     yield from _buffer(config)
     yield from _robust(config, strategy)
     chosen = config.server.optimizer
-    if chosen != "none" and (reason := server_optimizers.refusal(strategy)):
+    if chosen != "none" and (reason := server_optimizers.problem(strategy)):
         yield f"server.optimizer = '{chosen}': {reason}"
     yield from _personalize(config)
 

@@ -16,7 +16,7 @@ What a strategy computes decides what it can run (`Needs.algebra`):
                   strategies that average each side by itself run it: d is their A, b their B
     tensors       anything else: only a strategy that averages whatever trains
 
-`refusal` says why a strategy cannot run a form; what else of a form cannot be, and says so before
+`problem` says why a strategy cannot run a form; what else of a form cannot be, and says so before
 anything runs, is fedlora/preflight/forms.py. docs/extend/forms.md is `table()`.
 """
 
@@ -162,7 +162,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Inits that take s B A out of the base, so that training starts from W0; or what is rounded."""
 
 
-def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
+def problem(form: Form, strategy: Strategy[Any]) -> str | None:
     """Why the strategy cannot run the form, and what to use; None if it can."""
     algebra = strategy.needs().algebra
     name = type(strategy).__name__
@@ -194,7 +194,7 @@ def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
     return None
 
 
-def promise(form: Form, strategy: Strategy[Any]) -> Promise:
+def guarantee(form: Form, strategy: Strategy[Any]) -> Promise:
     """What the strategy promises of this form: a mean of linear ones is exact whoever takes it."""
     if form.kind != "tensors":
         return strategy.promise
@@ -232,7 +232,7 @@ def verdicts(form: Form) -> dict[Promise | Literal["refused"], list[str]]:
     found: dict[Any, list[str]] = {"exact": [], "shared": [], "approximate": [], "refused": []}
     for name, cls in STRATEGIES.items():
         strategy = cls()
-        found["refused" if refusal(form, strategy) else promise(form, strategy)].append(name)
+        found["refused" if problem(form, strategy) else guarantee(form, strategy)].append(name)
     return found
 
 

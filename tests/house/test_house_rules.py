@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedlora.errors import FedLoraError
-from fedlora.lora import tree_file as checkpoint
+from fedlora.lora import tree_file
 from fedlora.strategies import STRATEGIES
 from tests.support.tiny_federation import ROOT
 
@@ -284,7 +284,7 @@ def test_no_loader_opens_a_pickle(tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.write_bytes(data)
         with pytest.raises(FedLoraError):
-            checkpoint.load(file)
+            tree_file.load(file)
         memory = ClientMemory(tmp_path, 0, "run")
         memory.own.mkdir(parents=True, exist_ok=True)
         (memory.own / "round-00001.safetensors").write_bytes(data)

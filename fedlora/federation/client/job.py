@@ -27,8 +27,7 @@ from fedlora.lora.adapter import Delta, Factors
 from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
 from fedlora.strategies.forms import moves_base
-from fedlora.training import cache as site
-from fedlora.training import user_code
+from fedlora.training import cache, user_code
 from fedlora.training.certificate import Numbers
 from fedlora.training.data.batches import Encoded
 from fedlora.training.evaluate import evaluate
@@ -105,7 +104,7 @@ class ClientJob:
                 f"digest {mine or 'of nothing'}, must be {job.code or 'of nothing'}; use the same "
                 "files"
             )
-        model = site.model(self.config, job.labels)
+        model = cache.model(self.config, job.labels)
         if model.fingerprint != job.fingerprint:
             raise ModelError(
                 f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
@@ -146,8 +145,8 @@ class ClientJob:
         Around the body rather than under it: what trains stands on the stack of its message.
         """
         config, job = self.config, self.job
-        rows = site.encoded("train", job.client, config, job.labels)
-        test = site.encoded("test", job.client, config, job.labels)
+        rows = cache.encoded("train", job.client, config, job.labels)
+        test = cache.encoded("test", job.client, config, job.labels)
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
             begun = self.numbers(model)
@@ -200,7 +199,7 @@ class ClientJob:
         from fedlora.privacy.ledger import Ledger, fingerprint
         from fedlora.privacy.training import private_fit
 
-        raw = site.client_rows(job.client, config, job.labels).train
+        raw = cache.client_rows(job.client, config, job.labels).train
         data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
         root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
         return partial(private_fit, ledger=Ledger(root, data), run=job.token)

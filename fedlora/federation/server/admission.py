@@ -16,10 +16,10 @@ def problems(config: Config, strategy: Strategy[Any], clients: Sequence[Client])
     if FORMS[config.lora.form].after and (gap := uneven(clients)):
         yield f"lora.form = {config.lora.form!r}, but {gap}: {ONE_RANK}"
     if config.secure.aggregation:
-        yield from alone(clients)
+        yield from only_of_their_ranks(clients)
 
 
-def alone(clients: Sequence[Client]) -> Iterator[str]:
+def only_of_their_ranks(clients: Sequence[Client]) -> Iterator[str]:
     """Which clients nothing can be added to, however many others there are."""
     kinds = Counter(_ranks(c) for c in clients)
     for c in clients:

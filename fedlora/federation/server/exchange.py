@@ -83,7 +83,7 @@ class Received:
         By the kinds of their failures: any of another kind makes it False, so that one client's
         word never explains what befell another. Who was left out as alone does not count.
         """
-        kinds = {f["kind"] for f in self.failures} - {FailureKind.ALONE}
+        kinds = {f["kind"] for f in self.failures} - {FailureKind.ONLY_OF_ITS_RANKS}
         return kinds == {FailureKind.BUDGET}
 
 

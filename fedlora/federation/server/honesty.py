@@ -53,8 +53,8 @@ class Honesty:
         """Can numbers be held against uploads here, and might anybody lie?"""
         config = setting.config
         plain = setting.model.form.kind == "factors" and setting.guarantee != "shared"
-        alone = session.simulated or config.secure.aggregation or config.round.buffer
-        return plain and not alone
+        skipped = session.simulated or config.secure.aggregation or config.round.buffer
+        return plain and not skipped
 
     def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:
         pass

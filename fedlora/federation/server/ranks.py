@@ -29,7 +29,7 @@ from dataclasses import dataclass, fields
 
 from fedlora.errors import ConfigError
 
-Plan = Mapping[str, int]
+ModuleRanks = Mapping[str, int]
 """Module path to rank: what one client adapts."""
 
 CORES = 4

@@ -58,7 +58,7 @@ class Setting:
         """
         strategy, corpus = config.build_strategy(), cache.corpus(config)
         model = cache.model(config, corpus.labels)
-        guarantee = forms.promise(model.form, strategy)
+        guarantee = forms.guarantee(model.form, strategy)
         planner = Planner(config, model)
         return cls(config, strategy, model, corpus, guarantee, planner, Journal(config))
 

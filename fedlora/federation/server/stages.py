@@ -56,7 +56,7 @@ def stages(setting: Setting, session: Session) -> list[Stage]:
         found.append(ClientPrivacy(setting, session))
     found += [Proving(setting, session), Certification(setting, session)]
     if server_optimizers.build_optimizer(config.server):
-        found.append(ServerOptimizer(setting))
+        found.append(ServerOptimization(setting))
     if setting.planner.devices:
         found.append(DeviceClock(setting))
     return found
@@ -118,7 +118,7 @@ class ClientPrivacy:
         return {"privacy": self.mechanism.record()}
 
 
-class ServerOptimizer:
+class ServerOptimization:
     """A step of server.optimizer from the state before toward the aggregate."""
 
     def __init__(self, setting: Setting) -> None:

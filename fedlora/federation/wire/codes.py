@@ -7,7 +7,7 @@ The words of an error travel beside its code, for a person to read. What a clien
 reports, on one line and cut, and nothing is decided by it. A client may lie about its code too;
 what that can buy it is in `Received.spent`.
 
-No torch here: `handover` answers without it.
+No torch here: client/dispatch.py answers without it.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class FailureKind(StrEnum):
     LATE = "late"
     LOST = "lost"
     """Its worker or its node is gone."""
-    ALONE = "alone"
+    ONLY_OF_ITS_RANKS = "alone"
     """The server left it out of a secure aggregation: what it sends would be no sum."""
 
 
