@@ -4,6 +4,7 @@ import ast
 import io
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 def test_no_file_is_named_for_nothing() -> None:
     parts = {part for p in SOURCES for part in p.relative_to(ROOT).with_suffix("").parts}
     assert not parts & FORBIDDEN_NAMES
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """But for the strategies' `State`, whose name is on disk."""
+    classes = Counter(
+        node.name
+        for path, tree in TREES.items()
+        if "fedlora" in path.relative_to(ROOT).parts
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, n in classes.items() if n > 1} == {"State"}
 
 
 def test_every_room_stands_in_the_page_about_the_house() -> None:
