@@ -1,7 +1,8 @@
-"""Defaults that depend on other keys: training in the clear, and under example-level DP, which
-wants few trained numbers and few large steps.
+"""Defaults that depend on other keys: without example-level DP, and with it.
 
-    key                  in the clear    under example-level DP
+DP wants few trained numbers and few large steps.
+
+    key                  without DP      under example-level DP
     train.optimizer      adamw           sgd
     train.momentum       0               0.8
     train.lr             2e-3            3 / clip-norm, 1 / clip-norm at epsilon <= 1; adamw 1e-2
@@ -20,7 +21,7 @@ AUTO = "auto"
 def resolve_defaults(
     train: TrainConfig, model: ModelConfig, lora: LoraConfig, p: PrivacyConfig
 ) -> tuple[TrainConfig, ModelConfig, LoraConfig]:
-    """The sections with a value for each of those keys; what was set stays."""
+    """The sections with these defaults filled in; what was set stays."""
     private, optimizer = p.by_example, train.optimizer
     if optimizer == AUTO:
         optimizer = "sgd" if private else "adamw"

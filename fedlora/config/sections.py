@@ -319,7 +319,7 @@ class SecureConfig(Section):
 
 
 class ServerConfig(Section):
-    """What the server does with a round's mean: strategies/server_optimizers.py."""
+    """The server optimiser, which steps from a round's mean: strategies/server_optimizers.py."""
 
     optimizer: Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "none"
     lr: Annotated[float, Field(gt=0)] = 1.0
@@ -331,7 +331,7 @@ class ServerConfig(Section):
 
 
 class RobustConfig(Section):
-    """Which updates count, judged by their products B A: strategies/robust.py."""
+    """Robust aggregation: which updates count, by their products B A: strategies/robust.py."""
 
     method: Literal["none", "norm-bound", "krum", "multi-krum", "trimmed", "median"] = "none"
     """norm-bound: shorten what is too long. krum, multi-krum: keep those with close neighbours.
@@ -345,7 +345,7 @@ class RobustConfig(Section):
 
 
 class PersonalizeConfig(Section):
-    """After the last round, on each client's own rows and for itself alone."""
+    """Personalisation: after the last round, each client trains on its own rows for itself."""
 
     epochs: Annotated[float, Field(ge=0)] = 0.0
     """Fine-tune the final model for so many epochs and evaluate it; 0: do not."""

@@ -1,4 +1,4 @@
-"""Adapter forms, initialisations and quantised bases that cannot be: docs/extend/forms.md."""
+"""Adapter forms, initialisations and quantised bases that cannot run: docs/extend/forms.md."""
 
 import difflib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from fedlora.strategies.forms import (
 
 
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
-    """What of the config's form, initialisation and base cannot be, and what to do instead."""
+    """Why the config's form, initialisation and base cannot run, and what to do instead."""
     lora = config.lora
     yield from _init(lora.init, lora.form)
     yield from _calibration(config)

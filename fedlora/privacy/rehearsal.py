@@ -1,4 +1,4 @@
-"""The training check, whoever trains: on a client's own rows, or under DP on synthetic ones.
+"""The training check, with and without DP: on a client's own rows, or on synthetic ones.
 
 Under example-level DP no private row may be looked at without noise, so the check takes rows of
 random token ids. On them the plain loop is checked as ever, and then one private step without

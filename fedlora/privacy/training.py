@@ -48,7 +48,7 @@ RATE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class PrivacyPlan:
-    """One client's mechanism: the same in every round of a run."""
+    """One client's DP-SGD parameters: the same in every round of a run."""
 
     n: int
     q: float
@@ -175,7 +175,7 @@ def clipped_sum(
 
 
 def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
-    """A stream of the system's own randomness; a reproducible one only on express demand."""
+    """A stream of the system's own randomness; a reproducible one only if the config asks."""
     if config.privacy.insecure_reproducible_noise:
         return Chance.reproducible(config.run.seed, round, client, purpose)
     return Chance()

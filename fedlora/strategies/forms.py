@@ -195,7 +195,7 @@ def problem(form: Form, strategy: Strategy[Any]) -> str | None:
 
 
 def guarantee(form: Form, strategy: Strategy[Any]) -> Promise:
-    """What the strategy promises of this form: a mean of linear ones is exact whoever takes it."""
+    """What the strategy guarantees of this form: every mean of linear ones is exact."""
     if form.kind != "tensors":
         return strategy.promise
     return "exact" if form.law == "linear" else "approximate"
@@ -228,7 +228,7 @@ def fixed_rank(form: str, ranks: Sequence[int]) -> int:
 
 
 def verdicts(form: Form) -> dict[Promise | Literal["refused"], list[str]]:
-    """The strategies' names by what becomes of this form under each, at their defaults."""
+    """The strategies' names by what each guarantees of this form, at their defaults."""
     found: dict[Any, list[str]] = {"exact": [], "shared": [], "approximate": [], "refused": []}
     for name, cls in STRATEGIES.items():
         strategy = cls()

@@ -144,7 +144,7 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
 
 
 def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """What the user's own loss makes of float32 logits and labels: each example's, (batch,).
+    """Each example's loss by the user's own function, from float32 logits and labels, (batch,).
 
     Raises:
         ModelError: it gives something else.
@@ -224,7 +224,7 @@ def training(model: Model, config: Config, round: int, client: int) -> Iterator[
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Torch computes with n threads within it."""
+    """A context in which torch computes with n threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

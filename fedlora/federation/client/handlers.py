@@ -41,7 +41,7 @@ Handler = Callable[[Message, Context], RecordDict]
 
 
 def query(_: Message, context: Context) -> RecordDict:
-    """What the server asks of a node it has not met."""
+    """A new node's own facts: its client id, its rank and layers, its hardware."""
     node = context.node_config
     facts: dict[str, Any] = {
         "client": int(node.get("partition-id", context.node_id % 2**31)),
@@ -178,7 +178,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
 
 
 def secagg_unmask(message: Message, context: Context) -> RecordDict:
-    """The shares that take the masks off the sum, and off nothing else."""
+    """The shares with which the server can unmask the sum, and nothing else."""
     work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
     shares = work.secure_client().unmask(seq(asked, "active"), seq(asked, "dead"), work.terms)
     found = sorted(shares.items())

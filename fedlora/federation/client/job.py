@@ -1,4 +1,4 @@
-"""One message's job on a client: what was asked, and what the client does it with.
+"""One message's work on a client: what is asked, and all that is needed to answer it.
 
 ClientJob.open(message, context)   config, job, strategy, memory and download of a message
 .local_round()                     around one round of training: what is to leave, and its scores
@@ -90,7 +90,7 @@ class ClientJob:
         return f"{self.job.token}/{self.job.incarnation}"
 
     def model(self) -> Model:
-        """This process's model, if it is the server's.
+        """This process's model, checked to be the same as the server's.
 
         Raises:
             ModelError: the base differs, so nothing learned on it would add up; or the source of
@@ -140,7 +140,7 @@ class ClientJob:
 
     @contextmanager
     def local_round(self) -> Iterator[LocalRound]:
-        """The model loaded and checked, for the body to train; then what is to leave, in `done`.
+        """A context whose body trains the loaded, checked model; then `done` has what is sent.
 
         Around the body rather than under it: what trains stands on the stack of its message.
         """
@@ -192,7 +192,7 @@ class ClientJob:
         self.memory.add_checked(key)
 
     def trainer(self) -> Callable[..., Fit]:
-        """`train.fit`; under example-level DP the same, paid for in this data set's ledger."""
+        """`train.fit`, or under example-level DP `private_fit` with this data set's ledger."""
         config, job = self.config, self.job
         if not config.privacy.by_example:
             return fit
@@ -206,7 +206,7 @@ class ClientJob:
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Model, Factors]]:
-        """The model as this client is to train or judge it, and what the client had kept."""
+        """A context: the model loaded as this client trains or scores it, and what it had kept."""
         download, job = self.download, self.job
         model = self.model()
         kept = self.memory.recall(job.memory_round)
@@ -224,7 +224,7 @@ class ClientJob:
             yield model, kept
 
     def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:
-        """These records, with the tag by which the server knows whose reply it is."""
+        """A reply of these records, with the tag that tells the server whose it is."""
         tag: dict[str, Any] = {"round": self.job.round, "token": self.job.token}
         tag |= {"client": self.job.client, "keeps": keeps}
         return RecordDict({"reply": ConfigRecord(tag), **records})

@@ -99,7 +99,7 @@ def state_types(strategy: Strategy[Any]) -> list[type]:
 
 
 def check_kept(strategy: Strategy[Any], state: Any) -> None:
-    """Nothing, where a checkpoint of the state can be read again.
+    """Check that a checkpoint of the state could be read again.
 
     Raises:
         StrategyError: it holds a dataclass that nobody could find again; says how to name it.
@@ -121,7 +121,7 @@ class Journal:
         self.rounds = self.directory / "rounds.jsonl"
 
     def check(self) -> None:
-        """Nothing, where the run can be begun or, with run.resume, gone on with. Writes nothing.
+        """Check that the run can begin or, with run.resume, be resumed. Writes nothing.
 
         Raises:
             CheckpointError: as `open`, or as `resume`.

@@ -62,7 +62,7 @@ class Planner:
         return member.plan or self.at(member.rank)
 
     def at(self, rank: int) -> ModuleRanks:
-        """A client's plan at this rank, but for lora.rank-pattern."""
+        """Module to rank for a client of this rank, with lora.rank-pattern applied."""
         return patterned(self.shapes, rank, self.config.lora.rank_pattern)
 
     def widest(self, members: Sequence[Member]) -> ModuleRanks:

@@ -1,6 +1,6 @@
-"""The server's four stages of a round, after which it has the sum and nothing else.
+"""The server's four stages of secure aggregation, after which it has the sum and nothing else.
 
-    kinds     the cohort by ranks; who is alone of its ranks is left out
+    kinds     the cohort by ranks; the only client of its ranks is left out
     setup     U0: public keys
     share     U1: encrypted shares, each forwarded to whom it is for
     collect   U2: the masked vectors of those that trained, summed as they come

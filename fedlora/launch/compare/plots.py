@@ -31,7 +31,7 @@ def label(r: Row) -> str:
 
 
 def look(n: int) -> dict[str, Any]:
-    """A colour, and where they are used up another dash."""
+    """A row's colour, and another dash where the colours are used up."""
     return {"color": COLOURS[n % len(COLOURS)],
             "linestyle": DASHES[n // len(COLOURS) % len(DASHES)]}  # fmt: skip
 

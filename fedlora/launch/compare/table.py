@@ -34,7 +34,7 @@ def target_of(rows: Sequence[Row]) -> float | None:
 
 
 def compared(rows: Sequence[Row]) -> str:
-    """Fill in each row's difference from the first of its variant, seed by seed; what that is.
+    """Fill in each row's difference from the first of its variant, seed by seed; the first's name.
 
     Where a variant has one strategy only, the difference is from the table's first row.
     """
@@ -109,7 +109,7 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def without_result(rows: Sequence[Row]) -> list[str]:
-    """What has no result, each with its reason."""
+    """The rows without a result, each with its reason."""
     return [f"{r.name}: {r.reason or 'no result'}" for r in rows if not r.runs]
 
 
@@ -241,7 +241,7 @@ def as_html(
     plots: Mapping[str, bytes],
     search: Search = NONE,
 ) -> str:
-    """One page that needs nothing beside it."""
+    """One self-contained HTML page."""
     head, body = texts(rows)
     return render(
         BODY, plots, title=title, claim=claim, command=command, head=head, body=body,

@@ -163,7 +163,7 @@ def _pool(lab: Lab, n: int) -> Encoded:
 
 
 def canary(lab: Lab, mechanism: str, epsilon: float) -> Row:
-    """Epsilon measured where this much is claimed."""
+    """The epsilon measured of a mechanism that claims this epsilon."""
     _, delta, m = SHARP
     case = CASES[mechanism]
     found = audited(case, epsilon, delta, lab.size.canaries or m)

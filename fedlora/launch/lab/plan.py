@@ -1,4 +1,4 @@
-"""The plan of a privacy lab: one experiment, what is to be measured of it, and where that lies.
+"""The plan of a privacy lab: one experiment, what to measure of it, and where the results lie.
 
 An experiment may say in its [audit] table what the lab compares:
 
@@ -38,7 +38,7 @@ KEYS = {"epsilons", "strategies", "seeds", "open", "at", "set", "quick"}
 
 @dataclass(frozen=True)
 class LabSize:
-    """How much the attacks take."""
+    """How many rows, models and trials the attacks use."""
 
     pool: int = 240
     """Rows of which each shadow model has half."""
@@ -167,7 +167,7 @@ class Lab:
     # -- what was measured ---------------------------------------------------------------
 
     def open(self) -> None:
-        """Make the directory this experiment's, or see that it is."""
+        """Claim the directory for this experiment, or check that it is claimed."""
         path = self.out / "experiment.json"
         mine = {"config": self.config.flat(), "audit": dict(self.table), "size": asdict(self.size)}
         mine["config"] = {k: v for k, v in mine["config"].items() if not k.startswith("run.out")}

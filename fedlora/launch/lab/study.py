@@ -39,7 +39,7 @@ PARTS: Mapping[str, Callable[..., Row]] = {
 
 
 def run(lab: Lab, workers: int = 1, say: Callable[[str], None] = print) -> None:
-    """Measure what has not been, `workers` rows at a time.
+    """Take the measurements that are missing, `workers` at a time.
 
     Raises:
         FedLoraError: the directory belongs to another experiment, or something could not be
@@ -103,7 +103,7 @@ def _forked(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[
 
 
 def main(lab: Lab, workers: int, command: str) -> Path:
-    """The whole command; where its report is. However it ends, the report has what was measured."""
+    """The whole command; its report's path. However it ends, the report has what was measured."""
     from fedlora.launch.lab.page import write
 
     def say(text: str) -> None:
