@@ -25,7 +25,7 @@ from fedlora.federation.wire.certificate import pack_numbers
 from fedlora.federation.wire.messages import pack_factors
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import seeded, travelling
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import batches
 from fedlora.training.train import build_optimizer, example_losses, learning_rate
 
@@ -116,7 +116,7 @@ def _bare(server: FederatedLora, number: int) -> None:
     """Each client's steps of a round: forward, loss, backward, clip, step."""
     config, model = server.setting.config, server.setting.model
     for i in sorted(server.run.members):
-        rows = site.encoded("train", i, config, server.setting.labels)
+        rows = cache.encoded("train", i, config, server.setting.labels)
         model.load(model.init_factors(client(server.setting, server.run, i), 0))
         live = model.trainable(frozenset({"A", "B", "other"}))
         params = [p for ps in live.values() for p in ps.values()]
@@ -237,8 +237,8 @@ def _grown(clients: int, directory: str, path: str) -> dict[str, float]:
         data__test_size=50, data__partition="iid", clients__count=clients, clients__per_round=100,
         clients__ranks="4", strategy__name="fedavg", lora__layers="-1",
     )  # fmt: skip
-    site.model(config, site.corpus(config).labels)  # loaded alike by all
-    site.forget_data()
+    cache.model(config, cache.corpus(config).labels)  # loaded alike by all
+    cache.forget_data()
     begun = time.process_time()
     with federation(config, idle) as (server, grid):
         started = time.process_time() - begun

@@ -22,7 +22,7 @@ from fedlora.config.reader import Config
 from fedlora.federation.client.job import read_config
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import Client, seeded
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import Encoded, batches, collate
 from fedlora.training.model.loading import checkpoint_activations, load_base, load_tokenizer
 from fedlora.training.model.model import Model
@@ -59,7 +59,7 @@ def _over_flowertune(changes: Mapping[str, Any], rounds: int, checkpointing: boo
     with tempfile.TemporaryDirectory() as d:
         config = quickstart(d, clients__ranks="8", **changes)
         pattern = quickstart(d, train__gradient_checkpointing=checkpointing, **changes)
-        site.corpus(config)
+        cache.corpus(config)
 
         def ours() -> None:
             with federation(config) as (server, grid):
@@ -85,7 +85,7 @@ naive = ClientApp()
 
 
 def _loaded(config: Config) -> Any:
-    base = load_base(config.model, site.corpus(config).labels, config.run.seed)
+    base = load_base(config.model, cache.corpus(config).labels, config.run.seed)
     layers = [int(n) % base.encoder.config.num_hidden_layers for n in config.lora.layers]
     if config.train.gradient_checkpointing:
         checkpoint_activations(base.encoder)
@@ -102,7 +102,7 @@ def _loaded(config: Config) -> Any:
 def _naive(message: Message, context: Context) -> Message:
     """FlowerTune's `train`, for a classifier: what its client does in each call, in its order."""
     config = read_config(context)
-    corpus = site.corpus(config)
+    corpus = cache.corpus(config)
     rows = corpus.client(int(context.node_config["partition-id"])).train
     tokenizer, model = load_tokenizer(config.model), _loaded(config)
     arrays: ArrayRecord = message.content["arrays"]  # type: ignore[assignment]
@@ -134,12 +134,12 @@ def _naive(message: Message, context: Context) -> Message:
 
 def _ready(config: Config) -> tuple[Model, Encoded]:
     """The quickstart's model with client 0's adapter loaded and all in training, and its rows."""
-    labels = site.corpus(config).labels
-    model = site.model(config, labels)
+    labels = cache.corpus(config).labels
+    model = cache.model(config, labels)
     client = Client(0, model.layers(dict.fromkeys(model.shapes, 8)))
     model.load(model.init_factors(client, 0))
     model.trainable(ALL)
-    return model, site.encoded("train", 0, config, labels)
+    return model, cache.encoded("train", 0, config, labels)
 
 
 def _padded(rows: Encoded, numbers: Tensor, width: int) -> dict[str, Tensor]:

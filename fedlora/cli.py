@@ -42,7 +42,7 @@ def root(
         typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """What every command has."""
+    """Options that every command has."""
 
 
 @app.command()
@@ -237,7 +237,7 @@ def config_(config: ConfigFile, set_: Set = None) -> None:
 
 
 def main() -> None:
-    """Run the command; what a user can mend is said in one paragraph, without a traceback."""
+    """Run the command; an error that a user can fix is one paragraph, without a traceback."""
     with guarded():
         app()
 

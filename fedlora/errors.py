@@ -43,7 +43,7 @@ class UpdateError(FedLoraError, ValueError):
 
 
 class ClientError(UpdateError):
-    """A client answered with an error reply. `code` says what of: federation/wire/codes.py."""
+    """A client answered with an error reply. `code` says why: federation/wire/codes.py."""
 
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
@@ -67,7 +67,7 @@ class CheckpointError(FedLoraError):
 
 
 class FormatError(CheckpointError):
-    """A file that is whole, and holds what this fedlora does not know: see lora/tree_format.py."""
+    """A file is whole, but holds names unknown to this fedlora: see lora/tree_format.py."""
 
 
 class WireError(FedLoraError, ValueError):

@@ -74,16 +74,18 @@ def _now(name: str) -> str:
     return now
 
 
-def attribute_of(package: str, module: str, name: str) -> Any:
-    """What `package` held while it was one file, from the module of it that does now.
+def attribute_of(package: str, module: str, name: str, today: str = "") -> Any:
+    """What `package` called `name` in version 0.1: `today` in `module`, or there by the same name.
 
     Raises:
         AttributeError: it never held that.
     """
-    if name.startswith("__") or not hasattr(found := importlib.import_module(module), name):
+    today = today or name
+    found = None if name.startswith("__") else vars(importlib.import_module(module)).get(today)
+    if found is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    warnings.warn(f"{package}.{name} is now {module}.{name}", DeprecationWarning, 3)
-    return getattr(found, name)
+    warnings.warn(f"{package}.{name} is now {module}.{today}", DeprecationWarning, 3)
+    return found
 
 
 def keep_old_names() -> None:

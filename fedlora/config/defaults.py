@@ -1,7 +1,8 @@
-"""Defaults that depend on other keys: training in the clear, and under example-level DP, which
-wants few trained numbers and few large steps.
+"""Defaults that depend on other keys: without example-level DP, and with it.
 
-    key                  in the clear    under example-level DP
+DP wants few trained numbers and few large steps.
+
+    key                  without DP      under example-level DP
     train.optimizer      adamw           sgd
     train.momentum       0               0.8
     train.lr             2e-3            3 / clip-norm, 1 / clip-norm at epsilon <= 1; adamw 1e-2
@@ -12,15 +13,15 @@ The values under DP are the ones found with simulations/experiments/privacy.toml
 what was tried; docs/results/privacy.md says what they are worth. Whatever an experiment sets stays.
 """
 
-from fedlora.config.sections import Lora, Model, Privacy, Train
+from fedlora.config.sections import LoraConfig, ModelConfig, PrivacyConfig, TrainConfig
 
 AUTO = "auto"
 
 
 def resolve_defaults(
-    train: Train, model: Model, lora: Lora, p: Privacy
-) -> tuple[Train, Model, Lora]:
-    """The sections with a value for each of those keys; what was set stays."""
+    train: TrainConfig, model: ModelConfig, lora: LoraConfig, p: PrivacyConfig
+) -> tuple[TrainConfig, ModelConfig, LoraConfig]:
+    """The sections with these defaults filled in; what was set stays."""
     private, optimizer = p.by_example, train.optimizer
     if optimizer == AUTO:
         optimizer = "sgd" if private else "adamw"

@@ -1,4 +1,4 @@
-"""What a key's value may be: lists as Flower's flat config and TOML write them, and the section."""
+"""Types of config values: lists, written as text or as in TOML; and the base class of a section."""
 
 from typing import Annotated, Any
 

@@ -18,25 +18,25 @@ from pydantic import Field, ValidationError
 from fedlora.config.defaults import resolve_defaults
 from fedlora.config.fields import Section
 from fedlora.config.sections import (
-    Clients,
-    Data,
-    Devices,
-    Evaluate,
-    Lora,
-    Model,
-    Output,
-    Personalize,
-    Privacy,
-    Proof,
-    RankPolicy,
-    Robust,
-    Round,
-    Run,
-    Secure,
-    Server,
-    Simulate,
-    Train,
-    Wire,
+    ClientsConfig,
+    DataConfig,
+    DevicesConfig,
+    EvaluateConfig,
+    LoraConfig,
+    ModelConfig,
+    OutputConfig,
+    PersonalizeConfig,
+    PrivacyConfig,
+    ProofConfig,
+    RankPolicyConfig,
+    RobustConfig,
+    RoundConfig,
+    RunConfig,
+    SecureConfig,
+    ServerConfig,
+    SimulateConfig,
+    TrainConfig,
+    WireConfig,
 )
 from fedlora.config.strategies import strategy_options, strategy_section, strategy_tables
 from fedlora.errors import ConfigError, StrategyError
@@ -56,26 +56,26 @@ class Config(Section):
     8
     """
 
-    run: Run = Run()
-    model: Model = Model()
-    data: Data = Data()
-    clients: Clients = Clients()
-    lora: Lora = Lora()
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    lora: LoraConfig = LoraConfig()
     strategy: Any = Field(default_factory=lambda: strategy_section()())
-    train: Train = Train()
-    round: Round = Round()
-    evaluate: Evaluate = Evaluate()
-    wire: Wire = Wire()
-    proof: Proof = Proof()
-    output: Output = Output()
-    simulate: Simulate = Simulate()
-    privacy: Privacy = Privacy()
-    ranks: RankPolicy = RankPolicy()
-    devices: Devices = Devices()
-    server: Server = Server()
-    robust: Robust = Robust()
-    personalize: Personalize = Personalize()
-    secure: Secure = Secure()
+    train: TrainConfig = TrainConfig()
+    round: RoundConfig = RoundConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    wire: WireConfig = WireConfig()
+    proof: ProofConfig = ProofConfig()
+    output: OutputConfig = OutputConfig()
+    simulate: SimulateConfig = SimulateConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    ranks: RankPolicyConfig = RankPolicyConfig()
+    devices: DevicesConfig = DevicesConfig()
+    server: ServerConfig = ServerConfig()
+    robust: RobustConfig = RobustConfig()
+    personalize: PersonalizeConfig = PersonalizeConfig()
+    secure: SecureConfig = SecureConfig()
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Config":

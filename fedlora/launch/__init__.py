@@ -1,1 +1,1 @@
-"""What starts a federation: here, on several machines, many at once, or to attack it."""
+"""Starts federations: on this machine, on several, many to compare, or to attack them."""

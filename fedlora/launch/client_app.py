@@ -1,4 +1,4 @@
-"""The client: every message it can get, and who answers it.
+"""The ClientApp: every message that a client can get, and the function that answers it.
 
     app                       fedlora's own: what a deployment and `flwr run` name
     make_client_app(...)      one that may run a model, data, a loss or metrics of yours

@@ -1,4 +1,4 @@
-"""Who answers a message in this process: the node's own config is checked before it is heeded.
+"""Answers a message in this process, after a check of the node's own config.
 
 A node's config is the run's with its own settings in place (its limit on epsilon, say), so it is
 checked here for what the server's was checked for there: fedlora/preflight.
@@ -31,7 +31,7 @@ def reply(kind: str, message: Message, context: Context) -> Message:
 
 
 def handler_of(kind: str, context: Context) -> Handler:
-    """Who answers a message of this kind on this node.
+    """The function that answers a message of this kind on this node.
 
     Raises:
         ConfigError: the node's config cannot run, or names code that the node was not told of.

@@ -16,7 +16,7 @@ from fedlora.federation.server.ranks import patterned
 from fedlora.launch.experiment_file import parse
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import eval_batches
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.model.loading import MeanPooled, load_base, logits_of
@@ -132,8 +132,8 @@ def export_run(
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint")
     saved: Saved = found[0]
-    corpus = site.corpus(config)
-    model = site.model(config, corpus.labels)
+    corpus = cache.corpus(config)
+    model = cache.model(config, corpus.labels)
     effective = beginning(strategy.effective(saved.state), saved.base_offset)
     if client is not None:
         effective = _of_client(client, config, strategy, saved, model)
@@ -144,7 +144,7 @@ def export_run(
 
     model.rebase("export", effective.base[bool(saved.base_offset) :], saved.base_offset)
     model.load(effective.factors)
-    batch = next(eval_batches(site.encoded("central", -1, config, corpus.labels), 16))
+    batch = next(eval_batches(cache.encoded("central", -1, config, corpus.labels), 16))
     inputs = {key: x for key, x in batch.items() if key != "labels"}
     loaded = load_exported(config, corpus.labels, out, merged)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The errors of a command, said to a user in one paragraph, without a traceback."""
+"""Prints a command's error to the user in one paragraph, without a traceback."""
 
 import os
 import sys

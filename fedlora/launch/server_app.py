@@ -1,4 +1,4 @@
-"""The server: read and check the config, build the strategy's host, start it."""
+"""The ServerApp: read and check the config, build the server, start it."""
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp

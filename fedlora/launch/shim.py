@@ -1,4 +1,4 @@
-"""One of our apps as a module of its own: Flower takes an app from one that lies in the bundle."""
+"""Modules that import our apps: Flower loads an app only from a module inside its bundle."""
 
 from fedlora.config.reader import Config
 from fedlora.training.user_code import named

@@ -23,7 +23,7 @@ def weighted(pairs: Sequence[Pair], weights: Sequence[float]) -> Stack:
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
-    """The same as one pair, A (R, k) and B (d, R)."""
+    """The weighted sum as one pair, A (R, k) and B (d, R)."""
     return weighted(pairs, weights or [1.0] * len(pairs)).pair()
 
 

@@ -1,4 +1,4 @@
-"""The number of a tree file's format, and what a file of an older one calls things today.
+"""The format number of a tree file, and how the names in an older format map to today's.
 
 The names of classes and fields in a tree are on disk, so they are a format, and it has a number,
 which stands before the tree in the file's metadata: {"format": 2, "tree": ...}.
@@ -25,7 +25,7 @@ FORMAT = 2
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What one format calls otherwise than the next. Fields are "Class.field", both in the older
+    """The names that changed from one format to the next. Fields are "Class.field", in the older
     format's words."""
 
     classes: Mapping[str, str] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def numbered(tree: Any) -> dict[str, Any]:
 
 
 def parted(found: Any, where: object) -> tuple[int, Any]:
-    """The number and the tree of what a file holds.
+    """The format number and the tree in a file's metadata.
 
     Raises:
         ValueError: it is neither with a number nor without.

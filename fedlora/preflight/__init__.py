@@ -1,4 +1,4 @@
-"""What cannot run, said before anything does, all of it at once: one list for everyone who asks.
+"""Preflight: every reason why a run is impossible, in one list, before anything starts.
 
     problems(config)             what the config and its strategy alone can tell
     problems(config, clients)    and what these clients cannot do together
@@ -35,7 +35,7 @@ def problems(config: Config, clients: Sequence[Client] | None = None) -> Iterato
 
 
 def check(config: Config, clients: Sequence[Client] | None = None) -> None:
-    """Nothing, where it can run.
+    """Check that the config, or the config with these clients, can run.
 
     Raises:
         ConfigError: it cannot; with all the problems there are.

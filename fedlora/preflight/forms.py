@@ -1,4 +1,4 @@
-"""Adapter forms, initialisations and quantised bases that cannot be: docs/extend/forms.md."""
+"""Adapter forms, initialisations and quantised bases that cannot run: docs/extend/forms.md."""
 
 import difflib
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from fedlora.strategies.forms import (
     Form,
     is_init,
     moves_base,
-    refusal,
+    problem,
 )
 
 
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
-    """What of the config's form, initialisation and base cannot be, and what to do instead."""
+    """Why the config's form, initialisation and base cannot run, and what to do instead."""
     lora = config.lora
     yield from _init(lora.init, lora.form)
     yield from _calibration(config)
@@ -41,7 +41,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and legend has a rule "
             "of its own; leave it empty"
         )
-    if reason := refusal(form, strategy):
+    if reason := problem(form, strategy):
         yield f"lora.form = {lora.form!r} with strategy.name = {config.strategy.name!r}: {reason}"
     if lora.form != "lora" and config.robust.method != "none" and form.kind != "factors":
         yield (

@@ -1,4 +1,4 @@
-"""Options around a strategy's aggregation that it, or another option, does not go with.
+"""Options that conflict with the strategy, or with another option.
 
 docs/extend/composing.md has the table.
 """
@@ -15,7 +15,7 @@ from fedlora.strategies.base import Strategy
 
 
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
-    """Each option that cannot be with what else is set, and what to do instead."""
+    """Each option that conflicts with another setting, and what to do instead."""
     yield from _ranks(config, strategy)
     yield from _buffer(config)
     least, most = config.round.min_replies, config.clients.per_round or config.clients.count
@@ -26,7 +26,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
         )
     yield from _robust(config, strategy)
     chosen = config.server.optimizer
-    if chosen != "none" and (reason := server_optimizers.refusal(strategy)):
+    if chosen != "none" and (reason := server_optimizers.problem(strategy)):
         yield f"server.optimizer = '{chosen}': {reason}"
     yield from _personalize(config)
 

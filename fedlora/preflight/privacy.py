@@ -1,4 +1,4 @@
-"""What no privacy guarantee covers: docs/privacy/index.md."""
+"""Settings that no privacy guarantee covers: docs/privacy/index.md."""
 
 from collections.abc import Iterator
 from typing import Any

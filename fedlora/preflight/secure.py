@@ -1,4 +1,4 @@
-"""What secure aggregation does not go with: docs/privacy/index.md."""
+"""Settings that secure aggregation conflicts with: docs/privacy/index.md."""
 
 from collections.abc import Iterator
 from typing import Any

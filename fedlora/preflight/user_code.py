@@ -1,4 +1,4 @@
-"""What the user's own model, data, loss and metrics do not go with: training/user_code.py."""
+"""Settings that conflict with the user's own model, data, loss or metrics: training/user_code.py"""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from fedlora.training import user_code
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Each combination that cannot be, and what to do instead. Imports none of the code."""
+    """Each combination that cannot run, and what to do instead. Imports none of the code."""
     yield from _live(config)
     if user_code.is_code(config.model.path):
         yield from _model(config)

@@ -76,7 +76,7 @@ class CentralPrivacy:
 
     @property
     def q(self) -> float:
-        """Of the accounting: 1 where the cohort's size is fixed."""
+        """The sampling rate of the accounting: 1 where the cohort's size is fixed."""
         return self.config.privacy.sample_rate or 1.0
 
     @property
@@ -93,7 +93,7 @@ class CentralPrivacy:
 
     @property
     def z_sum(self) -> float:
-        """Of the sum's own noise, where some of the budget goes to the count of unclipped."""
+        """The sum's noise multiplier, where part of the budget goes to the count of unclipped."""
         if not self.config.privacy.clip_quantile:
             return self.z
         return float((self.z**-2 - (2 * self.s_b) ** -2) ** -0.5)
@@ -120,7 +120,7 @@ class CentralPrivacy:
         run: str,
         say: Callable[[str], None],
     ) -> None:
-        """Check and pay, before anything is sent.
+        """Check that the round can be private, and charge for it, before anything is sent.
 
         Raises:
             StrategyError: these clients, or this strategy, cannot be made private.
@@ -142,7 +142,7 @@ class CentralPrivacy:
         self.epsilon = self.ledger.reserve(self._charge(run, round), self.config.privacy.epsilon)
 
     def afford(self) -> float:
-        """The epsilon that a round would make it, which is not paid for.
+        """The total epsilon with one more round, which is not charged.
 
         Raises:
             BudgetSpent: `pay` would raise it.
@@ -162,7 +162,7 @@ class CentralPrivacy:
         return [i for i, x in zip(there, u.tolist(), strict=True) if x < self.q]
 
     def mean(self, uploads: Iterable[Upload], round: Round) -> Iterator[Upload]:
-        """The private mean, as the one upload there is."""
+        """The private mean, as a single upload."""
         assert self.start is not None
         chance = self._chance(round, "noise")
         start = vector(self.start.sent)
@@ -212,7 +212,7 @@ class CentralPrivacy:
 
 
 def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
-    """Each round, before anything is sent.
+    """Check that updates can be made private: each round, before anything is sent.
 
     Raises:
         StrategyError: these clients, or this strategy's aggregate, cannot be made private.

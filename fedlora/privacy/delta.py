@@ -1,4 +1,4 @@
-"""Whether delta promises anything: at 1 over the number of units it allows to publish one whole."""
+"""Checks delta: at 1 over the number of units, it would allow one unit to be published whole."""
 
 from fedlora.config.reader import Config
 

@@ -1,4 +1,4 @@
-"""What was spent of a data set's privacy, in an append-only file that outlives the process.
+"""The privacy spent on a data set, in an append-only file that outlives the process.
 
     <root>/ledgers/<data>.jsonl      one line a round: q, sigma, C, steps, delta, and the chain
     <root>/known/<data>.json         that this ledger exists, its length and its head
@@ -137,7 +137,7 @@ class Ledger:
         return contents
 
     def afford(self, charge: Charge, budget: float = 0.0) -> float:
-        """The epsilon that the charge would make it; nothing is written.
+        """The total epsilon with this charge; nothing is written.
 
         Raises:
             BudgetSpent: it would exceed the budget (0: none).
@@ -146,7 +146,7 @@ class Ledger:
         return self._within(self.read(), charge, budget)
 
     def reserve(self, charge: Charge, budget: float = 0.0) -> float:
-        """Write the charge down, on disk when this returns; the epsilon with it.
+        """Write the charge, which is on disk when this returns; the total epsilon with it.
 
         Raises:
             BudgetSpent: it would exceed the budget (0: none). Nothing was written.

@@ -1,4 +1,4 @@
-"""Are this model's examples really kept apart? Measured on made-up inputs, before any real one.
+"""Checks that a model's examples do not mix, measured on made-up inputs before any real one.
 
 Three random examples of different lengths go through the model together, padded, and one by one;
 the per-example gradients must agree. It finds what no list of module types can: layers that mix
@@ -31,7 +31,7 @@ _passed: WeakKeyDictionary[Model, set[tuple[tuple[str, tuple[int, ...]], ...]]] 
 
 
 def check_apart(model: Model, live: Live) -> None:
-    """Once a process for each model and set of trainable tensors.
+    """Check it, once in a process for each model and set of trainable tensors.
 
     Raises:
         PrivacyError: gradients of examples in a batch are not those of the examples alone.

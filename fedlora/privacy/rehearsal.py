@@ -1,4 +1,4 @@
-"""The training check, whoever trains: on a client's own rows, or under DP on synthetic ones.
+"""The training check, with and without DP: on a client's own rows, or on synthetic ones.
 
 Under example-level DP no private row may be looked at without noise, so the check takes rows of
 random token ids. On them the plain loop is checked as ever, and then one private step without
@@ -21,7 +21,7 @@ from fedlora.lora.adapter import Factors
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.per_example import kept_apart
 from fedlora.privacy.probe import check_apart
-from fedlora.privacy.training import Plan, private_step
+from fedlora.privacy.training import PrivacyPlan, private_step
 from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
 from fedlora.training.data.batches import Batch, Encoded, collate, synthetic
 from fedlora.training.loss_check import check_losses, check_rows
@@ -161,7 +161,7 @@ def _step(
 ) -> dict[nn.Parameter, Tensor]:
     """The gradient of one private step over all of these rows, without noise and clip."""
     n, rate = len(rows), learning_rate(config, round)
-    plan = Plan(n=n, q=1.0, steps=1, sigma=0.0, C=UNREACHED, delta=config.privacy.delta)
+    plan = PrivacyPlan(n=n, q=1.0, steps=1, sigma=0.0, C=UNREACHED, delta=config.privacy.delta)
     params = tuple(p for ps in live.values() for p in ps.values())
     received = {p: p.detach().clone() for p in params}
     optimizer = build_optimizer(live, config.train, rate)

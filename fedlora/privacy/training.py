@@ -47,8 +47,8 @@ RATE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One client's mechanism: the same in every round of a run."""
+class PrivacyPlan:
+    """One client's DP-SGD parameters: the same in every round of a run."""
 
     n: int
     q: float
@@ -58,7 +58,7 @@ class Plan:
     delta: float
 
     @classmethod
-    def of(cls, config: Config, n: int) -> "Plan":
+    def of(cls, config: Config, n: int) -> "PrivacyPlan":
         """For n examples; sigma calibrated over all rounds of the run where epsilon is given.
 
         Raises:
@@ -96,7 +96,7 @@ def private_fit(
 ) -> Fit:
     """Train the model's loaded factors in place, under DP. `Fit.loss` is for this machine only."""
     begun = time.perf_counter()
-    plan = Plan.of(config, len(encoded))
+    plan = PrivacyPlan.of(config, len(encoded))
     live = model.trainable(columns)
     check_apart(model, live)
     limits = [x for x in (config.privacy.epsilon, config.privacy.max_epsilon) if x]
@@ -131,7 +131,7 @@ def private_step(
     params: tuple[nn.Parameter, ...],
     optimizer: torch.optim.Optimizer,
     sink: Sink,
-    plan: Plan,
+    plan: PrivacyPlan,
     noise: Chance,
     config: Config,
     extra: torch.Tensor | float,
@@ -175,7 +175,7 @@ def clipped_sum(
 
 
 def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
-    """A stream of the system's own randomness; a reproducible one only on express demand."""
+    """A stream of the system's own randomness; a reproducible one only if the config asks."""
     if config.privacy.insecure_reproducible_noise:
         return Chance.reproducible(config.run.seed, round, client, purpose)
     return Chance()

@@ -1,1 +1,1 @@
-"""What a run wrote, read again: terminal, report page, plots."""
+"""Reports on a run, from its records: terminal, page, plots, trackers."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from fedlora.reports.run_files import RunFiles, breaks_certificate, by_size, certificates, held
-from fedlora.reports.tables import Cell, Grid, relative
+from fedlora.reports.tables import Grid, TableCell, relative
 from fedlora.reports.units import count
 
 LISTED = 12
@@ -96,10 +96,10 @@ def starts(run: RunFiles) -> Grid:
     return Grid.of(
         [
             {
-                "client": Cell(str(client)),
-                "rank": Cell(str(ranks.get(client) or "-")),
-                "off by, of the clients' change": Cell(relative(off)),
-                "in round": Cell(str(round)),
+                "client": TableCell(str(client)),
+                "rank": TableCell(str(ranks.get(client) or "-")),
+                "off by, of the clients' change": TableCell(relative(off)),
+                "in round": TableCell(str(round)),
             }
             for off, client, round in far
         ]

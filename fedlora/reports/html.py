@@ -43,7 +43,7 @@ img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
 
 
 def render(content: str, plots: Mapping[str, bytes], **given: Any) -> str:
-    """One page that needs nothing beside it.
+    """One self-contained page.
 
     content: a jinja2 template below the heading, which has `table(head, rows)` (cells that end with
     a third argument are red), `figure(title, plots[name])` and what else is given; `title` must be.

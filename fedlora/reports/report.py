@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.reports import certificate as certified
-from fedlora.reports import tables as view
-from fedlora.reports import trust as words
+from fedlora.reports import certificate, tables, trust
 from fedlora.reports.outcome import finite, said
 from fedlora.reports.page import CAPTIONS, PAGE, STYLE
 from fedlora.reports.run_files import RunFiles, certificates, read
@@ -56,23 +54,23 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         style=Markup(STYLE),
         captions=CAPTIONS,
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
-        status=view.status(run),
-        tiles=list(view.tiles(run)),
-        bars=view.bars(run),
-        verdict=view.verdict(run),
-        rounds=view.rounds(run),
-        clients=view.clients(run),
-        failures=view.failures(run),
-        proof=words.proof(run),
-        layers=words.layers(run),
-        certificate=list(certified.certificate(run)),
-        starts=certified.starts(run),
-        silent=certified.silent(run),
-        modules=words.modules(run),
-        left=list(words.left(run)),
-        privacy=words.privacy(run),
+        status=tables.status(run),
+        tiles=list(tables.tiles(run)),
+        bars=tables.bars(run),
+        verdict=tables.verdict(run),
+        rounds=tables.rounds(run),
+        clients=tables.clients(run),
+        failures=tables.failures(run),
+        proof=trust.proof(run),
+        layers=trust.layers(run),
+        certificate=list(certificate.certificate(run)),
+        starts=certificate.starts(run),
+        silent=certificate.silent(run),
+        modules=trust.modules(run),
+        left=list(trust.left(run)),
+        privacy=trust.privacy(run),
         insecure=bool(run.config.get("privacy.insecure-reproducible-noise")),
-        config=view.config(run),
+        config=tables.config(run),
     )
 
 
@@ -134,7 +132,7 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     if certificates(run.rounds):
         told = [] if s["max_certificate"] is None else [tiny(s["max_certificate"])]
         what = f"certificate ({s['promise'] or 'approximate'})"
-        yield what, ", ".join([*told, *view.remarks(run)])
+        yield what, ", ".join([*told, *tables.remarks(run)])
     yield "time", duration(s["seconds"])
     yield "failures", str(s["failures"])
     if s["stopped"]:

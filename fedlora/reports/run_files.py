@@ -1,4 +1,4 @@
-"""A run's directory as values: what the server wrote, read back, whole or cut short.
+"""A run's directory as values: what the server wrote, read back, of a whole or unfinished run.
 
     config.toml  rounds.jsonl  clients.jsonl  summary.json
 
@@ -116,7 +116,7 @@ def certificates(rounds: Iterable[Record]) -> list[tuple[int, Record]]:
 
 
 def held(certificate: Record) -> bool:
-    """Whether the round's equation was held against it; if not, its deviation of 0 is no result."""
+    """Whether the round's equation was checked; if not, its deviation of 0 means nothing."""
     return bool(certificate.get("layers"))
 
 

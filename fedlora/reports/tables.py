@@ -32,7 +32,7 @@ COLUMNS = {
 """The metrics of an evaluation: title, and whether it is a share."""
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One entry of a table."""
 
     text: str
@@ -47,10 +47,10 @@ class Grid:
     """A table. A column that says nothing in any row is left out of it."""
 
     head: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Cell]]) -> "Grid":
+    def of(cls, rows: Sequence[Mapping[str, TableCell]]) -> "Grid":
         said = [h for h in (rows[0] if rows else ()) if any(row[h].text != "-" for row in rows)]
         return cls(said, [[row[h] for h in said] for row in rows])
 
@@ -77,15 +77,15 @@ class Bar(NamedTuple):
 # -- the head of the page -------------------------------------------------------------------------
 
 
-def status(run: RunFiles) -> Cell:
+def status(run: RunFiles) -> TableCell:
     """Did it end, stop with a reason, or is it still going?"""
     if run.summary["stopped"]:
-        return Cell("stopped early", tone="bad")
+        return TableCell("stopped early", tone="bad")
     if run.complete:
-        return Cell("finished", tone="warn" if run.summary["warnings"] else "good")
+        return TableCell("finished", tone="warn" if run.summary["warnings"] else "good")
     planned = run.config.get("run.rounds")
     of = f" of {planned}" if planned else ""
-    return Cell(f"not finished: round {run.summary['rounds']}{of}", tone="warn")
+    return TableCell(f"not finished: round {run.summary['rounds']}{of}", tone="warn")
 
 
 def tiles(run: RunFiles) -> Iterator[Tile]:
@@ -197,33 +197,35 @@ def rounds(run: RunFiles) -> Grid:
     return Grid.of([_round(r, _metrics(run), run.summary["promise"]) for r in run.rounds])
 
 
-def _round(r: Record, metrics: Sequence[str], promise: str) -> dict[str, Cell]:
+def _round(r: Record, metrics: Sequence[str], promise: str) -> dict[str, TableCell]:
     found = r.get("evaluation") or {}
     proof = r.get("proof") or {}
     cohort, failures = r.get("cohort"), len(r.get("failures") or ())
     return {
-        "round": Cell(str(r["round"])),
-        "train loss": Cell(number(r.get("train_loss"))),
-        **{COLUMNS.get(key, (key,))[0]: Cell(score(key, found.get(key))) for key in metrics},
-        "clients": Cell(f"{len(r.get('accepted') or ())}/{len(cohort)}" if cohort else "-"),
-        "time": Cell(duration((r.get("seconds") or {}).get("total"))),
+        "round": TableCell(str(r["round"])),
+        "train loss": TableCell(number(r.get("train_loss"))),
+        **{COLUMNS.get(key, (key,))[0]: TableCell(score(key, found.get(key))) for key in metrics},
+        "clients": TableCell(f"{len(r.get('accepted') or ())}/{len(cohort)}" if cohort else "-"),
+        "time": TableCell(duration((r.get("seconds") or {}).get("total"))),
         **{way: _size((r.get("bytes") or {}).get(way)) for way in WAYS},
-        "deviation": Cell(
+        "deviation": TableCell(
             tiny(proof.get("deviation")), tone="bad" if breaks_promise(proof) else ""
         ),
         "certificate": _certified(r.get("certificate") or {}, promise),
-        "failures": Cell(str(failures), tone="bad" if failures else "") if cohort else Cell("-"),
+        "failures": TableCell(str(failures), tone="bad" if failures else "")
+        if cohort
+        else TableCell("-"),
     }
 
 
-def _certified(certificate: Record, promise: str) -> Cell:
+def _certified(certificate: Record, promise: str) -> TableCell:
     """The deviation by the certificate; what stands against it on hovering."""
     if not certificate:
-        return Cell("-")
+        return TableCell("-")
     silent = "; ".join(str(text) for text in certificate.get("not_certified") or ())
     tone = "bad" if breaks_certificate(certificate, promise) else ""
     text = relative(certificate["deviation"]) if held(certificate) else "not certified"
-    return Cell(text, silent, tone)
+    return TableCell(text, silent, tone)
 
 
 def relative(deviation: float | None) -> str:
@@ -236,28 +238,30 @@ def clients(run: RunFiles) -> Grid:
     return Grid.of([_client(c, metric, c is worst, seconds.get(c["client"])) for c in run.clients])
 
 
-def _client(c: Record, metric: Metric, worst: bool, seconds: float | None) -> dict[str, Cell]:
+def _client(c: Record, metric: Metric, worst: bool, seconds: float | None) -> dict[str, TableCell]:
     labels = c.get("labels") or {}
     listed = ", ".join(f"{label}: {n}" for label, n in labels.items())
     scores = {
-        title: Cell(metric.text((c.get(when) or {}).get(metric.key)))
+        title: TableCell(metric.text((c.get(when) or {}).get(metric.key)))
         for when, title in (("first", "first received"), ("personal", "own training"))
     }
-    final = Cell(metric.text((c.get("final") or {}).get(metric.key)), tone="bad" if worst else "")
+    final = TableCell(
+        metric.text((c.get("final") or {}).get(metric.key)), tone="bad" if worst else ""
+    )
     return {
-        "client": Cell(str(c["client"])),
+        "client": TableCell(str(c["client"])),
         "rank": _plain(c.get("rank")),
         "train rows": _plain(c.get("train_examples")),
         "test rows": _plain(c.get("test_examples")),
-        "labels": Cell(str(len(labels)), listed) if labels else Cell("-"),
+        "labels": TableCell(str(len(labels)), listed) if labels else TableCell("-"),
         "first received": scores["first received"],
         "final model": final,
         "own training": scores["own training"],
-        "time a round": Cell(duration(seconds)),
+        "time a round": TableCell(duration(seconds)),
         "down": _size(c.get("bytes_down")),
         "up": _size(c.get("bytes_up")),
         "rounds": _plain(c.get("rounds")),
-        "failures": Cell(str(c.get("failures") or 0), tone="bad" if c.get("failures") else ""),
+        "failures": TableCell(str(c.get("failures") or 0), tone="bad" if c.get("failures") else ""),
         "node": _plain(c.get("node")),
     }
 
@@ -283,12 +287,12 @@ def _metrics(run: RunFiles) -> list[str]:
     return [k for k in COLUMNS if k in found] + scalar
 
 
-def _size(n: int | None) -> Cell:
-    return Cell(size(n), "" if n is None else f"{n} bytes")
+def _size(n: int | None) -> TableCell:
+    return TableCell(size(n), "" if n is None else f"{n} bytes")
 
 
-def _plain(value: Any) -> Cell:
-    return Cell("-" if value is None else str(value))
+def _plain(value: Any) -> TableCell:
+    return TableCell("-" if value is None else str(value))
 
 
 def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:

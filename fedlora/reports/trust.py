@@ -6,7 +6,7 @@ from typing import Any
 
 from fedlora.reports.outcome import Record
 from fedlora.reports.run_files import RunFiles, breaks_promise, by_size, certificates
-from fedlora.reports.tables import Cell, Grid, failures, relative
+from fedlora.reports.tables import Grid, TableCell, failures, relative
 from fedlora.reports.units import count, percent, tiny
 
 PROMISES = {
@@ -71,7 +71,7 @@ def layers(run: RunFiles) -> Grid:
             largest[module] = max(largest.get(module, 0.0), by_size(deviation))
     ordered = sorted(largest.items(), key=lambda item: -item[1])[:12]
     return Grid.of(
-        [{"module": Cell(m), "largest deviation": Cell(relative(d))} for m, d in ordered]
+        [{"module": TableCell(m), "largest deviation": TableCell(relative(d))} for m, d in ordered]
     )
 
 
@@ -122,7 +122,7 @@ def privacy(run: RunFiles) -> tuple[list[tuple[str, str]], Grid]:
     any entry of a mapping "clients"; everything else is a line of its own.
     """
     facts: list[tuple[str, str]] = []
-    by_client: dict[str, dict[str, Cell]] = {}
+    by_client: dict[str, dict[str, TableCell]] = {}
     for key, value in run.summary["privacy"].items():
         if not isinstance(value, Mapping):
             facts.append((_words(key), _fact(value)))
@@ -131,13 +131,16 @@ def privacy(run: RunFiles) -> tuple[list[tuple[str, str]], Grid]:
             columns = found if isinstance(found, Mapping) else {key: found}
             if str(client).lstrip("-").isdigit():
                 row = by_client.setdefault(str(client), {})
-                row |= {_words(k): Cell(_fact(v)) for k, v in columns.items()}
+                row |= {_words(k): TableCell(_fact(v)) for k, v in columns.items()}
             else:
                 facts.append((_words(f"{key} {client}"), _fact(found)))
     heads = {head: None for row in by_client.values() for head in row}
     ordered = sorted(by_client.items(), key=lambda item: int(item[0]))
     return facts, Grid.of(
-        [{"client": Cell(c)} | {h: row.get(h, Cell("-")) for h in heads} for c, row in ordered]
+        [
+            {"client": TableCell(c)} | {h: row.get(h, TableCell("-")) for h in heads}
+            for c, row in ordered
+        ]
     )
 
 

@@ -16,7 +16,7 @@ What a strategy computes decides what it can run (`Needs.algebra`):
                   strategies that average each side by itself run it: d is their A, b their B
     tensors       anything else: only a strategy that averages whatever trains
 
-`refusal` says why a strategy cannot run a form; what else of a form cannot be, and says so before
+`problem` says why a strategy cannot run a form; what else of a form cannot be, and says so before
 anything runs, is fedlora/preflight/forms.py. docs/extend/forms.md is `table()`.
 """
 
@@ -162,7 +162,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Inits that take s B A out of the base, so that training starts from W0; or what is rounded."""
 
 
-def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
+def problem(form: Form, strategy: Strategy[Any]) -> str | None:
     """Why the strategy cannot run the form, and what to use; None if it can."""
     algebra = strategy.needs().algebra
     name = type(strategy).__name__
@@ -194,8 +194,8 @@ def refusal(form: Form, strategy: Strategy[Any]) -> str | None:
     return None
 
 
-def promise(form: Form, strategy: Strategy[Any]) -> Promise:
-    """What the strategy promises of this form: a mean of linear ones is exact whoever takes it."""
+def guarantee(form: Form, strategy: Strategy[Any]) -> Promise:
+    """What the strategy guarantees of this form: every mean of linear ones is exact."""
     if form.kind != "tensors":
         return strategy.promise
     return "exact" if form.law == "linear" else "approximate"
@@ -228,11 +228,11 @@ def fixed_rank(form: str, ranks: Sequence[int]) -> int:
 
 
 def verdicts(form: Form) -> dict[Promise | Literal["refused"], list[str]]:
-    """The strategies' names by what becomes of this form under each, at their defaults."""
+    """The strategies' names by what each guarantees of this form, at their defaults."""
     found: dict[Any, list[str]] = {"exact": [], "shared": [], "approximate": [], "refused": []}
     for name, cls in STRATEGIES.items():
         strategy = cls()
-        found["refused" if refusal(form, strategy) else promise(form, strategy)].append(name)
+        found["refused" if problem(form, strategy) else guarantee(form, strategy)].append(name)
     return found
 
 

@@ -136,7 +136,7 @@ def build_optimizer(config: Any) -> ServerOptimizer | None:
     return make(**{name: value for name, value in given.items() if name in takes})
 
 
-def refusal(strategy: Strategy[Any]) -> str | None:
+def problem(strategy: Strategy[Any]) -> str | None:
     """Why no server optimiser goes with this strategy; None if one does."""
     name = type(strategy).__name__
     use = "use fedavg, ffa, rolora, fedsa, fedsb or fslora"

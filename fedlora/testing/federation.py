@@ -118,7 +118,7 @@ class Site:
 
 @dataclass
 class Visit:
-    """What one client had in one round."""
+    """One client's part in one round."""
 
     upload: Upload
     start_model: dict[str, Tensor]

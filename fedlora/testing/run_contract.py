@@ -41,7 +41,7 @@ OF_A_RUN: tuple[Check, ...] = (
 
 
 def check_strategy(cls: type[Strategy[Any]], weighs_by_examples: bool = True) -> None:
-    """Nothing, where the class keeps the contract with its defaults and each choice it offers.
+    """Check that the class keeps the contract, with its defaults and each choice it offers.
 
     Where its state has types from other modules, register it first, as a run needs it as well.
     weighs_by_examples: an update of thrice the examples counts as three.

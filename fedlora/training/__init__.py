@@ -1,1 +1,1 @@
-"""What one process does with a model and rows. It knows no round."""
+"""Training and evaluating a model on rows, within one process. It knows no rounds."""

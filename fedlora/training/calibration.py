@@ -31,8 +31,8 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
-from fedlora.training.data import corpus as data
 from fedlora.training.data.batches import Encoded, encode, eval_batches
+from fedlora.training.data.corpus import Corpus, load_calibration
 from fedlora.training.model.layers import initial
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.train import example_losses, threads
@@ -41,7 +41,7 @@ ROOM = 2**30
 """Bytes of second moments at once; more modules than fit take another pass over the rows."""
 
 
-def first_factors(model: Model, whole: Client, config: Config, corpus: data.Corpus) -> Factors:
+def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -> Factors:
     """What the run begins with: `Model.init_factors`, from calibration rows where init needs them.
 
     Leaves the model on W0.
@@ -53,7 +53,7 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: data.Corp
     init, d = config.lora.init, config.data
     if init not in CALIBRATED:
         return model.init_factors(whole, config.run.seed)
-    rows = data.load_calibration(d, config.model.task, config.lora.calibration, corpus)
+    rows = load_calibration(d, config.model.task, config.lora.calibration, corpus)
     encoded = encode(rows, model.tokenizer, corpus.labels, d.max_length, d.chat_template)
     model.rebase("calibration", [])
     with torch.random.fork_rng(devices=[]), threads(config.train.threads):

@@ -341,8 +341,11 @@ def quantised(
 
 
 def key_of(seed: int, round: int, buffered: bool) -> str:
-    """What a round's signs are drawn from. Updates of several rounds that meet in one buffer must
-    have the same ones, so a buffered run draws once."""
+    """The key that a round's signs are drawn from.
+
+    Updates of several rounds that meet in one buffer must have the same signs, so a buffered run
+    draws once.
+    """
     return f"certificate/{seed}/{0 if buffered else round}"
 
 

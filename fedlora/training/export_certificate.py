@@ -33,7 +33,7 @@ KEY = "export"
 
 
 def numbers(model: Model) -> tuple[Numbers, Mapping[str, Size]]:
-    """Of the federated model, which is loaded: what `check` compares with."""
+    """The numbers of the loaded federated model, for `check` to compare with."""
     others = heads(model)
     return measure(model, KEY, model.shapes, others), sizes(model, model.shapes, others)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
-from fedlora.config.sections import Train
+from fedlora.config.sections import TrainConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
@@ -144,7 +144,7 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
 
 
 def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """What the user's own loss makes of float32 logits and labels: each example's, (batch,).
+    """Each example's loss by the user's own function, from float32 logits and labels, (batch,).
 
     Raises:
         ModelError: it gives something else.
@@ -197,7 +197,7 @@ def learning_rate(config: Config, round: int) -> float:
     return config.train.lr
 
 
-def build_optimizer(live: Live, train: Train, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(live: Live, train: TrainConfig, lr: float) -> torch.optim.Optimizer:
     """The config's optimiser over the live parameters; B's rate is lr * lr-ratio-b (LoRA+)."""
     groups = [
         {"params": list(ps.values()), "lr": lr * (train.lr_ratio_b if column == "B" else 1.0)}
@@ -224,7 +224,7 @@ def training(model: Model, config: Config, round: int, client: int) -> Iterator[
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Torch computes with n threads within it."""
+    """A context in which torch computes with n threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

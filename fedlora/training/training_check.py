@@ -1,4 +1,4 @@
-"""Does this model train as it must? Measured through the training loop itself, before it counts.
+"""Checks that a model trains as it must, through the training loop itself, before it counts.
 
     rows        some are there; what is scored is what the task says; an example's loss is that of
                 the definition, and the same alone as beside others
@@ -72,7 +72,7 @@ TOLERANCES = {
 
 
 def tolerance_of(config: Config) -> Tolerance:
-    """That of the coarsest numbers in a pass: autocast's, or the base's own."""
+    """The tolerance of the coarsest numbers in a pass: autocast's, or the base's own."""
     coarse = config.model.dtype != "float32" or config.model.quantization != "none"
     return TOLERANCES["bfloat16" if coarse else resolved(config.train.precision)]
 

@@ -20,8 +20,7 @@ from fedlora.strategies.base import Client, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
-from fedlora.training import cache as site
-from fedlora.training import certificate
+from fedlora.training import cache, certificate
 from fedlora.training.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
 from fedlora.training.model.model import Model
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
@@ -181,7 +180,7 @@ def test_a_fault_that_the_proof_shares_stops_the_run_in_the_round_it_acts_in(
 def prepared(settings: Settings, kind: str = "bert", **changes: object) -> Model:
     """A model with factors that are not zero, and a fold in its base."""
     config = Config.read(settings(kind, **changes))
-    model = Model(config, site.corpus(config).labels)
+    model = Model(config, cache.corpus(config).labels)
     ranks = dict.fromkeys(model.shapes, 3) if not model.rank else dict.fromkeys(model.shapes, 1)
     model.load(model.init_factors(Client(0, model.layers(ranks)), 0))
     generator = torch.Generator().manual_seed(5)
@@ -464,9 +463,9 @@ def one_percent_off(patch: Patch) -> None:
 
 
 def an_old_head(patch: Patch) -> None:
-    from fedlora.federation.server import finish as closing
+    from fedlora.federation.server import finish
 
-    real = closing.save_peft
+    real = finish.save_peft
 
     def save(model: Model, effective: Any, *args: Any) -> Any:
         other = {n: x + 1e-3 for n, x in effective.factors.other.items()}
@@ -474,7 +473,7 @@ def an_old_head(patch: Patch) -> None:
             model, replace(effective, factors=replace(effective.factors, other=other)), *args
         )
 
-    patch.setattr(closing, "save_peft", save)
+    patch.setattr(finish, "save_peft", save)
 
 
 @pytest.mark.parametrize("pooling", ["default", "mean"])

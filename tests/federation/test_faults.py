@@ -11,9 +11,9 @@ import pytest
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, RoundError
-from fedlora.federation.server import exchange as intake
+from fedlora.federation.server import exchange
 from fedlora.federation.server.loop import FederatedLora
-from fedlora.lora import tree_file as checkpoint
+from fedlora.lora import tree_file
 from tests.support.chaos import FAULTS, ChaosGrid, Clock, Strikes, endure, fault
 from tests.support.tiny_federation import Ran, quick
 
@@ -94,7 +94,7 @@ def test_a_slow_node_costs_its_reply_and_the_round_ends_at_the_deadline(
     settings: Settings, monkeypatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(intake, "time", clock)
+    monkeypatch.setattr(exchange, "time", clock)
     given = settings(**quick("fedavg", **{"run.rounds": 1, "round.deadline": 7.0}))
     config = Config.read(given)
 
@@ -141,7 +141,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
         fsync(fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", full)
+        patch.setattr(tree_file.os, "fsync", full)
         with pytest.raises(CheckpointError, match=r"No space left.*free some, then resume"):
             run(given, lambda *_: "", patch)
     directory = Path(str(given["run.out"]), "run", "checkpoint")
@@ -158,7 +158,7 @@ def test_a_client_whose_disk_is_full_says_so_and_the_round_goes_on(
     settings: Settings, monkeypatch
 ) -> None:
     given = settings(**quick("fedsa", **{"run.rounds": 2, "clients.count": 3}))
-    save, full = checkpoint.write_atomically, []
+    save, full = tree_file.write_atomically, []
 
     def write(path: Path, data: bytes) -> None:
         if "client-1" in str(path) and not full:
@@ -166,7 +166,7 @@ def test_a_client_whose_disk_is_full_says_so_and_the_round_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    monkeypatch.setattr(tree_file, "write_atomically", write)
     config = Config.read(given)
     from fedlora.launch.simulate.grid import LocalGrid
 

@@ -16,7 +16,7 @@ from fedlora.federation.server.run import load
 from fedlora.lora.adapter import Factors
 from fedlora.reports.console import Silent
 from fedlora.strategies import STRATEGIES
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.model.model import PREFIX, Model
 from tests.support.tiny_federation import QUICK, Ran, federate, quick, ranks_for, read_tensors
 
@@ -224,9 +224,9 @@ def test_two_workers_give_the_bytes_of_one(settings: Settings) -> None:
 def test_rank_one_alone_is_as_seeded_as_any(settings: Settings) -> None:
     """Rank 1 is what a fresh model is attached at: its first draw must not be what is used."""
     given = quick("fedavg", **{"clients.ranks": "1"})
-    site._model.key = None
+    cache._model.key = None
     one = federate(settings(**given))
-    site._model.key = None
+    cache._model.key = None
     torch.rand(7)
     two = federate(settings(**given, **{"run.name": "two"}))
     assert one.adapter == two.adapter

@@ -24,7 +24,7 @@ from fedlora.federation.server.ranks import (
     waiting,
 )
 from fedlora.launch.export import export_run
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses
 from tests.support.tiny_federation import federate, quick, read_tensors, timeless
@@ -207,7 +207,7 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(
     settings: Settings, kind: str, pooling: str
 ) -> None:
     config = Config.read(settings(kind, **{"model.pooling": pooling}))
-    labels = site.corpus(config).labels
+    labels = cache.corpus(config).labels
     model = Model(config, labels)
     last = {m: 2 for m in model.shapes if ".1." in f".{m}."}
     assert len(last) < len(model.shapes)
@@ -230,7 +230,7 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(
     for name, module in model.peft.named_modules():
         if name.endswith(watched) or isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(watch(name))
-    rows = site.encoded("train", 0, config, labels)
+    rows = cache.encoded("train", 0, config, labels)
     from fedlora.training.data.batches import batches
 
     batch = next(iter(batches(rows, 4, torch.Generator().manual_seed(0), 1, 1.0)))

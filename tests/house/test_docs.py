@@ -18,8 +18,7 @@ from typer.main import get_command
 
 from fedlora.cli import app
 from fedlora.config.reader import Config
-from fedlora.strategies import STRATEGIES
-from fedlora.strategies import server_optimizers as server_opt
+from fedlora.strategies import STRATEGIES, server_optimizers
 from tests.strategies.test_contract import COSTS
 from tests.support.doc_tables import DOCS, hook, load, table
 from tests.support.strategy_federation import fitting, play
@@ -135,7 +134,7 @@ def test_what_goes_with_what_is_what_the_code_refuses() -> None:
         )  # tests/federation/test_buffered.py holds it
         assert rows[name] == {
             "strategy": name,
-            "server optimiser": YES[server_opt.refusal(cls()) is None],
+            "server optimiser": YES[server_optimizers.problem(cls()) is None],
             "robust aggregation": YES[cls().promise != "shared"],
             "LEGEND": YES[not needs.client_memory],
             "quantised base": YES[not needs.moving_base],

@@ -4,6 +4,7 @@ import ast
 import io
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fedlora.errors import FedLoraError
-from fedlora.lora import tree_file as checkpoint
+from fedlora.lora import tree_file
 from fedlora.strategies import STRATEGIES
 from tests.support.tiny_federation import ROOT
 
@@ -69,6 +70,18 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 def test_no_file_is_named_for_nothing() -> None:
     parts = {part for p in SOURCES for part in p.relative_to(ROOT).with_suffix("").parts}
     assert not parts & FORBIDDEN_NAMES
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """But for the strategies' `State`, whose name is on disk."""
+    classes = Counter(
+        node.name
+        for path, tree in TREES.items()
+        if "fedlora" in path.relative_to(ROOT).parts
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, n in classes.items() if n > 1} == {"State"}
 
 
 def test_every_room_stands_in_the_page_about_the_house() -> None:
@@ -284,7 +297,7 @@ def test_no_loader_opens_a_pickle(tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.write_bytes(data)
         with pytest.raises(FedLoraError):
-            checkpoint.load(file)
+            tree_file.load(file)
         memory = ClientMemory(tmp_path, 0, "run")
         memory.own.mkdir(parents=True, exist_ok=True)
         (memory.own / "round-00001.safetensors").write_bytes(data)

@@ -42,6 +42,17 @@ def test_what_config_held_is_still_found_there() -> None:
         from fedlora.config import nothing  # type: ignore[attr-defined]  # noqa: F401
 
 
+def test_a_section_is_still_found_by_its_name_without_config() -> None:
+    from fedlora.config import sections
+
+    with pytest.warns(DeprecationWarning, match=r"sections.Model is now .*sections.ModelConfig"):
+        from fedlora.config.sections import Model
+    assert Model is sections.ModelConfig
+    for never in ("ModelConfigConfig", "Nothing", "Config"):
+        with pytest.raises(AttributeError, match=never):
+            getattr(sections, never)
+
+
 @pytest.mark.parametrize("module", ["gate", "node", "worker"])
 def test_a_script_that_was_generated_before_still_starts(module: str) -> None:
     command = [sys.executable, "-W", "default", "-m", f"fedlora.deploy.{module}", "--help"]

@@ -67,7 +67,7 @@ def test_control_is_never_beyond_loopback(tmp_path: Path) -> None:
 
 
 def test_each_node_has_its_own_rank_rows_and_memory(plan: Plan) -> None:
-    from fedlora.training import cache as site
+    from fedlora.training import cache
 
     config = app_config(plan)
     shared = config.model_copy(deep=True)
@@ -75,9 +75,9 @@ def test_each_node_has_its_own_rank_rows_and_memory(plan: Plan) -> None:
         script = (plan.node(i) / "node.sh").read_text()
         assert f"partition-id={i} num-partitions=3 rank={(2, 4, 2)[i]}" in script
         given = {**config.flat(), "data.node-path": str(plan.node(i) / "data")}
-        labels = site.corpus(config).labels
-        own = site.client_rows(i, Config.read(given), labels)
-        assert own == site.client_rows(i, shared, labels), (
+        labels = cache.corpus(config).labels
+        own = cache.client_rows(i, Config.read(given), labels)
+        assert own == cache.client_rows(i, shared, labels), (
             "the rows a simulation gives it, in order"
         )
 

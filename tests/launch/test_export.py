@@ -19,7 +19,7 @@ from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import load
 from fedlora.launch.export import export_run
 from fedlora.strategies import STRATEGIES
-from fedlora.training import cache as site
+from fedlora.training import cache
 from tests.federation.test_federation import dense_adapter
 from tests.support.tiny_federation import Ran, federate, python, quick
 
@@ -198,4 +198,4 @@ def test_a_directory_without_a_run_is_named(settings: Settings, tmp_path: Path) 
     (tmp_path / "empty" / "config.toml").write_text(config.toml())
     with pytest.raises(CheckpointError, match=r"empty has no checkpoint"):
         export_run(tmp_path / "empty", tmp_path / "out")
-    assert site.corpus(config).labels
+    assert cache.corpus(config).labels

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.launch.lab.plan import Lab, Size
+from fedlora.launch.lab.plan import Lab, LabSize
 from fedlora.launch.lab.seat import Seat, joined, pick
 from fedlora.launch.lab.study import main
-from fedlora.training import cache as site
+from fedlora.training import cache
 from tests.support.private_setting import Build
 
-TINY = Size(40, 4, 2.0, (4,), 1, 5, (12,), 2000)
+TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000)
 
 
 def experiment(tmp_path: Path, settings: Build, **table: object) -> Path:
@@ -63,7 +63,7 @@ def test_the_lab_measures_every_part_and_goes_on_where_it_was(
     for part in ("canaries", "probe", "inversion", "shadows", "seat", "utility"):
         rows = lab.rows(part)
         assert rows, part
-        assert len(rows) == sum(job.part == part for job in lab.jobs())
+        assert len(rows) == sum(m.part == part for m in lab.measurements())
     assert all(r["no DP"] == 1.0 and r["epsilon 8"] == 0.0 for r in lab.rows("inversion"))
     assert all(r["AUC"] != 0.5 for r in lab.rows("seat"))
     text = page.read_text()
@@ -71,9 +71,10 @@ def test_the_lab_measures_every_part_and_goes_on_where_it_was(
     assert text.count("data:image/png") == 5
     assert "http://" not in text
     capsys.readouterr()
-    first = next(job for job in lab.jobs() if job.part == "utility")
+    first = next(m for m in lab.measurements() if m.part == "utility")
     lab.file(first).unlink()
-    stamps = {job.name: lab.file(job).stat().st_mtime_ns for job in lab.jobs() if job != first}
+    others = [m for m in lab.measurements() if m != first]
+    stamps = {m.name: lab.file(m).stat().st_mtime_ns for m in others}
     main(lab, 1, "")
     assert {n: (tmp_path / "out/rows" / f"{n}.json").stat().st_mtime_ns for n in stamps} == stamps
     assert lab.row(first) is not None
@@ -114,8 +115,8 @@ def test_the_seat_sees_what_a_client_changed_in_the_columns_that_travel(
             },
         )
     )
-    labels = site.corpus(config).labels
-    rows = [site.encoded("train", i, config, labels) for i in range(3)]
+    labels = cache.corpus(config).labels
+    rows = [cache.encoded("train", i, config, labels) for i in range(3)]
     seat = Seat(config)
     seat.warm(rows)
     sent, _ = seat.send(1, rows[1], config)
@@ -136,7 +137,7 @@ def _began(seat: Seat, sent):  # type: ignore[no-untyped-def]
 
 def test_rows_that_are_picked_and_joined_are_the_rows(settings: Build) -> None:
     config = Config.read(settings("bert"))
-    rows = site.encoded("train", 0, config, site.corpus(config).labels)
+    rows = cache.encoded("train", 0, config, cache.corpus(config).labels)
     few = pick(rows, torch.tensor([3, 0]))
     assert few.ids[: int(few.starts[1])].equal(rows.ids[int(rows.starts[3]) : int(rows.starts[4])])
     both = joined([few, rows])

@@ -16,7 +16,7 @@ from fedlora.privacy.accounting import Spend, calibrate, epsilon
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import ClippedSum, poisson, rounded
-from fedlora.privacy.training import Plan, private_fit
+from fedlora.privacy.training import PrivacyPlan, private_fit
 from tests.support.private_setting import Build, Setting
 
 N = 200_000
@@ -228,15 +228,15 @@ def test_huge_clip_and_tiny_noise_at_q_1_is_full_batch_gradient_descent(
 
 def test_a_plan_counts_the_steps_of_all_rounds(settings: Build) -> None:
     given = {"privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3}
-    plan = Plan.of(Config.read(settings("bert", **given)), 30)
+    plan = PrivacyPlan.of(Config.read(settings("bert", **given)), 30)
     assert (plan.q, plan.steps, plan.sigma) == (8 / 30, 4, 1.0)
     given = {"privacy.epsilon": 3.0, "privacy.delta": 1e-3, "privacy.sample-rate": 1.0}
     config = Config.read(settings("bert", **given, **{"train.steps": 4}))
-    plan = Plan.of(config, 30)
+    plan = PrivacyPlan.of(config, 30)
     planned = Spend(1.0, plan.sigma, 4 * config.run.rounds)
     assert 2.9 < epsilon([planned], 1e-3) <= 3.0
     with pytest.raises(PrivacyError, match="1/n"):
-        Plan.of(config, 1000)
+        PrivacyPlan.of(config, 1000)
 
 
 @pytest.mark.parametrize(

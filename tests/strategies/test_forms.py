@@ -151,13 +151,13 @@ def test_a_form_under_a_strategy_is_averaged_as_promised_or_refused(
     settings: Settings, form: str, name: str
 ) -> None:
     strategy: Any = STRATEGIES[name]()
-    if forms.refusal(FORMS[form], strategy):
+    if forms.problem(FORMS[form], strategy):
         with pytest.raises(ConfigError, match=rf"lora.form = '{form}' with .*{name}.*; use \w+"):
             preflight.read(given(settings, form, name))
         return
     preflight.read(given(settings, form, name))
     whole, shared = round_of(built(settings, form), strategy)
-    promise = forms.promise(FORMS[form], strategy)
+    promise = forms.guarantee(FORMS[form], strategy)
     if promise == "exact":
         assert whole < BOUND
     elif promise == "shared":
@@ -420,7 +420,7 @@ def test_a_federation_of_a_form_is_proved_and_exported(
     proof = ran.rounds[-1]["proof"]
     assert not ran.rounds[-1]["failures"]
     assert proof["norm"] > 0
-    assert proof["promise"] == forms.promise(FORMS[form], server.setting.strategy)
+    assert proof["promise"] == forms.guarantee(FORMS[form], server.setting.strategy)
     if proof["promise"] == "exact":
         assert proof["deviation"] < proof["bound"]
     else:

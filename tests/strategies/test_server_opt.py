@@ -24,7 +24,7 @@ from fedlora.strategies.server_optimizers import (
     FedAvgM,
     FedYogi,
     Moments,
-    refusal,
+    problem,
     step,
     stepped,
 )
@@ -161,8 +161,8 @@ def test_a_server_optimizer_steps_every_strategy_that_is_not_refused(name: str) 
     clients = fitting(strategy)
     *_, played = play(strategy, clients, [ALL, ALL])
     trained = strategy.download(played.before, clients[0], played.round).trainable
-    if problem := refusal(strategy):
-        assert "; use fedavg" in problem
+    if why := problem(strategy):
+        assert "; use fedavg" in why
         return
     state, _ = stepped(FedAvgM(), Moments(), played.before, played.after, trained)
     assert type(state) is type(played.after)
@@ -170,10 +170,10 @@ def test_a_server_optimizer_steps_every_strategy_that_is_not_refused(name: str) 
 
 
 def test_moving_bases_and_refactored_models_are_refused() -> None:
-    assert "keeps its model in the base" in (refusal(FedEx()) or "")
-    assert "refactors the model each round" in (refusal(FedSVD()) or "")
-    assert refusal(FedAvg()) is None
-    assert refusal(HetLoRA()) is None
+    assert "keeps its model in the base" in (problem(FedEx()) or "")
+    assert "refactors the model each round" in (problem(FedSVD()) or "")
+    assert problem(FedAvg()) is None
+    assert problem(HetLoRA()) is None
 
 
 def test_factors_of_two_rounds_of_fedsvd_do_not_subtract() -> None:

@@ -13,11 +13,10 @@ from flwr.app import Array, Error, Message
 
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError
-from fedlora.federation.server import exchange as intake
-from fedlora.federation.server import journal
+from fedlora.federation.server import exchange, journal
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import LocalGrid, _name
-from fedlora.lora import tree_file as checkpoint
+from fedlora.lora import tree_file
 from tests.support.tiny_federation import Ran, directory_of
 
 FAULTS = (
@@ -137,8 +136,8 @@ class Strikes:
     done: set[int] = field(default_factory=set)
 
     def install(self, monkeypatch: Any) -> None:
-        save, commit = checkpoint.save, journal.Journal.commit
-        replace = checkpoint.os.replace
+        save, commit = tree_file.save, journal.Journal.commit
+        replace = tree_file.os.replace
         strikes = self
 
         def committing(self: Any, round: int, tree: Any, record: Any) -> None:
@@ -152,15 +151,15 @@ class Strikes:
                 def half(*_: Any) -> None:
                     raise Killed
 
-                monkeypatch.setattr(checkpoint.os, "replace", half)
+                monkeypatch.setattr(tree_file.os, "replace", half)
                 try:
                     commit(self, round, tree, record)
                 finally:
-                    monkeypatch.setattr(checkpoint.os, "replace", replace)
+                    monkeypatch.setattr(tree_file.os, "replace", replace)
             if moment == "disk full":
                 strikes.done.add(round)
                 with monkeypatch.context() as patch:
-                    patch.setattr(checkpoint.os, "fsync", full)
+                    patch.setattr(tree_file.os, "fsync", full)
                     with pytest.raises(CheckpointError, match="No space left"):
                         commit(self, round, tree, record)
                 raise Killed
@@ -171,11 +170,11 @@ class Strikes:
                     save(*args)
                     raise Killed
 
-                monkeypatch.setattr(checkpoint, "save", saved)
+                monkeypatch.setattr(tree_file, "save", saved)
                 try:
                     commit(self, round, tree, record)
                 finally:
-                    monkeypatch.setattr(checkpoint, "save", save)
+                    monkeypatch.setattr(tree_file, "save", save)
             commit(self, round, tree, record)
 
         monkeypatch.setattr(journal.Journal, "commit", committing)
@@ -192,7 +191,7 @@ def endure(
     """Run to the end under the plan, restarting the server whenever it is killed."""
     from client_app.app import app
 
-    monkeypatch.setattr(intake, "time", Clock())
+    monkeypatch.setattr(exchange, "time", Clock())
     resume: dict[str, object] = {}
     while True:
         config = Config.read({**settings, **resume})

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora.federation.client import job, memory
 from fedlora.federation.server import journal
-from fedlora.lora import tree_file as checkpoint
+from fedlora.lora import tree_file
 
 
 def die() -> None:
@@ -82,10 +82,10 @@ def plant(point: str, round: int, die: Callable[[], None] = die) -> None:
                 job.ClientJob, "reply", before=lambda x, *_: die() if x.job.round == round else None
             )
         case "half-a-checkpoint":
-            wrap(checkpoint, "write_atomically", before=half_written)
+            wrap(tree_file, "write_atomically", before=half_written)
         case "checkpoint-not-renamed":
-            wrap(checkpoint.os, "replace", before=not_yet_renamed)
+            wrap(tree_file.os, "replace", before=not_yet_renamed)
         case "checkpoint-kept":
-            wrap(checkpoint, "save", after=lambda p, *_: die() if checkpoint_of(p) else None)
+            wrap(tree_file, "save", after=lambda p, *_: die() if checkpoint_of(p) else None)
         case "half-a-line":
             wrap(journal.Journal, "commit", after=half_a_line)

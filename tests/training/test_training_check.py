@@ -15,9 +15,8 @@ from fedlora.lora.adapter import Factors
 from fedlora.privacy import rehearsal
 from fedlora.strategies.base import Client, Download, Round, Start
 from fedlora.strategies.forms import FORMS
-from fedlora.training import cache as site
-from fedlora.training import loss_check, train, training_check
-from fedlora.training.data import batches as text
+from fedlora.training import cache, loss_check, train, training_check
+from fedlora.training.data import batches
 from fedlora.training.data.batches import IGNORE, Encoded
 from fedlora.training.model.model import Model
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
@@ -42,14 +41,14 @@ class Loaded:
 
 def loaded(settings: Settings, kind: str, precision: str, **changes: object) -> Loaded:
     config = Config.read(settings(kind, **{"train.precision": precision, **changes}))
-    labels = site.corpus(config).labels
+    labels = cache.corpus(config).labels
     model = Model(config, labels)
     client = Client(0, model.layers(dict.fromkeys(model.shapes, 4)))
     strategy, round = config.build_strategy(), Round(1, 0)
     start = Start(model.init_factors(client, 0), [client], model.weights(), 0)
     came = strategy.download(strategy.init(start), client, round)
     model.load(strategy.start(came, Factors(), client, round), came.block)
-    return Loaded(model, site.encoded("train", 0, config, labels), came, config)
+    return Loaded(model, cache.encoded("train", 0, config, labels), came, config)
 
 
 def bits(model: Model) -> dict[str, Any]:
@@ -166,7 +165,7 @@ def no_rate(patch: Patch, s: Loaded) -> None:
 
 
 def all_ignored(patch: Patch, s: Loaded) -> None:
-    real = text.collate
+    real = batches.collate
 
     def collate(encoded: Encoded, numbers: torch.Tensor) -> Any:
         batch = real(encoded, numbers)
@@ -177,7 +176,7 @@ def all_ignored(patch: Patch, s: Loaded) -> None:
 
 def prompts_scored(patch: Patch, s: Loaded) -> None:
     """The prompt and the padding are learned as well."""
-    real = text.collate
+    real = batches.collate
 
     def collate(encoded: Encoded, numbers: torch.Tensor) -> Any:
         batch = real(encoded, numbers)

@@ -1,1 +1,1 @@
-"""A client's half of every message."""
+"""The client's side of a run: how it answers each message."""

@@ -33,7 +33,7 @@ def handed_over(kind: str, message: Message, context: Context) -> Message | None
 
 
 def failed(error: Exception, message: Message) -> Message:
-    """An error reply that says what went wrong; whatever it is, the server must hear of it.
+    """An error reply that says what went wrong: the server must hear of every error.
 
     Of an error that is not meant for a user it also says where it was raised.
     """
@@ -93,7 +93,7 @@ def left(message: Message) -> float:
 
 
 def pack(kind: str, message: Message, context: Context) -> bytes:
-    """Both as Flower's protobuf, one after the other."""
+    """The kind, then the message and the context as Flower's protobuf, in one string of bytes."""
     from flwr.common.serde import context_to_proto, message_to_proto
 
     head = message_to_proto(message).SerializeToString()

@@ -26,14 +26,13 @@ from flwr.app import (
 )
 
 from fedlora.errors import PrivacyError
-from fedlora.federation.client import error_feedback
-from fedlora.federation.client import machine as capability
+from fedlora.federation.client import error_feedback, machine
 from fedlora.federation.client.first_gradient import sketch
 from fedlora.federation.client.job import ClientJob, named
 from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
 from fedlora.federation.wire.messages import pack_factors, seq
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
 from fedlora.training.train import threads
@@ -42,13 +41,13 @@ Handler = Callable[[Message, Context], RecordDict]
 
 
 def query(_: Message, context: Context) -> RecordDict:
-    """What the server asks of a node it has not met."""
+    """A new node's own facts: its client id, its rank and layers, its hardware."""
     node = context.node_config
     facts: dict[str, Any] = {
         "client": int(node.get("partition-id", context.node_id % 2**31)),
         "rank": int(node.get("rank", 0)),  # 0: the server decides
         "layers": int(node.get("layers", 0)),  # the most it has memory to train; 0: all
-        **capability.facts(),
+        **machine.facts(),
     }
     return RecordDict({"facts": ConfigRecord(facts)})
 
@@ -91,7 +90,7 @@ def gradient(message: Message, context: Context) -> RecordDict:
     work.check_clear("a first gradient")
     if work.config.privacy.on:
         raise PrivacyError("a sketch of the first gradient has no noise; nothing was sent")
-    rows = site.encoded("train", work.job.client, work.config, work.job.labels)
+    rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
     model = work.model()
     model.rebase(work.token, [])
     with threads(work.config.train.threads):
@@ -102,13 +101,13 @@ def gradient(message: Message, context: Context) -> RecordDict:
 def score(message: Message, context: Context) -> RecordDict:
     """Evaluate the download on this client's own test rows."""
     work = ClientJob.open(message, context)
-    test = site.encoded("test", work.job.client, work.config, work.job.labels)
+    test = cache.encoded("test", work.job.client, work.config, work.job.labels)
     if not work.may_report_metrics:
         return work.reply({"metrics": MetricRecord({"num-examples": 1})})
     with threads(work.config.train.threads), work.ready() as (model, _):
         scores = named("final", evaluate(model, test, work.config))
         wanted = work.config.personalize
-        rows = site.encoded("train", work.job.client, work.config, work.job.labels)
+        rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
         if wanted.epochs:
             trainable, kept = work.download.trainable, work.memory.own
             tuned = personalized(model, rows, test, work.config, work.job, trainable, kept)
@@ -126,7 +125,7 @@ def collect(message: Message, context: Context) -> RecordDict:
     work = ClientJob.open(message, context)
     work.check_clear("what it kept")
     kept = work.memory.recall(work.job.memory_round)
-    rows = site.encoded("train", work.job.client, work.config, work.job.labels)
+    rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
     return work.reply(
         {
             "sent": pack_factors(kept, work.config.wire.dtype),
@@ -179,7 +178,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
 
 
 def secagg_unmask(message: Message, context: Context) -> RecordDict:
-    """The shares that take the masks off the sum, and off nothing else."""
+    """The shares with which the server can unmask the sum, and nothing else."""
     work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
     shares = work.secure_client().unmask(seq(asked, "active"), seq(asked, "dead"), work.terms)
     found = sorted(shares.items())

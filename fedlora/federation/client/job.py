@@ -1,4 +1,4 @@
-"""One message's job on a client: what was asked, and what the client does it with.
+"""One message's work on a client: what is asked, and all that is needed to answer it.
 
 ClientJob.open(message, context)   config, job, strategy, memory and download of a message
 .local_round()                     around one round of training: what is to leave, and its scores
@@ -27,8 +27,7 @@ from fedlora.lora.adapter import Delta, Factors
 from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
 from fedlora.strategies.forms import moves_base
-from fedlora.training import cache as site
-from fedlora.training import user_code
+from fedlora.training import cache, user_code
 from fedlora.training.certificate import Numbers
 from fedlora.training.data.batches import Encoded
 from fedlora.training.evaluate import evaluate
@@ -91,7 +90,7 @@ class ClientJob:
         return f"{self.job.token}/{self.job.incarnation}"
 
     def model(self) -> Model:
-        """This process's model, if it is the server's.
+        """This process's model, checked to be the same as the server's.
 
         Raises:
             ModelError: the base differs, so nothing learned on it would add up; or the source of
@@ -105,7 +104,7 @@ class ClientJob:
                 f"digest {mine or 'of nothing'}, must be {job.code or 'of nothing'}; use the same "
                 "files"
             )
-        model = site.model(self.config, job.labels)
+        model = cache.model(self.config, job.labels)
         if model.fingerprint != job.fingerprint:
             raise ModelError(
                 f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
@@ -141,13 +140,13 @@ class ClientJob:
 
     @contextmanager
     def local_round(self) -> Iterator[LocalRound]:
-        """The model loaded and checked, for the body to train; then what is to leave, in `done`.
+        """A context whose body trains the loaded, checked model; then `done` has what is sent.
 
         Around the body rather than under it: what trains stands on the stack of its message.
         """
         config, job = self.config, self.job
-        rows = site.encoded("train", job.client, config, job.labels)
-        test = site.encoded("test", job.client, config, job.labels)
+        rows = cache.encoded("train", job.client, config, job.labels)
+        test = cache.encoded("test", job.client, config, job.labels)
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
             begun = self.numbers(model)
@@ -193,21 +192,21 @@ class ClientJob:
         self.memory.add_checked(key)
 
     def trainer(self) -> Callable[..., Fit]:
-        """`train.fit`; under example-level DP the same, paid for in this data set's ledger."""
+        """`train.fit`, or under example-level DP `private_fit` with this data set's ledger."""
         config, job = self.config, self.job
         if not config.privacy.by_example:
             return fit
         from fedlora.privacy.ledger import Ledger, fingerprint
         from fedlora.privacy.training import private_fit
 
-        raw = site.client_rows(job.client, config, job.labels).train
+        raw = cache.client_rows(job.client, config, job.labels).train
         data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
         root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
         return partial(private_fit, ledger=Ledger(root, data), run=job.token)
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Model, Factors]]:
-        """The model as this client is to train or judge it, and what the client had kept."""
+        """A context: the model loaded as this client trains or scores it, and what it had kept."""
         download, job = self.download, self.job
         model = self.model()
         kept = self.memory.recall(job.memory_round)
@@ -225,7 +224,7 @@ class ClientJob:
             yield model, kept
 
     def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:
-        """These records, with the tag by which the server knows whose reply it is."""
+        """A reply of these records, with the tag that tells the server whose it is."""
         tag: dict[str, Any] = {"round": self.job.round, "token": self.job.token}
         tag |= {"client": self.job.client, "keeps": keeps}
         return RecordDict({"reply": ConfigRecord(tag), **records})

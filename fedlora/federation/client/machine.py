@@ -1,4 +1,4 @@
-"""What this machine has to train with, found in a few milliseconds."""
+"""This machine's cores, free memory and speed, measured in a few milliseconds."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""A client's four stages of secure aggregation, and its secrets, kept from each to the next.
+"""A client's four stages of secure aggregation; its secrets are kept from one to the next.
 
     <memory>/secure/round-00003.<next stage>.json     readable by its owner alone
 
@@ -66,7 +66,7 @@ class SecureClient:
         return pk1, pk2
 
     def share(self, keys: Keys, cohort_terms: TermsOf) -> Boxes:
-        """Encrypted shares of the own mask's seed and private key, one for each other member."""
+        """Encrypted shares of this client's mask seed and private key, one for each neighbour."""
         s = self._take("share")
         terms = cohort_terms(s["cohort"])
         if len(keys) < terms.threshold or len(keys) > terms.shares:
@@ -94,7 +94,7 @@ class SecureClient:
         return boxes
 
     def open(self, boxes: Boxes, cohort_terms: TermsOf) -> "Masker":
-        """What it takes to mask this round's vector, once: called before the training."""
+        """The masks for one vector of this round, and no second one: called before the training."""
         s = self._take("collect")
         terms, keys = cohort_terms(s["cohort"]), s["keys"]
         if not boxes.keys() < keys.keys() or self.me in boxes:
@@ -111,7 +111,7 @@ class SecureClient:
     def unmask(
         self, active: Sequence[int], dead: Sequence[int], cohort_terms: TermsOf
     ) -> dict[int, bytes]:
-        """By neighbour, the share of its seed where it answered, else that of its private key.
+        """For each neighbour, the share of its seed if it answered, else of its private key.
 
         Raises:
             PrivacyError: both are asked of one, or for fewer clients than the threshold, or for
@@ -181,7 +181,7 @@ class Masker:
         self.terms = terms
 
     def masked(self, vector: Words) -> Words:
-        """The vector behind its own mask and one for each neighbour; then no other can follow."""
+        """The vector under its own mask and one for each neighbour; after it none can follow."""
         s, n, bits = self.state, len(vector), self.terms.bits
         total = vector + masking.mask(s["seed"], n, bits)
         for i in s["shares"]:

@@ -6,7 +6,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
 from fedlora.federation.wire.messages import Job
 from fedlora.strategies.base import Download, Strategy
-from fedlora.strategies.forms import promise
+from fedlora.strategies.forms import guarantee
 from fedlora.training.certificate import Numbers, key_of, measure_as, names_of
 from fedlora.training.model.model import Model
 
@@ -19,7 +19,7 @@ def numbers(
     Raises:
         PrivacyError: the server asks for those of a part that stays here.
     """
-    if (promise(model.form, strategy) == "shared") != bool(job.cuts):
+    if (guarantee(model.form, strategy) == "shared") != bool(job.cuts):
         raise PrivacyError(
             f"strategy.name = {config.strategy.name!r}: the server asks for numbers of a part that "
             "stays on this client"

@@ -1,4 +1,4 @@
-"""Keys, shares, encryption and masks: Flower's primitives for SecAgg+, but for the masks.
+"""Keys, shares, encryption and masks for SecAgg+: Flower's primitives, except for the masks.
 
     key pairs          ECDH on SECP384R1, HKDF-SHA256           Flower
     shares             Shamir's scheme over 16-byte blocks      Flower (pycryptodome)
@@ -66,12 +66,12 @@ def fresh_seed() -> bytes:
 
 
 def split(secret: bytes, threshold: int, shares: int) -> list[bytes]:
-    """Pieces of a secret, of which any `threshold` put it together and fewer say nothing."""
+    """Shamir shares of a secret: any `threshold` of them restore it, and fewer reveal nothing."""
     return create_shares(secret, threshold, shares)
 
 
 def joined(shares: Sequence[bytes]) -> bytes:
-    """The secret again.
+    """The secret, restored from its shares.
 
     Raises:
         PrivacyError: the shares are not of one secret.
@@ -110,17 +110,17 @@ def unseal(private: bytes, public: bytes, source: int, to: int, box: bytes) -> t
 
 
 def mask(seed: bytes, n: int, bits: int) -> Words:
-    """n integers that are uniform to whoever lacks the 32 bytes of the seed."""
+    """n integers that look uniform to anyone without the 32 bytes of the seed."""
     return Chance(seed).words(n, words(bits))
 
 
 def pair_mask(private: bytes, public: bytes, n: int, bits: int) -> Words:
-    """What two clients share: each computes it from its own private and the other's public key."""
+    """The mask that two clients share, from either's private and the other's public key."""
     return mask(base64.urlsafe_b64decode(_agreed(private, public)), n, bits)
 
 
 def cancel(total: Words, me: int, other: int, shared: Words) -> None:
-    """Add a pair's mask for one of the two, in place: for the other it is taken off."""
+    """Add a pair's mask in place for one of the two, and subtract it for the other."""
     if me > other:
         np.add(total, shared, out=total)
     else:

@@ -1,4 +1,4 @@
-"""Which strategies go on sums alone, measured before anything is sent.
+"""Which strategies can work from sums of updates, measured before anything is sent.
 
 What else secure aggregation does not go with is said by fedlora/preflight/secure.py.
 """

@@ -50,7 +50,7 @@ class Terms:
 
     @property
     def unit(self) -> float:
-        """Integers to 1 of n * value."""
+        """How many integer steps there are to 1 of n * value."""
         return self.levels / (self.range * self.weight)
 
     def error(self, clients: int, examples: float) -> float:
@@ -62,7 +62,7 @@ class Terms:
 
 
 def neighbours(clients: Sequence[int], shares: int, round: Round) -> dict[int, set[int]]:
-    """Who holds pieces of whose secrets, each of its own among them: all, or a random ring.
+    """Who holds shares of whose secrets, each also of its own: all clients, or a random ring.
 
     On the ring everyone has (shares - 1) / 2 on either side, so to be neighbours is mutual.
     """

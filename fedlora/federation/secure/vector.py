@@ -53,7 +53,7 @@ class Kind:
 def kinds_of(
     clients: Iterable[tuple[Client, Shapes, Mapping[str, float]]],
 ) -> list[Kind]:
-    """The clients by what they send: tensors of which shapes, at which scales."""
+    """The clients grouped by the shapes and scales of the tensors they send."""
     found: dict[Any, Kind] = {}
     for client, shapes, scale in clients:
         key = (tuple(sorted(shapes.items())), tuple(sorted(scale.items())))
@@ -64,7 +64,7 @@ def kinds_of(
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything lies in the vector."""
+    """Where each weight, loss and tensor lies in the vector."""
 
     kinds: int
     shapes: Mapping[Key, tuple[int, ...]]

@@ -1,1 +1,1 @@
-"""The server's half: the rounds, who takes part, and what is proved of them."""
+"""The server's side of a run: its rounds, who takes part, and what is proved of each round."""

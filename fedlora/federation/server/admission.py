@@ -1,4 +1,4 @@
-"""Which clients a run cannot be with: asked of those that came, by preflight of those to come."""
+"""Which clients a run cannot use: of those that connected, and in preflight of those expected."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,16 @@ from fedlora.strategies.forms import FORMS, ONE_RANK
 
 
 def problems(config: Config, strategy: Strategy[Any], clients: Sequence[Client]) -> Iterator[str]:
-    """Why the run cannot be with these clients, whatever the config alone can tell."""
+    """Each reason, beyond those in the config, why the run cannot use these clients."""
     yield from strategy.problems(clients)
     if FORMS[config.lora.form].after and (gap := uneven(clients)):
         yield f"lora.form = {config.lora.form!r}, but {gap}: {ONE_RANK}"
     if config.secure.aggregation:
-        yield from alone(clients)
+        yield from only_of_their_ranks(clients)
 
 
-def alone(clients: Sequence[Client]) -> Iterator[str]:
-    """Which clients nothing can be added to, however many others there are."""
+def only_of_their_ranks(clients: Sequence[Client]) -> Iterator[str]:
+    """The clients that too few others share their ranks with, so that no sum would hide them."""
     kinds = Counter(_ranks(c) for c in clients)
     for c in clients:
         if kinds[_ranks(c)] < TOGETHER:

@@ -1,4 +1,4 @@
-"""Memory that a process has freed stays its own, so that the next round need not fault it in again.
+"""Keeps freed memory in the process, so that the next round need not fault it in again.
 
 glibc gives freed memory back to the system; each page of it is then zeroed anew when it is next
 touched. An aggregation whose result is as large as its uploads paid as much for that as for its
@@ -13,7 +13,7 @@ LARGEST = 32 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """From now on, what this process frees it keeps. Nothing where the C library is not glibc."""
+    """From now on, this process keeps the memory that it frees. Without glibc, does nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, LARGEST)

@@ -107,7 +107,7 @@ def fresh(
 
 
 def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round: Round) -> None:
-    """Once a start, before anything is sent.
+    """Check that late updates can be brought up to date: once a start, before anything is sent.
 
     Raises:
         StrategyError: a late update of this strategy cannot be brought up to date.
@@ -130,7 +130,7 @@ def check(strategy: Strategy[Any], state: Any, clients: Sequence[Client], round:
 
 
 def _send(setting: Setting, session: Session, run: Saved, grid: Grid, received: Received) -> None:
-    """Ask whoever this process has not asked: the new ones, and those of before a restart."""
+    """Ask each client that this process has not: new ones, and those from before a restart."""
     for i, flight in sorted(session.flights.of.items()):
         if flight.asked or i not in session.nodes:
             continue

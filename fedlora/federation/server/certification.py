@@ -1,4 +1,4 @@
-"""The certificate as a stage of every round: what is measured before, read with replies, judged.
+"""The certificate as a stage of every round: measured before it, read with replies, then judged.
 
 It holds for the round's mean as the strategy makes it. What moves that mean on purpose comes after
 it in the list of stages, or is named as not certified.
@@ -19,7 +19,7 @@ from fedlora.training.certificate import Numbers, Witness, quantised
 
 
 class Certification:
-    """A `Stage`: the model that is sent and what comes of it, by the model's own modules."""
+    """The `Stage` that measures, by the model's own modules, what is sent and what results."""
 
     def __init__(self, setting: Setting, session: Session) -> None:
         self.setting, self.session = setting, session
@@ -92,7 +92,7 @@ def read(
 
 
 def witnesses_of(config: Config, received: Received) -> dict[int, Witness]:
-    """By client whose update counts, its numbers as they count.
+    """The numbers of each client whose update counts, weighted as it counts.
 
     Robust methods that leave clients out or weigh them, and a stale update's weight, are factors
     of these.

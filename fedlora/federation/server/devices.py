@@ -1,4 +1,4 @@
-"""Devices that are slower than this machine, on a clock that no one has to wait for.
+"""Simulates devices slower than this machine, on a virtual clock that no one waits for.
 
     devices.classes = "fast:1:100,mid:0.5:20,slow:0.2:5:3"
 
@@ -59,7 +59,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Virtual seconds of one client's round, by what for."""
+    """Virtual seconds of one client's round, by what they were spent on."""
 
     down: float
     forward: float
@@ -71,7 +71,7 @@ class Spent:
         return self.down + self.forward + self.backward + self.up
 
     def timing(self, work: Work) -> Timing:
-        """As LEGEND keeps it."""
+        """The seconds in LEGEND's units: forward, a layer backward, a number sent."""
         layers, numbers = max(work.depth, 1), max(work.numbers_up, 1)
         return Timing(self.forward, self.backward / layers, self.up / numbers)
 
@@ -93,7 +93,7 @@ class Devices:
         return self.classes[client % len(self.classes)]
 
     def pace(self, client: int, round: int) -> tuple[float, float]:
-        """What compute and network speed are multiplied with in a round."""
+        """The factors on a client's compute and network speed in a round."""
         chance = seeded(self.seed, 0, client, "device")
         x = torch.randn(2, generator=chance, dtype=torch.float64)
         for _ in range(round - 1):

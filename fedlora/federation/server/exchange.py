@@ -58,7 +58,7 @@ class Received:
     """Of a secure aggregation: (the mean change of all of them, the error of any of its numbers,
     what they were divided by)."""
     secure: Mapping[str, Any] | None = None
-    """What a secure aggregation came to."""
+    """The outcome of a secure aggregation."""
     diverged: set[int] = field(default_factory=set)
     """Who told a training loss that is no finite number, whether or not the update counts."""
 
@@ -83,7 +83,7 @@ class Received:
         By the kinds of their failures: any of another kind makes it False, so that one client's
         word never explains what befell another. Who was left out as alone does not count.
         """
-        kinds = {f["kind"] for f in self.failures} - {FailureKind.ALONE}
+        kinds = {f["kind"] for f in self.failures} - {FailureKind.ONLY_OF_ITS_RANKS}
         return kinds == {FailureKind.BUDGET}
 
 
@@ -117,7 +117,7 @@ def exchange(
 
 
 def ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
-    """(who, reply) of the messages that are answered, which `pending` then no longer holds."""
+    """(node, reply) of each answered message, which is then no longer in `pending`."""
     for mid in list(pending):
         came = list(grid.pull_messages([mid]))
         while came:
@@ -127,7 +127,7 @@ def ready(grid: Grid, pending: dict[str, int]) -> Iterator[tuple[int, Message]]:
 
 
 def passing(uploads: Iterator[Upload], look: Callable[[Upload], None]) -> Iterator[Upload]:
-    """The uploads, each once `look` has seen it, and let go of before the next is asked for."""
+    """The uploads, each shown to `look` first and released before the next is asked for."""
     for upload in uploads:
         look(upload)
         yield upload
@@ -175,7 +175,7 @@ def read_reply(
 
 
 def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:
-    """What a reply says it answers, which is what was asked.
+    """The tag of a reply, checked to be that of the message it should answer.
 
     Raises:
         ClientError: it is an error reply.
@@ -198,7 +198,7 @@ def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[
 
 
 def error_of(reply: Message) -> ClientError | None:
-    """What an error reply says; None where the reply is none."""
+    """The error in an error reply; None for any other reply."""
     if not reply.has_error():
         return None
     return ClientError(reply.error.code, reply.error.reason or "no reason given")
@@ -207,7 +207,7 @@ def error_of(reply: Message) -> ClientError | None:
 def facts_of(
     client: Client, round: Round, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
 ) -> dict[str, Any]:
-    """What is noted of a client in a round; what it did not say is None, and 1 example."""
+    """The record of a client's round; what it did not report is None, its examples 1."""
     return {
         "round": round.number,
         "rank": max(layer.rank for layer in client.layers.values()),

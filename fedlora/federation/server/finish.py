@@ -1,4 +1,4 @@
-"""What follows the last round: what stayed with the clients, their scores, adapter and summary."""
+"""After the last round: collect what clients kept, score, and write the adapter and the summary."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
 def collect(
     setting: Setting, session: Session, run: Saved, grid: Grid, collector: CollectsAtEnd[Any]
 ) -> Saved:
-    """Once: what the clients kept, for a strategy's exact average of it."""
+    """Ask, once, for what the clients kept, for the strategy's exact average of it."""
     round = Round(setting.config.run.rounds, setting.config.run.seed)
     asked = [c for c in connected(setting, session, run) if c.has_memory]
     messages = (message(setting, session, run, c, round, "query.collect", bare=True) for c in asked)
@@ -142,7 +142,7 @@ ROOM = 1.5
 
 
 def certify(setting: Setting, session: Session, adapter: Path) -> float | None:
-    """How far adapter/, loaded as anyone loads it, is from the model, over what rounding explains.
+    """How far adapter/, loaded with plain PEFT, is from the model, in units of rounding.
 
     None where there is no memory for a second base: `fedlora export` checks it as well.
 
@@ -164,7 +164,7 @@ def write_records(
     stopped: str = "",
     exported: float | None = None,
 ) -> None:
-    """clients.jsonl and summary.json; and one line to the observer, if there is cause for it.
+    """Write clients.jsonl and summary.json, and tell the observer of warnings.
 
     `stopped` says why the run ended early, if it did.
     """
@@ -208,5 +208,5 @@ def write_records(
 
 
 def has_one_model(setting: Setting) -> bool:
-    """Not where what the clients keep was never averaged: then the server's is half of a model."""
+    """False where what clients keep was never averaged: then the server has half of a model."""
     return setting.guarantee != "shared" or setting.strategy.needs().collect_at_end

@@ -1,4 +1,4 @@
-"""Who is training, whatever round that was asked for in: what a buffered run remembers."""
+"""Which clients are still training, and since which round: what a buffered run remembers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Flight:
 
 @dataclass(slots=True)
 class Flights:
-    """By client, all that are on their way."""
+    """The updates that are awaited, by client."""
 
     of: dict[int, Flight] = field(default_factory=dict)
     pending: dict[str, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Flights:
         return {"flights": at, "states": states}
 
     def restore(self, saved: Mapping[str, Any], clients: Mapping[int, Client], seed: int) -> None:
-        """The inverse. Who was training is asked again, with what it had been sent."""
+        """The inverse. A client that was training is asked again, with what it had been sent."""
         states = saved["states"]
         self.of = {
             i: Flight(clients[i], Round(int(n), seed), states[n], clock)

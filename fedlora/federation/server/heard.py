@@ -1,4 +1,4 @@
-"""How much did each client count? Fitted from the certificate's numbers alone.
+"""How much each client counted in the aggregate, fitted from the certificate's numbers alone.
 
 A round's change is close to sum_i w_i change_i for some weights w, which should be q_i. Least
 squares over all numbers of all modules finds w_i / q_i: 1 where a client counts as much as it

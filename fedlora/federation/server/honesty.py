@@ -1,6 +1,6 @@
-"""Whose numbers are not believed: not those of its own update, or not of what it was sent.
+"""Finds clients whose certificate does not match their own update, or what they were sent.
 
-Who sends such numbers is left out, by name.
+A client that sends such numbers is left out, by name.
 
     first     the change of the pairs that the strategy makes of the upload, u . (trained(x) -
               began(x)), against end - start; and of every other tensor
@@ -43,18 +43,18 @@ from fedlora.training.certificate import (
 
 
 class Honesty:
-    """A `Stage`: the uploads whose clients' numbers are their own; the others wait for the end."""
+    """The `Stage` that passes the uploads whose numbers match; the others wait for the end."""
 
     def __init__(self, setting: Setting, session: Session) -> None:
         self.setting, self.session = setting, session
 
     @staticmethod
     def applies(setting: Setting, session: Session) -> bool:
-        """Can numbers be held against uploads here, and might anybody lie?"""
+        """Can uploads be checked against numbers here, and could a client lie?"""
         config = setting.config
         plain = setting.model.form.kind == "factors" and setting.guarantee != "shared"
-        alone = session.simulated or config.secure.aggregation or config.round.buffer
-        return plain and not alone
+        skipped = session.simulated or config.secure.aggregation or config.round.buffer
+        return plain and not skipped
 
     def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:
         pass
@@ -120,7 +120,7 @@ def agrees(
     round: Round,
     received: Received,
 ) -> bool:
-    """Are the numbers that came with an upload its own, by either opinion?"""
+    """Do the numbers that came with an upload match it, by the pairs or by the model?"""
     _, start, end = received.certificates[upload.client.id]
     change = {name: end[name] - start[name] for name in start}
     key = session.certifier.key(round.number)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, FormatError, StrategyError
-from fedlora.lora import tree_file as checkpoint
+from fedlora.lora import tree_file
 from fedlora.lora.adapter import Delta
 from fedlora.lora.tree_format import Names
 from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
@@ -99,13 +99,13 @@ def state_types(strategy: Strategy[Any]) -> list[type]:
 
 
 def check_kept(strategy: Strategy[Any], state: Any) -> None:
-    """Nothing, where a checkpoint of the state can be read again.
+    """Check that a checkpoint of the state could be read again.
 
     Raises:
         StrategyError: it holds a dataclass that nobody could find again; says how to name it.
     """
-    named = {t.__name__ for t in (*checkpoint.KNOWN, *state_types(strategy))}
-    if lost := sorted(checkpoint.kinds(state) - named):
+    named = {t.__name__ for t in (*tree_file.KNOWN, *state_types(strategy))}
+    if lost := sorted(tree_file.kinds(state) - named):
         cls = type(strategy)
         raise StrategyError(
             f"the state of {cls.__name__} holds a {lost[0]}, which no checkpoint could give back: "
@@ -121,7 +121,7 @@ class Journal:
         self.rounds = self.directory / "rounds.jsonl"
 
     def check(self) -> None:
-        """Nothing, where the run can be begun or, with run.resume, gone on with. Writes nothing.
+        """Check that the run can begin or, with run.resume, be resumed. Writes nothing.
 
         Raises:
             CheckpointError: as `open`, or as `resume`.
@@ -179,7 +179,7 @@ class Journal:
         problems: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
             try:
-                return checkpoint.load(path, *types, older=OLDER), checkpoint.notes(path)
+                return tree_file.load(path, *types, older=OLDER), tree_file.notes(path)
             except FormatError:  # the one before it would undo a round that is whole
                 raise
             except CheckpointError as e:  # damaged: the one before it is whole
@@ -204,7 +204,7 @@ class Journal:
             notes["code"] = json.dumps(dict(code))
         path = self.directory / "checkpoint" / f"round-{round:05}.safetensors"
         try:
-            checkpoint.save(path, tree, notes)
+            tree_file.save(path, tree, notes)
             with self.rounds.open("a") as f:
                 f.write(line + "\n")
         except OSError as e:
@@ -226,15 +226,15 @@ class Journal:
 
     def clients(self, records: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(_plain(r)) + "\n" for r in records)
-        checkpoint.write_atomically(self.directory / "clients.jsonl", text.encode())
+        tree_file.write_atomically(self.directory / "clients.jsonl", text.encode())
 
     def summary(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(_plain(record), indent=2)
-        checkpoint.write_atomically(self.directory / "summary.json", text.encode())
+        tree_file.write_atomically(self.directory / "summary.json", text.encode())
 
     def _write_config(self) -> None:
         text = self.config.toml()
-        checkpoint.write_atomically(self.directory / "config.toml", text.encode())
+        tree_file.write_atomically(self.directory / "config.toml", text.encode())
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.directory / "checkpoint").glob("round-*.safetensors"))
@@ -247,7 +247,7 @@ class Journal:
         """
         for path in self._checkpoints()[::-1]:
             try:
-                notes = checkpoint.notes(path)
+                notes = tree_file.notes(path)
                 return json.loads(notes["config"]), json.loads(notes.get("code", "{}"))
             except FormatError:
                 raise
@@ -287,7 +287,7 @@ class Journal:
                 if line["round"] < last["round"]:
                     lines.append(line)
         text = "".join(json.dumps(line) + "\n" for line in [*lines, last])
-        checkpoint.write_atomically(self.rounds, text.encode())
+        tree_file.write_atomically(self.rounds, text.encode())
 
 
 def save_update(path: Path, upload: Upload) -> None:
@@ -303,7 +303,7 @@ def save_update(path: Path, upload: Upload) -> None:
         "num_examples": str(upload.num_examples),
         "scale": json.dumps(dict(upload.sent.scale)),
     }
-    checkpoint.write_atomically(path, save(tensors, metadata=metadata))
+    tree_file.write_atomically(path, save(tensors, metadata=metadata))
 
 
 def _plain(x: Any) -> Any:

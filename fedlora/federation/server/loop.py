@@ -1,4 +1,4 @@
-"""The server's side: one loop over rounds that hosts any of our strategies.
+"""The server's loop over the rounds, for any strategy.
 
     meet the clients -> check the strategy -> [first gradients] -> evaluate
     each round:  sample -> send -> take replies as they come, each checked -> aggregate
@@ -144,7 +144,7 @@ def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
 
 
 def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tuple[Saved, Record]:
-    """The first state, and the model before any training, on record."""
+    """Put round 0 on record: the first state, and the model's scores before any training."""
     begun = time.perf_counter()
     run = begin(setting, session, run, grid)
     load(setting, session, run, run.state)
@@ -205,7 +205,7 @@ def play_round(
 
 
 def gather(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
-    """Who is there, with a while for those that were; and each one's plan for this round."""
+    """Meet the connected clients, wait for those that left, and plan this round's ranks."""
     run = look(setting, session, run, grid)
     for _ in session.roster.wait(setting.config.round.wait_for_clients):
         run = look(setting, session, run, grid)
@@ -237,7 +237,7 @@ def collected(setting: Setting) -> Callable[..., Iterator[Upload]]:
 
 
 def peeked(uploads: Iterator[Upload]) -> tuple[bool, Iterator[Upload]]:
-    """Is there one at all? And all of them; the first is let go of as it is handed over."""
+    """Whether there is any, and all of them; none is held once it is handed over."""
     first = list(islice(uploads, 1))
     return bool(first), chain((first.pop() for _ in range(len(first))), uploads)
 
@@ -250,7 +250,7 @@ def check_enough(
     received: Received,
     some: bool,
 ) -> None:
-    """Read what a strategy that stopped early left unread, and count.
+    """Read the uploads that the strategy left unread, and check that enough counted.
 
     Raises:
         RoundError, BudgetSpent: too few updates count.
@@ -317,7 +317,7 @@ def evaluated(setting: Setting, number: int) -> dict[str, float] | None:
 def line(
     number: int, received: Received, cohort: list[int], scores: Mapping[str, float] | None
 ) -> Record:
-    """A round's line of rounds.jsonl, but for what its stages note."""
+    """A round's line of rounds.jsonl, without what its stages add."""
     told = {i: received.clients[i] for i in sorted(received.clients)}
     mean = weighted(told.values(), "train_loss")
     found: Record = {

@@ -21,7 +21,7 @@ from fedlora.federation.server.journal import Member
 from fedlora.federation.server.ranks import (
     CORES,
     Legend,
-    Plan,
+    ModuleRanks,
     Timing,
     able,
     by_depth,
@@ -57,15 +57,15 @@ class Planner:
             return Member(i, max(plan.values()), plan=plan, cap=cap)
         return Member(i, self._rank(i, facts), cap=cap)
 
-    def ranks(self, member: Member) -> Plan:
+    def ranks(self, member: Member) -> ModuleRanks:
         """Module to rank: what the member adapts now."""
         return member.plan or self.at(member.rank)
 
-    def at(self, rank: int) -> Plan:
-        """A client's plan at this rank, but for lora.rank-pattern."""
+    def at(self, rank: int) -> ModuleRanks:
+        """Module to rank for a client of this rank, with lora.rank-pattern applied."""
         return patterned(self.shapes, rank, self.config.lora.rank_pattern)
 
-    def widest(self, members: Sequence[Member]) -> Plan:
+    def widest(self, members: Sequence[Member]) -> ModuleRanks:
         """The largest rank of every module over the run: what the strategy begins with."""
         if self.legend:
             return self.legend.plan(len(self.layers))

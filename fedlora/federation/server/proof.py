@@ -1,4 +1,4 @@
-"""The aggregation proof: is what the clients will use what the strategy promises?
+"""The aggregation proof: do the clients get the model that the strategy promises?
 
 Each round, on seeded random inputs x (k, n) of every adapted module, the server computes
 

@@ -55,7 +55,7 @@ def target(model: Model, columns: int, round: Round) -> Target:
 
 
 def ended(strategy: Strategy[Any], state: Any, upload: Upload, round: Round) -> Factors:
-    """Everything the client held when it had trained."""
+    """All that the client held after its training."""
     before = strategy.effective(state).factors.other
     trained = strategy.trained(state, upload, round)
     return as_factors(trained, {**before, **upload.sent.other})

@@ -25,7 +25,7 @@ from fedlora.strategies.base import Client, Round, Upload
 
 
 class Proving:
-    """A `Stage`."""
+    """The `Stage` that gathers what the aggregate must be, and compares it."""
 
     def __init__(self, setting: Setting, session: Session) -> None:
         self.setting, self.session = setting, session
@@ -35,7 +35,7 @@ class Proving:
 
     @property
     def through_model(self) -> bool:
-        """Is the server's own model asked besides the pairs?"""
+        """Is the proof made through the server's own model as well as by the pairs?"""
         return self.setting.guarantee == "exact" and not self.setting.proves_by_model
 
     def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:

@@ -1,4 +1,4 @@
-"""Who trains which rank in which layers: fixed, by share, by what a machine can, and LEGEND.
+"""Rank policies: which client trains which rank in which layers. Lists, shares, capability, LEGEND.
 
     list         clients.ranks, cycled over the clients; a node's own `rank` goes first
     share        the ranks of ranks.shares in those shares of the clients, dealt out by the seed
@@ -29,7 +29,7 @@ from dataclasses import dataclass, fields
 
 from fedlora.errors import ConfigError
 
-Plan = Mapping[str, int]
+ModuleRanks = Mapping[str, int]
 """Module path to rank: what one client adapts."""
 
 CORES = 4
@@ -60,7 +60,7 @@ def able(ranks: Sequence[int], stated: int, cores: float, per_core: int, cap: in
 
 
 def patterned(modules: Iterable[str], rank: int, pattern: Sequence[str]) -> dict[str, int]:
-    """`rank` in every module, but what the first part "regex=rank" that matches it says.
+    """`rank` in every module, or that of the first "regex=rank" that matches the module.
 
     As PEFT's rank_pattern: the expression must match the module's path, or the end of it that
     follows a dot.
@@ -137,7 +137,7 @@ class Timing:
     """One number sent."""
 
     def learn(self, seen: "Timing", rho: float) -> "Timing":
-        """rho of this and 1 - rho of what was seen."""
+        """The moving average: rho of this plus 1 - rho of what was seen."""
         return Timing(
             *(rho * getattr(self, f.name) + (1 - rho) * getattr(seen, f.name) for f in fields(self))
         )

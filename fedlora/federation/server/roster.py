@@ -1,4 +1,4 @@
-"""Who is there: nodes that connect, go away, come back or come late, and which client each is."""
+"""The connected nodes, which may leave, return or come late, and which client each of them is."""
 
 import os
 import time
@@ -17,7 +17,7 @@ SIMULATED = "FEDLORA_SIMULATED"
 
 
 def is_simulated(grid: Grid) -> bool:
-    """Are all the grid's clients this machine, by its own word or that of who started it?"""
+    """Do all the grid's clients run on this machine, as the grid or its environment says?"""
     return bool(getattr(grid, "simulated", False) or os.environ.get(SIMULATED))
 
 
@@ -64,7 +64,7 @@ class Roster:
                 yield int(facts["client"]), facts
 
     def wait(self, seconds: float) -> Iterator[None]:
-        """Give those that were here a while to come back: each turn, look who is there.
+        """Wait for nodes that left to come back: each turn, look which are connected.
 
         Each is waited for once. So a network cut or a server's restart does not change a round's
         cohort, and a node that is gone for good delays the run once.

@@ -38,7 +38,7 @@ from fedlora.training.model.model import Model
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is made once, before anyone is met."""
+    """What is made once, before any client connects."""
 
     config: Config
     strategy: Strategy[Any]
@@ -58,7 +58,7 @@ class Setting:
         """
         strategy, corpus = config.build_strategy(), cache.corpus(config)
         model = cache.model(config, corpus.labels)
-        guarantee = forms.promise(model.form, strategy)
+        guarantee = forms.guarantee(model.form, strategy)
         planner = Planner(config, model)
         return cls(config, strategy, model, corpus, guarantee, planner, Journal(config))
 
@@ -103,7 +103,7 @@ class Session:
         return cls(observer, certifier, Schemas(setting.strategy), Roster(observer.note))
 
     def received(self) -> Received:
-        """An empty round's, which tells of what is refused."""
+        """An empty round's replies, which tell the observer of each refusal."""
         return Received(self.observer.client_failed, self.simulated)
 
 
@@ -124,7 +124,7 @@ def connected(setting: Setting, session: Session, run: Saved) -> list[Client]:
 
 
 def base_number(setting: Setting, state: Any) -> int:
-    """Of the newest change of the base that a state holds; 0 where it never moved."""
+    """The number of the newest base change in a state; 0 where the base never moved."""
     base = setting.strategy.effective(state).base
     return base[-1].number if base else 0
 
@@ -137,7 +137,7 @@ def cuts(setting: Setting, run: Saved) -> tuple[int, ...]:
 
 
 def load(setting: Setting, session: Session, run: Saved, state: Any) -> None:
-    """Make the server's own model what the strategy says that a state's is."""
+    """Load the effective model of a state into the server's own model."""
     effective = setting.strategy.effective(state)
     setting.model.rebase(f"{run.token}/{session.incarnation}", effective.base, run.base_offset)
     setting.model.load(effective.factors)
@@ -217,7 +217,7 @@ def told(setting: Setting, what: str, round: Round, received: Received) -> str:
 
 
 def weighted(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    """The mean of what clients told, by their examples; None where nobody did."""
+    """The mean of what clients reported, weighted by examples; None where nobody did."""
     told = [(r["examples"], r[key]) for r in rows if r.get(key) is not None]
     total = sum(n for n, _ in told)
     return sum(n * x for n, x in told) / total if total else None

@@ -1,4 +1,4 @@
-"""Robust aggregation for any strategy: what becomes of a round's updates before they are averaged.
+"""Robust aggregation for any strategy: screens a round's updates before they are averaged.
 
 Updates are judged by what they change in the model, s_i B_i A_i less what the client began with,
 and never by A or B apart (strategies/robust.py says why). What training changed in a head is not

@@ -1,6 +1,6 @@
-"""The server's four stages of a round, after which it has the sum and nothing else.
+"""The server's four stages of secure aggregation, after which it has the sum and nothing else.
 
-    kinds     the cohort by ranks; who is alone of its ranks is left out
+    kinds     the cohort by ranks; the only client of its ranks is left out
     setup     U0: public keys
     share     U1: encrypted shares, each forwarded to whom it is for
     collect   U2: the masked vectors of those that trained, summed as they come
@@ -215,7 +215,7 @@ class SecureRound:
             if list(kinds.values()).count(kind) < TOGETHER:
                 del self.totals[kind]
                 reason = "it is the only one left of its ranks: its update would be no sum"
-                self._refuse(i, Refusal(FailureKind.ALONE, reason))
+                self._refuse(i, Refusal(FailureKind.ONLY_OF_ITS_RANKS, reason))
         summed = {i for i, kind in kinds.items() if kind in self.totals}
         self._enough("sent their masked update", summed, among=set(boxes))
         return summed
@@ -337,7 +337,7 @@ class SecureRound:
         for kind in found:
             if len(kind.clients) < TOGETHER:
                 reason = "it is the only one of its ranks in this round: its update would be no sum"
-                self._refuse(kind.clients[0].id, Refusal(FailureKind.ALONE, reason))
+                self._refuse(kind.clients[0].id, Refusal(FailureKind.ONLY_OF_ITS_RANKS, reason))
         return [kind for kind in found if len(kind.clients) >= TOGETHER]
 
     def _sends(self, c: Client, base: int) -> tuple[Client, Shapes, Mapping[str, float]]:

@@ -1,4 +1,4 @@
-"""What goes around a strategy's aggregation, as an ordered list of stages.
+"""The stages around a strategy's aggregation, in their order.
 
     honesty        whose numbers are not its own is left out                      deployments
     screening      robust.method: which updates the strategy gets to see          if asked for
@@ -36,17 +36,17 @@ class Stage(Protocol):
     def uploads(
         self, uploads: Iterator[Upload], run: Saved, round: Round, received: Received
     ) -> Iterator[Upload]:
-        """The updates as the next stage is to see them; may let go of each that has passed."""
+        """The updates as the next stage sees them; may release each that has passed."""
 
     def close(self, before: Saved, after: Saved, round: Round, received: Received) -> Saved:
         """The run after the round, given the one with the aggregate. Raises what must undo it."""
 
     def record(self) -> Mapping[str, Any]:
-        """What is noted of it in the round's line of rounds.jsonl."""
+        """The stage's entries in the round's line of rounds.jsonl."""
 
 
 def stages(setting: Setting, session: Session) -> list[Stage]:
-    """Those that this run has, in their order."""
+    """The stages of this run, in their order."""
     config, found = setting.config, list[Stage]()
     if Honesty.applies(setting, session):
         found.append(Honesty(setting, session))
@@ -56,7 +56,7 @@ def stages(setting: Setting, session: Session) -> list[Stage]:
         found.append(ClientPrivacy(setting, session))
     found += [Proving(setting, session), Certification(setting, session)]
     if server_optimizers.build_optimizer(config.server):
-        found.append(ServerOptimizer(setting))
+        found.append(ServerOptimization(setting))
     if setting.planner.devices:
         found.append(DeviceClock(setting))
     return found
@@ -96,7 +96,7 @@ class ClientPrivacy:
         self.setting, self.session, self.mechanism = setting, session, session.central
 
     def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:
-        """Check and pay.
+        """Check that the round can be private, and charge the budget for it.
 
         Raises:
             StrategyError: these clients, or this strategy, cannot be made private.
@@ -118,7 +118,7 @@ class ClientPrivacy:
         return {"privacy": self.mechanism.record()}
 
 
-class ServerOptimizer:
+class ServerOptimization:
     """A step of server.optimizer from the state before toward the aggregate."""
 
     def __init__(self, setting: Setting) -> None:

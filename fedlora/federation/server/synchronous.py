@@ -1,4 +1,4 @@
-"""A round's replies in the order of its cohort: who is asked answers, or is left out.
+"""Synchronous rounds: replies in the cohort's order; a client that fails to answer is left out.
 
 `uploads` is one of three ways to fill a round; the others are `secure_rounds.uploads`, which
 gives sums in place of single updates, and `asynchronous.uploads`, which waits for the first few.

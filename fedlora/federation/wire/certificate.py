@@ -48,7 +48,7 @@ def masked_shapes(names: Iterable[str]) -> dict[tuple[str, str], tuple[int, ...]
 
 
 def without_masked(shapes: Shapes) -> dict[tuple[str, str], tuple[int, ...]]:
-    """The inverse: what strategies know of."""
+    """The inverse: the shapes that strategies know of."""
     return {(c, n): shape for (c, n), shape in shapes.items() if not n.startswith(WITHIN)}
 
 

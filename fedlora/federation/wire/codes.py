@@ -7,7 +7,7 @@ The words of an error travel beside its code, for a person to read. What a clien
 reports, on one line and cut, and nothing is decided by it. A client may lie about its code too;
 what that can buy it is in `Received.spent`.
 
-No torch here: `handover` answers without it.
+No torch here: client/dispatch.py answers without it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LONGEST = 500
 
 
 class Code(IntEnum):
-    """Of an error reply. Above Flower's own, which it sends for a node that went away."""
+    """The code of an error reply. Above Flower's own, as for a node that went away."""
 
     FAILED = 101
     """An error that fedlora raises for a user; and any code that nobody knows."""
@@ -49,7 +49,7 @@ class FailureKind(StrEnum):
     LATE = "late"
     LOST = "lost"
     """Its worker or its node is gone."""
-    ALONE = "alone"
+    ONLY_OF_ITS_RANKS = "alone"
     """The server left it out of a secure aggregation: what it sends would be no sum."""
 
 
@@ -74,7 +74,7 @@ def code_of(error: Exception) -> Code:
 
 
 def kind_of(code: int) -> FailureKind:
-    """The kind of failure that an error reply of this code is, whoever made it up."""
+    """The kind of failure that an error reply of this code is, whatever sent it."""
     return KINDS.get(code, FailureKind.FAILED)
 
 
@@ -93,7 +93,7 @@ class Refusal:
 
     @classmethod
     def of(cls, error: Exception) -> "Refusal":
-        """What an answer is refused for that raised this where it was read."""
+        """The refusal of an answer that raised this error when it was read."""
         if isinstance(error, ClientError):
             return cls(kind_of(error.code), str(error))
         return cls(FailureKind.BAD, str(error))

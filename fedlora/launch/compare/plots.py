@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from fedlora.launch.compare.row import Row
-from fedlora.reports import html as page
+from fedlora.reports import html
 from fedlora.reports.axes import GREY, by_round, client_rows, new_figure, share, tall, with_legend
 from fedlora.reports.html import drawn
 from fedlora.reports.outcome import finite
 from fedlora.reports.run_files import RunFiles
 
-COLOURS = (*page.COLOURS, GREY, "#f472b6", "#38bdf8", "#facc15")
+COLOURS = (*html.COLOURS, GREY, "#f472b6", "#38bdf8", "#facc15")
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -31,7 +31,7 @@ def label(r: Row) -> str:
 
 
 def look(n: int) -> dict[str, Any]:
-    """A colour, and where they are used up another dash."""
+    """A row's colour, and another dash where the colours are used up."""
     return {"color": COLOURS[n % len(COLOURS)],
             "linestyle": DASHES[n // len(COLOURS) % len(DASHES)]}  # fmt: skip
 

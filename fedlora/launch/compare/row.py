@@ -37,7 +37,7 @@ class Row:
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against each of its runs that something speaks against."""
+        """The warnings of each of its runs that has any."""
         return [
             f"seed {run.summary['seed']}: {' '.join(run.summary['warnings'])}"
             for run in self.runs

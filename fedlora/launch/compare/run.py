@@ -102,7 +102,7 @@ def search(
     workers: int,
     say: Any = print,
 ) -> None:
-    """Give every cell, of the values in [compare.search], those that its strategy scores best with.
+    """Give every cell the values in [compare.search] with which its strategy scores best.
 
     Of equals it is the first. A strategy whose config is refused keeps what it has.
 
@@ -136,7 +136,7 @@ def _standing(cell: Cell) -> float:
 def equal_bytes(
     experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = print
 ) -> None:
-    """Give every cell the rounds that move the first strategy's bytes."""
+    """Give every cell as many rounds as move the bytes of the first strategy."""
     sizes: dict[tuple[str, str], Cell] = {}
     for cell in grid:
         key = (cell.variant, cell.strategy)

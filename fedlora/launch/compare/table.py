@@ -34,7 +34,7 @@ def target_of(rows: Sequence[Row]) -> float | None:
 
 
 def compared(rows: Sequence[Row]) -> str:
-    """Fill in each row's difference from the first of its variant, seed by seed; what that is.
+    """Fill in each row's difference from the first of its variant, seed by seed; the first's name.
 
     Where a variant has one strategy only, the difference is from the table's first row.
     """
@@ -108,8 +108,8 @@ def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*head, *(title for title, _, _ in shown)], body
 
 
-def refusals(rows: Sequence[Row]) -> list[str]:
-    """What has no result, each with its reason."""
+def without_result(rows: Sequence[Row]) -> list[str]:
+    """The rows without a result, each with its reason."""
     return [f"{r.name}: {r.reason or 'no result'}" for r in rows if not r.runs]
 
 
@@ -184,8 +184,8 @@ def as_markdown(
     if warned := marked(rows):
         lines += [f"Marked {MARK}:", "", *(f"- {text}" for text in warned), ""]
     lines += notes(rows, target, search)
-    if refused := refusals(rows):
-        lines += ["", "Without a result:", "", *(f"- {r}" for r in refused)]
+    if missing := without_result(rows):
+        lines += ["", "Without a result:", "", *(f"- {r}" for r in missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -225,8 +225,8 @@ BODY = """<pre>{{ claim }}</pre>
 {% endif %}
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}
-{% if refused %}<h2>Without a result</h2>
-<ul>{% for r in refused %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}
+{% if missing %}<h2>Without a result</h2>
+<ul>{% for r in missing %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}
 {% for name in plots %}{{ figure(name, plots[name]) }}
 {% endfor %}
 """
@@ -241,9 +241,10 @@ def as_html(
     plots: Mapping[str, bytes],
     search: Search = NONE,
 ) -> str:
-    """One page that needs nothing beside it."""
+    """One self-contained HTML page."""
     head, body = texts(rows)
     return render(
         BODY, plots, title=title, claim=claim, command=command, head=head, body=body,
-        notes=notes(rows, target, search), refused=refusals(rows), mark=MARK, marked=marked(rows),
+        notes=notes(rows, target, search), missing=without_result(rows), mark=MARK,
+        marked=marked(rows),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The nodes' door: a reverse proxy that lets /v1/fleet/* pass and nothing else.
+"""The gate of a deployment: a reverse proxy that lets /v1/fleet/* pass and nothing else.
 
     python -m fedlora.launch.deploy.gate --listen 0.0.0.0:9443 --upstream 127.0.0.1:8000 \
         --ca ca.crt --certificate server.pem --key server.key
@@ -30,7 +30,7 @@ class TooLargeError(Exception):
 
 
 class Gate:
-    """An ASGI app."""
+    """The proxy, as an ASGI app."""
 
     def __init__(self, client: httpx.AsyncClient, limit: int) -> None:
         self.client = client

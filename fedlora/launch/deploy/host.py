@@ -179,7 +179,7 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
 
 
 def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: float = 3.0) -> str:
-    """Say each round as it is on record, until the run ends; its last status."""
+    """Print each round as it is recorded, until the run ends; the run's last status."""
     rounds, seen = directory / "rounds.jsonl", 0
     status = ""
     answered = time.monotonic()

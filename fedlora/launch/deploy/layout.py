@@ -106,9 +106,9 @@ def _expressible(config: Config) -> bool:
 
 def _write_rows(plan: Plan, config: Config) -> None:
     """Each node's part of the experiment's data, as files of its own for it to replace."""
-    from fedlora.training import cache as site
+    from fedlora.training import cache
 
-    corpus, d = site.corpus(config), config.data
+    corpus, d = cache.corpus(config), config.data
     for i in range(plan.clients):
         rows = corpus.client(i)
         for name, part in (("train", rows.train), ("test", rows.test)):

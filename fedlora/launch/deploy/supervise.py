@@ -201,7 +201,7 @@ def read_state(plan: Plan) -> dict[str, Any]:
 
 
 def is_running(entry: dict[str, Any]) -> bool:
-    """Is this the very process that was written down, and not another of its number?"""
+    """Is this the process that was recorded, and not a later one with the same id?"""
     try:
         process = psutil.Process(entry["pid"])
         same = abs(process.create_time() - entry["created"]) < 1.0

@@ -60,13 +60,13 @@ class Worker:
         from flwr.supercore.task_identity import TaskIdentity
 
         from fedlora.launch.client_reply import reply
-        from fedlora.training import cache as site
+        from fedlora.training import cache
 
         kind, message, context = unpack(data)
         TaskIdentity.task_id = 0  # what Message() reads its run and node from
         TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, context.node_id
         if context.run_id != self.run:  # its operator may have changed the data in between
-            site.forget_data()
+            cache.forget_data()
             self.run = context.run_id
         answered = reply(kind, message, context)
         return bytes(message_to_proto(answered).SerializeToString())

@@ -28,10 +28,10 @@ from fedlora.launch.doctor.finding import Finding
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
 from fedlora.privacy.rehearsal import check_first
-from fedlora.privacy.training import Plan
+from fedlora.privacy.training import PrivacyPlan
 from fedlora.reports import observers
 from fedlora.strategies.base import Client, Round, Start, Strategy
-from fedlora.strategies.forms import promise
+from fedlora.strategies.forms import guarantee
 from fedlora.training import cache as site
 from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
@@ -142,7 +142,7 @@ def _budget(config: Config, corpus: Corpus) -> Iterator[Finding]:
     refusals = []
     for n in {sizes[0], sizes[-1]}:
         try:
-            Plan.of(config, n)
+            PrivacyPlan.of(config, n)
         except PrivacyError as e:
             refusals.append(str(e))
     if refusals:
@@ -267,7 +267,7 @@ def _size(config: Config, model: Model, strategy: Strategy[Any], largest: int) -
     )
     yield Finding(
         "ok",
-        f"plan: {config.strategy.name} ({promise(model.form, strategy)}), "
+        f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "
         f"{config.run.rounds} rounds of {per_round} clients, "
         f"lr {config.train.lr:g} ({config.train.lr_schedule})",
     )

@@ -19,9 +19,9 @@ from fedlora.launch.lab.membership import alignment, confidence, half_width, lir
 from fedlora.launch.lab.plan import Lab, Row
 from fedlora.launch.lab.seat import Change, Seat, joined, pick, train
 from fedlora.launch.lab.utility import losses
-from fedlora.privacy.training import Plan
+from fedlora.privacy.training import PrivacyPlan
 from fedlora.strategies.base import seeded
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import Encoded
 from fedlora.training.train import threads
 
@@ -78,7 +78,7 @@ def _at_once(config: Config, n: int, epochs: float) -> Config:
     """All the run's steps in one round; without privacy, epochs enough to learn rows by heart."""
     changes: dict[str, Any] = {"run.rounds": 1}
     if config.privacy.on:
-        plan = Plan.of(config, n)
+        plan = PrivacyPlan.of(config, n)
         changes |= {"train.steps": plan.steps * config.run.rounds}
         changes |= {"privacy.epsilon": 0.0, "privacy.noise-multiplier": plan.sigma}
     else:
@@ -145,7 +145,7 @@ def _one_round(config: Config, n: int) -> Config:
     """The run's noise for a client of n rows, with no budget that one round could run out of."""
     changes: dict[str, Any] = {"train.lr-schedule": "constant"}
     if config.privacy.on:
-        sigma = Plan.of(config, n).sigma
+        sigma = PrivacyPlan.of(config, n).sigma
         changes |= {"privacy.epsilon": 0.0, "privacy.noise-multiplier": sigma}
     return preflight.read({**config.flat(), **changes})
 
@@ -153,8 +153,8 @@ def _one_round(config: Config, n: int) -> Config:
 def _pool(lab: Lab, n: int) -> Encoded:
     """At most n training rows of all clients together, in an order of the lab's own."""
     config = lab.config
-    labels = site.corpus(config).labels
-    rows = joined([site.encoded("train", i, config, labels) for i in range(config.clients.count)])
+    labels = cache.corpus(config).labels
+    rows = joined([cache.encoded("train", i, config, labels) for i in range(config.clients.count)])
     order = torch.randperm(len(rows), generator=seeded(config.run.seed, 0, 0, "pool"))
     return pick(rows, order[:n])
 
@@ -163,7 +163,7 @@ def _pool(lab: Lab, n: int) -> Encoded:
 
 
 def canary(lab: Lab, mechanism: str, epsilon: float) -> Row:
-    """Epsilon measured where this much is claimed."""
+    """The epsilon measured of a mechanism that claims this epsilon."""
     _, delta, m = SHARP
     case = CASES[mechanism]
     found = audited(case, epsilon, delta, lab.size.canaries or m)
@@ -237,7 +237,7 @@ def _one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -
     if epsilon:
         whole = lab.at(strategy, epsilon)
         changes |= {
-            "privacy.noise-multiplier": Plan.of(whole, n).sigma,
+            "privacy.noise-multiplier": PrivacyPlan.of(whole, n).sigma,
             "privacy.clip-norm": whole.privacy.clip_norm,
             "privacy.sample-rate": 1.0,
         }

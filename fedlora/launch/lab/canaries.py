@@ -1,4 +1,4 @@
-"""A lower bound on epsilon, measured: many canaries, one run, and how many of them are told apart.
+"""A measured lower bound on epsilon: many canaries in one run, and how many are told apart.
 
 Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", 2023,
 https://arxiv.org/abs/2305.08846, theorem 5.2 and algorithm 1
@@ -85,7 +85,7 @@ class Case:
 def half_the_noise(
     params: Sequence[nn.Parameter], gradients: Gradients, C: float, sigma: float, chance: Chance
 ) -> Tensor:
-    """sigma / 2, while sigma is what is accounted."""
+    """Half the noise, sigma / 2, of what is accounted for, sigma."""
     return released(params, gradients, C, sigma / 2, chance)
 
 
@@ -145,13 +145,13 @@ guesses of k prove an epsilon of about log(k / 3) at most; fewer canaries blur."
 
 
 def mechanisms(epsilons: Sequence[float]) -> list[tuple[str, float]]:
-    """What is audited at which claim: the mechanism at the lab's budgets, then bugs planted."""
+    """What is audited at which claimed epsilon: the mechanism at each budget, then planted bugs."""
     sound = next(iter(CASES))
     return [*((sound, e) for e in epsilons if e and e != SHARP[0]), *((c, SHARP[0]) for c in CASES)]
 
 
 def audited(case: Case, epsilon: float, delta: float, m: int) -> float:
-    """What is measured of a case that claims this epsilon."""
+    """The measurements of a case that claims this epsilon."""
     sigma = calibrate(epsilon, delta, 1.0, case.releases)
     return audit(sigma, delta, m, case.release)
 

@@ -1,4 +1,4 @@
-"""`fedlora privacy ...`: ledgers read, and attacks on what a run would send."""
+"""`fedlora privacy ...`: prints ledgers, and attacks what a run would send."""
 
 import os
 import sys

@@ -39,7 +39,7 @@ def telling(members: Tensor, others: Tensor) -> tuple[float, float]:
 
 
 def half_width(auc: float, members: int, others: int) -> float:
-    """Of the 95 % interval about an AUC of so many independent scores.
+    """Half the width of the 95 % interval of an AUC of so many independent scores.
 
     Hanley and McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982.
     """
@@ -89,7 +89,7 @@ def _log_density(x: Tensor, mean: Tensor, s: Tensor) -> Tensor:
 def alignment(
     model: Model, rows: Encoded, change: Mapping[str, Mapping[str, Tensor]], size: int = 64
 ) -> Tensor:
-    """Cosine of each row's own gradient with the way that `change` went, (n,).
+    """Cosine of each row's own gradient with the direction of `change`, (n,).
 
     The model holds what the client was sent; `change`, by column and name, is what it sent back
     less that. A row's gradient is taken of the same columns, which are all that the server sees.

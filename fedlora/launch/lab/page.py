@@ -43,7 +43,7 @@ def percent(values: Sequence[float]) -> str:
 
 
 def by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows that agree in these labels, together."""
+    """The rows grouped by these labels."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[k] for k in keys), []).append(row)

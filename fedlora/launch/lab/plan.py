@@ -1,4 +1,4 @@
-"""The plan of a privacy lab: one experiment, what is to be measured of it, and where that lies.
+"""The plan of a privacy lab: one experiment, what to measure of it, and where the results lie.
 
 An experiment may say in its [audit] table what the lab compares:
 
@@ -37,8 +37,8 @@ KEYS = {"epsilons", "strategies", "seeds", "open", "at", "set", "quick"}
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much the attacks take."""
+class LabSize:
+    """How many rows, models and trials the attacks use."""
 
     pool: int = 240
     """Rows of which each shadow model has half."""
@@ -55,11 +55,11 @@ class Size:
     """0: as many as tell every planted bug."""
 
 
-QUICK = Size(40, 4, 2.0, (4,), 1, 9, (16,), 2000)
+QUICK = LabSize(40, 4, 2.0, (4,), 1, 9, (16,), 2000)
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One measurement: a row of one table."""
 
     part: str
@@ -82,7 +82,7 @@ class Lab:
     seeds: Sequence[int] = (0,)
     table: Mapping[str, Any] = field(default_factory=dict)
     """[audit], for what depends on strategy and budget."""
-    size: Size = Size()
+    size: LabSize = LabSize()
 
     @classmethod
     def load(
@@ -116,7 +116,7 @@ class Lab:
             found["epsilons"] = [
                 found["epsilons"][i] for i in sorted({0, len(found["epsilons"]) - 1})
             ]
-        lab = cls(config, out, **found, table=table, size=QUICK if quick else Size())
+        lab = cls(config, out, **found, table=table, size=QUICK if quick else LabSize())
         for strategy in lab.strategies:  # all that is wrong with them is said before anything runs
             for epsilon in lab.epsilons:
                 lab.at(strategy, epsilon)
@@ -146,10 +146,10 @@ class Lab:
 
     # -- what there is to measure ---------------------------------------------------------------
 
-    def jobs(self) -> list[Job]:
+    def measurements(self) -> list[Measurement]:
         """Everything, cheapest first; runs of one model one after the other, so it loads once."""
         small = {"strategy": self.strategies, "epsilon": self.epsilons}
-        found = [Job("canaries", dict(zip(("mechanism", "epsilon"), x, strict=True)))
+        found = [Measurement("canaries", dict(zip(("mechanism", "epsilon"), x, strict=True)))
                  for x in mechanisms(self.epsilons)]  # fmt: skip
         if self.config.model.task == "classification":
             found += grid("probe", seed=self.seeds, epsilon=self.epsilons)
@@ -159,15 +159,15 @@ class Lab:
         runs = grid("utility", seed=self.seeds, **small)
         return found + sorted(runs, key=self._loads)
 
-    def _loads(self, job: Job) -> tuple[int, str]:
+    def _loads(self, measurement: Measurement) -> tuple[int, str]:
         """What of a run's config makes it load another model."""
-        seed, strategy, epsilon = job.labels.values()
+        seed, strategy, epsilon = measurement.labels.values()
         return self.seeds.index(seed), str(self.at(strategy, epsilon).lora)
 
     # -- what was measured ---------------------------------------------------------------
 
     def open(self) -> None:
-        """Make the directory this experiment's, or see that it is."""
+        """Claim the directory for this experiment, or check that it is claimed."""
         path = self.out / "experiment.json"
         mine = {"config": self.config.flat(), "audit": dict(self.table), "size": asdict(self.size)}
         mine["config"] = {k: v for k, v in mine["config"].items() if not k.startswith("run.out")}
@@ -180,21 +180,21 @@ class Lab:
         (self.out / "rows").mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
 
-    def file(self, job: Job) -> Path:
-        return self.out / "rows" / f"{job.name}.json"
+    def file(self, measurement: Measurement) -> Path:
+        return self.out / "rows" / f"{measurement.name}.json"
 
-    def row(self, job: Job) -> Row | None:
+    def row(self, measurement: Measurement) -> Row | None:
         """What was measured; None where nothing was yet."""
-        path = self.file(job)
+        path = self.file(measurement)
         return json.loads(path.read_text()) if path.exists() else None
 
     def rows(self, part: str) -> list[Row]:
-        """What was measured of one part, in the order of its jobs."""
-        found = (self.row(job) for job in self.jobs() if job.part == part)
+        """What was measured of one part, in the order of its measurements."""
+        found = (self.row(m) for m in self.measurements() if m.part == part)
         return [row for row in found if row is not None]
 
 
-def grid(part: str, **axes: Sequence[Any]) -> list[Job]:
-    """One job for each combination; the last axis changes fastest."""
+def grid(part: str, **axes: Sequence[Any]) -> list[Measurement]:
+    """One measurement for each combination; the last axis changes fastest."""
     every = itertools.product(*axes.values())
-    return [Job(part, dict(zip(axes, values, strict=True))) for values in every]
+    return [Measurement(part, dict(zip(axes, values, strict=True))) for values in every]

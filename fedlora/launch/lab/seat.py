@@ -21,7 +21,7 @@ from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.training import private_fit
 from fedlora.strategies.base import Client, Download, Round, Start, Upload, travelling
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import Encoded
 from fedlora.training.model.model import Model
 from fedlora.training.train import fit
@@ -42,7 +42,7 @@ class Seat:
 
     def __post_init__(self) -> None:
         self.strategy: Any = self.config.build_strategy()
-        self.model: Model = site.model(self.config, site.corpus(self.config).labels)
+        self.model: Model = cache.model(self.config, cache.corpus(self.config).labels)
         top, pattern = max(self.config.clients.ranks), self.config.lora.rank_pattern
         self.layers = self.model.layers(patterned(self.model.shapes, top, pattern))
         first = self.model.init_factors(Client(-1, self.layers), self.config.run.seed)

@@ -23,7 +23,7 @@ from typing import Any
 
 from fedlora.errors import FedLoraError
 from fedlora.launch.lab import attacks, utility
-from fedlora.launch.lab.plan import Job, Lab, Row
+from fedlora.launch.lab.plan import Lab, Measurement, Row
 from fedlora.lora.tree_file import write_atomically
 from fedlora.reports.units import duration
 
@@ -39,17 +39,17 @@ PARTS: Mapping[str, Callable[..., Row]] = {
 
 
 def run(lab: Lab, workers: int = 1, say: Callable[[str], None] = print) -> None:
-    """Measure what has not been, `workers` rows at a time.
+    """Take the measurements that are missing, `workers` at a time.
 
     Raises:
         FedLoraError: the directory belongs to another experiment, or something could not be
             measured; everything else has been.
     """
     lab.open()
-    jobs = lab.jobs()
-    todo = [job for job in jobs if lab.row(job) is None]
-    if len(todo) < len(jobs):
-        say(f"{len(jobs) - len(todo)} of {len(jobs)} measurements are done already")
+    measurements = lab.measurements()
+    todo = [m for m in measurements if lab.row(m) is None]
+    if len(todo) < len(measurements):
+        say(f"{len(measurements) - len(todo)} of {len(measurements)} measurements are done already")
     with tempfile.TemporaryDirectory() as claims:
         children = [_forked(lab, todo, Path(claims), say) for _ in range(workers - 1)]
         try:
@@ -57,27 +57,27 @@ def run(lab: Lab, workers: int = 1, say: Callable[[str], None] = print) -> None:
         finally:
             for pid in children:
                 os.waitpid(pid, 0)
-    if missing := [job.name for job in todo if lab.row(job) is None]:
+    if missing := [m.name for m in todo if lab.row(m) is None]:
         raise FedLoraError(f"not measured: {', '.join(missing)}; the reasons stand above")
 
 
-def _work(lab: Lab, todo: Sequence[Job], claims: Path, say: Callable[[str], None]) -> None:
-    """Take jobs that no other process has taken, until there are none."""
-    for n, job in enumerate(todo, 1):
+def _work(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[str], None]) -> None:
+    """Take measurements that no other process has taken, until there are none."""
+    for n, measurement in enumerate(todo, 1):
         try:
             os.close(os.open(claims / str(n), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
         begun = time.monotonic()
         try:
-            row = {**job.labels, **PARTS[job.part](lab, **job.labels)}
+            row = {**measurement.labels, **PARTS[measurement.part](lab, **measurement.labels)}
         except FedLoraError as e:
-            say(f"[{n}/{len(todo)}] {job.name}: {type(e).__name__}: {e}")
+            say(f"[{n}/{len(todo)}] {measurement.name}: {type(e).__name__}: {e}")
             continue
         row["seconds"] = time.monotonic() - begun
-        write_atomically(lab.file(job), (json.dumps(row, indent=1) + "\n").encode())
+        write_atomically(lab.file(measurement), (json.dumps(row, indent=1) + "\n").encode())
         took = duration(row["seconds"])
-        say(f"[{n}/{len(todo)}] {job.name}: {brief(row, job.labels)}  {took}")
+        say(f"[{n}/{len(todo)}] {measurement.name}: {brief(row, measurement.labels)}  {took}")
 
 
 def brief(row: Row, labels: Mapping[str, Any]) -> str:
@@ -86,8 +86,8 @@ def brief(row: Row, labels: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in numbers[:3] if k != "seconds")
 
 
-def _forked(lab: Lab, todo: Sequence[Job], claims: Path, say: Callable[[str], None]) -> int:
-    """A process of its own that works on the same jobs; its id."""
+def _forked(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[str], None]) -> int:
+    """A process of its own that works on the same measurements; its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -103,7 +103,7 @@ def _forked(lab: Lab, todo: Sequence[Job], claims: Path, say: Callable[[str], No
 
 
 def main(lab: Lab, workers: int, command: str) -> Path:
-    """The whole command; where its report is. However it ends, the report has what was measured."""
+    """The whole command; its report's path. However it ends, the report has what was measured."""
     from fedlora.launch.lab.page import write
 
     def say(text: str) -> None:

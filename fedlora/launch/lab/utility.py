@@ -20,7 +20,7 @@ from fedlora.launch.lab.plan import Lab, Row
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.privacy.accounting import calibrate
 from fedlora.privacy.chance import Chance
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.data.batches import Encoded, eval_batches
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses, threads
@@ -52,8 +52,8 @@ def federation(lab: Lab, seed: int, strategy: str, epsilon: float) -> Row:
 def _threshold(server: FederatedLora) -> Row:
     """Are a client's losses on the final model lower than unseen rows'? (Yeom et al., 2018)"""
     config = server.setting.config
-    seen = site.encoded("train", min(server.run.members), config, server.setting.labels)
-    others = site.encoded("central", -1, config, server.setting.labels)
+    seen = cache.encoded("train", min(server.run.members), config, server.setting.labels)
+    others = cache.encoded("central", -1, config, server.setting.labels)
     with threads(config.train.threads):
         members, strangers = (-losses(server.setting.model, rows) for rows in (seen, others))
     auc, _ = telling(members, strangers)
@@ -94,7 +94,7 @@ class Features:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.corpus = site.corpus(config)
+        self.corpus = cache.corpus(config)
         self.names = {label: i for i, label in enumerate(self.corpus.labels)}
         self.clients = [self._known(c.train) for c in self.corpus.clients]
         self.test = self._known(self.corpus.test)
@@ -102,7 +102,7 @@ class Features:
     def _known(self, rows: Any) -> tuple[Tensor, Tensor]:
         from fedlora.training.features import frozen_features
 
-        model = site.model(self.config, self.corpus.labels)
+        model = cache.model(self.config, self.corpus.labels)
         x = torch.nn.functional.normalize(frozen_features(model, rows.text, self.config))
         y = torch.tensor([self.names[label] for label in rows.label])
         return torch.cat([x, torch.ones(len(x), 1)], 1), y

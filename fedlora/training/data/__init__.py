@@ -1,1 +1,1 @@
-"""Rows, from wherever they lie to batches."""
+"""Data: from a source of rows to batches of token ids."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from datasets import Dataset
 
-from fedlora.config.sections import Data
+from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.partition import partition
@@ -85,7 +85,7 @@ class Corpus:
         return self.clients[i]
 
 
-def load(data: Data, task: Task, clients: int, seed: int) -> Corpus:
+def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     """The corpus of a run: the same for the same arguments, and no global RNG is touched.
 
     With an empty `data.path` there is only the central test set of `data.test-path`, and every
@@ -110,7 +110,7 @@ def load(data: Data, task: Task, clients: int, seed: int) -> Corpus:
     return Corpus(labels, test, tuple(own))
 
 
-def _called(data: Data, task: Task, clients: int, seed: int) -> Corpus:
+def _called(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     """The corpus of the user's own function: each client's rows, and those of the central test."""
     every = [_own_rows(data, task, "data.path", data.path, i) for i in (None, *range(clients))]
     if data.dedupe:  # a client has no row of the central test set, as with data.test-path
@@ -130,7 +130,7 @@ def _called(data: Data, task: Task, clients: int, seed: int) -> Corpus:
 COLUMNS = ("text", "label", "response")
 
 
-def _own_rows(data: Data, task: Task, key: str, name: str, client: int | None) -> Rows:
+def _own_rows(data: DataConfig, task: Task, key: str, name: str, client: int | None) -> Rows:
     """What the user's function gives for a client, or for None: the central test rows."""
     whose = "the central test rows" if client is None else f"client {client}'s rows"
     live = find(key, name)
@@ -141,7 +141,7 @@ def _own_rows(data: Data, task: Task, key: str, name: str, client: int | None) -
 
 
 def load_node(
-    data: Data, task: Task, labels: Sequence[str], seed: int = 0, client: int = 0
+    data: DataConfig, task: Task, labels: Sequence[str], seed: int = 0, client: int = 0
 ) -> ClientRows:
     """A deployed client's rows: `data.node-path` whole. `labels` is what the server sent.
 
@@ -168,7 +168,7 @@ def load_node(
     return _client(rows, data, seed, 0)
 
 
-def load_calibration(data: Data, task: Task, path: str, corpus: Corpus) -> Rows:
+def load_calibration(data: DataConfig, task: Task, path: str, corpus: Corpus) -> Rows:
     """The rows of lora.calibration: none of the corpus's own, as far as this process can tell.
 
     Raises:
@@ -196,12 +196,12 @@ def describe(corpus: Corpus) -> dict[int, dict[str, int]]:
 # -- rows --------------------------------------------------------------------------------------
 
 
-def _rows(data: Data, key: str, path: str, task: Task) -> Rows:
+def _rows(data: DataConfig, key: str, path: str, task: Task) -> Rows:
     """The distinct rows of a source. Those without text, label or response are left out, noted."""
     return _rows_of(read(data, key, path), data, key, path, task)
 
 
-def _rows_of(table: Dataset, data: Data, key: str, path: str, task: Task) -> Rows:
+def _rows_of(table: Dataset, data: DataConfig, key: str, path: str, task: Task) -> Rows:
     """The distinct, whole rows of a table that `path` names."""
     renames = dict(pair.split("=", 1) for pair in data.map)
     label, response, group = [], [], []
@@ -245,7 +245,7 @@ def _distinct(rows: Rows) -> Rows:
     return rows.select(seen.values())
 
 
-def _labels(rows: Rows, data: Data, task: Task) -> tuple[str, ...]:
+def _labels(rows: Rows, data: DataConfig, task: Task) -> tuple[str, ...]:
     if task == "causal-lm":
         return ()
     labels = tuple(sorted(set(rows.label)))
@@ -286,14 +286,14 @@ def _split(rows: Rows, size: int, generator: torch.Generator) -> tuple[Rows, Row
     )
 
 
-def _limited(rows: Rows, data: Data, seed: int) -> Rows:
+def _limited(rows: Rows, data: DataConfig, seed: int) -> Rows:
     if not 0 < data.limit < len(rows):
         return rows
     return _split(rows, data.limit, seeded(seed, 0, 0, "data.limit"))[0]
 
 
 def _apart(
-    pool: Rows, data: Data, task: Task, labels: Sequence[str], seed: int
+    pool: Rows, data: DataConfig, task: Task, labels: Sequence[str], seed: int
 ) -> tuple[Rows, Rows]:
     """The central test set, and the clients' pool without it, shuffled."""
     generator = seeded(seed, 0, 0, "data.test-size")
@@ -311,7 +311,7 @@ def _apart(
     return _split(pool, data.test_size, generator)
 
 
-def _client(rows: Rows, data: Data, seed: int, client: int) -> ClientRows:
+def _client(rows: Rows, data: DataConfig, seed: int, client: int) -> ClientRows:
     """Its rows split in two, with at least one on each side where there are two."""
     n = len(rows)
     size = max(1, round(n * data.client_test_fraction)) if data.client_test_fraction else 0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from fedlora.config.sections import Data
+from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.tables import quoted
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def partition(
-    size: int, label: Sequence[str], group: Sequence[str], data: Data, clients: int, seed: int
+    size: int, label: Sequence[str], group: Sequence[str], data: DataConfig, clients: int, seed: int
 ) -> list[list[int]]:
     """Row numbers by client, two rows a client at least (one, where it holds out none to test).
 
@@ -54,7 +54,9 @@ def partition(
     return parts
 
 
-def _check(size: int, label: Sequence[str], group: Sequence[str], data: Data, clients: int) -> None:
+def _check(
+    size: int, label: Sequence[str], group: Sequence[str], data: DataConfig, clients: int
+) -> None:
     if data.partition == "natural" and (values := len(set(group))) != clients:
         raise DataError(
             f'data.natural-column = "{data.natural_column}" has {values} values, one a client: '
@@ -74,7 +76,7 @@ def _check(size: int, label: Sequence[str], group: Sequence[str], data: Data, cl
         raise DataError(f"clients.count = {clients}, but there are only {size} rows to share")
 
 
-def _parts(table: Dataset, data: Data, clients: int, seed: int) -> list[list[int]]:
+def _parts(table: Dataset, data: DataConfig, clients: int, seed: int) -> list[list[int]]:
     """Row numbers by client, as flwr-datasets partitions them.
 
     Its IidPartitioner gives the same as the line here, at 5 ms a client.
@@ -106,7 +108,7 @@ def _parts(table: Dataset, data: Data, clients: int, seed: int) -> list[list[int
         ) from None
 
 
-def _remedy(data: Data, clients: int) -> str:
+def _remedy(data: DataConfig, clients: int) -> str:
     fewer = f"lower clients.count = {clients}"
     return {
         "iid": fewer,

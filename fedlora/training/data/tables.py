@@ -29,14 +29,14 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 
-from fedlora.config.sections import Data
+from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.locate import locate
 
 log = logging.getLogger(__name__)
 
 
-def read(data: Data, key: str, path: str) -> Dataset:
+def read(data: DataConfig, key: str, path: str) -> Dataset:
     """The table at `path`, the value of the config's `key`. Of several splits, `data.split`.
 
     A file is read by its suffix: .jsonl, .json, .csv, .tsv, .parquet; any other is text, one row
@@ -96,7 +96,7 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in shown[:8]) + (", ..." if len(shown) > 8 else "")
 
 
-def _reader(data: Data, key: str, path: str, cache: str) -> Callable[[], Any]:
+def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], Any]:
     place = Path(locate(path))
     kind = place.suffix.lower()
     local = {"cache_dir": cache, "keep_in_memory": True}
@@ -150,7 +150,7 @@ def _csv(place: Path, separator: str, encoding: str) -> Dataset:
     return Dataset.from_pandas(cells, preserve_index=False)
 
 
-def _text(place: Path, data: Data) -> Dataset:
+def _text(place: Path, data: DataConfig) -> Dataset:
     try:
         pattern = re.compile(data.line_pattern)
     except re.error as e:

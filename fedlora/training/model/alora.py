@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor
 
-from fedlora.config.sections import Model as ModelConfig
+from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.training.model.loading import load_tokenizer
 

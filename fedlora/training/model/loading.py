@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedlora.config.sections import Model as ModelConfig
+from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedlora.config.sections import Model as ModelConfig
+from fedlora.config.sections import ModelConfig
 from fedlora.lora.adapter import Pair
 from fedlora.strategies.base import Layer
 from fedlora.training.model.loading import load_base

@@ -19,7 +19,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedlora.config.sections import Model as ModelConfig
+from fedlora.config.sections import ModelConfig
 from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import accumulate
 from fedlora.strategies.base import Version

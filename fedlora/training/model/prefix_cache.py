@@ -4,7 +4,7 @@ Where only the last layers train, the states that enter the first of them are a 
 example alone. They are always computed in groups of GROUP examples whose lengths round up to the
 same multiple of WIDTH, padded to it, short groups filled up: a matrix product's order of summation
 depends on its size, and this one's size on the example alone. So the states are the same bits
-whoever computes them, when, and for whichever batch, and what was forgotten for want of room
+whichever client computes them, when, and for which batch, and what was forgotten for want of room
 comes back to the same bits. Computed in the batches as they come (train.prefix-cache = 0) they
 differ by rounding.
 
