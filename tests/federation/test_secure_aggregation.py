@@ -26,7 +26,7 @@ from fedlora.federation.secure import masking
 from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, encode, folded, kinds_of
-from fedlora.federation.server.admission import alone
+from fedlora.federation.server.admission import only_of_their_ranks
 from fedlora.federation.server.exchange import Schemas
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.doctor.the_run import experiment as examined
@@ -379,7 +379,7 @@ def test_a_strategy_that_needs_single_updates_is_refused_before_anything_is_sent
 def test_a_client_alone_of_its_rank_is_refused_before_round_1(settings: Settings) -> None:
     with pytest.raises(StrategyError, match=r"client 4 is the only one of rank 5.*would be no sum"):
         federate(settings(**five(**{"clients.ranks": "2,2,2,2,5"})))
-    assert not list(alone(make_clients([2, 5, 5, 2])))
+    assert not list(only_of_their_ranks(make_clients([2, 5, 5, 2])))
 
 
 @pytest.mark.parametrize(
