@@ -19,7 +19,6 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row, forked, paired, spent
 from fedlora.config.reader import Config
-from fedlora.federation.client.job import read_config
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import Client, seeded
 from fedlora.training import cache
@@ -101,7 +100,7 @@ def _loaded(config: Config) -> Any:
 @naive.train()
 def _naive(message: Message, context: Context) -> Message:
     """FlowerTune's `train`, for a classifier: what its client does in each call, in its order."""
-    config = read_config(context)
+    config = Config.read(context.run_config)
     corpus = cache.corpus(config)
     rows = corpus.client(int(context.node_config["partition-id"])).train
     tokenizer, model = load_tokenizer(config.model), _loaded(config)

@@ -7,6 +7,7 @@ keys be overridden that it lists, and a test keeps the two equal.
 """
 
 import difflib
+import hashlib
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ from fedlora.errors import ConfigError, StrategyError
 from fedlora.strategies import Strategy, list_strategies, registry
 
 Scalar = bool | int | float | str
+
+NOT_THE_EXPERIMENT = ("run.resume", "run.out", "run.name", "output.", "simulate.", "round.wait")
+"""Keys that may change between a run and its continuation."""
 
 
 class Config(Section):
@@ -137,6 +141,11 @@ class Config(Section):
         """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
         left = {"strategy": strategy_tables(self.strategy)}
         return _dotted({**self.model_dump(), **left})
+
+    def identity(self) -> str:
+        """A digest of all that decides a run's results: equal on its server and its clients."""
+        decides = {k: v for k, v in self.flat().items() if not k.startswith(NOT_THE_EXPERIMENT)}
+        return hashlib.sha256(repr(sorted(decides.items())).encode()).hexdigest()[:16]
 
     def toml(self) -> str:
         """Every key as a TOML file: what a run's directory keeps."""

@@ -76,7 +76,7 @@ def answer(
             return came
         from fedlora.launch.client_reply import handler_of
 
-        return Message(handler_of(kind, context)(message, context), reply_to=message)
+        return Message(handler_of(kind, message, context)(message, context), reply_to=message)
     except Exception as e:  # an import that fails, too: without a reply the server waits long
         return failed(e, message)
 

@@ -16,6 +16,7 @@ from fedlora.federation.client import handlers
 from fedlora.federation.client.dispatch import HANDLERS, failed
 from fedlora.federation.client.handlers import Handler
 from fedlora.federation.client.job import read_config
+from fedlora.federation.wire.messages import job_of
 from fedlora.training import user_code
 
 UNCHECKED = ("query",)
@@ -25,19 +26,19 @@ UNCHECKED = ("query",)
 def reply(kind: str, message: Message, context: Context) -> Message:
     """The reply to a message of this kind, or an error reply with the reason. Never nothing."""
     try:
-        return Message(handler_of(kind, context)(message, context), reply_to=message)
+        return Message(handler_of(kind, message, context)(message, context), reply_to=message)
     except Exception as e:
         return failed(e, message)
 
 
-def handler_of(kind: str, context: Context) -> Handler:
+def handler_of(kind: str, message: Message, context: Context) -> Handler:
     """The function that answers a message of this kind on this node.
 
     Raises:
         ConfigError: the node's config cannot run, or names code that the node was not told of.
     """
     if kind not in UNCHECKED:
-        config = read_config(context)
+        config = read_config(context, job_of(message.content))
         if found := (*_problems(config), *_strange(config, context)):
             raise ConfigError([*found])
     handler: Handler = getattr(handlers, HANDLERS[kind])

@@ -28,8 +28,9 @@ class Federation:
 
     strategy: an object, or a registered class, in place of the one that the config names.
     model, tokenizer, data, loss, metrics: the user's own, each a function of a module or its name,
-    "package.module:function"; see fedlora/training/user_code.py. They go into the config, so that
-    the clients, whose app names them too (`make_client_app`), find the same.
+    "package.module:function"; see fedlora/training/user_code.py. They go into the config and to the
+    clients, whose app names them too (`make_client_app`). The config itself is the one that Flower
+    gives the clients as well, `Config.read(context.run_config)`: they refuse another.
     observers: told of each round as it ends.
 
     >>> from fedlora import Config
@@ -58,7 +59,9 @@ class Federation:
         """
         self.config = with_own(config, strategy, model, tokenizer, data, loss, metrics)
         preflight.check(self.config)
-        self._server = Server(self.config, together([observer or Silent(), *observers]))
+        was, now = config.flat(), self.config.flat()
+        changes = {key: value for key, value in now.items() if value != was[key]}
+        self._server = Server(self.config, together([observer or Silent(), *observers]), changes)
 
     def start(self, grid: Grid) -> Result:
         """Run to the end: see `FederatedLora.start`. `Result.arrays` is the final adapter."""

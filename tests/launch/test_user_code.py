@@ -268,6 +268,26 @@ def test_two_flower_apps_of_ones_own(settings: Settings) -> None:
     assert Ran(directory_of(given)).rounds[-1]["round"] == 2
 
 
+def test_a_client_refuses_a_server_that_changed_its_config_by_itself(settings: Settings) -> None:
+    """Or it would train at another rate, or with another strategy's client half, in silence."""
+    given = Config.read(settings(**quick("fedavg")))
+    changed = Config.read({**given.flat(), "train.lr": 0.1})
+    with (
+        LocalGrid(client_app(), 3, given.flat()) as grid,
+        pytest.raises(FedLoraError, match=r"run config has digest \w+, must be the server's"),
+    ):
+        Federation(changed).start(grid)
+
+
+def test_what_federation_was_given_reaches_the_clients(settings: Settings) -> None:
+    given = Config.read(settings(**quick("fedsa")) | {"clients.ranks": "3"})
+    with LocalGrid(client_app(), 3, given.flat()) as grid:
+        Federation(given, strategy=STRATEGIES["fedavg"]()).start(grid)
+    by_argument = Ran(Path(given.run.out, given.run.name))
+    named_so = federate(settings(**quick("fedavg"), **{"run.name": "named"}))
+    assert by_argument.adapter == named_so.adapter
+
+
 def test_an_app_hands_its_names_to_the_nodes_worker() -> None:
     """In the node config, which goes with the message; what the node says itself comes first."""
     app = make_client_app(data="mine:rows", loss="mine:loss")

@@ -19,6 +19,7 @@ from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server import admission
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.wire.codes import Code
+from fedlora.federation.wire.messages import Job
 from fedlora.launch import client_reply
 from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
@@ -354,7 +355,9 @@ def test_the_config_knows_no_combinations() -> None:
 
 def asked(kind: str, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Message:
     grid = LocalGrid(client_app, 1, {})
-    message = Message(RecordDict(), 1000, "train" if kind == "train" else "query")
+    digest = Config.read(run_config).identity()
+    job = Job(1, "run", "start", 0, {}, 0, 0, "", (), config=digest).record()
+    message = Message(RecordDict({"job": job}), 1000, "train" if kind == "train" else "query")
     _name(message)
     context = grid.contexts[1000]
     context.run_config, context.node_config = dict(run_config), dict(node_config)

@@ -17,12 +17,12 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedlora.config.reader import Config
-from fedlora.errors import ModelError, PrivacyError, TrainingCheckError
+from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.federation.client import error_feedback, witness
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure.terms import Terms
-from fedlora.federation.wire.messages import Job, unpack_download, unpack_pairs
+from fedlora.federation.wire.messages import Job, job_of, unpack_download, unpack_pairs
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
@@ -74,8 +74,8 @@ class ClientJob:
     @classmethod
     def open(cls, message: Message, context: Context) -> "ClientJob":
         """The job that a message brings, under this node's own settings."""
-        config = read_config(context)
-        job = Job.read(message.content.config_records["job"])
+        job = job_of(message.content)
+        config = read_config(context, job)
         root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
         memory = ClientMemory(root, job.client, job.token)
         bare = "download" not in message.content.config_records
@@ -230,15 +230,28 @@ class ClientJob:
         return RecordDict({"reply": ConfigRecord(tag), **records})
 
 
-def read_config(context: Context) -> Config:
-    """The run config, with this node's own settings (data path, memory directory) in place."""
+def read_config(context: Context, job: Job) -> Config:
+    """The run config, with this node's own settings (data path, memory directory) in place.
+
+    Raises:
+        ConfigError: it is not the server's.
+    """
+    shared = {**context.run_config, **job.changes}
+    if (mine := Config.read(shared).identity()) != job.config:
+        raise ConfigError(
+            [
+                f"client {job.client}'s run config has digest {mine}, must be the server's, "
+                f"{job.config}: give `Federation` the config of context.run_config, changes as its "
+                "arguments or in the run config, and use one version of fedlora everywhere"
+            ]
+        )
     own = {
         "data.node-path": context.node_config.get("data-path"),
         "output.client-memory": context.node_config.get("memory"),
         "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
         "secure.aggregation": context.node_config.get("secure-aggregation"),
     }
-    given = {**context.run_config, **{key: value for key, value in own.items() if value}}
+    given = {**shared, **{key: value for key, value in own.items() if value}}
     return Config.read(given)
 
 

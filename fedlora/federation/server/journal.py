@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.reader import Config
+from fedlora.config.reader import NOT_THE_EXPERIMENT, Config
 from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.lora import tree_file
 from fedlora.lora.adapter import Delta
@@ -25,8 +25,6 @@ from fedlora.strategies.server_optimizers import Moments
 from fedlora.training import user_code
 
 KEPT_CHECKPOINTS = 2
-NOT_THE_EXPERIMENT = ("run.resume", "run.out", "run.name", "output.", "simulate.", "round.wait")
-"""Keys that may change between a run and its continuation."""
 
 
 @dataclass(frozen=True)

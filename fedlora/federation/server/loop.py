@@ -61,8 +61,13 @@ class FederatedLora:
     run's directory; `Result.arrays` is the final adapter.
     """
 
-    def __init__(self, config: Config, observer: Observer | None = None) -> None:
-        self.setting = Setting.of(config)
+    def __init__(
+        self,
+        config: Config,
+        observer: Observer | None = None,
+        changes: Mapping[str, Any] = {},
+    ) -> None:
+        self.setting = Setting.of(config, changes)
         self.observer: Observer = observer or Silent()
         self.session = Session.of(self.setting, self.observer)
         self.run = Saved("", None, {}, {}, 0.0)

@@ -48,9 +48,11 @@ class Setting:
     """What the strategy promises of this form of adapter."""
     planner: Planner
     journal: Journal
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the config that the clients' does not have so: see `Federation`."""
 
     @classmethod
-    def of(cls, config: Config) -> "Setting":
+    def of(cls, config: Config, changes: Mapping[str, Any] = {}) -> "Setting":
         """Loads the data and the model.
 
         Raises:
@@ -60,7 +62,8 @@ class Setting:
         model = cache.model(config, corpus.labels)
         guarantee = forms.guarantee(model.form, strategy)
         planner = Planner(config, model)
-        return cls(config, strategy, model, corpus, guarantee, planner, Journal(config))
+        journal = Journal(config)
+        return cls(config, strategy, model, corpus, guarantee, planner, journal, changes)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -185,6 +188,8 @@ def message(
         last_round=member.last_round,
         cuts=cuts(setting, run),
         code=user_code.identity(config),
+        config=config.identity(),
+        changes=setting.changes,
     )
     content = RecordDict()
     if not bare:

@@ -5,9 +5,10 @@ little-endian bytes, or for "int8" and "int4" those of `quantize`. No built-in s
 can read that type, so none can average adapters by mistake. Nothing here is pickled.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -257,6 +258,10 @@ class Job:
     """Where A alone is shared, all clients' ranks: see `certificate.names_of`."""
     code: str = ""
     """A digest of the user's own code, where the config names any: see `user_code.identity`."""
+    config: str = ""
+    """A digest of the server's config: see `Config.identity`."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that the server's config has otherwise than the run's."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -273,7 +278,9 @@ class Job:
                 "labels": list(self.labels),
                 "last-round": self.last_round,
                 "cuts": list(self.cuts),
+                "config": self.config,
                 **({"code": self.code} if self.code else {}),
+                **({"changes": json.dumps(dict(self.changes))} if self.changes else {}),
             }
         )
 
@@ -293,7 +300,21 @@ class Job:
             x["last-round"],
             tuple(x["cuts"]),
             x.get("code", ""),
+            x["config"],
+            json.loads(x.get("changes", "{}")),
         )
+
+
+def job_of(content: RecordDict) -> Job:
+    """The job that a message brings.
+
+    Raises:
+        WireError: it brings none, or one that does not decode.
+    """
+    try:
+        return Job.read(content.config_records["job"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise WireError(f"the message has no job that can be read: {e!r}") from None
 
 
 def count_bytes(content: RecordDict) -> int:

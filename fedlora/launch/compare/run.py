@@ -46,8 +46,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from fedlora.config.reader import NOT_THE_EXPERIMENT
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.federation.server.journal import NOT_THE_EXPERIMENT
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 from fedlora.launch.compare.row import Row, row
 from fedlora.launch.compare.table import MARK, write
