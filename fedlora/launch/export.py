@@ -19,7 +19,7 @@ from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache
 from fedlora.training.data.batches import eval_batches
 from fedlora.training.export_certificate import certified, load_exported
-from fedlora.training.model.loading import MeanPooled, load_base, logits_of
+from fedlora.training.model.loading import MeanPooled, agree, load_base, logits_of
 from fedlora.training.model.model import Model
 from fedlora.training.model.peft_directory import (
     WEIGHTS,
@@ -60,6 +60,7 @@ def save_merged(
         _save_whole(model, _merged_by_peft(model, effective), effective, directory)
         return 0.0, 0.0
     base = load_base(model.config.model, model.labels, model.config.run.seed)
+    agree(base, model.tokenizer, model.config.model)
     adapter, error = total(effective), 0.0
     if rank:
         adapter, error = truncate(adapter, rank)

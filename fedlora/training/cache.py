@@ -59,8 +59,9 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
         rows = corpus(config).test
     else:
         rows = getattr(client_rows(client, config, labels), part)
-    tokenizer = model(config, labels).tokenizer
-    return encode(rows, tokenizer, labels, config.data.max_length, config.data.chat_template)
+    loaded = model(config, labels)
+    longest = loaded.longest(config.data.max_length)
+    return encode(rows, loaded.tokenizer, labels, longest, config.data.chat_template)
 
 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:

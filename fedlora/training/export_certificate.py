@@ -24,7 +24,7 @@ from fedlora.training.certificate import (
     sizes,
     start_gaps,
 )
-from fedlora.training.model.loading import MeanPooled, load_base
+from fedlora.training.model.loading import MeanPooled, agree, load_base, load_tokenizer
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.model.peft_directory import HEAD, WEIGHTS
 from fedlora.training.user_code import is_code
@@ -104,6 +104,7 @@ def load_exported(config: Config, labels: Sequence[str], directory: Path, merged
     moved = merged and not own
     there = config.model.model_copy(update={"path": str(directory)}) if moved else config.model
     model = load_base(there, labels, config.run.seed)
+    agree(model, load_tokenizer(config.model), config.model)
     if isinstance(model, MeanPooled):
         if not merged:
             model.encoder = PeftModel.from_pretrained(model.encoder, str(directory))

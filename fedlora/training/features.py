@@ -12,8 +12,11 @@ from fedlora.training.precision import autocast
 
 @torch.no_grad()
 def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: int = 128) -> Tensor:
-    """What the model's head sees of each text, (n, width), with the adapters off."""
-    head = model.peft.base_model.model.classifier
+    """What the model's head sees of each text, (n, width), with the adapters off.
+
+    Of a head that takes the states of all tokens, their mean over the real ones.
+    """
+    head = model.peft.get_base_model().get_submodule(model.heads[0])
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -21,15 +24,17 @@ def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: i
         with model.peft.disable_adapter(), autocast(config.train.precision):
             for start in range(0, len(order), batch):
                 part = [texts[i] for i in order[start : start + batch]]
-                model.peft(
-                    **model.tokenizer(
-                        part,
-                        padding=True,
-                        truncation=True,
-                        max_length=config.data.max_length,
-                        return_tensors="pt",
-                    )
+                given = model.tokenizer(
+                    part,
+                    padding=True,
+                    truncation=True,
+                    max_length=model.longest(config.data.max_length),
+                    return_tensors="pt",
                 )
+                model.peft(**given)
+                if seen[-1].ndim == 3:
+                    mask = given["attention_mask"][..., None].float()
+                    seen[-1] = (seen[-1] * mask).sum(1) / mask.sum(1).clamp(min=1)
     finally:
         hook.remove()
     back = torch.empty(len(order), dtype=torch.long)

@@ -23,7 +23,6 @@ from fedlora.training import cache
 from fedlora.training.calibration import first_factors
 from fedlora.training.model.layers import taken_out
 from fedlora.training.precision import described
-from fedlora.training.user_code import is_code
 
 
 def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
@@ -182,8 +181,8 @@ def _baselines(setting: Setting, session: Session) -> dict[str, Mapping[str, flo
             corpus, lambda texts: frozen_features(model, texts, config)
         ),
     }
-    if not hasattr(model.peft.get_base_model(), "classifier") and is_code(config.model.path):
-        del wanted["trained head only"]  # the user's model has its head under another name
+    if not model.heads:
+        del wanted["trained head only"]  # a model of the user's own that names none
     found = {}
     for name, compute in wanted.items():
         found[name] = compute()

@@ -54,6 +54,9 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings.append(
         Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
     )
+    if (longest := model.longest(config.data.max_length)) < config.data.max_length:
+        text = f"texts are cut at {longest} tokens, which the model has positions for"
+        findings.append(Finding("note", text, f"data.max-length is {config.data.max_length}"))
     planner = Planner(config, model)
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]

@@ -17,6 +17,7 @@ from fedlora.strategies.base import Layer
 from fedlora.strategies.forms import FORMS, Form, moves_base
 from fedlora.training.model import loftq
 from fedlora.training.model.alora import invocation
+from fedlora.training.model.heads import head_names, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
             linear[name] = Shape(d, k, True)
         elif isinstance(m, nn.Linear):
             linear[name] = Shape(m.out_features, m.in_features, False)
-    heads = set(head_names(base, config))
-    linear = {n: s for n, s in linear.items() if not any(_within(n, h) for h in heads)}
+    heads = head_names(base, config)
+    linear = {n: s for n, s in linear.items() if not within(n, heads)}
     targets = config.lora.target_modules
     if targets == ("all-linear",):
         output = getattr(base, "get_output_embeddings", lambda: None)()
@@ -86,23 +87,14 @@ def _in_layers(found: dict[str, Shape], layers: Sequence[str]) -> dict[str, Shap
     return {n: s for n, s in found.items() if depth_of(n) in wanted}
 
 
-def head_names(base: nn.Module, config: Config) -> list[str]:
-    """Modules trained whole: a classifier's head, and what lora.modules-to-save names."""
-    heads = [n for n in ("classifier", "score") if hasattr(base, n)]
-    named = [n for n, _ in base.named_modules()]
-    for target in config.lora.modules_to_save:
-        if not any(_within(n, target) for n in named):
-            raise ModelError(f"lora.modules-to-save: {target} matches no module of this model")
-    heads = heads if config.model.task == "classification" else []
-    return [*heads, *config.lora.modules_to_save]
+def adapter_config(
+    config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int], heads: Sequence[str]
+) -> Any:
+    """PEFT's config for these ranks; each module named in full, so that nothing else matches.
 
-
-def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> Any:
-    """PEFT's config for these ranks; each module named in full, so that nothing else matches."""
+    heads: the modules that are trained whole.
+    """
     lora, form = config.lora, FORMS[config.lora.form]
-    heads = [*config.lora.modules_to_save]
-    if config.model.task == "classification":
-        heads = ["classifier", "score", *heads]
     top = max(ranks.values())
     if form.kind != "factors":
         return form_config(config, form, shapes, ranks, top, heads)
@@ -117,7 +109,7 @@ def adapter_config(config: Config, shapes: Mapping[str, Shape], ranks: Mapping[s
         use_rslora=lora.use_rslora,
         use_dora=lora.form == "dora",
         fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
-        modules_to_save=heads or None,
+        modules_to_save=[*heads] or None,
     )  # lora.init is done once, by `initial`: attaching never touches W0
 
 

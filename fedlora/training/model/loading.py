@@ -4,7 +4,9 @@ import contextlib
 import copy
 import hashlib
 import io
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
 from fedlora.training.user_code import called, is_code, is_live
 
+log = logging.getLogger(__name__)
+
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token if it has none."""
@@ -37,12 +41,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         made = called("model.tokenizer", config.tokenizer, PreTrainedTokenizerBase)
         return _padding(made)
     path, gguf = _source(config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path,
-        revision=config.revision or None,
-        trust_remote_code=config.trust_remote_code,
-        **({"gguf_file": gguf} if gguf else {}),
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            revision=config.revision or None,
+            trust_remote_code=config.trust_remote_code,
+            **({"gguf_file": gguf} if gguf else {}),
+        )
+    except (OSError, ValueError) as e:
+        raise _not_loaded(config, (), path, e) from e
     return _padding(tokenizer)
 
 
@@ -76,17 +83,120 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
         torch.manual_seed(seeded(seed, 0, 0, "head").initial_seed())
         try:
             if config.task == "causal-lm":
-                model = AutoModelForCausalLM.from_pretrained(path, **options)
+                model = _whole(AutoModelForCausalLM, path, options)
+                _check_complete(model, config)
             elif config.pooling == "mean":
                 model = MeanPooled(AutoModel.from_pretrained(path, **options), labels)
             else:
                 names = dict(enumerate(labels))
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
-                model = AutoModelForSequenceClassification.from_pretrained(path, **options)
-        except (OSError, ValueError) as e:
-            raise ModelError(f"model.path = {config.path!r} does not load: {e}") from e
+                model = _whole(AutoModelForSequenceClassification, path, options)
+                labelled_as(model, _label_names(path, config), labels)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise _not_loaded(config, labels, path, e) from e
     return _frozen(model, config)
+
+
+def _label_names(path: str, config: ModelConfig) -> tuple[str, ...]:
+    """What the checkpoint's own config calls the classes of its head, in their order."""
+    known = AutoConfig.from_pretrained(
+        path, revision=config.revision or None, trust_remote_code=config.trust_remote_code
+    )
+    return tuple(str(name) for _, name in sorted(known.id2label.items()))
+
+
+def labelled_as(model: Any, before: Sequence[str], labels: Sequence[str]) -> None:
+    """Put the rows of a checkpoint's head in the order of the data's labels.
+
+    A head that was drawn anew has no order. Names are compared without case. Where they are not
+    the data's, the head begins as it is, and the log says so.
+    """
+    head = _output_of(model, len(labels))
+    if head is None or any(key.startswith(f"{head[0]}.") for key in model.newly_drawn):
+        return
+    was, now = ([name.casefold() for name in names] for names in (before, labels))
+    if was == now:
+        return
+    if sorted(was) != sorted(now):
+        text = "the checkpoint's head was trained for %s and begins as that of %s, in this order"
+        log.warning(text, ", ".join(before), ", ".join(labels))
+        return
+    order = [was.index(name) for name in now]
+    with torch.no_grad():
+        for x in head[1].parameters():
+            x.copy_(x[order])
+
+
+def _output_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:
+    """The last linear module that gives so many numbers, and its name."""
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return next(((n, m) for n, m in linear[::-1] if m.out_features == classes), None)
+
+
+def _not_loaded(
+    config: ModelConfig, labels: Sequence[str], path: str, error: Exception
+) -> ModelError:
+    """The error of a model that does not load, with what it is instead where that can be told."""
+    why = f"model.path = {config.path!r} does not load: {error}"
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        why = (
+            f"model.path = {config.path!r} is an adapter, not a model; name the base that it was "
+            "trained on, or merge it into that first (fedlora export --as merged)"
+        )
+    elif isinstance(error, RuntimeError) and labels:
+        known = _label_names(path, config)
+        if len(known) != len(labels):
+            why = (
+                f"model.path = {config.path!r} is a classifier of {len(known)} labels, the data "
+                f"has {len(labels)} ({', '.join(labels[:8])}); bring them together with data.map, "
+                "or name the base that it was trained from"
+            )
+    return ModelError(why)
+
+
+def _whole(cls: Any, path: str, options: Mapping[str, Any]) -> Any:
+    """The model, which remembers the names of the tensors that its checkpoint lacks."""
+    model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+    model.newly_drawn = tuple(sorted(info["missing_keys"]))
+    return model
+
+
+def _check_complete(model: Any, config: ModelConfig) -> None:
+    """Raises ModelError where a language model has tensors that nobody has trained."""
+    if missing := model.newly_drawn:
+        raise ModelError(
+            f"model.path = {config.path!r} lacks {missing[0]} and {len(missing) - 1} more tensors "
+            f"of a {type(model).__name__}: it is no causal language model; choose one that is, or "
+            "model.task = 'classification'"
+        )
+
+
+def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Make the model's padding token the tokenizer's, which fills the batches up.
+
+    A decoder's classifier looks for the last token that is none: with another, a row's logits
+    depend on what else is in its batch.
+
+    Raises:
+        ModelError: the tokenizer knows tokens that the model has no embedding for, or leaves out
+            the end mark that an encoder-decoder's classifier looks for.
+    """
+    known = getattr(base, "config", None)
+    if known is not None and tokenizer.pad_token_id is not None:
+        known.pad_token_id = tokenizer.pad_token_id
+    ends = tokenizer("a")["input_ids"][-1:] == [getattr(known, "eos_token_id", None)]
+    if getattr(known, "is_encoder_decoder", False) and config.task == "classification" and not ends:
+        raise ModelError(
+            f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "
+            "puts none after a text; use the tokenizer that the model was trained with"
+        )
+    rows = vocabulary(base, tokenizer)
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path = {config.path!r}: its tokenizer has {len(tokenizer)} tokens, and the "
+            f"model embeddings for {rows}; use the tokenizer that the model was trained with"
+        )
 
 
 def _own(config: ModelConfig, labels: Sequence[str], seed: int) -> Any:
@@ -161,6 +271,18 @@ def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     if hasattr(base, "get_input_embeddings"):
         return int(base.get_input_embeddings().weight.shape[0])
     return len(tokenizer)
+
+
+def positions(base: nn.Module) -> int | None:
+    """The most tokens that a model has learned positions for; None where they are computed."""
+    found = [
+        m.num_embeddings
+        - getattr(m, "offset", 0)
+        - (0 if m.padding_idx is None else m.padding_idx + 1)
+        for name, m in base.named_modules()
+        if isinstance(m, nn.Embedding) and re.search(r"(position\w*|wpe)$", name)
+    ]
+    return min(found, default=None)
 
 
 def padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:

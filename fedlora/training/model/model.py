@@ -27,15 +27,18 @@ from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
 from fedlora.training.model.alora import offsets
+from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
 from fedlora.training.model.loading import (
+    agree,
     checkpoint_activations,
     fingerprint,
     frozen_tensors,
     load_base,
     load_tokenizer,
     logits_of,
+    positions,
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
@@ -53,9 +56,8 @@ class Model:
         self.labels = tuple(labels)
         self.tokenizer = load_tokenizer(config.model)
         base = load_base(config.model, self.labels, config.run.seed)
-        known = getattr(base, "config", None)
-        if known is not None and getattr(known, "pad_token_id", None) is None:
-            known.pad_token_id = self.tokenizer.pad_token_id
+        agree(base, self.tokenizer, config.model)
+        self._positions = positions(base)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
             base.enable_input_require_grads()
@@ -64,6 +66,7 @@ class Model:
             fixed_rank(config.lora.form, config.clients.ranks),
         )
         self.shapes = find_layers(base, config)
+        self.heads = head_names(base, config)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
@@ -79,6 +82,10 @@ class Model:
             frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
             self._fingerprint = fingerprint(frozen, self._fingerprint)
             self._first = self.read()
+
+    def longest(self, wanted: int) -> int:
+        """The tokens of an example: as many as wanted, and no more than it has positions for."""
+        return min(wanted, self._positions or wanted)
 
     # -- what a client can train ------------------------------------------------------------
 
@@ -347,7 +354,7 @@ class Model:
     def _attach(self, base: nn.Module, ranks: Mapping[str, int]) -> PeftModel:
         name = f"p{self._born}"
         self._born += 1
-        peft_config = adapter_config(self.config, self.shapes, ranks)
+        peft_config = adapter_config(self.config, self.shapes, ranks, self.heads)
         with torch.random.fork_rng(devices=[]):
             if isinstance(base, PeftModel):
                 base.add_adapter(name, peft_config)

@@ -100,7 +100,8 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
     adapter = {m[cut:]: p for m, p in adapter.items()}
     shapes = {m[cut:]: shape for m, shape in model.shapes.items()}
-    config = adapter_config(model.config, shapes, {m: p.rank for m, p in adapter.items()})
+    ranks = {m: p.rank for m, p in adapter.items()}
+    config = adapter_config(model.config, shapes, ranks, [] if cut else model.heads)
     top = config.r
     config.lora_alpha = top
     config.alpha_pattern = dict(config.rank_pattern)

@@ -1,0 +1,81 @@
+"""Tiny random models of the common architectures, as directories that users would name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import processors
+
+from tests.conftest import write_tokenizer
+
+ENCODER = {
+    "vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+DECODER = {
+    "vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64,
+    "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+GPT2 = {"vocab_size": 32, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 2,
+        "bos_token_id": 2, "eos_token_id": 2}  # fmt: skip
+BART = {
+    "vocab_size": 32, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2,
+    "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+T5 = {"vocab_size": 32, "d_model": 24, "d_kv": 12, "d_ff": 40, "num_layers": 2, "num_heads": 2,
+      "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}  # fmt: skip
+SMALL_DISTIL = {"vocab_size": 32, "dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 40,
+                "max_position_embeddings": 64}  # fmt: skip
+FALCON = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "bos_token_id": 2, "eos_token_id": 2}  # fmt: skip
+MODERN = {**ENCODER, "global_attn_every_n_layers": 1, "eos_token_id": 2, "bos_token_id": 2,
+          "cls_token_id": 2, "sep_token_id": 2}  # fmt: skip
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", ENCODER),
+    "roberta": ("Roberta", ENCODER),
+    "xlm-roberta": ("XLMRoberta", ENCODER),
+    "distilbert": ("DistilBert", SMALL_DISTIL),
+    "deberta": ("Deberta", ENCODER),
+    "deberta-v2": ("DebertaV2", ENCODER),
+    "electra": ("Electra", {**ENCODER, "embedding_size": 24}),
+    "albert": ("Albert", {**ENCODER, "embedding_size": 16}),
+    "modernbert": ("ModernBert", MODERN),
+    "bart": ("Bart", BART),
+    "t5": ("T5", T5),
+}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "llama": ("Llama", DECODER),
+    "qwen3": ("Qwen3", {**DECODER, "head_dim": 8}),
+    "mistral": ("Mistral", DECODER),
+    "gemma2": ("Gemma2", {**DECODER, "head_dim": 8}),
+    "gemma3": ("Gemma3Text", {**DECODER, "head_dim": 8}),
+    "phi3": ("Phi3", DECODER),
+    "gpt-neox": ("GPTNeoX", {**ENCODER, "bos_token_id": 2, "eos_token_id": 2}),
+    "falcon": ("Falcon", FALCON),
+}
+SAVED_AS = {"gpt2": "GPT2LMHeadModel", "gemma3": "Gemma3ForCausalLM", "bart": "BartModel",
+            "t5": "T5Model"}  # fmt: skip
+
+
+def write(name: str, directory: Path, **changes: Any) -> Path:
+    """A checkpoint of the architecture without a classifier's head, and its tokenizer."""
+    kind, given = {**ENCODERS, **DECODERS}[name]
+    causal = SAVED_AS.get(name, f"{kind}ForCausalLM" if name in DECODERS else f"{kind}Model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        config = getattr(transformers, f"{kind}Config")(**{**given, **changes})
+        getattr(transformers, causal)(config).save_pretrained(str(directory))
+    write_tokenizer(directory)
+    if name in ("bart", "t5"):  # theirs end a text with the end mark
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory))
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A [EOS]", special_tokens=[("[EOS]", 2)]
+        )
+        tokenizer.save_pretrained(str(directory))
+    return directory

@@ -1,0 +1,221 @@
+"""Every common architecture as a classifier and, where it is one, as a causal language model."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification
+
+from fedlora import check, export, simulate
+from fedlora.config.reader import Config
+from fedlora.errors import ModelError
+from fedlora.training import cache
+from fedlora.training.model.heads import head_names, within
+from fedlora.training.model.loading import load_base, positions
+from tests.conftest import LABELS
+from tests.support.architectures import DECODERS, ENCODERS, write
+
+Settings = Callable[..., dict[str, object]]
+
+HEADS = {
+    "distilbert": ["pre_classifier", "classifier"], "deberta": ["pooler", "classifier"],
+    "deberta-v2": ["pooler", "classifier"], "modernbert": ["head", "classifier"],
+    "bart": ["classification_head"], "t5": ["classification_head"],
+    **{name: ["score"] for name in DECODERS},
+}  # fmt: skip
+IN_SHORT = ("roberta", "distilbert", "t5", "llama")
+"""The others run with `make test-slow`: a minute and a half in all."""
+
+
+def short(names: Any) -> list[Any]:
+    slow = pytest.mark.slow
+    return [n if n in IN_SHORT else pytest.param(n, marks=slow) for n in names]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., str]:
+    return lambda name, **changes: str(write(name, tmp_path / name, **changes))
+
+
+def given(settings: Settings, path: str, task: str = "classification") -> dict[str, object]:
+    return settings("bert") | {
+        "model.path": path, "model.task": task, "lora.target-modules": "all-linear",
+        "data.prompt": "" if task == "classification" else "text", "run.rounds": 2,
+        "clients.count": 3, "clients.ranks": "2,3", "train.steps": 2, "train.lr": 0.01,
+        "evaluate.baselines": task == "classification", "strategy.name": "fedex",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", short([*ENCODERS, *DECODERS]))
+def test_a_classifier_of_it_trains_proves_and_exports(
+    settings: Settings, made: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    run = simulate(given(settings, made(name)))
+    model = cache.model(run.config, run.labels)
+    assert model.heads == HEADS.get(name, ["classifier"])
+    assert not [m for m in model.shapes if within(m, model.heads)], "a head is adapted as well"
+    trained = {n for n in run.adapter() if within(n.removeprefix("base_model.model."), model.heads)}
+    assert len(trained) == len([*model.live()["other"]])
+    assert run.rounds["proof.deviation"].dropna().max() < 1e-5
+    assert "trained head only" in run.summary["baselines"]
+    for merged in (False, True):
+        assert export(run, tmp_path / f"out-{merged}", merged=merged).deviation < 1e-4
+
+
+@pytest.mark.parametrize("name", short(DECODERS))
+def test_a_language_model_of_it_trains_proves_and_exports(
+    settings: Settings, made: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    run = simulate(given(settings, made(name), "causal-lm"))
+    assert run.rounds["proof.deviation"].dropna().max() < 1e-5
+    for merged in (False, True):
+        assert export(run, tmp_path / f"out-{merged}", merged=merged).deviation < 1e-3
+
+
+@pytest.mark.parametrize("name", short([*ENCODERS, *DECODERS]))
+def test_a_rows_logits_do_not_depend_on_its_batch(
+    settings: Settings, made: Callable[..., str], name: str
+) -> None:
+    """Also of a decoder whose config names another padding token than its tokenizer, or none."""
+    for pad in ({"pad_token_id": 5}, {}) if name in ("llama", "gpt2") else ({},):
+        config = Config.read(given(settings, made(name, **pad)))
+        model = cache._load_model(config, LABELS)
+        texts = ["red", "two up is where the dog", "cat left"]
+        with torch.no_grad():
+            whole = model.logits(model.tokenizer(texts, padding=True, return_tensors="pt"))
+            for text, row in zip(texts, whole, strict=True):
+                alone = model.logits(model.tokenizer([text], return_tensors="pt"))[0]
+                torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4 * whole.abs().max())
+
+
+# -- what is drawn anew, and what is there already -------------------------------------------------
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_trained_with_the_head(
+    settings: Settings, tmp_path: Path
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=40, max_position_embeddings=64,
+    )  # fmt: skip
+    path = write("bert", tmp_path / "bare")
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(str(path))
+    read = Config.read(given(settings, str(path)))
+    base = load_base(read.model, LABELS, 0)
+    assert head_names(base, read) == ["classifier", "bert.pooler.dense"]
+    run = simulate(given(settings, str(path)))
+    assert any("pooler" in n for n in run.adapter())
+    assert export(run, tmp_path / "out").deviation < 1e-5
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Callable[[dict[int, str]], str]:
+    """A checkpoint with a head of these labels, whose biases say which row is whose."""
+
+    def save(names: dict[int, str]) -> str:
+        path = write("bert", tmp_path / "fine-tuned")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(path), num_labels=len(names), id2label=names,
+            label2id={v: k for k, v in names.items()},
+        )  # fmt: skip
+        with torch.no_grad():
+            model.classifier.bias.copy_(torch.arange(len(names)).float())
+        model.save_pretrained(str(path))
+        return str(path)
+
+    return save
+
+
+def test_a_checkpoints_own_head_keeps_its_rows_under_their_labels(
+    settings: Settings, classifier: Callable[[dict[int, str]], str]
+) -> None:
+    path = classifier({0: "number", 1: "Colour", 2: "animal"})
+    base = load_base(Config.read(given(settings, path)).model, ("animal", "colour", "number"), 0)
+    assert base.classifier.bias.tolist() == [2.0, 1.0, 0.0]
+    assert base.config.id2label == {0: "animal", 1: "colour", 2: "number"}
+    same = load_base(Config.read(given(settings, path)).model, ("number", "Colour", "animal"), 0)
+    assert same.classifier.bias.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_head_of_other_labels_is_said_in_the_log(
+    settings: Settings, classifier: Callable[[dict[int, str]], str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path = classifier({0: "bad", 1: "so so", 2: "good"})
+    with caplog.at_level(logging.WARNING):
+        load_base(Config.read(given(settings, path)).model, LABELS, 0)
+    assert "the checkpoint's head was trained for bad, so so, good" in caplog.text
+
+
+# -- mistakes -------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_another_number_of_labels_is_refused(
+    settings: Settings, classifier: Callable[[dict[int, str]], str]
+) -> None:
+    path = classifier(dict(enumerate("abcde")))
+    with pytest.raises(ModelError, match=r"is a classifier of 5 labels, the data has 3"):
+        simulate(given(settings, path))
+
+
+def test_an_adapters_directory_is_no_model(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ModelError, match="is an adapter, not a model; name the base"):
+        simulate(given(settings, str(path)))
+
+
+def test_a_model_that_is_not_there_is_refused_by_check_too(settings: Settings) -> None:
+    (problem,) = check(given(settings, "nowhere/at-all"))
+    assert problem.startswith("model.path = 'nowhere/at-all' does not load")
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    path = made("bert", vocab_size=20)
+    with pytest.raises(ModelError, match=r"tokens, and the model embeddings for 20; use the tok"):
+        simulate(given(settings, path))
+
+
+def test_an_encoder_is_no_language_model(settings: Settings, made: Callable[..., str]) -> None:
+    with pytest.raises(ModelError, match="it is no causal language model; choose one that is"):
+        simulate(given(settings, made("bert"), "causal-lm"))
+
+
+def test_a_model_whose_tokenizer_puts_no_end_mark_is_refused(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    from tests.conftest import write_tokenizer
+
+    path = made("bart")
+    write_tokenizer(Path(path))
+    with pytest.raises(ModelError, match="reads its classes off the end mark"):
+        simulate(given(settings, path))
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("bert", 64), ("roberta", 63), ("gpt2", 64), ("bart", 64), ("llama", None), ("t5", None)],
+)
+def test_texts_are_cut_where_a_models_positions_end(
+    settings: Settings, made: Callable[..., str], name: str, most: int | None
+) -> None:
+    config = Config.read(given(settings, made(name)) | {"data.max-length": 100})
+    model = cache._load_model(config, LABELS)
+    assert positions(model.peft.get_base_model()) == most
+    assert model.longest(100) == (most or 100)
+    ids = torch.full((1, model.longest(100)), 5)
+    ids[0, -1] = 2  # the end mark, where one is looked for
+    with torch.no_grad():
+        assert (
+            model.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            .isfinite()
+            .all()
+        )
