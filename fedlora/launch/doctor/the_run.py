@@ -1,4 +1,4 @@
-"""What an experiment would come to: what stops it before round 1, else its plan.
+"""The plan of an experiment, or what would stop it before round 1.
 
 The data, the model and the clients' ranks are the run's own, and what it refuses is asked of the
 functions that refuse it there. Only the clients' replies are missing: of a strategy that begins
@@ -32,7 +32,7 @@ from fedlora.privacy.training import PrivacyPlan
 from fedlora.reports import observers
 from fedlora.strategies.base import Client, Round, Start, Strategy
 from fedlora.strategies.forms import guarantee
-from fedlora.training import cache as site
+from fedlora.training import cache
 from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
 from fedlora.training.data.corpus import Corpus
@@ -47,9 +47,9 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     Raises:
         FedLoraError: what would stop the run before its first round.
     """
-    corpus = site.corpus(config)
+    corpus = cache.corpus(config)
     findings = [*_data(config, corpus)]
-    model = site.model(config, corpus.labels)
+    model = cache.model(config, corpus.labels)
     total = sum(p.numel() for p in model.peft.get_base_model().parameters())
     findings.append(
         Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
@@ -191,7 +191,7 @@ def _training(
 ) -> Finding:
     """The training check, on the first client's rows where they are here."""
     here = not config.data.node_path and any(len(c.train) for c in corpus.clients)
-    rows = site.encoded("train", client.id, config, corpus.labels) if here else None
+    rows = cache.encoded("train", client.id, config, corpus.labels) if here else None
     try:
         check_first(model, strategy, state, client, rows, config, 1)
     except TrainingCheckError as e:
