@@ -93,6 +93,23 @@ def test_a_rows_logits_do_not_depend_on_its_batch(
                 torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4 * whole.abs().max())
 
 
+@pytest.mark.parametrize("name", short([*ENCODERS, *DECODERS]))
+def test_without_dropout_two_passes_in_training_are_equal_and_with_it_they_are_not(
+    settings: Settings, made: Callable[..., str], name: str
+) -> None:
+    """Wherever the architecture keeps its rates: in modules, in numbers, in its config."""
+    path = made(name)
+    batch = None
+    for rate, equal in ((0.0, True), (0.5, False)):
+        config = Config.read(given(settings, path) | {"model.dropout": rate})
+        model = cache._load_model(config, LABELS)
+        model.peft.train()
+        batch = batch or dict(model.tokenizer(["two up is where the dog"], return_tensors="pt"))
+        with torch.no_grad():
+            first, second = model.logits(batch), model.logits(batch)
+        assert torch.equal(first, second) is equal
+
+
 # -- what is drawn anew, and what is there already -------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
+from fedlora.training.model.dropout import set_dropout
 from fedlora.training.user_code import called, is_code, is_live
 
 log = logging.getLogger(__name__)
@@ -215,9 +216,7 @@ def _own(config: ModelConfig, labels: Sequence[str], seed: int) -> Any:
 
 def _frozen(model: Any, config: ModelConfig) -> Any:
     if config.dropout >= 0:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = config.dropout
+        set_dropout(model, config.dropout)
     model.requires_grad_(False)
     model.eval()
     return model

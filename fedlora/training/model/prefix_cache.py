@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
+from fedlora.training.model.dropout import drops
 from fedlora.training.model.layers import Shape, depth_of
 from fedlora.training.precision import autocast
 from fedlora.training.user_code import is_code
@@ -52,7 +53,7 @@ class Prefix:
             bool(config.lora.modules_to_save)  # they may lie below
             or config.train.gradient_checkpointing
             or is_code(config.model.path)  # whose layers may be called in any way
-            or any(_drops(m) for m in base.modules())
+            or any(drops(m) for m in base.modules())
         )
         if not config.train.prefix_cache or not whole or varies:
             return None
@@ -183,11 +184,3 @@ class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
-
-
-def _drops(module: nn.Module) -> bool:
-    """Has it dropout? Then its output is not a function of its input."""
-    if isinstance(module, nn.Dropout):
-        return module.p > 0
-    rate = getattr(module, "attention_dropout", 0.0)
-    return isinstance(rate, float) and rate > 0

@@ -1,0 +1,35 @@
+"""Dropout of a model, wherever it is: in modules of its own, or in numbers that a module reads.
+
+Llama, ModernBERT, OPT, BART and T5 keep a rate as a number, and drop inside a function; Falcon
+reads it off the config as it goes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def rates(module: Any) -> Iterator[tuple[str, float]]:
+    """(attribute, rate) of all that this module by itself drops by."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        yield "p", module.p
+    for name, value in vars(module).items():
+        if isinstance(value, float) and "drop" in name:
+            yield name, value
+
+
+def drops(module: nn.Module) -> bool:
+    """Has it dropout? Then its output in training is not a function of its input."""
+    return any(rate > 0 for _, rate in rates(module))
+
+
+def set_dropout(model: Any, rate: float) -> None:
+    """Give all dropout of a model this rate. Layers are dropped whole by none, or as before."""
+    known = getattr(model, "config", None)
+    for part in (*model.modules(), *([known] if known else [])):
+        for name, _ in [*rates(part)]:
+            if "layer" not in name:
+                setattr(part, name, rate)
+            elif not rate:
+                setattr(part, name, 0.0)
