@@ -56,6 +56,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**DECODER, "head_dim": 8}),
     "gemma3": ("Gemma3Text", {**DECODER, "head_dim": 8}),
     "phi3": ("Phi3", DECODER),
+    "mixtral": ("Mixtral", {**DECODER, "num_local_experts": 2}),
     "gpt-neox": ("GPTNeoX", {**ENCODER, "bos_token_id": 2, "eos_token_id": 2}),
     "falcon": ("Falcon", FALCON),
 }

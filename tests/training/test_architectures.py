@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from fedlora import check, export, simulate
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
+from fedlora.launch.doctor import examine
 from fedlora.training import cache
 from fedlora.training.model.heads import head_names, within
 from fedlora.training.model.loading import load_base, positions
@@ -167,6 +169,15 @@ def test_a_head_of_other_labels_is_said_in_the_log(
     with caplog.at_level(logging.WARNING):
         load_base(Config.read(given(settings, path)).model, LABELS, 0)
     assert "the checkpoint's head was trained for bad, so so, good" in caplog.text
+
+
+def test_doctor_says_that_experts_are_not_adapted(
+    settings: Settings, made: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "moe.toml"
+    path.write_text(tomli_w.dumps(given(settings, made("mixtral"))))
+    assert examine(path, {}) == 0
+    assert "of them are experts in 4 stacked tensors, not adapted" in capsys.readouterr().out
 
 
 # -- mistakes -------------------------------------------------------------------------------------

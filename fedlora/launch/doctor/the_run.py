@@ -54,6 +54,10 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings.append(
         Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
     )
+    if experts := [p for p in model.peft.get_base_model().parameters() if p.ndim == 3]:
+        size = sum(p.numel() for p in experts) / 1e6
+        text = f"{size:.1f} M of them are experts in {len(experts)} stacked tensors, not adapted"
+        findings.append(Finding("note", text, "lora.target-modules names linear modules alone"))
     if (longest := model.longest(config.data.max_length)) < config.data.max_length:
         text = f"texts are cut at {longest} tokens, which the model has positions for"
         findings.append(Finding("note", text, f"data.max-length is {config.data.max_length}"))
