@@ -18,7 +18,7 @@ from fedlora.errors import ModelError
 from fedlora.launch.doctor import examine
 from fedlora.training import cache
 from fedlora.training.model.heads import head_names, within
-from fedlora.training.model.loading import load_base, positions
+from fedlora.training.model.loading import converted_to, load_base, positions
 from tests.conftest import LABELS
 from tests.support.architectures import DECODERS, ENCODERS, write
 
@@ -178,6 +178,17 @@ def test_doctor_says_that_experts_are_not_adapted(
     path.write_text(tomli_w.dumps(given(settings, made("mixtral"))))
     assert examine(path, {}) == 0
     assert "of them are experts in 4 stacked tensors, not adapted" in capsys.readouterr().out
+
+
+def test_two_gguf_files_of_one_name_and_size_are_two_models(tmp_path: Path) -> None:
+    places = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "model.gguf"
+        file.write_bytes(name.encode())
+        places.append(converted_to(file))
+    assert places[0] != places[1]
+    assert converted_to(tmp_path / "one" / "model.gguf") == places[0]
 
 
 # -- mistakes -------------------------------------------------------------------------------------

@@ -337,16 +337,23 @@ def _source(config: ModelConfig) -> tuple[str, str]:
     return path, ""
 
 
+def converted_to(source: Path) -> Path:
+    """Where a GGUF file's conversion is cached: two files of one name and size are two models."""
+    found = source.stat()
+    which = f"{source.resolve()}/{found.st_size}/{found.st_mtime_ns}"
+    key = hashlib.sha256(which.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlora"
+    return cache / f"{source.stem}-{key}"
+
+
 def _converted(directory: str, gguf: str) -> str:
     """A directory with the GGUF's model in safetensors, made once and cached.
 
     A model that transformers loads from GGUF cannot be saved as it is, so its weights go into a
     clean model of the same configuration.
     """
-    source = Path(directory, gguf)
-    key = hashlib.sha256(f"{gguf}/{source.stat().st_size}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlora"
-    target = cache / f"{source.stem}-{key}"
+    target = converted_to(Path(directory, gguf))
+    cache = target.parent
     if target.exists():
         return str(target)
     cache.mkdir(parents=True, exist_ok=True)
