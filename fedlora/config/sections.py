@@ -77,7 +77,8 @@ class DataConfig(Section):
     limit: Annotated[int, Field(ge=0)] = 0
     """Use at most this many rows (0: all), test rows among them, chosen by the seed."""
     dedupe: bool = True
-    """Drop rows of equal text before anything is split, so that no test row was trained on."""
+    """Drop rows of equal text, or of equal prompt and response, before anything is split, so that
+    no test row was trained on."""
     test_path: str = ""
     """A source of central test rows, read as path is; the clients then have none of its rows."""
     test_size: Annotated[int, Field(ge=0)] = 500

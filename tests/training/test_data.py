@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, are_progress_bars_disabled
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import ConfigError, DataError
-from fedlora.training.data.corpus import Corpus, Rows, _split, describe, load, load_node
+from fedlora.training.data.corpus import Corpus, Rows, _split, describe, in_order, load, load_node
 from fedlora.training.data.partition import partition
 
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
@@ -510,3 +511,79 @@ def test_a_load_that_failed_is_no_result_of_the_one_before() -> None:
     with pytest.raises(DataError):
         once("bad", "bad")
     assert once("good", "good") == "good"
+
+
+# -- files as people have them --------------------------------------------------------------------
+
+
+def rows_of(file: Path, task: str = "classification", **changes: object) -> Rows:
+    data = DataConfig(path=str(file), partition="iid", test_size=0, dedupe=False, **changes)
+    (client,) = load(data, task, 1, 0).clients
+    return Rows(*(a + b for a, b in zip(
+        (client.train.text, client.train.label, client.train.response),
+        (client.test.text, client.test.label, client.test.response), strict=True)))  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".txt"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"marked{suffix}"
+    sep = {".csv": ",", ".tsv": "\t"}.get(suffix, "")
+    if sep:
+        cells = [("label", "text"), *((x, f"t{x}{n}") for n in range(9) for x in "ab")]
+        lines = [sep.join(row) for row in cells]
+    elif suffix == ".jsonl":
+        lines = [json.dumps({"label": x, "text": f"t{x}{n}"}) for n in range(9) for x in "ab"]
+    else:
+        lines = [f"{x}:0 t{x}{n}" for n in range(9) for x in "ab"]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    pattern = {"line_pattern": r"(?P<label>\w):0 (?P<text>.+)"} if suffix == ".txt" else {}
+    found = rows_of(file, **pattern)
+    assert set(found.label) == {"a", "b"}
+    assert len(found) == 18
+
+
+def test_stray_quotation_marks_in_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
+    file = tmp_path / "quotes.tsv"
+    rows = [(f'"quoted{n}' if n in (2, 9) else f"text{n}", "ab"[n % 2]) for n in range(20)]
+    file.write_text("text\tlabel\n" + "".join(f"{t}\t{x}\n" for t, x in rows))
+    assert sorted(rows_of(file).text) == sorted(t for t, _ in rows)
+
+
+def test_quoted_cells_of_a_tsv_are_read_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "quoted.tsv"
+    pandas.DataFrame({"text": [f"a\tb{n}" for n in range(12)], "label": list("xy") * 6}).to_csv(
+        file, sep="\t", index=False
+    )
+    assert sorted(rows_of(file).text) == sorted(f"a\tb{n}" for n in range(12))
+
+
+@pytest.mark.parametrize("comma", [",", ",extra"])
+def test_a_row_of_more_fields_than_columns_is_refused_not_shifted(
+    tmp_path: Path, comma: str
+) -> None:
+    file = tmp_path / "more.csv"
+    file.write_text("text,label\n" + "".join(f"t{n},{'ab'[n % 2]}{comma}\n" for n in range(12)))
+    with pytest.raises(DataError, match="fields"):
+        rows_of(file)
+
+
+def test_a_missing_value_in_parquet_is_no_class(tmp_path: Path) -> None:
+    file = tmp_path / "missing.parquet"
+    label = [1.0, 2.0, float("nan")] * 6
+    pandas.DataFrame({"text": [f"t{n}" for n in range(18)], "label": label}).to_parquet(file)
+    assert set(rows_of(file).label) == {"1.0", "2.0"}
+
+
+def test_labels_that_are_numbers_keep_the_order_of_numbers() -> None:
+    assert in_order(["10", "2", "0", "2", "-1"]) == ("-1", "0", "2", "10")
+    assert in_order(["10", "2", "two"]) == ("10", "2", "two")
+
+
+def test_prompts_alike_with_other_responses_are_other_rows(tmp_path: Path) -> None:
+    file = tmp_path / "same-prompt.jsonl"
+    rows = [{"text": f"p{n % 6}", "response": f"r{n}"} for n in range(60)]
+    rows += [{"text": "P0 ", "response": "R0"}]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = DataConfig(path=str(file), prompt="text", partition="iid", test_size=0)
+    (client,) = load(data, "causal-lm", 1, 0).clients
+    assert len(client.train) + len(client.test) == 60

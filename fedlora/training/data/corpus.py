@@ -8,6 +8,7 @@ the very part that the server counted.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,9 +54,10 @@ class Rows:
 
     @property
     def keys(self) -> list[str]:
-        """What makes a row distinct: text or prompt, else response; case and space apart."""
-        texts = self.text if any(self.text) else self.response
-        return [" ".join(text.split()).casefold() for text in texts]
+        """What makes a row distinct, case and space apart: text, or prompt and response."""
+        parts = [column for column in (self.text, self.response) if any(column)]
+        texts = zip(*parts, strict=True) if parts else ()
+        return ["\n".join(" ".join(x.split()).casefold() for x in row) for row in texts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +250,20 @@ def _distinct(rows: Rows) -> Rows:
 def _labels(rows: Rows, data: DataConfig, task: Task) -> tuple[str, ...]:
     if task == "causal-lm":
         return ()
-    labels = tuple(sorted(set(rows.label)))
+    labels = in_order(rows.label)
     if len(labels) < 2 or 2 * len(labels) > len(rows):
         raise DataError(
             f'data.label = "{data.label}" has {len(labels)} values in {len(rows)} rows, which is '
             f"no classification: {quoted(rows.label)}"
         )
     return labels
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """The distinct labels: whole numbers in their order, else as texts."""
+    found = set(labels)
+    numbers = all(re.fullmatch(r"-?\d+", x) for x in found)
+    return tuple(sorted(found, key=int) if numbers else sorted(found))
 
 
 def _check_labels(rows: Rows, labels: Sequence[str], path: str) -> None:

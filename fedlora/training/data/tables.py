@@ -4,9 +4,12 @@ Local files are read into memory, so that no copy of a node's own data stays in 
 TSV columns are text as it is written: "01" is no number and "NA" is not missing.
 """
 
+import csv
 import difflib
 import logging
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -73,7 +76,7 @@ def column(table: Dataset, where: str, key: str, name: str) -> list[str]:
         values = [feature.names[v] if v is not None and v >= 0 else None for v in values]
     elif not isinstance(feature, Value):
         raise DataError(f'{key} = "{name}": {where} has no text there but {feature}')
-    return ["" if v is None else str(v) for v in values]
+    return ["" if v is None or (type(v) is float and math.isnan(v)) else str(v) for v in values]
 
 
 def prompts(table: Dataset, where: str, prompt: str) -> list[str]:
@@ -97,14 +100,14 @@ def quoted(names: Iterable[str]) -> str:
 
 
 def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], Any]:
-    place = Path(locate(path))
+    place, encoding = Path(locate(path)), _without_mark(data.encoding)
     kind = place.suffix.lower()
     local = {"cache_dir": cache, "keep_in_memory": True}
     by_suffix: dict[str, Callable[[], Any]] = {
-        ".jsonl": partial(Dataset.from_json, str(place), encoding=data.encoding, **local),
-        ".json": partial(Dataset.from_json, str(place), encoding=data.encoding, **local),
-        ".csv": partial(_csv, place, ",", data.encoding),
-        ".tsv": partial(_csv, place, "\t", data.encoding),
+        ".jsonl": partial(Dataset.from_json, str(place), encoding=encoding, **local),
+        ".json": partial(Dataset.from_json, str(place), encoding=encoding, **local),
+        ".csv": partial(_csv, place, ",", encoding),
+        ".tsv": partial(_csv, place, "\t", encoding),
         ".parquet": partial(Dataset.from_parquet, str(place), **local),
         ".txt": partial(_text, place, data),
     }
@@ -143,11 +146,33 @@ def _problems_of(key: str, path: str) -> Iterator[None]:
             enable_progress_bars()
 
 
+def _without_mark(encoding: str) -> str:
+    """UTF-8 with or without a byte-order mark, which is no part of a text; others as they are."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
 def _csv(place: Path, separator: str, encoding: str) -> Dataset:
-    cells = pandas.read_csv(
-        place, sep=separator, encoding=encoding, dtype=str, keep_default_na=False
-    )
+    """The cells as they are written. A row of more fields than there are columns is an error.
+
+    A stray quotation mark in a TSV would swallow the lines up to the next one: where a cell holds
+    a tab and a line's end, the file's quotation marks are taken for letters.
+    """
+    given: dict[str, Any] = {"sep": separator, "encoding": encoding, "dtype": str}
+    given |= {"keep_default_na": False, "index_col": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # it would drop fields
+        try:
+            cells = pandas.read_csv(place, **given)
+            if separator == "\t" and _swallowed(cells):
+                log.warning("%s: its quotation marks are read as letters", place)
+                cells = pandas.read_csv(place, quoting=csv.QUOTE_NONE, **given)
+        except pandas.errors.ParserWarning as e:
+            raise ValueError(f"a row has more fields than there are columns ({e})") from None
     return Dataset.from_pandas(cells, preserve_index=False)
+
+
+def _swallowed(cells: Any) -> bool:
+    return any("\t" in x and "\n" in x for name in cells for x in cells[name])
 
 
 def _text(place: Path, data: DataConfig) -> Dataset:
@@ -157,7 +182,8 @@ def _text(place: Path, data: DataConfig) -> Dataset:
         raise DataError(f"data.line-pattern is not a regular expression: {e}") from None
     if not pattern.groupindex:
         raise DataError('data.line-pattern needs named groups, as in "(?P<text>.+)"')
-    lines = [line for line in place.read_text(data.encoding).split("\n") if line.strip()]
+    whole = place.read_text(_without_mark(data.encoding))
+    lines = [line for line in whole.split("\n") if line.strip()]
     matches = [pattern.match(line) for line in lines]
     found = [match.groupdict() for match in matches if match]
     if not found:
