@@ -86,9 +86,9 @@ class Meters:
 
     def install(self, stack: ExitStack) -> None:
         for meter, place, name in (
-            (self.certificate, certifier, "begin"),
-            (self.certificate, certifier, "read"),
-            (self.certificate, certifier, "end"),
+            (self.certificate, certifier.Certifier, "open"),
+            (self.certificate, certifier.Certifier, "read"),
+            (self.certificate, certifier.Certifier, "close"),
             (self.certificate, witness, "numbers"),
             (self.certificate, client, "pack_numbers"),
             (self.check, job.ClientJob, "check"),

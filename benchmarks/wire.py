@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row
+from fedlora.federation.server.run import score
 from fedlora.federation.wire.messages import count_bytes, pack_download
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Download
@@ -44,7 +45,7 @@ def accuracy(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as d:
         for seed in range(seeds):
 
-            def score(dtype: str, directory: str = d, seed: int = seed) -> float:
+            def scored(dtype: str, directory: str = d, seed: int = seed) -> float:
                 config = quickstart(
                     directory, run__name=f"{dtype}-{seed}", run__seed=seed, wire__dtype=dtype,
                     clients__count=4, train__steps=steps, lora__layers="-1",
@@ -57,9 +58,9 @@ def accuracy(quick: bool) -> Iterator[Row]:
                 assert found
                 return 100 * found["accuracy"]
 
-            plain.append(score("float32"))
+            plain.append(scored("float32"))
             for dtype, found in shorter.items():
-                found.append(score(dtype) - plain[-1])
+                found.append(scored(dtype) - plain[-1])
     for dtype, found in shorter.items():
         half = T_95[seeds] * statistics.stdev(found) / seeds**0.5
         yield Row(

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from flwr.app import Message, RecordDict
 
+from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
 from fedlora.federation.wire.codes import Code
+from fedlora.federation.wire.messages import Job
 from fedlora.launch.client_app import answer
 from fedlora.launch.deploy import node, worker
 
@@ -64,7 +66,8 @@ def a_message(ttl: float = 60.0):
     from fedlora.launch.simulate.grid import LocalGrid, _name
 
     grid = LocalGrid(app, 1, {})
-    message = Message(RecordDict(), 1000, "query", ttl=ttl)
+    job = Job(1, "run", "start", 0, {}, 0, 0, "", (), config=Config.read({}).identity())
+    message = Message(RecordDict({"job": job.record()}), 1000, "query", ttl=ttl)
     _name(message)
     return message, grid.contexts[1000]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.reports import report, units
+from fedlora.reports import report, tables, units
 from fedlora.reports.certificate import spans
 from fedlora.training.certificate import K
 from tests.reports.test_report import Page, change, lines, make_run
@@ -70,13 +70,13 @@ def row(run: Path) -> str:
 
 def columns(run: Path) -> list[tuple[str, str]]:
     """(text, tone) of the column of certificates, by round."""
-    grid = report.view.rounds(report.read(run))
+    grid = tables.rounds(report.read(run))
     at = grid.head.index("certificate")
     return [(cells[at].text, cells[at].tone) for cells in grid.rows]
 
 
 def tile(run: Path) -> Any:
-    return next(t for t in report.view.tiles(report.read(run)) if t.title == "certificate")
+    return next(t for t in tables.tiles(report.read(run)) if t.title == "certificate")
 
 
 # -- what is told ---------------------------------------------------------------------------------
