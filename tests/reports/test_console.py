@@ -176,7 +176,7 @@ REPORT = "\x1b[1mBertModel LOAD REPORT\x1b[0m from: x\nKey | Status |  |\n---+--
         ("classifier.weight | MISMATCH | Reinit", True),
     ],
 )
-def test_only_a_load_report_of_what_is_trained_or_left_out_is_silenced(rows: str, heard: bool) -> None:
+def test_a_load_report_of_what_is_trained_or_left_out_is_silenced(rows: str, heard: bool) -> None:
     logger = logging.getLogger("transformers.modeling_utils")
     record = logger.makeRecord(logger.name, logging.WARNING, "f", 1, REPORT + rows, (), None)
     assert bool(logger.filter(record)) == heard
