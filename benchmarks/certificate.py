@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from benchmarks.engine import federation, quickstart
 from benchmarks.measure import Row
@@ -134,16 +134,19 @@ def measured(config: Config, rounds: int) -> Ran:
     with ExitStack() as stack:
         server, grid = stack.enter_context(federation(config))
         meters.install(stack)
-        answer = grid._answer
+        app = grid.client_app
 
-        def answered(message: Message) -> Message:
+        def answered(message: Message, context: Context) -> Message:
+            def answer(message: Message) -> Message:
+                return app(message, context)
+
             if not message.metadata.message_type.startswith("train"):
                 return answer(message)
             reply, visit = meters.visit(answer, message)
             ran.visits[-1].append(visit)
             return reply
 
-        stack.enter_context(patch.object(grid, "_answer", answered))
+        stack.enter_context(patch.object(grid, "client_app", answered))
         for number in range(1, rounds + 1):
             ran.visits.append([])
             spent, begun = meters.certificate.spent, time.process_time()
@@ -151,6 +154,7 @@ def measured(config: Config, rounds: int) -> Ran:
             ran.rounds.append(time.process_time() - begun)
             ran.certificates.append(meters.certificate.spent - spent)
     assert all(ran.certificates), "timed where it is called from"
+    assert all(ran.visits), "every round's clients are seen"
     assert all(v.check for v in ran.visits[0]), "timed where it is called from"
     return ran
 
