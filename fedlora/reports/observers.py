@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ConfigError
-from fedlora.reports.console import Observer, Silent
+from fedlora.reports.console import Observer, Silent, Together
 
 if TYPE_CHECKING:
     from fedlora.config.reader import Config
@@ -43,7 +43,7 @@ def watched(observer: Observer, config: "Config", directory: Path) -> Iterator[O
         yield All(observer, more) if more else observer
 
 
-class All:
+class All(Together):
     """Tells several. The first is the caller's own; a failure of another costs that one alone."""
 
     def __init__(self, first: Observer, more: list[Observer]) -> None:
@@ -57,24 +57,6 @@ class All:
             except Exception as e:  # a tracker's server that is away, say
                 self.more.remove(other)
                 self.first.note(f"{type(other).__name__} is left out from here on: {e}")
-
-    def baseline(self, name: str, metrics: Mapping[str, Any]) -> None:
-        self._tell("baseline", name, metrics)
-
-    def round_started(self, number: int, cohort: list[int]) -> None:
-        self._tell("round_started", number, cohort)
-
-    def client_done(self, client: int, metrics: Mapping[str, Any]) -> None:
-        self._tell("client_done", client, metrics)
-
-    def client_failed(self, client: int | None, reason: str) -> None:
-        self._tell("client_failed", client, reason)
-
-    def round_done(self, record: Mapping[str, Any]) -> None:
-        self._tell("round_done", record)
-
-    def note(self, text: str) -> None:
-        self._tell("note", text)
 
 
 class JsonLines:

@@ -20,6 +20,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +136,8 @@ def called(key: str, value: str, kind: type | tuple[type, ...], *args: Any) -> A
 
 def named(config: "Config") -> Iterator[tuple[str, str]]:
     """(key, value) of what of this config names code."""
-    flat = config.flat()
-    yield from ((key, str(flat[key])) for key in KEYS if is_code(str(flat[key])))
+    values = ((key, str(attrgetter(key)(config))) for key in KEYS)
+    yield from ((key, value) for key, value in values if is_code(value))
 
 
 def sources(config: "Config") -> Mapping[str, str]:
@@ -149,7 +150,7 @@ def sources(config: "Config") -> Mapping[str, str]:
 
 def identity(config: "Config") -> str:
     """One digest of all that the config names and of its sources; "" where it names none."""
-    found = [(key, value, sources(config)[key]) for key, value in named(config)]
+    found = [(key, value, _digest(value, find(key, value))) for key, value in named(config)]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else ""
 
 

@@ -3,8 +3,6 @@
 import ast
 import doctest
 import importlib
-import inspect
-import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -282,9 +280,3 @@ def test_a_config_is_loaded_by_path_by_name_or_from_keys(tmp_path: Path) -> None
     nested = load_config({"run": {"rounds": 3, "name": "x"}}, {"run.rounds": 4})
     assert (nested.run.rounds, nested.run.name) == (4, "x")
     assert load_config("quickstart").clients.count == 8
-
-
-def test_every_public_docstring_says_what_it_raises_or_raises_nothing_of_ours() -> None:
-    for name in NAMES:
-        assert inspect.getdoc(getattr(fedlora, name)), name
-    assert json.dumps(sorted(fedlora.PUBLIC))

@@ -313,11 +313,17 @@ def test_a_client_whose_source_differs_is_refused(
         played(Config.read(settings(**quick("fedavg", **ALL))))
 
 
-def test_a_client_without_the_code_is_refused_too(settings: Settings) -> None:
-    """The run's config names none, as the client has it, and the server's did."""
+def test_a_config_without_code_has_no_identity_and_another_value_another(
+    settings: Settings,
+) -> None:
     config = Config.read(settings(**quick("fedavg")))
     assert identity(config) == ""
-    assert identity(Config.read(settings(**quick("fedavg", **ALL)))) != ""
+    found = {
+        identity(Config.read(settings(**quick("fedavg", **given))))
+        for given in (ALL, BAG, {**ALL, "train.loss": f"py:{HERE}:mean_loss"})
+    }
+    assert len(found) == 3
+    assert "" not in found
 
 
 MINE = """

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
                 model = _whole(AutoModelForSequenceClassification, path, options)
-                labelled_as(model, _label_names(path, config), labels)
+                labelled_as(model, lambda: _label_names(path, config), labels)
         except (OSError, ValueError, RuntimeError) as e:
             raise _not_loaded(config, labels, path, e) from e
     return _frozen(model, config)
@@ -107,16 +107,18 @@ def _label_names(path: str, config: ModelConfig) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted(known.id2label.items()))
 
 
-def labelled_as(model: Any, before: Sequence[str], labels: Sequence[str]) -> None:
+def labelled_as(model: Any, names: Callable[[], Sequence[str]], labels: Sequence[str]) -> None:
     """Put the rows of a checkpoint's head in the order of the data's labels.
 
-    A head that was drawn anew has no order. Names are compared without case. Where they are not
-    the data's, the head begins as it is, and the log says so.
+    A head that was drawn anew has no order, and `names` of the checkpoint's classes are not asked
+    for. They are compared without case. Where they are not the data's, the head begins as it is,
+    and the log says so.
     """
     head = _output_of(model, len(labels))
     if head is None or any(key.startswith(f"{head[0]}.") for key in model.newly_drawn):
         return
-    was, now = ([name.casefold() for name in names] for names in (before, labels))
+    before = names()
+    was, now = ([name.casefold() for name in x] for x in (before, labels))
     if was == now:
         return
     if sorted(was) != sorted(now):
@@ -186,8 +188,8 @@ def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) ->
     known = getattr(base, "config", None)
     if known is not None and tokenizer.pad_token_id is not None:
         known.pad_token_id = tokenizer.pad_token_id
-    ends = tokenizer("a")["input_ids"][-1:] == [getattr(known, "eos_token_id", None)]
-    if getattr(known, "is_encoder_decoder", False) and config.task == "classification" and not ends:
+    looks = getattr(known, "is_encoder_decoder", False) and config.task == "classification"
+    if looks and tokenizer("a")["input_ids"][-1:] != [getattr(known, "eos_token_id", None)]:
         raise ModelError(
             f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "
             "puts none after a text; use the tokenizer that the model was trained with"
