@@ -19,7 +19,8 @@ from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache
 from fedlora.training.data.batches import eval_batches
 from fedlora.training.export_certificate import certified, load_exported
-from fedlora.training.model.loading import MeanPooled, agree, load_base, logits_of
+from fedlora.training.model.agreement import agree
+from fedlora.training.model.loading import MeanPooled, load_base, logits_of
 from fedlora.training.model.model import Model
 from fedlora.training.model.peft_directory import (
     WEIGHTS,

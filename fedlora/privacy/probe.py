@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedlora.errors import PrivacyError
 from fedlora.privacy.per_example import Gradient, kept_apart
 from fedlora.training.data.batches import IGNORE, Batch
-from fedlora.training.model.loading import padding, vocabulary
+from fedlora.training.model.agreement import padding, vocabulary
 from fedlora.training.model.model import Model
 from fedlora.training.train import Live, example_losses
 

@@ -24,7 +24,8 @@ from fedlora.training.certificate import (
     sizes,
     start_gaps,
 )
-from fedlora.training.model.loading import MeanPooled, agree, load_base, load_tokenizer
+from fedlora.training.model.agreement import agree
+from fedlora.training.model.loading import MeanPooled, load_base, load_tokenizer
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.model.peft_directory import HEAD, WEIGHTS
 from fedlora.training.user_code import is_code

@@ -10,6 +10,7 @@ import pytest
 import tomli_w
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from fedlora import check, export, simulate
@@ -17,8 +18,10 @@ from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.launch.doctor import examine
 from fedlora.training import cache
+from fedlora.training.model.agreement import positions
+from fedlora.training.model.gguf import converted_to
 from fedlora.training.model.heads import head_names, within
-from fedlora.training.model.loading import converted_to, load_base, positions
+from fedlora.training.model.loading import load_base
 from tests.conftest import LABELS
 from tests.support.architectures import DECODERS, ENCODERS, write
 
@@ -223,8 +226,24 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
         simulate(given(settings, path))
 
 
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+def test_a_checkpoint_that_lacks_the_body_is_refused(
+    settings: Settings, made: Callable[..., str], pooling: str
+) -> None:
+    """Else a random model would be trained: its tensors have other names."""
+    path = made("bert")
+    file = Path(path, "model.safetensors")
+    save_file({f"other.{k}": x for k, x in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"^model.path = '\S+' lacks \S+ and \d+ more tensors of a"
+    ):
+        simulate(given(settings, path) | {"model.pooling": pooling})
+
+
 def test_an_encoder_is_no_language_model(settings: Settings, made: Callable[..., str]) -> None:
-    with pytest.raises(ModelError, match="it is no causal language model; choose one that is"):
+    with pytest.raises(
+        ModelError, match=r"^model.path = '\S+' lacks .*: it is no causal language model; choose a"
+    ):
         simulate(given(settings, made("bert"), "causal-lm"))
 
 

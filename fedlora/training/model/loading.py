@@ -1,15 +1,9 @@
 """A pretrained model and its tokenizer from a hub id, a directory, a package or a GGUF file."""
 
-import contextlib
 import copy
 import hashlib
-import io
-import logging
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +24,10 @@ from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
+from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
+from fedlora.training.model.gguf import converted
 from fedlora.training.user_code import called, is_code, is_live
-
-log = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -70,7 +64,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
         return _frozen(_own(config, labels, seed), config)
     path, gguf = _source(config)
     if gguf:
-        path = _converted(path, gguf)
+        path = converted(path, gguf)
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "revision": config.revision or None,
@@ -85,17 +79,20 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
         try:
             if config.task == "causal-lm":
                 model = _whole(AutoModelForCausalLM, path, options)
-                _check_complete(model, config)
             elif config.pooling == "mean":
-                model = MeanPooled(AutoModel.from_pretrained(path, **options), labels)
+                model = _whole(AutoModel, path, options)
             else:
                 names = dict(enumerate(labels))
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
                 model = _whole(AutoModelForSequenceClassification, path, options)
-                labelled_as(model, lambda: _label_names(path, config), labels)
         except (OSError, ValueError, RuntimeError) as e:
             raise _not_loaded(config, labels, path, e) from e
+        check_complete(model, config)
+        if config.task == "classification" and config.pooling == "mean":
+            model = MeanPooled(model, labels)
+        elif config.task == "classification":
+            labelled_as(model, lambda: _label_names(path, config), labels)
     return _frozen(model, config)
 
 
@@ -105,36 +102,6 @@ def _label_names(path: str, config: ModelConfig) -> tuple[str, ...]:
         path, revision=config.revision or None, trust_remote_code=config.trust_remote_code
     )
     return tuple(str(name) for _, name in sorted(known.id2label.items()))
-
-
-def labelled_as(model: Any, names: Callable[[], Sequence[str]], labels: Sequence[str]) -> None:
-    """Put the rows of a checkpoint's head in the order of the data's labels.
-
-    A head that was drawn anew has no order, and `names` of the checkpoint's classes are not asked
-    for. They are compared without case. Where they are not the data's, the head begins as it is,
-    and the log says so.
-    """
-    head = _output_of(model, len(labels))
-    if head is None or any(key.startswith(f"{head[0]}.") for key in model.newly_drawn):
-        return
-    before = names()
-    was, now = ([name.casefold() for name in x] for x in (before, labels))
-    if was == now:
-        return
-    if sorted(was) != sorted(now):
-        text = "the checkpoint's head was trained for %s and begins as that of %s, in this order"
-        log.warning(text, ", ".join(before), ", ".join(labels))
-        return
-    order = [was.index(name) for name in now]
-    with torch.no_grad():
-        for x in head[1].parameters():
-            x.copy_(x[order])
-
-
-def _output_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:
-    """The last linear module that gives so many numbers, and its name."""
-    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return next(((n, m) for n, m in linear[::-1] if m.out_features == classes), None)
 
 
 def _not_loaded(
@@ -163,43 +130,6 @@ def _whole(cls: Any, path: str, options: Mapping[str, Any]) -> Any:
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     model.newly_drawn = tuple(sorted(info["missing_keys"]))
     return model
-
-
-def _check_complete(model: Any, config: ModelConfig) -> None:
-    """Raises ModelError where a language model has tensors that nobody has trained."""
-    if missing := model.newly_drawn:
-        raise ModelError(
-            f"model.path = {config.path!r} lacks {missing[0]} and {len(missing) - 1} more tensors "
-            f"of a {type(model).__name__}: it is no causal language model; choose one that is, or "
-            "model.task = 'classification'"
-        )
-
-
-def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    """Make the model's padding token the tokenizer's, which fills the batches up.
-
-    A decoder's classifier looks for the last token that is none: with another, a row's logits
-    depend on what else is in its batch.
-
-    Raises:
-        ModelError: the tokenizer knows tokens that the model has no embedding for, or leaves out
-            the end mark that an encoder-decoder's classifier looks for.
-    """
-    known = getattr(base, "config", None)
-    if known is not None and tokenizer.pad_token_id is not None:
-        known.pad_token_id = tokenizer.pad_token_id
-    looks = getattr(known, "is_encoder_decoder", False) and config.task == "classification"
-    if looks and tokenizer("a")["input_ids"][-1:] != [getattr(known, "eos_token_id", None)]:
-        raise ModelError(
-            f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "
-            "puts none after a text; use the tokenizer that the model was trained with"
-        )
-    rows = vocabulary(base, tokenizer)
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"model.path = {config.path!r}: its tokenizer has {len(tokenizer)} tokens, and the "
-            f"model embeddings for {rows}; use the tokenizer that the model was trained with"
-        )
 
 
 def _own(config: ModelConfig, labels: Sequence[str], seed: int) -> Any:
@@ -267,31 +197,6 @@ class MeanPooled(nn.Module):
         self.encoder.enable_input_require_grads()
 
 
-def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids a model knows: its embedding's rows; of one without, the tokenizer's."""
-    if hasattr(base, "get_input_embeddings"):
-        return int(base.get_input_embeddings().weight.shape[0])
-    return len(tokenizer)
-
-
-def positions(base: nn.Module) -> int | None:
-    """The most tokens that a model has learned positions for; None where they are computed."""
-    found = [
-        m.num_embeddings
-        - getattr(m, "offset", 0)
-        - (0 if m.padding_idx is None else m.padding_idx + 1)
-        for name, m in base.named_modules()
-        if isinstance(m, nn.Embedding) and re.search(r"(position\w*|wpe)$", name)
-    ]
-    return min(found, default=None)
-
-
-def padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id that fills a batch up, by the model's config or else the tokenizer's."""
-    found = getattr(getattr(base, "config", None), "pad_token_id", None)
-    return int((tokenizer.pad_token_id if found is None else found) or 0)
-
-
 def logits_of(output: Any) -> Tensor:
     """The logits of a model's output: itself, or what it calls so.
 
@@ -337,45 +242,6 @@ def _source(config: ModelConfig) -> tuple[str, str]:
     if path.endswith(".gguf"):
         return os.path.dirname(path), os.path.basename(path)
     return path, ""
-
-
-def converted_to(source: Path) -> Path:
-    """Where a GGUF file's conversion is cached: two files of one name and size are two models."""
-    found = source.stat()
-    which = f"{source.resolve()}/{found.st_size}/{found.st_mtime_ns}"
-    key = hashlib.sha256(which.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedlora"
-    return cache / f"{source.stem}-{key}"
-
-
-def _converted(directory: str, gguf: str) -> str:
-    """A directory with the GGUF's model in safetensors, made once and cached.
-
-    A model that transformers loads from GGUF cannot be saved as it is, so its weights go into a
-    clean model of the same configuration.
-    """
-    target = converted_to(Path(directory, gguf))
-    cache = target.parent
-    if target.exists():
-        return str(target)
-    cache.mkdir(parents=True, exist_ok=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, of a few seconds, once
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=gguf, dtype=torch.float32
-        )
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "transformers_version"):
-        settings.pop(key, None)
-    clean_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    clean = AutoModelForCausalLM.from_config(clean_config)
-    clean.load_state_dict(loaded.state_dict(), strict=True)
-    clean.tie_weights()
-    with tempfile.TemporaryDirectory(dir=cache) as made:
-        clean.save_pretrained(made)
-        with contextlib.suppress(OSError):  # another process was first: its copy is the same
-            shutil.copytree(made, target.with_suffix(".tmp"), dirs_exist_ok=True)
-            os.replace(target.with_suffix(".tmp"), target)
-    return str(target)
 
 
 def _quantization(kind: str) -> Any:

@@ -26,19 +26,18 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.training.model.agreement import agree, positions
 from fedlora.training.model.alora import offsets
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
 from fedlora.training.model.loading import (
-    agree,
     checkpoint_activations,
     fingerprint,
     frozen_tensors,
     load_base,
     load_tokenizer,
     logits_of,
-    positions,
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix

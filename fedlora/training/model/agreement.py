@@ -1,0 +1,119 @@
+"""What a model's files lack, or say twice: padding, vocabulary, labels. Made one, or refused."""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedlora.config.sections import ModelConfig
+from fedlora.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+def check_complete(model: Any, config: ModelConfig) -> None:
+    """Nothing, where the checkpoint has what the model is made of.
+
+    A classifier may lack its head and a pooler: those are trained.
+
+    Raises:
+        ModelError: it lacks tensors of a language model, or most of any model's numbers.
+    """
+    missing = model.newly_drawn
+    named = dict(model.named_parameters())
+    drawn = sum(named[key].numel() for key in missing if key in named)
+    if 2 * drawn > sum(p.numel() for p in named.values()) or (
+        missing and config.task == "causal-lm"
+    ):
+        kind = type(model).__name__
+        what = "causal language model" if config.task == "causal-lm" else kind
+        raise ModelError(
+            f"model.path = {config.path!r} lacks {missing[0]} and {len(missing) - 1} more tensors "
+            f"of a {kind}: it is no {what}; choose a checkpoint of one, or another model.task"
+        )
+
+
+def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Make the model's padding token the tokenizer's, which fills the batches up.
+
+    A decoder's classifier looks for the last token that is none: with another, a row's logits
+    depend on what else is in its batch.
+
+    Raises:
+        ModelError: the tokenizer knows tokens that the model has no embedding for, or leaves out
+            the end mark that an encoder-decoder's classifier looks for.
+    """
+    known = getattr(base, "config", None)
+    if known is not None and tokenizer.pad_token_id is not None:
+        known.pad_token_id = tokenizer.pad_token_id
+    looks = getattr(known, "is_encoder_decoder", False) and config.task == "classification"
+    if looks and tokenizer("a")["input_ids"][-1:] != [getattr(known, "eos_token_id", None)]:
+        raise ModelError(
+            f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "
+            "puts none after a text; use the tokenizer that the model was trained with"
+        )
+    rows = vocabulary(base, tokenizer)
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path = {config.path!r}: its tokenizer has {len(tokenizer)} tokens, and the "
+            f"model embeddings for {rows}; use the tokenizer that the model was trained with"
+        )
+
+
+def labelled_as(model: Any, names: Callable[[], Sequence[str]], labels: Sequence[str]) -> None:
+    """Put the rows of a checkpoint's head in the order of the data's labels.
+
+    A head that was drawn anew has no order, and `names` of the checkpoint's classes are not asked
+    for. They are compared without case. Where they are not the data's, the head begins as it is,
+    and the log says so.
+    """
+    head = _output_of(model, len(labels))
+    if head is None or any(key.startswith(f"{head[0]}.") for key in model.newly_drawn):
+        return
+    before = names()
+    was, now = ([name.casefold() for name in x] for x in (before, labels))
+    if was == now:
+        return
+    if sorted(was) != sorted(now):
+        text = "the checkpoint's head was trained for %s and begins as that of %s, in this order"
+        log.warning(text, ", ".join(before), ", ".join(labels))
+        return
+    order = [was.index(name) for name in now]
+    with torch.no_grad():
+        for x in head[1].parameters():
+            x.copy_(x[order])
+
+
+def _output_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:
+    """The last linear module that gives so many numbers, and its name."""
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return next(((n, m) for n, m in linear[::-1] if m.out_features == classes), None)
+
+
+def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids a model knows: its embedding's rows; of one without, the tokenizer's."""
+    if hasattr(base, "get_input_embeddings"):
+        return int(base.get_input_embeddings().weight.shape[0])
+    return len(tokenizer)
+
+
+def positions(base: nn.Module) -> int | None:
+    """The most tokens that a model has learned positions for; None where they are computed."""
+    found = [
+        m.num_embeddings
+        - getattr(m, "offset", 0)
+        - (0 if m.padding_idx is None else m.padding_idx + 1)
+        for name, m in base.named_modules()
+        if isinstance(m, nn.Embedding) and re.search(r"(position\w*|wpe)$", name)
+    ]
+    return min(found, default=None)
+
+
+def padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that fills a batch up, by the model's config or else the tokenizer's."""
+    found = getattr(getattr(base, "config", None), "pad_token_id", None)
+    return int((tokenizer.pad_token_id if found is None else found) or 0)
