@@ -8,17 +8,20 @@ of classes and fields in it are a format with a number: fedlora/lora/tree_format
 """
 
 import dataclasses
+import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.errors import CheckpointError, FormatError
@@ -29,16 +32,36 @@ KNOWN = (Factors, Pair, Stack)
 
 
 def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
-    """Write the tree; after it returns, a crash of the machine does not lose it."""
+    """Write the tree; after it returns, a crash of the machine does not lose it.
+
+    Raises:
+        OSError: the disk is full, say. What stood at path still does.
+    """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(tree, tensors)
-    seen: dict[int, str] = {}
+    metadata = {"tree": json.dumps(numbered(skeleton)), **(notes or {})}
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file at path, old or new and never a part.
+
+    The tensors go from where they lie to the disk: the file is never whole in memory.
+
+    Raises:
+        OSError: the disk is full, say. What stood at path still does.
+    """
+    alone, seen = {}, set[int]()
     for name, x in tensors.items():  # safetensors wants no two names for one storage
         if x.untyped_storage().data_ptr() in seen or not x.is_contiguous():
-            tensors[name] = x.detach().clone().contiguous()
-        seen[x.untyped_storage().data_ptr()] = name
-    data = to_bytes(tensors, metadata={"tree": json.dumps(numbered(skeleton)), **(notes or {})})
-    write_atomically(path, data)
+            x = x.clone(memory_format=torch.contiguous_format)
+        alone[name] = x.detach()
+        seen.add(x.untyped_storage().data_ptr())
+    with appearing(path) as new:
+        try:
+            save_file(alone, new, metadata=metadata)
+        except SafetensorError as e:
+            raise OSError(errno.EIO, str(e), str(path)) from e
 
 
 def kinds(tree: Any) -> set[str]:
@@ -99,24 +122,31 @@ def notes(path: Path) -> dict[str, str]:
     return metadata
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` where the block ends without an error.
+
+    A reader sees the old file or the new one, never a part. Only its owner may read it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as directory:
+        new = Path(directory, path.name)
+        new.touch(0o600)
+        yield new
+        with new.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put data at path: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with appearing(path) as new:
+        new.write_bytes(data)
 
 
 SCALARS = (bool, int, float, str, type(None))

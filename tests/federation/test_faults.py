@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from torch import Tensor
 
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
@@ -158,15 +160,15 @@ def test_a_client_whose_disk_is_full_says_so_and_the_round_goes_on(
     settings: Settings, monkeypatch
 ) -> None:
     given = settings(**quick("fedsa", **{"run.rounds": 2, "clients.count": 3}))
-    save, full = tree_file.write_atomically, []
+    save, full = tree_file.save_file, []
 
-    def write(path: Path, data: bytes) -> None:
+    def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         if "client-1" in str(path) and not full:
             full.append(path)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(path, data)
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path, metadata)
 
-    monkeypatch.setattr(tree_file, "write_atomically", write)
+    monkeypatch.setattr(tree_file, "save_file", write)
     config = Config.read(given)
     from fedlora.launch.simulate.grid import LocalGrid
 

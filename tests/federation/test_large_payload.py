@@ -29,10 +29,10 @@ def peak(directory: Path, clients: int) -> tuple[float, float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs /proc")
-def test_the_server_holds_seven_payloads_however_many_clients_send_one(tmp_path: Path) -> None:
-    """Its state, the model's factors, a message, an upload, the sum, the checkpoint's bytes."""
+def test_the_server_holds_six_payloads_however_many_clients_send_one(tmp_path: Path) -> None:
+    """Its state, the model's factors, a message, an upload, the sum; and one to spare."""
     (few, start), (many, _) = peak(tmp_path / "few", 2), peak(tmp_path / "many", 6)
     print(f"peak: {few:.2f} payloads with 2 clients, {many:.2f} with 6; {start:.2f} at the start")
     assert many < few + 0.5
-    assert many < 7.5
+    assert many < 6.5
     assert start < 10.0  # the training check trains: a gradient, two moments, what it puts back

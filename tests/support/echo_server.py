@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedlora.config.reader import Config
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.wire.certificate import pack_numbers
+from fedlora.federation.wire.messages import arrays_of, configs_of
 from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid, _name
 from fedlora.reports.console import Silent
 from fedlora.training.certificate import names_of
@@ -53,9 +54,9 @@ class EchoGrid(LocalGrid):
         client = message.metadata.dst_node_id - FIRST_NODE
         if message.metadata.message_type == "query":
             return RecordDict({"facts": ConfigRecord({"client": client, "rank": 0})})
-        job = message.content.config_records["job"]
+        job = configs_of(message.content, "job")
         tag = {key: job[key] for key in ("round", "token", "client")}
-        sent = message.content.array_records["send"].items()
+        sent = arrays_of(message.content, "send").items()
         measured, _ = self.server.session.certifier.before[int(job["round"])]
         ranks = dict.fromkeys(self.server.setting.model.shapes, 0)
         numbers = {m: measured[m] for m in names_of(ranks, [], ())}

@@ -56,10 +56,9 @@ def plant(point: str, round: int, die: Callable[[], None] = die) -> None:
         if sum(seen) == 2:
             die()
 
-    def half_written(path: Path, data: bytes) -> None:
+    def half_written(_: dict[str, Any], path: Path) -> None:
         if checkpoint_of(path):
-            path.parent.mkdir(exist_ok=True)
-            Path(path.parent, f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
+            path.write_bytes(b"half a checkpoint")
             die()
 
     def not_yet_renamed(_: str, path: Path) -> None:
@@ -82,7 +81,7 @@ def plant(point: str, round: int, die: Callable[[], None] = die) -> None:
                 job.ClientJob, "reply", before=lambda x, *_: die() if x.job.round == round else None
             )
         case "half-a-checkpoint":
-            wrap(tree_file, "write_atomically", before=half_written)
+            wrap(tree_file, "save_file", before=half_written)
         case "checkpoint-not-renamed":
             wrap(tree_file.os, "replace", before=not_yet_renamed)
         case "checkpoint-kept":

@@ -12,7 +12,12 @@ from flwr.app import MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora.config.reader import Config
-from fedlora.federation.wire.messages import pack_factors, unpack_factors
+from fedlora.federation.wire.messages import (
+    arrays_of,
+    configs_of,
+    pack_factors,
+    unpack_factors,
+)
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import seeded
 from fedlora.training.data.batches import Encoded, batches
@@ -30,9 +35,9 @@ def omega(k: int, width: int, m: str, seed: int) -> Tensor:
 
 def sketch(model: Model, rows: Encoded, config: Config, asked: RecordDict) -> RecordDict:
     """A client's answer to either phase."""
-    settings: Mapping[str, Any] = asked.config_records["sketch"]
+    settings: Mapping[str, Any] = configs_of(asked, "sketch")
     widths = dict(zip(settings["modules"], settings["widths"], strict=True))
-    Q = unpack_factors(asked.array_records["send"], {}).B
+    Q = unpack_factors(arrays_of(asked, "send"), {}).B
     signs = first_signs(model, rows, config)
     found = {}
     for m, M in signs.items():

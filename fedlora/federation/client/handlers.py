@@ -31,7 +31,11 @@ from fedlora.federation.client.first_gradient import sketch
 from fedlora.federation.client.job import ClientJob, named
 from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
-from fedlora.federation.wire.messages import pack_factors, seq
+from fedlora.federation.wire.messages import (
+    configs_of,
+    pack_factors,
+    seq,
+)
 from fedlora.training import cache
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
@@ -139,14 +143,14 @@ def collect(message: Message, context: Context) -> RecordDict:
 
 def secagg_setup(message: Message, context: Context) -> RecordDict:
     """Two fresh public keys for this round."""
-    work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
+    work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     keys = work.secure_client().setup(work.terms(asked["cohort"]))  # type: ignore[arg-type]
     return work.reply({"secagg": ConfigRecord({"keys": list(keys)})})
 
 
 def secagg_share(message: Message, context: Context) -> RecordDict:
     """Shares of this client's secrets, each for one neighbour to read."""
-    work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
+    work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     of, flat = seq(asked, "clients"), seq(asked, "keys")
     keys = {i: (flat[2 * n], flat[2 * n + 1]) for n, i in enumerate(of)}
     boxes = work.secure_client().share(keys, work.terms)
@@ -158,7 +162,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     """One round of local training, of which only a masked vector leaves."""
     from fedlora.federation.secure.vector import Layout, encode
 
-    work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
+    work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
     masker = work.secure_client().open(boxes, work.terms)
     with work.local_round() as local:
@@ -179,7 +183,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
 
 def secagg_unmask(message: Message, context: Context) -> RecordDict:
     """The shares with which the server can unmask the sum, and nothing else."""
-    work, asked = ClientJob.open(message, context), message.content.config_records["secagg"]
+    work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     shares = work.secure_client().unmask(seq(asked, "active"), seq(asked, "dead"), work.terms)
     found = sorted(shares.items())
     record = ConfigRecord({"clients": [i for i, _ in found], "shares": [x for _, x in found]})

@@ -22,7 +22,12 @@ from fedlora.federation.client import error_feedback, witness
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure.terms import Terms
-from fedlora.federation.wire.messages import Job, job_of, unpack_download, unpack_pairs
+from fedlora.federation.wire.messages import (
+    Job,
+    job_of,
+    unpack_download,
+    unpack_pairs,
+)
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
@@ -78,7 +83,7 @@ class ClientJob:
         config = read_config(context, job)
         root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
         memory = ClientMemory(root, job.client, job.token)
-        bare = "download" not in message.content.config_records
+        bare = "download" not in message.content
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
         first = message.content.get("base-offset")
         base_offset = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}

@@ -14,6 +14,7 @@ from fedlora.federation.server.certifier import Certificate
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, clients, cuts, load
+from fedlora.federation.wire.messages import arrays_of
 from fedlora.strategies.base import Client, Round, Upload, top_ranks
 from fedlora.training.certificate import Numbers, Witness, quantised
 
@@ -85,7 +86,7 @@ def read(
     if asked.number not in session.certifier.before:  # of before a restart
         flight = session.flights.of.get(upload.client.id)
         measure(setting, session, run, asked.number, flight.state if flight else run.state)
-    record = content.array_records.get("certificate", ArrayRecord())
+    record = arrays_of(content, "certificate") if "certificate" in content else ArrayRecord()
     others = [*upload.sent.other]
     cut = cuts(setting, run)
     return session.certifier.read(record, upload.client, asked.number, others, cut)

@@ -16,7 +16,14 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import ClientError, TrainingCheckError, UpdateError
 from fedlora.federation.wire.codes import FailureKind, Refusal
-from fedlora.federation.wire.messages import Shapes, count_bytes, unpack_factors
+from fedlora.federation.wire.messages import (
+    Shapes,
+    arrays_of,
+    configs_of,
+    count_bytes,
+    metrics_of,
+    unpack_factors,
+)
 from fedlora.lora.adapter import Factors
 from fedlora.lora.lowrank import norm
 from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
@@ -99,9 +106,10 @@ def exchange(
     pending: dict[str, int] = {}
     looked = 0.0
     for message in messages:
-        for mid in grid.push_messages([message]):
-            pending[mid] = message.metadata.dst_node_id
+        sent = dict.fromkeys(grid.push_messages([message]), message.metadata.dst_node_id)
         del message
+        yield from ready(grid, sent)  # of a simulation: else its replies would gather here
+        pending |= sent
         if time.monotonic() - looked > POLL:  # not after each: that takes them times them looks
             yield from ready(grid, pending)
             looked = time.monotonic()
@@ -153,8 +161,8 @@ def read_reply(
     tag = tag_of(reply, client, round, token)
     content = reply.content
     try:
-        metrics: Mapping[str, Any] = content.metric_records["metrics"]
-        record = content.array_records["sent"]
+        metrics: Mapping[str, Any] = metrics_of(content, "metrics")
+        record = arrays_of(content, "sent")
         keeps, n = tag["keeps"], metrics["num-examples"]
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}") from None
@@ -184,7 +192,7 @@ def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[
     if error := error_of(reply):
         raise error
     try:
-        tag: Mapping[str, Any] = reply.content.config_records["reply"]
+        tag: Mapping[str, Any] = configs_of(reply.content, "reply")
         said = (tag["round"], tag["token"], tag["client"])
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}") from None

@@ -23,7 +23,11 @@ from fedlora.federation.server.run import (
     seconds,
 )
 from fedlora.federation.wire.codes import Refusal
-from fedlora.federation.wire.messages import unpack_factors
+from fedlora.federation.wire.messages import (
+    arrays_of,
+    metrics_of,
+    unpack_factors,
+)
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
 from fedlora.strategies.base import CollectsAtEnd, Round, Upload, collects
@@ -60,8 +64,8 @@ def collect(
     for i, reply in _answers(setting, session, grid, messages):
         one = client(setting, run, i)
         scale = {m: layer.scale for m, layer in one.layers.items()}
-        kept = unpack_factors(reply.content.array_records["sent"], scale)
-        n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
+        kept = unpack_factors(arrays_of(reply.content, "sent"), scale)
+        n = int(metrics_of(reply.content, "metrics")["num-examples"])  # type: ignore[arg-type]
         uploads.append(Upload(one, kept, n))
     if not uploads:
         return run
@@ -76,7 +80,7 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
     messages = (message(setting, session, run, c, round, "evaluate") for c in everyone)
     members = dict(run.members)
     for i, reply in _answers(setting, session, grid, messages):
-        said = reply.content.metric_records["metrics"]
+        said = metrics_of(reply.content, "metrics")
         members[i] = replace(
             members[i],
             final=part_of(said, "final.") or {},

@@ -28,7 +28,13 @@ from fedlora.federation.server.exchange import error_of, exchange
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, client, message
 from fedlora.federation.wire.codes import Refusal
-from fedlora.federation.wire.messages import pack_factors, unpack_factors
+from fedlora.federation.wire.messages import (
+    arrays_of,
+    configs_of,
+    metrics_of,
+    pack_factors,
+    unpack_factors,
+)
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.strategies.base import Client, Round, Upload, mean, top_ranks
 
@@ -70,9 +76,9 @@ def _phase(
         if error := error_of(reply):
             session.observer.client_failed(None, Refusal.of(error).reason)
             continue
-        i = int(reply.content.config_records["reply"]["client"])  # type: ignore[arg-type]
-        n = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
-        sent = unpack_factors(reply.content.array_records["sent"], {})
+        i = int(configs_of(reply.content, "reply")["client"])  # type: ignore[arg-type]
+        n = int(metrics_of(reply.content, "metrics")["num-examples"])  # type: ignore[arg-type]
+        sent = unpack_factors(arrays_of(reply.content, "sent"), {})
         uploads.append(Upload(client(setting, run, i), sent, n))
     if not uploads:
         raise RoundError("no client sent its first gradient; nothing was begun")

@@ -7,6 +7,7 @@ killed between the two finds the line there, and one killed before it repeats th
 import contextlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -155,8 +156,8 @@ class Journal:
             CheckpointError: the configuration has changed; says in which keys.
         """
         self._check_same()
-        for left in self.directory.rglob(".*.tmp"):  # of a write that was cut short
-            left.unlink(missing_ok=True)
+        for left in [*self.directory.rglob(".*.tmp")]:  # of a write that was cut short
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         if (found := self.last(*types)) is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.rounds.write_text("")
@@ -290,10 +291,8 @@ class Journal:
 
 def save_update(path: Path, upload: Upload) -> None:
     """A client's factors by module path; scales and number of examples in the metadata."""
-    from safetensors.torch import save
-
     tensors = {
-        (name if column == "other" else f"{name}.{column}"): x.contiguous()
+        (name if column == "other" else f"{name}.{column}"): x
         for column, name, x in upload.sent.items()
     }
     metadata = {
@@ -301,7 +300,7 @@ def save_update(path: Path, upload: Upload) -> None:
         "num_examples": str(upload.num_examples),
         "scale": json.dumps(dict(upload.sent.scale)),
     }
-    tree_file.write_atomically(path, save(tensors, metadata=metadata))
+    tree_file.write_tensors(path, tensors, metadata)
 
 
 def _plain(x: Any) -> Any:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedlora.errors import UpdateError
 from fedlora.federation.server.exchange import POLL, SLOWEST_POLL, error_of, exchange
 from fedlora.federation.wire.codes import Refusal
+from fedlora.federation.wire.messages import configs_of
 
 SIMULATED = "FEDLORA_SIMULATED"
 """Set for the processes of Flower's engine: all their clients are this machine."""
@@ -99,7 +100,7 @@ def read_facts(reply: Message) -> Facts:
     if error := error_of(reply):
         raise error
     try:
-        facts: Facts = reply.content.config_records["facts"]
+        facts: Facts = configs_of(reply.content, "facts")
         client, rank, layers = facts["client"], facts["rank"], facts.get("layers", 0)
     except KeyError as e:
         raise UpdateError(f"its facts lack {e}") from None

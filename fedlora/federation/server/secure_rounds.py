@@ -45,7 +45,12 @@ from fedlora.federation.wire.certificate import (
     without_masked,
 )
 from fedlora.federation.wire.codes import FailureKind, Refusal
-from fedlora.federation.wire.messages import Shapes, count_bytes
+from fedlora.federation.wire.messages import (
+    Shapes,
+    arrays_of,
+    configs_of,
+    count_bytes,
+)
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.training.certificate import names_of, public_scales
 
@@ -146,7 +151,7 @@ class SecureRound:
         seen: set[bytes] = set()
 
         def read(_: int, content: RecordDict) -> list[bytes]:
-            found = _blobs(content.config_records["secagg"]["keys"], 2)
+            found = _blobs(configs_of(content, "secagg")["keys"], 2)
             for key in found:  # one that the others could not use would cost all of them
                 masking.check_public(key)
                 if key in seen:
@@ -167,7 +172,7 @@ class SecureRound:
         }
 
         def read(i: int, content: RecordDict) -> dict[int, bytes]:
-            record = content.config_records["secagg"]
+            record = configs_of(content, "secagg")
             to = [j for j in there[i] if j != i]
             if record["clients"] != to:
                 raise UpdateError("its shares are not for its neighbours")
@@ -193,7 +198,7 @@ class SecureRound:
         dtype = masking.words(self.terms.bits)
 
         def read(i: int, content: RecordDict) -> int:
-            array = content.array_records["masked"]["vector"]
+            array = arrays_of(content, "masked")["vector"]
             if array.stype != "fedlora.masked" or len(array.data) != len(self.layout) * (
                 dtype.itemsize
             ):
@@ -205,9 +210,9 @@ class SecureRound:
             if kind not in self.totals:
                 self.totals[kind] = np.zeros(len(self.layout), dtype=dtype)
             self.totals[kind] += np.frombuffer(array.data, dtype=dtype)
-            if "start" in content.array_records:
-                self._begun(i, content.array_records["start"])
-            self.keeps[i] = bool(content.config_records["reply"]["keeps"])
+            if "start" in content:
+                self._begun(i, arrays_of(content, "start"))
+            self.keeps[i] = bool(configs_of(content, "reply")["keeps"])
             return kind
 
         kinds = self._stage("collect", asked, read, bare=False)
@@ -235,7 +240,7 @@ class SecureRound:
         }
 
         def read(i: int, content: RecordDict) -> dict[int, bytes]:
-            record = content.config_records["secagg"]
+            record = configs_of(content, "secagg")
             of = sorted(self.near[i] & shared)
             if record["clients"] != of:
                 raise UpdateError("its shares are not those it was asked for")

@@ -9,11 +9,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from fedlora.strategies.base import Download, Penalty, Version
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-11, "int8": 6e-2, "int4": 0.8}
 """Relative error that sending in this dtype may add to an aggregate: see `proof`."""
+
+Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
 
 Shapes = Mapping[tuple[str, str], tuple[int, ...]]
 """(column, name) of a `Factors` to the shape it must have."""
@@ -213,22 +215,22 @@ def _lasting(dtype: str) -> str:
 
 def unpack_download(content: RecordDict) -> Download:
     """The inverse of `pack_download`."""
-    settings = content.config_records["download"]
+    settings = configs_of(content, "download")
     scale = dict(zip(seq(settings, "scale-names"), seq(settings, "scale-values"), strict=True))
     snapshots = set(seq(settings, "snapshots"))
     fold: Adapter = {}
-    if "fold" in content.array_records:
-        pairs = unpack_pairs(content.array_records["fold"])
+    if "fold" in content:
+        pairs = unpack_pairs(arrays_of(content, "fold"))
         fold = {m: p for m, p in pairs.items() if isinstance(p, Pair)}
     penalty = None
     if "penalty" in settings:
         keep = zip(seq(settings, "penalty-names"), seq(settings, "penalty-keep"), strict=True)
         penalty = Penalty(settings["penalty"], float(settings["penalty-weight"]), dict(keep))  # type: ignore[arg-type]
     return Download(
-        send=unpack_factors(content.array_records["send"], scale),
+        send=unpack_factors(arrays_of(content, "send"), scale),
         trainable=frozenset(seq(settings, "trainable")),
         base=tuple(
-            Version(n, unpack_pairs(content.array_records[f"base-{n}"]), n in snapshots)
+            Version(n, unpack_pairs(arrays_of(content, f"base-{n}")), n in snapshots)
             for n in seq(settings, "base")
         ),
         fold=fold,
@@ -305,6 +307,33 @@ class Job:
         )
 
 
+def arrays_of(content: RecordDict, key: str) -> ArrayRecord:
+    """The array record of a message by its key; likewise `configs_of` and `metrics_of`.
+
+    Flower's own `content.array_records` makes a view that refers to itself and to the message, so
+    a message of a payload would stay until Python next looks for garbage.
+
+    Raises:
+        KeyError: there is none, or it is of another kind.
+    """
+    return _of(content, key, ArrayRecord)
+
+
+def configs_of(content: RecordDict, key: str) -> ConfigRecord:
+    return _of(content, key, ConfigRecord)
+
+
+def metrics_of(content: RecordDict, key: str) -> MetricRecord:
+    return _of(content, key, MetricRecord)
+
+
+def _of(content: RecordDict, key: str, kind: type[Kind]) -> Kind:
+    found = content[key]
+    if not isinstance(found, kind):
+        raise KeyError(key)
+    return found
+
+
 def job_of(content: RecordDict) -> Job:
     """The job that a message brings.
 
@@ -312,7 +341,7 @@ def job_of(content: RecordDict) -> Job:
         WireError: it brings none, or one that does not decode.
     """
     try:
-        return Job.read(content.config_records["job"])
+        return Job.read(configs_of(content, "job"))
     except (KeyError, TypeError, ValueError) as e:
         raise WireError(f"the message has no job that can be read: {e!r}") from None
 

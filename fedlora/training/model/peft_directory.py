@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import compress, norm, stack, svd
-from fedlora.lora.tree_file import write_atomically
+from fedlora.lora.tree_file import write_atomically, write_tensors
 from fedlora.strategies.base import Effective, Version
 from fedlora.training.data.locate import locate
 from fedlora.training.model.layers import adapter_config
@@ -153,11 +152,7 @@ def _write(
     if pooled:
         save_head(effective, directory)
     config.save_pretrained(str(directory))
-    tensors = {
-        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
-    }
-    path = directory / "adapter_model.safetensors"
-    write_atomically(path, to_bytes(tensors, metadata={"format": "pt"}))
+    write_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
     if model.labels:
         labels = json.dumps(list(model.labels))
         write_atomically(directory / "labels.json", labels.encode())
@@ -166,8 +161,8 @@ def _write(
 def save_head(effective: Effective, directory: Path) -> None:
     """A mean-pooled model's linear head, and how to use it: no library has a class for it."""
     other = effective.factors.other.items()
-    head = {name: x.contiguous() for name, x in other if _of_head(name, len(ENCODER))}
-    write_atomically(directory / HEAD, to_bytes(head, metadata={"format": "pt"}))
+    head = {name: x for name, x in other if _of_head(name, len(ENCODER))}
+    write_tensors(directory / HEAD, head, {"format": "pt"})
     write_atomically(directory / "README.md", USE_HEAD.encode())
 
 
