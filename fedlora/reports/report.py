@@ -118,6 +118,9 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     if "exact_match" in (s["final"] or {}):
         yield "final exact match", percent(finite(s["final"], "exact_match"))
         yield "untuned exact match", percent(finite(run.untuned, "exact_match"))
+        if how := s.get("generation"):
+            stop = "no end mark" if how["stops_at"] is None else how["stops_at"]
+            yield "answers", f"greedy, {how['tokens']} tokens at most, up to {stop}"
     if s["best"]:
         yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
     for name, value in run.baselines().items():

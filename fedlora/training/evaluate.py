@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.training import metrics
 from fedlora.training.data.batches import IGNORE, Encoded, eval_batches, prompt_batches
+from fedlora.training.data.seam import end_mark
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 from fedlora.training.train import own_losses, token_losses
@@ -87,19 +89,35 @@ def _losses(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
 
 def _answered(model: Model, rows: Encoded, config: Config) -> tuple[list[str], list[str]]:
     """What the model answers each prompt, greedily, and what it should."""
-    responses = _responses(model, rows)
+    responses, how = _responses(model, rows), greedy(model.tokenizer, config)
     answers: dict[int, str] = {}
+    model.peft.get_base_model().generation_config = model.peft.generation_config = how
     for numbers, batch in prompt_batches(rows, config.evaluate.batch_size):
         width = batch["input_ids"].shape[1]
-        out: Tensor = model.peft.generate(
-            **batch,
-            max_new_tokens=config.evaluate.generate_tokens,
-            do_sample=False,
-            pad_token_id=model.tokenizer.pad_token_id,
-        )
+        out: Tensor = model.peft.generate(**batch)
         texts = model.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         answers |= dict(zip(numbers.tolist(), texts, strict=True))
     return [answers[n] for n in range(len(rows))], responses
+
+
+def greedy(tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConfig:
+    """How answers are generated, whatever the base's own files ask for: the most likely token each
+    time, up to the end mark that was trained, evaluate.generate-tokens at most."""
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=config.evaluate.generate_tokens,
+        eos_token_id=end_mark(tokenizer, config.data.chat_template),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def generation(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any] | None:
+    """The settings of `greedy`, for the record; None where nothing is generated."""
+    if config.model.task != "causal-lm" or not config.evaluate.generate_tokens:
+        return None
+    mark = end_mark(tokenizer, config.data.chat_template)
+    stop = None if mark is None else str(tokenizer.convert_ids_to_tokens(mark))
+    return {"greedy": True, "tokens": config.evaluate.generate_tokens, "stops_at": stop}
 
 
 def _responses(model: Model, rows: Encoded) -> list[str]:

@@ -32,6 +32,7 @@ from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
 from fedlora.strategies.base import CollectsAtEnd, Round, Upload, collects
 from fedlora.training.data.corpus import describe
+from fedlora.training.evaluate import generation
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.model.peft_directory import beginning, save_peft
 
@@ -190,6 +191,7 @@ def write_records(
             "data": c.data.path,
             "seed": c.run.seed,
             "final": final,
+            "generation": generation(setting.model.tokenizer, c),
             "baselines": run.baselines,
             "bytes": {
                 "down": sum(m.bytes_down for m in members),

@@ -36,6 +36,7 @@ from fedlora.training import cache
 from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
 from fedlora.training.data.corpus import Corpus
+from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
 from fedlora.training.precision import described, resolved, slowdown
@@ -61,6 +62,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     if (longest := model.longest(config.data.max_length)) < config.data.max_length:
         text = f"texts are cut at {longest} tokens, which the model has positions for"
         findings.append(Finding("note", text, f"data.max-length is {config.data.max_length}"))
+    findings += _responses(config, model, corpus)
     planner = Planner(config, model)
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
@@ -175,6 +177,29 @@ def _data(config: Config, corpus: Any) -> Iterator[Finding]:
             f"clients {', '.join(bare[:5])}{' and more' if len(bare) > 5 else ''} have no rows to "
             "train on",
             "lower clients.count or data.client-test-fraction, or raise data.alpha",
+        )
+
+
+def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:
+    """Where a language model learns to stop, and where prompt and response share a token."""
+    if config.model.task != "causal-lm":
+        return
+    mark = end_mark(model.tokenizer, config.data.chat_template)
+    if mark is None:
+        hint = "name a model.tokenizer with an eos token"
+        yield Finding("note", "the model learns no end: its tokenizer has no eos token", hint)
+    else:
+        stop = model.tokenizer.convert_ids_to_tokens(mark)
+        yield Finding("ok", f"the model learns to stop at {stop!r}")
+    parts = [part for c in corpus.clients for part in (c.train, c.test)] + [corpus.test]
+    chat = config.data.chat_template
+    shared = [p.straddled for rows in parts for p in pieces(rows, model.tokenizer, chat)]
+    if any(shared):
+        yield Finding(
+            "note",
+            f"{sum(shared)} of {len(shared)} rows: a token would lie in both prompt and response; "
+            "the response is trained without it, as generation will see it",
+            "end data.prompt without a space: one is put between prompt and response",
         )
 
 

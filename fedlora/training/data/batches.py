@@ -1,14 +1,7 @@
 """Rows as token ids, and token ids as batches.
 
-A causal-lm row is tokenised in two pieces, so that training conditions on the very ids that
-generation starts from:
-
-    prompt    as the tokenizer begins a text (with its bos, if it has one), never ended by eos
-    response  one space, unless there is one at the seam already or no prompt; the response; eos
-
-or, through the chat template, the user's turn with the generation prompt, and what the template
-puts behind it for the assistant's turn. The loss is on the response alone, its eos included; with
-no prompt and no bos the first token is context only.
+A causal-lm row is a prompt and a response (fedlora/training/data/seam.py). The loss is on the
+response alone, its end mark included; with no prompt and no bos the first token is context only.
 """
 
 import logging
@@ -22,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora.errors import DataError
 from fedlora.training.data.corpus import Rows
+from fedlora.training.data.seam import pieces
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask, labels (and token_type_ids where the tokenizer gives them)."""
@@ -46,6 +40,8 @@ class Encoded:
     classes: Tensor | None = None  # (n,) label index of a classification
     prompts: Tensor | None = None  # (n,) prompt tokens of a causal-lm example
     types: Tensor | None = None  # (t,) token_type_ids
+    straddled: int = 0
+    """Of causal-lm: examples in whose whole text a token would lie on both sides of the seam."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -213,69 +209,42 @@ def _classification(
 def _causal(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool, pad: int
 ) -> Encoded:
-    seamed = _chat(rows, tokenizer) if chat_template else _plain(rows)
     ids: list[list[int]] = []
     prompts: list[int] = []
     kept: list[int] = []
-    for i, (prompt, response) in enumerate(_pieces(seamed, tokenizer, chat_template)):
-        if len(prompt) < max_length:
-            ids.append((prompt + response)[:max_length])
-            prompts.append(len(prompt))
+    long = straddled = 0
+    for i, row in enumerate(pieces(rows, tokenizer, chat_template)):
+        long += len(row.prompt) >= max_length
+        if len(row.prompt) < max_length and row.response:
+            ids.append((row.prompt + row.response)[:max_length])
+            prompts.append(len(row.prompt))
             kept.append(i)
-    if len(kept) < len(rows):
-        left = f"{len(rows) - len(kept)} of {len(rows)} rows"
-        reason = f"have a prompt of data.max-length = {max_length} tokens or more: raise it"
-        if not kept:
-            raise DataError(f"{left} {reason}")
-        log.warning("%s %s; they are left out", left, reason)
+            straddled += row.straddled
+    _tell(len(rows), len(kept), long, max_length)
     flat, starts = _flat(ids)
     lengths = torch.tensor(prompts, dtype=torch.long)
-    return Encoded(flat, starts, torch.tensor(kept, dtype=torch.long), pad, prompts=lengths)
+    numbers = torch.tensor(kept, dtype=torch.long)
+    return Encoded(flat, starts, numbers, pad, prompts=lengths, straddled=straddled)
 
 
-def _plain(rows: Rows) -> list[tuple[str, str]]:
-    def seam(prompt: str, response: str) -> str:
-        spaced = not prompt or prompt[-1].isspace() or response[:1].isspace()
-        return response if spaced else f" {response}"
+def _tell(rows: int, kept: int, long: int, max_length: int) -> None:
+    """Log what was left out, by its reason.
 
-    return [(p, seam(p, r)) for p, r in zip(rows.text, rows.response, strict=True)]
-
-
-def _chat(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    if not tokenizer.chat_template:
-        raise DataError("data.chat-template = true, but this model's tokenizer has none")
-    if not all(rows.text):
-        raise DataError("data.chat-template = true needs data.prompt: the user's turn")
-    return [_turns(tokenizer, p, r) for p, r in zip(rows.text, rows.response, strict=True)]
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[str, str]:
-    user = [{"role": "user", "content": prompt}]
-    asked = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    both = [*user, {"role": "assistant", "content": response}]
-    whole = tokenizer.apply_chat_template(both, tokenize=False)
-    if not whole.startswith(asked):
-        raise DataError(
-            "data.chat-template = true: this model's template does not continue its own "
-            "generation prompt, so prompt and response cannot be told apart; use data.prompt alone"
-        )
-    return asked, whole.removeprefix(asked)
-
-
-def _pieces(
-    seamed: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template: bool
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt ids and response ids of each row. A chat template writes its own special tokens."""
-    if not seamed:
-        return
-    prompts, responses = zip(*seamed, strict=True)
-    eos = tokenizer.eos_token_id
-    end = [] if chat_template or eos is None else [eos]
-    asked = tokenizer(list(prompts), add_special_tokens=not chat_template, verbose=False)
-    said = tokenizer(list(responses), add_special_tokens=False, verbose=False)
-    for prompt, response in zip(asked["input_ids"], said["input_ids"], strict=True):
-        ended = end and len(prompt) > 1 and prompt[-1] == eos
-        yield prompt[:-1] if ended else prompt, response + end
+    Raises:
+        DataError: all of them.
+    """
+    for left, reason in (
+        (long, f"have a prompt of data.max-length = {max_length} tokens or more: raise it"),
+        (
+            rows - kept - long,
+            "have a response that this tokenizer cannot write behind their prompt: end the prompt "
+            "before a space or a line's end",
+        ),
+    ):
+        if left and not kept:
+            raise DataError(f"{left} of {rows} rows {reason}")
+        if left:
+            log.warning("%d of %d rows %s; they are left out", left, rows, reason)
 
 
 def _flat(ragged: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
