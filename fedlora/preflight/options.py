@@ -16,6 +16,7 @@ from fedlora.strategies.base import Strategy
 
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Each option that conflicts with another setting, and what to do instead."""
+    yield from _named(config)
     yield from _ranks(config, strategy)
     yield from _buffer(config)
     least, most = config.round.min_replies, config.clients.per_round or config.clients.count
@@ -29,6 +30,17 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     if chosen != "none" and (reason := server_optimizers.problem(strategy)):
         yield f"server.optimizer = '{chosen}': {reason}"
     yield from _personalize(config)
+
+
+def _named(config: Config) -> Iterator[str]:
+    """The model and the data, which no default stands for."""
+    if not config.model.path:
+        yield "model.path is not set: name the base, a hub id or a directory"
+    if not config.data.path and not config.data.test_path:
+        yield (
+            "data.path is not set: name the rows, a file, a directory or a hub id; where every "
+            "node brings its own, data.test-path"
+        )
 
 
 def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:

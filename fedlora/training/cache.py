@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fedlora.config.reader import Config
@@ -61,7 +62,8 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
         rows = getattr(client_rows(client, config, labels), part)
     loaded = model(config, labels)
     longest = loaded.longest(config.data.max_length)
-    return encode(rows, loaded.tokenizer, labels, longest, config.data.chat_template)
+    found = encode(rows, loaded.tokenizer, labels, longest, config.data.chat_template)
+    return replace(found, left=loaded.pads_left)
 
 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:

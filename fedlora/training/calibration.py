@@ -19,6 +19,7 @@ the gradients, 4 d k bytes a module.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
     if init not in CALIBRATED:
         return model.init_factors(whole, config.run.seed)
     rows = load_calibration(d, config.model.task, config.lora.calibration, corpus)
-    encoded = encode(rows, model.tokenizer, corpus.labels, d.max_length, d.chat_template)
+    longest = model.longest(d.max_length)
+    encoded = encode(rows, model.tokenizer, corpus.labels, longest, d.chat_template)
+    encoded = replace(encoded, left=model.pads_left)
     model.rebase("calibration", [])
     with torch.random.fork_rng(devices=[]), threads(config.train.threads):
         torch.manual_seed(seeded(config.run.seed, 0, 0, "calibration").initial_seed())

@@ -96,8 +96,8 @@ def _defined(logits: Tensor, label: Tensor) -> Tensor:
 
 def _one(batch: Batch, i: int) -> Batch:
     """Example i in a batch of its own, without padding."""
-    n = int(batch["attention_mask"][i].sum())
-    return {key: x[i : i + 1, :n] if x.ndim > 1 else x[i : i + 1] for key, x in batch.items()}
+    there = batch["attention_mask"][i].bool()
+    return {key: x[i : i + 1, there] if x.ndim > 1 else x[i : i + 1] for key, x in batch.items()}
 
 
 def _close(given: Tensor, want: Tensor, size: Tensor, what: str) -> None:

@@ -275,8 +275,10 @@ def test_check_says_what_simulate_refuses_and_nothing_where_it_runs(settings: Se
 
 def test_a_config_is_loaded_by_path_by_name_or_from_keys(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('[run]\nname = "mine"\nrounds = 3\n')
-    assert load_config(path).run.rounds == load_config({"run": {"rounds": 3}}).run.rounds == 3
-    nested = load_config({"run": {"rounds": 3, "name": "x"}}, {"run.rounds": 4})
+    path.write_text('[run]\nname = "mine"\nrounds = 3\n[model]\npath = "m"\n[data]\npath = "d"\n')
+    paths = {"model": {"path": "m"}, "data": {"path": "d"}}
+    given = load_config({"run": {"rounds": 3}, **paths})
+    assert load_config(path).run.rounds == given.run.rounds == 3
+    nested = load_config({"run": {"rounds": 3, "name": "x"}, **paths}, {"run.rounds": 4})
     assert (nested.run.rounds, nested.run.name) == (4, "x")
     assert load_config("quickstart").clients.count == 8

@@ -35,7 +35,8 @@ def test_every_experiment_that_ships_has_a_name(elsewhere: Path) -> None:
 
 
 def test_a_path_that_exists_wins_over_a_name(elsewhere: Path) -> None:
-    Path("quickstart").write_text("run.rounds = 77\n")
+    text = 'run.rounds = 77\nmodel.path = "here"\ndata.path = "there"\n'
+    Path("quickstart").write_text(text)
     assert load("quickstart").run.rounds == 77
     assert load(Path("quickstart")).run.rounds == 77
 

@@ -36,12 +36,15 @@ FOURIER = {"lora.form": "fourierft", "clients.ranks": "3"}
 ALORA = {"lora.form": "alora", "lora.invocation": "is", "clients.ranks": "3"}
 CENTRAL = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
 DP = {"privacy.epsilon": 3.0}
+NAMED = {"model.path": "m", "data.path": "d"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 LEGEND = {"ranks.policy": "legend"}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     # of which strategy, on which model, with which settings, in which words
+    ("fedavg", "bert", {"model.path": ""}, "model.path is not set"),
+    ("fedavg", "bert", {"data.path": ""}, "data.path is not set"),
     ("fedavg", "bert", {**FOURIER, "lora.init": "pissa"}, "begins as PEFT begins it"),
     ("fedavg", "bert", {"lora.init": "mica"}, "it freezes B for good"),
     ("fedavg", "bert", {"lora.init": "piza"}, "must be default, gaussian"),
@@ -260,12 +263,12 @@ def test_a_budget_that_other_runs_have_spent_is_found_before_the_run_ends_at_it(
 
 def test_all_that_is_wrong_is_said_at_once_each_with_what_to_do() -> None:
     with pytest.raises(ConfigError) as caught:
-        preflight.read({"strategy.name": "fedsa", **CENTRAL, "robust.method": "median",
+        preflight.read({**NAMED, "strategy.name": "fedsa", **CENTRAL, "robust.method": "median",
                         "round.buffer": 2, "lora.init": "piza"})  # fmt: skip
     assert len(caught.value.problems) == 5
     assert caught.value.problems == [*preflight.problems(Config.read(
-        {"strategy.name": "fedsa", **CENTRAL, "robust.method": "median", "round.buffer": 2,
-         "lora.init": "piza"}))]  # fmt: skip
+        {**NAMED, "strategy.name": "fedsa", **CENTRAL, "robust.method": "median",
+         "round.buffer": 2, "lora.init": "piza"}))]  # fmt: skip
 
 
 # -- the list, whole ---------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def test_the_table_holds_every_refusal_of_the_list(settings: Settings) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_what_a_strategy_says_of_the_clients_is_in_the_list_and_in_the_servers(name: str) -> None:
-    config = Config.read({"strategy.name": name})
+    config = Config.read({**NAMED, "strategy.name": name})
     for ranks in ((2, 3, 5), (30, 30, 30)):
         own = [*config.build_strategy().problems(clients(ranks))]
         assert [*preflight.problems(config, clients(ranks))] == own
@@ -365,7 +368,7 @@ def asked(kind: str, run_config: Mapping[str, Any], node_config: Mapping[str, An
 
 
 def test_to_be_told_what_cannot_run_imports_no_model_library() -> None:
-    code = "import sys, fedlora.preflight as p; p.read({}); print(*sys.modules)"
+    code = "import sys, fedlora.preflight as p; [*p.problems(p.Config())]; print(*sys.modules)"
     loaded = python(code).stdout.split()
     assert "fedlora.preflight" in loaded
     assert not {"transformers", "peft", "opacus", "flwr"} & set(loaded)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tests.conftest import write_tokenizer
+from tests.conftest import WORDS, write_tokenizer
 
 ENCODER = {
     "vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -35,6 +35,14 @@ FALCON = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_atte
 MODERN = {**ENCODER, "global_attn_every_n_layers": 1, "eos_token_id": 2, "bos_token_id": 2,
           "cls_token_id": 2, "sep_token_id": 2}  # fmt: skip
 
+XLNET = {"vocab_size": 32, "d_model": 24, "n_layer": 2, "n_head": 2, "d_inner": 40,
+         "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}  # fmt: skip
+OPT = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+       "ffn_dim": 40, "max_position_embeddings": 64, "word_embed_proj_dim": 24, "bos_token_id": 2,
+       "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+EXPERTS = {**DECODER, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+           "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}  # fmt: skip
+
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", ENCODER),
     "roberta": ("Roberta", ENCODER),
@@ -45,12 +53,19 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("Electra", {**ENCODER, "embedding_size": 24}),
     "albert": ("Albert", {**ENCODER, "embedding_size": 16}),
     "modernbert": ("ModernBert", MODERN),
+    "xlnet": ("XLNet", XLNET),
     "bart": ("Bart", BART),
     "t5": ("T5", T5),
 }
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "llama": ("Llama", DECODER),
+    "qwen2": ("Qwen2", {**DECODER, "vocab_size": 320}),
+    "qwen2-moe": ("Qwen2Moe", EXPERTS),
+    "opt": ("OPT", OPT),
+    "bloom": ("Bloom", {**GPT2, "hidden_size": 24}),
+    "phi": ("Phi", {**DECODER, "hidden_size": 32, "num_key_value_heads": 4}),
+    "stablelm": ("StableLm", DECODER),
     "qwen3": ("Qwen3", {**DECODER, "head_dim": 8}),
     "mistral": ("Mistral", DECODER),
     "gemma2": ("Gemma2", {**DECODER, "head_dim": 8}),
@@ -73,6 +88,8 @@ def write(name: str, directory: Path, **changes: Any) -> Path:
         config = getattr(transformers, f"{kind}Config")(**{**given, **changes})
         getattr(transformers, causal)(config).save_pretrained(str(directory))
     write_tokenizer(directory)
+    if name == "qwen2":  # transformers reads its tokenizer as byte-level BPE, whatever it is
+        write_bytes_tokenizer(directory)
     if name in ("bart", "t5"):  # theirs end a text with the end mark
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory))
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -80,3 +97,19 @@ def write(name: str, directory: Path, **changes: Any) -> Path:
         )
         tokenizer.save_pretrained(str(directory))
     return directory
+
+
+def write_bytes_tokenizer(directory: Path) -> None:
+    """A byte-level BPE of 300 tokens in place of the one that is there."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["[PAD]", "[UNK]", "[EOS]"]
+    made.train_from_iterator(
+        [" ".join(WORDS)] * 3,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet),
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    ).save_pretrained(str(directory))

@@ -17,11 +17,14 @@ from fedlora import check, export, simulate
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.launch.doctor import examine
+from fedlora.launch.doctor.the_run import experiment
 from fedlora.training import cache
 from fedlora.training.model.agreement import positions
 from fedlora.training.model.gguf import converted_to
 from fedlora.training.model.heads import head_names, within
+from fedlora.training.model.layers import find_layers
 from fedlora.training.model.loading import load_base
+from fedlora.training.model.targets import left_out
 from tests.conftest import LABELS
 from tests.support.architectures import DECODERS, ENCODERS, write
 
@@ -30,11 +33,26 @@ Settings = Callable[..., dict[str, object]]
 HEADS = {
     "distilbert": ["pre_classifier", "classifier"], "deberta": ["pooler", "classifier"],
     "deberta-v2": ["pooler", "classifier"], "modernbert": ["head", "classifier"],
-    "bart": ["classification_head"], "t5": ["classification_head"],
+    "xlnet": ["sequence_summary", "logits_proj"], "bart": ["classification_head"],
+    "t5": ["classification_head"],
     **{name: ["score"] for name in DECODERS},
 }  # fmt: skip
 IN_SHORT = ("roberta", "distilbert", "t5", "llama")
 """The others run with `make test-slow`: a minute and a half in all."""
+
+
+OWN = [("fedex", "all-linear"), pytest.param("fedavg", "auto", marks=pytest.mark.slow)]
+
+AUTO = {
+    "bert": "query value", "roberta": "query value", "xlm-roberta": "query value",
+    "electra": "query value", "deberta": "in_proj", "deberta-v2": "query_proj value_proj",
+    "distilbert": "k_lin out_lin q_lin v_lin", "albert": "dense key query value",
+    "modernbert": "Wo Wqkv", "bart": "q_proj v_proj", "t5": "q v", "gpt2": "c_attn",
+    "phi3": "o_proj qkv_proj", "phi": "fc1 fc2 q_proj v_proj", "gpt-neox": "query_key_value",
+    "falcon": "query_key_value", "bloom": "query_key_value",
+    "qwen2-moe": "k_proj o_proj q_proj v_proj",
+}  # fmt: skip
+"""What "auto" adapts; q_proj and v_proj of those that are not named."""
 
 
 def short(names: Any) -> list[Any]:
@@ -57,10 +75,17 @@ def given(settings: Settings, path: str, task: str = "classification") -> dict[s
 
 
 @pytest.mark.parametrize("name", short([*ENCODERS, *DECODERS]))
+@pytest.mark.parametrize(("strategy", "targets"), OWN)
 def test_a_classifier_of_it_trains_proves_and_exports(
-    settings: Settings, made: Callable[..., str], tmp_path: Path, name: str
-) -> None:
-    run = simulate(given(settings, made(name)))
+    settings: Settings, made: Callable[..., str], tmp_path: Path, name: str, strategy: str,
+    targets: str,
+) -> None:  # fmt: skip
+    changes = {"strategy.name": strategy, "lora.target-modules": targets}
+    if (name, targets) == ("xlnet", "auto"):
+        with pytest.raises(ModelError, match=r"auto.* no linear .*choose .*layer_1, layer_2"):
+            simulate(given(settings, made(name)) | changes)
+        return
+    run = simulate(given(settings, made(name)) | changes)
     model = cache.model(run.config, run.labels)
     assert model.heads == HEADS.get(name, ["classifier"])
     assert not [m for m in model.shapes if within(m, model.heads)], "a head is adapted as well"
@@ -92,7 +117,9 @@ def test_a_rows_logits_do_not_depend_on_its_batch(
         model = cache._load_model(config, LABELS)
         texts = ["red", "two up is where the dog", "cat left"]
         with torch.no_grad():
-            whole = model.logits(model.tokenizer(texts, padding=True, return_tensors="pt"))
+            side = "left" if model.pads_left else "right"
+            padded = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+            whole = model.logits(model.tokenizer(texts, **padded))
             for text, row in zip(texts, whole, strict=True):
                 alone = model.logits(model.tokenizer([text], return_tensors="pt"))[0]
                 torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4 * whole.abs().max())
@@ -113,6 +140,35 @@ def test_without_dropout_two_passes_in_training_are_equal_and_with_it_they_are_n
         with torch.no_grad():
             first, second = model.logits(batch), model.logits(batch)
         assert torch.equal(first, second) is equal
+
+
+@pytest.mark.parametrize("name", [n for n in [*ENCODERS, *DECODERS] if n != "xlnet"])
+def test_auto_adapts_what_peft_does_or_the_attention_blocks(
+    settings: Settings, made: Callable[..., str], name: str
+) -> None:
+    config = Config.read(given(settings, made(name)) | {"lora.target-modules": "auto"})
+    found = find_layers(load_base(config.model, LABELS, 0), config)
+    assert " ".join(sorted({m.split(".")[-1] for m in found})) == AUTO.get(name, "q_proj v_proj")
+    assert not [m for m in found if "mlp" in m.lower() and name != "phi"]
+
+
+def test_doctor_says_which_weights_are_adapted_and_which_are_not(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    """Counted by hand: 2 layers of width 24, of 40 between; 32 words and 64 positions."""
+    report = [f.what for f in experiment(Config.read(given(settings, made("bert")) | {
+        "lora.target-modules": "auto"}))[0]]  # fmt: skip
+    (adapted,) = [x for x in report if x.startswith("model: ")]
+    assert "4 adapted modules (2 query, 2 value)" in adapted
+    assert "trained whole: classifier" in adapted
+    base = load_base(Config.read(given(settings, made("bert"))).model, LABELS, 0)
+    left = left_out(
+        base, ["classifier"], [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+    )
+    assert left == {
+        "word_embeddings": 32 * 24, "position_embeddings": 64 * 24, "token_type_embeddings": 2 * 24,
+        "key": 2 * 24 * 24, "value": 2 * 24 * 24, "dense": 2 * (24 * 24 + 2 * 24 * 40) + 24 * 24,
+    }  # fmt: skip
 
 
 # -- what is drawn anew, and what is there already -------------------------------------------------

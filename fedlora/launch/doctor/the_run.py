@@ -6,6 +6,7 @@ with their first gradients, the state before those is judged.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
+from fedlora.training.model.targets import left_out
 from fedlora.training.precision import described, resolved, slowdown
 
 
@@ -51,17 +53,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     corpus = cache.corpus(config)
     findings = [*_data(config, corpus)]
     model = cache.model(config, corpus.labels)
-    total = sum(p.numel() for p in model.peft.get_base_model().parameters())
-    findings.append(
-        Finding("ok", f"model: {total / 1e6:.1f} M parameters, {len(model.shapes)} adapted modules")
-    )
-    if experts := [p for p in model.peft.get_base_model().parameters() if p.ndim == 3]:
-        size = sum(p.numel() for p in experts) / 1e6
-        text = f"{size:.1f} M of them are experts in {len(experts)} stacked tensors, not adapted"
-        findings.append(Finding("note", text, "lora.target-modules names linear modules alone"))
-    if (longest := model.longest(config.data.max_length)) < config.data.max_length:
-        text = f"texts are cut at {longest} tokens, which the model has positions for"
-        findings.append(Finding("note", text, f"data.max-length is {config.data.max_length}"))
+    findings += _model(config, model)
     findings += _responses(config, model, corpus)
     planner = Planner(config, model)
     members = expected(planner, config)
@@ -178,6 +170,33 @@ def _data(config: Config, corpus: Any) -> Iterator[Finding]:
             "train on",
             "lower clients.count or data.client-test-fraction, or raise data.alpha",
         )
+
+
+def _model(config: Config, model: Model) -> Iterator[Finding]:
+    """What of the model is adapted, and which weights are not, by their kind."""
+    base = model.peft.get_base_model()
+    total = sum(p.numel() for p in base.parameters()) / 1e6
+    kinds = Counter(m.rpartition(".")[2] for m in model.shapes)
+    names = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    size = sum(s.d * s.k for s in model.shapes.values()) / 1e6
+    yield Finding(
+        "ok",
+        f"model: {total:.1f} M parameters, {len(model.shapes)} adapted modules ({names}), "
+        f"{size:.1f} M weights"
+        + (f"; trained whole: {', '.join(model.heads)}" if model.heads else ""),
+    )
+    left = sorted(left_out(base, model.heads, model.shapes).items(), key=lambda kind: -kind[1])
+    if left:
+        shown = ", ".join(f"{n / 1e6:.1f} M {kind}" for kind, n in left[:6])
+        more = f" and {len(left) - 6} more kinds" if len(left) > 6 else ""
+        yield Finding("ok", f"weights that stay as they are: {shown}{more}")
+    if experts := [p for p in base.parameters() if p.ndim == 3]:
+        size = sum(p.numel() for p in experts) / 1e6
+        text = f"{size:.1f} M of them are experts in {len(experts)} stacked tensors, not adapted"
+        yield Finding("note", text, "lora.target-modules names linear modules alone")
+    if (longest := model.longest(config.data.max_length)) < config.data.max_length:
+        text = f"texts are cut at {longest} tokens, which the model has positions for"
+        yield Finding("note", text, f"data.max-length is {config.data.max_length}")
 
 
 def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:

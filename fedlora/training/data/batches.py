@@ -6,7 +6,7 @@ response alone, its end mark included; with no prompt and no bos the first token
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,7 @@ class Encoded:
     classes: Tensor | None = None  # (n,) label index of a classification
     prompts: Tensor | None = None  # (n,) prompt tokens of a causal-lm example
     types: Tensor | None = None  # (t,) token_type_ids
+    left: bool = False  # whether batches are padded on the left
     straddled: int = 0
     """Of causal-lm: examples in whose whole text a token would lie on both sides of the seam."""
 
@@ -159,8 +160,8 @@ def prompt_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Tensor, 
 
 
 def collate(encoded: Encoded, numbers: Tensor) -> Batch:
-    """The examples of these numbers as one batch, padded on the right to the longest, (b, t)."""
-    batch = _padded(encoded, numbers, encoded.lengths[numbers])
+    """The examples of these numbers as one batch, padded to the longest, (b, t)."""
+    batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left)
     if encoded.classes is not None:
         return {**batch, "labels": encoded.classes[numbers]}
     assert encoded.prompts is not None
@@ -199,11 +200,22 @@ def _classification(
     pad: int,
 ) -> Encoded:
     index = {label: i for i, label in enumerate(labels)}
-    classes = torch.tensor([index[label] for label in rows.label], dtype=torch.long)
     found = tokenizer(list(rows.text), truncation=True, max_length=max_length) if len(rows) else {}
-    ids, starts = _flat(found.get("input_ids", []))
-    types = _flat(found["token_type_ids"])[0] if "token_type_ids" in found else None
-    return Encoded(ids, starts, torch.arange(len(rows)), pad, classes=classes, types=types)
+    every = found.get("input_ids", [])
+    kept = [i for i, ids in enumerate(every) if ids]
+    _tell(
+        len(rows),
+        len(kept),
+        {"have a text of which the tokenizer makes no token": len(rows) - len(kept)},
+    )
+    classes = torch.tensor([index[rows.label[i]] for i in kept], dtype=torch.long)
+    ids, starts = _flat([every[i] for i in kept])
+    types = None
+    if "token_type_ids" in found:
+        types = _flat([found["token_type_ids"][i] for i in kept])[0]
+    return Encoded(
+        ids, starts, torch.tensor(kept, dtype=torch.long), pad, classes=classes, types=types
+    )
 
 
 def _causal(
@@ -220,31 +232,31 @@ def _causal(
             prompts.append(len(row.prompt))
             kept.append(i)
             straddled += row.straddled
-    _tell(len(rows), len(kept), long, max_length)
+    full = f"have a prompt of data.max-length = {max_length} tokens or more: raise it"
+    _tell(len(rows), len(kept), {full: long, UNWRITTEN: len(rows) - len(kept) - long})
     flat, starts = _flat(ids)
     lengths = torch.tensor(prompts, dtype=torch.long)
     numbers = torch.tensor(kept, dtype=torch.long)
     return Encoded(flat, starts, numbers, pad, prompts=lengths, straddled=straddled)
 
 
-def _tell(rows: int, kept: int, long: int, max_length: int) -> None:
-    """Log what was left out, by its reason.
+UNWRITTEN = (
+    "have a response that this tokenizer cannot write behind their prompt: end the prompt before a "
+    "space or a line's end"
+)
+
+
+def _tell(rows: int, kept: int, left: Mapping[str, int]) -> None:
+    """Log how many rows were left out, by the reason.
 
     Raises:
         DataError: all of them.
     """
-    for left, reason in (
-        (long, f"have a prompt of data.max-length = {max_length} tokens or more: raise it"),
-        (
-            rows - kept - long,
-            "have a response that this tokenizer cannot write behind their prompt: end the prompt "
-            "before a space or a line's end",
-        ),
-    ):
-        if left and not kept:
-            raise DataError(f"{left} of {rows} rows {reason}")
-        if left:
-            log.warning("%d of %d rows %s; they are left out", left, rows, reason)
+    for reason, n in left.items():
+        if n and not kept:
+            raise DataError(f"{n} of {rows} rows {reason}")
+        if n:
+            log.warning("%d of %d rows %s; they are left out", n, rows, reason)
 
 
 def _flat(ragged: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

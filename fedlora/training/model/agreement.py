@@ -113,6 +113,14 @@ def positions(base: nn.Module) -> int | None:
     return min(found, default=None)
 
 
+def pads_left(base: nn.Module) -> bool:
+    """Does a classifier read its classes off the very last position, so that padding goes before?
+
+    XLNet and its kind; every other takes the first token, or looks for the last that is no padding.
+    """
+    return getattr(getattr(base, "sequence_summary", None), "summary_type", "") == "last"
+
+
 def padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token id that fills a batch up, by the model's config or else the tokenizer's."""
     found = getattr(getattr(base, "config", None), "pad_token_id", None)

@@ -18,6 +18,7 @@ from fedlora.strategies.forms import FORMS, Form, moves_base
 from fedlora.training.model import loftq
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.heads import head_names, within
+from fedlora.training.model.targets import targeted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +47,8 @@ def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
             linear[name] = Shape(m.out_features, m.in_features, False)
     heads = head_names(base, config)
     linear = {n: s for n, s in linear.items() if not within(n, heads)}
-    targets = config.lora.target_modules
-    if targets == ("all-linear",):
-        output = getattr(base, "get_output_embeddings", lambda: None)()
-        found = {n: s for n, s in linear.items() if base.get_submodule(n) is not output}
-    else:
-        found = {n: s for n, s in linear.items() if any(_within(n, t) for t in targets)}
-        missing = [t for t in targets if not any(_within(n, t) for n in linear)]
-        if missing:
-            have = sorted({n.split(".")[-1] for n in linear})
-            raise ModelError(
-                f"lora.target-modules: {', '.join(missing)} matches no linear module of this "
-                f"model; it has {', '.join(have)}, or use 'all-linear'"
-            )
-    return _in_layers(found, config.lora.layers)
-
-
-def _within(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    names = targeted(base, linear, config.lora.target_modules)
+    return _in_layers({n: linear[n] for n in names}, config.lora.layers)
 
 
 def depth_of(name: str) -> int | None:

@@ -26,7 +26,7 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
-from fedlora.training.model.agreement import agree, positions
+from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
@@ -56,7 +56,7 @@ class Model:
         self.tokenizer = load_tokenizer(config.model)
         base = load_base(config.model, self.labels, config.run.seed)
         agree(base, self.tokenizer, config.model)
-        self._positions = positions(base)
+        self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
             base.enable_input_require_grads()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
+from fedlora.training.model.agreement import pads_left
 from fedlora.training.model.dropout import drops
 from fedlora.training.model.layers import Shape, depth_of
 from fedlora.training.precision import autocast
@@ -53,6 +54,7 @@ class Prefix:
             bool(config.lora.modules_to_save)  # they may lie below
             or config.train.gradient_checkpointing
             or is_code(config.model.path)  # whose layers may be called in any way
+            or pads_left(base)
             or any(drops(m) for m in base.modules())
         )
         if not config.train.prefix_cache or not whole or varies:
