@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
@@ -71,6 +72,8 @@ def check(
         if name not in tensors:
             raise ModelError(f"the export lacks {name}, which was trained")
         found[name] = of_tensor(tensors[name], f"{KEY}/{name}")
+        if tensors[name].dtype != torch.float32:  # PEFT puts it into a base of this dtype
+            rooms[name] = Size(size[name].adapter, size[name].adapter)
     return start_gaps(before, rooms, found, "float32", model.config.model.dtype)
 
 

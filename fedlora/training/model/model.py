@@ -41,6 +41,7 @@ from fedlora.training.model.loading import (
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
+from fedlora.training.model.whole import in_float32, inside_body
 
 PREFIX = "base_model.model."
 KEPT_PROFILES = 8
@@ -66,6 +67,7 @@ class Model:
         )
         self.shapes = find_layers(base, config)
         self.heads = head_names(base, config)
+        self._inner = inside_body(base, self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
@@ -364,6 +366,7 @@ class Model:
                     model = get_peft_model(base, peft_config, adapter_name=name)
                 except (ValueError, TypeError) as e:
                     raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
+        in_float32(model, name, self._inner)
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name
         return model
