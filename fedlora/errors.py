@@ -93,3 +93,7 @@ class BudgetSpent(PrivacyError):  # noqa: N818  it ends a run, in good order
 
 class DeployError(FedLoraError):
     """A deployment cannot be made, started or reached. Says what to do."""
+
+
+class CompareError(FedLoraError):
+    """Cells of a comparison began and died."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from fedlora.errors import ConfigError, FedLoraError
+from fedlora.errors import CompareError, ConfigError, FedLoraError
 from fedlora.launch.compare import run as compare
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen
 from fedlora.launch.compare.row import Row, once, row
@@ -121,6 +121,30 @@ def test_a_set_that_would_make_two_variants_one_is_refused(
 
 
 # -- a whole grid ----------------------------------------------------------------------------------
+
+
+def test_a_grid_with_a_cell_that_died_says_so_and_is_no_success(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """The first strategy's too, which alone measures baselines."""
+    given = settings(
+        **{"run.rounds": 1, "train.steps": 1, "clients.count": 2, "data.label": "none"}
+    )
+    path = experiment(tmp_path, given, strategies=["fedex"], seeds=[0])
+    with pytest.raises(CompareError, match=r"(?s)1 of 1 cells .*fedex.*data.label = \"none\".*log"):
+        compare.main(str(path), None, None, {}, "rounds", tmp_path / "out", False, 1)
+    assert "no such column" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_baselines_that_the_experiment_does_not_want_are_not_measured(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = experiment(tmp_path, settings(), strategies=["fedex", "ffa"], seeds=[0])
+    found = Experiment.load(str(path))
+    for wanted, first in ((False, False), (True, True)):
+        over = {"evaluate.baselines": wanted}
+        grid = cells(found, ["fedex", "ffa"], [0], over, tmp_path, False)
+        assert [c.given["evaluate.baselines"] for c in grid] == [first, False]
 
 
 def test_a_grid_writes_one_table_with_results_refusals_and_plots_and_goes_on_where_it_was(

@@ -86,6 +86,8 @@ class Cell:
     given: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     """Why it has no result, where it has none."""
+    refused: bool = False
+    """It cannot run as it is asked, as opposed to: it began, and died."""
     searched: dict[str, Any] = field(default_factory=dict)
     """What `search` found best for its strategy and variant, of [compare.search]."""
 
@@ -160,9 +162,9 @@ def cells(
                     "run.name": path.name,
                     "output.plots": False,
                     "simulate.workers": 1,
-                    "evaluate.baselines": name == names[0]
-                    and variant == next(iter(experiment.variants)),
                 }
+                if name != names[0] or variant != next(iter(experiment.variants)):
+                    given["evaluate.baselines"] = False  # the first cell's are everyone's
                 grid.append(Cell(variant, name, seed, path, given))
     return grid
 
@@ -190,5 +192,7 @@ def trials(
                 "evaluate.clients": False, "evaluate.baselines": False,
                 "personalize.epochs": 0.0, "personalize.alone": False,
             }  # fmt: skip
-            mine.append(Cell(cell.variant, cell.strategy, SEARCH_SEED, path, given, "", searched))
+            mine.append(
+                Cell(cell.variant, cell.strategy, SEARCH_SEED, path, given, searched=searched)
+            )
     return found

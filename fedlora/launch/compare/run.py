@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.reader import NOT_THE_EXPERIMENT
-from fedlora.errors import ConfigError, FedLoraError
+from fedlora.errors import CompareError, ConfigError, FedLoraError, StrategyError
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 from fedlora.launch.compare.row import Row, row
 from fedlora.launch.compare.table import MARK, write
@@ -66,6 +66,8 @@ PRELOAD = [
     "fedlora.launch.simulate.run",
 ]
 REFUSED = ("ConfigError", "StrategyError")
+REFUSAL = 3
+"""How a cell's process ends where its config or strategy cannot run."""
 
 
 def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = print) -> None:
@@ -83,9 +85,10 @@ def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = p
                 running[place] = (_start(waiting.pop(0), experiment), time.monotonic())
             time.sleep(0.2)
             for place in [n for n, (p, _) in running.items() if not p.is_alive()]:
-                _, begun = running.pop(place)
+                process, begun = running.pop(place)
                 cell = todo[place]
                 count += 1
+                cell.refused = process.exitcode == REFUSAL
                 _finish(cell)
                 took = duration(time.monotonic() - begun)
                 say(f"[{count}/{len(todo)}] {cell.name}: {_result(cell)}  {took}")
@@ -186,7 +189,11 @@ def main(
     full: bool,
     workers: int,
 ) -> Path:
-    """The whole command; the directory with table.csv, table.md and table.html."""
+    """The whole command; the directory with table.csv, table.md and table.html.
+
+    Raises:
+        CompareError: cells began and died. The table is written, and says so too.
+    """
     experiment = Experiment.load(name)
     size = ("-full" if full else "") + ("-bytes" if equal == "bytes" else "")
     out = out or Path("runs", "compare", experiment.path.stem + size)
@@ -198,6 +205,13 @@ def main(
     run(experiment, grid, workers)
     found = rows(grid)
     write(out, experiment.path.stem, experiment.claim, found, _command(), experiment.search)
+    if died := [c for c in grid if not c.done and not c.refused]:
+        first = died[0]
+        raise CompareError(
+            f"{len(died)} of {len(grid)} cells began and died; the first is {first.name}: "
+            f"{first.reason or 'no result'}\nits log: {first.beside('log')}; the table of the "
+            f"others: {out / 'table.md'}; mend the cause, then give the same command"
+        )
     return out
 
 
@@ -213,7 +227,7 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
     try:
         config = load(experiment.path, cell.given)
     except ConfigError as e:
-        cell.reason = "; ".join(e.problems)
+        cell.reason, cell.refused = "; ".join(e.problems), True
         return True
     if (cell.directory / "config.toml").exists():
         was = parse(cell.directory / "config.toml").flat()
@@ -260,7 +274,11 @@ def _cell(path: Path, changes: Mapping[str, Any], log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with guarded():
-        local(path, changes, quiet=True)
+        try:
+            local(path, changes, quiet=True)
+        except (ConfigError, StrategyError) as e:
+            print(f"{type(e).__name__}: {e}", file=sys.stderr)
+            sys.exit(REFUSAL)
 
 
 def _finish(cell: Cell) -> None:
