@@ -65,8 +65,9 @@ def a_message(ttl: float = 60.0):
     from client_app.app import app
     from fedlora.launch.simulate.grid import LocalGrid, _name
 
-    grid = LocalGrid(app, 1, {})
-    job = Job(1, "run", "start", 0, {}, 0, 0, "", (), config=Config.read({}).identity())
+    named = {"model.path": "m", "data.path": "d"}
+    grid = LocalGrid(app, 1, named)
+    job = Job(1, "run", "start", 0, {}, 0, 0, "", (), config=Config.read(named).identity())
     message = Message(RecordDict({"job": job.record()}), 1000, "query", ttl=ttl)
     _name(message)
     return message, grid.contexts[1000]

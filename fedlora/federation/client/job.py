@@ -33,6 +33,7 @@ from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
 from fedlora.strategies.forms import moves_base
 from fedlora.training import cache, user_code
+from fedlora.training.begun_with import digest_of_rows
 from fedlora.training.certificate import Numbers
 from fedlora.training.data.batches import Encoded
 from fedlora.training.evaluate import evaluate
@@ -150,6 +151,9 @@ class ClientJob:
         Around the body rather than under it: what trains stands on the stack of its message.
         """
         config, job = self.config, self.job
+        if config.data.node_path:
+            mine = cache.client_rows(job.client, config, job.labels)
+            self.memory.check_rows(digest_of_rows([mine.train, mine.test]))
         rows = cache.encoded("train", job.client, config, job.labels)
         test = cache.encoded("test", job.client, config, job.labels)
         scores: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
     <root>/client-<id>/round-00003.safetensors    what `upload` kept in round 3
     <root>/client-<id>/checked.json               what the training check has passed
+    <root>/client-<id>/rows.txt                   a node's rows, by digest
     <root>/base/00002.safetensors                 base change 2, as the server sent it
     <root>/base/00000.safetensors                 what lora.init takes out of the base, if it does
 
@@ -14,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedlora.errors import CheckpointError, ClientMemoryError, FormatError
+from fedlora.errors import CheckpointError, ClientMemoryError, DataError, FormatError
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.lora.tree_file import load, save, write_atomically
 from fedlora.strategies.base import Version
@@ -82,6 +83,21 @@ class ClientMemory:
     def add_checked(self, what: str) -> None:
         found = json.dumps([*self.checked(), what])
         write_atomically(self.own / "checked.json", found.encode())
+
+    def check_rows(self, digest: str) -> None:
+        """Nothing, where the client's rows are those of its first round, by their digest.
+
+        Raises:
+            DataError: they are others.
+        """
+        path = self.own / "rows.txt"
+        if not path.exists():
+            write_atomically(path, digest.encode())
+        elif path.read_text() != digest:
+            raise DataError(
+                f"client {self.client} began this run with other rows (data.node-path); put back "
+                "the file that it began with, or begin a new run"
+            )
 
     def add_base(self, versions: Sequence[Version]) -> None:
         """Store base changes; a snapshot makes all up to its number superfluous."""

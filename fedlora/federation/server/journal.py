@@ -214,6 +214,17 @@ class Journal:
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
+    def keep_begun_with(self, digests: Mapping[str, str]) -> None:
+        """Put on record what the run began with: training/begun_with.py."""
+        text = json.dumps(dict(digests), indent=1) + "\n"
+        tree_file.write_atomically(self.directory / "begun_with.json", text.encode())
+
+    def begun_with(self) -> dict[str, str]:
+        """What the run began with; nothing of a run that is older than this record."""
+        path = self.directory / "begun_with.json"
+        found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
     def lines(self) -> list[dict[str, Any]]:
         """The rounds on record, in order."""
         return [json.loads(line) for line in self.rounds.read_text().splitlines()]

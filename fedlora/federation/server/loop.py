@@ -50,6 +50,7 @@ from fedlora.privacy.central import CentralPrivacy
 from fedlora.reports.console import Observer, Silent
 from fedlora.reports.observers import watched
 from fedlora.strategies.base import Round, Upload, seeded
+from fedlora.training.begun_with import begun_with, check_begun_with
 
 Record = dict[str, Any]
 
@@ -143,8 +144,12 @@ def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
     if run.buffer:
         everyone = {c.id: c for c in clients(setting, run)}
         session.flights.restore(run.buffer, everyone, config.run.seed)
+    here = begun_with(setting.model, setting.corpus)
     if saved:
+        check_begun_with(journal.begun_with(), here, journal.directory)
         session.observer.note(f"resuming {journal.directory} after round {done}")
+    else:
+        journal.keep_begun_with(here)
     return done, run
 
 

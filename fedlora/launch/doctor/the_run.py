@@ -34,6 +34,7 @@ from fedlora.reports import observers
 from fedlora.strategies.base import Client, Round, Start, Strategy
 from fedlora.strategies.forms import guarantee
 from fedlora.training import cache
+from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
 from fedlora.training.data.corpus import Corpus
@@ -59,7 +60,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
     findings += [Finding("problem", p) for p in preflight.problems(config, clients)]
-    beside = [*_here(config)]
+    beside = [*_here(config, model, corpus)]
     if any(f.level == "problem" for f in findings):
         return [*findings, *beside], Table()
     strategy = config.build_strategy()
@@ -123,10 +124,15 @@ def measured(
             yield problem
 
 
-def _here(config: Config) -> Iterator[Finding]:
-    """What else stands in the way: a run of this name, a taken port, a tracker that is not here."""
+def _here(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:
+    """What else stands in the way: a run of this name, files that it did not begin with, a taken
+    port, a tracker that is not here."""
+    journal = Journal(config)
     try:
-        Journal(config).check()
+        journal.check()
+        if config.run.resume:
+            here = begun_with(model, corpus)
+            check_begun_with(journal.begun_with(), here, journal.directory)
     except CheckpointError as e:
         yield Finding("problem", str(e))
     yield from (Finding("problem", p) for p in observers.problems(config))
