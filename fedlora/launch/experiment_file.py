@@ -67,9 +67,18 @@ def load_config(
     Raises:
         ConfigError: there is no such file, or it cannot run; with all that is wrong.
     """
+    config = unchecked(path, overrides)
+    preflight.check(config)
+    return config
+
+
+def unchecked(
+    path: Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """As `load_config`, whether or not it can run: objects of the user's may still come to it."""
     if isinstance(path, Mapping):
-        return preflight.read({**_dotted(path), **(overrides or {})})
-    return load(path, overrides)
+        return Config.read({**_dotted(path), **(overrides or {})})
+    return parse(find(path), overrides)
 
 
 def _dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:

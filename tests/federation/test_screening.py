@@ -115,6 +115,6 @@ def test_privacy_of_a_client_and_a_choice_among_clients_are_refused_together() -
 
 def test_krum_says_how_many_clients_it_needs() -> None:
     krum = {"robust.method": "krum", "clients.count": 6, "robust.byzantine": 2}
-    given = Config.read({"strategy.name": "fedavg", **krum})
+    given = Config.read({"model.path": "m", "data.path": "d", "strategy.name": "fedavg", **krum})
     (reason,) = preflight.problems(given)
     assert "at least 7 clients a round, and there are 6" in reason

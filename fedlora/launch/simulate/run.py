@@ -18,7 +18,7 @@ from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.server.roster import SIMULATED
-from fedlora.launch.experiment_file import load, load_config
+from fedlora.launch.experiment_file import load, unchecked
 from fedlora.launch.run import Run
 from fedlora.launch.shim import shim
 from fedlora.reports import report
@@ -60,7 +60,7 @@ def simulate(
     """
     from fedlora.launch.federation import with_own
 
-    given = config if isinstance(config, Config) else load_config(config, overrides)
+    given = config if isinstance(config, Config) else unchecked(config, overrides)
     if isinstance(config, Config) and overrides:
         given = Config.read({**config.flat(), **overrides})
     own = with_own(given, strategy, model, tokenizer, data, loss, metrics)
