@@ -136,11 +136,19 @@ def appearing(path: Path) -> Iterator[Path]:
         with new.open("rb+") as f:
             os.fsync(f.fileno())
         os.replace(new, path)
-    parent = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory survive a crash. Windows opens none, and keeps them itself."""
     try:
-        os.fsync(parent)
+        directory = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(directory)
     finally:
-        os.close(parent)
+        os.close(directory)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -21,7 +21,6 @@ Edge cases
     an empty directory                 a data set nobody has seen: starts at zero
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -33,8 +32,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from fedlora.errors import BudgetSpent, PrivacyError
-from fedlora.lora.tree_file import write_atomically
+from fedlora.lora.tree_file import sync_directory, write_atomically
 from fedlora.privacy.accounting import Spend, epsilon
 from fedlora.version import __version__
 
@@ -188,7 +189,7 @@ class Ledger:
             f.flush()
             os.fsync(f.fileno())
         if new:
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         state = {"records": len(contents.heads) + 1, "head": head}
         write_atomically(self.marker, json.dumps(state).encode())
 
@@ -204,8 +205,7 @@ class Ledger:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        with FileLock(self.path.with_suffix(".lock")):
             yield
 
 
@@ -277,11 +277,3 @@ def code_version() -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

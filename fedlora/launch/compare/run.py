@@ -41,11 +41,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from fedlora.config.processes import can_fork
 from fedlora.config.reader import NOT_THE_EXPERIMENT
 from fedlora.errors import CompareError, ConfigError, FedLoraError, StrategyError
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
@@ -254,15 +255,17 @@ def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
         path.write_text(config.toml())
         (cell.directory / "rounds.jsonl").unlink(missing_ok=True)  # begun, without a checkpoint
     given = (path, changes, str(cell.beside("log")))
-    process = _forkserver().Process(target=_cell, args=given)
+    process = _context().Process(target=_cell, args=given)
     process.start()
     return process
 
 
 @functools.cache
-def _forkserver() -> ForkServerContext:
+def _context() -> ForkServerContext | SpawnContext:
     """What cells are forked from: a process that has imported everything and computed nothing."""
     os.environ["OMP_NUM_THREADS"] = "1"  # cells share the cores
+    if not can_fork():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

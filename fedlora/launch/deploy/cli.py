@@ -1,13 +1,28 @@
 """`fedlora deploy`: a server and its nodes as separate processes, on one host or many."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedlora.config import processes
+from fedlora.errors import DeployError
+
 app = typer.Typer(
     help="A real deployment: a server and its nodes, with TLS and node keys.", no_args_is_help=True
 )
+
+
+@app.callback()
+def here() -> None:
+    """A real deployment: a server and its nodes, with TLS and node keys."""
+    if not processes.deployable():
+        raise DeployError(
+            f"fedlora deploy needs Unix sockets and processes that {sys.platform} has not: run the "
+            "server and the nodes on Linux or macOS"
+        )
+
 
 Directory = Annotated[Path, typer.Argument(help="A deployment's directory.", show_default=False)]
 Set = Annotated[

@@ -5,7 +5,6 @@ functions that refuse it there. Only the clients' replies are missing: of a stra
 with their first gradients, the state before those is judged.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from fedlora import preflight
+from fedlora.config import processes
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, PrivacyError, StrategyError, TrainingCheckError
 from fedlora.federation.client.machine import facts
@@ -337,7 +337,7 @@ def _memory(model: Any, config: Config, in_flight: int) -> float:
     hidden, depth = getattr(known, "hidden_size", 768), getattr(known, "num_hidden_layers", 12)
     tokens = config.train.batch_size * config.data.max_length
     activations = tokens * hidden * depth * 4 * 16  # about 16 tensors a layer survive
-    workers = config.simulate.workers or os.cpu_count() or 1
+    workers = processes.workers(config.simulate.workers)
     return float(base + workers * activations + 2 * in_flight + 5e8)
 
 

@@ -4,10 +4,12 @@ import importlib.metadata
 import importlib.util
 import os
 import socket
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedlora.config import processes
 from fedlora.launch.doctor.finding import Finding
 
 FLOWER_PORT = 39091
@@ -20,6 +22,13 @@ def machine() -> Iterator[Finding]:
     versions = {p: importlib.metadata.version(p) for p in ("flwr", "torch", "peft")}
     said = ", ".join(f"{p} {v}" for p, v in versions.items())
     yield Finding("ok", f"{said}; {os.cpu_count()} cores")
+    if sys.platform != "linux":
+        lacks = "" if processes.deployable() else ", and `fedlora deploy` does not run"
+        yield Finding(
+            "note",
+            f"{sys.platform} is not among the platforms that fedlora is tested on (Linux)",
+            f"simulations run in one process unless simulate.workers says more{lacks}",
+        )
     minor = tuple(int(n) for n in versions["flwr"].split(".")[:2])
     if not (1, 41) <= minor < (1, 43):
         yield Finding(

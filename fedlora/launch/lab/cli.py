@@ -1,11 +1,12 @@
 """`fedlora privacy ...`: prints ledgers, and attacks what a run would send."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedlora.config import processes
 
 app = typer.Typer(help="Privacy ledgers and audits.", no_args_is_help=True)
 
@@ -69,4 +70,4 @@ def audit(
         out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick,
         epsilons=budgets, strategies=names, seeds=numbers,
     )  # fmt: skip
-    main(lab, workers or os.cpu_count() or 1, " ".join(["fedlora", *sys.argv[1:]]))
+    main(lab, processes.workers(workers), " ".join(["fedlora", *sys.argv[1:]]))

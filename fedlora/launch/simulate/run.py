@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 
 from fedlora import preflight
+from fedlora.config.processes import workers
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.server.roster import SIMULATED
@@ -83,12 +84,12 @@ def local(
     from fedlora.launch.simulate.grid import LocalGrid
 
     directory = Path(config.run.out, config.run.name)
-    workers = config.simulate.workers or os.cpu_count() or 1
+    wanted = workers(config.simulate.workers)
     code = [value for _, value in named(config)]
     with (
         Silent() if quiet else Progress(config.run.rounds) as printer,
         _resumable(directory, printer),
-        LocalGrid(client_app(code), config.clients.count, config.flat(), workers) as grid,
+        LocalGrid(client_app(code), config.clients.count, config.flat(), wanted) as grid,
     ):
         FederatedLora(config, together([printer, *observers])).start(grid)
     report.write(directory, config.output.plots)
@@ -249,7 +250,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _submit(app: Path, config: Config, environment: Mapping[str, str]) -> str:
     federation = (
         f"num-supernodes={config.clients.count} client-resources-num-cpus=1 "
-        f"init-args-num-cpus={config.simulate.workers or os.cpu_count() or 1}"
+        f"init-args-num-cpus={workers(config.simulate.workers)}"
     )
     command = ["flwr", "run", str(app), "own", "--federation-config", federation]
     done = subprocess.run(
