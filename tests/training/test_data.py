@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import ConfigError, DataError
-from fedlora.training.data.corpus import Corpus, Rows, _split, describe, in_order, load, load_node
+from fedlora.training.data.corpus import Corpus, Rows, describe, load, load_node
+from fedlora.training.data.labels import in_order
 from fedlora.training.data.partition import partition
+from fedlora.training.data.splits import split
 
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
 SPLITS = {"test_size": 6, "partition": "iid", "client_test_fraction": 0.25}
@@ -188,7 +190,7 @@ def test_a_split_takes_each_label_s_share_rounded_up_or_down(labels, data):
     size = data.draw(st.integers(0, len(labels)))
     seed = data.draw(st.integers(0, 9))
     rows = Rows(tuple(map(str, range(len(labels)))), tuple(labels))
-    drawn, rest = _split(rows, size, torch.Generator().manual_seed(seed))
+    drawn, rest = split(rows, size, torch.Generator().manual_seed(seed))
     assert sorted(drawn.text + rest.text, key=int) == list(rows.text)
     assert len(drawn) == size
     for label, count in Counter(labels).items():
@@ -200,7 +202,7 @@ def test_a_split_draws_every_row_equally_often():
     rows = Rows(tuple("abcdefg"), ("x", "x", "x", "x", "x", "x", "y"))
     drawn = Counter()
     for seed in range(2000):
-        drawn.update(_split(rows, 2, torch.Generator().manual_seed(seed))[0].text)
+        drawn.update(split(rows, 2, torch.Generator().manual_seed(seed))[0].text)
     for count in drawn.values():  # 2000 * 2/7 = 571, standard deviation 20
         assert abs(count - 571) < 100
 
@@ -298,8 +300,12 @@ def test_a_small_alpha_is_more_skewed():
 def test_labels_that_no_client_has_are_named(path, caplog):
     data = DataConfig(path=path, partition="pathological", classes_per_client=1, test_size=6)
     with caplog.at_level(logging.WARNING):
-        load(data, "classification", 2, 0)
-    assert 'no client has rows of "c"' in caplog.text
+        corpus = load(data, "classification", 2, 0)
+    assert 'No client has a training row of "c" (2 test rows)' in caplog.text
+    (source,) = corpus.account.sources
+    assert [(x.why, x.rows) for x in source.left] == [
+        ("that data.partition gives to no client", 18)
+    ]
 
 
 # -- determinism -------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
             "train_examples": m.examples,
             "test_examples": len(corpus.client(i).test) if simulated else None,
             "labels": labels.get(i, {}),
+            "test_labels": setting.corpus.account.held[i] if simulated else {},
             "rounds": m.rounds,
             "failures": m.failures,
             "bytes_down": m.bytes_down,
@@ -179,6 +180,7 @@ def write_records(
     rounds = setting.journal.lines()
     final = score(setting) if c.evaluate.every else None
     warnings = judge(rounds, run.baselines, final if has_one_model(setting) else None)
+    warnings = [*setting.corpus.account.warnings(), *warnings]
     setting.journal.summary(
         {
             "name": c.run.name,
@@ -189,6 +191,7 @@ def write_records(
             "seconds": seconds(session, run),
             "model": c.model.path,
             "data": c.data.path,
+            "rows": setting.corpus.account.record(),
             "seed": c.run.seed,
             "final": final,
             "generation": generation(setting.model.tokenizer, c),

@@ -10,8 +10,9 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Formatter
@@ -39,7 +40,35 @@ from fedlora.training.data.locate import locate
 log = logging.getLogger(__name__)
 
 
-def read(data: DataConfig, key: str, path: str) -> Dataset:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A source's columns, and where its rows stand in it."""
+
+    cells: Dataset
+    lines: Sequence[int]
+    """The line of the file that each row begins in, or the number of the row: from 1."""
+    unit: str = "row"
+    """What `lines` counts: "line" or "row"."""
+    unmatched: Sequence[int] = ()
+    """Lines that data.line-pattern does not match, which are no rows of it."""
+    notes: tuple[str, ...] = ()
+    """How it was read."""
+
+    @classmethod
+    def of(cls, cells: Dataset) -> "Table":
+        """A data set, whose rows are counted."""
+        return cls(cells, range(1, len(cells) + 1))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns."""
+        return list(self.cells.column_names)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+
+def read(data: DataConfig, key: str, path: str) -> Table:
     """The table at `path`, the value of the config's `key`. Of several splits, `data.split`.
 
     A file is read by its suffix: .jsonl, .json, .csv, .tsv, .parquet; any other is text, one row
@@ -50,28 +79,30 @@ def read(data: DataConfig, key: str, path: str) -> Dataset:
     """
     with TemporaryDirectory(prefix="fedlora-") as cache, _problems_of(key, path):
         found = _reader(data, key, path, cache)()
-    if not isinstance(found, DatasetDict):
+    if isinstance(found, Table):
         return found
+    if not isinstance(found, DatasetDict):
+        return Table.of(found)
     if data.split not in found:
         raise DataError(
             f'{key} = "{path}": no split "{data.split}"; set data.split to one of {quoted(found)}'
         )
-    return found[data.split]
+    return Table.of(found[data.split])
 
 
-def column(table: Dataset, where: str, key: str, name: str) -> list[str]:
+def column(table: Table, where: str, key: str, name: str) -> list[str]:
     """One column as strings: class numbers by their names, a missing value as "".
 
     Raises:
         DataError: `where` has no such column; says which it has, and the nearest.
     """
-    if name not in table.column_names:
-        near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.5)
+    if name not in table.names:
+        near = difflib.get_close_matches(name, table.names, n=1, cutoff=0.5)
         hint = f'; did you mean "{near[0]}"?' if near else ""
         raise DataError(
-            f'{key} = "{name}": {where} has no such column, only {quoted(table.column_names)}{hint}'
+            f'{key} = "{name}": {where} has no such column, only {quoted(table.names)}{hint}'
         )
-    feature, values = table.features[name], table[name][:]
+    feature, values = table.cells.features[name], table.cells[name][:]
     if isinstance(feature, ClassLabel):  # -1 is how the hub writes an unknown class
         values = [feature.names[v] if v is not None and v >= 0 else None for v in values]
     elif not isinstance(feature, Value):
@@ -79,7 +110,7 @@ def column(table: Dataset, where: str, key: str, name: str) -> list[str]:
     return ["" if v is None or (type(v) is float and math.isnan(v)) else str(v) for v in values]
 
 
-def prompts(table: Dataset, where: str, prompt: str) -> list[str]:
+def prompts(table: Table, where: str, prompt: str) -> list[str]:
     """`data.prompt` for every row: a column, a template with {column} names filled in, or ""."""
     if not prompt:
         return [""] * len(table)
@@ -175,7 +206,7 @@ def _swallowed(cells: Any) -> bool:
     return any("\t" in x and "\n" in x for name in cells for x in cells[name])
 
 
-def _text(place: Path, data: DataConfig) -> Dataset:
+def _text(place: Path, data: DataConfig) -> Table:
     try:
         pattern = re.compile(data.line_pattern)
     except re.error as e:
@@ -183,17 +214,19 @@ def _text(place: Path, data: DataConfig) -> Dataset:
     if not pattern.groupindex:
         raise DataError('data.line-pattern needs named groups, as in "(?P<text>.+)"')
     whole = place.read_text(_without_mark(data.encoding))
-    lines = [line for line in whole.split("\n") if line.strip()]
-    matches = [pattern.match(line) for line in lines]
-    found = [match.groupdict() for match in matches if match]
+    lines = [(n, line) for n, line in enumerate(whole.split("\n"), 1) if line.strip()]
+    matches = [(n, pattern.match(line)) for n, line in lines]
+    found = [match.groupdict() for _, match in matches if match]
     if not found:
-        first = f"its first line is {lines[0]!r}" if lines else "it has no line"
+        first = f"its first line is {lines[0][1]!r}" if lines else "it has no line"
         raise DataError(
             f"data.line-pattern = {data.line_pattern!r} matches no line of {place}: {first}"
         )
-    if len(found) < len(lines):
+    unmatched = [n for n, match in matches if not match]
+    if unmatched:
         log.warning(
             "%s: %d of %d lines do not match data.line-pattern and are left out, the first is %r",
-            *(place, len(lines) - len(found), len(lines), lines[matches.index(None)]),
+            *(place, len(unmatched), len(lines), dict(lines)[unmatched[0]]),
         )
-    return Dataset.from_list(found)
+    at = [n for n, match in matches if match]
+    return Table(Dataset.from_list(found), at, "line", unmatched)
