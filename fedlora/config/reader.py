@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedlora.config.defaults import resolve_defaults
-from fedlora.config.fields import Section
+from fedlora.config.fields import Section, flat_list
 from fedlora.config.sections import (
     ClientsConfig,
     DataConfig,
@@ -198,7 +198,7 @@ def _dotted(tree: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def _scalar(value: Any) -> Scalar:
-    return ",".join(str(v) for v in value) if isinstance(value, tuple | list) else value
+    return flat_list(value) if isinstance(value, tuple | list) else value
 
 
 def _unknown(key: str, known: Mapping[str, Scalar]) -> str:

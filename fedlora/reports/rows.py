@@ -20,7 +20,7 @@ def _source(s: Mapping[str, Any]) -> dict[str, TableCell]:
         "rows read": TableCell(f"{s['read']}"),
         "used": TableCell(f"{used}"),
         "left out": TableCell("; ".join(left) or "none"),
-        "how it was read": TableCell(" ".join(s["notes"]) or "-"),
+        "how it was read": TableCell("; ".join(s["notes"]) or "-"),
     }
 
 

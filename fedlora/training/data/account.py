@@ -10,7 +10,7 @@ rows; so no row is lost or doubled without a word.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,16 +67,19 @@ class Account:
     """By client: its training rows."""
     held: tuple[Mapping[str, int], ...] = ()
     """By client: the rows that it holds out to test on."""
+    absent: tuple[str, ...] = ()
+    """Labels that are named, in data.labels or by the data, and that no row has."""
 
     @property
     def untrained(self) -> list[str]:
         """The labels of which no client has a training row; none where clients are elsewhere."""
-        return [x for x in self.labels if self.train and not any(c.get(x) for c in self.train)]
+        there = [x for x in self.labels if x not in self.absent] if self.train else []
+        return [x for x in there if not any(c.get(x) for c in self.train)]
 
     @property
     def unseen(self) -> dict[int, list[str]]:
         """Client to the labels of which it has no training row, though another has."""
-        seen = [x for x in self.labels if x not in self.untrained]
+        seen = [x for x in self.labels if x not in self.untrained and x not in self.absent]
         lacks = {i: [x for x in seen if not c.get(x)] for i, c in enumerate(self.train)}
         return {i: names for i, names in lacks.items() if names}
 
@@ -94,7 +97,8 @@ class Account:
     def lines(self) -> Iterator[str]:
         """The account in words: a line for each source, and what its rows became."""
         for s in self.sources:
-            yield " ".join([f"{s.path}: {s.read} rows read;", _left(s) + ".", *s.notes])
+            how = f" ({'; '.join(s.notes)})" if s.notes else ""
+            yield f"{s.path}: {s.read} rows read{how}; {_left(s)}"
         train, held = (sum(sum(c.values()) for c in part) for part in (self.train, self.held))
         yield (
             f"{sum(s.read for s in self.sources)} rows read = "
@@ -103,6 +107,8 @@ class Account:
         )
         if self.labels:
             yield "by label: " + "; ".join(self._by_label())
+        if self.absent:
+            yield f"no row has the label {', '.join(self.absent[:8])}"
         if unseen := self.unseen:
             i, names = next(iter(unseen.items()))
             yield (
@@ -190,8 +196,16 @@ class Book:
     def _source(self, number: int) -> _Opened:
         return next(s for s in reversed(self._opened) if s.start <= number)
 
-    def close(self, labels: Sequence[str], test: Rows, clients: Sequence[ClientRows]) -> Account:
+    def close(
+        self,
+        labels: Sequence[str],
+        test: Rows,
+        clients: Sequence[ClientRows],
+        there: Collection[str] = (),
+    ) -> Account:
         """The account, when each number was found exactly once.
+
+        there: the labels that rows had before any was left out by a limit or a split.
 
         Raises:
             DataError: it was not: a fault of this code, since no data can do that.
@@ -211,6 +225,7 @@ class Book:
             _by_label(test, labels),
             tuple(_by_label(c.train, labels) for c in clients),
             tuple(_by_label(c.test, labels) for c in clients),
+            tuple(x for x in labels if there and x not in there),
         )
 
     def _count(self, s: _Opened) -> SourceCount:

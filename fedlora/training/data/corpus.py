@@ -9,7 +9,7 @@ the very part that the server counted.
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,15 +79,19 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     dealt = {i for part in parts for i in part}
     book.leave(UNDEALT, (n for i, n in enumerate(pool.number) if i not in dealt))
     own = [of_client(pool.select(part), data, seed, i) for i, part in enumerate(parts)]
-    return _closed(labels, test, own, book)
+    return _closed(labels, test, own, book, set(rows.label))
 
 
 def _closed(
-    labels: tuple[str, ...], test: Rows, clients: Sequence[ClientRows], book: Book
+    labels: tuple[str, ...],
+    test: Rows,
+    clients: Sequence[ClientRows],
+    book: Book,
+    there: Collection[str] = (),
 ) -> Corpus:
     """The corpus, with its account, and its warnings in the log."""
     own = tuple(with_each_label(clients, labels))
-    account = book.close(labels, test, own)
+    account = book.close(labels, test, own, there)
     for warning in account.warnings():
         log.warning("%s", warning)
     return Corpus(labels, test, own, account)
@@ -111,7 +115,7 @@ def _called(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -
     whole = Rows.joined([test, *parts])
     labels = labels_of(whole, data) if task == "classification" else ()
     own = [of_client(p, data, seed, i) for i, p in enumerate(parts)]
-    return _closed(labels, test, own, book)
+    return _closed(labels, test, own, book, set(whole.label))
 
 
 def load_node(

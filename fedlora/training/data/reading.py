@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from datasets import Dataset
@@ -10,8 +9,9 @@ from datasets import Dataset
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.account import EQUAL, UNMATCHED, Book, empty
+from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
-from fedlora.training.data.tables import Table, column, prompts, quoted, read
+from fedlora.training.data.tables import Table, classes, column, prompts, quoted, read
 from fedlora.training.user_code import called, find
 
 Task = Literal["classification", "causal-lm"]
@@ -66,7 +66,7 @@ def _rows_of(table: Table, data: DataConfig, key: str, path: str, task: Task, bo
     renames = dict(pair.split("=", 1) for pair in data.map)
     label, response, group = [], [], []
     if task == "classification" or data.label in table.names:
-        label = [x.strip() for x in column(table, path, "data.label", data.label)]
+        label = [as_label(x) for x in column(table, path, "data.label", data.label)]
     if task == "classification":
         text = column(table, path, "data.text", data.text)
         label = _renamed(label, renames, key)
@@ -82,8 +82,12 @@ def _rows_of(table: Table, data: DataConfig, key: str, path: str, task: Task, bo
         needed.append(_Needed(data.natural_column, group))
     numbers = book.read(path, [*table.lines, *table.unmatched], table.unit, table.notes)
     book.leave(UNMATCHED, numbers[len(table.lines) :])
-    rows = Rows(tuple(text), tuple(label), tuple(response), tuple(group))
-    rows = _whole(replace(rows, number=numbers[: len(table.lines)]), needed, path, book)
+    own = (renames.get(x, x) for x in map(as_label, classes(table, data.label)))
+    rows = Rows(
+        *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[: len(table.lines)]),
+        classes=tuple(dict.fromkeys(own)),
+    )
+    rows = _whole(rows, needed, path, book)
     return distinct(rows, EQUAL, book) if data.dedupe else rows
 
 
@@ -94,6 +98,8 @@ def _whole(rows: Rows, needed: Iterable[_Needed], path: str, book: Book) -> Rows
         bare = {i for i, value in enumerate(values) if not value.strip()} - left
         book.leave(empty(name), (rows.number[i] for i in bare))
         left |= bare
+    if not len(rows):
+        raise DataError(f"{path}: it has no rows")
     if len(left) == len(rows):
         raise DataError(f"{path}: each of its {len(rows)} rows has an empty column")
     if left:

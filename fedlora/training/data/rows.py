@@ -1,7 +1,7 @@
 """Rows in memory: texts, each with its label or response, and the number that it was read under."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -19,24 +19,27 @@ class Rows:
     """The value of `data.natural-column`, where that is the partition."""
     number: tuple[int, ...] = field(default=(), compare=False)
     """Of each row, over all that was read: see `fedlora.training.data.account`."""
+    classes: tuple[str, ...] = field(default=(), compare=False)
+    """Not a column: the data's own numbered classes, in their order, where it has them."""
 
     def __len__(self) -> int:
         return len(self.text)
 
     def select(self, numbers: Iterable[int]) -> "Rows":
         at = list(numbers)
-        return Rows(*(tuple(column[i] for i in at) if column else () for column in self.columns))
+        found = (tuple(column[i] for i in at) if column else () for column in self.columns)
+        return replace(Rows(*found), classes=self.classes)
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
         """The rows of all parts, one after the other. A column that a part lacks is left out."""
         filled = [part.columns for part in parts if len(part)]
-        return cls(
-            *(
-                tuple(value for column in columns for value in column) if all(columns) else ()
-                for columns in zip(*filled, strict=True)
-            )
+        found = (
+            tuple(value for column in columns for value in column) if all(columns) else ()
+            for columns in zip(*filled, strict=True)
         )
+        classes = {part.classes for part in parts if len(part)}
+        return replace(cls(*found), classes=classes.pop() if len(classes) == 1 else ())
 
     @property
     def columns(self) -> tuple[tuple[Any, ...], ...]:
