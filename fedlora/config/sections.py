@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
+from fedlora.config.sites import SEPARATOR, Sites
 from fedlora.moved import attribute_of
 
 CODE = r"^(py:[^:]+:[^:]+)?$"
@@ -53,12 +54,15 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     path: str = ""
-    """Must be set, or test-path: a JSONL, CSV, TSV, Parquet or text file (in .gz, .xz, .bz2 or .zip
-    as well), a directory of `datasets`, a hub id, "pkg:", or "py:package.module:function" that
+    """Must be set, or clients, or test-path: a JSONL, CSV, TSV, Parquet or text file (in .gz, .xz,
+    .bz2 or .zip as well), a directory of `datasets`, a hub id, "pkg:", or "py:package.module:function" that
     returns a client's rows, of None the central test rows."""
+    clients: Sites = ()
+    """In place of path and partition: a table a client (path, text, label, prompt, response, map,
+    separator, encoding, rank), or a directory or a pattern ("sites/*.csv") of one file a client."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
-    separator: Annotated[str, Field(pattern=r"^(tab|[^\"\r\n])?$")] = ""
+    separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
     """What stands between a table's columns: one character, or "tab". Empty: found, of , ; tab |,
     in .csv and .tsv; any other text file is a table with a header where this is set."""
     encoding: str = "utf-8"

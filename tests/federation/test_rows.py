@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from html import unescape
+from pathlib import Path
 
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.reports import report
 from fedlora.reports.console import Silent
 from tests.support.tiny_federation import federate, quick
+from tests.training.test_sites import NOTES, hospital
 
 Settings = Callable[..., dict[str, object]]
 
@@ -39,3 +41,35 @@ def test_a_run_accounts_for_every_row_it_read(settings: Settings) -> None:
     assert any(f"{read} rows read = {left} left out" in text for text in notes.said)
     page = unescape(report.write(ran.directory, plots=False).read_text())
     assert rows["sources"][0]["path"] in page.split('<h2 id="rows">')[1].split("<h2")[0]
+
+
+def test_each_site_trains_on_its_own_file_at_its_own_rank(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = hospital(tmp_path / "sites")
+    given = settings(**quick("fedex", **{"data.test-size": 6, "data.path": ""}))
+    ran = federate({**given, "data.clients": sites, "data.text": "text", "data.label": "label"})
+    rows = ran.summary["rows"]
+    assert rows["sites"] == [site["path"] for site in sites]
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    assert [x["train_examples"] for x in lines] == [sum(x.values()) for x in rows["train"]]
+    assert [x["rank"] for x in lines] == [2, 2, 5]  # clients.ranks "2,3,5", and the second's own
+
+
+def test_a_node_s_own_config_names_its_columns_as_a_site_does(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = hospital(tmp_path / "sites")
+    given = settings(**quick("fedex", **{"data.test-size": 6, "data.path": ""}))
+    given |= {"data.text": "text", "data.label": "label"}
+    nodes = [
+        {"data-path": site.pop("path"), **site, "map": ",".join(site.get("map", []))}
+        for site in hospital(tmp_path / "sites")
+    ]
+    test = tmp_path / "central.csv"
+    test.write_text("text,label\n" + "".join(f"t{i},{x}\n" for i, x in enumerate([*NOTES] * 3)))
+    ran = federate({**given, "data.test-path": str(test)}, nodes=dict(enumerate(nodes)))
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    assert [x["train_examples"] for x in lines] == [22, 22, 22]
+    assert [x["rank"] for x in lines] == [2, 2, 5]
+    assert len(sites) == 3

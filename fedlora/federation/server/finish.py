@@ -190,7 +190,7 @@ def write_records(
             "rounds": c.run.rounds,
             "seconds": seconds(session, run),
             "model": c.model.path,
-            "data": c.data.path,
+            "data": " ".join(site.path for site in c.data.clients) or c.data.path,
             "rows": setting.corpus.account.record(),
             "seed": c.run.seed,
             "final": final,

@@ -69,6 +69,8 @@ class Account:
     """By client: the rows that it holds out to test on."""
     absent: tuple[str, ...] = ()
     """Labels that are named, in data.labels or by the data, and that no row has."""
+    sites: tuple[str, ...] = ()
+    """By client: its own source, where data.clients names them."""
 
     @property
     def untrained(self) -> list[str]:
@@ -105,6 +107,7 @@ class Account:
             f"{sum(s.read - s.used for s in self.sources)} left out + "
             f"{sum(self.test.values())} central test + {train} training + {held} clients' own test"
         )
+        yield from (self._site(i, path) for i, path in enumerate(self.sites))
         if self.labels:
             yield "by label: " + "; ".join(self._by_label())
         if self.absent:
@@ -115,6 +118,14 @@ class Account:
                 f"{len(unseen)} of {len(self.train)} clients have no training row of some label, "
                 f"such as client {i} of {', '.join(names[:8])}"
             )
+
+    def _site(self, i: int, path: str) -> str:
+        train, held = self.train[i], self.held[i]
+        said = f"client {i}, {path}: {sum(train.values())} training, {sum(held.values())} own test"
+        names = [f"{name} {train[name] + held[name]}" for name in self.labels[:SHOWN_LABELS]]
+        more = [f"{len(self.labels) - SHOWN_LABELS} labels more"]
+        told = ", ".join(names + more * (len(self.labels) > SHOWN_LABELS))
+        return f"{said} ({told})" if told else said
 
     def _by_label(self) -> Iterator[str]:
         for name in self.labels[:SHOWN_LABELS]:

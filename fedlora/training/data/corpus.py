@@ -10,18 +10,19 @@ the very part that the server counted.
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training.data.account import TESTED, UNDEALT, Account, Book
+from fedlora.training.data.account import ELSEWHERE, TESTED, UNDEALT, Account, Book
 from fedlora.training.data.labels import check_labels, labels_of
 from fedlora.training.data.partition import partition
 from fedlora.training.data.reading import Task as Task
-from fedlora.training.data.reading import rows_at, rows_by_code
+from fedlora.training.data.reading import distinct, rows_at, rows_by_code
 from fedlora.training.data.rows import ClientRows as ClientRows
 from fedlora.training.data.rows import Rows as Rows
+from fedlora.training.data.sites import sites_of
 from fedlora.training.data.splits import central, limited, of_client, with_each_label
 from fedlora.training.user_code import is_code
 
@@ -59,6 +60,8 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
         DataError: the source cannot be read, lacks a column, or cannot be split as asked.
     """
     book = Book()
+    if data.clients:
+        return _from_sites(data, task, clients, seed, book)
     if is_code(data.path):
         return _called(data, task, clients, seed, book)
     if not data.path and not data.test_path:
@@ -70,10 +73,7 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     rows = rows_at(data, "data.path", data.path, task, book)
     labels = labels_of(rows, data) if task == "classification" else ()
     pool = limited(rows, data, seed, book)
-    given = None
-    if data.test_path:
-        given = rows_at(data, "data.test-path", data.test_path, task, book)
-        check_labels(given, labels, data.test_path)
+    given = _given_test(data, task, labels, book)
     test, pool = central(pool, given, data, labels, seed, book)
     parts = partition(len(pool), pool.label, pool.group, data, clients, seed)
     dealt = {i for part in parts for i in part}
@@ -95,6 +95,49 @@ def _closed(
     for warning in account.warnings():
         log.warning("%s", warning)
     return Corpus(labels, test, own, account)
+
+
+def _given_test(data: DataConfig, task: Task, labels: Sequence[str], book: Book) -> Rows | None:
+    """The rows of data.test-path, where it is set."""
+    if not data.test_path:
+        return None
+    rows = rows_at(data, "data.test-path", data.test_path, task, book)
+    check_labels(rows, labels, data.test_path)
+    return rows
+
+
+def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -> Corpus:
+    """The corpus of data.clients: each client has its own site's rows, and no other's."""
+    sites = sites_of(data)
+    if len(sites) != clients:
+        raise DataError(
+            f"data.clients is {len(sites)} sites, one a client: clients.count must be "
+            f"{len(sites)}, is {clients}"
+        )
+    parts = []
+    for i, site in enumerate(sites):
+        key, own = f"data.clients[{i}]", bool(site.data.map != data.map)
+        rows = rows_at(site.data, key, site.path, task, book, strict=own)
+        check_labels(rows, data.labels, site.path, "data.labels")
+        parts.append(replace(rows, group=(str(i),) * len(rows)))
+    rows = Rows.joined(parts)
+    labels = labels_of(rows, data) if task == "classification" else ()
+    pool = distinct(rows, ELSEWHERE, book) if data.dedupe else rows
+    pool = limited(pool, data, seed, book)
+    given = _given_test(data, task, labels, book)
+    test, pool = central(pool, given, data, labels, seed, book)
+    own_rows = []
+    for i, site in enumerate(sites):
+        mine = pool.select(n for n, group in enumerate(pool.group) if group == str(i))
+        if len(mine) < (least := 2 if data.client_test_fraction else 1):
+            raise DataError(
+                f"client {i}, {site.path}, has {len(mine)} rows left and needs {least}: raise "
+                "data.limit, lower data.test-size, or leave this site out"
+            )
+        own_rows.append(of_client(mine, data, seed, i))
+    found = _closed(labels, test, own_rows, book, set(rows.label))
+    account = replace(found.account, sites=tuple(site.path for site in sites))
+    return replace(found, account=account)
 
 
 def _called(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -> Corpus:

@@ -21,6 +21,8 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".bz2": bz2.decompress,
 }
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip")
+"""Suffixes of files of rows."""
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",

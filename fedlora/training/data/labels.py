@@ -61,7 +61,12 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 def _check_stated(rows: Rows, data: DataConfig) -> None:
     if len(set(data.labels)) < len(data.labels) or len(data.labels) < 2:
         raise DataError(f"data.labels = {quoted(data.labels)}: must be two or more, each once")
-    check_labels(rows, data.labels, data.path, "data.labels")
+    check_labels(rows, data.labels, source_of(data), "data.labels")
+
+
+def source_of(data: DataConfig) -> str:
+    """What a message calls the run's rows."""
+    return "data.clients" if data.clients else data.path
 
 
 def _check_numbers(labels: Sequence[str], data: DataConfig) -> None:

@@ -19,15 +19,19 @@ Task = Literal["classification", "causal-lm"]
 log = logging.getLogger(__name__)
 
 
-def rows_at(data: DataConfig, key: str, path: str, task: Task, book: Book) -> Rows:
+def rows_at(
+    data: DataConfig, key: str, path: str, task: Task, book: Book, strict: bool = False
+) -> Rows:
     """The distinct rows of the source at `path`, the value of the config's `key`.
 
-    Those without text, label or response are left out, noted.
+    Those without text, label or response are left out, noted. strict: each value that data.map
+    renames must be there, as it must be in data.path.
 
     Raises:
         DataError: it cannot be read, lacks a column, or has no whole row.
     """
-    return _rows_of(read(data, key, path), data, key, path, task, book)
+    table = read(data, key, path)
+    return _rows_of(table, data, key, path, task, book, strict or key == "data.path")
 
 
 def rows_by_code(
@@ -61,7 +65,15 @@ class _Needed(NamedTuple):
     values: list[str]
 
 
-def _rows_of(table: Table, data: DataConfig, key: str, path: str, task: Task, book: Book) -> Rows:
+def _rows_of(
+    table: Table,
+    data: DataConfig,
+    key: str,
+    path: str,
+    task: Task,
+    book: Book,
+    strict: bool = False,
+) -> Rows:
     """The distinct, whole rows of a table that `path` names."""
     renames = dict(pair.split("=", 1) for pair in data.map)
     label, response, group = [], [], []
@@ -69,12 +81,12 @@ def _rows_of(table: Table, data: DataConfig, key: str, path: str, task: Task, bo
         label = [as_label(x) for x in column(table, path, "data.label", data.label)]
     if task == "classification":
         text = column(table, path, "data.text", data.text)
-        label = _renamed(label, renames, key)
+        label = _renamed(label, renames, strict)
         needed = [_Needed(data.text, text), _Needed(data.label, label)]
     else:
         text = prompts(table, path, data.prompt)
         said = column(table, path, "data.response", data.response)
-        response = _renamed(said, renames, key)
+        response = _renamed(said, renames, strict)
         needed = [_Needed(data.prompt, text)] if data.prompt else []
         needed.append(_Needed(data.response, response))
     if key == "data.path" and data.partition == "natural":
@@ -107,9 +119,9 @@ def _whole(rows: Rows, needed: Iterable[_Needed], path: str, book: Book) -> Rows
     return rows.select(i for i in range(len(rows)) if i not in left)
 
 
-def _renamed(values: list[str], renames: dict[str, str], key: str) -> list[str]:
+def _renamed(values: list[str], renames: dict[str, str], strict: bool) -> list[str]:
     unused = renames.keys() - set(values)
-    if unused and key == "data.path":
+    if unused and strict:
         raise DataError(
             f'data.map: "{min(unused)}" is no value of that column; it has {quoted(values)}'
         )

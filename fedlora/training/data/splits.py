@@ -13,6 +13,7 @@ from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.account import LIMITED, TESTED, Book
+from fedlora.training.data.labels import source_of
 from fedlora.training.data.rows import ClientRows, Rows
 
 
@@ -78,7 +79,7 @@ def central(
     if data.test_size >= len(pool):
         raise DataError(
             f"data.test-size = {data.test_size} leaves the clients nothing of the {len(pool)} "
-            f"{'distinct ' if data.dedupe else ''}rows of {data.path}"
+            f"{'distinct ' if data.dedupe else ''}rows of {source_of(data)}"
         )
     test, rest = _drawn(pool, data.test_size, generator)
     if labels:

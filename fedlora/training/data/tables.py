@@ -34,7 +34,7 @@ from datasets.exceptions import DatasetsError
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.delimited import read_delimited
-from fedlora.training.data.files import decoded, kind_of, matched, unpacked
+from fedlora.training.data.files import KINDS, decoded, kind_of, matched, unpacked
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 
@@ -183,9 +183,6 @@ def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], A
     )
 
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip")
-
-
 @contextmanager
 def _problems_of(key: str, path: str) -> Iterator[None]:
     """No progress bars, and every way of failing to read as a DataError that names the key."""
@@ -213,7 +210,9 @@ def _file(place: Path, data: DataConfig) -> Table:
     if kind == ".parquet":
         raise ValueError("a Parquet file is compressed in itself: unpack it")
     text, encoding = decoded(content, data.encoding)
-    said = () if encoding == data.encoding else (f"encoding {encoding} by its byte-order mark",)
+    said = () if encoding == "utf-8" else (f"encoding {encoding}",)
+    if encoding != data.encoding:
+        said = (f"encoding {encoding} by its byte-order mark",)
     if kind in (".jsonl", ".json"):
         found = read_json(text)
         return Table(_texts(found.columns), found.lines, found.unit, notes=said, lists=found.lists)
