@@ -38,7 +38,7 @@ def messy(path: Path) -> str:
     rows: list[dict[str, object]] = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(40)]
     rows.insert(3, {"text": " ", "label": "a"})  # line 4
     rows.insert(7, {"text": "unlabelled", "label": ""})  # line 8
-    rows.append({"text": "T0", "label": "b"})  # line 43
+    rows.append({"text": "T0", "label": "a"})  # line 43
     return jsonl(path, rows)
 
 
@@ -174,3 +174,39 @@ def test_a_node_tells_its_log_what_became_of_its_rows(tmp_path, caplog):
     assert (
         "43 rows read = 3 left out + 0 central test + 36 training + 4 clients' own" in caplog.text
     )
+
+
+def test_an_equal_text_of_another_label_is_counted_apart(tmp_path):
+    rows: list[dict[str, object]] = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(20)]
+    rows += [{"text": "T1 ", "label": "a"}, {"text": "t2", "label": "a"}]
+    data = DataConfig(path=jsonl(tmp_path / "a.jsonl", rows), test_size=4, partition="iid")
+    assert left_out(load(data, "classification", 2, 0)) == {
+        "equal to an earlier row, with another label": (1, (21,)),
+        "equal to an earlier row": (1, (22,)),
+    }
+
+
+def test_equal_rows_that_are_kept_are_counted_where_they_matter(tmp_path):
+    rows = [{"text": "same", "label": "a"}] * 30 + [
+        {"text": f"t{i}", "label": "b"} for i in range(9)
+    ]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    data = DataConfig(path=source, test_size=8, partition="iid", dedupe=False)
+    corpus = load(data, "classification", 2, 0)
+    n = sum(c.train.text.count("same") for c in corpus.clients)
+    assert "same" in corpus.test.text
+    assert f"{n} training rows equal a test row" in corpus.account.lines()
+    assert f"{n} training rows equal one of another client" in corpus.account.lines()
+    again = load(data.model_copy(update={"dedupe": True, "test_size": 2}), "classification", 2, 0)
+    assert not any("training rows equal" in line for line in again.account.lines())
+
+
+def test_a_node_s_test_rows_are_not_trained_on(tmp_path):
+    rows: list[dict[str, object]] = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(10)]
+    jsonl(tmp_path / "train.jsonl", rows)
+    jsonl(tmp_path / "test.jsonl", [{**rows[3], "text": "T3"}, rows[4]])
+    found = load_node(DataConfig(node_path=str(tmp_path)), "classification", ("a", "b"))
+    assert (len(found.train), len(found.test)) == (8, 2)
+    jsonl(tmp_path / "test.jsonl", rows)
+    with pytest.raises(DataError, match="all its rows are in"):
+        load_node(DataConfig(node_path=str(tmp_path)), "classification", ("a", "b"))

@@ -394,3 +394,32 @@ def test_labels_with_commas_survive_the_flat_config():
     assert config.data.labels == ("yes, often", "no", " x")
     assert Config.read(config.flat()) == config
     assert Config.read({"data.labels": "a,b"}).flat()["data.labels"] == "a,b"
+
+
+def test_numbers_with_a_comma_are_numbers_and_one_in_two_forms_is_named(tmp_path):
+    assert in_order(["10,5", "2,25", "3"]) == ("2,25", "3", "10,5")
+    file = tmp_path / "rows.csv"
+    file.write_text("text;label\n" + "".join(f"t{i};{i % 9},5\n" for i in range(40)))
+    assert "from 0,5 to 8,5, which are no classes" in refusal(file)
+    file = labelled(tmp_path / "two.csv", ["1", "2", "1.0", "02"] * 5)
+    assert 'data.map = ["1.0=1", "02=2"]' in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [(b"PK\x03\x04rest", "Excel"), (b"\x1f\x8brest", "name it .gz"), (b"PAR1", "Parquet")],
+)
+def test_a_file_that_is_no_text_is_told_what_it_is(tmp_path, start, says):
+    (tmp_path / "rows.csv").write_bytes(start)
+    assert says in refusal(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_bytes(b"")
+    assert "no header line" in refusal(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_bytes(b"text,label\n")
+    assert "it has no rows" in refusal(tmp_path / "rows.csv")
+
+
+def test_a_directory_s_file_of_the_split_is_read_as_it_is_written(tmp_path):
+    (tmp_path / "train.csv").write_text(table([(f"0{i}", f"0{i % 2}") for i in range(12)]))
+    (tmp_path / "test.csv").write_text(table([(f"u{i}", f"0{i % 2}") for i in range(4)]))
+    assert set(rows_of(tmp_path).label) == {"00", "01"}
+    assert set(rows_of(tmp_path, split="test").text) == {"u0", "u1", "u2", "u3"}

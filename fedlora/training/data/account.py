@@ -25,6 +25,7 @@ ELSEWHERE = "equal to a row of another source"
 UNMATCHED = "that data.line-pattern does not match"
 LIMITED = "beyond data.limit"
 TESTED = "also in the central test"
+OWN_TEST = "also in the client's own test"
 UNDEALT = "that data.partition gives to no client"
 
 
@@ -67,6 +68,8 @@ class Account:
     """By client: its training rows."""
     held: tuple[Mapping[str, int], ...] = ()
     """By client: the rows that it holds out to test on."""
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    """Rows in use that are there twice, by where: none where equal rows were left out."""
     absent: tuple[str, ...] = ()
     """Labels that are named, in data.labels or by the data, and that no row has."""
     sites: tuple[str, ...] = ()
@@ -98,9 +101,11 @@ class Account:
 
     def lines(self) -> Iterator[str]:
         """The account in words: a line for each source, and what its rows became."""
-        for s in self.sources:
+        for s in self.sources[:SHOWN_SOURCES]:
             how = f" ({'; '.join(s.notes)})" if s.notes else ""
             yield f"{s.path}: {s.read} rows read{how}; {_left(s)}"
+        if len(self.sources) > SHOWN_SOURCES:
+            yield f"and {len(self.sources) - SHOWN_SOURCES} sources more"
         train, held = (sum(sum(c.values()) for c in part) for part in (self.train, self.held))
         yield (
             f"{sum(s.read for s in self.sources)} rows read = "
@@ -110,6 +115,7 @@ class Account:
         yield from (self._site(i, path) for i, path in enumerate(self.sites))
         if self.labels:
             yield "by label: " + "; ".join(self._by_label())
+        yield from (f"{rows} {what}" for what, rows in self.repeats.items() if rows)
         if self.absent:
             yield f"no row has the label {', '.join(self.absent[:8])}"
         if unseen := self.unseen:
@@ -140,6 +146,7 @@ class Account:
 
 
 SHOWN_LABELS = 12
+SHOWN_SOURCES = 20
 
 
 def empty(column: str) -> str:
@@ -236,7 +243,7 @@ class Book:
             _by_label(test, labels),
             tuple(_by_label(c.train, labels) for c in clients),
             tuple(_by_label(c.test, labels) for c in clients),
-            tuple(x for x in labels if there and x not in there),
+            absent=tuple(x for x in labels if there and x not in there),
         )
 
     def _count(self, s: _Opened) -> SourceCount:
@@ -245,6 +252,24 @@ class Book:
             for reason, n in s.left.items()
         )
         return SourceCount(s.path, s.unit, len(s.lines), tuple(left), s.notes)
+
+
+def without(test: Rows, rows: Rows, reason: str, book: Book) -> Rows:
+    """The rows that are not among the test's, case and space apart."""
+    known = set(test.keys)
+    return book.keep(reason, rows, (i for i, key in enumerate(rows.keys) if key not in known))
+
+
+def repeats(test: Rows, clients: Sequence[ClientRows]) -> dict[str, int]:
+    """How many rows in use equal others where that matters, case and space apart."""
+    tested = set(test.keys).union(*(c.test.keys for c in clients))
+    trained = [c.train.keys for c in clients]
+    holders = Counter(key for keys in trained for key in set(keys))
+    flat = [key for keys in trained for key in keys]
+    return {
+        "training rows equal a test row": sum(key in tested for key in flat),
+        "training rows equal one of another client": sum(holders[key] > 1 for key in flat),
+    }
 
 
 def _by_label(rows: Rows, labels: Sequence[str]) -> dict[str, int]:

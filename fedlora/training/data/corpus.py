@@ -15,7 +15,16 @@ from pathlib import Path
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training.data.account import ELSEWHERE, TESTED, UNDEALT, Account, Book
+from fedlora.training.data.account import (
+    ELSEWHERE,
+    OWN_TEST,
+    TESTED,
+    UNDEALT,
+    Account,
+    Book,
+    repeats,
+    without,
+)
 from fedlora.training.data.labels import check_labels, labels_of
 from fedlora.training.data.partition import partition
 from fedlora.training.data.reading import Task as Task
@@ -72,7 +81,7 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
         return _closed(labels, test, [], book)
     rows = rows_at(data, "data.path", data.path, task, book)
     labels = labels_of(rows, data) if task == "classification" else ()
-    pool = limited(rows, data, seed, book)
+    pool = limited(rows, data, labels, seed, book)
     given = _given_test(data, task, labels, book)
     test, pool = central(pool, given, data, labels, seed, book)
     parts = partition(len(pool), pool.label, pool.group, data, clients, seed)
@@ -91,7 +100,7 @@ def _closed(
 ) -> Corpus:
     """The corpus, with its account, and its warnings in the log."""
     own = tuple(with_each_label(clients, labels))
-    account = book.close(labels, test, own, there)
+    account = replace(book.close(labels, test, own, there), repeats=repeats(test, own))
     for warning in account.warnings():
         log.warning("%s", warning)
     return Corpus(labels, test, own, account)
@@ -123,7 +132,7 @@ def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Boo
     rows = Rows.joined(parts)
     labels = labels_of(rows, data) if task == "classification" else ()
     pool = distinct(rows, ELSEWHERE, book) if data.dedupe else rows
-    pool = limited(pool, data, seed, book)
+    pool = limited(pool, data, labels, seed, book)
     given = _given_test(data, task, labels, book)
     test, pool = central(pool, given, data, labels, seed, book)
     own_rows = []
@@ -145,11 +154,7 @@ def _called(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -
     given = (data, "data.path", data.path)
     test, *parts = (rows_by_code(*given, i, task, book) for i in (None, *range(clients)))
     if data.dedupe:  # a client has no row of the central test set, as with data.test-path
-        known = set(test.keys)
-        parts = [
-            book.keep(TESTED, p, (i for i, key in enumerate(p.keys) if key not in known))
-            for p in parts
-        ]
+        parts = [without(test, part, TESTED, book) for part in parts]
     if bare := [i for i, part in enumerate(parts) if not len(part)]:
         raise DataError(
             f"data.path = {data.path!r}: all rows of client {bare[0]} are central test rows too; "
@@ -174,7 +179,8 @@ def load_node(
     """
     book = Book()
     rows = _node_rows(data, task, labels, seed, client, book)
-    for line in book.close(labels, Rows(), [rows]).lines():
+    account = replace(book.close(labels, Rows(), [rows]), repeats=repeats(Rows(), [rows]))
+    for line in account.lines():
         log.info("%s", line)
     return rows
 
@@ -194,9 +200,14 @@ def _node_rows(
             part = rows_at(data, "data.node-path", str(path), task, book) if there else Rows()
             check_labels(part, labels, str(path))
             parts.append(part)
-        return ClientRows(*parts)
+        train, test = parts
+        if data.dedupe:
+            train = without(test, train, OWN_TEST, book)
+        if not len(train):
+            raise DataError(f"{split[0]}: all its rows are in {split[1]} too; leave them out there")
+        return ClientRows(train, test)
     rows = rows_at(data, "data.node-path", data.node_path, task, book)
-    rows = limited(rows, data, seed, book)
+    rows = limited(rows, data, labels, seed, book)
     check_labels(rows, labels, data.node_path)
     return of_client(rows, data, seed, 0)
 

@@ -21,8 +21,18 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".bz2": bz2.decompress,
 }
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip")
+TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+KINDS = (*TEXTS, ".txt", ".parquet", ".zip")
 """Suffixes of files of rows."""
+OTHERS = {
+    b"PK\x03\x04": "an Excel sheet or another archive: save it as .csv, or name it .zip",
+    b"\xd0\xcf\x11\xe0": "an Excel sheet or another Office file: save it as .csv",
+    b"\x1f\x8b": "compressed by gzip: name it .gz",
+    b"PAR1": "Parquet: name it .parquet",
+    b"%PDF": "a PDF: save its rows as .csv or .jsonl",
+    b"SQLite format 3": "a database: export the table as .csv",
+}
+"""How files begin that are no text, and what they are."""
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -85,6 +95,9 @@ def decoded(content: bytes, encoding: str) -> tuple[str, str]:
         ValueError: a byte is not of that encoding; says in which line.
         LookupError: there is no such encoding.
     """
+    for start, what in OTHERS.items():
+        if content.startswith(start):
+            raise ValueError(f"it is no text but {what}")
     found = next((name for mark, name in MARKS.items() if content.startswith(mark)), encoding)
     try:
         text = content.decode(found)

@@ -70,7 +70,9 @@ def _columns(
         for name, value in _flat(row):
             if isinstance(value, list):
                 lists.add(name)
-            columns.setdefault(name, [None] * len(rows))[i] = _text(value)
+            if name not in columns:
+                columns[name] = [None] * len(rows)
+            columns[name][i] = _text(value)
     return columns, frozenset(lists)
 
 

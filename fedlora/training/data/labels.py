@@ -13,7 +13,7 @@ from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import quoted
 
 WHOLE = re.compile(r"-?\d+(\.0*)?")
-NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+NUMBER = re.compile(r"-?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d{1,3})?")
 
 
 def as_label(value: str) -> str:
@@ -55,7 +55,12 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """The distinct labels: numbers in their order, else as texts."""
     found = set(labels)
     numbers = all(NUMBER.fullmatch(x) for x in found)
-    return tuple(sorted(found, key=lambda x: (Decimal(x), x)) if numbers else sorted(found))
+    return tuple(sorted(found, key=lambda x: (_size(x), x)) if numbers else sorted(found))
+
+
+def _size(number: str) -> Decimal:
+    """Of a number with a point, or with a comma as some languages write it."""
+    return Decimal(number.replace(",", "."))
 
 
 def _check_stated(rows: Rows, data: DataConfig) -> None:
@@ -85,7 +90,7 @@ def _check_near(rows: Rows, data: DataConfig) -> None:
     alike: dict[str, list[str]] = {}
     for name in count:
         alike.setdefault(_folded(name), []).append(name)
-    near = [sorted(names, key=lambda x: (-count[x], x)) for names in alike.values()]
+    near = [sorted(names, key=lambda x: (-count[x], len(x), x)) for names in alike.values()]
     near = sorted(names for names in near if len(names) > 1)
     if near:
         told = "; ".join(", ".join(f'"{x}" ({count[x]} rows)' for x in names) for names in near[:5])
@@ -98,6 +103,8 @@ def _check_near(rows: Rows, data: DataConfig) -> None:
 
 
 def _folded(name: str) -> str:
+    if NUMBER.fullmatch(name):
+        return str(_size(name).normalize())
     return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
 
 

@@ -51,11 +51,17 @@ def rows_by_code(
 
 
 def distinct(rows: Rows, reason: str, book: Book) -> Rows:
-    """The first of the rows that are equal, case and space apart."""
+    """The first of the rows that are equal, case and space apart, whatever the others' labels."""
     seen: dict[str, int] = {}
+    equal: list[int] = []
+    other: list[int] = []
     for i, key in enumerate(rows.keys):
-        seen.setdefault(key, i)
-    return book.keep(reason, rows, seen.values())
+        if (first := seen.setdefault(key, i)) != i:
+            alike = not rows.label or rows.label[first] == rows.label[i]
+            (equal if alike else other).append(rows.number[i])
+    book.leave(reason, equal)
+    book.leave(f"{reason}, with another label", other)
+    return rows.select(seen.values())
 
 
 class _Needed(NamedTuple):

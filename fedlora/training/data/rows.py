@@ -27,7 +27,7 @@ class Rows:
 
     def select(self, numbers: Iterable[int]) -> "Rows":
         at = list(numbers)
-        found = (tuple(column[i] for i in at) if column else () for column in self.columns)
+        found = (tuple(map(column.__getitem__, at)) if column else () for column in self.columns)
         return replace(Rows(*found), classes=self.classes)
 
     @classmethod

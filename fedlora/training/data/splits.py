@@ -12,7 +12,7 @@ import torch
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.strategies.base import seeded
-from fedlora.training.data.account import LIMITED, TESTED, Book
+from fedlora.training.data.account import LIMITED, TESTED, Book, without
 from fedlora.training.data.labels import source_of
 from fedlora.training.data.rows import ClientRows, Rows
 
@@ -53,12 +53,12 @@ def keep_each_label(label: Sequence[str], short: list[int], long: list[int]) -> 
         count.update({common: -1, name: 1})
 
 
-def limited(rows: Rows, data: DataConfig, seed: int, book: Book) -> Rows:
+def limited(rows: Rows, data: DataConfig, labels: Sequence[str], seed: int, book: Book) -> Rows:
     """At most data.limit of the rows, with one of each label where there is room for that."""
     if not 0 < data.limit < len(rows):
         return rows
     drawn, rest = _drawn(rows, data.limit, seeded(seed, 0, 0, "data.limit"))
-    if rows.label:
+    if labels:
         keep_each_label(rows.label, drawn, rest)
     return book.keep(LIMITED, rows, drawn)
 
@@ -73,8 +73,7 @@ def central(
     """
     generator = seeded(seed, 0, 0, "data.test-size")
     if given is not None:
-        known = set(given.keys) if data.dedupe else set()
-        pool = book.keep(TESTED, pool, (i for i, key in enumerate(pool.keys) if key not in known))
+        pool = without(given, pool, TESTED, book) if data.dedupe else pool
         return given, split(pool, 0, generator)[1]
     if data.test_size >= len(pool):
         raise DataError(

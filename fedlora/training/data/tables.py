@@ -5,6 +5,7 @@ are text as it is written: "01" is no number and "NA" is not missing. Null, NaN 
 """
 
 import difflib
+import glob
 import logging
 import math
 import re
@@ -17,11 +18,11 @@ from string import Formatter
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow  # type: ignore[import-untyped]
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    Features,
     Value,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -34,7 +35,7 @@ from datasets.exceptions import DatasetsError
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.delimited import read_delimited
-from fedlora.training.data.files import KINDS, decoded, kind_of, matched, unpacked
+from fedlora.training.data.files import KINDS, TEXTS, decoded, kind_of, matched, unpacked
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 
@@ -173,6 +174,8 @@ def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], A
         return partial(_file, place, data)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         return partial(load_from_disk, str(place), keep_in_memory=True)
+    if one := _of_split(place, data.split):
+        return partial(_file, one, data)
     if place.is_dir():
         return partial(load_dataset, str(place), **local)
     if kind_of(place) not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
@@ -224,9 +227,14 @@ def _file(place: Path, data: DataConfig) -> Table:
     return _text(text, place, data, said)
 
 
+def _of_split(place: Path, split: str) -> Path | None:
+    """The one text file of a directory that is named for the split, "train.csv"; else none."""
+    found = [p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS]
+    return found[0] if len(found) == 1 else None
+
+
 def _texts(columns: Mapping[str, Sequence[str | None]]) -> Dataset:
-    features = Features({name: Value("string") for name in columns})
-    return Dataset.from_dict(dict(columns), features=features)
+    return Dataset(pyarrow.table({name: pyarrow.array(x, "string") for name, x in columns.items()}))
 
 
 def _asked(data: DataConfig) -> list[str]:
