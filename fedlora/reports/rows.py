@@ -39,6 +39,8 @@ def account(run: RunFiles) -> Iterator[tuple[str, str]]:
     }
     for what, counts in parts.items():
         yield what, f"{sum(sum(c.values()) for c in counts)}"
+    if left := sum(c.get("untokenised") or 0 for c in run.clients):
+        yield "of the training rows, left out by the tokenizer", f"{left}"
     for label in rows.get("labels", ()):
         told = (f"{sum(c.get(label, 0) for c in found)} {what}" for what, found in parts.items())
         yield f'of label "{label}"', ", ".join(told)

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
+from fedlora.config.reader import Config
 from fedlora.federation.server.loop import FederatedLora
+from fedlora.launch.doctor.the_rows import lengths
 from fedlora.reports import report
 from fedlora.reports.console import Silent
+from fedlora.training import cache
 from tests.support.tiny_federation import federate, quick
 from tests.training.test_sites import NOTES, hospital
 
@@ -73,3 +76,30 @@ def test_a_node_s_own_config_names_its_columns_as_a_site_does(
     assert [x["train_examples"] for x in lines] == [22, 22, 22]
     assert [x["rank"] for x in lines] == [2, 2, 5]
     assert len(sites) == 3
+
+
+def test_rows_with_too_long_a_prompt_are_told_with_their_lines(
+    settings: Settings, tmp_path: Path
+) -> None:
+    rows = [{"text": "word " * (90 if i in (4, 11) else 2) + str(i), "answer": f"a{i % 5}"}
+            for i in range(30)]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.path": str(file), "data.prompt": "text", "data.response": "answer",
+               "data.max-length": 48, "data.test-size": 4, "data.partition": "iid",
+               "data.client-test-fraction": 0.0, "clients.count": 2}  # fmt: skip
+    given = settings("llama", **quick("fedex", **changes))
+    config = Config.read(given)
+    corpus = cache.corpus(config)
+    (note,) = (
+        f.what
+        for f in lengths(config, corpus, cache.model(config, corpus.labels))
+        if "left out by the tokenizer" in f.what
+    )
+    assert note.startswith("2 of 30 rows")
+    assert f"{file}, line 5, {file}, line 12" in note
+    ran = federate(given)
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    long = [sum(t.startswith("word word word") for t in c.train.text) for c in corpus.clients]
+    assert [x["untokenised"] for x in lines] == long
+    assert sum(long) > 0

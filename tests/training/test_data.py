@@ -313,7 +313,9 @@ def test_labels_that_no_client_has_are_named(path, caplog):
 
 
 def test_the_seed_decides_everything():
-    first, again, other = (load(DataConfig(path=TREC), "classification", 8, seed) for seed in (3, 3, 4))
+    first, again, other = (
+        load(DataConfig(path=TREC), "classification", 8, seed) for seed in (3, 3, 4)
+    )
     assert first == again
     assert first.test != other.test
     assert first.clients != other.clients

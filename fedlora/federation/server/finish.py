@@ -130,6 +130,7 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
             "train_examples": m.examples,
             "test_examples": len(corpus.client(i).test) if simulated else None,
             "labels": labels.get(i, {}),
+            "untokenised": _untokenised(setting, i, m.examples) if simulated else None,
             "test_labels": setting.corpus.account.held[i] if simulated else {},
             "rounds": m.rounds,
             "failures": m.failures,
@@ -141,6 +142,13 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
             "personalized": m.personalized or None,
             "alone": m.alone or None,
         }
+
+
+def _untokenised(setting: Setting, client: int, trained: int) -> int | None:
+    """How many of its training rows a client's tokenizer left out; None where it does not say."""
+    c = setting.config
+    told = trained and not c.secure.aggregation and not c.privacy.on
+    return len(setting.corpus.client(client).train) - trained if told else None
 
 
 ROOM = 1.5

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fedlora.config.reader import Config
 from fedlora.launch.doctor.finding import Finding
 from fedlora.training import cache
+from fedlora.training.data.account import SHOWN
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.model.model import Model
 
@@ -35,20 +36,26 @@ def rows_read(config: Config, corpus: Corpus) -> Iterator[Finding]:
 def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
     """Which texts are cut, and which rows have too long a prompt: of all rows that are here."""
     longest = model.longest(config.data.max_length)
-    parts = [("central", -1, len(corpus.test))] if len(corpus.test) else []
+    parts = [("central", -1, corpus.test.number)] if len(corpus.test) else []
     for i, client in enumerate(corpus.clients):
-        parts += [("train", i, len(client.train)), ("test", i, len(client.test))]
-    full = left = rows = 0
-    for part, i, size in parts:
+        parts += [("train", i, client.train.number), ("test", i, client.test.number)]
+    full = rows = 0
+    left: list[int] = []
+    for part, i, numbers in parts:
         found = cache.encoded(part, i, config, corpus.labels)
         full += int((found.lengths >= longest).sum())
-        left += size - len(found)
-        rows += size
+        kept = set(found.rows.tolist())
+        left += [n for at, n in enumerate(numbers) if at not in kept]
+        rows += len(numbers)
     if full:
         text = (
             f"{full} of {rows} rows fill data.max-length = {longest} tokens: what is longer is cut"
         )
         yield Finding("note", text, "raise data.max-length, or split long texts into rows")
     if left:
-        text = f"{left} of {rows} rows have a prompt of {longest} tokens or more and are left out"
-        yield Finding("note", text, "raise data.max-length")
+        places = ", ".join(corpus.book.place(n) for n in sorted(left)[:SHOWN])
+        text = (
+            f"{len(left)} of {rows} rows are left out by the tokenizer, for a prompt of {longest} "
+            f"tokens or more, or no token to train: {places}{', ...' * (len(left) > SHOWN)}"
+        )
+        yield Finding("note", text, "raise data.max-length, or mend these rows")

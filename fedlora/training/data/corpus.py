@@ -48,6 +48,8 @@ class Corpus:
     clients: tuple[ClientRows, ...]
     account: Account = field(default_factory=Account)
     """What became of every row that was read."""
+    book: Book = field(default_factory=Book, compare=False)
+    """Where each row stands in its source."""
 
     def client(self, i: int) -> ClientRows:
         """One client's rows. Of the rest of a corpus a client needs only `labels`."""
@@ -103,7 +105,7 @@ def _closed(
     account = replace(book.close(labels, test, own, there), repeats=repeats(test, own))
     for warning in account.warnings():
         log.warning("%s", warning)
-    return Corpus(labels, test, own, account)
+    return Corpus(labels, test, own, account, book)
 
 
 def _given_test(data: DataConfig, task: Task, labels: Sequence[str], book: Book) -> Rows | None:
