@@ -168,7 +168,7 @@ def test_a_client_without_a_label_is_counted_not_warned_of(tmp_path):
 
 
 def test_a_node_tells_its_log_what_became_of_its_rows(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         load_node(DataConfig(node_path=messy(tmp_path / "a.jsonl")), "classification", ("a", "b"))
     assert "43 rows read; 1 with nothing in" in caplog.text
     assert (
