@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from fedlora.config import sections
 from fedlora.config.reader import Config
+from fedlora.config.sites import SiteConfig
 from fedlora.config.strategies import strategy_section
 from fedlora.strategies import STRATEGIES, forms
 
@@ -58,6 +59,8 @@ def kind(field: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in get_args(hint))
     if get_origin(hint) is tuple:
+        if get_args(hint)[0] is SiteConfig:
+            return "tables, or paths"
         return "whole numbers > 0" if get_args(hint)[0] is int else "names"
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     limits = [

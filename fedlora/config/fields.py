@@ -1,17 +1,35 @@
 """Types of config values: lists, written as text or as in TOML; and the base class of a section."""
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _names(value: Any) -> Any:
-    """ "a, b" or ["a", "b"], [-2, -1]: Flower's flat config has no lists, TOML files have."""
+    """ "a, b" or ["a", "b"], [-2, -1]: Flower's flat config has no lists, TOML files have.
+
+    A text of JSON, '["a, b", "c"]', is a list too: see `flat_list`.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):
+            found = json.loads(value)
+            if isinstance(found, list) and all(isinstance(x, str) for x in found):
+                return tuple(found)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if not isinstance(value, list):
         return value
     return tuple(str(v) if isinstance(v, int) else v for v in value)
+
+
+def flat_list(values: Sequence[Any]) -> str:
+    """A list as one text, for Flower's flat config: "a,b", or JSON where that would be misread."""
+    texts = tuple(str(v) for v in values)
+    plain = ",".join(texts)
+    return plain if _names(plain) == texts else json.dumps(texts)
 
 
 def _indices(value: Any) -> Any:

@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedlora.config.defaults import resolve_defaults
-from fedlora.config.fields import Section
+from fedlora.config.fields import Section, flat_list
 from fedlora.config.sections import (
     ClientsConfig,
     DataConfig,
@@ -39,6 +39,7 @@ from fedlora.config.sections import (
     TrainConfig,
     WireConfig,
 )
+from fedlora.config.sites import flat_sites
 from fedlora.config.strategies import strategy_options, strategy_section, strategy_tables
 from fedlora.errors import ConfigError, StrategyError
 from fedlora.strategies import Strategy, list_strategies, registry
@@ -198,7 +199,11 @@ def _dotted(tree: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def _scalar(value: Any) -> Scalar:
-    return ",".join(str(v) for v in value) if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        tables = [part for part in value if isinstance(part, dict)]
+        return flat_sites(tables) if tables else flat_list(value)
+    scalar: Scalar = value
+    return scalar
 
 
 def _unknown(key: str, known: Mapping[str, Scalar]) -> str:
@@ -209,7 +214,12 @@ def _unknown(key: str, known: Mapping[str, Scalar]) -> str:
 
 
 def _problem(section: str, error: Any, flat: Mapping[str, Any]) -> str:
-    path = [str(part) for part in error["loc"] if isinstance(part, str)]
-    key = ".".join([section, *path]).replace("_", "-")
+    path, loc = [section], error["loc"]
+    for part, below in zip(loc, (*loc[1:], 0), strict=True):
+        if isinstance(part, str):
+            path.append(part.replace("_", "-"))
+        elif isinstance(below, str):  # a table of a list
+            path[-1] += f"[{part}]"
+    key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{key} = {flat.get(key, error.get('input'))!r}: {message}"

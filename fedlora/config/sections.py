@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
+from fedlora.config.sites import SEPARATOR, Sites
 from fedlora.moved import attribute_of
 
 CODE = r"^(py:[^:]+:[^:]+)?$"
@@ -53,12 +54,19 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     path: str = ""
-    """Must be set, or test-path: a JSONL, CSV, TSV, Parquet or text file, a directory of
-    `datasets`, a hub id, "pkg:", or "py:package.module:function" that returns a client's rows, of
-    None the central test rows."""
+    """Must be set, or clients, or test-path: a JSONL, CSV, TSV, Parquet or text file (in .gz, .xz,
+    .bz2 or .zip as well), a directory of `datasets`, a hub id, "pkg:", or
+    "py:package.module:function" that returns a client's rows, of None the central test rows."""
+    clients: Sites = ()
+    """In place of path and partition: a table a client (path, text, label, prompt, response, map,
+    separator, encoding, rank), or a directory or a pattern ("sites/*.csv") of one file a client."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
+    separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
+    """What stands between a table's columns: one character, or "tab". Empty: found, of , ; tab |,
+    in .csv and .tsv; any other text file is a table with a header where this is set."""
     encoding: str = "utf-8"
+    """Of text files, where no byte-order mark says it."""
     split: str = "train"
     """Which split of a `datasets` data set."""
     subset: str = ""
@@ -69,6 +77,9 @@ class DataConfig(Section):
     """For causal-lm: the prompt column, or a template with {column} names. Empty: no prompt."""
     response: str = "response"
     """For causal-lm: the column whose tokens are trained and scored."""
+    labels: Names = ()
+    """The labels of a classification, in order. Empty: the data's own numbered classes, else those
+    that there are, numbers by size and texts by the alphabet."""
     map: Renames = ()
     """New names, "HUM=person,LOC=place", for values of the label, or for causal-lm the response."""
     chat_template: bool = False

@@ -49,6 +49,11 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"and {lora.form} has none; use lora.form = 'lora'"
         )
     yield from _invocation(config, form)
+    if any(site.rank for site in config.data.clients) and (form.kind != "factors" or form.after):
+        yield (
+            f"lora.form = {lora.form!r}: every client has the same tensors; leave out each site's "
+            "rank in data.clients"
+        )
     if config.model.quantization != "none":
         yield from _quantised(config)
     if moves_base(lora.init) and config.wire.dtype != "float32":

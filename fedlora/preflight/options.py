@@ -20,6 +20,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     yield from _named(config)
     if config.simulate.workers > 1 and not processes.can_fork():
         yield processes.no_workers(config.simulate.workers)
+    yield from _sites(config)
     yield from _ranks(config, strategy)
     yield from _buffer(config)
     least, most = config.round.min_replies, config.clients.per_round or config.clients.count
@@ -39,10 +40,22 @@ def _named(config: Config) -> Iterator[str]:
     """The model and the data, which no default stands for."""
     if not config.model.path:
         yield "model.path is not set: name the base, a hub id or a directory"
-    if not config.data.path and not config.data.test_path:
+    if not (config.data.path or config.data.clients or config.data.test_path):
         yield (
             "data.path is not set: name the rows, a file, a directory or a hub id; where every "
             "node brings its own, data.test-path"
+        )
+
+
+def _sites(config: Config) -> Iterator[str]:
+    """What does not go with data.clients."""
+    data, policy = config.data, config.ranks.policy
+    if data.clients and data.path:
+        yield "data.clients with data.path: each client has its own file; leave out data.path"
+    if any(site.rank for site in data.clients) and policy not in ("list", "capability"):
+        yield (
+            f"ranks.policy = {policy!r}: gives the ranks, and so does data.clients; leave out each "
+            "site's rank, or set ranks.policy = 'list'"
         )
 
 

@@ -200,7 +200,8 @@ knows the seed can take it off again. Every epsilon on this page is void.</div>
 </div>
 </div></header>
 <nav><div><a href="#result">Result</a><a href="#rounds">Rounds</a><a href="#clients">Clients</a>
-<a href="#proof">Aggregation proof</a><a href="#left">What left the clients</a>
+<a href="#rows">Rows</a><a href="#proof">Aggregation proof</a>
+<a href="#left">What left the clients</a>
 <a href="#privacy">Privacy</a><a href="#failures">Failures</a><a href="#config">Config</a>
 </div></nav>
 <main>
@@ -228,6 +229,14 @@ _RESULTS = """
 <h2 id="clients">Clients</h2>
 {% if clients.rows %}{{ grid(clients) }}{% else %}<p>No client has taken part yet.</p>{% endif %}
 <div class="figures gap">{{ figure("clients") }}{{ figure("data") }}</div>
+
+<h2 id="rows">Rows</h2>
+{% if sources.rows %}
+{{ grid(sources, "words") }}
+<div class="gap">{{ pairs(account, ["what became of them", "rows"]) }}</div>
+{% else %}
+<p>This run's summary does not say what became of its rows.</p>
+{% endif %}
 """
 
 _TRUST = """

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.reports import certificate, tables, trust
+from fedlora.reports import certificate, rows, tables, trust
 from fedlora.reports.outcome import finite, said
 from fedlora.reports.page import CAPTIONS, PAGE, STYLE
 from fedlora.reports.run_files import RunFiles, certificates, read
@@ -60,6 +60,8 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         verdict=tables.verdict(run),
         rounds=tables.rounds(run),
         clients=tables.clients(run),
+        sources=rows.sources(run),
+        account=list(rows.account(run)),
         failures=tables.failures(run),
         proof=trust.proof(run),
         layers=trust.layers(run),

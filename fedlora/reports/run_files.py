@@ -153,6 +153,7 @@ def _derived(run_dir: Path, rounds: tuple[Record, ...], config: Record) -> dict[
         "seconds": sum(finite(r.get("seconds"), "total") or 0.0 for r in rounds),
         "model": config.get("model.path", ""),
         "data": config.get("data.path", ""),
+        "rows": {},
         "seed": config.get("run.seed"),
         "final": evaluated[-1]["evaluation"] if evaluated else None,
         "best": _best(evaluated),

@@ -35,6 +35,7 @@ def _load_model(config: Config, labels: tuple[str, ...]) -> Model:
 
 _model = _Once(_load_model)
 _corpus = _Once(load_corpus)
+_node = _Once(load_node)
 
 
 def model(config: Config, labels: tuple[str, ...]) -> Model:
@@ -69,11 +70,14 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
     """This client's rows: its part of the simulated federation, or its node's own file."""
     if config.data.node_path:
-        return load_node(config.data, config.model.task, labels, config.run.seed, client)
+        key = (config.data, config.model.task, labels, config.run.seed, client)
+        found: ClientRows = _node((*key, identity(config)), *key)
+        return found
     return corpus(config).client(client)
 
 
 def forget_data() -> None:
     """Read the data anew when it is next asked for: files may have changed since."""
     encoded.cache_clear()
-    _corpus.key = _corpus.value = None
+    for once in (_corpus, _node):
+        once.key = once.value = None

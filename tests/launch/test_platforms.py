@@ -15,14 +15,14 @@ from tests.support.tiny_federation import ROOT, quick
 Settings = Callable[..., dict[str, object]]
 
 WINDOWS = """
-import os, shutil, signal, socket, sys
+import os, shutil, signal, sys
 shutil._use_fd_functions = False
 for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp"):
     vars(os).pop(name, None)
 for module in ("fcntl", "pwd", "grp"):
     sys.modules[module] = None
-for owner, name in ((signal, "SIGKILL"), (signal, "SIGHUP"), (socket, "AF_UNIX")):
-    delattr(owner, name)
+for name in ("SIGKILL", "SIGHUP"):
+    delattr(signal, name)
 opened = os.open
 def no_directories(path, *rest, **options):
     if os.path.isdir(path):

@@ -39,6 +39,7 @@ DP = {"privacy.epsilon": 3.0}
 NAMED = {"model.path": "m", "data.path": "d"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 LEGEND = {"ranks.policy": "legend"}
+RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
@@ -106,6 +107,9 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedsa", "bert", SECURE, "collects at the end what clients kept, in the clear"),
     ("fedsb", "bert", {**SECURE, **SKETCHED}, "sends each client's first gradient in the clear"),
     # what goes around any strategy
+    ("fedavg", "bert", {"data.clients": "x.csv"}, "each client has its own file; leave out"),
+    ("fedex", "bert", {**RANKED, "ranks.policy": "share"}, "gives the ranks, and so does data.cl"),
+    ("fedavg", "bert", {**FOURIER, **RANKED}, "leave out each site's rank in data.clients"),
     ("fedex", "bert", {"lora.rank-pattern": "value=none"}, "'=' and a positive rank"),
     ("fedex", "bert", {"ranks.policy": "share", "ranks.shares": "4"}, "must be rank:share"),
     ("fedex", "bert", {"devices.classes": "slow:0:5"}, "must be name:compute:Mbit/s"),

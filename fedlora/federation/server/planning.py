@@ -30,6 +30,7 @@ from fedlora.federation.server.ranks import (
     shared_out,
 )
 from fedlora.strategies.base import Client
+from fedlora.training.data.sites import ranks_of
 from fedlora.training.model.layers import depth_of
 from fedlora.training.model.model import Model
 
@@ -43,6 +44,7 @@ class Planner:
         self.layers = by_depth({m: depth_of(m) for m in model.shapes})
         self.legend = self._legend() if config.ranks.policy == "legend" else None
         self.devices = self._devices(model) if config.devices.classes else None
+        self.stated = [*ranks_of(config.data)]
         self.at(1)  # an error in lora.rank-pattern is one now
 
     # -- ranks --------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class Planner:
 
     def _rank(self, i: int, facts: Mapping[str, Any]) -> int:
         ranks, c = self.config.clients.ranks, self.config.ranks
-        stated = int(facts.get("rank", 0))
+        stated = int(facts.get("rank", 0)) or (self.stated[i] if i < len(self.stated) else 0)
         if c.policy == "share":
             return self._shared[i % len(self._shared)]
         if c.policy == "capability":

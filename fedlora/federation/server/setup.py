@@ -54,6 +54,8 @@ def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
         f"{ranks}, {config.run.rounds} rounds"
     )
     session.observer.note(described(config.train.precision))
+    for line in (*setting.corpus.account.lines(), *setting.corpus.account.warnings()):
+        session.observer.note(line)
     return run
 
 

@@ -94,7 +94,13 @@ def _experiment(wanted: Wanted) -> Config:
         value = str(flat[key])
         if value and not value.startswith("pkg:") and Path(value).exists():
             flat[key] = str(Path(value).resolve())
-    return Config.read(flat)
+    sites = [
+        {**site.model_dump(), "path": str(Path(site.path).resolve())}
+        if Path(site.path).exists()
+        else site.model_dump()
+        for site in config.data.clients
+    ]
+    return Config.read({**flat, "data.clients": sites})
 
 
 def _expressible(config: Config) -> bool:

@@ -26,6 +26,7 @@ from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
+from fedlora.launch.doctor.the_rows import lengths, rows_read
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
 from fedlora.privacy.rehearsal import check_first
@@ -52,10 +53,11 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         FedLoraError: what would stop the run before its first round.
     """
     corpus = cache.corpus(config)
-    findings = [*_data(config, corpus)]
+    findings = [*rows_read(config, corpus)]
     model = cache.model(config, corpus.labels)
     findings += _model(config, model)
     findings += _responses(config, model, corpus)
+    findings += lengths(config, corpus, model)
     planner = Planner(config, model)
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
@@ -155,27 +157,6 @@ def _budget(config: Config, corpus: Corpus) -> Iterator[Finding]:
     if refusals:
         every = len(refusals) == len({sizes[0], sizes[-1]})
         yield Finding("problem" if every else "note", refusals[-1])
-
-
-def _data(config: Config, corpus: Any) -> Iterator[Finding]:
-    """What there is; and clients of a simulation with nothing to train on, which would end it."""
-    rows = sum(len(c.train) for c in corpus.clients)
-    yield Finding(
-        "ok",
-        f"data: {rows} training rows on {len(corpus.clients)} clients, "
-        f"{len(corpus.test)} central test rows"
-        + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
-    )
-    if config.data.node_path or not any(len(c.train) for c in corpus.clients):
-        return
-    bare = [str(i) for i, c in enumerate(corpus.clients) if not len(c.train)]
-    if bare:
-        yield Finding(
-            "problem",
-            f"clients {', '.join(bare[:5])}{' and more' if len(bare) > 5 else ''} have no rows to "
-            "train on",
-            "lower clients.count or data.client-test-fraction, or raise data.alpha",
-        )
 
 
 def _model(config: Config, model: Model) -> Iterator[Finding]:

@@ -49,8 +49,6 @@ def partition(
             f"client {sizes.index(min(sizes))} would have {min(sizes)} of {size} rows, "
             f"and needs {least}: {_remedy(data, clients)}"
         )
-    if lost := set(label) - {label[i] for part in parts for i in part if label}:
-        log.warning("no client has rows of %s: too few clients for all labels", quoted(lost))
     return parts
 
 

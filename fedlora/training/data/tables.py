@@ -1,24 +1,24 @@
 """A data source as a table of columns, and its columns as strings.
 
-Local files are read into memory, so that no copy of a node's own data stays in a cache. CSV and
-TSV columns are text as it is written: "01" is no number and "NA" is not missing.
+Local files are read into memory, so that no copy of a node's own data stays in a cache. Their cells
+are text as it is written: "01" is no number and "NA" is not missing. Null, NaN and blank are.
 """
 
-import csv
 import difflib
+import glob
 import logging
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Formatter
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pandas  # type: ignore[import-untyped]
+import pyarrow  # type: ignore[import-untyped]
 from datasets import (
     ClassLabel,
     Dataset,
@@ -34,12 +34,47 @@ from datasets.exceptions import DatasetsError
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
+from fedlora.training.data.delimited import read_delimited
+from fedlora.training.data.files import KINDS, TEXTS, decoded, kind_of, matched, unpacked
+from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 
 log = logging.getLogger(__name__)
 
 
-def read(data: DataConfig, key: str, path: str) -> Dataset:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A source's columns, and where its rows stand in it."""
+
+    cells: Dataset
+    lines: Sequence[int]
+    """The line of the file that each row begins in, or the number of the row: from 1."""
+    unit: str = "row"
+    """What `lines` counts: "line" or "row"."""
+    unmatched: Sequence[int] = ()
+    """Lines that data.line-pattern does not match, which are no rows of it."""
+    notes: tuple[str, ...] = ()
+    """How it was read."""
+    lists: frozenset[str] = frozenset()
+    """Columns that hold lists, and so no text."""
+
+    @classmethod
+    def of(cls, cells: Dataset) -> "Table":
+        """A data set, whose rows are counted. A column of structs gives columns "meta.label"."""
+        if any(isinstance(feature, dict) for feature in cells.features.values()):
+            cells = cells.flatten()
+        return cls(cells, range(1, len(cells) + 1))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns."""
+        return list(self.cells.column_names)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+
+def read(data: DataConfig, key: str, path: str) -> Table:
     """The table at `path`, the value of the config's `key`. Of several splits, `data.split`.
 
     A file is read by its suffix: .jsonl, .json, .csv, .tsv, .parquet; any other is text, one row
@@ -50,47 +85,78 @@ def read(data: DataConfig, key: str, path: str) -> Dataset:
     """
     with TemporaryDirectory(prefix="fedlora-") as cache, _problems_of(key, path):
         found = _reader(data, key, path, cache)()
-    if not isinstance(found, DatasetDict):
+    if isinstance(found, Table):
         return found
+    if not isinstance(found, DatasetDict):
+        return Table.of(found)
     if data.split not in found:
         raise DataError(
             f'{key} = "{path}": no split "{data.split}"; set data.split to one of {quoted(found)}'
         )
-    return found[data.split]
+    return Table.of(found[data.split])
 
 
-def column(table: Dataset, where: str, key: str, name: str) -> list[str]:
+def column(table: Table, where: str, key: str, name: str) -> list[str]:
     """One column as strings: class numbers by their names, a missing value as "".
 
     Raises:
         DataError: `where` has no such column; says which it has, and the nearest.
     """
-    if name not in table.column_names:
-        near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.5)
+    if name not in table.names:
+        near = difflib.get_close_matches(name, table.names, n=1, cutoff=0.5)
         hint = f'; did you mean "{near[0]}"?' if near else ""
         raise DataError(
-            f'{key} = "{name}": {where} has no such column, only {quoted(table.column_names)}{hint}'
+            f'{key} = "{name}": {where} has no such column, only {quoted(table.names)}{hint}'
         )
-    feature, values = table.features[name], table[name][:]
+    feature = table.cells.features[name]
     if isinstance(feature, ClassLabel):  # -1 is how the hub writes an unknown class
-        values = [feature.names[v] if v is not None and v >= 0 else None for v in values]
-    elif not isinstance(feature, Value):
-        raise DataError(f'{key} = "{name}": {where} has no text there but {feature}')
+        numbers = table.cells[name][:]
+        return ["" if v is None or v < 0 else feature.names[v] for v in numbers]
+    if not isinstance(feature, Value) or name in table.lists:
+        what = "lists" if name in table.lists else feature
+        raise DataError(f'{key} = "{name}": {where} has no text there but {what}')
+    if "binary" in feature.dtype:
+        raise DataError(
+            f'{key} = "{name}": {where} has bytes there, no text: write the column as text, decoded'
+        )
+    values = table.cells[name][:]
     return ["" if v is None or (type(v) is float and math.isnan(v)) else str(v) for v in values]
 
 
-def prompts(table: Dataset, where: str, prompt: str) -> list[str]:
+def classes(table: Table, name: str) -> tuple[str, ...]:
+    """The names of a column of numbered classes, in their order; none of any other column."""
+    feature = table.cells.features.get(name)
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+
+
+def prompts(table: Table, where: str, prompt: str) -> list[str]:
     """`data.prompt` for every row: a column, a template with {column} names filled in, or ""."""
     if not prompt:
         return [""] * len(table)
     if "{" not in prompt:
         return column(table, where, "data.prompt", prompt)
+    columns = {n: column(table, where, "data.prompt", n) for n in _in_prompt(prompt)}
+    return [
+        _ByName().vformat(prompt, (), {n: columns[n][i] for n in columns})
+        for i in range(len(table))
+    ]
+
+
+class _ByName(Formatter):
+    """Fills in "{meta.title}" by the whole name: a column's, not an attribute's."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        return kwargs[field_name], field_name
+
+
+def _in_prompt(prompt: str) -> list[str]:
+    """The columns that a data.prompt names."""
+    if "{" not in prompt:
+        return [prompt] if prompt else []
     try:
-        names = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+        return [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
     except ValueError as e:
         raise DataError(f"data.prompt = {prompt!r}: {e}; a brace itself is doubled") from None
-    columns = {name: column(table, where, "data.prompt", name) for name in names}
-    return [prompt.format(**{n: columns[n][i] for n in names}) for i in range(len(table))]
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -100,24 +166,19 @@ def quoted(names: Iterable[str]) -> str:
 
 
 def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], Any]:
-    place, encoding = Path(locate(path)), _without_mark(data.encoding)
-    kind = place.suffix.lower()
+    place = Path(locate(path))
     local = {"cache_dir": cache, "keep_in_memory": True}
-    by_suffix: dict[str, Callable[[], Any]] = {
-        ".jsonl": partial(Dataset.from_json, str(place), encoding=encoding, **local),
-        ".json": partial(Dataset.from_json, str(place), encoding=encoding, **local),
-        ".csv": partial(_csv, place, ",", encoding),
-        ".tsv": partial(_csv, place, "\t", encoding),
-        ".parquet": partial(Dataset.from_parquet, str(place), **local),
-        ".txt": partial(_text, place, data),
-    }
     if place.is_file():
-        return by_suffix.get(kind, by_suffix[".txt"])
+        if place.suffix.lower() == ".parquet":
+            return partial(Dataset.from_parquet, str(place), **local)
+        return partial(_file, place, data)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         return partial(load_from_disk, str(place), keep_in_memory=True)
+    if one := _of_split(place, data.split):
+        return partial(_file, one, data)
     if place.is_dir():
         return partial(load_dataset, str(place), **local)
-    if kind not in by_suffix and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    if kind_of(place) not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return partial(load_dataset, path, data.subset or None)
     raise DataError(
         f'{key} = "{path}": no such file or directory, from {Path.cwd()}; '
@@ -134,7 +195,7 @@ def _problems_of(key: str, path: str) -> Iterator[None]:
         yield
     except FedLoraError:
         raise
-    except (OSError, ValueError, LookupError, DatasetsError) as e:
+    except (OSError, ValueError, LookupError, RecursionError, DatasetsError) as e:
         reason = e.__cause__ or e
         undecoded = isinstance(reason, UnicodeError) or type(reason) is LookupError
         hint = "; set data.encoding" if undecoded else ""
@@ -146,54 +207,59 @@ def _problems_of(key: str, path: str) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _without_mark(encoding: str) -> str:
-    """UTF-8 with or without a byte-order mark, which is no part of a text; others as they are."""
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+def _file(place: Path, data: DataConfig) -> Table:
+    """A text file by its kind: a table where it is one, or data.separator says so."""
+    kind, content = unpacked(place)
+    if kind == ".parquet":
+        raise ValueError("a Parquet file is compressed in itself: unpack it")
+    text, encoding = decoded(content, data.encoding)
+    said = () if encoding == "utf-8" else (f"encoding {encoding}",)
+    if encoding != data.encoding:
+        said = (f"encoding {encoding} by its byte-order mark",)
+    if kind in (".jsonl", ".json"):
+        found = read_json(text)
+        return Table(_texts(found.columns), found.lines, found.unit, notes=said, lists=found.lists)
+    if kind in (".csv", ".tsv") or data.separator:
+        mark = "\t" if data.separator == "tab" else data.separator
+        usual = "\t" if kind == ".tsv" else ","
+        cells = read_delimited(text, mark, _asked(data), usual)
+        return Table(_texts(cells.columns), cells.lines, "line", notes=(*cells.notes, *said))
+    return _text(text, place, data, said)
 
 
-def _csv(place: Path, separator: str, encoding: str) -> Dataset:
-    """The cells as they are written. A row of more fields than there are columns is an error.
-
-    A stray quotation mark in a TSV would swallow the lines up to the next one: where a cell holds
-    a tab and a line's end, the file's quotation marks are taken for letters.
-    """
-    given: dict[str, Any] = {"sep": separator, "encoding": encoding, "dtype": str}
-    given |= {"keep_default_na": False, "index_col": False}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # it would drop fields
-        try:
-            cells = pandas.read_csv(place, **given)
-            if separator == "\t" and _swallowed(cells):
-                log.warning("%s: its quotation marks are read as letters", place)
-                cells = pandas.read_csv(place, quoting=csv.QUOTE_NONE, **given)
-        except pandas.errors.ParserWarning as e:
-            raise ValueError(f"a row has more fields than there are columns ({e})") from None
-    return Dataset.from_pandas(cells, preserve_index=False)
+def _of_split(place: Path, split: str) -> Path | None:
+    """The one text file of a directory that is named for the split, "train.csv"; else none."""
+    found = [p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS]
+    return found[0] if len(found) == 1 else None
 
 
-def _swallowed(cells: Any) -> bool:
-    return any("\t" in x and "\n" in x for name in cells for x in cells[name])
+def _texts(columns: Mapping[str, Sequence[str | None]]) -> Dataset:
+    return Dataset(pyarrow.table({name: pyarrow.array(x, "string") for name, x in columns.items()}))
 
 
-def _text(place: Path, data: DataConfig) -> Dataset:
+def _asked(data: DataConfig) -> list[str]:
+    """The columns that the config names: a file that has them is read as it should be."""
+    names = [data.text, data.label, data.response, data.natural_column]
+    return [name for name in names if name] + _in_prompt(data.prompt)
+
+
+def _text(text: str, place: Path, data: DataConfig, said: tuple[str, ...]) -> Table:
     try:
         pattern = re.compile(data.line_pattern)
     except re.error as e:
         raise DataError(f"data.line-pattern is not a regular expression: {e}") from None
     if not pattern.groupindex:
         raise DataError('data.line-pattern needs named groups, as in "(?P<text>.+)"')
-    whole = place.read_text(_without_mark(data.encoding))
-    lines = [line for line in whole.split("\n") if line.strip()]
-    matches = [pattern.match(line) for line in lines]
-    found = [match.groupdict() for match in matches if match]
-    if not found:
-        first = f"its first line is {lines[0]!r}" if lines else "it has no line"
+    columns, lines, others = matched(text, pattern)
+    if not lines:
+        first = f"its first line is {others[0][1]!r}" if others else "it has no line"
         raise DataError(
-            f"data.line-pattern = {data.line_pattern!r} matches no line of {place}: {first}"
+            f"data.line-pattern = {data.line_pattern!r} matches no line of {place}: {first}; for a "
+            "table with a header set data.separator"
         )
-    if len(found) < len(lines):
+    if others:
         log.warning(
             "%s: %d of %d lines do not match data.line-pattern and are left out, the first is %r",
-            *(place, len(lines) - len(found), len(lines), lines[matches.index(None)]),
+            *(place, len(others), len(others) + len(lines), others[0][1]),
         )
-    return Dataset.from_list(found)
+    return Table(_texts(columns), lines, "line", [n for n, _ in others], said)

@@ -1,0 +1,61 @@
+"""What became of every row that the run would read, and how long the texts are."""
+
+from collections.abc import Iterator
+
+from fedlora.config.reader import Config
+from fedlora.launch.doctor.finding import Finding
+from fedlora.training import cache
+from fedlora.training.data.account import SHOWN
+from fedlora.training.data.corpus import Corpus
+from fedlora.training.model.model import Model
+
+
+def rows_read(config: Config, corpus: Corpus) -> Iterator[Finding]:
+    """What there is; and clients of a simulation with nothing to train on, which would end it."""
+    rows = sum(len(c.train) for c in corpus.clients)
+    yield Finding(
+        "ok",
+        f"data: {rows} training rows on {len(corpus.clients)} clients, "
+        f"{len(corpus.test)} central test rows"
+        + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
+    )
+    yield from (Finding("ok", f"rows: {line}") for line in corpus.account.lines())
+    yield from (Finding("note", warning) for warning in corpus.account.warnings())
+    if config.data.node_path or not any(len(c.train) for c in corpus.clients):
+        return
+    bare = [str(i) for i, c in enumerate(corpus.clients) if not len(c.train)]
+    if bare:
+        yield Finding(
+            "problem",
+            f"clients {', '.join(bare[:5])}{' and more' if len(bare) > 5 else ''} have no rows to "
+            "train on",
+            "lower clients.count or data.client-test-fraction, or raise data.alpha",
+        )
+
+
+def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
+    """Which texts are cut, and which rows have too long a prompt: of all rows that are here."""
+    longest = model.longest(config.data.max_length)
+    parts = [("central", -1, corpus.test.number)] if len(corpus.test) else []
+    for i, client in enumerate(corpus.clients):
+        parts += [("train", i, client.train.number), ("test", i, client.test.number)]
+    full = rows = 0
+    left: list[int] = []
+    for part, i, numbers in parts:
+        found = cache.encoded(part, i, config, corpus.labels)
+        full += int((found.lengths >= longest).sum())
+        kept = set(found.rows.tolist())
+        left += [n for at, n in enumerate(numbers) if at not in kept]
+        rows += len(numbers)
+    if full:
+        text = (
+            f"{full} of {rows} rows fill data.max-length = {longest} tokens: what is longer is cut"
+        )
+        yield Finding("note", text, "raise data.max-length, or split long texts into rows")
+    if left:
+        places = ", ".join(corpus.book.place(n) for n in sorted(left)[:SHOWN])
+        text = (
+            f"{len(left)} of {rows} rows are left out by the tokenizer, for a prompt of {longest} "
+            f"tokens or more, or no token to train: {places}{', ...' * (len(left) > SHOWN)}"
+        )
+        yield Finding("note", text, "raise data.max-length, or mend these rows")

@@ -1,0 +1,135 @@
+"""A text file's content: decompressed, decoded, and split into rows by its kind.
+
+Each reader gives columns of texts, exactly as they are written, and the line that each row begins
+in. None guesses types: "01" is no number, 1.50 not 1.5, and a date stays as it is.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+}
+TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+KINDS = (*TEXTS, ".txt", ".parquet", ".zip")
+"""Suffixes of files of rows."""
+OTHERS = {
+    b"PK\x03\x04": "an Excel sheet or another archive: save it as .csv, or name it .zip",
+    b"\xd0\xcf\x11\xe0": "an Excel sheet or another Office file: save it as .csv",
+    b"\x1f\x8b": "compressed by gzip: name it .gz",
+    b"PAR1": "Parquet: name it .parquet",
+    b"%PDF": "a PDF: save its rows as .csv or .jsonl",
+    b"SQLite format 3": "a database: export the table as .csv",
+}
+"""How files begin that are no text, and what they are."""
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte-order marks; a longer one before one that it begins with."""
+
+
+def unpacked(place: Path) -> tuple[str, bytes]:
+    """The kind of a file by its suffix, ".csv", and its bytes: of the one file in a .zip.
+
+    Raises:
+        ValueError: it is damaged, or an archive of several files.
+        OSError: it cannot be read.
+    """
+    suffix, content = place.suffix.lower(), place.read_bytes()
+    if suffix == ".zip":
+        return _of_zip(content)
+    if suffix not in COMPRESSED:
+        return suffix, content
+    with _damage():
+        return kind_of(place), COMPRESSED[suffix](content)
+
+
+def kind_of(place: Path) -> str:
+    """The kind of a file by its suffix, without reading it; ".zip" of an archive."""
+    suffix = place.suffix.lower()
+    return Path(place.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+BROKEN = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Whatever says that an archive is damaged, as a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, RuntimeError, *BROKEN) as e:
+        raise ValueError(f"the archive is damaged, or locked: {e}") from None
+
+
+def _of_zip(content: bytes) -> tuple[str, bytes]:
+    with _damage(), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = [n for n in archive.namelist() if not n.endswith("/") and "__MACOSX" not in n]
+        found = [archive.read(name) for name in names[:1]]
+    if len(names) != 1:
+        raise ValueError(
+            f"the archive holds {len(names)} files ({', '.join(names[:5])}), must be one: unpack it"
+        )
+    return Path(names[0]).suffix.lower(), found[0]
+
+
+def decoded(content: bytes, encoding: str) -> tuple[str, str]:
+    """A file's text without its byte-order mark, and its encoding: by its mark, else as given.
+
+    Raises:
+        ValueError: a byte is not of that encoding; says in which line.
+        LookupError: there is no such encoding.
+    """
+    for start, what in OTHERS.items():
+        if content.startswith(start):
+            raise ValueError(f"it is no text but {what}")
+    found = next((name for mark, name in MARKS.items() if content.startswith(mark)), encoding)
+    try:
+        text = content.decode(found)
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise ValueError(
+            f"line {line}: byte {content[e.start]:#04x} is not "
+            f"{found}; set data.encoding (Windows and older Excel write cp1252, others latin-1)"
+        ) from None
+    if "\0" in text[:1000]:
+        raise ValueError(f"it is not {found}: set data.encoding (utf-16-le or utf-16-be?)")
+    return text.removeprefix("\ufeff"), found
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1. Line ends of every system count."""
+    with io.StringIO(text, newline=None) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line.removesuffix("\n")
+
+
+def matched(
+    text: str, pattern: re.Pattern[str]
+) -> tuple[dict[str, list[str | None]], list[int], list[tuple[int, str]]]:
+    """The named groups of the lines that match, as columns; their lines; and the other lines."""
+    found: list[tuple[int, dict[str, str | None]]] = []
+    others: list[tuple[int, str]] = []
+    for number, line in lines_of(text):
+        if match := pattern.match(line):
+            found.append((number, match.groupdict()))
+        else:
+            others.append((number, line))
+    columns = {name: [groups[name] for _, groups in found] for name in pattern.groupindex}
+    return columns, [number for number, _ in found], others

@@ -1,0 +1,62 @@
+"""Rows in memory: texts, each with its label or response, and the number that it was read under."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Texts, each with its label or response. A selection shares the strings of the whole."""
+
+    text: tuple[str, ...] = ()
+    """The text; for causal-lm the prompt, "" where there is none."""
+    label: tuple[str, ...] = ()
+    """The label's name. Empty where causal-lm data has no label column."""
+    response: tuple[str, ...] = ()
+    """For causal-lm."""
+    group: tuple[str, ...] = ()
+    """The value of `data.natural-column`, where that is the partition."""
+    number: tuple[int, ...] = field(default=(), compare=False)
+    """Of each row, over all that was read: see `fedlora.training.data.account`."""
+    classes: tuple[str, ...] = field(default=(), compare=False)
+    """Not a column: the data's own numbered classes, in their order, where it has them."""
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def select(self, numbers: Iterable[int]) -> "Rows":
+        at = list(numbers)
+        found = (tuple(map(column.__getitem__, at)) if column else () for column in self.columns)
+        return replace(Rows(*found), classes=self.classes)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+        """The rows of all parts, one after the other. A column that a part lacks is left out."""
+        filled = [part.columns for part in parts if len(part)]
+        found = (
+            tuple(value for column in columns for value in column) if all(columns) else ()
+            for columns in zip(*filled, strict=True)
+        )
+        classes = {part.classes for part in parts if len(part)}
+        return replace(cls(*found), classes=classes.pop() if len(classes) == 1 else ())
+
+    @property
+    def columns(self) -> tuple[tuple[Any, ...], ...]:
+        """text, label, response, group and number; each empty, or a value a row."""
+        return self.text, self.label, self.response, self.group, self.number
+
+    @property
+    def keys(self) -> list[str]:
+        """What makes a row distinct, case and space apart: text, or prompt and response."""
+        parts = [column for column in (self.text, self.response) if any(column)]
+        texts = zip(*parts, strict=True) if parts else ()
+        return ["\n".join(" ".join(x.split()).casefold() for x in row) for row in texts]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRows:
+    """What a client trains on, and what it holds out to test on its own distribution."""
+
+    train: Rows
+    test: Rows

@@ -1,0 +1,105 @@
+"""A run says what became of its rows: in its log, its summary, its clients' lines, its page."""
+
+import json
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+
+from fedlora.config.reader import Config
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.launch.doctor.the_rows import lengths
+from fedlora.reports import report
+from fedlora.reports.console import Silent
+from fedlora.training import cache
+from tests.support.tiny_federation import federate, quick
+from tests.training.test_sites import NOTES, hospital
+
+Settings = Callable[..., dict[str, object]]
+
+
+class Notes(Silent):
+    """Keeps what a run notes."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def watch(self, server: FederatedLora) -> None:
+        server.observer = self
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_run_accounts_for_every_row_it_read(settings: Settings) -> None:
+    notes = Notes()
+    ran = federate(settings(**quick("fedex")), before=notes.watch)
+    rows = ran.summary["rows"]
+    parts = [rows["test"], *rows["train"], *rows["held"]]
+    read = sum(s["read"] for s in rows["sources"])
+    left = sum(x["rows"] for s in rows["sources"] for x in s["left"])
+    assert read == left + sum(sum(part.values()) for part in parts) > 0
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    assert [x["labels"] for x in lines] == rows["train"]
+    assert [x["test_labels"] for x in lines] == rows["held"]
+    assert any(f"{read} rows read = {left} left out" in text for text in notes.said)
+    page = unescape(report.write(ran.directory, plots=False).read_text())
+    assert rows["sources"][0]["path"] in page.split('<h2 id="rows">')[1].split("<h2")[0]
+
+
+def test_each_site_trains_on_its_own_file_at_its_own_rank(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = hospital(tmp_path / "sites")
+    given = settings(**quick("fedex", **{"data.test-size": 6, "data.path": ""}))
+    ran = federate({**given, "data.clients": sites, "data.text": "text", "data.label": "label"})
+    rows = ran.summary["rows"]
+    assert rows["sites"] == [site["path"] for site in sites]
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    assert [x["train_examples"] for x in lines] == [sum(x.values()) for x in rows["train"]]
+    assert [x["rank"] for x in lines] == [2, 2, 5]  # clients.ranks "2,3,5", and the second's own
+
+
+def test_a_node_s_own_config_names_its_columns_as_a_site_does(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = hospital(tmp_path / "sites")
+    given = settings(**quick("fedex", **{"data.test-size": 6, "data.path": ""}))
+    given |= {"data.text": "text", "data.label": "label"}
+    nodes = [
+        {"data-path": site.pop("path"), **site, "map": ",".join(site.get("map", []))}
+        for site in hospital(tmp_path / "sites")
+    ]
+    test = tmp_path / "central.csv"
+    test.write_text("text,label\n" + "".join(f"t{i},{x}\n" for i, x in enumerate([*NOTES] * 3)))
+    ran = federate({**given, "data.test-path": str(test)}, nodes=dict(enumerate(nodes)))
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    assert [x["train_examples"] for x in lines] == [22, 22, 22]
+    assert [x["rank"] for x in lines] == [2, 2, 5]
+    assert len(sites) == 3
+
+
+def test_rows_with_too_long_a_prompt_are_told_with_their_lines(
+    settings: Settings, tmp_path: Path
+) -> None:
+    rows = [{"text": "word " * (90 if i in (4, 11) else 2) + str(i), "answer": f"a{i % 5}"}
+            for i in range(30)]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.path": str(file), "data.prompt": "text", "data.response": "answer",
+               "data.max-length": 48, "data.test-size": 4, "data.partition": "iid",
+               "data.client-test-fraction": 0.0, "clients.count": 2}  # fmt: skip
+    given = settings("llama", **quick("fedex", **changes))
+    config = Config.read(given)
+    corpus = cache.corpus(config)
+    (note,) = (
+        f.what
+        for f in lengths(config, corpus, cache.model(config, corpus.labels))
+        if "left out by the tokenizer" in f.what
+    )
+    assert note.startswith("2 of 30 rows")
+    assert f"{file}, line 5, {file}, line 12" in note
+    ran = federate(given)
+    lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
+    long = [sum(t.startswith("word word word") for t in c.train.text) for c in corpus.clients]
+    assert [x["untokenised"] for x in lines] == long
+    assert sum(long) > 0

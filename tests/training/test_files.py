@@ -1,0 +1,425 @@
+"""Files as people have them: nothing of a row is lost, shifted or changed without a word."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import csv as pyarrow_csv
+
+from fedlora.config.reader import Config
+from fedlora.config.sections import DataConfig
+from fedlora.errors import ConfigError, DataError
+from fedlora.training.data.corpus import Corpus, Rows, load
+from fedlora.training.data.delimited import read_delimited
+from fedlora.training.data.json_rows import read_json
+from fedlora.training.data.labels import in_order
+
+PAIRS = [(f"text {i}", "ab"[i % 2]) for i in range(12)]
+
+
+def corpus_of(file: Path, task: str = "classification", **changes: object) -> Corpus:
+    given = {"path": str(file), "partition": "iid", "test_size": 0, "dedupe": False, **changes}
+    return load(DataConfig(**given), task, 1, 0)  # type: ignore[arg-type]
+
+
+def rows_of(file: Path, task: str = "classification", **changes: object) -> Rows:
+    (client,) = corpus_of(file, task, **changes).clients
+    return Rows.joined([client.train, client.test])
+
+
+def refusal(file: Path, **changes: object) -> str:
+    with pytest.raises(DataError) as e:
+        corpus_of(file, **changes)
+    return str(e.value)
+
+
+def table(pairs: list[tuple[str, str]] = PAIRS, mark: str = ",") -> str:
+    out = io.StringIO()
+    csv.writer(out, delimiter=mark).writerows([("text", "label"), *pairs])
+    return out.getvalue()
+
+
+# -- separators, quotation marks, lengths ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_separator_is_found_and_told(tmp_path, mark, suffix):
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(table([(f"a, b; c {i}", x) for i, (_, x) in enumerate(PAIRS)], mark))
+    assert sorted(rows_of(file).text)[0] == "a, b; c 0"
+    (source,) = corpus_of(file).account.sources
+    name = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}[mark]
+    assert source.notes == (f"separator {name}, found",)
+
+
+def test_a_separator_that_is_set_makes_any_text_file_a_table(tmp_path):
+    file = tmp_path / "rows.txt"
+    file.write_text(table(PAIRS, "\t"))
+    assert sorted(rows_of(file, separator="tab").text) == sorted(t for t, _ in PAIRS)
+    assert "separator" in refusal(tmp_path / "rows.txt")
+    with pytest.raises(ConfigError, match=r"data\.separator"):
+        Config.read({"data.separator": ";;"})
+
+
+def test_excel_s_own_line_states_the_separator(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("sep=;\r\n" + table(PAIRS, ";"), newline="")
+    assert len(rows_of(file)) == 12
+    file.write_text("sep=;\n" + table(PAIRS, ";") + "short\n")
+    assert "line 15 has 1" in refusal(file)
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=8), st.sampled_from(",;\t|"))
+def test_what_a_csv_writer_wrote_is_read_or_refused_never_changed(rows, mark):
+    """Python's writer, all cells quoted; pyarrow's reader with types off is the oracle."""
+    out = io.StringIO()
+    csv.writer(out, delimiter=mark, quoting=csv.QUOTE_ALL).writerows([("x", "y", "z"), *rows])
+    try:
+        found = read_delimited(out.getvalue(), mark)
+    except ValueError as e:
+        if "by itself" not in str(e):  # it looks just like a file with stray marks
+            raise
+        return
+    if found.notes[-1].endswith("letters"):
+        return
+    kept = [row for row in rows if any(map(str.strip, row)) or len(row) > 1]
+    assert [*zip(*found.columns.values(), strict=True)] == kept
+    oracle = pyarrow_csv.read_csv(
+        io.BytesIO(out.getvalue().encode()),
+        parse_options=pyarrow_csv.ParseOptions(delimiter=mark, newlines_in_values=True),
+        convert_options=pyarrow_csv.ConvertOptions(
+            column_types={n: pyarrow.string() for n in "xyz"}, strings_can_be_null=False
+        ),
+    )
+    assert len(found.lines) == len(oracle)
+    assert found.columns == {n: oracle[n].to_pylist() for n in "xyz"}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("t,a,", "line 4 has 3"),
+        ("t,a,extra", "line 4 has 3"),
+        ("t", "line 4 has 1"),
+        ("t, with a comma,a", "line 4 has 3"),
+        ('"t"x,a', "line 4: a quotation mark there does not pair"),
+        ('"t,a', "line 4: a quotation mark there does not pair"),
+    ],
+)
+def test_a_row_that_is_no_row_of_this_table_is_refused_by_its_line(tmp_path, line, says):
+    lines = table([*PAIRS, ("quoted, cell", "a")]).splitlines()
+    lines.insert(3, line)
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    assert says in refusal(tmp_path / "rows.csv")
+
+
+def test_two_stray_marks_swallow_no_rows(tmp_path):
+    """Read as marks of quotation the lines 3 to 6 would be one row; every line is a row."""
+    lines = table().splitlines()
+    lines[2], lines[5] = f'"{lines[2]}', lines[5].replace(",", '",')
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    assert "line 3: read with its quotation marks this row ends in line 6" in refusal(
+        tmp_path / "rows.csv"
+    )
+    (tmp_path / "rows.tsv").write_text("\n".join(x.replace(",", "\t") for x in lines) + "\n")
+    assert len(rows_of(tmp_path / "rows.tsv")) == 12
+
+
+def test_a_row_of_several_lines_is_one_row_and_told_of(tmp_path):
+    pairs = [*PAIRS, ("Dear doctor,\n\nwe saw, and\nwrote.\n", "a"), ("last", "b")]
+    (tmp_path / "rows.csv").write_text(table(pairs))
+    corpus = corpus_of(tmp_path / "rows.csv")
+    assert corpus.account.sources[0].read == 14
+    assert "1 rows of several lines, the first from 14 to 18" in corpus.account.sources[0].notes
+    corpus = corpus_of(tmp_path / "rows.csv", dedupe=True, limit=0)
+    assert "Dear doctor,\n\nwe saw, and\nwrote.\n" in rows_of(tmp_path / "rows.csv").text
+
+
+def test_the_line_of_a_row_after_one_of_several_lines_is_the_file_s(tmp_path):
+    pairs = [("one\ntwo, three\nfour", "a"), *PAIRS, ("TEXT 0", "a")]
+    (tmp_path / "rows.csv").write_text(table(pairs))
+    (source,) = corpus_of(tmp_path / "rows.csv", dedupe=True).account.sources
+    assert [(x.rows, x.first) for x in source.left] == [(1, (17,))]
+
+
+def test_a_cell_may_be_very_long(tmp_path):
+    (tmp_path / "rows.csv").write_text(table([*PAIRS, ("long " * 60_000, "a")]))
+    assert max(map(len, rows_of(tmp_path / "rows.csv").text)) == 300_000
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label,text\n" + "a,b,c\n" * 9)
+    assert "'text' twice" in refusal(tmp_path / "rows.csv")
+
+
+# -- encodings and archives -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding, suffix):
+    file = tmp_path / f"rows{suffix}"
+    lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+    content = (mark + (table() if suffix == ".csv" else lines)).encode(encoding)
+    file.write_bytes(content)
+    assert sorted(zip(rows_of(file).text, rows_of(file).label, strict=True)) == sorted(PAIRS)
+
+
+def test_a_byte_that_is_not_of_the_encoding_is_told_by_its_line(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table([*PAIRS[:3], ("na\u00efve", "a"), *PAIRS]).encode("cp1252"))
+    assert "line 5: byte 0xef is not utf-8; set data.encoding" in refusal(file)
+    assert "na\u00efve" in rows_of(file, encoding="cp1252").text
+    file.write_bytes(table().encode("utf-16-le"))
+    assert "utf-16" in refusal(file)
+
+
+def zipped(content: bytes, name: str, at: Path) -> None:
+    with zipfile.ZipFile(at, "w") as archive:
+        archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress),
+                                              (".bz2", bz2.compress)])  # fmt: skip
+def test_a_compressed_file_is_read_as_what_it_holds(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    whole = pack(table().encode())
+    (tmp_path / f"rows.csv{suffix}").write_bytes(whole)
+    assert sorted(rows_of(tmp_path / f"rows.csv{suffix}").text) == sorted(t for t, _ in PAIRS)
+    (tmp_path / f"cut.csv{suffix}").write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in refusal(tmp_path / f"cut.csv{suffix}")
+
+
+def test_an_archive_holds_one_file(tmp_path):
+    lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    zipped(lines.encode(), "inner/rows.jsonl", tmp_path / "rows.zip")
+    assert len(rows_of(tmp_path / "rows.zip")) == 12
+    with zipfile.ZipFile(tmp_path / "rows.zip", "a") as archive:
+        archive.writestr("more.jsonl", lines)
+    assert "holds 2 files (inner/rows.jsonl, more.jsonl), must be one" in refusal(
+        tmp_path / "rows.zip"
+    )
+    (tmp_path / "not.zip").write_text("no archive")
+    assert "damaged" in refusal(tmp_path / "not.zip")
+
+
+# -- JSON, Parquet, types -------------------------------------------------------------------------
+
+
+def test_json_values_are_the_text_that_is_written(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"text": "2024-01-02", "label": 1.50}\n{"text": "2024-01-03T00:00:00Z", "label": 2}\n'
+        '{"text": 12345678901234567890123, "label": 1.50}\n{"text": true, "label": 2}\n'
+        '{"text": 1e5, "label": 2}\n'
+    )
+    found = rows_of(file, labels=("1.50", "2"))
+    assert set(found.text) == {
+        "2024-01-02", "2024-01-03T00:00:00Z", "12345678901234567890123", "true", "1e5"
+    }  # fmt: skip
+    assert set(found.label) == {"1.50", "2"}
+
+
+json_values = st.one_of(st.text(max_size=8), st.integers(), st.booleans(), st.none(), st.floats())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), json_values), min_size=1, max_size=6))
+def test_json_lines_and_a_json_list_hold_the_same_rows(rows):
+    lines = read_json("".join(json.dumps(row) + "\n" for row in rows))
+    whole = read_json(json.dumps(rows, indent=1))
+    assert (lines.columns, len(lines.lines)) == (whole.columns, len(rows))
+    for name, column in lines.columns.items():
+        for row, text in zip(rows, column, strict=True):
+            value = row.get(name)
+            if value is None or value != value:
+                assert text is None
+            else:
+                assert text == (value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{not it", "line 3"),
+        ("[1, 2]", "line 3: must be an object"),
+        ('{"text": "a", "text": "b", "label": "a"}', "line 3: 'text' is there twice"),
+        ("[" * 100_000, "line 3"),
+    ],
+)
+def test_a_line_that_is_no_object_is_refused_by_its_number(tmp_path, line, says):
+    lines = [json.dumps({"text": t, "label": x}) for t, x in PAIRS]
+    lines.insert(2, line)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert says in refusal(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_nested_columns_go_by_dotted_names(tmp_path, kind):
+    rows = [{"id": i, "meta": {"label": x, "body": {"text": t}}} for i, (t, x) in enumerate(PAIRS)]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        Dataset.from_list(rows).save_to_disk(file)
+    found = rows_of(file, text="meta.body.text", label="meta.label")
+    assert sorted(zip(found.text, found.label, strict=True)) == sorted(PAIRS)
+    said = rows_of(file, "causal-lm", prompt="{id}: {meta.body.text}", response="meta.label")
+    assert "3: text 3" in said.text
+    assert 'did you mean "meta.label"' in refusal(file, text="meta.body.text", label="meta.lable")
+
+
+@pytest.mark.parametrize("column", [[b"\x00\xff"] * 12, [["a", "b"]] * 12])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_bytes_and_lists_are_refused_by_name(tmp_path, column, kind):
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        lines = [{"text": ["a", "b"], "label": x} for _, x in PAIRS]
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    else:
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": column, "label": [x for _, x in PAIRS]}), file
+        )
+    assert 'data.text = "text"' in refusal(file)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json"])
+def test_what_is_missing_is_no_class_in_any_format(tmp_path, kind):
+    file = tmp_path / f"rows.{kind}"
+    missing = {"jsonl": [None, "", "  "], "json": [None, float("nan"), ""],
+               "parquet": [None, float("nan"), None], "csv": ["", "nan", "NaN"]}[kind]  # fmt: skip
+    label = [1.0, 2.0] * 6 if kind == "parquet" else ["a", "b"] * 6
+    rows = [{"text": f"t{i}", "label": x} for i, x in enumerate([*label, *missing])]
+    match kind:
+        case "jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case "json":
+            file.write_text(json.dumps(rows))
+        case "parquet":
+            pandas.DataFrame(rows).to_parquet(file)
+        case "csv":
+            file.write_text(table([(row["text"], row["label"]) for row in rows]))
+    corpus = corpus_of(file)
+    assert corpus.labels == (("1.0", "2.0") if kind == "parquet" else ("a", "b"))
+    assert [(x.why, x.rows) for x in corpus.account.sources[0].left] == [
+        ('with nothing in "label"', 3)
+    ]
+
+
+def test_pandas_categories_are_text(tmp_path):
+    file = tmp_path / "rows.parquet"
+    frame = pandas.DataFrame(PAIRS, columns=["text", "label"])
+    frame.astype({"label": "category"}).to_parquet(file)
+    assert set(rows_of(file).label) == {"a", "b"}
+
+
+# -- labels ---------------------------------------------------------------------------------------
+
+
+def labelled(file: Path, labels: list[str]) -> Path:
+    file.write_text(table([(f"t{i}", x) for i, x in enumerate(labels)]))
+    return file
+
+
+def test_numbers_are_classes_only_when_they_are_whole_or_asked_for(tmp_path):
+    scores = [f"{i % 10 / 2}" for i in range(60)]
+    file = labelled(tmp_path / "rows.csv", scores)
+    message = refusal(file)
+    assert "10 values from 0.0 to 4.5, which are no classes" in message
+    assert 'data.labels = ["0.0", ...]' in message
+    stated = tuple(sorted(set(scores), key=float))
+    assert corpus_of(file, labels=stated).labels == stated
+    whole = labelled(tmp_path / "whole.csv", [str(i % 12) for i in range(60)])
+    assert corpus_of(whole).labels == tuple(map(str, range(12)))
+
+
+@given(st.lists(st.decimals(allow_nan=False, allow_infinity=False, places=2), min_size=1))
+def test_numbers_are_in_the_order_of_numbers(numbers):
+    found = in_order([str(n) for n in numbers])
+    assert [float(x) for x in found] == sorted(float(x) for x in {str(n) for n in numbers})
+
+
+def test_labels_alike_but_for_case_or_space_are_named_and_mapped(tmp_path):
+    countries = ["Benin", "BENIN", "Benin ", "Togo"] * 5 + ["Benin"]
+    file = labelled(tmp_path / "rows.csv", countries)
+    message = refusal(file)
+    assert '"Benin" (11 rows), "BENIN" (5 rows)' in message
+    assert 'data.map = ["BENIN=Benin"]' in message
+    assert corpus_of(file, map=("BENIN=Benin",)).labels == ("Benin", "Togo")
+    assert corpus_of(file, labels=("Togo", "Benin", "BENIN")).labels == ("Togo", "Benin", "BENIN")
+
+
+def test_a_label_that_data_labels_lacks_is_refused_with_the_one_it_nearly_is(tmp_path):
+    file = labelled(tmp_path / "rows.csv", ["yes", "no", "YES"] * 5)
+    message = refusal(file, labels=("no", "yes"))
+    assert 'label "YES" in 5 rows, which data.labels does not know' in message
+    assert 'data.map = ["YES=yes"]' in message
+
+
+def test_numbered_classes_keep_their_own_order_and_number(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["z", "a", "m"])})
+    columns = {"text": [f"t{i}" for i in range(12)], "label": [0, 2] * 6}
+    Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    corpus = corpus_of(tmp_path / "saved")
+    assert corpus.labels == ("z", "a", "m")
+    assert corpus.account.warnings() == []
+    assert "no row has the label a" in corpus.account.lines()
+    assert corpus_of(tmp_path / "saved", map=("m=y",)).labels == ("z", "a", "y")
+
+
+def test_labels_with_commas_survive_the_flat_config():
+    config = Config.read({"data": {"labels": ["yes, often", "no", " x"], "map": ["a, b=c"]}})
+    assert config.data.labels == ("yes, often", "no", " x")
+    assert Config.read(config.flat()) == config
+    assert Config.read({"data.labels": "a,b"}).flat()["data.labels"] == "a,b"
+
+
+def test_numbers_with_a_comma_are_numbers_and_one_in_two_forms_is_named(tmp_path):
+    assert in_order(["10,5", "2,25", "3"]) == ("2,25", "3", "10,5")
+    file = tmp_path / "rows.csv"
+    file.write_text("text;label\n" + "".join(f"t{i};{i % 9},5\n" for i in range(40)))
+    assert "from 0,5 to 8,5, which are no classes" in refusal(file)
+    file = labelled(tmp_path / "two.csv", ["1", "2", "1.0", "02"] * 5)
+    assert 'data.map = ["1.0=1", "02=2"]' in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [(b"PK\x03\x04rest", "Excel"), (b"\x1f\x8brest", "name it .gz"), (b"PAR1", "Parquet")],
+)
+def test_a_file_that_is_no_text_is_told_what_it_is(tmp_path, start, says):
+    (tmp_path / "rows.csv").write_bytes(start)
+    assert says in refusal(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_bytes(b"")
+    assert "no header line" in refusal(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_bytes(b"text,label\n")
+    assert "it has no rows" in refusal(tmp_path / "rows.csv")
+
+
+def test_a_directory_s_file_of_the_split_is_read_as_it_is_written(tmp_path):
+    (tmp_path / "train.csv").write_text(table([(f"0{i}", f"0{i % 2}") for i in range(12)]))
+    (tmp_path / "test.csv").write_text(table([(f"u{i}", f"0{i % 2}") for i in range(4)]))
+    assert set(rows_of(tmp_path).label) == {"00", "01"}
+    assert set(rows_of(tmp_path, split="test").text) == {"u0", "u1", "u2", "u3"}
