@@ -15,14 +15,12 @@ from tests.support.tiny_federation import ROOT, quick
 Settings = Callable[..., dict[str, object]]
 
 WINDOWS = """
-import os, shutil, signal, sys
+import os, shutil, sys
 shutil._use_fd_functions = False
 for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp"):
     vars(os).pop(name, None)
 for module in ("fcntl", "pwd", "grp"):
     sys.modules[module] = None
-for name in ("SIGKILL", "SIGHUP"):
-    delattr(signal, name)
 opened = os.open
 def no_directories(path, *rest, **options):
     if os.path.isdir(path):
