@@ -126,7 +126,7 @@ class Run:
         from fedlora.launch.export import export_run
 
         made = tempfile.TemporaryDirectory(prefix="fedlora-")
-        export_run(self.directory, Path(made.name))
+        export_run(self.directory, Path(made.name), fresh=False)
         return made
 
 

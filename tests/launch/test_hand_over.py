@@ -1,0 +1,196 @@
+"""Hand-over: an export is whole and right or not there, and loads where nobody knows fedlora."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fedlora.errors import ModelError
+from fedlora.launch import export as exports
+from fedlora.launch import fresh_process, reload_card
+from fedlora.launch.export import export_run
+from fedlora.launch.export_directory import MARKER, placed
+from tests.support.architectures import write
+from tests.support.tiny_federation import Ran, federate, quick
+
+Settings = Callable[..., dict[str, object]]
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+
+
+@pytest.fixture
+def ran(settings: Settings) -> Ran:
+    return federate(settings("gpt2", **quick("fedex")))
+
+
+def listing(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+# -- whole, or not there --------------------------------------------------------------------------
+
+
+@pytest.mark.fresh
+def test_an_export_is_checked_in_a_process_that_cannot_import_fedlora(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export_run(ran.directory, tmp_path / "out").deviation < 1e-5
+    real = exports.load_script
+    monkeypatch.setattr(
+        exports, "load_script", lambda *x: ("import fedlora\n" + real(*x)[0], real(*x)[1])
+    )
+    with pytest.raises(ModelError, match=r"does not load with transformers .* fedlora"):
+        export_run(ran.directory, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_weight_that_is_wrong_on_disk_is_seen_where_it_is_loaded(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the export that was there before stays, to the byte."""
+    out = tmp_path / "out"
+    export_run(ran.directory, out)
+    before = listing(out)
+    served = fresh_process.run_script
+
+    def damaged(job: Path) -> None:
+        (directory,) = json.loads(job.read_text())["directories"]
+        file = Path(directory, "adapter_model.safetensors")
+        save_file({k: 1.5 * x for k, x in load_file(file).items()}, file, {"format": "pt"})
+        served(job)
+
+    monkeypatch.setattr(fresh_process, "run_script", damaged)
+    with pytest.raises(ModelError, match=r"out: its logits deviate .*; nothing was written"):
+        export_run(ran.directory, out)
+    assert listing(out) == before
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".out")] == []
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
+    ran: Ran, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    export_run(ran.directory, out)
+    (out / "stale.txt").write_text("of the first")
+    export_run(ran.directory, out, merged=True)
+    assert not (out / "stale.txt").exists()
+    assert (out / "config.json").exists()
+    assert not (out / "adapter_config.json").exists()
+    (out / MARKER).unlink()
+    before = listing(out)
+    with pytest.raises(ModelError, match="holds something that is no export of fedlora's"):
+        export_run(ran.directory, out)
+    with pytest.raises(ModelError, match="holds something that is no export"):
+        export_run(ran.directory, ran.directory)
+    assert listing(out) == before
+
+
+def test_what_ends_halfway_leaves_nothing(tmp_path: Path) -> None:
+    def cut_short() -> None:
+        with placed(tmp_path / "out", {}) as new:
+            (new / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_script_of_the_check_imports_nothing_of_fedlora() -> None:
+    text = Path(str(reload_card.__file__)).read_text()
+    assert "from fedlora" not in text
+    assert "import fedlora" not in text
+
+
+# -- tied weights ---------------------------------------------------------------------------------
+
+
+def tied(kind: str, given: dict[str, object], at: Path) -> str:
+    """A checkpoint whose embeddings are one."""
+    path = str(given["model.path"])
+    if kind == "llama":
+        config = transformers.AutoConfig.from_pretrained(path)
+        config.tie_word_embeddings = True
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(at)
+        transformers.AutoTokenizer.from_pretrained(path).save_pretrained(at)
+        path = str(at)
+    base = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("llama", "lm_head"), ("llama", "embed_tokens"), ("gpt2", "lm_head")]
+)
+def test_embeddings_that_were_one_and_now_differ_are_two_in_the_export(
+    settings: Settings, tmp_path: Path, kind: str, module: str
+) -> None:
+    given = settings(kind, **quick("fedex", **{"train.steps": 3, "clients.ranks": "2,3"}))
+    path = tied(kind, given, tmp_path / "tied")
+    ran = federate({**given, "model.path": path, "lora.modules-to-save": module})
+    for merged in (False, True):
+        assert export_run(ran.directory, tmp_path / f"{merged}", merged=merged).deviation < 1e-5
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "True")
+    assert not whole.config.tie_word_embeddings
+    ends = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
+    kept, changed = ends if module == "lm_head" else ends[::-1]
+    old = transformers.AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight
+    assert torch.equal(kept, old)
+    assert not torch.equal(changed, old)
+
+
+def test_an_adapter_on_a_tied_module_is_refused_before_round_1(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Where a strategy moves the base, the embeddings would move along."""
+    given = settings("llama", **quick("fedex"))
+    path = tied("llama", given, tmp_path / "tied")
+    with pytest.raises(ModelError, match=r"^lm_head is tied to model.embed_tokens: .*modules-to"):
+        federate({**given, "model.path": path, "lora.target-modules": "q_proj,lm_head"})
+
+
+def test_a_tie_that_no_config_can_undo_is_refused_before_round_1(
+    settings: Settings, tmp_path: Path
+) -> None:
+    given = settings("bert", **quick("fedavg")) | {
+        "model.path": str(write("t5", tmp_path / "t5")), "lora.target-modules": "q,v",
+        "lora.modules-to-save": "shared",
+    }  # fmt: skip
+    with pytest.raises(ModelError, match=r"shared is tied to .*; take it out of lora.modules-to"):
+        federate(given)
+
+
+# -- settings of the merged model -----------------------------------------------------------------
+
+
+def test_a_merged_export_has_the_dropout_of_the_model_not_of_the_run(
+    settings: Settings, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    own = json.loads(Path(tiny["bert"], "config.json").read_text())["hidden_dropout_prob"]
+    for form in ("lora", "dora"):
+        more = {"model.dropout": 0.0, "lora.form": form, "run.name": form, "clients.ranks": "3"}
+        ran = federate(settings("bert", **quick("fedavg", **more)))
+        export_run(ran.directory, tmp_path / f"{form}-out", merged=True)
+        saved = json.loads((tmp_path / f"{form}-out" / "config.json").read_text())
+        assert saved["hidden_dropout_prob"] == own > 0
+
+
+def test_a_merged_language_model_stops_at_the_end_mark_that_was_trained(
+    settings: Settings, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    given = settings("gpt2", **quick("fedavg"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny["gpt2"])
+    base.generation_config.eos_token_id = 7
+    base.generation_config.min_new_tokens = 9
+    base.save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(tiny["gpt2"]).save_pretrained(tmp_path / "base")
+    ran = federate({**given, "model.path": str(tmp_path / "base")})
+    export_run(ran.directory, tmp_path / "out", merged=True)
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (found.eos_token_id, found.min_new_tokens) == (2, None)
