@@ -16,6 +16,13 @@ from fedlora.federation.server.journal import Journal, Member, Saved, state_type
 from fedlora.federation.server.ranks import patterned
 from fedlora.launch.experiment_file import parse
 from fedlora.launch.export_directory import check_place, placed
+from fedlora.launch.export_targets import (
+    ONE_RANK,
+    check_target,
+    most,
+    problems,
+    serve_commands,
+)
 from fedlora.launch.fresh_process import Logits, logits_elsewhere
 from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies import Strategy
@@ -50,6 +57,10 @@ class Exported:
     """Relative Frobenius error of the change from rounding it into the weights' dtype."""
     excess: float = 0.0
     """How far its modules are off, over what rounding explains: see `certified`."""
+    rank: int = 0
+    """The largest rank of its adapter; 0 of a form that has none."""
+    serve: tuple[str, ...] = ()
+    """Lines for a shell that serve it, where the target is a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,44 +132,94 @@ def export_run(
     merged: bool = False,
     rank: int = 0,
     client: int | None = None,
+    target: str = "",
     fresh: bool = True,
 ) -> Exported:
     """Write the model of a run's last checkpoint, load it with plain libraries, and compare.
 
     It is loaded in a process of its own that has no fedlora; not a model of the user's own code,
     and not without `fresh`: that is loaded in this one. `out` is there whole and right, or is what
-    it was.
+    it was. `target` is one of `export_targets.TARGETS`; empty: peft, or merged.
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        ModelError: `out` is something else's, or what was written does not compute what the
-            federated model does.
+        ConfigError: there is no such target.
+        ModelError: `out` is something else's, the target cannot load such a model, or what was
+            written does not compute what the federated model does.
     """
+    target = target or ("merged" if merged else "peft")
+    check_target(target)
+    check_place(out)
+    (done,) = _exported(opened(run), out, {"": client}, target, rank, fresh)
+    return done
+
+
+def export_clients(
+    run: Path, out: Path, target: str = "peft", rank: int = 0, clients: Sequence[int] = ()
+) -> list[Exported]:
+    """Write each client's own model, "client-3" and so on, and check them all in one process.
+
+    For strategies that leave a part with every client. Without `clients`: all that trained.
+
+    Raises:
+        ConfigError: there is no such target.
+        ModelError: clients keep nothing, or as `export_run`.
+    """
+    check_target(target)
     check_place(out)
     of = opened(run)
-    with placed(out, {"run": of.config.run.name, "form": "merged" if merged else "peft"}) as new:
-        done, want = _written(of, new, out, merged, rank, client)
+    if not of.strategy.needs().client_memory:
+        raise ModelError(
+            f"strategy.name = {of.config.strategy.name!r}: clients keep nothing of their own, and "
+            "all have the one model; leave --clients out"
+        )
+    wanted = clients or sorted(i for i, m in of.saved.members.items() if m.memory_round > 0)
+    return _exported(of, out, {f"client-{i}": i for i in wanted}, target, rank, True)
+
+
+def _exported(
+    of: Opened, out: Path, jobs: Mapping[str, int | None], target: str, rank: int, fresh: bool
+) -> list[Exported]:
+    """Write these (directory within `out`, client) and check them; all of them are there or none.
+
+    Raises:
+        ModelError: see `export_run`.
+    """
+    if found := [*problems(target, of.model, rank)]:
+        raise ModelError("; ".join(found))
+    merged = target == "merged"
+    what = {"run": of.config.run.name, "for": target, "clients": [*jobs.values()]}
+    with placed(out, what) as new:
+        wrote = [_written(of, new / name, out, target, rank, i) for name, i in jobs.items()]
         if fresh and not is_code(of.config.model.path):
-            (got,) = logits_elsewhere([new], of.batches)
+            got = logits_elsewhere([new / name for name in jobs], of.batches)
         else:
-            got = _logits(load_exported(of.config, of.labels, new, merged), of.batches)
-        return replace(done, deviation=_compared(of, out, got, want))
+            again = (load_exported(of.config, of.labels, new / n, merged) for n in jobs)
+            got = [_logits(model, of.batches) for model in again]
+        done = [
+            replace(one, directory=out / name, deviation=_compared(of, out / name, found, want))
+            for name, (one, want), found in zip(jobs, wrote, got, strict=True)
+        ]
+    served = [(name or of.config.run.name, out / name) for name in jobs]
+    lines = serve_commands(target, of.config, served, max(one.rank for one in done))
+    return [replace(one, serve=tuple(lines)) for one in done]
 
 
 def _written(
-    of: Opened, directory: Path, out: Path, merged: bool, rank: int, client: int | None
+    of: Opened, directory: Path, out: Path, target: str, rank: int, client: int | None
 ) -> tuple[Exported, Logits]:
     """Write the model, hold its modules against the model in memory; and the logits to expect."""
     effective, model, lora = of.effective(client), of.model, of.config.lora
     adapter, truncation, rounding = None, 0.0, 0.0
+    merged, one_rank = target == "merged", target in ONE_RANK
     if lora.form in ("lora", "alora"):
-        adapter, truncation = peft_directory.fitted(peft_directory.total(effective), rank)
+        whole = peft_directory.total(effective)
+        adapter, truncation = peft_directory.fitted(whole, most(target, rank), one_rank)
     elif rank:
         raise ModelError(f"lora.form = {lora.form!r}: it has no rank to cut; leave --rank out")
     if merged:
-        rounding = save_merged(
-            model, effective, adapter if lora.form == "lora" else None, directory
-        )
+        by_pairs = adapter if lora.form == "lora" else None
+        rounding = save_merged(model, effective, by_pairs, directory)
     else:
         peft_directory.save_peft(model, effective, directory, adapter)
     script, use = load_script(of.config, of.labels, merged)
@@ -170,7 +231,8 @@ def _written(
     else:
         want = of.logits(effective)
     excess = certified(model, load_exported(of.config, of.labels, directory, merged), out)
-    return Exported(out, truncation, 0.0, rounding, excess), want
+    top = max((p.rank for p in adapter.values()), default=0) if adapter else 0
+    return Exported(out, truncation, 0.0, rounding, excess, top), want
 
 
 def _compared(of: Opened, what: Path, got: Logits, want: Logits) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 
-from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter
 from fedlora.strategies.base import Effective
@@ -21,14 +20,15 @@ from fedlora.training.model.ties import say_apart, untie
 from fedlora.training.user_code import is_code
 
 
-def merged_problem(config: ModelConfig, form: str, after: bool) -> str:
+def merged_problem(model: Model) -> str:
     """Why this model cannot be written as whole weights; empty where it can."""
-    if config.quantization != "none":
+    quantization, form = model.config.model.quantization, model.config.lora.form
+    if quantization != "none":
         return (
-            f"model.quantization = {config.quantization!r}: quantised weights cannot take the "
-            "change; export it as peft, which keeps it beside them"
+            f"model.quantization = {quantization!r}: quantised weights cannot take the change; "
+            "export it as peft, which keeps it beside them"
         )
-    if after:
+    if model.form.after:
         return (
             f"lora.form = {form!r}: weights act on every token, and this change from its "
             "invocation on only; export it as peft"
@@ -47,7 +47,7 @@ def save_merged(
     Raises:
         ModelError: the weights cannot take the change.
     """
-    if problem := merged_problem(model.config.model, model.config.lora.form, model.form.after):
+    if problem := merged_problem(model):
         raise ModelError(problem)
     if adapter is None:
         _save_whole(model, _merged_by_peft(model, effective), effective, directory)

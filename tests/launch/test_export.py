@@ -161,7 +161,7 @@ def test_the_command_prints_the_deviation_and_the_truncation(
     command = ["export", str(ran.directory), "--out", str(tmp_path / "out"), "--rank", "2"]
     done = CliRunner().invoke(get_command(app), command)
     assert done.exit_code == 0, done.output
-    assert "logits equal the federated model's to" in done.output
+    assert "logits equal those of the truncated model to" in done.output
     assert "truncating to rank 2 changed the update by" in done.output
 
 

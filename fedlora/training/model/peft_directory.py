@@ -71,12 +71,18 @@ def fitted(adapter: Adapter, rank: int = 0, one_rank: bool = False) -> tuple[Ada
     is of the Frobenius norm over all modules.
     """
     cut = {m: compress(p, rank) if 0 < rank < p.rank else p for m, p in adapter.items()}
-    lost = sum(float(norm(stack([adapter[m], cut[m]], [1.0, -1.0]))) ** 2 for m in cut if rank)
+    lost = sum(_apart(p, cut[m]) ** 2 for m, p in adapter.items() if cut[m] is not p)
     size = sum(float(norm(p)) ** 2 for p in adapter.values())
     if one_rank:
         top = max(p.rank for p in cut.values())
         cut = {m: pad(p, top) for m, p in cut.items()}
     return cut, (lost / size) ** 0.5 if size else 0.0
+
+
+def _apart(pair: Pair, other: Pair) -> float:
+    """The norm of a difference that may be tiny: through factors, so in float64."""
+    wide = [Pair(p.A.double(), p.B.double(), p.scale) for p in (pair, other)]
+    return float(norm(stack(wide, [1.0, -1.0])))
 
 
 def save_peft(
