@@ -12,6 +12,7 @@ from torch import Tensor
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ModelError
 from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.server.adapter import checked, hold, write_card
 from fedlora.federation.server.journal import Journal, Member, Saved, state_types
 from fedlora.federation.server.ranks import patterned
 from fedlora.launch.experiment_file import parse
@@ -32,7 +33,6 @@ from fedlora.training.data.batches import eval_batches, synthetic
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.merged_model import save_merged
 from fedlora.training.model import peft_directory
-from fedlora.training.model.load_script import load_script
 from fedlora.training.model.loading import logits_of
 from fedlora.training.model.model import Model
 from fedlora.training.user_code import is_code
@@ -62,6 +62,11 @@ class Exported:
     serve: tuple[str, ...] = ()
     """Lines for a shell that serve it, where the target is a server."""
 
+    def measured(self) -> str:
+        """The deviation in words, and what from."""
+        of = "those of the truncated model" if self.truncation else "the federated model's"
+        return f"logits equal {of} to {self.deviation:.1e}"
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
@@ -90,15 +95,7 @@ class Opened:
 
     def logits_of_adapter(self, adapter: Adapter, factors: Factors) -> Logits:
         """The same of W0 with this adapter, and what else was trained."""
-        self.model.rebase("export of an adapter", ())
-        self.model.load(
-            Factors(
-                {m: p.scale for m, p in adapter.items()},
-                {m: p.A for m, p in adapter.items()},
-                {m: p.B for m, p in adapter.items()},
-                other=factors.other,
-            )
-        )
+        hold(self.model, adapter, factors)
         return _logits(self.model.peft, self.batches)
 
 
@@ -150,7 +147,7 @@ def export_run(
     target = target or ("merged" if merged else "peft")
     check_target(target)
     check_place(out)
-    (done,) = _exported(opened(run), out, {"": client}, target, rank, fresh)
+    (done,) = _exported(opened(run), run, out, {"": client}, target, rank, fresh)
     return done
 
 
@@ -174,11 +171,17 @@ def export_clients(
             "all have the one model; leave --clients out"
         )
     wanted = clients or sorted(i for i, m in of.saved.members.items() if m.memory_round > 0)
-    return _exported(of, out, {f"client-{i}": i for i in wanted}, target, rank, True)
+    return _exported(of, run, out, {f"client-{i}": i for i in wanted}, target, rank, True)
 
 
 def _exported(
-    of: Opened, out: Path, jobs: Mapping[str, int | None], target: str, rank: int, fresh: bool
+    of: Opened,
+    run: Path,
+    out: Path,
+    jobs: Mapping[str, int | None],
+    target: str,
+    rank: int,
+    fresh: bool,
 ) -> list[Exported]:
     """Write these (directory within `out`, client) and check them; all of them are there or none.
 
@@ -190,8 +193,9 @@ def _exported(
     merged = target == "merged"
     what = {"run": of.config.run.name, "for": target, "clients": [*jobs.values()]}
     with placed(out, what) as new:
-        wrote = [_written(of, new / name, out, target, rank, i) for name, i in jobs.items()]
-        if fresh and not is_code(of.config.model.path):
+        wrote = [_written(of, run, new / name, out, target, rank, i) for name, i in jobs.items()]
+        elsewhere = fresh and not is_code(of.config.model.path)
+        if elsewhere:
             got = logits_elsewhere([new / name for name in jobs], of.batches)
         else:
             again = (load_exported(of.config, of.labels, new / n, merged) for n in jobs)
@@ -200,13 +204,15 @@ def _exported(
             replace(one, directory=out / name, deviation=_compared(of, out / name, found, want))
             for name, (one, want), found in zip(jobs, wrote, got, strict=True)
         ]
+        for one, (name, client) in zip(done, jobs.items(), strict=True):
+            write_card(run, new / name, of.model, _checked(one, elsewhere), merged, client)
     served = [(name or of.config.run.name, out / name) for name in jobs]
     lines = serve_commands(target, of.config, served, max(one.rank for one in done))
     return [replace(one, serve=tuple(lines)) for one in done]
 
 
 def _written(
-    of: Opened, directory: Path, out: Path, target: str, rank: int, client: int | None
+    of: Opened, run: Path, directory: Path, out: Path, target: str, rank: int, client: int | None
 ) -> tuple[Exported, Logits]:
     """Write the model, hold its modules against the model in memory; and the logits to expect."""
     effective, model, lora = of.effective(client), of.model, of.config.lora
@@ -222,9 +228,7 @@ def _written(
         rounding = save_merged(model, effective, by_pairs, directory)
     else:
         peft_directory.save_peft(model, effective, directory, adapter)
-    script, use = load_script(of.config, of.labels, merged)
-    card = f"```python\n{script}```\n\n```python\n{use}```\n"
-    (directory / "README.md").write_text(card, "utf-8")
+    write_card(run, directory, model, [], merged, client)
     if truncation:
         assert adapter is not None
         want = of.logits_of_adapter(adapter, effective.factors)
@@ -233,6 +237,17 @@ def _written(
     excess = certified(model, load_exported(of.config, of.labels, directory, merged), out)
     top = max((p.rank for p in adapter.values()), default=0) if adapter else 0
     return Exported(out, truncation, 0.0, rounding, excess, top), want
+
+
+def _checked(one: Exported, elsewhere: bool) -> list[str]:
+    """What the card says of the check."""
+    where = (
+        "by the lines above, in a Python process without fedlora"
+        if elsewhere
+        else "in fedlora's own process, since the model is the user's own code"
+    )
+    logits = f"Loaded {where}, its {one.measured()} (largest difference over the largest logit)."
+    return [*checked(one.truncation, one.excess), logits]
 
 
 def _compared(of: Opened, what: Path, got: Logits, want: Logits) -> float:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 def told(done: "Sequence[Exported]") -> Iterator[str]:
     """A line or more for each export, then how they are served."""
     for one in done:
-        yield f"wrote {one.directory}; {measured(one)}"
+        yield f"wrote {one.directory}; {one.measured()}"
         if one.rounding > 1e-3:
             yield f"rounding to the weights' dtype changed the update by {one.rounding:.2%}"
         if one.truncation:
@@ -19,9 +19,3 @@ def told(done: "Sequence[Exported]") -> Iterator[str]:
     if lines:
         yield "serve it with:"
         yield from (f"  {line}" for line in lines)
-
-
-def measured(one: "Exported") -> str:
-    """The deviation, and of what."""
-    of = "those of the truncated model" if one.truncation else "the federated model's"
-    return f"logits equal {of} to {one.deviation:.1e}"

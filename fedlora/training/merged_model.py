@@ -11,6 +11,7 @@ from safetensors.torch import save_model
 from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter
 from fedlora.strategies.base import Effective
+from fedlora.training.data.seam import end_mark
 from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.agreement import agree
 from fedlora.training.model.loading import MeanPooled, load_base
@@ -96,27 +97,21 @@ def _save_whole(model: Model, base: Any, effective: Effective, directory: Path) 
         save_model(base, str(directory / WEIGHTS))
     else:
         if model.config.model.task == "causal-lm":
-            stop_where_trained(base, model.tokenizer)
+            stop_where_trained(base, model)
         base.save_pretrained(str(directory))
     model.tokenizer.save_pretrained(str(directory))
 
 
-def trained_end_mark(tokenizer: Any) -> int | None:
-    """The token id behind every trained response, which generation is to stop at."""
-    found: int | None = tokenizer.eos_token_id
-    return found
-
-
-def stop_where_trained(base: Any, tokenizer: Any) -> None:
+def stop_where_trained(base: Any, model: Model) -> None:
     """Make the model's generation settings stop at the end mark that was trained, and nowhere else.
 
     A shortest length, a forced last token or another end mark of the base's would overrule it.
     """
-    end = trained_end_mark(tokenizer)
+    end = end_mark(model.tokenizer, model.config.data.chat_template)
     if end is None or getattr(base, "generation_config", None) is None:
         return
     settings = base.generation_config = copy.deepcopy(base.generation_config)
-    settings.eos_token_id, settings.pad_token_id = end, tokenizer.pad_token_id
+    settings.eos_token_id, settings.pad_token_id = end, model.tokenizer.pad_token_id
     for name in ("min_length", "min_new_tokens", "forced_eos_token_id", "suppress_tokens"):
         if getattr(settings, name, None):
             setattr(settings, name, None)

@@ -1,6 +1,8 @@
 """Hand-over: an export is whole and right or not there, and loads where nobody knows fedlora."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fedlora.errors import ModelError
-from fedlora.launch import export as exports
+from fedlora.federation.server import adapter
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import load as load_state
 from fedlora.launch import fresh_process, reload_card
 from fedlora.launch.export import export_run
 from fedlora.launch.export_directory import MARKER, placed
@@ -38,9 +42,9 @@ def test_an_export_is_checked_in_a_process_that_cannot_import_fedlora(
     ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert export_run(ran.directory, tmp_path / "out").deviation < 1e-5
-    real = exports.load_script
+    real = adapter.load_script
     monkeypatch.setattr(
-        exports, "load_script", lambda *x: ("import fedlora\n" + real(*x)[0], real(*x)[1])
+        adapter, "load_script", lambda *x: ("import fedlora\n" + real(*x)[0], real(*x)[1])
     )
     with pytest.raises(ModelError, match=r"does not load with transformers .* fedlora"):
         export_run(ran.directory, tmp_path / "other")
@@ -164,6 +168,108 @@ def test_a_tie_that_no_config_can_undo_is_refused_before_round_1(
     }  # fmt: skip
     with pytest.raises(ModelError, match=r"shared is tied to .*; take it out of lora.modules-to"):
         federate(given)
+
+
+# -- the run's own adapter ------------------------------------------------------------------------
+
+
+def test_an_adapter_that_outgrows_the_dense_weights_is_cut_and_says_so(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds of flora at ranks 2, 3, 5 stack more ranks than weights of 24 x 24 have."""
+    changes: dict[str, object] = {"clients.ranks": "2,3,5", "train.steps": 3}
+    whole = federate(settings("llama", **quick("flora", **changes)))
+    assert whole.summary["adapter"] == {"rank": 24, "truncation": 0.0}
+    monkeypatch.setattr(adapter.limited, "__defaults__", (0,))
+    cut = federate(settings("llama", **quick("flora", **changes, **{"run.name": "cut"})))
+    A, B = (load_file(r.directory / "adapter" / "adapter_model.safetensors") for r in (whole, cut))
+    lost = size = 0.0
+    for key in [k for k in A if "lora_A" in k]:
+        other = key.replace("lora_A", "lora_B")
+        d, k = A[other].shape[0], A[key].shape[1]
+        assert B[key].shape[0] * (d + k) <= d * k < A[key].shape[0] * (d + k)
+        want, got = (x[other].double() @ x[key].double() for x in (A, B))
+        best = float(torch.linalg.svdvals(want)[B[key].shape[0] :].square().sum())
+        assert float((want - got).square().sum()) == pytest.approx(best, rel=1e-4)
+        lost += float((want - got).square().sum())
+        size += float(want.square().sum())
+    assert cut.summary["adapter"]["truncation"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+    assert 0 <= cut.summary["export_excess"] < 1
+    text = (cut.directory / "adapter" / "README.md").read_text()
+    assert f"{(lost / size) ** 0.5:.2%} of the change (Frobenius norm) is left out" in text
+    assert cut.summary["final"] == whole.summary["final"]  # scores are of the whole model
+    assert [r["proof"] for r in cut.rounds] == [r["proof"] for r in whole.rounds]
+    assert export_run(cut.directory, tmp_path / "all").truncation == 0
+
+
+# -- model cards ----------------------------------------------------------------------------------
+
+RUN_CARDS = r"""
+import json, os, re, sys
+sys.modules["fedlora"] = None
+for place in json.loads(sys.argv[1]):
+    os.chdir(place)
+    known = {}
+    for block in re.findall(r"^```python\n(.*?)^```", open("README.md").read(), re.M | re.S):
+        exec(block, known)
+    batch = known["tokenizer"](json.loads(sys.argv[2]), padding=True, return_tensors="pt")
+    print("logits", json.dumps(known["logits"](batch).double().tolist()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [
+        ("bert", "mean"),
+        pytest.param("bert", "default", marks=pytest.mark.slow),
+        pytest.param("gpt2", "default", marks=pytest.mark.slow),
+    ],
+)
+def test_the_script_in_the_card_runs_as_written_and_gives_the_models_logits(
+    settings: Settings, tmp_path: Path, kind: str, pooling: str
+) -> None:
+    seen: list[FederatedLora] = []
+    changes: dict[str, object] = {"model.pooling": pooling, "train.steps": 3}
+    ran = federate(settings(kind, **quick("fedex", **changes)), before=seen.append)
+    (server,) = seen
+    load_state(server.setting, server.session, server.run, server.run.state)
+    model, texts = server.setting.model, ["red cat", "where is the blue dog"]
+    model.peft.eval()
+    with torch.no_grad():
+        want = model.logits(model.tokenizer(texts, padding=True, return_tensors="pt")).double()
+    places = [ran.directory / "adapter"]
+    for merged in (False, True):
+        places.append(tmp_path / f"out-{merged}")
+        export_run(ran.directory, places[-1], merged=merged)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN_CARDS, json.dumps([*map(str, places)]), json.dumps(texts)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [x.removeprefix("logits") for x in done.stdout.splitlines() if x.startswith("logits")]
+    for place, line in zip(places, found, strict=True):
+        got = torch.tensor(json.loads(line), dtype=torch.float64)
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-5, place
+
+
+def test_a_card_says_what_it_is_what_was_proved_and_what_was_private(
+    settings: Settings, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    ran = federate(settings("gpt2", **quick("fedex", **{"evaluate.every": 1})))
+    export_run(ran.directory, tmp_path / "out")
+    for place in (ran.directory / "adapter", tmp_path / "out"):
+        text = (place / "README.md").read_text()
+        for words in (
+            "strategy fedex, 2 rounds, 3 clients", f"base: `{tiny['gpt2']}`", "task: causal-lm",
+            "ends with the token `[EOS]`", "was kept in every round", "The certificate compared",
+            "trained without differential privacy", "sent by the clients: trained factors",
+            "on the central test rows (30)", "| 0 | ",
+        ):  # fmt: skip
+            assert words in text
+        for line in (ran.directory / "clients.jsonl").read_text().splitlines():
+            found = json.loads(line)
+            assert f"| {found['client']} | {found['train_examples']} | " in text
+    assert "in a Python process without fedlora, its logits equal" in text
 
 
 # -- settings of the merged model -----------------------------------------------------------------

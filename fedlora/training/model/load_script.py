@@ -12,6 +12,7 @@ from fedlora.training.model.gguf import converted
 from fedlora.training.user_code import PREFIX, is_code, is_live
 
 MEAN = """
+
 def logits(batch):
     \"\"\"(texts, labels): the linear head on the mean of the encoder's token states.\"\"\"
     with torch.no_grad():
@@ -21,6 +22,7 @@ def logits(batch):
     return mean @ head["classifier.weight"].to(mean).T + head["classifier.bias"].to(mean)
 """
 DIRECT = """
+
 def logits(batch):
     \"\"\"(texts, labels), or (texts, tokens, vocabulary) of a language model.\"\"\"
     with torch.no_grad():
@@ -34,7 +36,8 @@ for row in logits(batch).softmax(-1):
 """
 GENERATE = """
 batch = tokenizer(["a prompt"], return_tensors="pt")
-print(tokenizer.decode(model.generate(**batch, do_sample=False, max_new_tokens=32)[0]))
+found = model.generate(**batch, do_sample=False, max_new_tokens=32, eos_token_id=END)
+print(tokenizer.decode(found[0]))
 """
 
 
@@ -49,11 +52,13 @@ def base_of(config: Config) -> str:
     return os.path.abspath(found) if os.path.exists(found) else found
 
 
-def load_script(config: Config, labels: Sequence[str], merged: bool) -> tuple[str, str]:
+def load_script(
+    config: Config, labels: Sequence[str], merged: bool, end: int | None = None
+) -> tuple[str, str]:
     """Python that defines `tokenizer`, `model`, `logits` and, of a classifier, `LABELS`.
 
     And a second piece, to go behind the first, that uses them. The first is run in the export's
-    own directory.
+    own directory. end: the token that a language model was trained to end with.
     """
     mean = config.model.task == "classification" and config.model.pooling == "mean"
     causal = config.model.task == "causal-lm"
@@ -73,7 +78,7 @@ def load_script(config: Config, labels: Sequence[str], merged: bool) -> tuple[st
     lines += [] if merged else ["model = PeftModel.from_pretrained(model, HERE)"]
     lines += ['head = load_file(f"{HERE}/classifier.safetensors")'] if mean else []
     lines += ["model.eval()", ""]
-    use = CLASSIFY if labels else GENERATE
+    use = CLASSIFY if labels else GENERATE.replace("END", repr(end))
     return "\n".join(lines) + (MEAN if mean else DIRECT), use.lstrip()
 
 

@@ -64,13 +64,16 @@ def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
     return Pair(Vh[:r].float().contiguous(), (U[:, :r] * S[:r]).float())
 
 
-def fitted(adapter: Adapter, rank: int = 0, one_rank: bool = False) -> tuple[Adapter, float]:
+def fitted(
+    adapter: Adapter, rank: int | Mapping[str, int] = 0, one_rank: bool = False
+) -> tuple[Adapter, float]:
     """The nearest adapter of at most this rank (0: any), and the relative error that it costs.
 
-    one_rank: every module is filled up to the largest rank, with rows and columns of 0. The error
-    is of the Frobenius norm over all modules.
+    rank: of all modules, or of each. one_rank: every module is filled up to the largest rank, with
+    rows and columns of 0. The error is of the Frobenius norm over all modules.
     """
-    cut = {m: compress(p, rank) if 0 < rank < p.rank else p for m, p in adapter.items()}
+    most = {m: rank if isinstance(rank, int) else rank[m] for m in adapter}
+    cut = {m: compress(p, most[m]) if 0 < most[m] < p.rank else p for m, p in adapter.items()}
     lost = sum(_apart(p, cut[m]) ** 2 for m, p in adapter.items() if cut[m] is not p)
     size = sum(float(norm(p)) ** 2 for p in adapter.values())
     if one_rank:
