@@ -171,6 +171,8 @@ def export_clients(
             "all have the one model; leave --clients out"
         )
     wanted = clients or sorted(i for i, m in of.saved.members.items() if m.memory_round > 0)
+    if not wanted:
+        raise ModelError(f"{run}: no client has trained yet, so none has a model of its own")
     return _exported(of, run, out, {f"client-{i}": i for i in wanted}, target, rank, True)
 
 
