@@ -208,6 +208,9 @@ def export(
     ] = "",
 ) -> None:
     """Write a run's model for who is to load it, and check it where nobody knows fedlora."""
+    if for_ not in ("", "peft", "vllm", "llama.cpp", "merged"):
+        message = "must be peft, vllm, llama.cpp or merged"
+        raise typer.BadParameter(message, param_hint="--for")
     if as_ not in ("", "peft", "merged"):
         raise typer.BadParameter("must be peft or merged", param_hint="--as")
     if as_ and for_:

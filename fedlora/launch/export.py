@@ -140,10 +140,11 @@ def export_run(
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        ConfigError: there is no such target.
-        ModelError: `out` is something else's, the target cannot load such a model, or what was
-            written does not compute what the federated model does.
+        ModelError: `out` is something else's, there is no such target or it cannot load such a
+            model, or what was written does not compute what the federated model does.
     """
+    if merged and target not in ("", "merged"):
+        raise ModelError(f"target = {target!r} is not merged; leave one of them out")
     target = target or ("merged" if merged else "peft")
     check_target(target)
     check_place(out)
@@ -159,7 +160,6 @@ def export_clients(
     For strategies that leave a part with every client. Without `clients`: all that trained.
 
     Raises:
-        ConfigError: there is no such target.
         ModelError: clients keep nothing, or as `export_run`.
     """
     check_target(target)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError
+from fedlora.errors import ModelError
 from fedlora.training.merged_model import merged_problem
 from fedlora.training.model.load_script import base_of
 from fedlora.training.model.model import Model
@@ -35,10 +35,10 @@ AT_ONCE = 8
 def check_target(target: str) -> None:
     """
     Raises:
-        ConfigError: there is no such target.
+        ModelError: there is no such target.
     """
     if target not in TARGETS:
-        raise ConfigError([f"--for {target}: must be one of {', '.join(TARGETS)}"])
+        raise ModelError(f"target = {target!r}: must be one of {', '.join(TARGETS)}")
 
 
 def problems(target: str, model: Model, rank: int) -> Iterator[str]:

@@ -57,7 +57,7 @@ def card(run: RunFiles, facts: CardFacts) -> str:
             "",
             "## Scores",
             "",
-            *_bullets([*_scores(run)]),
+            *_bullets([*_scores(run, facts)]),
             "",
             "## Privacy",
             "",
@@ -116,7 +116,9 @@ def _proved(run: RunFiles) -> Iterator[str]:
         )
 
 
-def _scores(run: RunFiles) -> Iterator[str]:
+def _scores(run: RunFiles, facts: CardFacts) -> Iterator[str]:
+    if facts.client is not None:
+        yield "these are of the federation's one model, not of this client's own"
     final = run.summary.get("final") or {}
     told = [f"{key} {score(key, value)}" for key, value in final.items() if key != "examples"]
     rows = final.get("examples")

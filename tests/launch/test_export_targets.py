@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from typer.main import get_command
 
 from fedlora.cli import app
-from fedlora.errors import ConfigError, FedLoraError, ModelError
+from fedlora.errors import FedLoraError, ModelError
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.export import export_clients, export_run
 from fedlora.launch.export_targets import VLLM_RANKS
@@ -198,7 +198,7 @@ def test_a_target_that_is_none_and_a_rank_that_vllm_has_not_are_refused(
     settings: Settings, tmp_path: Path
 ) -> None:
     ran, _ = played(settings, "fedex")
-    with pytest.raises(ConfigError, match=r"must be one of peft, vllm, llama.cpp, merged"):
+    with pytest.raises(ModelError, match=r"must be one of peft, vllm, llama.cpp, merged"):
         export_run(ran.directory, tmp_path / "out", target="ollama")
     with pytest.raises(FedLoraError, match="vLLM takes 512 at most"):
         export_run(ran.directory, tmp_path / "out", target="vllm", rank=600)
