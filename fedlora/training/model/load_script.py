@@ -18,8 +18,8 @@ def logits(batch):
     with torch.no_grad():
         hidden = model(**batch)[0]
     mask = batch["attention_mask"][..., None].to(hidden.dtype)
-    mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return mean @ head["classifier.weight"].to(mean).T + head["classifier.bias"].to(mean)
+    mean = ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).float()
+    return mean @ head["classifier.weight"].float().T + head["classifier.bias"].float()
 """
 DIRECT = """
 
