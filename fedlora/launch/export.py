@@ -29,6 +29,7 @@ from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache
+from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.data.batches import eval_batches, synthetic
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.merged_model import save_merged
@@ -103,15 +104,18 @@ def opened(run: Path) -> Opened:
     """The run's last checkpoint, with its model and a few batches to compare it on.
 
     Raises:
-        CheckpointError: the run has no checkpoint.
+        CheckpointError: the run has no checkpoint, or its files are no longer those that it began
+            with.
     """
     config = parse(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
     strategy = config.build_strategy()
-    found = Journal(config).last(Saved, Member, *state_types(strategy))
+    journal = Journal(config)
+    found = journal.last(Saved, Member, *state_types(strategy))
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint")
     corpus = cache.corpus(config)
     model = cache.model(config, corpus.labels)
+    check_begun_with(journal.begun_with(), begun_with(model, corpus), run)
     if len(corpus.test):
         rows = cache.encoded("central", -1, config, corpus.labels)
     else:

@@ -11,13 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fedlora.errors import ModelError
+from fedlora.errors import CheckpointError, ModelError
 from fedlora.federation.server import adapter
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import load as load_state
 from fedlora.launch import fresh_process, reload_card
 from fedlora.launch.export import export_run
 from fedlora.launch.export_directory import MARKER, placed
+from fedlora.training import cache
 from tests.support.architectures import write
 from tests.support.tiny_federation import Ran, federate, quick
 
@@ -113,6 +114,19 @@ def test_the_script_of_the_check_imports_nothing_of_fedlora() -> None:
     text = Path(str(reload_card.__file__)).read_text()
     assert "from fedlora" not in text
     assert "import fedlora" not in text
+
+
+def test_a_run_whose_rows_were_changed_since_is_not_exported(
+    settings: Settings, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(Path(tiny["rows"]).read_text())
+    ran = federate(settings("bert", **quick("fedex", **{"data.path": str(rows)})))
+    rows.write_text(rows.read_text().replace('"animal"', '"beast"'))
+    cache.forget_data()
+    with pytest.raises(CheckpointError, match="other labels"):
+        export_run(ran.directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- tied weights ---------------------------------------------------------------------------------
