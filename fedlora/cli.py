@@ -195,28 +195,47 @@ def doctor(
 def export(
     run: RunDir,
     out: Annotated[Path, typer.Option(help="Directory to write.", show_default=False)],
-    as_: Annotated[str, typer.Option("--as", help="peft or merged.")] = "peft",
+    for_: Annotated[
+        str, typer.Option("--for", help="Who loads it: peft, vllm, llama.cpp or merged.")
+    ] = "",
+    as_: Annotated[str, typer.Option("--as", help="As --for: peft or merged.")] = "",
     rank: Annotated[int, typer.Option(help="Truncate to this rank; 0: exact.")] = 0,
     client: Annotated[
         int | None, typer.Option(help="A client's own model, from its memory on this machine.")
     ] = None,
+    clients: Annotated[
+        str, typer.Option(help="all, or 0,3: each one's own model, in a directory each.")
+    ] = "",
 ) -> None:
-    """Write a run's model as a PEFT adapter or as merged weights, and check what was written."""
-    if as_ not in ("peft", "merged"):
+    """Write a run's model for who is to load it, and check it where nobody knows fedlora."""
+    if for_ not in ("", "peft", "vllm", "llama.cpp", "merged"):
+        message = "must be peft, vllm, llama.cpp or merged"
+        raise typer.BadParameter(message, param_hint="--for")
+    if as_ not in ("", "peft", "merged"):
         raise typer.BadParameter("must be peft or merged", param_hint="--as")
+    if as_ and for_:
+        raise typer.BadParameter("says what --for says; give one of them", param_hint="--as")
+    if rank < 0:
+        raise typer.BadParameter("must be 0, for all of it, or more", param_hint="--rank")
+    if clients and client is not None:
+        raise typer.BadParameter("give one or --client, not both", param_hint="--clients")
+    try:
+        numbers = [int(x) for x in clients.split(",")] if clients not in ("", "all") else []
+    except ValueError:
+        raise typer.BadParameter("must be all, or numbers: 0,3", param_hint="--clients") from None
     from fedlora.training.quiet import quiet_libraries
 
     quiet_libraries()
-    from fedlora.launch.export import export_run
+    from fedlora.launch.export import export_clients, export_run
+    from fedlora.launch.export_words import told
 
-    done = export_run(run, out, merged=as_ == "merged", rank=rank, client=client)
-    typer.echo(
-        f"wrote {done.directory}; logits equal the federated model's to {done.deviation:.1e}"
-    )
-    if done.rounding > 1e-3:
-        typer.echo(f"rounding to the weights' dtype changed the update by {done.rounding:.2%}")
-    if rank:
-        typer.echo(f"truncating to rank {rank} changed the update by {done.truncation:.2%}")
+    target = for_ or as_ or "peft"
+    if clients:
+        done = export_clients(run, out, target, rank, numbers)
+    else:
+        done = [export_run(run, out, rank=rank, client=client, target=target)]
+    for line in told(done):
+        typer.echo(line)
 
 
 @app.command()

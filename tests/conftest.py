@@ -149,3 +149,24 @@ def tiny_settings(
         "simulate.workers": 1,
     }
     return {**given, **changes}
+
+
+@pytest.fixture(scope="session")
+def plain_process():
+    """A process without fedlora that is started once."""
+    from tests.support.plain_process import PlainProcess
+
+    return PlainProcess()
+
+
+@pytest.fixture(autouse=True)
+def exports_reload_in_one_process(monkeypatch: pytest.MonkeyPatch, request):
+    """Exports are checked in a process without fedlora, one for all tests of a worker.
+
+    `@pytest.mark.fresh`: in a new one each, as users have it.
+    """
+    if request.node.get_closest_marker("fresh") is None:
+        from fedlora.launch import fresh_process
+
+        served = request.getfixturevalue("plain_process")
+        monkeypatch.setattr(fresh_process, "run_script", served)

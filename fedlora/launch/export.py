@@ -1,107 +1,48 @@
 """Writes a run's model for programs that know nothing of fedlora: as PEFT's adapter, or merged."""
 
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
+from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ModelError
 from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.server.adapter import checked, hold, write_card
 from fedlora.federation.server.journal import Journal, Member, Saved, state_types
 from fedlora.federation.server.ranks import patterned
 from fedlora.launch.experiment_file import parse
+from fedlora.launch.export_directory import check_place, placed
+from fedlora.launch.export_targets import (
+    ONE_RANK,
+    check_target,
+    most,
+    problems,
+    serve_commands,
+)
+from fedlora.launch.fresh_process import Logits, logits_elsewhere
+from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache
-from fedlora.training.data.batches import eval_batches
+from fedlora.training.begun_with import begun_with, check_begun_with
+from fedlora.training.data.batches import eval_batches, synthetic
 from fedlora.training.export_certificate import certified, load_exported
-from fedlora.training.model.agreement import agree
-from fedlora.training.model.loading import MeanPooled, load_base, logits_of
+from fedlora.training.merged_model import save_merged
+from fedlora.training.model import peft_directory
+from fedlora.training.model.loading import logits_of
 from fedlora.training.model.model import Model
-from fedlora.training.model.peft_directory import (
-    WEIGHTS,
-    beginning,
-    save_head,
-    save_peft,
-    total,
-    truncate,
-)
 from fedlora.training.user_code import is_code
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 1e-2}
 """Relative difference of logits that rounding in the base's dtype can explain."""
 
-
-def save_merged(
-    model: Model, effective: Effective, directory: Path, rank: int = 0
-) -> tuple[float, float]:
-    """Write the base with everything merged in, and its tokenizer: no PEFT needed to load it.
-
-    Returns the relative Frobenius error of truncating the change, and of rounding it to the
-    weights' dtype.
-
-    Raises:
-        ModelError: the base is quantised, so its weights cannot take a change.
-    """
-    if model.config.model.quantization != "none":
-        raise ModelError(
-            f"model.quantization = {model.config.model.quantization!r}: quantised weights cannot "
-            "take the change; export it as peft, which keeps it beside them"
-        )
-    if model.form.after:
-        raise ModelError(
-            f"lora.form = {model.config.lora.form!r}: weights act on every token, and this change "
-            "from its invocation on only; export it as peft"
-        )
-    if model.config.lora.form != "lora":
-        _save_whole(model, _merged_by_peft(model, effective), effective, directory)
-        return 0.0, 0.0
-    base = load_base(model.config.model, model.labels, model.config.run.seed)
-    agree(base, model.tokenizer, model.config.model)
-    adapter, error = total(effective), 0.0
-    if rank:
-        adapter, error = truncate(adapter, rank)
-    lost = size = 0.0
-    with torch.no_grad():
-        for m, pair in adapter.items():
-            weight = base.get_submodule(m).weight
-            change = pair.delta().T if model.shapes[m].fan_in_fan_out else pair.delta()
-            want = weight.double() + change
-            weight.copy_(weight.float() + change)
-            lost += float((weight.double() - want).square().sum())
-            size += float(change.double().square().sum())
-        named = dict(base.named_parameters())
-        for name, x in effective.factors.other.items():
-            named[name].copy_(x)
-    _save_whole(model, base, effective, directory)
-    return error, (lost / size) ** 0.5 if size else 0.0
-
-
-def _merged_by_peft(model: Model, effective: Effective) -> Any:
-    """The base with a form's change merged in by PEFT's own code, which alone knows it."""
-    with tempfile.TemporaryDirectory() as made:
-        save_peft(model, effective, Path(made))
-        found = load_exported(model.config, model.labels, Path(made), merged=False)
-    if isinstance(found, MeanPooled):
-        found.encoder = found.encoder.merge_and_unload()
-        return found
-    return found.merge_and_unload()
-
-
-def _save_whole(model: Model, base: Any, effective: Effective, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(base, MeanPooled):
-        save_head(effective, directory)
-        base = base.encoder
-    if is_code(model.config.model.path) and not hasattr(base, "save_pretrained"):
-        save_model(base, str(directory / WEIGHTS))
-    else:
-        base.save_pretrained(str(directory))
-    model.tokenizer.save_pretrained(str(directory))
+BATCHES, ROWS = 2, 16
+"""What an export is compared on: so many batches of so many rows of the central test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,58 +58,243 @@ class Exported:
     """Relative Frobenius error of the change from rounding it into the weights' dtype."""
     excess: float = 0.0
     """How far its modules are off, over what rounding explains: see `certified`."""
+    rank: int = 0
+    """The largest rank of its adapter; 0 of a form that has none."""
+    serve: tuple[str, ...] = ()
+    """Lines for a shell that serve it, where the target is a server."""
+
+    def measured(self) -> str:
+        """The deviation in words, and what from."""
+        of = "those of the truncated model" if self.truncation else "the federated model's"
+        return f"logits equal {of} to {self.deviation:.1e}"
 
 
-def export_run(
-    run: Path, out: Path, merged: bool = False, rank: int = 0, client: int | None = None
-) -> Exported:
-    """Write the model of a run's last checkpoint, reload it with plain libraries, and compare.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run's last checkpoint, ready to be written."""
+
+    config: Config
+    strategy: Strategy[Any]
+    saved: Saved
+    model: Model
+    labels: tuple[str, ...]
+    batches: list[dict[str, Tensor]]
+
+    def effective(self, client: int | None) -> Effective:
+        """The federated model as changes of W0; or a client's own."""
+        if client is None:
+            found = self.strategy.effective(self.saved.state)
+            return peft_directory.beginning(found, self.saved.base_offset)
+        return _of_client(client, self)
+
+    def logits(self, effective: Effective) -> Logits:
+        """What the model in memory makes of the batches, holding these changes."""
+        start = self.saved.base_offset
+        self.model.rebase(f"export of {self.saved.token}", effective.base[bool(start) :], start)
+        self.model.load(effective.factors)
+        return _logits(self.model.peft, self.batches)
+
+    def logits_of_adapter(self, adapter: Adapter, factors: Factors) -> Logits:
+        """The same of W0 with this adapter, and what else was trained."""
+        hold(self.model, adapter, factors)
+        return _logits(self.model.peft, self.batches)
+
+
+def opened(run: Path) -> Opened:
+    """The run's last checkpoint, with its model and a few batches to compare it on.
 
     Raises:
-        CheckpointError: the run has no checkpoint.
-        ModelError: what was written does not compute what the federated model does.
+        CheckpointError: the run has no checkpoint, or its files are no longer those that it began
+            with.
     """
     config = parse(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
     strategy = config.build_strategy()
-    found = Journal(config).last(Saved, Member, *state_types(strategy))
+    journal = Journal(config)
+    found = journal.last(Saved, Member, *state_types(strategy))
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint")
-    saved: Saved = found[0]
     corpus = cache.corpus(config)
     model = cache.model(config, corpus.labels)
-    effective = beginning(strategy.effective(saved.state), saved.base_offset)
-    if client is not None:
-        effective = _of_client(client, config, strategy, saved, model)
-    if merged:
-        truncation, rounding = save_merged(model, effective, out, rank)
+    check_begun_with(journal.begun_with(), begun_with(model, corpus), run)
+    if len(corpus.test):
+        rows = cache.encoded("central", -1, config, corpus.labels)
     else:
-        truncation, rounding = save_peft(model, effective, out, rank), 0.0
+        rows = synthetic(model.tokenizer, len(corpus.labels))
+    batches = [
+        {key: x for key, x in batch.items() if key != "labels"}
+        for batch in islice(eval_batches(rows, ROWS), BATCHES)
+    ]
+    return Opened(config, strategy, found[0], model, corpus.labels, batches)
 
-    model.rebase("export", effective.base[bool(saved.base_offset) :], saved.base_offset)
-    model.load(effective.factors)
-    batch = next(eval_batches(cache.encoded("central", -1, config, corpus.labels), 16))
-    inputs = {key: x for key, x in batch.items() if key != "labels"}
-    loaded = load_exported(config, corpus.labels, out, merged)
+
+def export_run(
+    run: Path,
+    out: Path,
+    merged: bool = False,
+    rank: int = 0,
+    client: int | None = None,
+    target: str = "",
+    fresh: bool = True,
+) -> Exported:
+    """Write the model of a run's last checkpoint, load it with plain libraries, and compare.
+
+    It is loaded in a process of its own that has no fedlora; not a model of the user's own code,
+    and not without `fresh`: that is loaded in this one. `out` is there whole and right, or is what
+    it was. `target` is one of `export_targets.TARGETS`; empty: peft, or merged.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ModelError: `out` is something else's, there is no such target or it cannot load such a
+            model, or what was written does not compute what the federated model does.
+    """
+    if merged and target not in ("", "merged"):
+        raise ModelError(f"target = {target!r} is not merged; leave one of them out")
+    target = target or ("merged" if merged else "peft")
+    check_target(target)
+    check_place(out)
+    (done,) = _exported(opened(run), run, out, {"": client}, target, rank, fresh)
+    return done
+
+
+def export_clients(
+    run: Path, out: Path, target: str = "peft", rank: int = 0, clients: Sequence[int] = ()
+) -> list[Exported]:
+    """Write each client's own model, "client-3" and so on, and check them all in one process.
+
+    For strategies that leave a part with every client. Without `clients`: all that trained.
+
+    Raises:
+        ModelError: clients keep nothing, or as `export_run`.
+    """
+    check_target(target)
+    check_place(out)
+    of = opened(run)
+    if not of.strategy.needs().client_memory:
+        raise ModelError(
+            f"strategy.name = {of.config.strategy.name!r}: clients keep nothing of their own, and "
+            "all have the one model; leave --clients out"
+        )
+    wanted = clients or sorted(i for i, m in of.saved.members.items() if m.memory_round > 0)
+    if not wanted:
+        raise ModelError(f"{run}: no client has trained yet, so none has a model of its own")
+    return _exported(of, run, out, {f"client-{i}": i for i in wanted}, target, rank, True)
+
+
+def _exported(
+    of: Opened,
+    run: Path,
+    out: Path,
+    jobs: Mapping[str, int | None],
+    target: str,
+    rank: int,
+    fresh: bool,
+) -> list[Exported]:
+    """Write these (directory within `out`, client) and check them; all of them are there or none.
+
+    Raises:
+        ModelError: see `export_run`.
+    """
+    if found := [*problems(target, of.model, rank)]:
+        raise ModelError("; ".join(found))
+    merged = target == "merged"
+    what = {"run": of.config.run.name, "for": target, "clients": [*jobs.values()]}
+    with placed(out, what) as new:
+        wrote = [_written(of, run, new / name, out, target, rank, i) for name, i in jobs.items()]
+        elsewhere = fresh and not is_code(of.config.model.path)
+        if elsewhere:
+            got = logits_elsewhere([new / name for name in jobs], of.batches)
+        else:
+            again = (load_exported(of.config, of.labels, new / n, merged) for n in jobs)
+            got = [_logits(model, of.batches) for model in again]
+        done = [
+            replace(one, directory=out / name, deviation=_compared(of, out / name, found, want))
+            for name, (one, want), found in zip(jobs, wrote, got, strict=True)
+        ]
+        for one, (name, client) in zip(done, jobs.items(), strict=True):
+            write_card(run, new / name, of.model, _checked(one, elsewhere), merged, client)
+    served = [(name or of.config.run.name, out / name) for name in jobs]
+    lines = serve_commands(target, of.config, served, max(one.rank for one in done))
+    return [replace(one, serve=tuple(lines)) for one in done]
+
+
+def _written(
+    of: Opened, run: Path, directory: Path, out: Path, target: str, rank: int, client: int | None
+) -> tuple[Exported, Logits]:
+    """Write the model, hold its modules against the model in memory; and the logits to expect."""
+    effective, model, lora = of.effective(client), of.model, of.config.lora
+    adapter, truncation, rounding = None, 0.0, 0.0
+    merged, one_rank = target == "merged", target in ONE_RANK
+    if lora.form in ("lora", "alora"):
+        whole = peft_directory.total(effective)
+        adapter, truncation = peft_directory.fitted(whole, most(target, rank), one_rank)
+    elif rank:
+        raise ModelError(f"lora.form = {lora.form!r}: it has no rank to cut; leave --rank out")
+    if merged:
+        by_pairs = adapter if lora.form == "lora" else None
+        rounding = save_merged(model, effective, by_pairs, directory)
+    else:
+        peft_directory.save_peft(model, effective, directory, adapter)
+    write_card(run, directory, model, [], merged, client)
+    if truncation:
+        assert adapter is not None
+        want = of.logits_of_adapter(adapter, effective.factors)
+    else:
+        want = of.logits(effective)
+    excess = certified(model, load_exported(of.config, of.labels, directory, merged), out)
+    top = max((p.rank for p in adapter.values()), default=0) if adapter else 0
+    return Exported(out, truncation, 0.0, rounding, excess, top), want
+
+
+def _checked(one: Exported, elsewhere: bool) -> list[str]:
+    """What the card says of the check."""
+    where = (
+        "by the lines above, in a Python process without fedlora"
+        if elsewhere
+        else "in fedlora's own process, since the model is the user's own code"
+    )
+    logits = f"Loaded {where}, its {one.measured()} (largest difference over the largest logit)."
+    return [*checked(one.truncation, one.excess), logits]
+
+
+def _compared(of: Opened, what: Path, got: Logits, want: Logits) -> float:
+    """The largest difference over the largest logit.
+
+    Raises:
+        ModelError: it is more than rounding explains.
+    """
+    largest = max(float(x.abs().max()) for x in want)
+    apart = max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
+    deviation = apart / max(largest, 1e-30)
+    if not deviation < TOLERANCE[of.config.model.dtype]:
+        raise ModelError(
+            f"{what}: its logits deviate from the federated model's by {deviation:.1e}; nothing "
+            "was written"
+        )
+    return deviation
+
+
+def _logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Logits:
+    model.eval()
     with torch.no_grad():
-        want = logits_of(model.peft(**inputs)).float()
-        got = logits_of(loaded(**inputs)).float()
-    deviation = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-    if not rank and not deviation < TOLERANCE[config.model.dtype]:
-        raise ModelError(f"{out}: its logits deviate from the federated model's by {deviation:.1e}")
-    excess = 0.0 if rank else certified(model, loaded, out)
-    return Exported(out, truncation, deviation, rounding, excess)
+        return [logits_of(model(**batch)).float() for batch in batches]
 
 
-def _of_client(
-    i: int, config: Config, strategy: Strategy[Any], saved: Saved, model: Model
-) -> Effective:
+def _of_client(i: int, of: Opened) -> Effective:
     """A client's own model, where parts of it never left the client."""
+    config, strategy, saved = of.config, of.strategy, of.saved
+    if i not in saved.members:
+        raise ModelError(f"the run has no client {i}; it has {_some(saved.members)}")
     member = saved.members[i]
     root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
     kept = ClientMemory(root, i, saved.token).recall(member.memory_round)
-    layers = model.layers(patterned(model.shapes, member.rank, config.lora.rank_pattern))
+    layers = of.model.layers(patterned(of.model.shapes, member.rank, config.lora.rank_pattern))
     me = Client(i, layers, member.base_version, member.memory_round > 0)
     round = Round(config.run.rounds + 1, config.run.seed)
     factors = strategy.start(strategy.download(saved.state, me, round), kept, me, round)
     base = strategy.effective(saved.state).base
-    return beginning(Effective(base, factors), saved.base_offset)
+    return peft_directory.beginning(Effective(base, factors), saved.base_offset)
+
+
+def _some(clients: Mapping[int, Any]) -> str:
+    """The first of them, as a list to read."""
+    return ", ".join(str(i) for i in sorted(clients)[:20])

@@ -126,7 +126,7 @@ class Run:
         from fedlora.launch.export import export_run
 
         made = tempfile.TemporaryDirectory(prefix="fedlora-")
-        export_run(self.directory, Path(made.name))
+        export_run(self.directory, Path(made.name), fresh=False)
         return made
 
 
@@ -149,11 +149,13 @@ def export(
     merged: bool = False,
     rank: int = 0,
     client: int | None = None,
+    target: str = "",
 ) -> "Exported":
     """Write a run's model to `out`: as a PEFT adapter, or merged into the base.
 
     merged: the whole model, which needs no PEFT. rank: cut the adapter to it; 0: all of it.
-    client: that client's own model, where a strategy leaves parts with the clients.
+    client: that client's own model, where a strategy leaves parts with the clients. target: who is
+    to load it, "peft", "vllm", "llama.cpp" or "merged"; see docs/use/hand-over.md.
 
     >>> from fedlora import export
     >>> export("runs/taste", "out").deviation < 1e-3
@@ -161,12 +163,13 @@ def export(
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        ModelError: what was written does not compute what the federated model does.
+        ModelError: the target cannot load such a model, `out` holds something else, or what was
+            written does not compute what the federated model does: then nothing is written.
     """
     from fedlora.launch.export import export_run
 
     directory = run.directory if isinstance(run, Run) else Path(run)
-    return export_run(directory, Path(out), merged, rank, client)
+    return export_run(directory, Path(out), merged, rank, client, target)
 
 
 def _told(files: RunFiles) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,8 @@ _WARNINGS = (
     (r".*is_gradient_checkpointing.* is deprecated", FutureWarning),
     # One model holds the adapter of one client after another; that is the design.
     (r"You are trying to modify a model with PEFT for a second time", UserWarning),
+    # Tied embeddings of which one is trained: exports untie them (training/model/ties.py).
+    (r"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter", UserWarning),
     (r"Already found a `peft_config` attribute in the model", UserWarning),
     # flwr-datasets says it at each draw that it repeats; the draw that fails for good raises.
     (r"The specified min_partition_size .* was not satisfied", UserWarning),

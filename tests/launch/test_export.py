@@ -126,15 +126,16 @@ def test_what_is_written_says_where_it_belongs(
 ) -> None:
     for kind, task in (("bert", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")):
         ran, _ = played(settings, kind, "fedex", **{"run.name": kind})
-        export_run(ran.directory, tmp_path / kind)
-        written = json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        out = tmp_path / f"{kind}-out"
+        export_run(ran.directory, out)
+        written = json.loads((out / "adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == tiny[kind]
         assert written["task_type"] == task
         assert written["fan_in_fan_out"] == (kind == "gpt2")
         assert written["inference_mode"]
-        assert not list((tmp_path / kind).glob("*.bin"))  # a pickle
+        assert not list(out.glob("*.bin"))  # a pickle
         if kind == "bert":
-            assert json.loads((tmp_path / kind / "labels.json").read_text()) == sorted(
+            assert json.loads((out / "labels.json").read_text()) == sorted(
                 ["animal", "colour", "number"]
             )
 
@@ -160,7 +161,7 @@ def test_the_command_prints_the_deviation_and_the_truncation(
     command = ["export", str(ran.directory), "--out", str(tmp_path / "out"), "--rank", "2"]
     done = CliRunner().invoke(get_command(app), command)
     assert done.exit_code == 0, done.output
-    assert "logits equal the federated model's to" in done.output
+    assert "logits equal those of the truncated model to" in done.output
     assert "truncating to rank 2 changed the update by" in done.output
 
 
@@ -186,8 +187,9 @@ def test_an_export_that_is_wrong_is_not_handed_over(
     ran, _ = played(settings, "gpt2", "flora")
     real = peft_directory.total
     monkeypatch.setattr(peft_directory, "total", lambda e: dict(list(real(e).items())[1:]))
-    with pytest.raises(FedLoraError, match="deviate"):
+    with pytest.raises(FedLoraError, match=r"out: .* is not the federated model's"):
         export_run(ran.directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_without_a_run_is_named(settings: Settings, tmp_path: Path) -> None:

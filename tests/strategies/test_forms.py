@@ -548,7 +548,7 @@ def test_the_proof_says_what_rounding_costs_a_bfloat16_base(
         assert proof["deviation"] < proof["bound"]
         found[merge] = proof["model_deviation"]
         assert proof["model_deviation"] < proof["model_bound"]
-        lost[merge] = export_run(ran.directory, tmp_path / merge, merged=True).rounding
+        lost[merge] = export_run(ran.directory, tmp_path / f"{merge}-out", merged=True).rounding
     assert found["auto"] < 1e-6
     assert 1e-4 < found["into-base"] < 1e-2
     assert lost["auto"] > 1e-3

@@ -10,6 +10,7 @@ import psutil
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedlora.federation.server.adapter import checked, hold, limited, write_card
 from fedlora.federation.server.exchange import error_of, exchange, part_of
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import (
@@ -30,10 +31,11 @@ from fedlora.federation.wire.messages import (
 )
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
-from fedlora.strategies.base import CollectsAtEnd, Round, Upload, collects
+from fedlora.strategies.base import CollectsAtEnd, Effective, Round, Upload, collects
 from fedlora.training.data.corpus import describe
 from fedlora.training.evaluate import generation
 from fedlora.training.export_certificate import certified, load_exported
+from fedlora.training.model import peft_directory
 from fedlora.training.model.peft_directory import beginning, save_peft
 
 
@@ -48,10 +50,31 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
         run = final_scores(setting, session, run, grid)
     load(setting, session, run, run.state)
     effective = beginning(setting.strategy.effective(run.state), run.base_offset)
-    adapter = setting.journal.directory / "adapter"
-    save_peft(setting.model, effective, adapter)
-    write_records(setting, session, run, stopped, certify(setting, session, adapter))
+    written = write_adapter(setting, session, effective)
+    load(setting, session, run, run.state)  # a limited adapter is checked by what was written
+    write_records(setting, session, run, stopped, written)
+    told = checked(written["truncation"], written["excess"])
+    directory = setting.journal.directory
+    write_card(directory, directory / "adapter", setting.model, told)
     return run
+
+
+def write_adapter(setting: Setting, session: Session, effective: Effective) -> dict[str, Any]:
+    """Write adapter/, limited in size: its largest rank, what was cut, and `certify`'s result."""
+    directory = setting.journal.directory / "adapter"
+    if setting.model.form.kind != "factors":
+        save_peft(setting.model, effective, directory)
+        return {"rank": None, "truncation": 0.0, "excess": certify(setting, session, directory)}
+    adapter, lost = limited(peft_directory.total(effective))
+    save_peft(setting.model, effective, directory, adapter)
+    if lost:
+        hold(setting.model, adapter, effective.factors)
+        session.observer.note(
+            f"{directory} is cut to the size of the weights that it changes, which leaves out "
+            f"{lost:.2%} of the change; fedlora export writes all of it"
+        )
+    top = max((p.rank for p in adapter.values()), default=0)
+    return {"rank": top, "truncation": lost, "excess": certify(setting, session, directory)}
 
 
 def collect(
@@ -176,7 +199,7 @@ def write_records(
     session: Session,
     run: Saved,
     stopped: str = "",
-    exported: float | None = None,
+    written: Mapping[str, Any] = {},
 ) -> None:
     """Write clients.jsonl and summary.json, and tell the observer of warnings.
 
@@ -194,7 +217,8 @@ def write_records(
             "name": c.run.name,
             "strategy": c.strategy.name,
             "promise": setting.guarantee,
-            "export_excess": exported,
+            "export_excess": written.get("excess"),
+            "adapter": {key: written.get(key) for key in ("rank", "truncation")},
             "rounds": c.run.rounds,
             "seconds": seconds(session, run),
             "model": c.model.path,

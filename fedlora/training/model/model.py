@@ -41,6 +41,7 @@ from fedlora.training.model.loading import (
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
+from fedlora.training.model.ties import check_ties
 from fedlora.training.model.whole import in_float32, inside_body
 
 PREFIX = "base_model.model."
@@ -68,6 +69,7 @@ class Model:
         self.shapes = find_layers(base, config)
         self.heads = head_names(base, config)
         self._inner = inside_body(base, self.heads)
+        check_ties(base, self.shapes, self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}

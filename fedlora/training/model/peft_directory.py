@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
-from fedlora.lora.lowrank import compress, norm, stack, svd
+from fedlora.lora.lowrank import compress, norm, pad, stack, svd
 from fedlora.lora.tree_file import write_atomically, write_tensors
 from fedlora.strategies.base import Effective, Version
 from fedlora.training.data.locate import locate
@@ -31,19 +31,6 @@ HEAD = "classifier.safetensors"
 
 WEIGHTS = "model.safetensors"
 """Of a merged model that the user's own function makes: its state, without a config."""
-
-USE_HEAD = """An encoder, the mean of its token states, and a linear head:
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), "adapter")  # or merged
-    head = safetensors.torch.load_file("adapter/classifier.safetensors")
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    mask = batch["attention_mask"][..., None].float()
-    pooled = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-    logits = pooled @ head["classifier.weight"].T + head["classifier.bias"]
-
-labels.json names the classes in order; BASE is base_model_name_or_path of adapter_config.json.
-"""
 
 
 def total(effective: Effective) -> Adapter:
@@ -77,25 +64,42 @@ def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
     return Pair(Vh[:r].float().contiguous(), (U[:, :r] * S[:r]).float())
 
 
-def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
-    """The nearest adapter of at most this rank, and the relative Frobenius error it costs."""
-    cut = {m: compress(p, rank) if p.rank > rank else p for m, p in adapter.items()}
-    lost = sum(float(norm(stack([adapter[m], cut[m]], [1.0, -1.0]))) ** 2 for m in cut)
+def fitted(
+    adapter: Adapter, rank: int | Mapping[str, int] = 0, one_rank: bool = False
+) -> tuple[Adapter, float]:
+    """The nearest adapter of at most this rank (0: any), and the relative error that it costs.
+
+    rank: of all modules, or of each. one_rank: every module is filled up to the largest rank, with
+    rows and columns of 0. The error is of the Frobenius norm over all modules.
+    """
+    most = {m: rank if isinstance(rank, int) else rank[m] for m in adapter}
+    cut = {m: compress(p, most[m]) if 0 < most[m] < p.rank else p for m, p in adapter.items()}
+    lost = sum(_apart(p, cut[m]) ** 2 for m, p in adapter.items() if cut[m] is not p)
     size = sum(float(norm(p)) ** 2 for p in adapter.values())
+    if one_rank:
+        top = max(p.rank for p in cut.values())
+        cut = {m: pad(p, top) for m, p in cut.items()}
     return cut, (lost / size) ** 0.5 if size else 0.0
 
 
-def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0) -> float:
+def _apart(pair: Pair, other: Pair) -> float:
+    """The norm of a difference that may be tiny: through factors, so in float64."""
+    wide = [Pair(p.A.double(), p.B.double(), p.scale) for p in (pair, other)]
+    return float(norm(stack(wide, [1.0, -1.0])))
+
+
+def save_peft(
+    model: Model, effective: Effective, directory: Path, adapter: Adapter | None = None
+) -> None:
     """Write a PEFT directory that `PeftModel.from_pretrained(base, directory)` loads.
 
-    The scale is folded into B, so alpha = r on every module. Returns the relative error of
-    truncating to `rank` (0: as exact as stacking is).
+    The scale is folded into B, so alpha = r on every module. `adapter` takes the place of the
+    whole change, where it was made to fit.
     """
     if model.form.kind != "factors":
-        return _save_form(model, effective, directory)
-    adapter, error = total(effective), 0.0
-    if rank:
-        adapter, error = truncate(adapter, rank)
+        _save_form(model, effective, directory)
+        return
+    adapter = total(effective) if adapter is None else adapter
     cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
     adapter = {m[cut:]: p for m, p in adapter.items()}
     shapes = {m[cut:]: shape for m, shape in model.shapes.items()}
@@ -113,10 +117,9 @@ def save_peft(model: Model, effective: Effective, directory: Path, rank: int = 0
     other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}
     tensors |= {PREFIX + name[cut:]: x for name, x in other.items()}
     _write(model, config, tensors, effective, directory)
-    return error
 
 
-def _save_form(model: Model, effective: Effective, directory: Path) -> float:
+def _save_form(model: Model, effective: Effective, directory: Path) -> None:
     """A form that is not LoRA, as PEFT itself names its tensors; frozen random ones go along."""
     model.load(effective.factors)
     config = copy.deepcopy(model.peft.peft_config[model.active])
@@ -131,7 +134,6 @@ def _save_form(model: Model, effective: Effective, directory: Path) -> float:
         elif not _of_head(name, cut):
             tensors[PREFIX + name[cut:]] = x
     _write(model, config, tensors, effective, directory)
-    return 0.0
 
 
 def _of_head(name: str, cut: int) -> bool:
@@ -152,6 +154,7 @@ def _write(
     if pooled:
         save_head(effective, directory)
     config.save_pretrained(str(directory))
+    model.tokenizer.save_pretrained(str(directory))
     write_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
     if model.labels:
         labels = json.dumps(list(model.labels))
@@ -159,11 +162,10 @@ def _write(
 
 
 def save_head(effective: Effective, directory: Path) -> None:
-    """A mean-pooled model's linear head, and how to use it: no library has a class for it."""
+    """A mean-pooled model's linear head, for which no library has a class."""
     other = effective.factors.other.items()
     head = {name: x for name, x in other if _of_head(name, len(ENCODER))}
     write_tensors(directory / HEAD, head, {"format": "pt"})
-    write_atomically(directory / "README.md", USE_HEAD.encode())
 
 
 def _task_type(config: Config) -> str | None:

@@ -1,0 +1,110 @@
+"""The few lines of Python that load an export with transformers, PEFT and safetensors alone.
+
+They stand in every export's README.md, and the check of an export runs them as they stand there.
+"""
+
+import os
+from collections.abc import Sequence
+
+from fedlora.config.reader import Config
+from fedlora.training.data.locate import locate
+from fedlora.training.model.gguf import converted
+from fedlora.training.user_code import PREFIX, is_code, is_live
+
+MEAN = """
+
+def logits(batch):
+    \"\"\"(texts, labels): the linear head on the mean of the encoder's token states.\"\"\"
+    with torch.no_grad():
+        hidden = model(**batch)[0]
+    mask = batch["attention_mask"][..., None].to(hidden.dtype)
+    mean = ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).float()
+    return mean @ head["classifier.weight"].float().T + head["classifier.bias"].float()
+"""
+DIRECT = """
+
+def logits(batch):
+    \"\"\"(texts, labels), or (texts, tokens, vocabulary) of a language model.\"\"\"
+    with torch.no_grad():
+        found = model(**batch)
+    return getattr(found, "logits", found)
+"""
+CLASSIFY = """
+batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
+for row in logits(batch).softmax(-1):
+    print(LABELS[int(row.argmax())], float(row.max()))
+"""
+GENERATE = """
+batch = tokenizer(["a prompt"], return_tensors="pt")
+found = model.generate(**batch, do_sample=False, max_new_tokens=32, eos_token_id=END)
+print(tokenizer.decode(found[0]))
+"""
+
+
+def base_of(config: Config) -> str:
+    """Where the base is: a directory by its whole path, a hub id, or "py:..." as it is."""
+    path = config.model.path
+    if is_code(path):
+        return path
+    found = locate(path)
+    if found.endswith(".gguf"):
+        found = converted(os.path.dirname(found), os.path.basename(found))
+    return os.path.abspath(found) if os.path.exists(found) else found
+
+
+def load_script(
+    config: Config, labels: Sequence[str], merged: bool, end: int | None = None
+) -> tuple[str, str]:
+    """Python that defines `tokenizer`, `model`, `logits` and, of a classifier, `LABELS`.
+
+    And a second piece, to go behind the first, that uses them. The first is run in the export's
+    own directory. end: the token that a language model was trained to end with.
+    """
+    mean = config.model.task == "classification" and config.model.pooling == "mean"
+    causal = config.model.task == "causal-lm"
+    auto = "AutoModel" if mean else "AutoModelForCausalLM" if causal else (
+        "AutoModelForSequenceClassification"
+    )  # fmt: skip
+    code = is_code(config.model.path)
+    lines = ["import torch"]
+    lines += ["from peft import PeftModel"] if not merged else []
+    lines += ["from safetensors.torch import load_file"] if mean else []
+    lines += [f"from transformers import {'' if code else f'{auto}, '}AutoTokenizer"]
+    lines += ["from transformers import BitsAndBytesConfig"] if _quantized(config) else []
+    lines += ["", 'HERE = "."  # the directory of this file']
+    lines += [f"LABELS = {list(labels)!r}"] if labels else []
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(HERE)"]
+    lines += _own(config, labels, merged) if code else _model(config, labels, merged, auto)
+    lines += [] if merged else ["model = PeftModel.from_pretrained(model, HERE)"]
+    lines += ['head = load_file(f"{HERE}/classifier.safetensors")'] if mean else []
+    lines += ["model.eval()", ""]
+    use = CLASSIFY if labels else GENERATE.replace("END", repr(end))
+    return "\n".join(lines) + (MEAN if mean else DIRECT), use.lstrip()
+
+
+def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> list[str]:
+    where = "HERE" if merged else repr(base_of(config))
+    options = [where, f"dtype=torch.{config.model.dtype}"]
+    if labels and auto == "AutoModelForSequenceClassification":
+        options += [f"num_labels={len(labels)}"]
+    if config.model.revision and not merged:
+        options += [f"revision={config.model.revision!r}"]
+    options += ["trust_remote_code=True"] if config.model.trust_remote_code else []
+    options += [f"quantization_config={_quantized(config)}"] if _quantized(config) else []
+    made = [f"model = {auto}.from_pretrained(", *(f"    {x}," for x in options), ")"]
+    return [*made, "model.config.pad_token_id = tokenizer.pad_token_id"]
+
+
+def _own(config: Config, labels: Sequence[str], merged: bool) -> list[str]:
+    module, _, name = config.model.path.removeprefix(PREFIX).partition(":")
+    if is_live(config.model.path):
+        return ["model = ...  # your own model, as you gave it to the run"]
+    loads = ['model.load_state_dict(load_file(f"{HERE}/model.safetensors"))'] if merged else []
+    first = ["from safetensors.torch import load_file"] if merged else []
+    made = f"model = {name.partition('.')[0]}({tuple(labels)!r})"
+    return [*first, f"from {module} import {name.partition('.')[0]}  # your own code", made, *loads]
+
+
+def _quantized(config: Config) -> str:
+    kind = config.model.quantization
+    return "" if kind == "none" else f"BitsAndBytesConfig(load_in_{kind}=True)"
