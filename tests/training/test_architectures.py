@@ -80,7 +80,7 @@ def own_names(strategy: str, targets: str) -> dict[str, object]:
 
 
 def proved(run: Run) -> bool:
-    """Each client began where the server's model was, and what came of it is as near as promised."""
+    """Each client began at the server's model, and what came of it is as near as promised."""
     proof, certificate = (
         run.rounds[f"{kind}.deviation"].dropna() for kind in ("proof", "certificate")
     )
