@@ -24,13 +24,9 @@ def workers(asked: int) -> int:
     """
     several = (os.cpu_count() or 1) if can_fork() and sys.platform == "linux" else 1
     if asked > 1 and not can_fork():
-        raise ConfigError([no_workers(asked)])
+        what = f"{sys.platform} cannot fork worker processes; set it to 1"
+        raise ConfigError([f"simulate.workers = {asked}: {what}"])
     return asked or several
-
-
-def no_workers(asked: int) -> str:
-    """What is wrong with several workers where there is no fork."""
-    return f"simulate.workers = {asked}: {sys.platform} cannot fork worker processes; set it to 1"
 
 
 def deployable() -> bool:

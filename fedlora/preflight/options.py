@@ -6,7 +6,6 @@ docs/extend/composing.md has the table.
 from collections.abc import Iterator
 from typing import Any
 
-from fedlora.config import processes
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.server.devices import parse_classes
@@ -18,8 +17,6 @@ from fedlora.strategies.base import Strategy
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Each option that conflicts with another setting, and what to do instead."""
     yield from _named(config)
-    if config.simulate.workers > 1 and not processes.can_fork():
-        yield processes.no_workers(config.simulate.workers)
     yield from _sites(config)
     yield from _ranks(config, strategy)
     yield from _buffer(config)

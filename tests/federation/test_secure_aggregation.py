@@ -182,8 +182,8 @@ def test_a_mask_is_uniform(bits: int) -> None:
 
 def test_a_pair_computes_one_mask_which_cancels_in_the_sum() -> None:
     (a, pa), (b, pb) = masking.key_pair(), masking.key_pair()
-    shared = masking.pair_mask(a, pb, 9, 32)
-    assert shared.tolist() == masking.pair_mask(b, pa, 9, 32).tolist()
+    shared = masking.pair_mask(a, pb, b"told", 9, 32)
+    assert shared.tolist() == masking.pair_mask(b, pa, b"told", 9, 32).tolist()
     total = np.zeros(9, dtype=np.uint32)
     masking.cancel(total, 1, 2, shared)
     assert total.any()
@@ -211,7 +211,7 @@ def trio(root: Path, vector: masking.Words, n: int = 3) -> tuple[list[SecureClie
     keys = {m.me: m.setup(terms_of(n)) for m in members}
     boxes = {m.me: m.share(keys, terms_of) for m in members}
     masked = [
-        m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of).masked(vector)
+        m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of).masked(vector, b"told")
         for m in members
     ]
     return members, masked
@@ -252,9 +252,11 @@ def test_shares_that_would_unmask_a_client_are_not_given_then_or_later(
 def test_no_secret_of_a_client_comes_out_of_both_kinds_of_its_shares(tmp_path: Path) -> None:
     """Told that 2 is there, or that it is gone, a member gives one kind; the other, never."""
     members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32))
-    members[0].unmask([0, 1], [2], terms_of)
-    with pytest.raises(PrivacyError):
-        members[0].unmask([0, 1, 2], [], terms_of)
+    members[0].unmask([0, 1, 2], [], terms_of)
+    with pytest.raises(PrivacyError, match="not at stage"):
+        members[0].unmask([0, 1], [2], terms_of)
+    with pytest.raises(PrivacyError, match="a sum over 2 of this client's neighbours: must be 3"):
+        members[1].unmask([0, 1], [2], terms_of)
     threshold, shares = terms_of(3).threshold, terms_of(3).shares
     assert 2 * threshold > shares  # so one kind alone can be put together
 

@@ -160,7 +160,8 @@ def secagg_share(message: Message, context: Context) -> RecordDict:
 
 def secagg_collect(message: Message, context: Context) -> RecordDict:
     """One round of local training, of which only a masked vector leaves."""
-    from fedlora.federation.secure.vector import Layout, encode
+    from fedlora.federation.secure.agreement import Table, same_shapes
+    from fedlora.federation.secure.vector import encode, folded
 
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
@@ -169,11 +170,13 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
         local.outcome = local.train()
     done, private = local.done, work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
-    layout = Layout.read(asked)
     start, end = done.numbers
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))
-    vector = encode(sent, n, loss, int(asked["kind"]), layout, masker.terms)  # type: ignore[arg-type]
-    x = masker.masked(vector)
+    me, job, table = work.job.client, work.job, Table.read(str(asked["table"]))
+    trains, near, cohort = work.download.trainable, masker.near, masker.cohort
+    kind = table.check(me, same_shapes(folded(sent)), trains, near, cohort)
+    vector = encode(sent, n, loss, kind, table.layout, masker.terms)
+    x = masker.masked(vector, table.digest(masker.terms, job.round, job.incarnation))
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}
     if not work.job.cuts:  # what follows from what the server sent; not with a B of one's own

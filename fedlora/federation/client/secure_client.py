@@ -60,6 +60,12 @@ class SecureClient:
         """
         if terms.cohort < SMALLEST:
             raise PrivacyError(f"a sum over {terms.cohort} clients: must be {SMALLEST} at least")
+        if 2 * terms.threshold <= terms.shares:
+            raise PrivacyError(
+                f"secure.reconstruction-threshold = {terms.threshold} of {terms.shares} shares of "
+                f"{terms.cohort} clients: must be more than half, else two sets of clients can "
+                "be told two stories"
+            )
         self._begin()
         (sk1, pk1), (sk2, pk2) = masking.key_pair(), masking.key_pair()
         self.leave("share", cohort=terms.cohort, sk1=sk1, pk1=pk1, sk2=sk2, pk2=pk2)
@@ -125,10 +131,11 @@ class SecureClient:
             )
         if {*active, *dead} != set(shares) or self.me not in active:
             raise PrivacyError("the clients named are not those of this client's shares")
-        if len(set(active)) < terms.threshold:
+        if len(set(active)) < terms.fewest:
             raise PrivacyError(
-                f"a sum over {len(set(active))} of this client's neighbours, "
-                f"secure.reconstruction-threshold = {terms.threshold}"
+                f"a sum over {len(set(active))} of this client's neighbours: must be "
+                f"{terms.fewest} at least (secure.reconstruction-threshold = {terms.threshold}; of "
+                "a sum of two, either knows the other's part)"
             )
         return {i: shares[i][0] for i in active} | {i: shares[i][1] for i in dead}
 
@@ -180,13 +187,26 @@ class Masker:
         self.state = state
         self.terms = terms
 
-    def masked(self, vector: Words) -> Words:
-        """The vector under its own mask and one for each neighbour; after it none can follow."""
+    @property
+    def near(self) -> list[int]:
+        """The neighbours whose keys it was shown, itself among them."""
+        return [*self.state["keys"]]
+
+    @property
+    def cohort(self) -> int:
+        """How many clients it was told there are, before any secret was shared."""
+        return int(self.state["cohort"])
+
+    def masked(self, vector: Words, told: bytes) -> Words:
+        """The vector under its own mask and one for each neighbour; after it none can follow.
+
+        `told`: the digest of the table that it was sent.
+        """
         s, n, bits = self.state, len(vector), self.terms.bits
         total = vector + masking.mask(s["seed"], n, bits)
         for i in s["shares"]:
             if i != self.member.me:
-                shared = masking.pair_mask(s["sk1"], s["keys"][i][0], n, bits)
+                shared = masking.pair_mask(s["sk1"], s["keys"][i][0], told, n, bits)
                 masking.cancel(total, self.member.me, i, shared)
         self.member.leave("unmask", cohort=s["cohort"], shares=s["shares"])
         return np.asarray(total)

@@ -11,6 +11,7 @@ AES in counter mode is the generator that Bonawitz et al. name.
 """
 
 import base64
+import hmac
 import os
 from collections.abc import Sequence
 
@@ -114,9 +115,13 @@ def mask(seed: bytes, n: int, bits: int) -> Words:
     return Chance(seed).words(n, words(bits))
 
 
-def pair_mask(private: bytes, public: bytes, n: int, bits: int) -> Words:
-    """The mask that two clients share, from either's private and the other's public key."""
-    return mask(base64.urlsafe_b64decode(_agreed(private, public)), n, bits)
+def pair_mask(private: bytes, public: bytes, told: bytes, n: int, bits: int) -> Words:
+    """The mask that two clients share, from either's private and the other's public key.
+
+    `told` is the digest of what each was told: of two that differ, the masks do not cancel.
+    """
+    agreed = base64.urlsafe_b64decode(_agreed(private, public))
+    return mask(hmac.digest(agreed, told, "sha256"), n, bits)
 
 
 def cancel(total: Words, me: int, other: int, shared: Words) -> None:

@@ -43,6 +43,11 @@ class Terms:
         return cls(cohort, shares, threshold, s.modulus_bits, s.clipping_range, weight)
 
     @property
+    def fewest(self) -> int:
+        """The fewest clients of a sum: the threshold, and never two."""
+        return max(self.threshold, SMALLEST)
+
+    @property
     def levels(self) -> int:
         """The largest integer of one client: no sum of the cohort's reaches 2^(bits - 1)."""
         most: int = 2 ** (self.bits - 1) - 1

@@ -86,23 +86,6 @@ class Layout:
         for key, shape in self.shapes.items():
             yield key, shape, slice(at, at := at + math.prod(shape))
 
-    def record(self) -> dict[str, Any]:
-        """For a message's ConfigRecord."""
-        return {
-            "kinds": self.kinds,
-            "tensors": [f"{column}/{name}" for column, name in self.shapes],
-            "dimensions": [len(shape) for shape in self.shapes.values()],
-            "sizes": [n for shape in self.shapes.values() for n in shape],
-        }
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any]) -> "Layout":
-        sizes, shapes = iter(record["sizes"]), {}
-        for tensor, dimensions in zip(record["tensors"], record["dimensions"], strict=True):
-            column, _, name = tensor.partition("/")
-            shapes[column, name] = tuple(next(sizes) for _ in range(dimensions))
-        return cls(record["kinds"], shapes)
-
 
 def encode(sent: Factors, n: int, loss: float, kind: int, layout: Layout, terms: Terms) -> Words:
     """The vector of one client, not yet masked.

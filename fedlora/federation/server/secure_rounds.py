@@ -23,10 +23,11 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import FedLoraError, PrivacyError, RoundError, StrategyError, UpdateError
 from fedlora.federation.secure import masking
+from fedlora.federation.secure.agreement import table_of
 from fedlora.federation.secure.masking import Words
 from fedlora.federation.secure.rules import TOGETHER, unsummable
 from fedlora.federation.secure.terms import SMALLEST, Terms, neighbours
-from fedlora.federation.secure.vector import Kind, Layout, decode, kinds_of
+from fedlora.federation.secure.vector import Kind, decode, kinds_of
 from fedlora.federation.server.exchange import Received, exchange, facts_of, tag_of
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import (
@@ -100,7 +101,10 @@ class SecureRound:
             )
         self.terms = Terms.of(setting.config, len(self.ids))
         self.near = neighbours(self.ids, self.terms.shares, round)
-        self.layout = Layout.over([kind.shapes for kind in self.kinds])
+        trains = [self._trains(kind.clients[0]) for kind in self.kinds]
+        self.table = table_of([kind.shapes for kind in self.kinds], trains, self.kind_of)
+        self.layout = self.table.layout
+        self.told = self.table.digest(self.terms, round.number, session.incarnation)
         self._check()
         names = {n.removeprefix(WITHIN) for _, n in self.layout.shapes if n.startswith(WITHIN)}
         self.scales = public_scales(setting.model, sorted(names))
@@ -189,8 +193,7 @@ class SecureRound:
             sources = [j for j in boxes if i in boxes[j]]
             asked[i] = ConfigRecord(
                 {
-                    **self.layout.record(),
-                    "kind": self.kind_of[i],
+                    "table": self.table.record(),
                     "clients": sources,
                     "boxes": [boxes[j][i] for j in sources],
                 }
@@ -276,7 +279,8 @@ class SecureRound:
             np.subtract(total, masking.mask(secret, n, bits), out=total)
             return
         for j in sorted(self.near[i] & summed - {i}):
-            masking.cancel(total, i, j, masking.pair_mask(secret, keys[j][0], n, bits))
+            shared = masking.pair_mask(secret, keys[j][0], self.told, n, bits)
+            masking.cancel(total, i, j, shared)
 
     # -- messages -----------------------------------------------------------------------------
 
@@ -345,6 +349,10 @@ class SecureRound:
                 self._refuse(kind.clients[0].id, Refusal(FailureKind.ONLY_OF_ITS_RANKS, reason))
         return [kind for kind in found if len(kind.clients) >= TOGETHER]
 
+    def _trains(self, c: Client) -> frozenset[str]:
+        """The columns that a client of this kind trains."""
+        return self.setting.strategy.download(self.run.state, c, self.round).trainable
+
     def _sends(self, c: Client, base: int) -> tuple[Client, Shapes, Mapping[str, float]]:
         """A client, what it sends, the certificate's changes with it, and at which scales."""
         shapes, scale = self.session.schemas.of(self.run.state, c, base, self.round)
@@ -362,7 +370,7 @@ class SecureRound:
         self.received.certificates[i] = (asked, start, {})
 
     def _enough(self, did: str, left: set[int], among: set[int] | None = None) -> None:
-        need = self.terms.threshold
+        need = self.terms.fewest
         nearest = [len(self.near[i] & left) for i in (left if among is None else among)]
         if min(nearest, default=0) < need:
             ring = self.terms.shares < len(self.ids)

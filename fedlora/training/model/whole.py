@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fedlora.training.model.targets import ends
 
+NARROW = (torch.bfloat16, torch.float16)
+
 
 def inside_body(base: Any, heads: Sequence[str]) -> set[str]:
     """Those of the heads that are inside the pretrained body, so that more of the base follows."""
@@ -33,7 +35,7 @@ def in_float32(model: nn.Module, adapter: str, inner: Collection[str]) -> None:
         if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:
             continue
         module = wrapper.modules_to_save[adapter]
-        narrow = {p.dtype for p in module.parameters()} - {torch.float32}
+        narrow = {p.dtype for p in module.parameters() if p.dtype in NARROW}
         if not narrow:
             continue
         (dtype,) = narrow
