@@ -17,7 +17,7 @@ from client_app.app import app as client_app
 from fedlora.errors import PrivacyError, ProofError, RoundError
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure import masking
-from fedlora.federation.secure.agreement import Table, same_shapes, table_of
+from fedlora.federation.secure.agreement import MemberTable, same_shapes, table_of
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import encode, folded
 from fedlora.lora.adapter import Factors
@@ -31,7 +31,7 @@ def terms_of(cohort: int) -> Terms:
     return Terms(cohort, cohort, cohort // 2 + 1, 32, 8.0, 100)
 
 
-def unmasked_sum(root: Path, tables: list[Table], sent: list[Factors]) -> masking.Words:
+def unmasked_sum(root: Path, tables: list[MemberTable], sent: list[Factors]) -> masking.Words:
     """What a server has after all four stages, each member having been told its own table."""
     n = len(tables)
     members = [SecureClient(root / str(i), i, 1, "start") for i in range(n)]
@@ -57,7 +57,7 @@ SENT = [Factors({"m": 1.0}, {"m": torch.full((2, 40), 0.1 * (i + 1))}) for i in 
 OWN = {("A", "m"): (2, 40)}
 
 
-def placed(i: int) -> Table:
+def placed(i: int) -> MemberTable:
     """A table in which client i's tensor lies i places on, among tensors that nobody has."""
     pads = {("A", f"a{n}"): (2, 40) for n in range(i)} | {
         ("A", f"z{n}"): (2, 40) for n in range(2 - i)
@@ -90,7 +90,7 @@ def test_a_place_of_its_own_for_each_client_gives_the_server_noise(tmp_path: Pat
         (table_of([OWN], [], {0: 0, 1: 0, 2: 0}), "no such kind"),
     ],
 )
-def test_a_table_that_a_member_can_see_is_wrong_is_refused(table: Table, says: str) -> None:
+def test_a_table_that_a_member_can_see_is_wrong_is_refused(table: MemberTable, says: str) -> None:
     with pytest.raises(PrivacyError, match=says):
         table.check(0, OWN, {"A"}, [0, 1, 2], 3)
 
@@ -98,13 +98,13 @@ def test_a_table_that_a_member_can_see_is_wrong_is_refused(table: Table, says: s
 @pytest.mark.parametrize("text", ["", "[]", "[[],[]]", "[1,2,3]", "[[[1]],[],[]]", '{"a":1}'])
 def test_a_table_that_does_not_read_is_an_error_of_its_own(text: str) -> None:
     with pytest.raises(PrivacyError, match="does not read"):
-        Table.read(text)
+        MemberTable.read(text)
 
 
 def test_a_table_is_read_as_it_was_written() -> None:
     table = table_of([OWN, {("B", "x/y"): (3,)}], [["A"], ["other", "B"]], {4: 0, 2: 1})
-    assert Table.read(table.record()) == table
-    assert table.digest(terms_of(3), 1, "s") == Table.read(table.record()).digest(
+    assert MemberTable.read(table.record()) == table
+    assert table.digest(terms_of(3), 1, "s") == MemberTable.read(table.record()).digest(
         terms_of(3), 1, "s"
     )
     others = [table.digest(terms_of(4), 1, "s"), table.digest(terms_of(3), 2, "s"),

@@ -160,7 +160,7 @@ def secagg_share(message: Message, context: Context) -> RecordDict:
 
 def secagg_collect(message: Message, context: Context) -> RecordDict:
     """One round of local training, of which only a masked vector leaves."""
-    from fedlora.federation.secure.agreement import Table, same_shapes
+    from fedlora.federation.secure.agreement import MemberTable, same_shapes
     from fedlora.federation.secure.vector import encode, folded
 
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
@@ -172,7 +172,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     start, end = done.numbers
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))
-    me, job, table = work.job.client, work.job, Table.read(str(asked["table"]))
+    me, job, table = work.job.client, work.job, MemberTable.read(str(asked["table"]))
     trains, near, cohort = work.download.trainable, masker.near, masker.cohort
     kind = table.check(me, same_shapes(folded(sent)), trains, near, cohort)
     vector = encode(sent, n, loss, kind, table.layout, masker.terms)

@@ -1,6 +1,6 @@
 """What all members of a sum are told alike, so that a server cannot tell each another story.
 
-    Table      who is asked, which kind each is of, and which tensors a kind sends and trains
+    MemberTable   who is asked, which kind each is of, and which tensors a kind sends and trains
 
 A member works the vector's layout out of the table itself, finds its own entry true, and mixes the
 table's digest into every pair's mask: the masks of members who were told different tables never
@@ -27,7 +27,7 @@ from fedlora.federation.wire.messages import Shapes
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class MemberTable:
     """The kinds of clients of one round."""
 
     shapes: tuple[Shapes, ...]
@@ -51,7 +51,7 @@ class Table:
         return json.dumps([shapes, [list(c) for c in self.trains], kinds], separators=(",", ":"))
 
     @classmethod
-    def read(cls, text: str) -> "Table":
+    def read(cls, text: str) -> "MemberTable":
         """The inverse.
 
         Raises:
@@ -97,9 +97,9 @@ class Table:
 
 def table_of(
     shapes: Sequence[Shapes], trains: Sequence[Collection[str]], kinds: Mapping[int, int]
-) -> Table:
+) -> MemberTable:
     """The table of a round, from the kinds in their order."""
-    return Table(tuple(shapes), tuple(tuple(sorted(c)) for c in trains), dict(kinds))
+    return MemberTable(tuple(shapes), tuple(tuple(sorted(c)) for c in trains), dict(kinds))
 
 
 def same_shapes(sent: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], tuple[int, ...]]:

@@ -46,12 +46,7 @@ from fedlora.federation.wire.certificate import (
     without_masked,
 )
 from fedlora.federation.wire.codes import FailureKind, Refusal
-from fedlora.federation.wire.messages import (
-    Shapes,
-    arrays_of,
-    configs_of,
-    count_bytes,
-)
+from fedlora.federation.wire.messages import Shapes, arrays_of, configs_of, count_bytes
 from fedlora.strategies.base import Client, Round, Upload
 from fedlora.training.certificate import names_of, public_scales
 
