@@ -79,6 +79,7 @@ def test_under_the_c_locale_from_a_path_with_spaces_and_accents_it_runs(mine: Pa
     assert "<html" in report
 
 
+@pytest.mark.slow
 def test_with_a_home_that_cannot_be_written_it_runs(mine: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o500)
@@ -86,6 +87,7 @@ def test_with_a_home_that_cannot_be_written_it_runs(mine: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_at_once_end_in_one_run_and_one_line(mine: Path) -> None:
     code = "import sys\nfrom fedlora.cli import main\nsys.exit(main())"
     both = [
