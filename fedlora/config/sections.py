@@ -228,6 +228,8 @@ class RoundConfig(Section):
     """Fewer accepted replies than this stop the run, with its checkpoint intact."""
     wait_for_clients: Annotated[float, Field(ge=0)] = 120.0
     """Seconds to wait before round 1 for `clients.count` nodes; later, for one that went away."""
+    max_examples: Annotated[int, Field(gt=0)] = 1_000_000
+    """An update that claims more examples is refused: its weight in the mean is its claim."""
     max_norm: Annotated[float, Field(ge=0)] = 0.0
     """Refuse an update whose adapter, or whose other tensors, are larger than this; 0: any."""
     buffer: Annotated[int, Field(ge=0)] = 0

@@ -169,6 +169,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "another run's": (tagged(token="other"), "of another run"),
     "no examples": (metric("num-examples", 0), "num-examples = 0"),
     "negative examples": (metric("num-examples", -1), "num-examples = -1"),
+    "more examples than there are": (metric("num-examples", 2**62), "at most round.max-examples"),
     "fractional examples": (metric("num-examples", 2.5), r"num-examples = 2\.5"),
     "list of examples": (metric("num-examples", [3]), r"num-examples = \[3\]"),
     "loss is a list": (metric("loss", [1.0, 2.0]), "loss"),

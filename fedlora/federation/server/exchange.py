@@ -149,8 +149,11 @@ def read_reply(
     token: str,
     schema: tuple[Shapes, Mapping[str, float]],
     received: Received,
+    most: int = 1_000_000,
 ) -> tuple[Upload, dict[str, Any]]:
     """A reply to a train message, decoded, with what it says of itself.
+
+    most: round.max-examples.
 
     A training loss that is no finite number is noted in `received` first: where training diverged
     the factors are none either, and the reply is refused.
@@ -168,6 +171,8 @@ def read_reply(
         raise UpdateError(f"the reply lacks {e}") from None
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
+    if n > most:
+        raise UpdateError(f"num-examples = {n}: must be at most round.max-examples = {most}")
     if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
         raise UpdateError(f"{odd[0]} = {metrics[odd[0]]!r}: must be one number")
     if not math.isfinite(metrics.get("loss", 0.0)):

@@ -102,7 +102,8 @@ def read(
     """A reply to what `state` sent in `round`, decoded and checked, with what it says of itself."""
     try:
         schema = session.schemas.of(state, client, base_number(setting, run.state), round)
-        upload, facts = read_reply(reply, client, round, run.token, schema, received)
+        most = setting.config.round.max_examples
+        upload, facts = read_reply(reply, client, round, run.token, schema, received, most)
         check_norm(setting.strategy, state, upload, round, setting.config.round.max_norm)
         facts["certificate"] = certification.read(
             setting, session, run, reply.content, upload, round
