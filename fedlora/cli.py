@@ -96,7 +96,7 @@ def compare(
         Path | None, typer.Option(help="Where; default: runs/compare/EXPERIMENT.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="The experiment's full size.")] = False,
-    workers: Annotated[int, typer.Option(help="Runs at a time; 0: one a core.")] = 0,
+    workers: Annotated[int, typer.Option(help="Runs at a time; 0: one a core.", min=0)] = 0,
 ) -> None:
     """Run an experiment with many strategies and seeds, and write one table of them all.
 
@@ -107,7 +107,7 @@ def compare(
     if equal not in ("rounds", "bytes"):
         raise typer.BadParameter("must be rounds or bytes", param_hint="--equal")
     try:
-        numbers = [int(x) for x in seeds.split(",")] if seeds else None
+        numbers = [int(x) for x in seeds.split(",")] if seeds is not None else None
     except ValueError:
         raise typer.BadParameter("must be numbers: 0,1,2", param_hint="--seeds") from None
     if experiment == "synthetic":

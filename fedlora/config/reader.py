@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from fedlora.config.defaults import resolve_defaults
 from fedlora.config.fields import Section, flat_list
+from fedlora.config.possible import impossible
 from fedlora.config.sections import (
     ClientsConfig,
     DataConfig,
@@ -41,6 +42,7 @@ from fedlora.config.sections import (
 )
 from fedlora.config.sites import flat_sites
 from fedlora.config.strategies import strategy_options, strategy_section, strategy_tables
+from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError, StrategyError
 from fedlora.strategies import Strategy, list_strategies, registry
 
@@ -95,6 +97,7 @@ class Config(Section):
         flat = dict(_flatten(given))
         known = _dotted(cls().model_dump())
         problems = [_unknown(key, known) for key in flat if key not in known]
+        problems += [p for key, value in flat.items() if (p := impossible(key, value))]
         good = {key: value for key, value in flat.items() if key in known}
         tree: dict[str, Any] = {}
         for key, value in good.items():
@@ -129,14 +132,13 @@ class Config(Section):
 
         beside: tables of the file that are no part of the config.
         """
-        try:
-            given = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError([f"{path}: no such file"]) from None
-        except tomllib.TOMLDecodeError as e:
-            raise ConfigError([f"{path}: not TOML: {e}"]) from None
+        given, _ = read_toml(path)
         own = {name: table for name, table in given.items() if name not in beside}
-        return cls.read({**dict(_flatten(own)), **(overrides or {})})
+        try:
+            flat = dict(_flatten(own))
+        except RecursionError:
+            raise ConfigError([f"{path}: its tables are too deep"]) from None
+        return cls.read({**flat, **(overrides or {})})
 
     def flat(self) -> dict[str, Scalar]:
         """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
@@ -181,7 +183,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise ConfigError([f"--set {pair}: must be key=value"])
         try:
             overrides[key.strip()] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # no TOML, or a number of too many digits
             overrides[key.strip()] = text.strip()
     return overrides
 
@@ -210,7 +212,7 @@ def _unknown(key: str, known: Mapping[str, Scalar]) -> str:
     near = difflib.get_close_matches(key, known, n=1) or [
         k for k in known if k.split(".")[-1] == key.split(".")[-1]
     ]
-    return f"{key}: no such key" + (f'; did you mean "{near[0]}"?' if near else "")
+    return f"{key[:80]}: no such key" + (f'; did you mean "{near[0]}"?' if near else "")
 
 
 def _problem(section: str, error: Any, flat: Mapping[str, Any]) -> str:

@@ -159,7 +159,7 @@ class DevicesConfig(Section):
 class LoraConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
-    target_modules: Names = ("auto",)
+    target_modules: Annotated[Names, Field(min_length=1)] = ("auto",)
     """Module names as PEFT takes them: last names, or "all-linear". auto: PEFT's choice for the
     architecture, or else the linear modules of its attention blocks."""
     layers: Indices = ("auto",)

@@ -7,6 +7,7 @@ Wherever a command takes one, it takes a path, or the name of one that ships: `q
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def find(name: Path | str, also: Sequence[str] = ()) -> Path:
         ConfigError: neither; with the names, and the nearest.
     """
     path, known = Path(name), shipped()
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # of any length
         return path
     if str(name) in known:
         return known[str(name)]

@@ -1,5 +1,6 @@
 """Prints a command's error to the user in one paragraph, without a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -22,5 +23,27 @@ def guarded() -> Iterator[None]:
         said = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
         typer.secho(said, fg="red", err=True)
         sys.exit(1)
+    except OSError as e:
+        if (line := of_system(e)) is None:
+            raise
+        typer.secho(line, fg="red", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def of_system(error: OSError) -> str | None:
+    """What the system refused, as one line that names the file; None where it named none.
+
+    A full disk is said in any case: a write that fails has no name with it.
+    """
+    if error.filename is None:
+        return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return f"{shown_name(error.filename)}: {error.strerror}"
+
+
+def shown_name(name: object) -> str:
+    """A file's name as one line that any terminal can print."""
+    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    whole = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return whole if len(whole) <= 200 else f"{whole[:200]}..."

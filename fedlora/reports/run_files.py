@@ -8,6 +8,7 @@ then worked out from the rounds, so a reader has one shape to deal with.
 
 import json
 import math
+import os
 import statistics
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,11 +76,21 @@ def read(run_dir: Path) -> RunFiles:
         FedLoraError: the directory holds no run, or a file of it is damaged.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "rounds.jsonl").is_file():
+    if not os.path.isfile(run_dir / "rounds.jsonl"):  # a name of any length
         raise FedLoraError(
             f"{run_dir}: no rounds.jsonl here, so this is not a run's directory; "
             "name one that a run wrote to, run.out/run.name, such as runs/quickstart"
         )
+    try:
+        return _read(run_dir)
+    except (TypeError, AttributeError, KeyError) as e:
+        raise FedLoraError(
+            f"{run_dir}: rounds.jsonl, clients.jsonl or summary.json holds something else than a "
+            f"run writes: {e}"
+        ) from e
+
+
+def _read(run_dir: Path) -> RunFiles:
     rounds = {r["round"]: r for r in _lines(run_dir / "rounds.jsonl")}
     ordered = tuple(rounds[number] for number in sorted(rounds))
     config = dict(_flat(_toml(run_dir / "config.toml")))
@@ -242,14 +253,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # not JSON, or not UTF-8
         raise FedLoraError(f"{path}: not JSON: {e}") from None
 
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except tomllib.TOMLDecodeError as e:
+    except ValueError as e:
         raise FedLoraError(f"{path}: not TOML: {e}") from None
 
 

@@ -7,6 +7,7 @@ killed between the two finds the line there, and one killed before it repeats th
 import contextlib
 import json
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -132,9 +133,10 @@ class Journal:
 
     def _check_free(self) -> None:
         if self.rounds.exists():
+            name = shlex.quote(str(self.directory))
             raise CheckpointError(
                 f"{self.directory} holds a run already: continue it with "
-                f"`fedlora simulate --resume {self.directory}`, or give this one another run.name"
+                f"`fedlora simulate --resume {name}`, or give this one another run.name"
             )
 
     def open(self) -> None:
@@ -220,9 +222,18 @@ class Journal:
         tree_file.write_atomically(self.directory / "begun_with.json", text.encode())
 
     def begun_with(self) -> dict[str, str]:
-        """What the run began with; nothing of a run that is older than this record."""
+        """What the run began with; nothing of a run that is older than this record.
+
+        Raises:
+            CheckpointError: the record is damaged.
+        """
         path = self.directory / "begun_with.json"
-        found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            found: Any = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        except ValueError:  # not JSON, or not UTF-8
+            found = None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: damaged; it is no record of what the run began with")
         return found
 
     def lines(self) -> list[dict[str, Any]]:
@@ -291,13 +302,14 @@ class Journal:
     def _rewrite(self, last: dict[str, Any]) -> None:
         """Leave exactly the lines up to the checkpoint's round, its own line last."""
         lines = []
-        for text in self.rounds.read_text().splitlines() if self.rounds.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a half-written last line
+        kept = self.rounds.read_bytes() if self.rounds.exists() else b""
+        for text in kept.split(b"\n"):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a half-written last line
                 line = json.loads(text)
                 if line["round"] < last["round"]:
                     lines.append(line)
-        text = "".join(json.dumps(line) + "\n" for line in [*lines, last])
-        tree_file.write_atomically(self.rounds, text.encode())
+        whole = "".join(json.dumps(line) + "\n" for line in [*lines, last])
+        tree_file.write_atomically(self.rounds, whole.encode())
 
 
 def save_update(path: Path, upload: Upload) -> None:

@@ -2,12 +2,15 @@
 
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, ValidationError
+
+from fedlora.config.fields import Section
+from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import find, load
 from fedlora.strategies import list_strategies
@@ -38,17 +41,9 @@ class Experiment:
             ConfigError: it is not there, or its [compare] table has a key that is none.
         """
         path = find(name, also=["synthetic"])
-        text = path.read_text()
-        try:
-            table = tomllib.loads(text).get("compare", {})
-        except tomllib.TOMLDecodeError as e:
-            raise ConfigError([f"{path}: not TOML: {e}"]) from None
-        known = {"strategies", "seeds", "set", "variants", "full", "search"}
-        if wrong := sorted(set(table) - known):
-            raise ConfigError([f"{path}: compare.{wrong[0]}: must be one of {sorted(known)}"])
-        for key, values in table.get("search", {}).items():
-            if not isinstance(values, list) or not values:
-                raise ConfigError([f"{path}: compare.search.{key} = {values!r}: must be a list"])
+        tables, text = read_toml(path)
+        table = tables.get("compare", {})
+        _check_types(path, table)
         comment = []
         for line in text.splitlines():
             if not line.startswith("#"):
@@ -73,6 +68,40 @@ class Experiment:
             table.get("full", {}),
             table.get("search", {}),
         )
+
+
+class CompareTable(Section):
+    """The types of what [compare] may hold."""
+
+    strategies: list[str] = Field(default=[])
+    seeds: list[int] = Field(default=[])
+    set: dict[str, dict[str, Any]] = Field(default={})
+    variants: dict[str, dict[str, Any]] = Field(default={})
+    full: dict[str, Any] = Field(default={})
+    search: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
+
+
+def _check_types(path: Path, table: Any) -> None:
+    """
+    Raises:
+        ConfigError: [compare] is no table, has a key that is none, or a value of another type.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError([f"{path}: compare = {table!r}: must be a table, [compare]"])
+    known = [*CompareTable.model_fields]
+    if wrong := sorted({*table} - {*known}):
+        raise ConfigError([f"{path}: compare.{wrong[0]}: must be one of {sorted(known)}"])
+    try:
+        CompareTable(**table)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key, value = ".".join(map(str, first["loc"])), first["input"]
+        message = first["msg"].replace("Input should be a valid", "must be a")
+        raise ConfigError([f"{path}: compare.{key} = {value!r}: {message}"]) from None
+    for name, changes in table.get("variants", {}).items():
+        sets = changes.get("set", {})
+        if not isinstance(sets, dict) or not all(isinstance(x, dict) for x in sets.values()):
+            raise ConfigError([f"{path}: compare.variants.{name}.set: must be tables by strategy"])
 
 
 @dataclass
@@ -113,7 +142,7 @@ def chosen(strategies: str | None, experiment: Experiment) -> list[str]:
         ConfigError: one of them is none; lists those that are.
     """
     names = list(experiment.strategies)
-    if strategies:
+    if strategies is not None:
         names = (
             [*list_strategies()] if strategies == "all" else strategies.replace(" ", "").split(",")
         )

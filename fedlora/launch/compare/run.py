@@ -38,6 +38,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ REFUSAL = 3
 def run(experiment: Experiment, grid: Sequence[Cell], workers: int, say: Any = print) -> None:
     """Run what is not done, `workers` cells at a time, saying each as it ends."""
     todo = [c for c in grid if not _settled(c, experiment)]
-    if kept := len(grid) - len(todo):
+    if kept := sum(c.done for c in grid if not c.refused):
         say(f"{kept} of {len(grid)} cells are done already")
     waiting = list(todo)
     running: dict[int, tuple[BaseProcess, float]] = {}  # by the cell's place
@@ -206,6 +207,8 @@ def main(
     run(experiment, grid, workers)
     found = rows(grid)
     write(out, experiment.path.stem, experiment.claim, found, _command(), experiment.search)
+    if all(c.refused for c in grid):
+        raise ConfigError([*dict.fromkeys(c.reason for c in grid)])
     if died := [c for c in grid if not c.done and not c.refused]:
         first = died[0]
         raise CompareError(
@@ -311,4 +314,4 @@ def _bytes(directory: Path) -> tuple[float, float]:
 
 
 def _command() -> str:
-    return " ".join(["fedlora", *sys.argv[1:]])
+    return shlex.join(["fedlora", *sys.argv[1:]])

@@ -1,5 +1,6 @@
 """`fedlora deploy`: a server and its nodes as separate processes, on one host or many."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -76,7 +77,8 @@ def init(
         )
     )  # fmt: skip
     typer.echo(f"wrote {plan.directory}; its README.md says how to go on, for instance:")
-    typer.echo(f"  fedlora deploy up {directory} && fedlora deploy run {directory}")
+    name = shlex.quote(str(directory))
+    typer.echo(f"  fedlora deploy up {name} && fedlora deploy run {name}")
 
 
 @app.command()

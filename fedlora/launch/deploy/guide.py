@@ -69,4 +69,4 @@ def readme(plan: Plan) -> str:
         until = (
             f"The server's certificate ends on {day}; `fedlora deploy renew DIR` makes another.\n"
         )
-    return TEXT.format(clients=plan.clients, until=until, directory=plan.directory, port=plan.port)
+    return TEXT.format(clients=plan.clients, until=until, directory=plan.quoted, port=plan.port)

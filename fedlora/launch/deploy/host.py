@@ -150,7 +150,7 @@ def operating(plan: Plan) -> Iterator[Operator]:
     """An operator of a deployment that is up here."""
     if not healthy(plan):
         raise DeployError(
-            f"no SuperLink answers on 127.0.0.1:{plan.port}; `fedlora deploy up {plan.directory}`"
+            f"no SuperLink answers on 127.0.0.1:{plan.port}; `fedlora deploy up {plan.quoted}`"
         )
     with Operator(plan) as operator:
         yield operator
@@ -216,6 +216,6 @@ def _wait(done: Callable[[], bool], until: float, plan: Plan, what: str) -> None
         if time.monotonic() > until:
             raise DeployError(
                 f"{what} did not come up in time; see the logs in {plan.run_directory}, then "
-                f"`fedlora deploy down {plan.directory}`"
+                f"`fedlora deploy down {plan.quoted}`"
             )
         time.sleep(0.5)

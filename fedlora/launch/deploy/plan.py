@@ -9,6 +9,7 @@ DIR/app/           the Flower app that `flwr run` sends; the experiment is in it
 
 import contextlib
 import random
+import shlex
 import socket
 import tomllib
 from dataclasses import asdict, dataclass
@@ -44,6 +45,11 @@ class Plan:
     """Each node keeps a worker that holds the model between messages."""
     node_restart: float = 65.0
     """Seconds before a node that ended is started again; the SuperLink refuses it for 60."""
+
+    @property
+    def quoted(self) -> str:
+        """The directory as a word of a shell's command."""
+        return shlex.quote(str(self.directory))
 
     @property
     def server(self) -> Path:
@@ -89,9 +95,10 @@ class Plan:
             return cls(directory=directory.resolve(), **lists)
         except FileNotFoundError:
             raise DeployError(
-                f"{directory} holds no deployment; make one with `fedlora deploy init {directory}`"
+                f"{directory} holds no deployment; make one with "
+                f"`fedlora deploy init {shlex.quote(str(directory))}`"
             ) from None
-        except (tomllib.TOMLDecodeError, TypeError) as e:
+        except (OSError, ValueError, TypeError) as e:
             raise DeployError(f"{path} is damaged: {e}") from None
 
 

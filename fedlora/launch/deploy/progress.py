@@ -44,7 +44,7 @@ def processes(plan: Plan) -> Table:
             "" if exit_code is None else str(exit_code),
         )
     if not everything:
-        table.add_row("", "", f"not up; fedlora deploy up {plan.directory}", "", "")
+        table.add_row("", "", f"not up; fedlora deploy up {plan.quoted}", "", "")
     return table
 
 
@@ -95,7 +95,7 @@ def finish(plan: Plan, results: Path, run_id: str, status: str) -> None:
         last = said(plan, run_id, 25)
         raise DeployError(
             f"the run ended as {status}; the ServerApp's last words:\n{last}\n"
-            f"Mend the cause, then `fedlora deploy run {plan.directory} --resume`"
+            f"Mend the cause, then `fedlora deploy run {plan.quoted} --resume`"
         )
     from fedlora.reports import report
 

@@ -17,6 +17,7 @@ from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.this_machine import machine
 from fedlora.launch.experiment_file import load_config
+from fedlora.launch.guard import of_system
 
 
 def check(
@@ -39,6 +40,10 @@ def check(
         return [*e.problems]
     except FedLoraError as e:
         return [str(e)]
+    except OSError as e:
+        if (said := of_system(e)) is None:
+            raise
+        return [said]
     return [f"{f.what}; {f.do}" if f.do else f.what for f in found if f.level == "problem"]
 
 
@@ -60,6 +65,10 @@ def examine(path: Path | None, overrides: Mapping[str, Any]) -> int:
             findings += [Finding("problem", problem) for problem in e.problems]
         except FedLoraError as e:
             findings.append(Finding("problem", str(e)))
+        except OSError as e:
+            if (said := of_system(e)) is None:
+                raise
+            findings.append(Finding("problem", said))
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
     for f in findings:
         console.print(marks[f.level], escape(f.what), highlight=False)

@@ -1,5 +1,6 @@
 """`fedlora privacy ...`: prints ledgers, and attacks what a run would send."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -70,4 +71,4 @@ def audit(
         out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick,
         epsilons=budgets, strategies=names, seeds=numbers,
     )  # fmt: skip
-    main(lab, processes.workers(workers), " ".join(["fedlora", *sys.argv[1:]]))
+    main(lab, processes.workers(workers), shlex.join(["fedlora", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -103,7 +104,7 @@ def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
         ConfigError: no run began there.
     """
     path = directory / "config.toml"
-    if not path.exists():
+    if not os.path.isfile(path):  # a name of any length
         raise ConfigError([f"{path}: no such file, so no run to go on with"])
     return path, {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
 
@@ -111,7 +112,7 @@ def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
 @contextmanager
 def _resumable(directory: Path, observer: Any) -> Iterator[None]:
     """However a run ends early, say how to go on."""
-    hint = f"continue with: fedlora simulate --resume {directory}"
+    hint = f"continue with: {shlex.join(['fedlora', 'simulate', '--resume', str(directory)])}"
     try:
         yield
     except KeyboardInterrupt:

@@ -1,0 +1,33 @@
+"""What no key can be, whatever its type: what files, paths and 64-bit numbers cannot hold."""
+
+from typing import Any
+
+PATHS = (
+    "run.name", "run.out", "model.path", "data.path", "data.test-path", "data.node-path",
+    "output.client-memory", "lora.calibration",
+)  # fmt: skip
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""Bytes that file systems take."""
+
+
+def impossible(key: str, value: Any) -> str:
+    """What is wrong with such a value of a key; empty where nothing is."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"{key} = {float_text(value)}: must be a number of 64 bits"
+    if not isinstance(value, str):
+        return ""
+    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        return f"{key} = {value[:80]!a}: must be text, in UTF-8 and without the character 0"
+    if key in PATHS:
+        names = [len(part.encode()) for part in value.split("/")]
+        if max(names) > LONGEST_NAME or sum(names) > LONGEST_PATH:
+            return (
+                f"{key} = {value[:80]!r}...: too long for a path, whose names have at most "
+                f"{LONGEST_NAME} bytes"
+            )
+    return ""
+
+
+def float_text(value: int) -> str:
+    """A large integer in a few characters."""
+    return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} or more"

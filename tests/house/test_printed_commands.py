@@ -1,0 +1,40 @@
+"""A command that is printed can be pasted into a shell."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+FEDLORA = Path(__file__).parents[2] / "fedlora"
+COMMAND = re.compile(r"\b(fedlora|flwr|vllm) [a-z][a-z -]*$")
+"""A text that ends where a command's next word is put in."""
+QUOTED = re.compile(r"shlex\.|\.quoted$|^name$|^i$")
+
+
+def unquoted(source: str) -> list[str]:
+    """Values that a text puts into a command as they are."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        before = ""
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                before = str(part.value)
+            elif isinstance(part, ast.FormattedValue):
+                value = ast.unparse(part.value)
+                if COMMAND.search(before) and not QUOTED.search(value):
+                    found.append(value)
+                before = ""
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(FEDLORA.rglob("*.py")), ids=lambda p: p.stem)
+def test_paths_in_commands_are_quoted(path: Path) -> None:
+    assert not unquoted(path.read_text("utf-8"))
+
+
+def test_an_unquoted_path_is_found() -> None:
+    assert unquoted("f'go on: fedlora simulate --resume {x}'") == ["x"]
+    assert not unquoted("f'go on: fedlora simulate --resume {shlex.quote(x)}'")
