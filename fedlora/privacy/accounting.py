@@ -89,6 +89,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+LEAST = 0.01
+"""The smallest sigma that is looked for: of any less an accountant cannot tell the epsilon."""
+
+
 @functools.lru_cache(maxsize=4096)
 def calibrate(target: float, delta: float, q: float, steps: int) -> float:
     """A sigma whose epsilon over all the steps is at most the target, and hardly below it.
@@ -102,7 +106,7 @@ def calibrate(target: float, delta: float, q: float, steps: int) -> float:
     high = _enough(target, delta, q, steps)
     low, at_low, at_high = 0.0, 0.0, epsilon([Spend(q, high, steps)], delta)
     for _ in range(8):
-        if at_high >= target - max(PRECISION, target / 100):
+        if at_high >= target - max(PRECISION, target / 100) or high < LEAST:
             break
         if not low:  # epsilon falls at least as fast as 1 / sigma
             middle = high * (at_high / (0.996 * target)) ** (1 / 1.3)
@@ -128,7 +132,7 @@ def _enough(target: float, delta: float, q: float, steps: int) -> float:
         middle = (low + high) / 2
         within = _loose(((middle, q, steps),), delta) <= target
         low, high = (low, middle) if within else (middle, high)
-        if high < 0.01:
+        if high < LEAST:
             break
     while epsilon([Spend(q, high, steps)], delta) > target:
         high *= 1.5

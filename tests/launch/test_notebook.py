@@ -18,7 +18,8 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     """Shortened in `make test`, as it is in `make test-slow`."""
     notebook = nbformat.read(FIRST_RUN, as_version=4)

@@ -70,6 +70,7 @@ def test_without_fork_fcntl_and_unix_sockets_a_simulation_runs_in_one_process(mi
     assert not Path(mine.parent, "there").exists()
 
 
+@pytest.mark.slow
 def test_under_the_c_locale_from_a_path_with_spaces_and_accents_it_runs(mine: Path) -> None:
     """Without UTF-8 mode, whose absence Python would otherwise make up for."""
     plain = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
