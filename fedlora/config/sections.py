@@ -199,7 +199,7 @@ class TrainConfig(Section):
     with adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Over the rounds: the rate of round t, constant within it."""
-    lr_ratio_b: Annotated[float, Field(gt=0)] = 1.0
+    lr_ratio_b: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """LoRA+: B's rate over A's."""
     optimizer: Literal["auto", "adamw", "sgd"] = "auto"
     """auto: adamw, and sgd under example-level DP."""
@@ -212,7 +212,7 @@ class TrainConfig(Section):
     """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where torch multiplies it natively, else float32."""
-    threads: Annotated[int, Field(gt=0)] = 1
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
     gradient_checkpointing: bool = False
     prefix_cache: Annotated[int, Field(ge=0)] = 0
