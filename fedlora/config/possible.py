@@ -13,7 +13,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4000
 def impossible(key: str, value: Any) -> str:
     """What is wrong with such a value of a key; empty where nothing is."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return f"{key} = {float_text(value)}: must be a number of 64 bits"
+        return f"{key} = {_power(value)}: must be a number of 64 bits"
     if not isinstance(value, str):
         return ""
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
@@ -28,6 +28,6 @@ def impossible(key: str, value: Any) -> str:
     return ""
 
 
-def float_text(value: int) -> str:
-    """A large integer in a few characters."""
+def _power(value: int) -> str:
+    """A large integer in a few characters, by the power of two below it."""
     return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} or more"

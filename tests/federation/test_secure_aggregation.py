@@ -23,6 +23,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PrivacyError, RoundError, StrategyError, UpdateError
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure import masking
+from fedlora.federation.secure.agreement import MemberTable
 from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, encode, folded, kinds_of
@@ -205,13 +206,16 @@ def terms_of(cohort: int) -> Terms:
     return Terms(cohort, cohort, cohort // 2 + 1, 32, 8.0, 100)
 
 
-def trio(root: Path, vector: masking.Words, n: int = 3) -> tuple[list[SecureClient], list[Any]]:
+def trio(
+    root: Path, vector: masking.Words, n: int = 3, kinds: Mapping[int, int] | None = None
+) -> tuple[list[SecureClient], list[Any]]:
     """Members that have sent the same vector, and what each sent."""
+    table = MemberTable(({}, {}), ((), ()), kinds or dict.fromkeys(range(n), 0))
     members = [SecureClient(root / str(i), i, 1, "start") for i in range(n)]
     keys = {m.me: m.setup(terms_of(n)) for m in members}
     boxes = {m.me: m.share(keys, terms_of) for m in members}
     masked = [
-        m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of).masked(vector, b"told")
+        m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of).masked(vector, table)
         for m in members
     ]
     return members, masked
@@ -247,6 +251,16 @@ def test_shares_that_would_unmask_a_client_are_not_given_then_or_later(
     with pytest.raises(PrivacyError, match="not at stage 'unmask'"):
         members[0].unmask([0, 1, 2], [], terms_of)
     assert members[1].unmask([0, 1, 2], [], terms_of).keys() == {0, 1, 2}
+
+
+def test_a_client_whose_kind_is_said_to_be_gone_gives_no_shares(tmp_path: Path) -> None:
+    """What it alone sends would stand in the sum as it is: even where the sum is of many."""
+    members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32), 5, {0: 0, 1: 0, 2: 1, 3: 1, 4: 1})
+    for m in members[0], members[2]:  # the victim, and one of the others
+        with pytest.raises(PrivacyError, match="all clients but one of its ranks are gone"):
+            m.unmask([0, 2, 3, 4], [1], terms_of)
+    assert members[1].unmask([0, 1, 2, 3], [4], terms_of).keys() == {0, 1, 2, 3, 4}
+    assert members[3].unmask([2, 3, 4], [0, 1], terms_of).keys() == {0, 1, 2, 3, 4}
 
 
 def test_no_secret_of_a_client_comes_out_of_both_kinds_of_its_shares(tmp_path: Path) -> None:

@@ -40,9 +40,8 @@ def unmasked_sum(root: Path, tables: list[MemberTable], sent: list[Factors]) -> 
     total, shares = None, dict[int, list[bytes]]()
     for m, table, x in zip(members, tables, sent, strict=True):
         masker = m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of)
-        kind = table.check(m.me, same_shapes(folded(x)), ["A"], masker.near, masker.cohort)
-        vector = encode(x, 10, 0.0, kind, table.layout, masker.terms)
-        masked = masker.masked(vector, table.digest(masker.terms, 1, "start"))
+        kind = masker.kind(table, same_shapes(folded(x)), ["A"])
+        masked = masker.masked(encode(x, 10, 0.0, kind, table.layout, masker.terms), table)
         total = masked if total is None else total + masked
     assert total is not None
     for m in members:

@@ -152,8 +152,10 @@ def places(version: str) -> Iterator[str]:
     for directory in os.environ.get("PATH", "").split(os.pathsep):
         if path := shutil.which(f"python{version}", path=directory or "."):
             yield path
-    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    yield from map(str, sorted(root.glob(f"versions/{version}*/bin/python{version}")))
+    if pyenv := shutil.which("pyenv"):
+        root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=False).stdout
+        made = Path(root.strip()).glob(f"versions/{version}*/bin/python{version}")
+        yield from map(str, sorted(made))
 
 
 def runs(path: str, version: str) -> bool:

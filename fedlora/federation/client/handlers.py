@@ -172,11 +172,9 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     start, end = done.numbers
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))
-    me, job, table = work.job.client, work.job, MemberTable.read(str(asked["table"]))
-    trains, near, cohort = work.download.trainable, masker.near, masker.cohort
-    kind = table.check(me, same_shapes(folded(sent)), trains, near, cohort)
-    vector = encode(sent, n, loss, kind, table.layout, masker.terms)
-    x = masker.masked(vector, table.digest(masker.terms, job.round, job.incarnation))
+    table = MemberTable.read(str(asked["table"]))
+    kind = masker.kind(table, same_shapes(folded(sent)), work.download.trainable)
+    x = masker.masked(encode(sent, n, loss, kind, table.layout, masker.terms), table)
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}
     if not work.job.cuts:  # what follows from what the server sent; not with a B of one's own

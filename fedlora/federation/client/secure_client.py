@@ -13,14 +13,16 @@ takes the file away before it begins and leaves one for the next stage when it i
 Formal guarantee
     Of one round and start of the server, a client sends at most one masked vector; of every
     neighbour either the share of its mask's seed or that of its private key, never both; and no
-    share at all where fewer than the threshold of its neighbours answered. So a server that learns
-    how a vector was masked towards others never learns the mask that is the client's own.
+    share at all where fewer than the threshold of its neighbours answered, or (where all are
+    neighbours) where one alone of a kind did. So a server that learns how a vector was masked
+    towards others never learns the mask that is the client's own.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,11 @@ import numpy as np
 
 from fedlora.errors import PrivacyError
 from fedlora.federation.secure import masking
+from fedlora.federation.secure.agreement import MemberTable
 from fedlora.federation.secure.masking import Words
+from fedlora.federation.secure.rules import TOGETHER
 from fedlora.federation.secure.terms import SMALLEST, Terms
+from fedlora.federation.wire.messages import Shapes
 from fedlora.lora.tree_file import write_atomically
 
 Boxes = Mapping[int, bytes]
@@ -137,6 +142,12 @@ class SecureClient:
                 f"{terms.fewest} at least (secure.reconstruction-threshold = {terms.threshold}; of "
                 "a sum of two, either knows the other's part)"
             )
+        of_kind = Counter(s["kinds"][i] for i in set(active))
+        if terms.shares == terms.cohort and min(of_kind.values()) < TOGETHER:
+            raise PrivacyError(
+                "the server says that all clients but one of its ranks are gone: what only that "
+                "one sends would be no sum"
+            )
         return {i: shares[i][0] for i in active} | {i: shares[i][1] for i in dead}
 
     # -- files --------------------------------------------------------------------------------
@@ -187,28 +198,25 @@ class Masker:
         self.state = state
         self.terms = terms
 
-    @property
-    def near(self) -> list[int]:
-        """The neighbours whose keys it was shown, itself among them."""
-        return [*self.state["keys"]]
+    def kind(self, table: MemberTable, sends: Shapes, trains: Collection[str]) -> int:
+        """This client's kind by a table that is true of it, and of the clients it was shown.
 
-    @property
-    def cohort(self) -> int:
-        """How many clients it was told there are, before any secret was shared."""
-        return int(self.state["cohort"])
-
-    def masked(self, vector: Words, told: bytes) -> Words:
-        """The vector under its own mask and one for each neighbour; after it none can follow.
-
-        `told`: the digest of the table that it was sent.
+        Raises:
+            PrivacyError: see `MemberTable.check`.
         """
+        return table.check(self.member.me, sends, trains, self.state["keys"], self.state["cohort"])
+
+    def masked(self, vector: Words, table: MemberTable) -> Words:
+        """The vector under its own mask and one for each neighbour; after it none can follow."""
         s, n, bits = self.state, len(vector), self.terms.bits
+        told = table.digest(self.terms, self.member.round, self.member.incarnation)
         total = vector + masking.mask(s["seed"], n, bits)
         for i in s["shares"]:
             if i != self.member.me:
                 shared = masking.pair_mask(s["sk1"], s["keys"][i][0], told, n, bits)
                 masking.cancel(total, self.member.me, i, shared)
-        self.member.leave("unmask", cohort=s["cohort"], shares=s["shares"])
+        kinds = dict(table.kinds)
+        self.member.leave("unmask", cohort=s["cohort"], shares=s["shares"], kinds=kinds)
         return np.asarray(total)
 
 

@@ -7,9 +7,11 @@ table's digest into every pair's mask: the masks of members who were told differ
 cancel, and the sum stays noise.
 
 Formal guarantee
-    Of a sum that comes out, every member saw one table; each tensor of it was sent by all clients
-    of its kind, `TOGETHER` at least, each of which trained the same columns. What a server may
-    still do is to send crafted weights, or to name clients that are its own: docs/privacy/index.md.
+    Of a sum that comes out, every member in it saw one table, in which `TOGETHER` clients at least
+    send each tensor and train the same columns. That so many of them are in the sum the members
+    see where each is every other's neighbour (secure.num-shares = 0), and on a ring not; nor is
+    who dropped out agreed among them. What a server may still do is to say so of clients that did
+    not, to send crafted weights, or to name clients that are its own: docs/privacy/index.md.
 """
 
 import hashlib
