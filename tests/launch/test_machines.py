@@ -196,7 +196,6 @@ def test_a_python_that_does_not_run_is_skipped_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nowhere")
-    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "none"))
     monkeypatch.setattr("tests.support.machines.sys.version_info", (3, 11, 7))
     broken = shim(tmp_path, "3.12", "echo no such version >&2; exit 127")
     found = {f.name: f for f in pythons(download=True)}
@@ -212,8 +211,8 @@ def test_a_python_behind_a_shim_that_does_not_run_is_found_in_pyenv(
     (tmp_path / "shims").mkdir()
     (tmp_path / "versions/3.12.1/bin").mkdir(parents=True)
     monkeypatch.setenv("PATH", str(tmp_path / "shims"))
-    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
     monkeypatch.setattr("tests.support.machines.sys.version_info", (3, 11, 7))
+    shim(tmp_path / "shims", "3.12", f"echo {tmp_path}").rename(tmp_path / "shims/pyenv")
     shim(tmp_path / "shims", "3.12", "exit 127")
     real = shim(tmp_path / "versions/3.12.1/bin", "3.12", "echo 3.12")
     assert runs(str(real), "3.12")
