@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.training import metrics
-from fedlora.training.data.batches import IGNORE, Encoded, eval_batches, prompt_batches
+from fedlora.training.data.batches import IGNORE, Batch, Encoded, eval_batches, prompt_batches
 from fedlora.training.data.seam import end_mark
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
@@ -75,16 +75,16 @@ def _language(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
     losses, tokens = [], []
     for batch in eval_batches(rows, config.evaluate.batch_size):
         labels = batch.pop("labels")
-        losses.append(_losses(config, model.logits(batch), labels))
+        losses.append(_losses(model, batch, labels))
         tokens.append((labels[:, 1:] != IGNORE).sum(1))
     return metrics.language(torch.cat(losses), torch.cat(tokens))
 
 
-def _losses(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
+def _losses(model: Model, batch: Batch, labels: Tensor) -> Tensor:
     """Each example's loss, as it is trained."""
-    if config.train.loss:
-        return own_losses(config.train.loss, logits, labels)
-    return token_losses(logits, labels)
+    if own := model.config.train.loss:
+        return own_losses(own, model.logits(batch), labels)
+    return token_losses(model, batch, labels)
 
 
 def _answered(model: Model, rows: Encoded, config: Config) -> tuple[list[str], list[str]]:

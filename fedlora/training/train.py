@@ -25,6 +25,7 @@ from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
 from fedlora.training.model.model import Model
+from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.precision import autocast
 from fedlora.training.user_code import find
@@ -135,12 +136,12 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
     labels = batch["labels"]
     inputs = {key: x for key, x in batch.items() if key != "labels"}
     with autocast(precision):
+        if labels.ndim > 1 and not model.config.train.loss:
+            return token_losses(model, inputs, labels)
         logits = model.logits(inputs)
     if model.config.train.loss:
         return own_losses(model.config.train.loss, logits, labels)
-    if labels.ndim == 1:
-        return cross_entropy(logits, labels, reduction="none")
-    return token_losses(logits, labels)
+    return cross_entropy(logits, labels, reduction="none")
 
 
 def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -159,11 +160,18 @@ def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     return losses.float()
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss over each example's own labelled tokens, (batch,)."""
-    targets = labels[:, 1:]
-    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
-    return losses.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
+def token_losses(model: Model, inputs: Batch, labels: Tensor) -> Tensor:
+    """The mean loss over each example's own labelled tokens, (batch,), in float32."""
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the next token's
+    scored = targets != IGNORE
+    head = OutputHead.of(model.peft.get_base_model())
+    if head and (states := head.states(model.run, inputs, scored)):
+        found = head.losses(*states, targets[scored])
+    else:
+        logits = model.logits(inputs)[scored]
+        found = cross_entropy(logits, targets[scored], reduction="none")
+    losses = found.new_zeros(targets.shape).masked_scatter(scored, found)
+    return losses.sum(1) / scored.sum(1).clamp(min=1)
 
 
 def extra_loss(

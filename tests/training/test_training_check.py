@@ -255,23 +255,22 @@ def halved_gradients(patch: Patch, s: Loaded) -> None:
 def mean_over_all_tokens(patch: Patch, s: Loaded) -> None:
     """The loss is divided by the batch's width in place of the example's own tokens."""
 
-    def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        targets = labels[:, 1:]
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), targets, reduction="none"
-        )
-        return losses.mean(1)
+    real = train.token_losses
+
+    def token_losses(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        own = (labels[:, 1:] != IGNORE).sum(1)
+        return real(model, inputs, labels) * own / labels[:, 1:].shape[1]
 
     patch.setattr(train, "token_losses", token_losses)
 
 
 def attention_unmasked(patch: Patch, s: Loaded) -> None:
-    real = s.model.logits
+    real = s.model.run
 
-    def logits(inputs: Mapping[str, Any]) -> torch.Tensor:
-        return real({**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
+    def run(**inputs: Any) -> Any:
+        return real(**{**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
 
-    patch.setattr(s.model, "logits", logits)
+    patch.setattr(s.model, "run", run)
 
 
 def remembered_too_long(patch: Patch, s: Loaded) -> None:

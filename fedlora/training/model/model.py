@@ -231,11 +231,13 @@ class Model:
 
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the model makes of a batch (b, t), in float32: (b, classes) or (b, t, tokens)."""
+        return logits_of(self.run(**inputs)).float()
+
+    def run(self, **inputs: Any) -> Any:
+        """One forward pass; gives what the model's own `forward` gives."""
         if self.form.after:
-            inputs = {**inputs, "alora_offsets": offsets(self, inputs["input_ids"])}
-        if self.prefix:
-            return self.prefix.logits(self.peft, inputs).float()
-        return logits_of(self.peft(**inputs)).float()
+            inputs["alora_offsets"] = offsets(self, inputs["input_ids"])
+        return self.prefix.run(self.peft, inputs) if self.prefix else self.peft(**inputs)
 
     # -- the base ---------------------------------------------------------------------------
 

@@ -64,16 +64,15 @@ class Prefix:
             return None
         return cls(layers, min(depths), config.train.prefix_cache)
 
-    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the model makes of a batch that is padded on the right."""
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """What the model makes of a batch that is padded on the right: its own output."""
         rows = _examples(inputs)
         found = self._computed(model, dict(rows))
         states = [found[key] if key in found else self._kept[key] for key, _ in rows]
         self._keep({key: x for (key, _), x in zip(rows, states, strict=True)})
         hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (b, t, width)
         with self._given(hidden):
-            logits: Tensor = model(**inputs).logits
-        return logits
+            return model(**inputs)
 
     def remember(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Compute what these batches lack, as far as there is room for it."""
