@@ -275,9 +275,10 @@ class ProofConfig(Section):
 class PrivacyConfig(Section):
     level: Literal["example", "client"] = "example"
     """What one unit of protection is: an example of a client, or a client with all it has."""
-    epsilon: Annotated[float, Field(ge=0)] = 0.0
-    """The budget over all rounds; the noise is calibrated to it. 0: off, or by noise-multiplier."""
-    max_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    epsilon: Annotated[float, Field(ge=0, le=200)] = 0.0
+    """The budget over all rounds; the noise is calibrated to it. 0: off, or by noise-multiplier.
+    Above 200 no privacy is left, so no budget is larger."""
+    max_epsilon: Annotated[float, Field(ge=0, le=200)] = 0.0
     """A node's own limit, from its node config: it refuses whatever exceeds it. 0: none."""
     noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
     """Noise over clip-norm, in place of epsilon; then epsilon is counted, without a limit."""

@@ -36,7 +36,7 @@ from filelock import FileLock
 
 from fedlora.errors import BudgetSpent, PrivacyError
 from fedlora.lora.tree_file import sync_directory, write_atomically
-from fedlora.privacy.accounting import Spend, epsilon
+from fedlora.privacy.accounting import Spend, epsilon, in_words
 from fedlora.version import __version__
 
 START = "0" * 64
@@ -166,8 +166,8 @@ class Ledger:
         if budget and after > budget * (1 + 1e-9):
             spent = contents.epsilon(charge.delta)
             raise BudgetSpent(
-                f"the privacy budget is spent: epsilon is {spent:.4g}, and "
-                f"{charge.spend.steps} steps more make {after:.4g}, above the limit of "
+                f"the privacy budget is spent: epsilon is {in_words(spent)}, and "
+                f"{charge.spend.steps} steps more make {in_words(after)}, above the limit of "
                 f"{budget:g} at delta = {charge.delta:g} ({self.path}); nothing was trained"
             )
         return after

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.privacy.accounting import epsilon
+from fedlora.privacy.accounting import epsilon, in_words
 from fedlora.privacy.ledger import Charge, Contents, Ledger
 
 HEADS = ("round", "run", "unit", "q", "sigma", "steps", "C", "delta", "noise", "epsilon so far")
@@ -19,7 +19,7 @@ def statement(path: Path, console: Console | None = None) -> None:
     """
     contents = Ledger(path.parent.parent, path.stem).read()
     delta = max((c.delta for c in contents.charges), default=1e-5)
-    title = f"{path}\n{contents.epsilon(delta):.4g} = epsilon spent, at delta = {delta:g}"
+    title = f"{path}\n{in_words(contents.epsilon(delta))} = epsilon spent, at delta = {delta:g}"
     table = Table(*HEADS, title=title)
     for row in rows(contents, delta):
         table.add_row(*row)
@@ -37,7 +37,7 @@ def rows(contents: Contents, delta: float) -> list[tuple[str, ...]]:
     for n, c in enumerate(contents.charges, 1):
         shown = n == len(contents.charges) or n % max(1, len(contents.charges) // 10) == 0
         so_far = epsilon((x.spend for x in contents.charges[:n]), delta) if shown else None
-        found.append((*_terms(c), "" if so_far is None else f"{so_far:.4g}"))
+        found.append((*_terms(c), "" if so_far is None else in_words(so_far)))
     return found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedlora.config.reader import Config
+from fedlora.privacy.accounting import NO_PRIVACY, in_words
 
 
 def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -34,4 +35,12 @@ def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, An
         last |= {str(i): facts["privacy"] for i, facts in clients if facts.get("privacy")}
     for key in ("epsilon", "sigma", "q") if last else ():
         found[key] = {i: facts[key] for i, facts in last.items()}
+    spent = found.get("epsilon")
+    by_client = isinstance(spent, Mapping)
+    if spent is not None:
+        found["epsilon"] = {i: _said(e) for i, e in spent.items()} if by_client else _said(spent)
     return found
+
+
+def _said(epsilon: float) -> float | str:
+    return epsilon if epsilon <= NO_PRIVACY else in_words(epsilon)
