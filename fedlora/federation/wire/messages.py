@@ -26,6 +26,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-11, "int8": 6e-2, "int4": 0.8}
 """Relative error that sending in this dtype may add to an aggregate: see `proof`."""
 
+LARGEST = 1e6
+"""What a number that a client sends may be: trained factors are a millionth of it, and products of
+numbers below it are finite in float32."""
+
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
 
 Shapes = Mapping[tuple[str, str], tuple[int, ...]]
@@ -95,9 +99,15 @@ def pack_factors(
 
 
 def unpack_factors(
-    record: ArrayRecord, scale: Mapping[str, float], shapes: Shapes | None = None
+    record: ArrayRecord,
+    scale: Mapping[str, float],
+    shapes: Shapes | None = None,
+    dtype: str = "",
 ) -> Factors:
-    """The factors of a record; with `shapes`, exactly these keys in exactly these shapes."""
+    """The factors of a record; with `shapes`, exactly these keys in exactly these shapes.
+
+    With `dtype`, packed as `pack` does for it; and then no number is beyond LARGEST or not finite.
+    """
     columns: dict[str, dict[str, Tensor]] = {c: {} for c in COLUMNS}
     if shapes is not None:
         want = {f"{c}/{name}" for c, name in shapes}
@@ -112,10 +122,28 @@ def unpack_factors(
         column, _, name = key.partition("/")
         if column not in columns:
             raise WireError(f"{key}: no such kind of tensor")
-        columns[column][name] = unpack(
-            array, key, shapes[column, name] if shapes is not None else None
-        )
+        if dtype:
+            _check_dtype(array, key, dtype)
+        x = unpack(array, key, shapes[column, name] if shapes is not None else None)
+        if dtype:
+            _check_values(x, key)
+        columns[column][name] = x
     return Factors(scale, **columns)
+
+
+def _check_dtype(array: Array, key: str, dtype: str) -> None:
+    """Raises WireError where an array is not of the type in which `pack` sends it."""
+    want = "float32" if dtype in LEVELS and len(array.shape) < 2 else dtype
+    if array.dtype != want:
+        raise WireError(f"{key}: type {array.dtype!r}, must be {want!r} (wire.dtype = {dtype!r})")
+
+
+def _check_values(x: Tensor, key: str) -> None:
+    """Raises WireError where a number is not finite, or larger than any that training makes."""
+    if not bool(torch.isfinite(x).all()):
+        raise WireError(f"{key} holds NaN or Inf")
+    if x.numel() and float(x.abs().max()) > LARGEST:
+        raise WireError(f"{key} holds {float(x.abs().max()):.3g}: must be within +-{LARGEST:g}")
 
 
 def pack_pairs(pairs: Mapping[str, Delta], dtype: str) -> ArrayRecord:
