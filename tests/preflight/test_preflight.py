@@ -19,7 +19,7 @@ from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server import admission
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.wire.codes import Code
-from fedlora.federation.wire.messages import Job
+from fedlora.federation.wire.job import Job
 from fedlora.launch import client_reply
 from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
