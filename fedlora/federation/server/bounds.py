@@ -18,10 +18,9 @@ import math
 import statistics
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,18 @@ class NormBound:
     def uploads(
         self, uploads: Iterator[Upload], run: Saved, round: Round, received: Received
     ) -> Iterator[Upload]:
+        """Those that count, once all are here: the median is over all of them."""
         found: dict[int, Lengths] = {}
-        with waiting_room(self.setting.journal.directory) as room:
-            for upload in uploads:
-                found[upload.client.id] = lengths(self.setting, run.state, upload, round)
-                room.take(upload)
-                del upload
-            refused = self._too_long(found)
-            if refused:
-                self.found = {"refused": sorted(refused), "norms": found}
-            for i, reason in refused.items():
-                received.take_back(i, round, Refusal(FailureKind.OUT_OF_BOUNDS, reason))
-            yield from (u for u in room.leave() if u.client.id not in refused)
+        room = WaitingRoom(self.setting.journal.directory)
+        for upload in uploads:
+            found[upload.client.id] = lengths(self.setting, run.state, upload, round)
+            room.take(upload)
+            del upload
+        if refused := self._too_long(found):
+            self.found = {"refused": sorted(refused), "norms": found}
+        for i, reason in refused.items():
+            received.take_back(i, round, Refusal(FailureKind.OUT_OF_BOUNDS, reason))
+        return (u for u in room.leave() if u.client.id not in refused)
 
     def close(self, before: Saved, after: Saved, round: Round, received: Received) -> Saved:
         return after
@@ -271,10 +270,11 @@ def kept(setting: Setting) -> Path:
 class WaitingRoom:
     """Uploads in their order: the first in memory, and beyond IN_MEMORY bytes in files."""
 
-    def __init__(self, files: Callable[[], Path]) -> None:
-        """`files` makes a directory, where one is needed."""
-        self._files = cache(files)
+    def __init__(self, run: Path) -> None:
+        """`run`: the directory that the files' own is made in, where there are any."""
+        self._run = run
         self._left = IN_MEMORY
+        self._files: tempfile.TemporaryDirectory[str] | None = None
         self._held: deque[tuple[Upload, Path | None]] = deque()
 
     def take(self, upload: Upload) -> None:
@@ -282,12 +282,14 @@ class WaitingRoom:
         if self._left >= 0:
             self._held.append((upload, None))
             return
-        path = self._files() / f"client-{upload.client.id}.safetensors"
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(".tmp", ".updates.", self._run)
+        path = Path(self._files.name, f"client-{upload.client.id}.safetensors")
         tree_file.save(path, upload.sent)
         self._held.append((replace(upload, sent=Factors()), path))
 
     def leave(self) -> Iterator[Upload]:
-        """Each once, and then it is no longer held."""
+        """Each once, and then it is no longer held; no file is left."""
         while self._held:
             upload, path = self._held.popleft()
             if path is not None:
@@ -295,11 +297,5 @@ class WaitingRoom:
                 path.unlink()
             yield upload
             del upload
-
-
-@contextmanager
-def waiting_room(run: Path) -> Iterator[WaitingRoom]:
-    """A context in which uploads wait; what they left in the run's directory goes with it."""
-    with ExitStack() as stack:
-        made = partial(tempfile.TemporaryDirectory, ".tmp", ".updates.", run)
-        yield WaitingRoom(lambda: Path(stack.enter_context(made())))
+        if self._files is not None:
+            self._files.cleanup()
