@@ -146,7 +146,7 @@ class SecureClient:
             )
         of_kind = Counter(s["kinds"][i] for i in set(active))
         if terms.shares == terms.cohort and min(of_kind.values()) < TOGETHER:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 "the server says that all clients but one of its ranks are gone: what only that "
                 "one sends would be no sum"
             )
