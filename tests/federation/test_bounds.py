@@ -3,15 +3,19 @@
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from flwr.app import Array, Error, Message
 
 from fedlora.errors import RoundError
 from fedlora.federation.server import bounds
+from fedlora.launch.doctor import examine
+from fedlora.reports import run_files, trust
 from fedlora.strategies import STRATEGIES
 from tests.federation.test_bad_clients import Bad, Spoil, arrays, metric, poison
 from tests.support.tiny_federation import Ran, federate, quick
@@ -228,6 +232,43 @@ def test_a_sum_far_longer_than_the_weights_is_none(
     federate(settings(**quick("fedavg", **SECURE, **{"run.rounds": 1})))
     assert seen[0] == ""
     assert "100 times that of the weights" in seen[1]
+
+
+def test_doctor_and_report_say_that_no_client_of_a_sum_is_bounded(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    given = settings(**quick("fedavg", **SECURE, **{"run.rounds": 1}))
+    (file := tmp_path / "x.toml").write_text(tomli_w.dumps(given))
+    assert examine(file, {}) == 0
+    assert "no bound on a single client can be enforced" in capsys.readouterr().out
+    told = dict(trust.left(run_files.read(federate(given).directory)))
+    assert told["Bound on one client"].startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"clients.count": 2}, "no majority to judge by"),
+        ({**FOUR, "round.norm-bound": 0.5}, "trains more than 0.5 times the steps"),
+    ],
+)
+def test_the_doctor_says_where_the_median_is_no_measure(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    says: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    given = settings(**quick("fedavg", **changes))
+    (file := tmp_path / "x.toml").write_text(tomli_w.dumps(given))
+    assert examine(file, {}) == 0
+    assert says in capsys.readouterr().out
 
 
 def test_too_few_that_are_left_stop_the_run(settings: Settings) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.errors import RoundError
@@ -33,7 +34,6 @@ from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting
 from fedlora.federation.server.screening import began
 from fedlora.federation.wire.codes import FailureKind, Refusal
-from fedlora.lora import tree_file
 from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.strategies import robust
 from fedlora.strategies.base import Client, Round, Upload
@@ -276,6 +276,7 @@ class WaitingRoom:
         self._left = IN_MEMORY
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._held: deque[tuple[Upload, Path | None]] = deque()
+        self._order: dict[Path, list[str]] = {}
 
     def take(self, upload: Upload) -> None:
         self._left -= sum(x.numel() * x.element_size() for _, _, x in upload.sent.items())
@@ -283,18 +284,26 @@ class WaitingRoom:
             self._held.append((upload, None))
             return
         if self._files is None:
-            self._files = tempfile.TemporaryDirectory(".tmp", ".updates.", self._run)
+            self._files = tempfile.TemporaryDirectory(
+                ".tmp", ".updates.", self._run, ignore_cleanup_errors=True
+            )
         path = Path(self._files.name, f"client-{upload.client.id}.safetensors")
-        tree_file.save(path, upload.sent)
-        self._held.append((replace(upload, sent=Factors()), path))
+        found = {f"{c}/{name}": x.contiguous() for c, name, x in upload.sent.items()}
+        save_file(found, path)
+        self._order[path] = [*found]
+        self._held.append((replace(upload, sent=Factors(upload.sent.scale)), path))
 
     def leave(self) -> Iterator[Upload]:
         """Each once, and then it is no longer held; no file is left."""
         while self._held:
             upload, path = self._held.popleft()
             if path is not None:
-                upload = replace(upload, sent=tree_file.load(path))
-                path.unlink()
+                columns: dict[str, dict[str, Tensor]] = {c: {} for c in COLUMNS}
+                found = load_file(path)
+                for key in self._order.pop(path):
+                    column, _, name = key.partition("/")
+                    columns[column][name] = found.pop(key)
+                upload = replace(upload, sent=Factors(upload.sent.scale, **columns))
             yield upload
             del upload
         if self._files is not None:
