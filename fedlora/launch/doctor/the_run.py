@@ -264,17 +264,17 @@ def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator
         ),
     )  # fmt: skip
     yield Finding(
-        "note",
-        "secure aggregation: no bound on a single client can be enforced, so one of them can "
-        "spoil the model; the sum's own weight, values and norm are checked before it is committed",
-        "where clients are not trusted, use round.norm-bound and robust.method without it",
-    )
-    yield Finding(
         "ok",
         f"secure aggregation costs 4 messages a client and round in place of 1, and up {numbers} "
         f"numbers of {size} bytes ({numbers * size / 1e3:.0f} kB), whatever wire.dtype; it moves "
         f"a mean over clients of {terms.weight if terms.weight == 1 else 100} examples by at most "
         f"{terms.error(K, K * min(terms.weight, 100)):.1g}",
+    )
+    yield Finding(
+        "note",
+        "secure aggregation: no bound on a single client can be enforced, so one of them can "
+        "spoil the model; the sum's own weight, values and norm are checked before it is committed",
+        "where clients are not trusted, use round.norm-bound and robust.method without it",
     )
 
 
