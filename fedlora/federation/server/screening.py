@@ -28,7 +28,7 @@ from fedlora.lora.adapter import COLUMNS, Adapter, Factors
 from fedlora.strategies import robust
 from fedlora.strategies.base import Round, Strategy, Upload
 
-WEIGHT = 10**6
+WEIGHT = 10**9
 """Number of examples that stands for p = 1 under method = "median"."""
 HALVINGS = 40
 
