@@ -164,6 +164,13 @@ def test_the_median_needs_three_and_fewer_are_held_against_the_weights(
     assert sorted(bounds.too_long(found, 4.0, longest=700.0)) == refused
 
 
+def test_where_most_did_not_move_tensors_are_held_against_what_was_sent() -> None:
+    """A does not move while B is 0, and a huge A would show in the next round only."""
+    still = {"adapter": 0.0, "tensors": 0.0, "sent": 10.0}
+    found = {i: {**still, "tensors": x} for i, x in enumerate([0.0, 0.0, 39.0, 41.0])}
+    assert sorted(bounds.too_long(found, 4.0)) == [3]
+
+
 def test_how_a_change_is_factored_does_not_matter(settings: Settings) -> None:
     def turned(_: Message, reply: Message, __: Bad) -> Message:
         for key, old in list(arrays(reply).items()):

@@ -11,7 +11,8 @@ held against the others' heads.
 
 The median is over all of the round's updates, and needs three: of two, nobody can say which is
 the odd one. Two or one, and a sum, are held against MOST times the norm of the weights that they
-change instead. Where the median is 0 nothing moved, and there is no measure.
+change instead. Where the median is 0 most adapters did not move, as A does not while B is 0: then
+what the tensors themselves changed by is held against the norm of those that were sent.
 """
 
 import math
@@ -47,7 +48,8 @@ IN_MEMORY = 64 * 2**20
 WHAT = {"adapter": "adapter", "other": "other tensors"}
 
 Lengths = Mapping[str, float]
-"""By "adapter" and "other": how long a client's change is."""
+"""By "adapter" and "other": how long a client's change is. "tensors" and "sent", of the adapter's
+tensors as they travel: their change, and their norm before it."""
 
 
 class NormBound:
@@ -113,6 +115,10 @@ def too_long(
         if len(mine) >= MAJORITY:
             most = times * statistics.median(mine.values())
             of = f"round.norm-bound = {times:g} times the round's median"
+            if not most and what == "adapter" and all("sent" in x for x in found.values()):
+                mine = {i: x["tensors"] for i, x in found.items()}
+                most = times * statistics.median(x["sent"] for x in found.values())
+                of = f"round.norm-bound = {times:g} times that of what the clients were sent"
         elif what != "adapter":
             continue
         for i, length in mine.items():
@@ -231,6 +237,8 @@ def lengths(setting: Setting, state: Any, upload: Upload, round: Round) -> Lengt
     strategy = setting.strategy
     start = began(strategy, state, upload, round)
     found = {**moved(upload.sent, start.sent)}
+    found["tensors"] = found["adapter"]
+    found["sent"] = _norm_of(start.sent, Factors(), COLUMNS[:3])
     if plain(setting):
         last, first = strategy.trained(state, upload, round), strategy.trained(state, start, round)
         parts = (
