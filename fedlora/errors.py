@@ -1,5 +1,7 @@
 """The errors fedlora raises for a user to read. Anything else that escapes is a bug."""
 
+from typing import Any, Self
+
 
 class FedLoraError(Exception):
     """Base of every error below, so a caller can catch them all.
@@ -13,6 +15,17 @@ class FedLoraError(Exception):
       run.round: no such key; did you mean "run.rounds"?
     ...
     """
+
+    may_leave: bool = False
+    """May the text leave a node for its server? Then nothing of a row, or of a path that the server
+    did not send, is in it: federation/client/told.py."""
+
+    @classmethod
+    def public(cls, *args: Any) -> Self:
+        """The error of these words, which may leave the node that it is raised on."""
+        error = cls(*args)
+        error.may_leave = True
+        return error
 
 
 class ConfigError(FedLoraError, ValueError):
@@ -71,11 +84,18 @@ class FormatError(CheckpointError):
 
 
 class WireError(FedLoraError, ValueError):
-    """A message does not decode. Raised before anything of the declared size is allocated."""
+    """A message does not decode. Raised before anything of the declared size is allocated.
+
+    Its words are of the message alone, so whoever sent that may read them.
+    """
+
+    may_leave = True
 
 
 class TrainingCheckError(FedLoraError):
     """A model does not train as it must: see training/training_check.py."""
+
+    may_leave = True
 
     def __init__(self, what: str, measured: str = "") -> None:
         """`what` has nothing of any row in it; `measured` are figures, which may."""

@@ -232,6 +232,9 @@ class RoundConfig(Section):
     """An update that claims more examples is refused: its weight in the mean is its claim."""
     max_norm: Annotated[float, Field(ge=0)] = 0.0
     """Refuse an update whose adapter, or whose other tensors, are larger than this; 0: any."""
+    norm_bound: Annotated[float, Field(ge=0)] = 4.0
+    """An update whose change is longer than so many times the round's median does not count:
+    federation/server/bounds.py. 0: any."""
     buffer: Annotated[int, Field(ge=0)] = 0
     """A round ends with so many updates, of whichever round's model:
     federation/server/asynchronous.py. 0: it waits for all that it asked."""

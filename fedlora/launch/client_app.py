@@ -78,7 +78,7 @@ def answer(
 
         return Message(handler_of(kind, message, context)(message, context), reply_to=message)
     except Exception as e:  # an import that fails, too: without a reply the server waits long
-        return failed(e, message)
+        return failed(e, message, context)
 
 
 app = client_app()

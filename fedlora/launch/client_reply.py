@@ -16,7 +16,8 @@ from fedlora.federation.client import handlers
 from fedlora.federation.client.dispatch import HANDLERS, failed
 from fedlora.federation.client.handlers import Handler
 from fedlora.federation.client.job import read_config
-from fedlora.federation.wire.messages import job_of
+from fedlora.federation.client.node_config import check_node_config
+from fedlora.federation.wire.job import job_of
 from fedlora.training import user_code
 
 UNCHECKED = ("query",)
@@ -28,19 +29,22 @@ def reply(kind: str, message: Message, context: Context) -> Message:
     try:
         return Message(handler_of(kind, message, context)(message, context), reply_to=message)
     except Exception as e:
-        return failed(e, message)
+        return failed(e, message, context)
 
 
 def handler_of(kind: str, message: Message, context: Context) -> Handler:
     """The function that answers a message of this kind on this node.
 
     Raises:
-        ConfigError: the node's config cannot run, or names code that the node was not told of.
+        ConfigError: the node's config cannot run, has keys that are none, or names code that the
+            node was not told of.
     """
+    check_node_config(context.node_config)
     if kind not in UNCHECKED:
         config = read_config(context, job_of(message.content))
-        if found := (*_problems(config), *_strange(config, context)):
-            raise ConfigError([*found])
+        problems = _problems(config)
+        if found := (*problems, *_strange(config, context)):
+            raise ConfigError([*found]) if problems else ConfigError.public([*found])
     handler: Handler = getattr(handlers, HANDLERS[kind])
     return handler
 

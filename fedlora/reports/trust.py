@@ -93,6 +93,7 @@ def left(run: RunFiles) -> Iterator[tuple[str, str]]:
             yield "Trained factors", f"{which}, each round, masked: known is their sum alone"
             yield "Counts and losses", "masked as well: known is their sum over the clients"
             yield "Clients in a sum", f"{min(masked)} or more; docs/privacy/index.md: against whom"
+            yield "Bound on one client", "none: of a sum, only the whole could be checked"
         else:
             yield "Trained factors", f"{which}, each round"
             yield "Example counts", "how many rows the client trained on, each round"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, UpdateError, WireError
-from fedlora.federation.server.exchange import Received, read_reply
+from fedlora.federation.server.exchange import Limits, Received, read_reply
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.roster import Roster, read_facts
@@ -55,7 +55,8 @@ def larger(factor: float):
 
 def test_an_update_of_ten_thousand_times_the_norm_is_refused(settings: Settings) -> None:
     bad = Bad(larger(1e4), rounds=(2,))
-    found = federate(settings(**quick("fedavg", **{"round.max-norm": 100.0})), bad)
+    given_ = quick("fedavg", **{"round.max-norm": 100.0, "round.norm-bound": 0.0})
+    found = federate(settings(**given_), bad)
     failure = found.rounds[2]["failures"][0]
     assert failure["client"] == 1
     assert "the norm of its adapter is" in failure["reason"]
@@ -65,7 +66,8 @@ def test_an_update_of_ten_thousand_times_the_norm_is_refused(settings: Settings)
 
 def test_without_a_limit_it_would_have_counted(settings: Settings) -> None:
     """The counterexample: the limit is what keeps it out."""
-    found = federate(settings(**quick("fedavg")), Bad(larger(1e4), rounds=(2,)))
+    given_ = settings(**quick("fedavg", **{"round.norm-bound": 0.0}))
+    found = federate(given_, Bad(larger(1e4), rounds=(2,)))
     assert found.rounds[2]["accepted"] == [0, 1, 2]
 
 
@@ -299,7 +301,7 @@ def test_no_reply_raises_anything_but_ours(tag, metrics, tensors, right) -> None
         ask.metadata.__dict__["_message_id"] = "0" * 32
         reply = Message(RecordDict(records), reply_to=ask)
     try:
-        upload, _ = read_reply(reply, CLIENT, Round(1, 0), "t", SCHEMA, Received())
+        upload, _ = read_reply(reply, CLIENT, Round(1, 0), "t", SCHEMA, Received(), Limits())
     except FedLoraError:
         return
     assert upload.sent.A["m"].shape == (2, 5)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.errors import WireError
+from fedlora.federation.wire.job import Job
 from fedlora.federation.wire.messages import (
     DTYPES,
-    Job,
     count_bytes,
     pack,
     pack_download,

@@ -14,7 +14,7 @@ from flwr.app import Message, RecordDict
 from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
 from fedlora.federation.wire.codes import Code
-from fedlora.federation.wire.messages import Job
+from fedlora.federation.wire.job import Job
 from fedlora.launch.client_app import answer
 from fedlora.launch.deploy import node, worker
 

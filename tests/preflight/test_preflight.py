@@ -19,7 +19,7 @@ from fedlora.errors import ConfigError, FedLoraError, RoundError
 from fedlora.federation.server import admission
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.wire.codes import Code
-from fedlora.federation.wire.messages import Job
+from fedlora.federation.wire.job import Job
 from fedlora.launch import client_reply
 from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
@@ -384,9 +384,11 @@ def test_a_node_refuses_what_its_own_settings_make_impossible() -> None:
     reply = asked("train", Config.read(CENTRAL).flat(), limited)
     assert reply.error.code == Code.FAILED
     assert str(reply.error.reason).startswith("ConfigError: ")
-    assert "is this node's limit" in str(reply.error.reason)
+    assert "privacy.max-epsilon" in str(reply.error.reason)
+    whole = asked("train", Config.read(CENTRAL).flat(), {**limited, "own-machine": True})
+    assert "is this node's limit" in str(whole.error.reason)
     other = asked("train", Config.read(DP).flat(), limited)
-    assert "is this node's limit" not in str(other.error.reason)
+    assert "privacy.max-epsilon" not in str(other.error.reason)
 
 
 def test_a_node_says_who_it_is_whatever_its_config() -> None:

@@ -403,7 +403,8 @@ def test_every_form_that_is_healthy_passes(settings: Settings, form: str, precis
 
 
 def test_flowers_engine_is_known_as_a_simulation_by_who_started_it(monkeypatch: Patch) -> None:
-    from fedlora.federation.server.roster import SIMULATED, is_simulated
+    from fedlora.federation.server.roster import is_simulated
+    from fedlora.federation.wire.same_machine import SIMULATED
     from fedlora.launch.simulate.grid import LocalGrid
 
     class Deployed:

@@ -10,13 +10,13 @@ second try, since a private step may have been paid for; and never a wait past t
 
 import os
 import time
-import traceback
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
 
-from fedlora.errors import FedLoraError
+from fedlora.federation.client.told import LOG, told
 from fedlora.federation.wire.codes import Code, code_of
+from fedlora.federation.wire.same_machine import is_own_machine
 
 METHOD = "/fedlora.Worker/Answer"
 READY = 60.0
@@ -32,16 +32,10 @@ def handed_over(kind: str, message: Message, context: Context) -> Message | None
     return ask(Path(str(named)), kind, message, context) if named else None
 
 
-def failed(error: Exception, message: Message) -> Message:
-    """An error reply that says what went wrong: the server must hear of every error.
-
-    Of an error that is not meant for a user it also says where it was raised.
-    """
-    told = f"{type(error).__name__}: {error}"
-    if not isinstance(error, FedLoraError):
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        told += f" ({Path(where.filename).name}:{where.lineno})"
-    return Message(Error(code_of(error), told), reply_to=message)
+def failed(error: Exception, message: Message, context: Context) -> Message:
+    """An error reply: the server must hear of every error, and of no row: see told.py."""
+    words = told(error, is_own_machine(context.node_config))
+    return Message(Error(code_of(error), words), reply_to=message)
 
 
 HANDLERS = {
@@ -71,7 +65,8 @@ def ask(socket: Path, kind: str, message: Message, context: Context) -> Message 
         try:
             data = call(pack(kind, message, context), timeout=left(message))
         except grpc.RpcError as e:
-            why = f"{e.code().name}: {e.details()}"
+            LOG.error("the worker was lost: %s: %s", e.code().name, e.details())
+            why = e.code().name  # its details may be the words of an error
             reason = f"the node's worker was lost with this message in hand ({why})"
             return Message(Error(Code.WORKER_LOST, reason), reply_to=message)
     reply = message_from_proto(ProtoMessage.FromString(data))

@@ -18,7 +18,8 @@ from flwr.app import ArrayRecord
 
 from fedlora.config.reader import Config
 from fedlora.federation.client.memory import ClientMemory
-from fedlora.federation.wire.messages import Job, pack_factors, unpack_factors
+from fedlora.federation.wire.job import Job
+from fedlora.federation.wire.messages import pack_factors, unpack_factors
 from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.lora.quantize import LEVELS
 from fedlora.strategies.base import Round, Strategy

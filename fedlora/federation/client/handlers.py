@@ -93,7 +93,7 @@ def gradient(message: Message, context: Context) -> RecordDict:
     work = ClientJob.open(message, context)
     work.check_clear("a first gradient")
     if work.config.privacy.on:
-        raise PrivacyError("a sketch of the first gradient has no noise; nothing was sent")
+        raise PrivacyError.public("a sketch of the first gradient has no noise; nothing was sent")
     rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
     model = work.model()
     model.rebase(work.token, [])

@@ -21,14 +21,11 @@ from fedlora.config.sites import COLUMNS
 from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.federation.client import error_feedback, witness
 from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.client.node_config import check_from_server
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure.terms import Terms
-from fedlora.federation.wire.messages import (
-    Job,
-    job_of,
-    unpack_download,
-    unpack_pairs,
-)
+from fedlora.federation.wire.job import Job, job_of
+from fedlora.federation.wire.messages import unpack_download, unpack_pairs
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
@@ -106,14 +103,14 @@ class ClientJob:
         job = self.job
         if (mine := user_code.identity(self.config)) != job.code:
             named = ", ".join(value for _, value in user_code.named(self.config))
-            raise ModelError(
+            raise ModelError.public(
                 f"client {job.client}'s source of {named or 'no code at all'} is not the server's: "
                 f"digest {mine or 'of nothing'}, must be {job.code or 'of nothing'}; use the same "
                 "files"
             )
         model = cache.model(self.config, job.labels)
         if model.fingerprint != job.fingerprint:
-            raise ModelError(
+            raise ModelError.public(
                 f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
                 f"fingerprint {model.fingerprint}, must be {job.fingerprint}; use the same files"
             )
@@ -129,7 +126,7 @@ class ClientJob:
     def check_clear(self, what: str) -> None:
         """Raises PrivacyError where nothing of this client may leave but in a sum."""
         if self.config.secure.aggregation:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"secure.aggregation is on: client {self.job.client} does not send {what} in the "
                 "clear"
             )
@@ -141,7 +138,9 @@ class ClientJob:
     def secure_client(self) -> SecureClient:
         """This client as a party of this round's secure aggregation."""
         if not self.config.secure.aggregation:
-            raise PrivacyError("secure.aggregation is off on this client, and on at the server")
+            raise PrivacyError.public(
+                "secure.aggregation is off on this client, and on at the server"
+            )
         job = self.job
         return SecureClient(self.memory.own / "secure", job.client, job.round, job.incarnation)
 
@@ -244,23 +243,26 @@ def read_config(context: Context, job: Job) -> Config:
     """The run config, with this node's own settings (data path, memory directory) in place.
 
     Raises:
-        ConfigError: it is not the server's.
+        ConfigError: it is not the server's, or asks for what this node does not allow.
     """
     shared = {**context.run_config, **job.changes}
-    if (mine := Config.read(shared).identity()) != job.config:
-        raise ConfigError(
+    theirs = Config.read(shared)
+    if (mine := theirs.identity()) != job.config:
+        raise ConfigError.public(
             [
                 f"client {job.client}'s run config has digest {mine}, must be the server's, "
                 f"{job.config}: give `Federation` the config of context.run_config, changes as its "
                 "arguments or in the run config, and use one version of fedlora everywhere"
             ]
         )
+    node = context.node_config
+    check_from_server(theirs, node)
     own = {
-        "data.node-path": context.node_config.get("data-path"),
-        **{f"data.{key}": context.node_config.get(key) for key in COLUMNS},
-        "output.client-memory": context.node_config.get("memory"),
-        "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
-        "secure.aggregation": context.node_config.get("secure-aggregation"),
+        "data.node-path": node.get("data-path"),
+        **{f"data.{key}": node.get(key) for key in COLUMNS},
+        "output.client-memory": node.get("memory"),
+        "privacy.max-epsilon": float(node.get("max-epsilon", 0)),
+        "secure.aggregation": node.get("secure-aggregation"),
     }
     given = {**shared, **{key: value for key, value in own.items() if value}}
     return Config.read(given)

@@ -11,7 +11,7 @@ client, only the scores do. The personalised factors stay in its memory, as pers
 from pathlib import Path
 
 from fedlora.config.reader import Config
-from fedlora.federation.wire.messages import Job
+from fedlora.federation.wire.job import Job
 from fedlora.lora.tree_file import save
 from fedlora.strategies.base import Client
 from fedlora.training.data.batches import Encoded

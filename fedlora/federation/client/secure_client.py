@@ -64,9 +64,11 @@ class SecureClient:
             PrivacyError: too few clients, or this round was begun before.
         """
         if terms.cohort < SMALLEST:
-            raise PrivacyError(f"a sum over {terms.cohort} clients: must be {SMALLEST} at least")
+            raise PrivacyError.public(
+                f"a sum over {terms.cohort} clients: must be {SMALLEST} at least"
+            )
         if 2 * terms.threshold <= terms.shares:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"secure.reconstruction-threshold = {terms.threshold} of {terms.shares} shares of "
                 f"{terms.cohort} clients: must be more than half, else two sets of clients can "
                 "be told two stories"
@@ -81,13 +83,13 @@ class SecureClient:
         s = self._take("share")
         terms = cohort_terms(s["cohort"])
         if len(keys) < terms.threshold or len(keys) > terms.shares:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"{len(keys)} neighbours: must be {terms.threshold} to {terms.shares}"
             )
         if keys.get(self.me) != (s["pk1"], s["pk2"]):
-            raise PrivacyError("the server shows this client other keys than its own")
+            raise PrivacyError.public("the server shows this client other keys than its own")
         if len({key for pair in keys.values() for key in pair}) != 2 * len(keys):
-            raise PrivacyError("two public keys are the same")
+            raise PrivacyError.public("two public keys are the same")
         seed = masking.fresh_seed()
         pieces = zip(
             sorted(keys),
@@ -109,9 +111,9 @@ class SecureClient:
         s = self._take("collect")
         terms, keys = cohort_terms(s["cohort"]), s["keys"]
         if not boxes.keys() < keys.keys() or self.me in boxes:
-            raise PrivacyError("shares came from clients whose keys did not")
+            raise PrivacyError.public("shares came from clients whose keys did not")
         if len(boxes) + 1 < terms.threshold:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"{len(boxes) + 1} of this client's neighbours sent shares, "
                 f"secure.reconstruction-threshold = {terms.threshold}"
             )
@@ -131,20 +133,20 @@ class SecureClient:
         s = self._take("unmask")
         terms, shares = cohort_terms(s["cohort"]), s["shares"]
         if both := set(active) & set(dead):
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"both secrets of client {min(both)} are asked for, which would unmask it"
             )
         if {*active, *dead} != set(shares) or self.me not in active:
-            raise PrivacyError("the clients named are not those of this client's shares")
+            raise PrivacyError.public("the clients named are not those of this client's shares")
         if len(set(active)) < terms.fewest:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"a sum over {len(set(active))} of this client's neighbours: must be "
                 f"{terms.fewest} at least (secure.reconstruction-threshold = {terms.threshold}; of "
                 "a sum of two, either knows the other's part)"
             )
         of_kind = Counter(s["kinds"][i] for i in set(active))
         if terms.shares == terms.cohort and min(of_kind.values()) < TOGETHER:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 "the server says that all clients but one of its ranks are gone: what only that "
                 "one sends would be no sum"
             )
@@ -157,7 +159,7 @@ class SecureClient:
         if mark.exists():
             begun = json.loads(mark.read_text())
             if begun["incarnation"] == self.incarnation and begun["round"] >= self.round:
-                raise PrivacyError(
+                raise PrivacyError.public(
                     f"round {self.round} was begun before: a second vector of it, masked anew, "
                     "would give away what a client adds"
                 )
@@ -175,14 +177,16 @@ class SecureClient:
         try:
             os.rename(self._file(stage), taken)
         except FileNotFoundError:
-            raise PrivacyError(
+            raise PrivacyError.public(
                 f"client {self.me} is not at stage {stage!r} of round {self.round}: it was asked "
                 "before, or the stage before it did not end; nothing was sent"
             ) from None
         found: dict[str, Any] = _bytes(json.loads(taken.read_text()))
         taken.unlink()
         if found.pop("incarnation") != self.incarnation:
-            raise PrivacyError(f"round {self.round} was begun by another start of the server")
+            raise PrivacyError.public(
+                f"round {self.round} was begun by another start of the server"
+            )
         return found
 
     def leave(self, stage: str, **state: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
-from fedlora.federation.wire.messages import Job
+from fedlora.federation.wire.job import Job
 from fedlora.strategies.base import Download, Strategy
 from fedlora.strategies.forms import guarantee
 from fedlora.training.certificate import Numbers, key_of, measure_as, names_of
@@ -20,7 +20,7 @@ def numbers(
         PrivacyError: the server asks for those of a part that stays here.
     """
     if (guarantee(model.form, strategy) == "shared") != bool(job.cuts):
-        raise PrivacyError(
+        raise PrivacyError.public(
             f"strategy.name = {config.strategy.name!r}: the server asks for numbers of a part that "
             "stays on this client"
         )

@@ -67,7 +67,7 @@ class MemberTable:
                 {int(i): int(kind) for i, kind in kinds},
             )
         except (TypeError, ValueError) as e:
-            raise PrivacyError(f"the table of who sends what does not read: {e}") from None
+            raise PrivacyError.public(f"the table of who sends what does not read: {e}") from None
 
     def digest(self, terms: Terms, round: int, incarnation: str) -> bytes:
         """32 bytes that stand for the table, the terms and the round."""
@@ -85,15 +85,17 @@ class MemberTable:
             PrivacyError: its entry is not what it sends or trains, or it would send alone.
         """
         if len(self.kinds) != cohort or not {me, *near} <= self.kinds.keys():
-            raise PrivacyError("the table is not of the clients that this one was shown")
+            raise PrivacyError.public("the table is not of the clients that this one was shown")
         kind = self.kinds[me]
         if not 0 <= kind < len(self.shapes) or len(self.trains) != len(self.shapes):
-            raise PrivacyError("the table has no such kind as it says this client is of")
+            raise PrivacyError.public("the table has no such kind as it says this client is of")
         if dict(self.shapes[kind]) != dict(sends) or set(self.trains[kind]) != set(trains):
-            raise PrivacyError("the table says that this client sends or trains something else")
+            raise PrivacyError.public(
+                "the table says that this client sends or trains something else"
+            )
         alone = [i for i, n in Counter(self.kinds.values()).items() if n < TOGETHER]
         if alone:
-            raise PrivacyError("the table has a client that would send alone")
+            raise PrivacyError.public("the table has a client that would send alone")
         return kind
 
 

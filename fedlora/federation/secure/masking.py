@@ -80,7 +80,7 @@ def joined(shares: Sequence[bytes]) -> bytes:
     try:
         return combine_shares(list(shares))
     except (ValueError, IndexError) as e:
-        raise PrivacyError(f"{len(shares)} shares do not make one secret: {e}") from None
+        raise PrivacyError.public(f"{len(shares)} shares do not make one secret: {e}") from None
 
 
 def seal(private: bytes, public: bytes, source: int, to: int, seed: bytes, key: bytes) -> bytes:
@@ -100,11 +100,11 @@ def unseal(private: bytes, public: bytes, source: int, to: int, box: bytes) -> t
             decrypt(_agreed(private, public), box)
         )
     except InvalidToken:
-        raise PrivacyError(
+        raise PrivacyError.public(
             f"the shares of client {source} for client {to} do not decrypt"
         ) from None
     if (found, meant) != (source, to):
-        raise PrivacyError(
+        raise PrivacyError.public(
             f"shares of client {found} for client {meant} came to client {to} as client {source}'s"
         )
     return seed, key
@@ -136,4 +136,4 @@ def _agreed(private: bytes, public: bytes) -> bytes:
     try:
         return generate_shared_key(bytes_to_private_key(private), bytes_to_public_key(public))
     except BAD_KEY as e:
-        raise PrivacyError(f"not a key of this protocol: {e}") from None
+        raise PrivacyError.public(f"not a key of this protocol: {e}") from None

@@ -95,7 +95,7 @@ def encode(sent: Factors, n: int, loss: float, kind: int, layout: Layout, terms:
             its value.
     """
     if not 1 <= n <= terms.weight:
-        raise UpdateError(
+        raise UpdateError.public(
             "its examples are none, or more than secure.max-weight = "
             f"{terms.weight}: nothing was sent; raise secure.max-weight"
         )
@@ -112,7 +112,9 @@ def encode(sent: Factors, n: int, loss: float, kind: int, layout: Layout, terms:
             corner[_corner(x.shape)] = _integers(x, n, f"{key[0]} of {key[1]}", terms)
     if mine:
         column, name = next(iter(mine))
-        raise UpdateError(f"{column} of {name} has no place in this round's sum: nothing was sent")
+        raise UpdateError.public(
+            f"{column} of {name} has no place in this round's sum: nothing was sent"
+        )
     return whole.astype(words(terms.bits))
 
 
@@ -124,7 +126,7 @@ def decode(
     weights = signed[: layout.kinds].tolist()
     N = sum(weights)
     if N < 1 or min(weights) < 0:
-        raise UpdateError("the sum of the clients' examples is not a positive number")
+        raise UpdateError.public("the sum of the clients' examples is not a positive number")
     loss = float(signed[layout.kinds]) / terms.unit / N * LOSS
     columns: list[dict[str, dict[str, Tensor]]] = [{} for _ in kinds]
     for key, shape, place in layout.places():
@@ -176,7 +178,7 @@ def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
 
 def _integers(x: Tensor, n: int, what: str, terms: Terms) -> "np.ndarray[Any, np.dtype[np.int64]]":
     if not bool((x.abs() <= terms.range).all()):  # NaN is not, either
-        raise UpdateError(
+        raise UpdateError.public(
             f"{what} holds a value that is not finite or outside of +-secure.clipping-range = "
             f"{terms.range:g}: nothing was sent; raise secure.clipping-range, or lower train.lr"
         )

@@ -102,7 +102,7 @@ def witnesses_of(config: Config, received: Received) -> dict[int, Witness]:
     for i, (_, start, end) in sorted(received.certificates.items()):
         if i not in received.clients or (verdict and i in verdict.dropped):
             continue
-        weight = float(received.clients[i]["examples"])
+        weight = 1.0 if verdict else float(received.clients[i]["examples"])
         if verdict and verdict.method == "median":
             weight = verdict.factors[i]
         late = (1 + received.stale.get(i, 0)) ** -config.round.staleness_exponent

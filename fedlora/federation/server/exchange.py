@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedlora.config.reader import Config
 from fedlora.errors import ClientError, TrainingCheckError, UpdateError
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import (
@@ -30,6 +30,24 @@ from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
 
 POLL, SLOWEST_POLL = 0.05, 1.0
 """Seconds between two looks for replies: at first, and after a while without one."""
+
+
+MOST_METRICS, LONGEST_NAME = 200, 80
+"""Of the numbers that a client tells of itself: how many, and the characters of a name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may send, whatever its update is."""
+
+    dtype: str = "float32"
+    """wire.dtype: a number of another type is none of this run's."""
+    examples: int = 1_000_000
+    """round.max-examples."""
+
+    @classmethod
+    def of(cls, config: Config) -> "Limits":
+        return cls(config.wire.dtype, config.round.max_examples)
 
 
 @dataclass
@@ -82,6 +100,13 @@ class Received:
         entry = {"client": i, "round": round.number, "kind": kind.value, "reason": reason}
         self.failures.append(entry)
         self.failed(i, reason)
+
+    def take_back(self, i: int, round: Round, refusal: Refusal) -> None:
+        """Refuse what was accepted before: the client's numbers do not count either."""
+        self.accepted.remove(i)
+        del self.clients[i], self.certificates[i]
+        self.stale.pop(i, None)
+        self.refuse(i, round, refusal)
 
     @property
     def spent(self) -> bool:
@@ -149,11 +174,9 @@ def read_reply(
     token: str,
     schema: tuple[Shapes, Mapping[str, float]],
     received: Received,
-    most: int = 1_000_000,
+    limits: Limits,
 ) -> tuple[Upload, dict[str, Any]]:
     """A reply to a train message, decoded, with what it says of itself.
-
-    most: round.max-examples.
 
     A training loss that is no finite number is noted in `received` first: where training diverged
     the factors are none either, and the reply is refused.
@@ -169,22 +192,43 @@ def read_reply(
         keeps, n = tag["keeps"], metrics["num-examples"]
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}") from None
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
-    if n > most:
-        raise UpdateError(f"num-examples = {n}: must be at most round.max-examples = {most}")
-    if odd := [key for key, value in metrics.items() if isinstance(value, list)]:
-        raise UpdateError(f"{odd[0]} = {metrics[odd[0]]!r}: must be one number")
+    check_count(n, limits)
+    check_metrics(metrics)
     if not math.isfinite(metrics.get("loss", 0.0)):
         received.diverged.add(client.id)
     shapes, scale = schema
-    sent = unpack_factors(record, scale, shapes)
-    for column, name, x in sent.items():
-        if not torch.isfinite(x).all():
-            raise UpdateError(f"{column} of {name} holds NaN or Inf")
+    sent = unpack_factors(record, scale, shapes, limits.dtype)
     return Upload(client, sent, n), facts_of(
         client, round, bool(keeps), metrics, count_bytes(content)
     )
+
+
+def check_count(n: Any, limits: Limits) -> None:
+    """Raises UpdateError where a count of examples is none, or more than round.max-examples."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise UpdateError(f"num-examples = {n!r}: must be a positive whole number")
+    if n > limits.examples:
+        raise UpdateError(
+            f"num-examples = {n}: must be at most round.max-examples = {limits.examples}; its "
+            "update does not count, and the round's mean is over the others"
+        )
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raises UpdateError where what a client tells of itself is not a few numbers by name."""
+    if len(metrics) > MOST_METRICS:
+        raise UpdateError(f"it sends {len(metrics)} metrics: must be {MOST_METRICS} at most")
+    for name, value in metrics.items():
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise UpdateError(
+                f"a metric's name, {name[:LONGEST_NAME]!r}, must be {LONGEST_NAME} printable "
+                "characters at most"
+            )
+        if isinstance(value, list):
+            raise UpdateError(f"{name} = {value[:3]!r}: must be one number")
+        measured = name != "loss" and "." not in name
+        if measured and not (math.isfinite(value) and value >= 0):
+            raise UpdateError(f"{name} = {value!r}: must be a finite number, 0 or more")
 
 
 def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:

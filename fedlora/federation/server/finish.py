@@ -10,8 +10,17 @@ import psutil
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedlora.errors import FedLoraError, UpdateError
 from fedlora.federation.server.adapter import checked, hold, limited, write_card
-from fedlora.federation.server.exchange import error_of, exchange, part_of
+from fedlora.federation.server.bounds import check_finite, moved, too_long
+from fedlora.federation.server.exchange import (
+    Limits,
+    check_count,
+    check_metrics,
+    error_of,
+    exchange,
+    part_of,
+)
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import (
     Session,
@@ -29,9 +38,10 @@ from fedlora.federation.wire.messages import (
     metrics_of,
     unpack_factors,
 )
+from fedlora.lora.adapter import Factors
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
-from fedlora.strategies.base import CollectsAtEnd, Effective, Round, Upload, collects
+from fedlora.strategies.base import Client, CollectsAtEnd, Effective, Round, Upload, collects
 from fedlora.training.data.corpus import describe
 from fedlora.training.evaluate import generation
 from fedlora.training.export_certificate import certified, load_exported
@@ -86,15 +96,45 @@ def collect(
     messages = (message(setting, session, run, c, round, "query.collect", bare=True) for c in asked)
     uploads = []
     for i, reply in _answers(setting, session, grid, messages):
-        one = client(setting, run, i)
-        scale = {m: layer.scale for m, layer in one.layers.items()}
-        kept = unpack_factors(arrays_of(reply.content, "sent"), scale)
-        n = int(metrics_of(reply.content, "metrics")["num-examples"])  # type: ignore[arg-type]
-        uploads.append(Upload(one, kept, n))
+        try:
+            uploads.append(read_kept(setting, run, reply, client(setting, run, i)))
+        except FedLoraError as e:
+            session.observer.client_failed(i, Refusal.of(e).reason)
+    lengths = {u.client.id: moved(u.sent, Factors()) for u in uploads}
+    refused = too_long(lengths, setting.config.round.norm_bound)
+    for i, reason in refused.items():
+        session.observer.client_failed(i, reason)
+    uploads = [u for u in uploads if u.client.id not in refused]
     if not uploads:
         return run
     uploads.sort(key=lambda u: u.client.id)
-    return replace(run, state=collector.finish(run.state, uploads))
+    after = replace(run, state=collector.finish(run.state, uploads))
+    check_finite(setting, after, round)
+    return after
+
+
+def read_kept(setting: Setting, run: Saved, reply: Message, client: Client) -> Upload:
+    """What a client had kept, decoded and checked.
+
+    Raises:
+        UpdateError, WireError: what is wrong with it.
+    """
+    limits, held = Limits.of(setting.config), setting.strategy.effective(run.state).factors.other
+    try:
+        n = metrics_of(reply.content, "metrics")["num-examples"]
+        record = arrays_of(reply.content, "sent")
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}") from None
+    check_count(n, limits)
+    scale = {m: layer.scale for m, layer in client.layers.items()}
+    kept = unpack_factors(record, scale, dtype=limits.dtype)
+    for column, name, x in kept.items():
+        layer, shape = client.layers.get(name), tuple(held[name].shape) if name in held else None
+        if layer and column in ("A", "B"):
+            shape = (layer.rank, layer.k) if column == "A" else (layer.d, layer.rank)
+        if tuple(x.shape) != shape:
+            raise UpdateError(f"{column} of {name} has shape {tuple(x.shape)}, must be {shape}")
+    return Upload(client, kept, int(n))  # type: ignore[arg-type]
 
 
 def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
@@ -104,7 +144,12 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
     messages = (message(setting, session, run, c, round, "evaluate") for c in everyone)
     members = dict(run.members)
     for i, reply in _answers(setting, session, grid, messages):
-        said = metrics_of(reply.content, "metrics")
+        try:
+            said = metrics_of(reply.content, "metrics")
+            check_metrics(said)
+        except (KeyError, UpdateError) as e:
+            session.observer.client_failed(i, Refusal.of(e).reason)
+            continue
         members[i] = replace(
             members[i],
             final=part_of(said, "final.") or {},

@@ -19,16 +19,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedlora.errors import RoundError
-from fedlora.federation.server.exchange import error_of, exchange
+from fedlora.errors import FedLoraError, RoundError, UpdateError
+from fedlora.federation.server.exchange import Limits, check_count, error_of, exchange
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, client, message
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import (
+    Shapes,
     arrays_of,
     configs_of,
     metrics_of,
@@ -71,16 +72,36 @@ def _phase(
         made.content["send"] = pack_factors(send, "float32")
         made.content["sketch"] = ConfigRecord(sketch_)
         messages.append(made)
+    sizes = setting.model.shapes
+    shapes = {("A", m): (w, sizes[m].k) if send.B else (sizes[m].d, w) for m, w in widths.items()}
     uploads = []
     for _, reply in exchange(grid, messages, setting.config.round.deadline):
-        if error := error_of(reply):
-            session.observer.client_failed(None, Refusal.of(error).reason)
-            continue
-        i = int(configs_of(reply.content, "reply")["client"])  # type: ignore[arg-type]
-        n = int(metrics_of(reply.content, "metrics")["num-examples"])  # type: ignore[arg-type]
-        sent = unpack_factors(arrays_of(reply.content, "sent"), {})
-        uploads.append(Upload(client(setting, run, i), sent, n))
+        try:
+            uploads.append(_read(setting, run, reply, {c.id for c in clients}, shapes))
+        except FedLoraError as e:
+            session.observer.client_failed(None, Refusal.of(e).reason)
     if not uploads:
         raise RoundError("no client sent its first gradient; nothing was begun")
     uploads.sort(key=lambda u: u.client.id)
     return dict(mean(uploads, Factors()).A)
+
+
+def _read(setting: Setting, run: Saved, reply: Message, asked: set[int], shapes: Shapes) -> Upload:
+    """A client's sketch, decoded and checked.
+
+    Raises:
+        UpdateError, WireError: what is wrong with it.
+    """
+    if error := error_of(reply):
+        raise error
+    try:
+        i = configs_of(reply.content, "reply")["client"]
+        n = metrics_of(reply.content, "metrics")["num-examples"]
+        record = arrays_of(reply.content, "sent")
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}") from None
+    if i not in asked:
+        raise UpdateError(f"the reply is of client {i!r}, which was not asked")
+    check_count(n, Limits.of(setting.config))
+    sent = unpack_factors(record, {}, shapes, "float32")
+    return Upload(client(setting, run, int(i)), sent, int(n))  # type: ignore[arg-type]

@@ -75,10 +75,7 @@ class Honesty:
             yield from (upload for upload, _ in held)
             return
         for upload, why in held:
-            i = upload.client.id
-            received.accepted.remove(i)
-            del received.clients[i], received.certificates[i]
-            received.refuse(i, round, Refusal(FailureKind.BAD, why))
+            received.take_back(upload.client.id, round, Refusal(FailureKind.BAD, why))
 
     def close(self, before: Saved, after: Saved, round: Round, received: Received) -> Saved:
         return after

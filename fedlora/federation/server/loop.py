@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import Result
 from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
+from fedlora.federation.server.bounds import check_finite
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.journal import Member, Saved, state_types
@@ -194,6 +195,7 @@ def play_round(
     after, aggregated = replace(run, state=state), time.perf_counter()
     for stage in around:
         after = stage.close(run, after, round, received)
+    check_finite(setting, after, round)
     closed = time.perf_counter()
     load(setting, session, after, after.state)
     scores = evaluated(setting, number)

@@ -12,9 +12,7 @@ from fedlora.errors import UpdateError
 from fedlora.federation.server.exchange import POLL, SLOWEST_POLL, error_of, exchange
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import configs_of
-
-SIMULATED = "FEDLORA_SIMULATED"
-"""Set for the processes of Flower's engine: all their clients are this machine."""
+from fedlora.federation.wire.same_machine import SIMULATED
 
 
 def is_simulated(grid: Grid) -> bool:

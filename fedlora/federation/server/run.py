@@ -25,7 +25,8 @@ from fedlora.federation.server.flights import Flights
 from fedlora.federation.server.journal import Journal, Saved
 from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.roster import Roster
-from fedlora.federation.wire.messages import Job, pack_download, pack_pairs
+from fedlora.federation.wire.job import Job
+from fedlora.federation.wire.messages import pack_download, pack_pairs
 from fedlora.privacy.central import CentralPrivacy
 from fedlora.reports.console import Observer
 from fedlora.strategies import forms

@@ -7,7 +7,10 @@ judged; it shares its client's fate.
     norm-bound            a longer change is drawn back toward what the client was sent
     krum, multi-krum,
     trimmed               updates are left out
-    median                p_i of the geometric median in place of n_i / sum n_j
+    median                p_i of the geometric median
+
+Every client weighs the same under all of them, whatever it says of its examples: a count is a claim
+like any other, and the one that a liar gains most by.
 
 Composes with every strategy that sees a client's whole update: the last two leave the strategy's
 average as it is, over other clients or other weights, and a shortened update is an update. It
@@ -25,7 +28,7 @@ from fedlora.lora.adapter import COLUMNS, Adapter, Factors
 from fedlora.strategies import robust
 from fedlora.strategies.base import Round, Strategy, Upload
 
-WEIGHT = 10**6
+WEIGHT = 10**9
 """Number of examples that stands for p = 1 under method = "median"."""
 HALVINGS = 40
 
@@ -57,8 +60,9 @@ def screen(
         for u, s in zip(uploads, starts, strict=True)
     ]
     ids = [u.client.id for u in uploads]
+    alike = [replace(u, num_examples=1) for u in uploads]
     verdict = Verdict(r.method, dict(zip(ids, robust.norms(changes).tolist(), strict=True)))
-    weights = [float(u.num_examples) for u in uploads]
+    weights = [1.0] * len(uploads)
     match r.method:
         case "norm-bound":
             bound = r.bound or statistics.median(verdict.norms.values())
@@ -69,7 +73,7 @@ def screen(
             }
             kept = [
                 _between(s, u, verdict.factors.get(u.client.id, 1.0))
-                for u, s in zip(uploads, starts, strict=True)
+                for u, s in zip(alike, starts, strict=True)
             ]
             return kept, verdict
         case "median":
@@ -86,7 +90,7 @@ def screen(
             keep = 1 if r.method == "krum" else len(uploads) - r.byzantine
             chosen = robust.krum(changes, r.byzantine, keep)
     verdict.dropped = [i for n, i in enumerate(ids) if n not in set(chosen)]
-    return [uploads[n] for n in chosen], verdict
+    return [alike[n] for n in chosen], verdict
 
 
 def began(strategy: Strategy[Any], state: Any, upload: Upload, round: Round) -> Upload:

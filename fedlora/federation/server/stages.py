@@ -1,5 +1,7 @@
 """The stages around a strategy's aggregation, in their order.
 
+    norm bound     whose change no honest client can have is left out             by default
+    sum bound      the same of a sum, of which no part is known                   secure sums
     honesty        whose numbers are not its own is left out                      deployments
     screening      robust.method: which updates the strategy gets to see          if asked for
     privacy        privacy.level = "client": one clipped, noised mean             if asked for
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from fedlora.federation.server.bounds import NormBound, SumBound
 from fedlora.federation.server.certification import Certification
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.honesty import Honesty
@@ -48,6 +51,10 @@ class Stage(Protocol):
 def stages(setting: Setting, session: Session) -> list[Stage]:
     """The stages of this run, in their order."""
     config, found = setting.config, list[Stage]()
+    if NormBound.applies(setting, session):
+        found.append(NormBound(setting))
+    if config.secure.aggregation:
+        found.append(SumBound(setting))
     if Honesty.applies(setting, session):
         found.append(Honesty(setting, session))
     if config.robust.method != "none":

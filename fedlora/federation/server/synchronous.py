@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import FedLoraError
 from fedlora.federation.server import certification
-from fedlora.federation.server.exchange import Received, check_norm, exchange, read_reply
+from fedlora.federation.server.exchange import Limits, Received, check_norm, exchange, read_reply
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, base_number
 from fedlora.federation.server.run import message as message_to
@@ -102,8 +102,8 @@ def read(
     """A reply to what `state` sent in `round`, decoded and checked, with what it says of itself."""
     try:
         schema = session.schemas.of(state, client, base_number(setting, run.state), round)
-        most = setting.config.round.max_examples
-        upload, facts = read_reply(reply, client, round, run.token, schema, received, most)
+        limits = Limits.of(setting.config)
+        upload, facts = read_reply(reply, client, round, run.token, schema, received, limits)
         check_norm(setting.strategy, state, upload, round, setting.config.round.max_norm)
         facts["certificate"] = certification.read(
             setting, session, run, reply.content, upload, round

@@ -46,6 +46,8 @@ class FailureKind(StrEnum):
     """It says that something else went wrong."""
     BAD = "bad"
     """What it sent is not what was asked for. The only kind that counts as an offence."""
+    OUT_OF_BOUNDS = "bounds"
+    """Its change is far longer than the others': it may lie, or its rows may be unlike theirs."""
     LATE = "late"
     LOST = "lost"
     """Its worker or its node is gone."""

@@ -5,10 +5,8 @@ little-endian bytes, or for "int8" and "int4" those of `quantize`. No built-in s
 can read that type, so none can average adapters by mistake. Nothing here is pickled.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,6 +23,10 @@ from fedlora.strategies.base import Download, Penalty, Version
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-11, "int8": 6e-2, "int4": 0.8}
 """Relative error that sending in this dtype may add to an aggregate: see `proof`."""
+
+LARGEST = 1e6
+"""What a number that a client sends may be: trained factors are a millionth of it, and products of
+numbers below it are finite in float32."""
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -95,9 +97,15 @@ def pack_factors(
 
 
 def unpack_factors(
-    record: ArrayRecord, scale: Mapping[str, float], shapes: Shapes | None = None
+    record: ArrayRecord,
+    scale: Mapping[str, float],
+    shapes: Shapes | None = None,
+    dtype: str = "",
 ) -> Factors:
-    """The factors of a record; with `shapes`, exactly these keys in exactly these shapes."""
+    """The factors of a record; with `shapes`, exactly these keys in exactly these shapes.
+
+    With `dtype`, packed as `pack` does for it; and then no number is beyond LARGEST or not finite.
+    """
     columns: dict[str, dict[str, Tensor]] = {c: {} for c in COLUMNS}
     if shapes is not None:
         want = {f"{c}/{name}" for c, name in shapes}
@@ -112,10 +120,28 @@ def unpack_factors(
         column, _, name = key.partition("/")
         if column not in columns:
             raise WireError(f"{key}: no such kind of tensor")
-        columns[column][name] = unpack(
-            array, key, shapes[column, name] if shapes is not None else None
-        )
+        if dtype:
+            _check_dtype(array, key, dtype)
+        x = unpack(array, key, shapes[column, name] if shapes is not None else None)
+        if dtype:
+            _check_values(x, key)
+        columns[column][name] = x
     return Factors(scale, **columns)
+
+
+def _check_dtype(array: Array, key: str, dtype: str) -> None:
+    """Raises WireError where an array is not of the type in which `pack` sends it."""
+    want = "float32" if dtype in LEVELS and len(array.shape) < 2 else dtype
+    if array.dtype != want:
+        raise WireError(f"{key}: type {array.dtype!r}, must be {want!r} (wire.dtype = {dtype!r})")
+
+
+def _check_values(x: Tensor, key: str) -> None:
+    """Raises WireError where a number is not finite, or larger than any that training makes."""
+    if not bool(torch.isfinite(x).all()):
+        raise WireError(f"{key} holds NaN or Inf")
+    if x.numel() and float(x.abs().max()) > LARGEST:
+        raise WireError(f"{key} holds {float(x.abs().max()):.3g}: must be within +-{LARGEST:g}")
 
 
 def pack_pairs(pairs: Mapping[str, Delta], dtype: str) -> ArrayRecord:
@@ -214,7 +240,11 @@ def _lasting(dtype: str) -> str:
 
 
 def unpack_download(content: RecordDict) -> Download:
-    """The inverse of `pack_download`."""
+    """The inverse of `pack_download`.
+
+    Raises:
+        WireError: it does not decode, or names a version of the base by no number.
+    """
     settings = configs_of(content, "download")
     scale = dict(zip(seq(settings, "scale-names"), seq(settings, "scale-values"), strict=True))
     snapshots = set(seq(settings, "snapshots"))
@@ -231,7 +261,7 @@ def unpack_download(content: RecordDict) -> Download:
         trainable=frozenset(seq(settings, "trainable")),
         base=tuple(
             Version(n, unpack_pairs(arrays_of(content, f"base-{n}")), n in snapshots)
-            for n in seq(settings, "base")
+            for n in (whole({"base": n}, "base") for n in seq(settings, "base"))
         ),
         fold=fold,
         penalty=penalty,
@@ -239,72 +269,11 @@ def unpack_download(content: RecordDict) -> Download:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the server tells a client with every message, beside the download."""
-
-    round: int
-    token: str
-    """Names the run: it keeps another run's memory and replies out."""
-    incarnation: str
-    """Names this start of the server: base changes held in memory are trusted within it only."""
-    client: int
-    ranks: Mapping[str, int]
-    memory_round: int
-    base_number: int
-    fingerprint: str
-    labels: tuple[str, ...]
-    last_round: int = 0
-    """The last round in which this client's reply was accepted."""
-    cuts: tuple[int, ...] = ()
-    """Where A alone is shared, all clients' ranks: see `certificate.names_of`."""
-    code: str = ""
-    """A digest of the user's own code, where the config names any: see `user_code.identity`."""
-    config: str = ""
-    """A digest of the server's config: see `Config.identity`."""
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that the server's config has otherwise than the run's."""
-
-    def record(self) -> ConfigRecord:
-        return ConfigRecord(
-            {
-                "round": self.round,
-                "token": self.token,
-                "incarnation": self.incarnation,
-                "client": self.client,
-                "modules": list(self.ranks),
-                "ranks": list(self.ranks.values()),
-                "memory-round": self.memory_round,
-                "base-number": self.base_number,
-                "fingerprint": self.fingerprint,
-                "labels": list(self.labels),
-                "last-round": self.last_round,
-                "cuts": list(self.cuts),
-                "config": self.config,
-                **({"code": self.code} if self.code else {}),
-                **({"changes": json.dumps(dict(self.changes))} if self.changes else {}),
-            }
-        )
-
-    @classmethod
-    def read(cls, record: ConfigRecord) -> "Job":
-        x: Mapping[str, Any] = record
-        return cls(
-            x["round"],
-            x["token"],
-            x["incarnation"],
-            x["client"],
-            dict(zip(x["modules"], x["ranks"], strict=True)),
-            x["memory-round"],
-            x["base-number"],
-            x["fingerprint"],
-            tuple(x["labels"]),
-            x["last-round"],
-            tuple(x["cuts"]),
-            x.get("code", ""),
-            x["config"],
-            json.loads(x.get("changes", "{}")),
-        )
+def whole(record: Mapping[str, Any], key: str) -> int:
+    """A number of a record, of which a file's name is made."""
+    if type(value := record[key]) is not int or not 0 <= value < 2**31:
+        raise WireError(f"{key}: must be a whole number from 0 to 2^31")
+    return value
 
 
 def arrays_of(content: RecordDict, key: str) -> ArrayRecord:
@@ -332,18 +301,6 @@ def _of(content: RecordDict, key: str, kind: type[Kind]) -> Kind:
     if not isinstance(found, kind):
         raise KeyError(key)
     return found
-
-
-def job_of(content: RecordDict) -> Job:
-    """The job that a message brings.
-
-    Raises:
-        WireError: it brings none, or one that does not decode.
-    """
-    try:
-        return Job.read(configs_of(content, "job"))
-    except (KeyError, TypeError, ValueError) as e:
-        raise WireError(f"the message has no job that can be read: {e!r}") from None
 
 
 def count_bytes(content: RecordDict) -> int:

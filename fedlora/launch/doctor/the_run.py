@@ -5,6 +5,7 @@ functions that refuse it there. Only the clients' replies are missing: of a stra
 with their first gradients, the state before those is judged.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Kind, Layout, kinds_of
 from fedlora.federation.server import asynchronous
+from fedlora.federation.server.bounds import MAJORITY, MOST
 from fedlora.federation.server.exchange import Schemas
 from fedlora.federation.server.journal import Journal, Member
 from fedlora.federation.server.planning import Planner
@@ -74,6 +76,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         return [*findings, *beside], Table()
     findings += [_precision(config), _training(config, model, strategy, state, clients[0], corpus)]
     findings += _secure(config, strategy, state, clients)
+    findings += _bounds(config, clients, corpus)
     table, largest = _plan(config, strategy, state, clients, corpus)
     findings += _size(config, model, strategy, largest)
     return [*findings, *beside], table
@@ -267,6 +270,36 @@ def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator
         f"a mean over clients of {terms.weight if terms.weight == 1 else 100} examples by at most "
         f"{terms.error(K, K * min(terms.weight, 100)):.1g}",
     )
+    yield Finding(
+        "note",
+        "secure aggregation: no bound on a single client can be enforced, so one of them can "
+        "spoil the model; the sum's own weight, values and norm are checked before it is committed",
+        "where clients are not trusted, use round.norm-bound and robust.method without it",
+    )
+
+
+def _bounds(config: Config, clients: Sequence[Client], corpus: Corpus) -> Iterator[Finding]:
+    """Where round.norm-bound would judge without a majority, or judge honest clients."""
+    times, train = config.round.norm_bound, config.train
+    if not times or config.secure.aggregation or config.privacy.by_client:
+        return
+    n = config.clients.per_round or config.clients.count
+    if n < MAJORITY:
+        yield Finding(
+            "note",
+            f"{n} client{'s' if n > 1 else ''} a round: round.norm-bound has no majority to judge "
+            f"by, and refuses only a change of {MOST:g} times the weights' own norm",
+        )
+    rows = [len(corpus.client(c.id).train) for c in clients]
+    steps = [steps_in(r, train.batch_size, train.steps, train.epochs) for r in rows]
+    usual = statistics.median(steps) if n >= MAJORITY and all(rows) else 0
+    if usual and (many := [c.id for c, s in zip(clients, steps, strict=True) if s > times * usual]):
+        yield Finding(
+            "note",
+            f"client {', '.join(map(str, many[:5]))} trains more than {times:g} times the steps of "
+            "the median client, so an honest change may be too long for round.norm-bound",
+            "raise round.norm-bound, or set train.steps, which all clients share",
+        )
 
 
 def _plan(

@@ -31,6 +31,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.federation.wire.codes import Code, code_of
+from fedlora.federation.wire.same_machine import OWN_MACHINE
 
 FIRST_NODE = 1000
 RUN_ID = 1
@@ -62,6 +63,7 @@ class LocalGrid(Grid):
                 node_config={
                     "partition-id": i,
                     "num-partitions": nodes,
+                    OWN_MACHINE: True,
                     **(node_configs or {}).get(i, {}),
                 },
                 state=RecordDict(),

@@ -19,7 +19,7 @@ from fedlora import preflight
 from fedlora.config.processes import workers
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, RoundError
-from fedlora.federation.server.roster import SIMULATED
+from fedlora.federation.wire.same_machine import SIMULATED
 from fedlora.launch.experiment_file import load, unchecked
 from fedlora.launch.run import Run
 from fedlora.launch.shim import shim

@@ -1,0 +1,308 @@
+"""What no honest client sends is refused by default, and leaves the run as if it had not come."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from flwr.app import Array, Error, Message
+
+from fedlora.errors import RoundError
+from fedlora.federation.server import bounds
+from fedlora.launch.doctor import examine
+from fedlora.reports import run_files, trust
+from fedlora.strategies import STRATEGIES
+from tests.federation.test_bad_clients import Bad, Spoil, arrays, metric, poison
+from tests.support.tiny_federation import Ran, federate, quick
+
+Settings = Callable[..., dict[str, object]]
+BOTH = (1, 2)
+
+
+def scaled(factor: float) -> Spoil:
+    """Every tensor that it sends, so many times as large."""
+
+    def spoil(_: Message, reply: Message, __: Bad) -> Message:
+        for key, old in list(arrays(reply).items()):
+            x = np.frombuffer(old.data, dtype=np.float32) * np.float32(factor)
+            arrays(reply)[key] = Array(old.dtype, old.shape, old.stype, x.tobytes())
+        return reply
+
+    return spoil
+
+
+def head(factor: float) -> Spoil:
+    """Its head alone, so many times as large."""
+
+    def spoil(_: Message, reply: Message, __: Bad) -> Message:
+        for key, old in list(arrays(reply).items()):
+            if key.startswith("other/"):
+                x = np.frombuffer(old.data, dtype=np.float32) * np.float32(factor)
+                arrays(reply)[key] = Array(old.dtype, old.shape, old.stype, x.tobytes())
+        return reply
+
+    return spoil
+
+
+def typed(name: str, value: float | None = None) -> Spoil:
+    """Its tensors in another of our own types, each number this value."""
+
+    def spoil(_: Message, reply: Message, __: Bad) -> Message:
+        dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}[name]
+        for key, old in list(arrays(reply).items()):
+            x = torch.frombuffer(bytearray(old.data), dtype=torch.float32).to(dtype)
+            x = x if value is None else torch.full_like(x, value)
+            data = x.view(torch.uint8).numpy().tobytes()
+            arrays(reply)[key] = Array(name, old.shape, f"fedlora.{name}", data)
+        return reply
+
+    return spoil
+
+
+def silent(message: Message, *_: Any) -> Message:
+    return Message(Error(7, "battery empty"), reply_to=message)
+
+
+ATTACKS: dict[str, tuple[Spoil, str]] = {
+    "2**62 examples": (metric("num-examples", 2**62), "round.max-examples = 1000000"),
+    "1e18": (poison(1e18), "must be within"),
+    "3e38": (poison(3e38), "must be within"),
+    "float64 1e300": (typed("float64", 1e300), "type 'float64', must be 'float32'"),
+    "bfloat16": (typed("bfloat16"), "type 'bfloat16', must be 'float32'"),
+    "NaN": (poison(math.nan), "holds NaN or Inf"),
+    "a thousand times": (scaled(1000.0), "round.norm-bound = 4 times the round's median"),
+}
+FOUR = {"clients.count": 4}
+
+
+def spoilt(given: dict[str, object], name: str, spoil: Spoil) -> Ran:
+    return federate({**given, "run.name": name}, Bad(spoil, rounds=BOTH))
+
+
+def in_turn(message: Message, reply: Message, bad: Bad) -> Message | None:
+    """Another attack in each round."""
+    number = int(message.content.config_records["job"]["round"])  # type: ignore[arg-type]
+    return [*ATTACKS.values()][number - 1][0](message, reply, bad)
+
+
+def test_the_run_with_an_attacker_is_the_run_without_it_byte_for_byte(settings: Settings) -> None:
+    rounds = tuple(range(1, len(ATTACKS) + 1))
+    more = {"run.rounds": len(rounds), "round.quarantine-after": 0, **FOUR}
+    given = settings(**quick("fedavg", **more, **{"lora.target-modules": "query"}))
+    ran = federate({**given, "run.name": "attacked"}, Bad(in_turn, rounds=rounds))
+    for line, (_, reason) in zip(ran.rounds[1:], ATTACKS.values(), strict=True):
+        (failure,) = line["failures"]
+        assert failure["client"] == 1
+        assert reason in failure["reason"]
+        assert line["accepted"] == [0, 2, 3]
+        assert "1" not in line["clients"]
+    without = federate({**given, "run.name": "without"}, Bad(silent, rounds=rounds))
+    assert ran.adapter == without.adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["2**62 examples", "1e18", "a thousand times"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_so_it_is_under_every_strategy(settings: Settings, name: str, attack: str) -> None:
+    given = settings(**quick(name, **FOUR))
+    ran = spoilt(given, "attacked", ATTACKS[attack][0])
+    assert [r["accepted"] for r in ran.rounds[1:]] == [[0, 2, 3]] * 2
+    assert ran.adapter == spoilt(given, "without", silent).adapter
+
+
+def test_without_the_bound_a_thousandfold_change_has_the_model(settings: Settings) -> None:
+    """The counterexample: the default is what keeps it out."""
+    given = settings(**quick("fedavg", **FOUR, **{"round.norm-bound": 0.0}))
+    ran = spoilt(given, "attacked", scaled(1000.0))
+    assert ran.rounds[1]["accepted"] == [0, 1, 2, 3]
+    assert ran.adapter != spoilt(given, "without", silent).adapter
+
+
+def test_a_head_is_held_against_the_others_heads(settings: Settings) -> None:
+    ran = spoilt(settings(**quick("fedavg", **FOUR)), "attacked", head(100.0))
+    (failure,) = ran.rounds[1]["failures"]
+    assert "the change of its other tensors" in failure["reason"]
+
+
+def test_a_round_in_which_the_bound_acts_names_the_client_and_all_lengths(
+    settings: Settings,
+) -> None:
+    ran = spoilt(settings(**quick("fedavg", **FOUR)), "attacked", scaled(1000.0))
+    found = ran.rounds[1]["bounds"]
+    assert found["refused"] == [1]
+    norms = {i: x["adapter"] for i, x in found["norms"].items()}
+    assert norms["1"] > 4 * sorted(norms.values())[1]
+    assert ran.rounds[1]["failures"][0]["kind"] == "bounds"
+    assert "bounds" not in ran.rounds[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "refused"),
+    [
+        ([1.0, 1.0, 1.0, 4.1], [3]),
+        ([1.0, 1.0, 1.0, 3.9], []),
+        ([1.0, 2.64, 0.3, 1.0], []),
+        ([1.0, 1.0, 4.1], [2]),
+        ([1.0, 50.0], []),  # of two nobody can say which is the odd one
+        ([50.0], []),
+        ([1.0, 701.0], [1]),  # but it is 100 times the weights that it changes
+        ([701.0], [0]),
+        ([0.0, 0.0, 0.0, 5.0], []),  # nothing moved: no measure
+        ([1.0, 1.0, 1.0, math.inf], [3]),
+        ([1.0, 1.0, 1.0, math.nan], [3]),
+    ],
+)
+def test_the_median_needs_three_and_fewer_are_held_against_the_weights(
+    lengths: list[float], refused: list[int]
+) -> None:
+    found = {i: {"adapter": x} for i, x in enumerate(lengths)}
+    assert sorted(bounds.too_long(found, 4.0, longest=700.0)) == refused
+
+
+def test_where_most_did_not_move_tensors_are_held_against_what_was_sent() -> None:
+    """A does not move while B is 0, and a huge A would show in the next round only."""
+    still = {"adapter": 0.0, "tensors": 0.0, "sent": 10.0}
+    found = {i: {**still, "tensors": x} for i, x in enumerate([0.0, 0.0, 39.0, 41.0])}
+    assert sorted(bounds.too_long(found, 4.0)) == [3]
+
+
+def test_how_a_change_is_factored_does_not_matter(settings: Settings) -> None:
+    def turned(_: Message, reply: Message, __: Bad) -> Message:
+        for key, old in list(arrays(reply).items()):
+            factor = {"A": 1e3, "B": 1e-3}.get(key[0], 1.0)
+            x = np.frombuffer(old.data, dtype=np.float32) * np.float32(factor)
+            arrays(reply)[key] = Array(old.dtype, old.shape, old.stype, x.tobytes())
+        return reply
+
+    ran = spoilt(settings(**quick("fedavg", **FOUR)), "turned", turned)
+    assert [r["accepted"] for r in ran.rounds[1:]] == [[0, 1, 2, 3]] * 2
+
+
+def test_updates_that_wait_on_the_disk_are_the_same_bytes_and_leave_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(**quick("fedex", **FOUR))
+    here = spoilt(given, "here", silent)
+    monkeypatch.setattr(bounds, "IN_MEMORY", 0)
+    there = spoilt(given, "there", silent)
+    assert there.adapter == here.adapter
+    assert not [*there.directory.glob(".updates*")]
+
+
+SECURE = {**FOUR, "clients.ranks": "3", "secure.aggregation": True}
+LIES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "its examples": (lambda x: np.concatenate([x[:1] + 100_000, x[1:]]), "has weight 100"),
+    "its values": (lambda x: np.concatenate([x[:2], x[2:] + 2**30]), "secure.clipping-range"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_sum_that_no_honest_clients_have_is_never_committed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    """Who it was cannot be told, so the run stops with the state before it."""
+    from fedlora.federation.secure import vector
+
+    spoil, reason = LIES[lie]
+    encode, calls = vector.encode, [0]
+
+    def lying(*args: Any) -> Any:
+        words = encode(*args)
+        if sys._getframe(1).f_code.co_name != "secagg_collect":  # the server measures with it
+            return words
+        calls[0] += 1
+        return spoil(words).astype(words.dtype) if calls[0] == 2 else words
+
+    monkeypatch.setattr(vector, "encode", lying)
+    given = settings(**quick("fedavg", **SECURE))
+    with pytest.raises(RoundError, match=f"the sum of 4 clients .*{reason}"):
+        federate(given)
+
+
+def test_a_sum_far_longer_than_the_weights_is_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def look(setting: Any, state: Any, sums: Any, round: Any, n: int, most: float) -> str:
+        seen.append(judge(setting, state, sums, round, n, most))
+        seen.append(judge(setting, state, sums, round, n, 1e-9))
+        return ""
+
+    judge = bounds.implausible
+    monkeypatch.setattr(bounds, "implausible", look)
+    federate(settings(**quick("fedavg", **SECURE, **{"run.rounds": 1})))
+    assert seen[0] == ""
+    assert "100 times that of the weights" in seen[1]
+
+
+def test_doctor_and_report_say_that_no_client_of_a_sum_is_bounded(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    given = settings(**quick("fedavg", **SECURE, **{"run.rounds": 1}))
+    (file := tmp_path / "x.toml").write_text(tomli_w.dumps(given))
+    assert examine(file, {}) == 0
+    assert "no bound on a single client can be enforced" in capsys.readouterr().out
+    told = dict(trust.left(run_files.read(federate(given).directory)))
+    assert told["Bound on one client"].startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"clients.count": 2}, "no majority to judge by"),
+        ({**FOUR, "round.norm-bound": 0.5}, "trains more than 0.5 times the steps"),
+    ],
+)
+def test_the_doctor_says_where_the_median_is_no_measure(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    says: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    given = settings(**quick("fedavg", **changes))
+    (file := tmp_path / "x.toml").write_text(tomli_w.dumps(given))
+    assert examine(file, {}) == 0
+    assert says in capsys.readouterr().out
+
+
+def test_too_few_that_are_left_stop_the_run(settings: Settings) -> None:
+    given = settings(**quick("fedavg", **FOUR, **{"round.min-replies": 4}))
+    with pytest.raises(RoundError, match=r"3 updates were accepted.*round\.norm-bound"):
+        spoilt(given, "attacked", scaled(1000.0))
+
+
+def test_a_model_that_is_no_number_is_never_committed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever made it so: the strategy's own arithmetic, here."""
+    from fedlora.strategies.fedavg import FedAvg
+
+    aggregate = FedAvg.aggregate
+
+    def broken(self: FedAvg, state: Any, uploads: Any, round: Any) -> Any:
+        after = aggregate(self, state, uploads, round)
+        if round.number == 2:
+            next(iter(after.B.values()))[0, 0] = math.nan
+        return after
+
+    given = settings(**quick("fedavg", **FOUR))
+    monkeypatch.setattr(FedAvg, "aggregate", broken)
+    with pytest.raises(RoundError, match=r"round 2: the new model holds NaN or Inf.*resume"):
+        federate(given)
+    monkeypatch.undo()
+    resumed = federate({**given, "run.resume": True})
+    whole = federate({**given, "run.name": "whole"})
+    assert resumed.adapter == whole.adapter
