@@ -28,6 +28,7 @@ from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
+from fedlora.training.model.experts import Expert, alike, layer_at, owners, ranks_of_stacks, stacks_of
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
@@ -67,15 +68,17 @@ class Model:
             fixed_rank(config.lora.form, config.clients.ranks),
         )
         self.shapes = find_layers(base, config)
-        self.heads = head_names(base, config)
+        self.heads, self.stacks = head_names(base, config), stacks_of(self.shapes)
         self._inner = inside_body(base, self.heads)
-        check_ties(base, self.shapes, self.heads)
+        check_ties(base, owners(self.shapes), self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
-        self.adapted: dict[str, Any] = {m: self.peft.get_submodule(PREFIX + m) for m in self.shapes}
+        self.adapted: dict[str, Any] = {
+            m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
+        }
         self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
@@ -101,8 +104,12 @@ class Model:
         """The client's layers at these ranks, each with alpha's scale; under legend one for all.
 
         VeRA's are of rank 1, between its projections; other forms have a size and no ranks.
+
+        Raises:
+            ModelError: experts of one parameter are to differ in rank.
         """
         lora = self.config.lora
+        ranks_of_stacks(ranks, self.shapes)
         if self.form.kind == "vectors":
             return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
         if self.rank:
@@ -170,12 +177,14 @@ class Model:
         Without factors (a model that is all in its base) the adapter is one that adds nothing.
         With `block`, only the diagonal blocks of that size of a core get gradients.
         """
+        if self.stacks and factors.A:
+            factors = as_factors(alike(factors.adapter(), self.shapes), factors.other)
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
         self._cores, self.masks = {}, {}
         with torch.no_grad():
             for m, A in factors.A.items():
-                layer, (a, b) = self.adapted[m], self._sides(m)
+                layer, (a, b) = self.adapted[m], self.sides(m)
                 a.copy_(A if a.ndim > 1 else A[0])
                 b.copy_(factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
                 if self.rank:
@@ -190,8 +199,8 @@ class Model:
                         R.register_hook(functools.partial(masked, mask))
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
-                for m in self._on():
-                    self._sides(m)[1].zero_()
+                for m in self.held():
+                    self.sides(m)[1].zero_()
             mine = self._other()
             for name, tensor in factors.other.items():
                 if name not in mine:
@@ -200,7 +209,7 @@ class Model:
 
     def read(self) -> Factors:
         """A copy of the active adapter, core and head."""
-        sides = {m: self._sides(m) for m in self._on()}
+        sides = {m: self.sides(m) for m in self.held()}
         scaling = {m: 1.0 if self.rank else self.adapted[m].scaling[self.active] for m in sides}
         return Factors(
             {m: self._scale.get(m, s) for m, s in scaling.items()},
@@ -211,10 +220,14 @@ class Model:
         )
 
     def live(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters of the active adapter, core and head, by column and name."""
+        """The parameters of the active adapter, core and head, by column and name.
+
+        Those of the experts of a stack are one, by the stack's name.
+        """
+        whole = {self.shapes[m].stack or m: self._whole_sides(m) for m in self.held()}
         return {
-            "A": {m: self._sides(m)[0] for m in self._on()},
-            "B": {m: self._sides(m)[1] for m in self._on()},
+            "A": {n: sides[0] for n, sides in whole.items()},
+            "B": {n: sides[1] for n, sides in whole.items()},
             "R": dict(self._cores),
             "other": self._other(),
         }
@@ -258,11 +271,14 @@ class Model:
     @contextlib.contextmanager
     def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
         """Within it, adapters are off and base weights gather gradients, given back as (d, k)."""
-        weights = {m: x.get_base_layer().weight for m, x in self.adapted.items()}
+        layers = self.adapted.items()
+        weights = {m: x.stack if isinstance(x, Expert) else x.get_base_layer().weight
+                   for m, x in layers}  # fmt: skip
 
         def gathered() -> dict[str, Tensor]:
-            turned = {m: self.shapes[m].fan_in_fan_out for m in weights}
-            return {m: W.grad.T if turned[m] else W.grad for m, W in weights.items()}
+            found = {m: weights[m].grad[x.index] if isinstance(x, Expert) else weights[m].grad
+                     for m, x in layers}  # fmt: skip
+            return {m: G.T if self.shapes[m].fan_in_fan_out else G for m, G in found.items()}
 
         try:
             with self.peft.disable_adapter():
@@ -309,6 +325,8 @@ class Model:
         A quantised weight, which nothing changes, is 0 in it.
         """
         layer, memo = self.adapted[m], dict[int, Any]()
+        if isinstance(layer, Expert):
+            return layer  # computes in its inputs' dtype
         base = layer.get_base_layer()
         if not base.weight.is_floating_point():
             d, k = self.shapes[m].d, self.shapes[m].k
@@ -317,9 +335,7 @@ class Model:
             empty._forward_hooks = base._forward_hooks
         return copy.deepcopy(layer, memo).double().eval()
 
-    # -- inside -----------------------------------------------------------------------------
-
-    def _on(self) -> list[str]:
+    def held(self) -> list[str]:
         """The modules whose A and B side the active adapter has."""
         if self.form.kind == "vectors":
             return [*self.adapted]
@@ -327,9 +343,16 @@ class Model:
             return []
         return [m for m, x in self.adapted.items() if self.active in x.lora_A]
 
-    def _sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def sides(self, m: str) -> tuple[Tensor, Tensor]:
         """A (r, k) and B (d, r) of a module; or VeRA's vectors in their place, (r) and (d)."""
         x = self.adapted[m]
+        return x.sides(self.active) if isinstance(x, Expert) else self._whole_sides(m)
+
+    def _whole_sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The same as what trains: of an expert those of all experts of its stack."""
+        x = self.adapted[m]
+        if isinstance(x, Expert):
+            return x.packed(self.active)
         if self.form.kind == "vectors":
             return x.vera_lambda_d[self.active], x.vera_lambda_b[self.active]
         return x.lora_A[self.active].weight, x.lora_B[self.active].weight
