@@ -164,16 +164,18 @@ def _model(config: Config, model: Model) -> Iterator[Finding]:
     """What of the model is adapted, and which weights are not, by their kind."""
     base = model.peft.get_base_model()
     total = sum(p.numel() for p in base.parameters()) / 1e6
-    kinds = Counter(m.rpartition(".")[2] for m in model.shapes if not model.shapes[m].stack)
+    modules = {m: shape for m, shape in model.shapes.items() if not shape.stack}
+    kinds = Counter(m.rpartition(".")[2] for m in modules)
     names = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    size = sum(s.d * s.k for s in model.shapes.values()) / 1e6
+    size = sum(s.d * s.k for s in modules.values()) / 1e6
     yield Finding(
         "ok",
-        f"model: {total:.1f} M parameters, {sum(kinds.values())} adapted modules ({names}), "
+        f"model: {total:.1f} M parameters, {len(modules)} adapted modules ({names}), "
         f"{size:.1f} M weights"
         + (f"; trained whole: {', '.join(model.heads)}" if model.heads else ""),
     )
-    left = sorted(left_out(base, model.heads, owners(model.shapes)).items(), key=lambda kind: -kind[1])
+    still = left_out(base, model.heads, owners(model.shapes))
+    left = sorted(still.items(), key=lambda kind: -kind[1])
     if left:
         shown = ", ".join(f"{n / 1e6:.1f} M {kind}" for kind, n in left[:6])
         more = f" and {len(left) - 6} more kinds" if len(left) > 6 else ""

@@ -59,7 +59,7 @@ class Expert:
 
     @property
     def lora_A(self) -> Mapping[str, Any]:  # noqa: N802 (PEFT's name)
-        return {} if self._wrapper is None else self._wrapper.lora_A  # type: ignore[no-any-return]
+        return {} if self._wrapper is None else self._wrapper.lora_A
 
     @property
     def lora_variant(self) -> dict[str, Any]:
@@ -148,15 +148,20 @@ def ranks_of_stacks(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> di
     return found
 
 
-def alike(adapter: Adapter, shapes: Mapping[str, Shape]) -> Adapter:
+def alike(
+    adapter: Adapter, shapes: Mapping[str, Shape], across_stacks: bool = False
+) -> dict[str, Pair]:
     """The same changes, with all experts of every stack, at one rank and one scale.
 
     Rows and columns of 0 fill lower ranks up, and an expert that has no pair gets one of zeros.
+    across_stacks: one rank for the experts of all stacks.
     """
-    found = dict(adapter)
-    for names in stacks_of(shapes).values():
-        there = [adapter[m] for m in names if m in adapter]
-        rank, scale = max([p.rank for p in there], default=1), there[0].scale if there else 1.0
+    found, groups = dict(adapter), stacks_of(shapes)
+    tops = {s: max((adapter[m].rank for m in names if m in adapter), default=1)
+            for s, names in groups.items()}  # fmt: skip
+    for stack, names in groups.items():
+        rank = max(tops.values()) if across_stacks else tops[stack]
+        scale = next((adapter[m].scale for m in names if m in adapter), 1.0)
         for m in names:
             d, k = shapes[m].d, shapes[m].k
             p = adapter.get(m) or Pair(torch.zeros(1, k), torch.zeros(d, 1), scale)

@@ -89,11 +89,11 @@ def adapter_config(
         ModelError: experts of one parameter differ in rank.
     """
     lora, form = config.lora, FORMS[config.lora.form]
-    top = max(ranks.values())
+    stacks = ranks_of_stacks(ranks, shapes)
+    top = max(stacks.values() or ranks.values())  # PEFT warns of a pattern for experts
     if form.kind != "factors":
         return form_config(config, form, shapes, ranks, top, heads)
     modules = {m: r for m, r in ranks.items() if not shapes[m].stack}
-    stacks = ranks_of_stacks(ranks, shapes)
     return LoraConfig(
         alora_invocation_tokens=invocation(config.model, lora.invocation) if form.after else None,
         task_type="CAUSAL_LM" if form.after else None,  # PEFT looks for the invocation there only

@@ -13,6 +13,7 @@ All the clients of a process share the base; what differs between them is `Facto
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,10 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.training.model import experts
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
-from fedlora.training.model.experts import Expert, alike, layer_at, owners, ranks_of_stacks, stacks_of
+from fedlora.training.model.experts import Expert
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
@@ -68,16 +70,16 @@ class Model:
             fixed_rank(config.lora.form, config.clients.ranks),
         )
         self.shapes = find_layers(base, config)
-        self.heads, self.stacks = head_names(base, config), stacks_of(self.shapes)
+        self.heads, self.stacks = head_names(base, config), experts.stacks_of(self.shapes)
         self._inner = inside_body(base, self.heads)
-        check_ties(base, owners(self.shapes), self.heads)
+        check_ties(base, experts.owners(self.shapes), self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
         self.adapted: dict[str, Any] = {
-            m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
+            m: experts.layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }
         self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
@@ -109,7 +111,7 @@ class Model:
             ModelError: experts of one parameter are to differ in rank.
         """
         lora = self.config.lora
-        ranks_of_stacks(ranks, self.shapes)
+        experts.ranks_of_stacks(ranks, self.shapes)
         if self.form.kind == "vectors":
             return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
         if self.rank:
@@ -178,7 +180,7 @@ class Model:
         With `block`, only the diagonal blocks of that size of a core get gradients.
         """
         if self.stacks and factors.A:
-            factors = as_factors(alike(factors.adapter(), self.shapes), factors.other)
+            factors = as_factors(experts.alike(factors.adapter(), self.shapes), factors.other)
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
         self._cores, self.masks = {}, {}
@@ -271,24 +273,8 @@ class Model:
     @contextlib.contextmanager
     def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
         """Within it, adapters are off and base weights gather gradients, given back as (d, k)."""
-        layers = self.adapted.items()
-        weights = {m: x.stack if isinstance(x, Expert) else x.get_base_layer().weight
-                   for m, x in layers}  # fmt: skip
-
-        def gathered() -> dict[str, Tensor]:
-            found = {m: weights[m].grad[x.index] if isinstance(x, Expert) else weights[m].grad
-                     for m, x in layers}  # fmt: skip
-            return {m: G.T if self.shapes[m].fan_in_fan_out else G for m, G in found.items()}
-
-        try:
-            with self.peft.disable_adapter():
-                for W in weights.values():
-                    W.requires_grad_(True)
-                yield gathered
-        finally:
-            for W in weights.values():
-                W.requires_grad_(False)
-                W.grad = None
+        with self.peft.disable_adapter(), self.base.gradients() as gathered:
+            yield gathered
 
     def probe(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each adapted module of x now makes of its columns x[m] (k, n): (d, n)."""
@@ -383,7 +369,9 @@ class Model:
         name = f"p{self._born}"
         self._born += 1
         peft_config = adapter_config(self.config, self.shapes, ranks, self.heads)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            # PEFT looks for them among modules alone, and uses them for experts too
             if isinstance(base, PeftModel):
                 base.add_adapter(name, peft_config)
                 model = base

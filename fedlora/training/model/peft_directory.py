@@ -103,7 +103,7 @@ def save_peft(
         return
     adapter = total(effective) if adapter is None else adapter
     cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
-    adapter = {m[cut:]: p for m, p in alike(adapter, model.shapes).items()}
+    adapter = {m[cut:]: p for m, p in alike(adapter, model.shapes, True).items()}
     shapes = {m[cut:]: replace(s, stack=s.stack[cut:]) for m, s in model.shapes.items()}
     ranks = {m: p.rank for m, p in adapter.items()}
     config = adapter_config(model.config, shapes, ranks, [] if cut else model.heads)
@@ -117,8 +117,8 @@ def save_peft(
         if not shapes[m].stack:
             tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A
             tensors[f"{PREFIX}{m}.lora_B.weight"] = p.scale * p.B
-    for stack, names in model.stacks.items():
-        own = stack[cut:].rpartition(".")[0] + ".base_layer" * model.adapted[names[0]].outside
+    for parameter, names in model.stacks.items():
+        own = parameter[cut:].rpartition(".")[0] + ".base_layer" * model.adapted[names[0]].outside
         A, B = packed(adapter[m[cut:]] for m in names)
         tensors |= {f"{PREFIX}{own}.lora_A.weight": A, f"{PREFIX}{own}.lora_B.weight": B}
     other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}

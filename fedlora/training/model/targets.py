@@ -5,8 +5,8 @@
     "all-linear"   every linear map but the output embedding
     names          the modules whose path ends so
 
-Weights that are no module are out of its reach (XLNet's attention); the stacked experts of a mixture
-are named in lora.target-parameters.
+Weights that are no module are out of its reach (XLNet's attention). The stacked experts of a
+mixture have a key of their own, lora.target-parameters.
 """
 
 import re
