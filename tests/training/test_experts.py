@@ -305,7 +305,8 @@ def test_a_planted_fault_ends_the_run(
 def test_a_run_trains_experts_at_mixed_ranks_and_proves_it(
     settings: Settings, made: Callable[..., str], name: str
 ) -> None:
-    run = simulate(given(settings, made(name), **{"run.name": "moe"}))
+    changes = {"clients.count": 2, "train.steps": 1, "run.name": "moe"}
+    run = simulate(given(settings, made(name), **changes))
     assert proved(run)
     found = run.adapter()
     here = "base_model.model.model.layers.1.mlp.experts"
@@ -438,5 +439,5 @@ def test_a_server_of_linear_adapters_is_told_to_take_the_merged_weights(
     from fedlora.launch.export_targets import problems
 
     (said,) = problems(target, loaded(settings, made("mixtral")), 0)
-    assert "loads no adapters of stacked experts (lora.target-parameters)" in said
+    assert "does not read adapters of experts as PEFT stacks them (lora.target-parameters)" in said
     assert "--for merged writes whole weights" in said
