@@ -50,7 +50,7 @@ AUTO = {
     "modernbert": "Wo Wqkv", "bart": "q_proj v_proj", "t5": "q v", "gpt2": "c_attn",
     "phi3": "o_proj qkv_proj", "phi": "fc1 fc2 q_proj v_proj", "gpt-neox": "query_key_value",
     "falcon": "query_key_value", "bloom": "query_key_value",
-    "qwen2-moe": "k_proj o_proj q_proj v_proj",
+    **dict.fromkeys(("qwen2-moe", "qwen3-moe", "gpt-oss"), "k_proj o_proj q_proj v_proj"),
 }  # fmt: skip
 """What "auto" adapts; q_proj and v_proj of those that are not named."""
 
