@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ from fedlora.training.model import layers, peft_directory
 from fedlora.training.model.experts import Expert
 from fedlora.training.model.model import Model
 from fedlora.training.model.shape import Shape
-from tests.conftest import LABELS
+from tests.conftest import LABELS, write_tokenizer
 from tests.support.architectures import write
 from tests.training.test_architectures import proved
 
@@ -407,6 +408,37 @@ def test_a_parameter_that_is_no_stack_is_refused_with_those_that_are(
         changes |= {"model.task": "classification", "lora.target-modules": "layer_1"}
     with pytest.raises(ModelError, match=f"^lora.target-parameters: {target} .*{says}|{says}"):
         loaded(settings, path, **changes)
+
+
+def test_modules_that_peft_takes_for_experts_are_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """DeepSeek's shared experts and first layers are linear modules, of the names that PEFT turns
+    into stacked experts; its attention and its experts are adapted as any mixture's."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=40, moe_intermediate_size=16, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, eos_token_id=2,
+    )  # fmt: skip
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(str(tmp_path / "deepseek"))
+    write_tokenizer(tmp_path / "deepseek")
+    path = str(tmp_path / "deepseek")
+    with pytest.raises(ModelError, match=r"PEFT takes down_proj, gate_proj, up_proj for this mod"):
+        loaded(settings, path, **{"lora.target-modules": "all-linear"})
+    model = loaded(settings, path)
+    factors = drawn(model)
+    model.load(factors)
+    assert off(model, merged(path, "deepseek", factors)) < 1e-5
+
+
+def test_the_prefix_cache_leaves_mixtures_alone(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    """How many of a group's tokens an expert gets, and so the bits, depends on the others."""
+    changes = {"lora.layers": "-1", "train.prefix-cache": 8, "lora.target-parameters": ""}
+    assert loaded(settings, made("mixtral"), **changes).prefix is None
+    assert loaded(settings, settings("llama")["model.path"], **changes).prefix is not None
 
 
 def test_experts_of_one_parameter_with_ranks_of_their_own_are_refused(

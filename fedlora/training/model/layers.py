@@ -110,6 +110,23 @@ def adapter_config(
     )  # lora.init is done once, by `initial`: attaching never touches W0
 
 
+def check_targets(shapes: Mapping[str, Shape], made: Any) -> None:
+    """Nothing, where PEFT adapts the modules that it was told to.
+
+    Raises:
+        ModelError: in a mixture it has taken some for experts, by names that transformers 4 gave.
+    """
+    wanted = [m for m, shape in shapes.items() if not shape.stack]
+    taken = [m for m in wanted if isinstance(made, LoraConfig) and m not in made.target_modules]
+    if taken:
+        names = ", ".join(sorted({m.rpartition(".")[2] for m in taken}))
+        raise ModelError(
+            f"lora.target-modules: PEFT takes {names} for this model's experts, which had such "
+            "names once; name other modules, such as the attention's ('auto'), and experts in "
+            "lora.target-parameters"
+        )
+
+
 OWN_SETTINGS = {
     "corda": {"corda_config": CordaConfig()},
     "lora_ga": {"lora_ga_config": LoraGAConfig()},

@@ -33,7 +33,7 @@ from fedlora.training.model.alora import offsets
 from fedlora.training.model.experts import Expert
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
-from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
+from fedlora.training.model.layers import adapter_config, check_targets, find_layers, first_pairs
 from fedlora.training.model.loading import (
     checkpoint_activations,
     fingerprint,
@@ -370,8 +370,8 @@ class Model:
         self._born += 1
         peft_config = adapter_config(self.config, self.shapes, ranks, self.heads)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
-            # PEFT looks for them among modules alone, and uses them for experts too
+            # PEFT looks for these keys among modules alone, and uses them for experts too
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
             if isinstance(base, PeftModel):
                 base.add_adapter(name, peft_config)
                 model = base
@@ -381,6 +381,7 @@ class Model:
                     model = get_peft_model(base, peft_config, adapter_name=name)
                 except (ValueError, TypeError) as e:
                     raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
+                check_targets(self.shapes, model.peft_config[name])
         in_float32(model, name, self._inner)
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name
