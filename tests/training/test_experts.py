@@ -1,6 +1,6 @@
 """Experts of a mixture, which PEFT adapts in stacked parameters: each is a layer like any other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, ModelError
 from fedlora.launch.doctor import examine
 from fedlora.lora.adapter import Factors, Pair
+from fedlora.reports.observers import JsonLines
 from fedlora.strategies.base import Version
 from fedlora.training import cache
 from fedlora.training.certificate import measure, measure_shared, signs
@@ -361,6 +362,27 @@ def test_what_goes_with_experts(
     assert run.rounds["proof.deviation"].dropna().max() < 1e-5
     for whole in (False, True):
         assert export(run, tmp_path / f"out-{whole}", merged=whole).excess <= 1
+
+
+class StopsAfterRoundOne(JsonLines):
+    def round_done(self, record: Mapping[str, Any]) -> None:
+        if record.get("round") == 1:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_bits(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    path = made("gpt-oss")
+    whole = simulate(given(settings, path, **{"run.name": "whole"}))
+    part = given(settings, path, **{"run.name": "part"})
+    with pytest.raises(RuntimeError, match="stopped"):
+        simulate(part, observers=[StopsAfterRoundOne(lambda _: None)])
+    resumed = simulate({**part, "run.resume": True})
+    want, got = whole.adapter(), resumed.adapter()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
 def test_an_export_names_the_parameters_and_packs_them_as_peft_reads_them(
