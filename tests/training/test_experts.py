@@ -385,13 +385,17 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
+@pytest.mark.parametrize("depth", [2, 11])
 def test_an_export_names_the_parameters_and_packs_them_as_peft_reads_them(
-    settings: Settings, made: Callable[..., str], tmp_path: Path
+    settings: Settings, made: Callable[..., str], tmp_path: Path, depth: int
 ) -> None:
-    """A loaded copy is another program's: PEFT's own, on a base that knows nothing of fedlora."""
+    """A loaded copy is another program's: PEFT's own, on a base that knows nothing of fedlora.
+
+    From 20 modules on PEFT shortens their names.
+    """
     from peft import PeftModel
 
-    path = made("gpt-oss")
+    path = made("gpt-oss", num_hidden_layers=depth)
     model = loaded(settings, path)
     factors = drawn(model)
     from fedlora.strategies.base import Effective

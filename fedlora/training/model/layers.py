@@ -8,6 +8,7 @@ import peft
 from peft import LoraConfig, LoraGAConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config, parse_overrides
@@ -110,15 +111,14 @@ def adapter_config(
     )  # lora.init is done once, by `initial`: attaching never touches W0
 
 
-def check_targets(shapes: Mapping[str, Shape], made: Any) -> None:
-    """Nothing, where PEFT adapts the modules that it was told to.
+def check_targets(shapes: Mapping[str, Shape], base: nn.Module) -> None:
+    """Nothing, where PEFT has adapted all modules of its base that it was told to.
 
     Raises:
         ModelError: in a mixture it has taken some for experts, by names that transformers 4 gave.
     """
     wanted = [m for m, shape in shapes.items() if not shape.stack]
-    taken = [m for m in wanted if isinstance(made, LoraConfig) and m not in made.target_modules]
-    if taken:
+    if taken := [m for m in wanted if not isinstance(base.get_submodule(m), BaseTunerLayer)]:
         names = ", ".join(sorted({m.rpartition(".")[2] for m in taken}))
         raise ModelError(
             f"lora.target-modules: PEFT takes {names} for this model's experts, which had such "

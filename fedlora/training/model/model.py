@@ -381,7 +381,7 @@ class Model:
                     model = get_peft_model(base, peft_config, adapter_name=name)
                 except (ValueError, TypeError) as e:
                     raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
-                check_targets(self.shapes, model.peft_config[name])
+                check_targets(self.shapes, model.get_base_model())
         in_float32(model, name, self._inner)
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name
