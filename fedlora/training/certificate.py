@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlora.training.model.experts import Expert
+from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 
 K = 8

@@ -27,7 +27,7 @@ from fedlora.training.certificate import (
     start_gaps,
 )
 from fedlora.training.model.agreement import agree
-from fedlora.training.model.experts import Expert, layer_at
+from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.loading import MeanPooled, load_base, load_tokenizer
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.model.peft_directory import ENCODER, HEAD, WEIGHTS

@@ -14,7 +14,7 @@ from fedlora.strategies.base import Effective
 from fedlora.training.data.seam import end_mark
 from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.agreement import agree
-from fedlora.training.model.experts import layer_at
+from fedlora.training.model.expert import layer_at
 from fedlora.training.model.loading import MeanPooled, load_base
 from fedlora.training.model.model import Model
 from fedlora.training.model.peft_directory import WEIGHTS, save_head, save_peft

@@ -32,7 +32,7 @@ from fedlora.errors import TrainingCheckError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import Batch, Encoded, collate
 from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
-from fedlora.training.model.experts import Expert
+from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 from fedlora.training.precision import resolved
 from fedlora.training.train import (

@@ -21,7 +21,7 @@ from fedlora.strategies.base import Version
 from fedlora.training import cache
 from fedlora.training.certificate import measure, measure_shared, signs
 from fedlora.training.model import layers, peft_directory
-from fedlora.training.model.experts import Expert
+from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 from fedlora.training.model.shape import Shape
 from tests.conftest import LABELS, write_tokenizer

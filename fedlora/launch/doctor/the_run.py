@@ -40,9 +40,9 @@ from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
-from fedlora.training.model.experts import owners
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
+from fedlora.training.model.stacks import owners
 from fedlora.training.model.targets import left_out, stacks, tail
 from fedlora.training.precision import described, resolved, slowdown
 

@@ -18,9 +18,9 @@ from fedlora.strategies.base import Layer
 from fedlora.strategies.forms import FORMS, Form, moves_base
 from fedlora.training.model import loftq
 from fedlora.training.model.alora import invocation
-from fedlora.training.model.experts import ranks_of_stacks
 from fedlora.training.model.heads import head_names, within
 from fedlora.training.model.shape import Shape
+from fedlora.training.model.stacks import ranks_of_stacks
 from fedlora.training.model.targets import stacks_named, targeted
 
 

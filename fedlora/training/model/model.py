@@ -27,10 +27,10 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
-from fedlora.training.model import experts
+from fedlora.training.model import stacks
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
-from fedlora.training.model.experts import Expert
+from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, check_targets, find_layers, first_pairs
@@ -70,16 +70,16 @@ class Model:
             fixed_rank(config.lora.form, config.clients.ranks),
         )
         self.shapes = find_layers(base, config)
-        self.heads, self.stacks = head_names(base, config), experts.stacks_of(self.shapes)
+        self.heads, self.stacks = head_names(base, config), stacks.stacks_of(self.shapes)
         self._inner = inside_body(base, self.heads)
-        check_ties(base, experts.owners(self.shapes), self.heads)
+        check_ties(base, stacks.owners(self.shapes), self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
         self.adapted: dict[str, Any] = {
-            m: experts.layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
+            m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }
         self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
@@ -111,7 +111,7 @@ class Model:
             ModelError: experts of one parameter are to differ in rank.
         """
         lora = self.config.lora
-        experts.ranks_of_stacks(ranks, self.shapes)
+        stacks.ranks_of_stacks(ranks, self.shapes)
         if self.form.kind == "vectors":
             return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
         if self.rank:
@@ -180,7 +180,7 @@ class Model:
         With `block`, only the diagonal blocks of that size of a core get gradients.
         """
         if self.stacks and factors.A:
-            factors = as_factors(experts.alike(factors.adapter(), self.shapes), factors.other)
+            factors = as_factors(stacks.alike(factors.adapter(), self.shapes), factors.other)
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
         self._cores, self.masks = {}, {}

@@ -24,7 +24,7 @@ from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import accumulate
 from fedlora.strategies.base import Version
 from fedlora.strategies.base_log import BaseLog
-from fedlora.training.model.experts import Expert
+from fedlora.training.model.expert import Expert
 from fedlora.training.model.shape import Shape
 
 

@@ -21,9 +21,9 @@ from fedlora.lora.lowrank import compress, norm, pad, stack, svd
 from fedlora.lora.tree_file import write_atomically, write_tensors
 from fedlora.strategies.base import Effective, Version
 from fedlora.training.data.locate import locate
-from fedlora.training.model.experts import alike, packed
 from fedlora.training.model.layers import adapter_config
 from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.stacks import alike, packed
 from fedlora.training.user_code import is_code
 
 ENCODER = "encoder."

@@ -12,4 +12,4 @@ class Shape:
     fan_in_fan_out: bool
     """Its weight lies transposed, (k, d): GPT-2's Conv1D, gpt-oss's experts."""
     stack: str = ""
-    """Of an expert the parameter that holds all of them, by its full name; see experts.py."""
+    """Of an expert the parameter that holds all of them, by its full name; see expert.py."""
