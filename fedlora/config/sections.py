@@ -162,6 +162,9 @@ class LoraConfig(Section):
     target_modules: Annotated[Names, Field(min_length=1)] = ("auto",)
     """Module names as PEFT takes them: last names, or "all-linear". auto: PEFT's choice for the
     architecture, or else the linear modules of its attention blocks."""
+    target_parameters: Names = ()
+    """Stacked experts of a mixture, which are no modules, as PEFT takes them: the ends of their
+    paths, "mlp.experts.gate_up_proj, mlp.experts.down_proj". Empty: none."""
     layers: Indices = ("auto",)
     """Indices of the transformer layers to adapt; empty: all. "-2,-1" are the last two. auto: all,
     and the last one under example-level DP."""

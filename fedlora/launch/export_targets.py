@@ -62,6 +62,11 @@ def problems(target: str, model: Model, rank: int) -> Iterator[str]:
             f"{target} loads no modules that were trained whole ({', '.join(model.heads)}: "
             f"lora.modules-to-save); {instead}"
         )
+    elif model.stacks:
+        yield (
+            f"{target} does not read adapters of experts as PEFT stacks them "
+            f"(lora.target-parameters); {instead}"
+        )
     elif any(shape.fan_in_fan_out for shape in model.shapes.values()):
         yield f"{target} cannot load an adapter of GPT-2's transposed weights; {instead}"
     if target == "vllm" and rank > VLLM_RANKS[-1]:

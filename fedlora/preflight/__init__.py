@@ -18,7 +18,7 @@ from typing import Any
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.server import admission
-from fedlora.preflight import forms, options, privacy, secure, user_code
+from fedlora.preflight import experts, forms, options, privacy, secure, user_code
 from fedlora.strategies.base import Client
 
 
@@ -26,6 +26,7 @@ def problems(config: Config, clients: Sequence[Client] | None = None) -> Iterato
     """Each reason why the config, or the config with these clients, cannot run; what to do."""
     strategy = config.build_strategy()
     yield from forms.problems(config, strategy)
+    yield from experts.problems(config, strategy)
     yield from privacy.problems(config, strategy)
     yield from secure.problems(config, strategy)
     yield from options.problems(config, strategy)

@@ -45,7 +45,7 @@ def check_apart(model: Model, live: Live) -> None:
 
 def _probe(model: Model, live: Live) -> None:
     params = [p for ps in live.values() for p in ps.values()]
-    frozen = [model._sides(m)[1] for m in model._on()]
+    frozen = [model.sides(m)[1] for m in model.held()]
     saved = {p: p.detach().clone() for p in {*params, *frozen}}
     generator = torch.Generator().manual_seed(0)
     examples = [_made_up(model, n, generator) for n in LENGTHS]

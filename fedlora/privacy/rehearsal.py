@@ -169,7 +169,7 @@ def _step(
         kept_apart(model.peft, model.active, frozenset(params), model.masks) as sink,
         moves_exactly(model, live, rate),
     ):
-        extra = extra_loss(live, received, download.penalty, config.train.prox)
+        extra = extra_loss(model.sides, received, download.penalty, config.train.prox)
         private_step(
             model, rows, torch.arange(n), params, optimizer, sink, plan, Chance(), config, extra
         )

@@ -114,7 +114,7 @@ def private_fit(
     ):
         for _ in range(plan.steps):
             chosen = poisson(plan.n, plan.q, sampling)
-            extra = extra_loss(live, received, penalty, config.train.prox)
+            extra = extra_loss(model.sides, received, penalty, config.train.prox)
             loss = private_step(
                 model, encoded, chosen, params, optimizer, sink, plan, noise, config, extra
             )

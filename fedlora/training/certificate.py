@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 
 K = 8
@@ -72,7 +73,7 @@ def _of_module(model: Model, m: str, key: str) -> Tensor:
 
 @torch.no_grad()
 def of_layer(
-    layer: nn.Module,
+    layer: nn.Module | Expert,
     key: str,
     d: int,
     k: int,
@@ -101,7 +102,8 @@ def measure_shared(model: Model, key: str, cuts: Sequence[int]) -> Numbers:
     """
     model.peft.eval()
     found = {}
-    for m, A in model.live()["A"].items():
+    for m in model.held():
+        A = model.sides(m)[0]
         if A.ndim == 1:  # VeRA's vector on the side of A, which is one row by the strategies' count
             found[f"{m}[0:1]"] = signs(f"{key}/{m}/v", K, len(A)) @ A.detach().double()
             continue
@@ -115,6 +117,8 @@ def measure_shared(model: Model, key: str, cuts: Sequence[int]) -> Numbers:
 
 def _inner(model: Model, m: str, x: Tensor) -> Tensor:
     """A x for rows of x, (K, r), as the module computes it."""
+    if isinstance(model.adapted[m], Expert):
+        return model.adapted[m].inner(x)  # type: ignore[no-any-return]
     seen: list[Tensor] = []
     side = model.adapted[m].lora_A[model.active]
     hook = side.register_forward_hook(lambda _, __, y: seen.append(y))
@@ -126,9 +130,11 @@ def _inner(model: Model, m: str, x: Tensor) -> Tensor:
     return seen[0]
 
 
-def _outputs(layer: nn.Module, x: Tensor, d: int, asleep: frozenset[str], after: bool) -> Tensor:
+def _outputs(layer: Any, x: Tensor, d: int, asleep: frozenset[str], after: bool) -> Tensor:
     """The live module's output (n, d) for rows of x, in float64; a quantised base's as 0."""
-    base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
+    if isinstance(layer, Expert):
+        return layer(x)
+    base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     tensors = {
         name: t.double()
         for name, t in [*layer.named_parameters(), *layer.named_buffers()]
@@ -191,7 +197,7 @@ def shared_sizes(model: Model, names: Iterable[str]) -> Sizes:
     for name in names:
         m, _, block = name.rstrip("]").rpartition("[")
         a, b = map(int, block.split(":"))
-        A = model.live()["A"][m]
+        A = model.sides(m)[0]
         found[name] = Size(0.0, _norm(A[a:b] if A.ndim > 1 else A))
     return found
 
@@ -206,9 +212,9 @@ def _adapter_size(model: Model, live: Mapping[str, Mapping[str, Tensor]], m: str
     """s |B R| |A|; of a form that has no such factors the weight's own norm, which is more."""
     if model.form.kind != "factors":
         return _norm(model.adapted[m].get_base_layer().weight)
-    if m not in live["A"]:
+    if model.active not in model.adapted[m].lora_A:
         return 0.0
-    A, B = live["A"][m].detach(), live["B"][m].detach()
+    A, B = (x.detach() for x in model.sides(m))
     B = B @ live["R"][m].detach() if m in live["R"] else B
     return float(model.adapted[m].scaling[model.active]) * _norm(A) * _norm(B)
 
@@ -320,10 +326,10 @@ def quantised(
 
     It moves those of the factors, s folded into B or R, and those of the certificate itself.
     """
-    live, found = model.live(), {}
+    live, held, found = model.live(), {*model.held()}, {}
     for name in names:
-        if name in live["A"] and live["A"][name].ndim > 1:
-            A, B = live["A"][name], live["B"][name]
+        if name in held and model.sides(name)[0].ndim > 1:
+            A, B = model.sides(name)
             s = float(model.adapted[name].scaling[model.active])
             pair = len(B) ** 0.5 * _norm(A) + s * A.shape[1] ** 0.5 * _norm(B)
             spread = _norm(A) * _norm(B) if name in live["R"] else pair

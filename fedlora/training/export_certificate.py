@@ -6,6 +6,7 @@ and compared with those of the federated model. Heads and other trained tensors 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from fedlora.training.certificate import (
     start_gaps,
 )
 from fedlora.training.model.agreement import agree
+from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.loading import MeanPooled, load_base, load_tokenizer
 from fedlora.training.model.model import PREFIX, Model
-from fedlora.training.model.peft_directory import HEAD, WEIGHTS
+from fedlora.training.model.peft_directory import ENCODER, HEAD, WEIGHTS
+from fedlora.training.model.shape import Shape
 from fedlora.training.user_code import is_code
 
 KEY = "export"
@@ -63,7 +66,7 @@ def check(
     rooms = dict(size)
     tensors = {plain(name): p for name, p in loaded.named_parameters()}
     for m, shape in model.shapes.items():
-        layer = module_of(loaded, m)
+        layer = module_of(loaded, m, shape)
         found[m] = of_layer(layer, f"{KEY}/{m}", shape.d, shape.k, after=model.form.after)
         base = max(size[m].base, _weight_size(layer))
         adapter = max(size[m].adapter, _adapter(layer))
@@ -125,13 +128,14 @@ def plain(name: str) -> str:
     return name.replace(".original_module", ".original").removesuffix(".default")
 
 
-def module_of(loaded: nn.Module, m: str) -> nn.Module:
+def module_of(loaded: nn.Module, m: str, shape: Shape) -> nn.Module | Expert:
     """The module that the federated model calls m."""
     inner = loaded.encoder if isinstance(loaded, MeanPooled) else loaded
-    path = m.removeprefix("encoder.") if isinstance(loaded, MeanPooled) else m
-    for name in (PREFIX + path, path):
+    if isinstance(loaded, MeanPooled):
+        m, shape = m.removeprefix(ENCODER), replace(shape, stack=shape.stack.removeprefix(ENCODER))
+    for prefix in (PREFIX, ""):
         try:
-            found: nn.Module = inner.get_submodule(name)
+            found: nn.Module | Expert = layer_at(inner, m, shape, prefix)
         except AttributeError:
             continue
         return found
@@ -144,11 +148,14 @@ def _weight_size(layer: Any) -> float:
     return float(weight.detach().double().norm()) if weight.is_floating_point() else 0.0
 
 
-def _adapter(layer: nn.Module) -> float:
+def _adapter(layer: nn.Module | Expert) -> float:
     """s |B| |A| of a LoRA layer's one adapter; 0 where it has none."""
     if not getattr(layer, "lora_A", None):
         return 0.0
     x: Any = layer
     (name,) = x.lora_A
-    A, B = x.lora_A[name].weight.detach(), x.lora_B[name].weight.detach()
+    if isinstance(layer, Expert):
+        A, B = (side.detach() for side in layer.sides(name))
+    else:
+        A, B = x.lora_A[name].weight.detach(), x.lora_B[name].weight.detach()
     return float(x.scaling[name] * A.double().norm() * B.double().norm())

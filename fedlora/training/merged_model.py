@@ -14,6 +14,7 @@ from fedlora.strategies.base import Effective
 from fedlora.training.data.seam import end_mark
 from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.agreement import agree
+from fedlora.training.model.expert import layer_at
 from fedlora.training.model.loading import MeanPooled, load_base
 from fedlora.training.model.model import Model
 from fedlora.training.model.peft_directory import WEIGHTS, save_head, save_peft
@@ -60,7 +61,7 @@ def save_merged(
     lost = size = 0.0
     with torch.no_grad():
         for m, pair in adapter.items():
-            weight = base.get_submodule(m).weight
+            weight = layer_at(base, m, model.shapes[m]).weight
             change = pair.delta().T if model.shapes[m].fan_in_fan_out else pair.delta()
             want = weight.double() + change
             weight.copy_(weight.float() + change)

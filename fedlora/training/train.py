@@ -10,7 +10,7 @@ so what one example adds never depends on another's length.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -119,7 +119,7 @@ def steps(
     for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
         start = time.perf_counter()
         losses = example_losses(model, batch, config.train.precision)
-        loss = losses.mean() + extra_loss(live, received, penalty, config.train.prox)
+        loss = losses.mean() + extra_loss(model.sides, received, penalty, config.train.prox)
         optimizer.zero_grad(set_to_none=True)
         middle = time.perf_counter()
         loss.backward()
@@ -175,15 +175,22 @@ def token_losses(model: Model, inputs: Batch, labels: Tensor) -> Tensor:
 
 
 def extra_loss(
-    live: Live, received: Mapping[nn.Parameter, Tensor], penalty: Penalty | None, prox: float
+    sides: Callable[[str], tuple[Tensor, Tensor]],
+    received: Mapping[nn.Parameter, Tensor],
+    penalty: Penalty | None,
+    prox: float,
 ) -> Tensor | float:
-    """FedProx's mu/2 |w - w_received|^2 and a strategy's own penalty; 0 where there is none."""
+    """FedProx's mu/2 |w - w_received|^2 and a strategy's own penalty; 0 where there is none.
+
+    sides: A (r, k) and B (d, r) of a layer, as they train.
+    """
     extra: Tensor | float = 0.0
     if prox:
         extra = extra + prox / 2 * sum(((p - p0) ** 2).sum() for p, p0 in received.items())
     if penalty and penalty.weight:
         for m, keep in penalty.keep.items():
-            tail = live["B"][m][:, keep:], live["A"][m][keep:]
+            A, B = sides(m)
+            tail = B[:, keep:], A[keep:]
             if tail[0].numel():
                 extra = extra + penalty.weight * _safe_norm(tail[0]) * _safe_norm(tail[1])
     return extra

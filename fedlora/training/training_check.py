@@ -32,6 +32,7 @@ from fedlora.errors import TrainingCheckError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import Batch, Encoded, collate
 from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
+from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 from fedlora.training.precision import resolved
 from fedlora.training.train import (
@@ -303,11 +304,12 @@ def moves_exactly(model: Model, live: Live, rate: float) -> Iterator[None]:
     """
     named = {p: f"{c} of {name}" for c, ps in live.items() for name, p in ps.items()}
     frozen = {name: p for name, p in model.peft.named_parameters() if p not in named}
-    versions = {name: p._version for name, p in frozen.items()}
+    wrapped = {x.stack for x in model.adapted.values() if isinstance(x, Expert)}
+    states = {name: _state(p, p in wrapped) for name, p in frozen.items()}
     before = {p: p.detach().clone() for p in named}
     yield
     for name, p in frozen.items():
-        if p._version != versions[name]:
+        if _state(p, p in wrapped) != states[name]:
             raise TrainingCheckError(f"a step changed {name}, which is not to train")
     sizes = {p: 0.0 if p.grad is None else float(p.grad.abs().max()) for p in named}
     for p, name in named.items():
@@ -317,6 +319,15 @@ def moves_exactly(model: Model, live: Live, rate: float) -> Iterator[None]:
                 "parameters is optimised, or the learning rate is too small for its numbers",
                 f"learning rate {rate:g}",
             )
+
+
+def _state(p: Tensor, wrapped: bool) -> float:
+    """A number that changes when the tensor does.
+
+    Its version, which any writing counts up; but PEFT counts up that of a stack of experts in every
+    forward, without writing, so of those the sum.
+    """
+    return float(p.detach().sum(dtype=torch.float64)) if wrapped else p._version
 
 
 @contextmanager

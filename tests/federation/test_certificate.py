@@ -22,6 +22,7 @@ from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
 from fedlora.training import cache, certificate
 from fedlora.training.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
+from fedlora.training.model import expert
 from fedlora.training.model.model import Model
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
@@ -291,7 +292,9 @@ def test_it_imports_nothing_of_what_it_checks() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fedlora")
     }
-    assert ours == {"fedlora.training.model.model"}
+    assert ours == {"fedlora.training.model.expert", "fedlora.training.model.model"}
+    own = Path(expert.__file__).read_text()
+    assert "fedlora.lora" not in own, "it reads an expert without the algebra of pairs"
 
 
 # -- what is found --------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ NAMED = {"model.path": "m", "data.path": "d"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 LEGEND = {"ranks.policy": "legend"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
+EXPERTS = {"lora.target-parameters": "experts.down_proj"}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
@@ -77,6 +78,19 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"lora.form": "dora", "model.quantization": "4bit"}, "this form reads W0"),
     ("fedavg", "bert", {"model.merge": "into-base", "model.quantization": "4bit"},
      "quantised weights cannot take a change"),
+    # experts of a mixture
+    ("fedavg", "gpt2", {**EXPERTS, "lora.form": "dora"}, "PEFT has LoRA alone for experts"),
+    ("fedavg", "gpt2", {**EXPERTS, **FOURIER}, "PEFT has LoRA alone for experts"),
+    ("fedavg", "gpt2", {**EXPERTS, **ALORA}, "PEFT has LoRA alone for experts"),
+    ("fedavg", "gpt2", {**EXPERTS, "lora.dropout": 0.1}, "which have no inputs to drop"),
+    ("fedavg", "gpt2", {**EXPERTS, "lora.init": "eva", "lora.calibration": "x"},
+     "looks at each layer's inputs, and an expert's"),
+    ("fedavg", "gpt2", {**EXPERTS, "model.quantization": "4bit"}, "that it could quantise"),
+    ("fedavg", "gpt2", {**EXPERTS, "model.dtype": "bfloat16"}, "set model.merge = 'into-base'"),
+    ("fedex", "gpt2", {**EXPERTS, "model.merge": "keep-as-adapter"}, "no output of its own"),
+    ("fedsb", "gpt2", EXPERTS, "has more than A and B, and PEFT's code for experts"),
+    ("fedex", "gpt2", {**EXPERTS, **LEGEND}, "PEFT holds adapters of one set of experts"),
+    ("fedavg", "gpt2", {**EXPERTS, **DP}, "sees tokens of all examples mixed"),
     # privacy
     ("fedavg", "bert", {**DP, "privacy.noise-multiplier": 1.0}, "set one of them to 0"),
     ("fedavg", "bert", {"privacy.level": "client"}, "needs privacy.epsilon or"),

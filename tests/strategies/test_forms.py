@@ -186,8 +186,8 @@ def test_ranks_by_module_are_averaged_as_promised(settings: Settings, name: str)
 def spread(model: Model, names: set[str], only: str = "") -> float:
     """|f(mean of theta) - mean of f(theta)| over f's size, moving the tensors of these names."""
     x, found = inputs(model), []
-    own = {**model._tensors, **{f"{m}.{i}": p for m in model._on() for i, p in
-                                enumerate(model._sides(m))}}  # fmt: skip
+    own = {**model._tensors, **{f"{m}.{i}": p for m in model.held() for i, p in
+                                enumerate(model.sides(m))}}  # fmt: skip
     model.load(model._first)
     g = seeded(SEED, 0, 0, "theta")
     middle = {n: p.detach() + 0.3 * torch.randn(p.shape, generator=g) for n, p in own.items()}

@@ -62,6 +62,11 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", DECODER),
     "qwen2": ("Qwen2", {**DECODER, "vocab_size": 320}),
     "qwen2-moe": ("Qwen2Moe", EXPERTS),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8}),
+    "gpt-oss": (
+        "GptOss",
+        {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+    ),
     "opt": ("OPT", OPT),
     "bloom": ("Bloom", {**GPT2, "hidden_size": 24}),
     "phi": ("Phi", {**DECODER, "hidden_size": 32, "num_key_value_heads": 4}),

@@ -50,7 +50,7 @@ AUTO = {
     "modernbert": "Wo Wqkv", "bart": "q_proj v_proj", "t5": "q v", "gpt2": "c_attn",
     "phi3": "o_proj qkv_proj", "phi": "fc1 fc2 q_proj v_proj", "gpt-neox": "query_key_value",
     "falcon": "query_key_value", "bloom": "query_key_value",
-    "qwen2-moe": "k_proj o_proj q_proj v_proj",
+    **dict.fromkeys(("qwen2-moe", "qwen3-moe", "gpt-oss"), "k_proj o_proj q_proj v_proj"),
 }  # fmt: skip
 """What "auto" adapts; q_proj and v_proj of those that are not named."""
 
@@ -254,7 +254,10 @@ def test_doctor_says_that_experts_are_not_adapted(
     path = tmp_path / "moe.toml"
     path.write_text(tomli_w.dumps(given(settings, made("mixtral"))))
     assert examine(path, {}) == 0
-    assert "of them are experts in 4 stacked tensors, not adapted" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "M weights are experts in 4 stacked tensors, not adapted" in said
+    keys = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
+    assert f'lora.target-parameters = "{keys}" would adapt them' in said
 
 
 def test_two_gguf_files_of_one_name_and_size_are_two_models(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
-from fedlora.training.model.targets import left_out
+from fedlora.training.model.stacks import owners
+from fedlora.training.model.targets import left_out, stacks, tail
 from fedlora.training.precision import described, resolved, slowdown
 
 
@@ -166,27 +167,40 @@ def _model(config: Config, model: Model) -> Iterator[Finding]:
     """What of the model is adapted, and which weights are not, by their kind."""
     base = model.peft.get_base_model()
     total = sum(p.numel() for p in base.parameters()) / 1e6
-    kinds = Counter(m.rpartition(".")[2] for m in model.shapes)
+    modules = {m: shape for m, shape in model.shapes.items() if not shape.stack}
+    kinds = Counter(m.rpartition(".")[2] for m in modules)
     names = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    size = sum(s.d * s.k for s in model.shapes.values()) / 1e6
+    size = sum(s.d * s.k for s in modules.values()) / 1e6
     yield Finding(
         "ok",
-        f"model: {total:.1f} M parameters, {len(model.shapes)} adapted modules ({names}), "
+        f"model: {total:.1f} M parameters, {len(modules)} adapted modules ({names}), "
         f"{size:.1f} M weights"
         + (f"; trained whole: {', '.join(model.heads)}" if model.heads else ""),
     )
-    left = sorted(left_out(base, model.heads, model.shapes).items(), key=lambda kind: -kind[1])
+    still = left_out(base, model.heads, owners(model.shapes))
+    left = sorted(still.items(), key=lambda kind: -kind[1])
     if left:
         shown = ", ".join(f"{n / 1e6:.1f} M {kind}" for kind, n in left[:6])
         more = f" and {len(left) - 6} more kinds" if len(left) > 6 else ""
         yield Finding("ok", f"weights that stay as they are: {shown}{more}")
-    if experts := [p for p in base.parameters() if p.ndim == 3]:
-        size = sum(p.numel() for p in experts) / 1e6
-        text = f"{size:.1f} M of them are experts in {len(experts)} stacked tensors, not adapted"
-        yield Finding("note", text, "lora.target-modules names linear modules alone")
+    yield from _experts(base, model)
     if (longest := model.longest(config.data.max_length)) < config.data.max_length:
         text = f"texts are cut at {longest} tokens, which the model has positions for"
         yield Finding("note", text, f"data.max-length is {config.data.max_length}")
+
+
+def _experts(base: Any, model: Model) -> Iterator[Finding]:
+    """How many experts of a mixture are adapted, and how to adapt those that are not."""
+    here = stacks(base)
+    if mine := [p for n, p in here.items() if n in model.stacks]:
+        count, size = sum(len(p) for p in mine), sum(p.numel() for p in mine) / 1e6
+        text = f"{count} adapted experts in {len(mine)} stacked tensors, {size:.1f} M weights"
+        yield Finding("ok", text)
+    if rest := {n: p for n, p in here.items() if n not in model.stacks}:
+        size = sum(p.numel() for p in rest.values()) / 1e6
+        text = f"{size:.1f} M weights are experts in {len(rest)} stacked tensors, not adapted"
+        names = ", ".join(dict.fromkeys(tail(n) for n in rest))
+        yield Finding("note", text, f'lora.target-parameters = "{names}" would adapt them')
 
 
 def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:

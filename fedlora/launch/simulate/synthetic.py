@@ -229,7 +229,8 @@ def descend(
             for m, p in ps.items():
                 p.grad = gradients[c][m]
         if download.penalty:
-            extra = extra_loss(live, {}, download.penalty, 0.0)
+            sides = {m: (A, live["B"][m]) for m, A in live["A"].items()}
+            extra = extra_loss(sides.__getitem__, {}, download.penalty, 0.0)
             if isinstance(extra, Tensor):
                 extra.backward()
         with torch.no_grad():

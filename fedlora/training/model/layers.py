@@ -1,13 +1,14 @@
 """Which modules of a model are adapted, their sizes, and PEFT's config for them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import peft
 from peft import LoraConfig, LoraGAConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config, parse_overrides
@@ -18,20 +19,15 @@ from fedlora.strategies.forms import FORMS, Form, moves_base
 from fedlora.training.model import loftq
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.heads import head_names, within
-from fedlora.training.model.targets import targeted
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """An adaptable linear module: k inputs, d outputs; transposed weight in GPT-2's Conv1D."""
-
-    d: int
-    k: int
-    fan_in_fan_out: bool
+from fedlora.training.model.shape import Shape
+from fedlora.training.model.stacks import ranks_of_stacks
+from fedlora.training.model.targets import stacks_named, targeted
 
 
 def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
-    """The modules that lora.target-modules and lora.layers name, with their sizes.
+    """What lora.target-modules, lora.target-parameters and lora.layers name, with the sizes.
+
+    Modules first, then experts, each of them a layer.
 
     Raises:
         ModelError: a target matches nothing (the names that would are listed), or a layer index.
@@ -48,7 +44,18 @@ def find_layers(base: nn.Module, config: Config) -> dict[str, Shape]:
     heads = head_names(base, config)
     linear = {n: s for n, s in linear.items() if not within(n, heads)}
     names = targeted(base, linear, config.lora.target_modules)
-    return _in_layers({n: linear[n] for n in names}, config.lora.layers)
+    stacks = [s for s in stacks_named(base, config.lora.target_parameters) if not within(s, heads)]
+    experts = {n: shape for s in stacks for n, shape in _experts(base, s)}
+    return _in_layers({n: linear[n] for n in names} | experts, config.lora.layers)
+
+
+def _experts(base: nn.Module, stack: str) -> Iterator[tuple[str, Shape]]:
+    """The layers of one stack; it says itself whether its weights lie (k, d)."""
+    turned = bool(getattr(base.get_submodule(stack.rpartition(".")[0]), "is_transposed", False))
+    E, *sizes = base.get_parameter(stack).shape
+    d, k = reversed(sizes) if turned else sizes
+    for e in range(E):
+        yield f"{stack}.{e}", Shape(d, k, turned, stack)
 
 
 def depth_of(name: str) -> int | None:
@@ -78,24 +85,46 @@ def adapter_config(
     """PEFT's config for these ranks; each module named in full, so that nothing else matches.
 
     heads: the modules that are trained whole.
+
+    Raises:
+        ModelError: experts of one parameter differ in rank.
     """
     lora, form = config.lora, FORMS[config.lora.form]
-    top = max(ranks.values())
+    stacks = ranks_of_stacks(ranks, shapes)
+    top = max(stacks.values() or ranks.values())  # PEFT warns of a pattern for experts
     if form.kind != "factors":
         return form_config(config, form, shapes, ranks, top, heads)
+    modules = {m: r for m, r in ranks.items() if not shapes[m].stack}
     return LoraConfig(
         alora_invocation_tokens=invocation(config.model, lora.invocation) if form.after else None,
         task_type="CAUSAL_LM" if form.after else None,  # PEFT looks for the invocation there only
         r=top,
         lora_alpha=lora.alpha,
-        rank_pattern={f"^{m}$": r for m, r in ranks.items() if r != top},
-        target_modules=list(ranks),
+        rank_pattern={f"^{m}$": r for m, r in {**modules, **stacks}.items() if r != top},
+        target_modules=list(modules),
+        target_parameters=list(stacks) or None,
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.form == "dora",
-        fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in ranks),
+        fan_in_fan_out=any(shapes[m].fan_in_fan_out for m in modules),
         modules_to_save=[*heads] or None,
     )  # lora.init is done once, by `initial`: attaching never touches W0
+
+
+def check_targets(shapes: Mapping[str, Shape], base: nn.Module) -> None:
+    """Nothing, where PEFT has adapted all modules of its base that it was told to.
+
+    Raises:
+        ModelError: in a mixture it has taken some for experts, by names that transformers 4 gave.
+    """
+    wanted = [m for m, shape in shapes.items() if not shape.stack]
+    if taken := [m for m in wanted if not isinstance(base.get_submodule(m), BaseTunerLayer)]:
+        names = ", ".join(sorted({m.rpartition(".")[2] for m in taken}))
+        raise ModelError(
+            f"lora.target-modules: PEFT takes {names} for this model's experts, which had such "
+            "names once; name other modules, such as the attention's ('auto'), and experts in "
+            "lora.target-parameters"
+        )
 
 
 OWN_SETTINGS = {

@@ -13,6 +13,7 @@ All the clients of a process share the base; what differs between them is `Facto
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,13 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.training.model import stacks
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
+from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.inner_factor import Core, inside, masked
-from fedlora.training.model.layers import adapter_config, find_layers, first_pairs
+from fedlora.training.model.layers import adapter_config, check_targets, find_layers, first_pairs
 from fedlora.training.model.loading import (
     checkpoint_activations,
     fingerprint,
@@ -67,15 +70,17 @@ class Model:
             fixed_rank(config.lora.form, config.clients.ranks),
         )
         self.shapes = find_layers(base, config)
-        self.heads = head_names(base, config)
+        self.heads, self.stacks = head_names(base, config), stacks.stacks_of(self.shapes)
         self._inner = inside_body(base, self.heads)
-        check_ties(base, self.shapes, self.heads)
+        check_ties(base, stacks.owners(self.shapes), self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
-        self.adapted: dict[str, Any] = {m: self.peft.get_submodule(PREFIX + m) for m in self.shapes}
+        self.adapted: dict[str, Any] = {
+            m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
+        }
         self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
@@ -101,8 +106,12 @@ class Model:
         """The client's layers at these ranks, each with alpha's scale; under legend one for all.
 
         VeRA's are of rank 1, between its projections; other forms have a size and no ranks.
+
+        Raises:
+            ModelError: experts of one parameter are to differ in rank.
         """
         lora = self.config.lora
+        stacks.ranks_of_stacks(ranks, self.shapes)
         if self.form.kind == "vectors":
             return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
         if self.rank:
@@ -170,12 +179,14 @@ class Model:
         Without factors (a model that is all in its base) the adapter is one that adds nothing.
         With `block`, only the diagonal blocks of that size of a core get gradients.
         """
+        if self.stacks and factors.A:
+            factors = as_factors(stacks.alike(factors.adapter(), self.shapes), factors.other)
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
         self._cores, self.masks = {}, {}
         with torch.no_grad():
             for m, A in factors.A.items():
-                layer, (a, b) = self.adapted[m], self._sides(m)
+                layer, (a, b) = self.adapted[m], self.sides(m)
                 a.copy_(A if a.ndim > 1 else A[0])
                 b.copy_(factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
                 if self.rank:
@@ -190,8 +201,8 @@ class Model:
                         R.register_hook(functools.partial(masked, mask))
                     layer.lora_variant[self.active] = Core(self._cores[m])
             if not factors.A:
-                for m in self._on():
-                    self._sides(m)[1].zero_()
+                for m in self.held():
+                    self.sides(m)[1].zero_()
             mine = self._other()
             for name, tensor in factors.other.items():
                 if name not in mine:
@@ -200,7 +211,7 @@ class Model:
 
     def read(self) -> Factors:
         """A copy of the active adapter, core and head."""
-        sides = {m: self._sides(m) for m in self._on()}
+        sides = {m: self.sides(m) for m in self.held()}
         scaling = {m: 1.0 if self.rank else self.adapted[m].scaling[self.active] for m in sides}
         return Factors(
             {m: self._scale.get(m, s) for m, s in scaling.items()},
@@ -211,10 +222,14 @@ class Model:
         )
 
     def live(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters of the active adapter, core and head, by column and name."""
+        """The parameters of the active adapter, core and head, by column and name.
+
+        Those of the experts of a stack are one, by the stack's name.
+        """
+        whole = {self.shapes[m].stack or m: self._whole_sides(m) for m in self.held()}
         return {
-            "A": {m: self._sides(m)[0] for m in self._on()},
-            "B": {m: self._sides(m)[1] for m in self._on()},
+            "A": {n: sides[0] for n, sides in whole.items()},
+            "B": {n: sides[1] for n, sides in whole.items()},
             "R": dict(self._cores),
             "other": self._other(),
         }
@@ -258,21 +273,8 @@ class Model:
     @contextlib.contextmanager
     def base_gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
         """Within it, adapters are off and base weights gather gradients, given back as (d, k)."""
-        weights = {m: x.get_base_layer().weight for m, x in self.adapted.items()}
-
-        def gathered() -> dict[str, Tensor]:
-            turned = {m: self.shapes[m].fan_in_fan_out for m in weights}
-            return {m: W.grad.T if turned[m] else W.grad for m, W in weights.items()}
-
-        try:
-            with self.peft.disable_adapter():
-                for W in weights.values():
-                    W.requires_grad_(True)
-                yield gathered
-        finally:
-            for W in weights.values():
-                W.requires_grad_(False)
-                W.grad = None
+        with self.peft.disable_adapter(), self.base.gradients() as gathered:
+            yield gathered
 
     def probe(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each adapted module of x now makes of its columns x[m] (k, n): (d, n)."""
@@ -309,6 +311,8 @@ class Model:
         A quantised weight, which nothing changes, is 0 in it.
         """
         layer, memo = self.adapted[m], dict[int, Any]()
+        if isinstance(layer, Expert):
+            return layer  # computes in its inputs' dtype
         base = layer.get_base_layer()
         if not base.weight.is_floating_point():
             d, k = self.shapes[m].d, self.shapes[m].k
@@ -317,9 +321,7 @@ class Model:
             empty._forward_hooks = base._forward_hooks
         return copy.deepcopy(layer, memo).double().eval()
 
-    # -- inside -----------------------------------------------------------------------------
-
-    def _on(self) -> list[str]:
+    def held(self) -> list[str]:
         """The modules whose A and B side the active adapter has."""
         if self.form.kind == "vectors":
             return [*self.adapted]
@@ -327,9 +329,16 @@ class Model:
             return []
         return [m for m, x in self.adapted.items() if self.active in x.lora_A]
 
-    def _sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def sides(self, m: str) -> tuple[Tensor, Tensor]:
         """A (r, k) and B (d, r) of a module; or VeRA's vectors in their place, (r) and (d)."""
         x = self.adapted[m]
+        return x.sides(self.active) if isinstance(x, Expert) else self._whole_sides(m)
+
+    def _whole_sides(self, m: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The same as what trains: of an expert those of all experts of its stack."""
+        x = self.adapted[m]
+        if isinstance(x, Expert):
+            return x.packed(self.active)
         if self.form.kind == "vectors":
             return x.vera_lambda_d[self.active], x.vera_lambda_b[self.active]
         return x.lora_A[self.active].weight, x.lora_B[self.active].weight
@@ -360,7 +369,9 @@ class Model:
         name = f"p{self._born}"
         self._born += 1
         peft_config = adapter_config(self.config, self.shapes, ranks, self.heads)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT looks for these keys among modules alone, and uses them for experts too
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
             if isinstance(base, PeftModel):
                 base.add_adapter(name, peft_config)
                 model = base
@@ -370,6 +381,7 @@ class Model:
                     model = get_peft_model(base, peft_config, adapter_name=name)
                 except (ValueError, TypeError) as e:
                     raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
+                check_targets(self.shapes, model.get_base_model())
         in_float32(model, name, self._inner)
         self._profiles[tuple(sorted(ranks.items()))] = name
         self.active = name

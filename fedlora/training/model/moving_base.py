@@ -10,7 +10,7 @@ them without rounding; it costs 2 r (d + k) operations a token and change, and t
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import accumulate
 from fedlora.strategies.base import Version
 from fedlora.strategies.base_log import BaseLog
-from fedlora.training.model.layers import Shape
+from fedlora.training.model.expert import Expert
+from fedlora.training.model.shape import Shape
 
 
 def beside(config: ModelConfig) -> bool:
@@ -78,6 +79,28 @@ class MovingBase:
                 W = dequantize_bnb_weight(W, state=getattr(layer, "state", None))
             found[m] = W.detach().T if self._shapes[m].fan_in_fan_out else W.detach()
         return found
+
+    @contextlib.contextmanager
+    def gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Within it, base weights gather gradients, given back as (d, k)."""
+        layers = self._layers.items()
+        weights: dict[str, Any] = {
+            m: x.stack if isinstance(x, Expert) else x.weight for m, x in layers
+        }
+
+        def gathered() -> dict[str, Tensor]:
+            found = {m: weights[m].grad[x.index] if isinstance(x, Expert) else weights[m].grad
+                     for m, x in layers}  # fmt: skip
+            return {m: G.T if self._shapes[m].fan_in_fan_out else G for m, G in found.items()}
+
+        try:
+            for W in weights.values():
+                W.requires_grad_(True)
+            yield gathered
+        finally:
+            for W in weights.values():
+                W.requires_grad_(False)
+                W.grad = None
 
     def rebase(
         self, token: str, versions: Sequence[Version], start: Mapping[str, Delta] | None = None

@@ -7,6 +7,7 @@ stacked, and where that outgrows the layer, recompressed without loss.
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedlora.strategies.base import Effective, Version
 from fedlora.training.data.locate import locate
 from fedlora.training.model.layers import adapter_config
 from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.stacks import alike, packed
 from fedlora.training.user_code import is_code
 
 ENCODER = "encoder."
@@ -101,8 +103,8 @@ def save_peft(
         return
     adapter = total(effective) if adapter is None else adapter
     cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
-    adapter = {m[cut:]: p for m, p in adapter.items()}
-    shapes = {m[cut:]: shape for m, shape in model.shapes.items()}
+    adapter = {m[cut:]: p for m, p in alike(adapter, model.shapes, True).items()}
+    shapes = {m[cut:]: replace(s, stack=s.stack[cut:]) for m, s in model.shapes.items()}
     ranks = {m: p.rank for m, p in adapter.items()}
     config = adapter_config(model.config, shapes, ranks, [] if cut else model.heads)
     top = config.r
@@ -112,8 +114,13 @@ def save_peft(
     config.init_lora_weights = True
     tensors = {}
     for m, p in adapter.items():
-        tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A
-        tensors[f"{PREFIX}{m}.lora_B.weight"] = p.scale * p.B
+        if not shapes[m].stack:
+            tensors[f"{PREFIX}{m}.lora_A.weight"] = p.A
+            tensors[f"{PREFIX}{m}.lora_B.weight"] = p.scale * p.B
+    for parameter, names in model.stacks.items():
+        own = parameter[cut:].rpartition(".")[0] + ".base_layer" * model.adapted[names[0]].outside
+        A, B = packed(adapter[m[cut:]] for m in names)
+        tensors |= {f"{PREFIX}{own}.lora_A.weight": A, f"{PREFIX}{own}.lora_B.weight": B}
     other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}
     tensors |= {PREFIX + name[cut:]: x for name, x in other.items()}
     _write(model, config, tensors, effective, directory)

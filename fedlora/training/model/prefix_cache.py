@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.training.model.agreement import pads_left
 from fedlora.training.model.dropout import drops
-from fedlora.training.model.layers import Shape, depth_of
+from fedlora.training.model.layers import depth_of
+from fedlora.training.model.shape import Shape
+from fedlora.training.model.targets import stacks
 from fedlora.training.precision import autocast
 from fedlora.training.user_code import is_code
 
@@ -50,12 +52,13 @@ class Prefix:
         found = {m.split(f".{depth_of(m)}.")[0] for m in shapes if depth_of(m) is not None}
         depths = [d for m in shapes if (d := depth_of(m)) is not None]
         whole = len(found) == 1 and len(depths) == len(shapes) and min(depths, default=0) > 0
-        varies = (
-            bool(config.lora.modules_to_save)  # they may lie below
+        varies = bool(
+            config.lora.modules_to_save  # they may lie below
             or config.train.gradient_checkpointing
             or is_code(config.model.path)  # whose layers may be called in any way
             or pads_left(base)
             or any(drops(m) for m in base.modules())
+            or stacks(base)  # how many of a group's tokens an expert gets depends on the others
         )
         if not config.train.prefix_cache or not whole or varies:
             return None

@@ -5,7 +5,8 @@
     "all-linear"   every linear map but the output embedding
     names          the modules whose path ends so
 
-Weights that are no module (XLNet's attention, the stacked experts of a mixture) are out of reach.
+Weights that are no module are out of its reach (XLNet's attention). The stacked experts of a
+mixture have a key of their own, lora.target-parameters.
 """
 
 import re
@@ -45,6 +46,47 @@ def targeted(base: nn.Module, linear: Iterable[str], targets: Sequence[str]) -> 
     return [n for n in linear if any(ends(n, t) for t in targets)]
 
 
+def stacks_named(base: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The stacked experts that lora.target-parameters names, in the model's order, by full names.
+
+    Raises:
+        ModelError: a target matches no parameter, or one that is no stack of weight matrices.
+    """
+    named, there = dict(base.named_parameters()), stacks(base)
+    known = ", ".join(dict.fromkeys(tail(n) for n in there))
+    choose = f"choose from {known}" if known else "this model has none; leave it empty"
+    for target in targets:
+        matching = [n for n in named if ends(n, target)]
+        if not matching:
+            raise ModelError(f"lora.target-parameters: {target} matches no parameter; {choose}")
+        if wrong := [n for n in matching if n not in there]:
+            p = named[wrong[0]]
+            raise ModelError(
+                f"lora.target-parameters: {target} is {tuple(p.shape)} of {p.dtype}, no stack "
+                f"of real weights of its module's `num_experts`; {choose}"
+            )
+    return [n for n in there if any(ends(n, t) for t in targets)]
+
+
+def stacks(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The stacked experts of a model, in PEFT's base or a bare one, by their plain full names.
+
+    A parameter of three axes, whose module says that the first counts its experts.
+    """
+    return {
+        f"{path}.{tail}".replace(".base_layer", ""): p
+        for path, module in base.named_modules()
+        for tail, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and len(p) > 1 and p.is_floating_point()
+        if getattr(module, "num_experts", None) == len(p)
+    }
+
+
+def tail(name: str) -> str:
+    """What follows the last number in a path."""
+    return re.split(r"\.\d+\.", name)[-1]
+
+
 def ends(name: str, target: str) -> bool:
     """Is the target this path, or its end?"""
     return name == target or name.endswith(f".{target}")
@@ -59,7 +101,7 @@ def left_out(base: nn.Module, heads: Sequence[str], adapted: Iterable[str]) -> d
     trained, found = [*heads, *adapted], dict[str, int]()
     for name, p in base.named_parameters():
         path = name.replace(".base_layer", "").removesuffix(".weight")
-        if p.ndim > 1 and not within(path, trained):
+        if p.ndim > 1 and ".lora_" not in name and not within(path, trained):
             kind = path.rpartition(".")[2]
             found[kind] = found.get(kind, 0) + p.numel()
     return found

@@ -58,9 +58,17 @@ def _embeddings(base: Any) -> list[nn.Module]:
 
 
 def _shared(base: nn.Module, changed: Iterable[str]) -> list[str]:
-    """The parameters of these modules that other modules have as well, by full names."""
-    names = [f"{m}.{tail}" for m in changed for tail, _ in base.get_submodule(m).named_parameters()]
-    return [name for name in dict.fromkeys(names) if len(_owners(base, name)) > 1]
+    """Those of these parameters, and of these modules', that other modules have as well."""
+    names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+    changed = {*changed}
+    inside = [name for name in names if not changed.isdisjoint(_above(name))]
+    return [name for name in inside if len(_owners(base, name)) > 1]
+
+
+def _above(name: str) -> list[str]:
+    """The path itself, and the paths of all that it lies in."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _others(base: nn.Module, name: str) -> str:
