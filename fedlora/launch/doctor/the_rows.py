@@ -1,5 +1,6 @@
 """What became of every row that the run would read, and how long the texts are."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fedlora.config.reader import Config
@@ -39,15 +40,20 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
     parts = [("central", -1, corpus.test.number)] if len(corpus.test) else []
     for i, client in enumerate(corpus.clients):
         parts += [("train", i, client.train.number), ("test", i, client.test.number)]
-    full = rows = 0
+    full = rows = several = examples = 0
     left: list[int] = []
     for part, i, numbers in parts:
         found = cache.encoded(part, i, config, corpus.labels)
         full += int((found.lengths >= longest).sum())
-        kept = set(found.rows.tolist())
+        kept = Counter(found.rows.tolist())
+        several += sum(n > 1 for n in kept.values())
+        examples += len(found)
         left += [n for at, n in enumerate(numbers) if at not in kept]
         rows += len(numbers)
-    if full:
+    if several:
+        text = f"{several} of {rows} rows are longer than data.max-length = {longest} tokens: "
+        yield Finding("ok", f"{text}{examples} windows are the examples (data.long-texts)")
+    elif full:
         text = (
             f"{full} of {rows} rows fill data.max-length = {longest} tokens: what is longer is cut"
         )

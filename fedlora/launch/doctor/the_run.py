@@ -284,7 +284,8 @@ def _plan(
         largest = max(largest, up + down)
         rows = corpus.client(c.id)
         train = config.train
-        steps = steps_in(len(rows.train), train.batch_size, train.steps, train.epochs)
+        n = len(cache.encoded("train", c.id, config, corpus.labels)) if len(rows.train) else 0
+        steps = steps_in(n, train.batch_size, train.steps, train.epochs)
         rank = max(layer.rank for layer in c.layers.values())
         table.add_row(
             str(c.id), str(rank), str(len(rows.train)), str(len(rows.test)), str(steps),
