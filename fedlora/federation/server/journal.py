@@ -6,6 +6,7 @@ killed between the two finds the line there, and one killed before it repeats th
 
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -116,6 +117,19 @@ def check_kept(strategy: Strategy[Any], state: Any) -> None:
         )
 
 
+def check_place(key: str, path: Path) -> None:
+    """Check that the directory at path, the value of a config's key, is there or can be made.
+
+    Raises:
+        CheckpointError: it cannot; says what stands in the way.
+    """
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise CheckpointError(f"{key}: {there} is no directory, so nothing can be kept in {path}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{key}: {there} cannot be written, so nothing can be kept in {path}")
+
+
 class Journal:
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -134,6 +148,7 @@ class Journal:
             self._check_free()
 
     def _check_free(self) -> None:
+        check_place("run.out", self.directory)
         if self.rounds.exists():
             name = shlex.quote(str(self.directory))
             raise CheckpointError(

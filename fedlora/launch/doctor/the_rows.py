@@ -65,3 +65,18 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
             f"tokens or more, or no token to train: {places}{', ...' * (len(left) > SHOWN)}"
         )
         yield Finding("note", text, "raise data.max-length, or mend these rows")
+
+
+def claims(config: Config, corpus: Corpus) -> Iterator[Finding]:
+    """Clients whose updates would be refused, since they train on more examples than any may."""
+    here = [i for i, client in enumerate(corpus.clients) if len(client.train)]
+    if config.data.node_path or config.privacy.by_client or config.secure.aggregation or not here:
+        return
+    most = config.round.max_examples
+    sizes = {i: len(cache.encoded("train", i, config, corpus.labels)) for i in here}
+    if over := [i for i in here if sizes[i] > most]:
+        text = (
+            f"{len(over)} of {len(here)} clients, such as {over[0]} with {sizes[over[0]]}, train "
+            f"on more examples than round.max-examples = {most}: their updates are refused"
+        )
+        yield Finding("problem" if len(over) == len(here) else "note", text, "raise it")

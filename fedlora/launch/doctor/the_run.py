@@ -7,6 +7,7 @@ with their first gradients, the state before those is judged.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -21,12 +22,12 @@ from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Kind, Layout, kinds_of
 from fedlora.federation.server import asynchronous
 from fedlora.federation.server.exchange import Schemas
-from fedlora.federation.server.journal import Journal, Member
+from fedlora.federation.server.journal import Journal, Member, check_place
 from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
-from fedlora.launch.doctor.the_rows import lengths, rows_read
+from fedlora.launch.doctor.the_rows import claims, lengths, rows_read
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
 from fedlora.privacy.rehearsal import check_first
@@ -58,6 +59,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings += _model(config, model)
     findings += _responses(config, model, corpus)
     findings += lengths(config, corpus, model)
+    findings += claims(config, corpus)
     planner = Planner(config, model)
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
@@ -130,6 +132,14 @@ def _here(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:
     """What else stands in the way: a run of this name, files that it did not begin with, a taken
     port, a tracker that is not here."""
     journal = Journal(config)
+    kept = {"output.client-memory": config.output.client_memory,
+            "privacy.ledger": config.privacy.ledger}  # fmt: skip
+    for key, path in kept.items():
+        try:
+            if path:
+                check_place(key, Path(path))
+        except CheckpointError as e:
+            yield Finding("problem", str(e))
     try:
         journal.check()
         if config.run.resume:
