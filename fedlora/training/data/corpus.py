@@ -123,7 +123,11 @@ def _given_test(data: DataConfig, task: Task, labels: Sequence[str], book: Book)
 
 
 def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -> Corpus:
-    """The corpus of data.clients: each client has its own site's rows, and no other's."""
+    """The corpus of data.clients: each client has its own site's rows, and no other's.
+
+    Where data.test-path is the central test and no row is there twice, the rows of each are those
+    of a node that has its file, in the same order.
+    """
     sites = sites_of(data)
     if len(sites) != clients:
         raise DataError(
@@ -147,13 +151,14 @@ def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Boo
     test, pool = central(pool, given, data, labels, seed, book)
     own_rows = []
     for i, site in enumerate(sites):
-        mine = pool.select(n for n, group in enumerate(pool.group) if group == str(i))
+        at = [n for n, group in enumerate(pool.group) if group == str(i)]
+        mine = pool.select(sorted(at, key=pool.number.__getitem__))  # as a node has its file
         if len(mine) < (least := 2 if data.client_test_fraction else 1):
             raise DataError(
                 f"client {i}, {site.path}, has {len(mine)} rows left and needs {least}: raise "
                 "data.limit, lower data.test-size, or leave this site out"
             )
-        own_rows.append(of_client(mine, data, seed, i))
+        own_rows.append(of_client(mine, data, seed, 0))
     found = _closed(data, labels, test, own_rows, book, set(rows.label))
     account = replace(found.account, sites=tuple(site.path for site in sites))
     return replace(found, account=account)
