@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 from fedlora.errors import FedLoraError
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
-Number = Annotated[float, Field(ge=-1e300, le=1e300)] | None
+Number = float | None
+"""Not a number and infinity are results too."""
 Numbers = dict[str, Number]
 ByClient = Annotated[str, Field(pattern=r"^-?\d{1,9}$")]
 Counts = dict[str, Count]
