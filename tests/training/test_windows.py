@@ -16,7 +16,7 @@ from fedlora.launch.doctor.the_rows import lengths
 from fedlora.training import cache
 from fedlora.training.data.batches import IGNORE, eval_batches, stretches
 from fedlora.training.evaluate import evaluate
-from fedlora.training.train import token_losses
+from fedlora.training.train import example_losses
 from tests.conftest import WORDS
 from tests.support.tiny_federation import federate, quick
 
@@ -66,8 +66,7 @@ def test_the_loss_of_windows_is_that_of_the_definition(long: dict[str, object]) 
     found: list[float] = []
     with torch.no_grad():
         for batch in eval_batches(encoded, 4):
-            labels = batch.pop("labels")
-            found += token_losses(model.logits(batch), labels).tolist()
+            found += example_losses(model, batch).tolist()
     assert len(slow) > len(corpus.test)
     assert sorted(found) == pytest.approx(sorted(slow), rel=1e-5)
 
