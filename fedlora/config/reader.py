@@ -138,7 +138,10 @@ class Config(Section):
             flat = dict(_flatten(own))
         except RecursionError:
             raise ConfigError([f"{path}: its tables are too deep"]) from None
-        return cls.read({**flat, **(overrides or {})})
+        try:
+            return cls.read({**flat, **(overrides or {})})
+        except ConfigError as e:
+            raise ConfigError(e.problems, where_to_mend(path)) from None
 
     def flat(self) -> dict[str, Scalar]:
         """Every key, dotted, as Flower's run config takes it: the inverse of `read`."""
@@ -172,6 +175,11 @@ class Config(Section):
             return registry.build(list_strategies()[name], strategy_options(self.strategy))
         except StrategyError as e:
             raise ConfigError([f"strategy.name = {name!r}: {e}"]) from None
+
+
+def where_to_mend(path: Path | str) -> str:
+    """What an error says to do about the keys of a file."""
+    return f"Fix {path}, or override with --set key=value."
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

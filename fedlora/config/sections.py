@@ -86,6 +86,9 @@ class DataConfig(Section):
     """For causal-lm: send prompt and response through the tokenizer's chat template."""
     max_length: Annotated[int, Field(gt=0)] = 128
     """Tokens of an example; the text, or for causal-lm the response, is cut there."""
+    long_texts: Literal["cut", "windows"] = "cut"
+    """For causal-lm without a prompt: cut a text at max-length, or make each stretch of that many
+    tokens an example of its row."""
     limit: Annotated[int, Field(ge=0)] = 0
     """Use at most this many rows (0: all), test rows among them, chosen by the seed."""
     dedupe: bool = True

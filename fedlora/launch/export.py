@@ -108,6 +108,8 @@ def opened(run: Path) -> Opened:
             with.
     """
     config = parse(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
+    if not config.model.path:
+        raise CheckpointError(f"{run / 'config.toml'} is damaged: it names no model.path")
     strategy = config.build_strategy()
     journal = Journal(config)
     found = journal.last(Saved, Member, *state_types(strategy))

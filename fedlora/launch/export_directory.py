@@ -15,12 +15,25 @@ MARKER = "fedlora-export.json"
 """Says that a directory is an export, which another may take the place of."""
 
 
+OWN = ("adapter", "checkpoint", "clients", "flower", "plots", "updates")
+"""Directories of a run's that are its own, there or to come."""
+
+
 def check_place(out: Path) -> None:
     """Nothing, where an export may be written here.
 
     Raises:
-        ModelError: there is a file, or a directory of something else.
+        ModelError: there is a file, or a directory of something else, or it is a run's own, or
+            where this process is.
     """
+    whole = out.resolve()
+    if whole == Path.cwd() or whole in Path.cwd().parents:
+        raise ModelError(
+            f"--out {out or '.'}: the current directory is in there, and an export takes the place "
+            "of a directory; name another, such as ./export"
+        )
+    if whole.name in OWN and (whole.parent / "rounds.jsonl").exists():
+        raise ModelError(f"{out}: is the run's own {whole.name}/; name another directory")
     if out.is_dir() and (not any(out.iterdir()) or (out / MARKER).is_file()):
         return
     if out.exists() or out.is_symlink():

@@ -17,7 +17,12 @@ def guarded() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages
+    os.environ["MPLBACKEND"] = (
+        "agg"  # figures are files; matplotlib refuses a name it does not know
+    )
+    _open_streams()
     try:
+        _check_here()
         yield
     except FedLoraError as e:
         said = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
@@ -30,6 +35,30 @@ def guarded() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _open_streams() -> None:
+    """Give a process that was started with closed streams empty ones.
+
+    Else the next file that it opens would be taken for its output.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _check_here() -> None:
+    """
+    Raises:
+        FedLoraError: the current directory was removed; libraries ask for it.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise FedLoraError("the current directory is no more: cd to one that is there") from None
 
 
 def of_system(error: OSError) -> str | None:

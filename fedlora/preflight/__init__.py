@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.reader import Config
+from fedlora.config.reader import Config, where_to_mend
 from fedlora.errors import ConfigError
 from fedlora.federation.server import admission
 from fedlora.preflight import experts, forms, options, privacy, secure, user_code
@@ -67,5 +67,6 @@ def load(
         ConfigError: as `read`, or the file is none.
     """
     config = Config.load(path, overrides, beside)
-    check(config)
+    if found := list(problems(config)):
+        raise ConfigError(found, where_to_mend(path))
     return config

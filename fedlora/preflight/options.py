@@ -18,6 +18,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Each option that conflicts with another setting, and what to do instead."""
     yield from _named(config)
     yield from _sites(config)
+    yield from _long_texts(config)
     yield from _ranks(config, strategy)
     yield from _buffer(config)
     least, most = config.round.min_replies, config.clients.per_round or config.clients.count
@@ -54,6 +55,30 @@ def _sites(config: Config) -> Iterator[str]:
             f"ranks.policy = {policy!r}: gives the ranks, and so does data.clients; leave out each "
             "site's rank, or set ranks.policy = 'list'"
         )
+
+
+def _long_texts(config: Config) -> Iterator[str]:
+    """What windows of a text do not go with: training/data/batches.py."""
+    data, windows = config.data, "data.long-texts = 'windows'"
+    if data.long_texts != "windows":
+        return
+    if config.model.task == "classification":
+        yield (
+            f"{windows}: a label is of a whole text, and no part need show it; set 'cut', or write "
+            "the parts that have the label as rows"
+        )
+    elif data.prompt or data.chat_template or any(site.prompt for site in data.clients):
+        yield (
+            f"{windows}: a response is learned behind its prompt, and a later part of it would "
+            "have none; leave out data.prompt and data.chat-template, or set 'cut'"
+        )
+    if config.privacy.by_example:
+        yield (
+            f"{windows} with privacy.level = 'example': it protects a row, and a row of several "
+            "examples would weigh as many times; set 'cut', or privacy.level = 'client'"
+        )
+    if data.max_length < 2:
+        yield f"{windows} with data.max-length = {data.max_length}: must be 2 or more"
 
 
 def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:

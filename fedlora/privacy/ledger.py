@@ -195,12 +195,12 @@ class Ledger:
 
     def _known(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(self.marker.read_text())
+            found = json.loads(self.marker.read_text())
+            return {"records": int(found["records"]), "head": str(found["head"])}
         except FileNotFoundError:
             return {}
-        except ValueError as e:
+        except (ValueError, TypeError, KeyError) as e:
             raise PrivacyError(f"{self.marker} is damaged ({e}); restore it and the ledger") from e
-        return found
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

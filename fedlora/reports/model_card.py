@@ -149,7 +149,7 @@ def _privacy(run: RunFiles) -> Iterator[str]:
 def _data(run: RunFiles) -> Iterator[str]:
     yield f"From `{run.summary['data']}`, split over the clients as follows."
     yield ""
-    yield "| client | rows trained on | own test rows | rounds |"
+    yield "| client | examples trained on | own test rows | rounds |"
     yield "|---|---|---|---|"
     for c in run.clients:
         rows = (c["client"], c.get("train_examples"), c.get("test_examples"), c.get("rounds"))

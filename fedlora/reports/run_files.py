@@ -18,6 +18,13 @@ from typing import Any
 
 from fedlora.errors import FedLoraError
 from fedlora.reports.outcome import Metric, Record, finite, judge, judged_by
+from fedlora.reports.record_types import (
+    ClientRecord,
+    RoundRecord,
+    SummaryRecord,
+    checked,
+    record_in,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +88,12 @@ def read(run_dir: Path) -> RunFiles:
             f"{run_dir}: no rounds.jsonl here, so this is not a run's directory; "
             "name one that a run wrote to, run.out/run.name, such as runs/quickstart"
         )
-    try:
-        return _read(run_dir)
-    except (TypeError, AttributeError, KeyError) as e:
-        raise FedLoraError(
-            f"{run_dir}: rounds.jsonl, clients.jsonl or summary.json holds something else than a "
-            f"run writes: {e}"
-        ) from e
-
-
-def _read(run_dir: Path) -> RunFiles:
-    rounds = {r["round"]: r for r in _lines(run_dir / "rounds.jsonl")}
+    rounds = {r["round"]: r for r in records(RoundRecord, run_dir / "rounds.jsonl")}
     ordered = tuple(rounds[number] for number in sorted(rounds))
     config = dict(_flat(_toml(run_dir / "config.toml")))
-    summary = _json(run_dir / "summary.json")
+    summary = record_in(SummaryRecord, run_dir / "summary.json")
     clients = {c["client"]: c for c in _from_rounds(ordered)}
-    clients |= {c["client"]: c for c in _lines(run_dir / "clients.jsonl")}
+    clients |= {c["client"]: c for c in records(ClientRecord, run_dir / "clients.jsonl")}
     return RunFiles(
         directory=run_dir,
         config=config,
@@ -117,7 +114,8 @@ def breaks_promise(proof: Record) -> bool:
         return False
     found = [(proof.get("deviation", 0.0), proof["bound"])]
     if proof.get("model_deviation") is not None:
-        found.append((proof["model_deviation"], proof.get("model_bound", proof["bound"])))
+        own = proof.get("model_bound")
+        found.append((proof["model_deviation"], proof["bound"] if own is None else own))
     return any(value is None or not value <= bound for value, bound in found)
 
 
@@ -237,30 +235,31 @@ def client_seconds(run: RunFiles) -> dict[int, float]:
     return {client: statistics.median(seconds) for client, seconds in times.items()}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def records(kind: type, path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; none where there is no file.
+
+    A last line that is no JSON was cut short by a kill, and is left out.
+
+    Raises:
+        FedLoraError: another line is no JSON, or one is no such record; names file, line and key.
+    """
     if not path.is_file():
         return
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    for index, line in enumerate(lines):
+    lines = [(n, x) for n, x in enumerate(path.read_bytes().split(b"\n"), 1) if x.strip()]
+    for number, line in lines:
         try:
-            yield json.loads(line)
-        except ValueError as e:  # not JSON, or not UTF-8
-            if index == len(lines) - 1:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as e:  # not JSON, or not UTF-8
+            if number == lines[-1][0]:
                 return
-            raise FedLoraError(f"{path}, line {index + 1}: not JSON: {e}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as e:  # not JSON, or not UTF-8
-        raise FedLoraError(f"{path}: not JSON: {e}") from None
+            raise FedLoraError(f"{path}, line {number}: not JSON: {e}") from None
+        yield checked(kind, found, f"{path}, line {number}")
 
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise FedLoraError(f"{path}: not TOML: {e}") from None
 
 

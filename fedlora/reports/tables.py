@@ -251,7 +251,7 @@ def _client(c: Record, metric: Metric, worst: bool, seconds: float | None) -> di
     return {
         "client": TableCell(str(c["client"])),
         "rank": _plain(c.get("rank")),
-        "train rows": _plain(c.get("train_examples")),
+        "train examples": _plain(c.get("train_examples")),
         "test rows": _plain(c.get("test_examples")),
         "labels": TableCell(str(len(labels)), listed) if labels else TableCell("-"),
         "first received": scores["first received"],

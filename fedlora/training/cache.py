@@ -62,8 +62,9 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
     else:
         rows = getattr(client_rows(client, config, labels), part)
     loaded = model(config, labels)
-    longest = loaded.longest(config.data.max_length)
-    found = encode(rows, loaded.tokenizer, labels, longest, config.data.chat_template)
+    d = config.data
+    how = loaded.longest(d.max_length), d.chat_template, d.long_texts == "windows"
+    found = encode(rows, loaded.tokenizer, labels, *how)
     return replace(found, left=loaded.pads_left)
 
 

@@ -55,8 +55,8 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
     if init not in CALIBRATED:
         return model.init_factors(whole, config.run.seed)
     rows = load_calibration(d, config.model.task, config.lora.calibration, corpus)
-    longest = model.longest(d.max_length)
-    encoded = encode(rows, model.tokenizer, corpus.labels, longest, d.chat_template)
+    how = model.longest(d.max_length), d.chat_template, d.long_texts == "windows"
+    encoded = encode(rows, model.tokenizer, corpus.labels, *how)
     encoded = replace(encoded, left=model.pads_left)
     model.rebase("calibration", [])
     with torch.random.fork_rng(devices=[]), threads(config.train.threads):

@@ -33,8 +33,7 @@ def evaluate(
         if config.model.task == "classification":
             return _classification(model, rows, config)
         scores = _language(model, rows, config)
-        prompted = rows.prompts is not None and bool(rows.prompts.min() > 0)
-        if generate and prompted and config.evaluate.generate_tokens:
+        if generate and config.data.prompt and config.evaluate.generate_tokens:
             answers, responses = _answered(model, rows, config)
             scores["exact_match"] = metrics.exact_match(answers, responses)
             scores |= _own(config, answers, responses)

@@ -126,3 +126,27 @@ def test_what_a_run_began_with_is_the_same_in_every_process(own: dict[str, objec
         found.append(begun_with(cache.model(config, corpus.labels), corpus))
         torch.manual_seed(1)
     assert found[0] == found[1]
+
+
+def test_a_node_whose_file_changed_between_two_rounds_is_refused_by_itself(
+    own: dict[str, object], tmp_path: Path
+) -> None:
+    """The server cannot see it: a node's rows are its own."""
+    lines = Path(str(own["data.path"])).read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines[:30]))
+    nodes = {}
+    for i in range(3):
+        file = tmp_path / f"node-{i}.jsonl"
+        file.write_text("".join(lines[30 + i :: 3]))
+        nodes[i] = {"data-path": str(file)}
+    changes = {"data.path": "", "data.test-path": str(tmp_path / "test.jsonl")}
+    given = {**own, **changes, "run.rounds": 2}
+    federate(given, nodes=nodes)
+    changed = Path(nodes[1]["data-path"])
+    changed.write_text("".join(changed.read_text().splitlines(keepends=True)[1:]))
+    forget()
+    done = federate({**given, "run.resume": True, "run.rounds": 3}, nodes=nodes)
+    failed = [[f["client"] for f in r["failures"]] for r in done.rounds if r["round"]]
+    assert failed == [[], [], [1]]
+    (failure,) = done.rounds[-1]["failures"]
+    assert "client 1 began this run with other rows" in failure["reason"]

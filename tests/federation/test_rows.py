@@ -63,19 +63,25 @@ def test_a_node_s_own_config_names_its_columns_as_a_site_does(
     settings: Settings, tmp_path: Path
 ) -> None:
     sites = hospital(tmp_path / "sites")
-    given = settings(**quick("fedex", **{"data.test-size": 6, "data.path": ""}))
-    given |= {"data.text": "text", "data.label": "label"}
+    test = tmp_path / "central.csv"
+    test.write_text("text,label\n" + "".join(f"t{i},{x}\n" for i, x in enumerate([*NOTES] * 3)))
+    changes = {"data.path": "", "data.text": "text", "data.label": "label",
+               "data.test-path": str(test), "evaluate.clients": True}  # fmt: skip
+    given = {**settings(**quick("fedex")), **changes}
     nodes = [
         {"data-path": site.pop("path"), **site, "map": ",".join(site.get("map", []))}
         for site in hospital(tmp_path / "sites")
     ]
-    test = tmp_path / "central.csv"
-    test.write_text("text,label\n" + "".join(f"t{i},{x}\n" for i, x in enumerate([*NOTES] * 3)))
-    ran = federate({**given, "data.test-path": str(test)}, nodes=dict(enumerate(nodes)))
+    ran = federate(given, nodes=dict(enumerate(nodes)))
     lines = [json.loads(x) for x in (ran.directory / "clients.jsonl").read_text().splitlines()]
     assert [x["train_examples"] for x in lines] == [22, 22, 22]
     assert [x["rank"] for x in lines] == [2, 2, 5]
-    assert len(sites) == 3
+    simulated = federate({**given, "data.clients": sites, "run.name": "simulated"})
+    assert ran.adapter == simulated.adapter
+    losses = [[r["train_loss"], *(c["before"] for c in r["clients"].values())] for r in ran.rounds]
+    assert losses == [
+        [r["train_loss"], *(c["before"] for c in r["clients"].values())] for r in simulated.rounds
+    ]
 
 
 def test_rows_with_too_long_a_prompt_are_told_with_their_lines(

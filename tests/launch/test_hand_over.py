@@ -99,6 +99,43 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
     assert listing(out) == before
 
 
+PLACES = {
+    "file": "holds something that is no export",
+    "file/below": "exist|Not a directory",
+    "link": "holds something that is no export",
+    "run/plots": "is the run's own plots/",
+    "here": "the current directory is in there",
+    "here/inner": "the current directory is in there",
+    "x" * 300: "too long",
+}
+
+
+def test_a_place_that_no_export_can_have_is_one_line_and_stays_as_it_is(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "here" / "inner").mkdir(parents=True)
+    (tmp_path / "here" / MARKER).write_text("{}")
+    monkeypatch.chdir(tmp_path / "here" / "inner")
+    run = ran.directory
+    assert run == tmp_path / "run"
+    before = listing(tmp_path)
+    for place, says in PLACES.items():
+        with pytest.raises((ModelError, OSError), match=says):
+            export_run(run, tmp_path / place)
+    with pytest.raises(ModelError, match="the current directory is in there"):
+        export_run(run, Path())
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_place_with_spaces_and_accents_is_a_place(ran: Ran, tmp_path: Path) -> None:
+    out = tmp_path / "a b" / "\u00e9 \u6f22 [red]"
+    assert export_run(ran.directory, out).directory == out
+    assert (out / "adapter_model.safetensors").exists()
+
+
 def test_what_ends_halfway_leaves_nothing(tmp_path: Path) -> None:
     def cut_short() -> None:
         with placed(tmp_path / "out", {}) as new:

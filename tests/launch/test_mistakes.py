@@ -4,14 +4,16 @@ import datetime
 import math
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 from typer.main import get_command
 
 from fedlora import preflight
@@ -37,6 +39,7 @@ OTHERS: list[object] = [
     [], ["a"], [[1]], [1, 2], {}, {"a": 1}, [{"a": 1}], None, datetime.date(2020, 1, 1),
 ]  # fmt: skip
 KEYS = sorted(Config().flat())
+NO_NOTES = b"a checkpoint that is whole, and no run's"
 
 
 def run(*words: str) -> Result:
@@ -218,27 +221,58 @@ def test_half_a_run_is_named(tmp_path: Path, name: str) -> None:
     assert not Path(out).exists()
 
 
-DAMAGE = [
-    ("begun_with.json", b""), ("begun_with.json", b"[]"), ("rounds.jsonl", b"\xff\n"),
-    ("rounds.jsonl", b"[1]\n"), ("summary.json", b""), ("config.toml", b""),
-    ("checkpoint", b""),
+DAMAGE: list[tuple[str, bytes]] = [
+    ("begun_with.json", b""), ("begun_with.json", b"[]"), ("begun_with.json", b'{"rows": 3}'),
+    ("begun_with.json", b"\xff"), ("rounds.jsonl", b"\xff\n"), ("rounds.jsonl", b"[1]\n"),
+    ("rounds.jsonl", b'{"round": 0}\n\xff\n{"round": 1}\n'),
+    ("rounds.jsonl", b'{"round": 0, "evaluation": 3}\n'), ("summary.json", b""),
+    ("summary.json", b'{"warnings": 3}'), ("summary.json", b'{"final": {"accuracy": "high"}}'),
+    ("summary.json", b"\xff"), ("clients.jsonl", b'{"client": "a"}\n'), ("config.toml", b""),
+    ("config.toml", b"\xff"), ("config.toml", b"[run]\nrounds = []\n"), ("checkpoint", b""),
+    ("checkpoint", b"\xff" * 100), ("checkpoint", NO_NOTES),
 ]  # fmt: skip
+"""What stands in a file of a run's directory in place of what the run wrote."""
+
+
+def damaged(path: Path, content: bytes) -> Iterator[str]:
+    """A context's body: the file, or each checkpoint, holds this."""
+    paths = [*path.glob("*.safetensors")] if path.is_dir() else [path]
+    kept = [p.read_bytes() for p in paths]
+    for p in paths:
+        if content is NO_NOTES:
+            save_file({}, p, {"tree": '{"format": 2, "tree": {"map": []}}', "line": "3"})
+        else:
+            p.write_bytes(content)
+    yield str(path)
+    for p, was in zip(paths, kept, strict=True):
+        p.write_bytes(was)
 
 
 @pytest.mark.slow
-def test_a_damaged_run_is_refused_by_the_file(settings: Settings, tmp_path: Path) -> None:
-    ran = federate(settings(**quick("fedex", **{"clients.count": 2, "run.rounds": 1})))
+@pytest.mark.parametrize("command", ["resume", "report", "export", "doctor"])
+def test_a_damaged_run_is_refused_by_the_file_or_done_without_it(
+    settings: Settings, tmp_path: Path, command: str
+) -> None:
+    changes = {"clients.count": 2, "run.rounds": 1, "train.lr-schedule": "constant"}
+    ran = federate(settings(**quick("fedex", **changes))).directory
+    whole = tmp_path / "whole"
+    shutil.copytree(ran, whole)
+    experiment = str(whole / "config.toml")
+    words = {
+        "resume": ["simulate", "--quiet", "--resume", str(ran)],
+        "report": ["report", str(ran)],
+        "export": ["export", "--out", f"{tmp_path}/out", str(ran)],
+        "doctor": ["doctor", experiment, "--set", "run.resume=true", "--set", "run.rounds=2"],
+    }[command]  # fmt: skip
     for name, content in DAMAGE:
-        path = ran.directory / name
-        if path.is_dir():
-            path = max(path.glob("*.safetensors"))
-            for other in path.parent.glob("*.safetensors"):
-                other.write_bytes(content)
-        kept = path.read_bytes()
-        path.write_bytes(content)
-        for words in (["simulate", "--quiet", "--resume"], ["export", "--out", f"{tmp_path}/out"]):
-            told(run(*words, str(ran.directory)))
-        path.write_bytes(kept)
+        shutil.rmtree(ran)
+        shutil.copytree(whole, ran)
+        for path in damaged(ran / name, content):
+            result = run(*words)
+            said = told(result).replace("\n", "")
+            assert "Traceback" not in said
+            if result.exit_code:
+                assert path in said or (name == "begun_with.json" and "begun with" in said), said
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "$(x)", "\u00e9"])

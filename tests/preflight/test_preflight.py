@@ -38,6 +38,7 @@ CENTRAL = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
 DP = {"privacy.epsilon": 3.0}
 NAMED = {"model.path": "m", "data.path": "d"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
+PLAIN = {"data.prompt": "", "data.long-texts": "windows"}
 LEGEND = {"ranks.policy": "legend"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
@@ -47,6 +48,10 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     # of which strategy, on which model, with which settings, in which words
     ("fedavg", "bert", {"model.path": ""}, "model.path is not set"),
     ("fedavg", "bert", {"data.path": ""}, "data.path is not set"),
+    ("fedavg", "bert", {"data.long-texts": "windows"}, "a label is of a whole text"),
+    ("fedavg", "gpt2", {"data.long-texts": "windows"}, "a response is learned behind its prompt"),
+    ("fedavg", "gpt2", {**PLAIN, **DP, "clients.ranks": "3"}, "it protects a row"),
+    ("fedavg", "gpt2", {**PLAIN, "data.max-length": 1}, "must be 2 or more"),
     ("fedavg", "bert", {**FOURIER, "lora.init": "pissa"}, "begins as PEFT begins it"),
     ("fedavg", "bert", {"lora.init": "mica"}, "it freezes B for good"),
     ("fedavg", "bert", {"lora.init": "piza"}, "must be default, gaussian"),

@@ -159,3 +159,39 @@ def test_what_does_not_go_with_sites_is_refused(tmp_path):
     ):
         problems = preflight.problems(config_of(sites, **change))
         assert any(says in problem for problem in problems)
+
+
+def three(at: Path) -> str:
+    for i, words in enumerate(["flu,cold", "Flu,cold", "flu,COLD"]):
+        lines = [f"{words.split(',')[n % 2]},site {i} text {n}" for n in range(12)]
+        (at / f"{i}.csv").write_text("\n".join(["label,text", *lines]))
+    return str(at / "*.csv")
+
+
+def test_a_common_map_must_find_each_of_its_values_at_some_site(tmp_path):
+    sites = three(tmp_path)
+    good = corpus_of(config_of(sites, data__map=["Flu=flu", "COLD=cold"]))
+    assert good.labels == ("cold", "flu")
+    with pytest.raises(
+        DataError, match=r'data\.map: "Cold" is no value .*; near it is "cold" \(18 rows\); it has'
+    ):
+        corpus_of(config_of(sites, data__map=["Flu=flu", "COLD=cold", "Cold=cold"]))
+
+
+def test_a_site_s_own_map_must_find_its_values_at_that_site(tmp_path):
+    three(tmp_path)
+    sites = [{"path": str(tmp_path / f"{i}.csv")} for i in range(3)]
+    sites[0] |= {"map": ["Flu=flu"]}
+    says = r'data\.clients\[0\]\.map: "Flu" is no value .*near it is "flu" \(6 rows\)'
+    with pytest.raises(DataError, match=says):
+        corpus_of(config_of(sites, data__map=["Flu=flu", "COLD=cold"]))
+
+
+def test_labels_that_are_stated_and_that_no_row_has_are_warned_of(tmp_path, caplog):
+    for i in range(3):
+        lines = [f"{'ab'[n % 2]},site {i} text {n}" for n in range(12)]
+        (tmp_path / f"{i}.csv").write_text("\n".join(["label,text", *lines]))
+    corpus = corpus_of(config_of(str(tmp_path), data__labels=["a", "b", "c"]))
+    assert corpus.account.warnings() == ['data.labels names "c", and no row has it.']
+    assert 'data.labels names "c"' in caplog.text
+    assert corpus_of(config_of(str(tmp_path), data__labels=["a", "b"])).account.warnings() == []

@@ -75,10 +75,12 @@ class ClientMemory:
         save(self.own / f"lost-{round:05}.safetensors", error)
 
     def checked(self) -> list[str]:
-        """What the training check has passed in this run."""
-        path = self.own / "checked.json"
-        found: list[str] = json.loads(path.read_text()) if path.exists() else []
-        return found
+        """What the training check has passed in this run; nothing where its record is damaged."""
+        try:
+            found = json.loads((self.own / "checked.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return []
+        return [x for x in found if isinstance(x, str)] if isinstance(found, list) else []
 
     def add_checked(self, what: str) -> None:
         found = json.dumps([*self.checked(), what])
@@ -93,10 +95,10 @@ class ClientMemory:
         path = self.own / "rows.txt"
         if not path.exists():
             write_atomically(path, digest.encode())
-        elif path.read_text() != digest:
+        elif path.read_bytes() != digest.encode():
             raise DataError(
-                f"client {self.client} began this run with other rows (data.node-path); put back "
-                "the file that it began with, or begin a new run"
+                f"client {self.client} began this run with other rows (data.node-path), by the "
+                f"digest in {path}; put back the file that it began with, or begin a new run"
             )
 
     def add_base(self, versions: Sequence[Version]) -> None:

@@ -216,6 +216,7 @@ def _untokenised(setting: Setting, client: int, trained: int) -> int | None:
     """How many of its training rows a client's tokenizer left out; None where it does not say."""
     c = setting.config
     told = trained and not c.secure.aggregation and not c.privacy.on
+    told = told and c.data.long_texts == "cut"  # else a row may be several examples
     return len(setting.corpus.client(client).train) - trained if told else None
 
 

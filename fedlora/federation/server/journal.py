@@ -4,13 +4,14 @@ A round is on record once its checkpoint is: the checkpoint carries the round's 
 killed between the two finds the line there, and one killed before it repeats the round.
 """
 
-import contextlib
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.lora import tree_file
 from fedlora.lora.adapter import Delta
 from fedlora.lora.tree_format import Names
+from fedlora.reports.record_types import RoundRecord, checked
+from fedlora.reports.run_files import records
 from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.registry import states_of
@@ -114,6 +117,19 @@ def check_kept(strategy: Strategy[Any], state: Any) -> None:
         )
 
 
+def check_place(key: str, path: Path) -> None:
+    """Check that the directory at path, the value of a config's key, is there or can be made.
+
+    Raises:
+        CheckpointError: it cannot; says what stands in the way.
+    """
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise CheckpointError(f"{key}: {there} is no directory, so nothing can be kept in {path}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{key}: {there} cannot be written, so nothing can be kept in {path}")
+
+
 class Journal:
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -132,6 +148,7 @@ class Journal:
             self._check_free()
 
     def _check_free(self) -> None:
+        check_place("run.out", self.directory)
         if self.rounds.exists():
             name = shlex.quote(str(self.directory))
             raise CheckpointError(
@@ -166,12 +183,14 @@ class Journal:
             self._write_config()
             return -1, None
         tree, notes = found
-        self._rewrite(json.loads(notes["line"]))
+        with _damage(self.directory / "checkpoint"):
+            line, number = json.loads(notes["line"]), int(notes["round"])
+        self._rewrite(checked(RoundRecord, line, f"{self.directory / 'checkpoint'}, its line"))
         self._write_config()
-        return int(notes["round"]), tree
+        return number, tree
 
     def last(self, *types: type) -> tuple[Any, dict[str, str]] | None:
-        """The newest checkpoint that is whole, and its notes; None where there is none.
+        """The newest whole checkpoint, one of the first type, and its notes; None: there is none.
 
         Raises:
             FormatError: the newest one is whole, and not for this fedlora to read.
@@ -180,7 +199,10 @@ class Journal:
         problems: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
             try:
-                return tree_file.load(path, *types, older=OLDER), tree_file.notes(path)
+                tree = tree_file.load(path, *types, older=OLDER)
+                if not isinstance(tree, types[0]):
+                    raise CheckpointError(f"{path} is damaged: it holds no state of a run")
+                return tree, tree_file.notes(path)
             except FormatError:  # the one before it would undo a round that is whole
                 raise
             except CheckpointError as e:  # damaged: the one before it is whole
@@ -232,7 +254,7 @@ class Journal:
             found: Any = json.loads(path.read_text("utf-8")) if path.exists() else {}
         except ValueError:  # not JSON, or not UTF-8
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
             raise CheckpointError(f"{path}: damaged; it is no record of what the run began with")
         return found
 
@@ -269,7 +291,9 @@ class Journal:
         for path in self._checkpoints()[::-1]:
             try:
                 notes = tree_file.notes(path)
-                return json.loads(notes["config"]), json.loads(notes.get("code", "{}"))
+                with _damage(path):
+                    was, code = json.loads(notes["config"]), json.loads(notes.get("code", "{}"))
+                    return dict(was), dict(code)
             except FormatError:
                 raise
             except CheckpointError:
@@ -301,15 +325,18 @@ class Journal:
 
     def _rewrite(self, last: dict[str, Any]) -> None:
         """Leave exactly the lines up to the checkpoint's round, its own line last."""
-        lines = []
-        kept = self.rounds.read_bytes() if self.rounds.exists() else b""
-        for text in kept.split(b"\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a half-written last line
-                line = json.loads(text)
-                if line["round"] < last["round"]:
-                    lines.append(line)
+        lines = [x for x in records(RoundRecord, self.rounds) if x["round"] < last["round"]]
         whole = "".join(json.dumps(line) + "\n" for line in [*lines, last])
         tree_file.write_atomically(self.rounds, whole.encode())
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What a checkpoint's notes lack, or hold in another form, as a CheckpointError."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError) as e:
+        raise CheckpointError(f"{path} is damaged: its notes are no run's: {e}") from e
 
 
 def save_update(path: Path, upload: Upload) -> None:

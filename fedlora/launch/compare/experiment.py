@@ -1,7 +1,6 @@
 """The plan of a comparison: an experiment file, its [compare] table, the cells of its grid."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from fedlora.config.fields import Section
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import find, load
+from fedlora.reports.record_types import SummaryRecord, record_in
 from fedlora.strategies import list_strategies
 
 SEARCH_SEED = 1000
@@ -131,8 +131,8 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        summary = self.directory / "summary.json"
-        return summary.exists() and not json.loads(summary.read_text()).get("stopped")
+        summary = record_in(SummaryRecord, self.directory / "summary.json")
+        return bool(summary) and not summary.get("stopped")
 
 
 def chosen(strategies: str | None, experiment: Experiment) -> list[str]:

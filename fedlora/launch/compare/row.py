@@ -75,8 +75,8 @@ def _numbers(run: RunFiles, key: str) -> dict[str, float]:
     rounds = run.trained
     numbers: dict[str, float | None] = {
         "rounds": float(len(rounds)),
-        "up": float(sum(r["bytes"]["up"] for r in rounds)),
-        "down": float(sum(r["bytes"]["down"] for r in rounds)),
+        "up": float(_moved(rounds, "up")),
+        "down": float(_moved(rounds, "down")),
         "once": float(once(rounds)),
         "deviation": max(
             (finite(r.get("proof"), "deviation") or 0.0 for r in rounds), default=None
@@ -94,12 +94,16 @@ def _numbers(run: RunFiles, key: str) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None}
 
 
+def _moved(rounds: Sequence[Mapping[str, Any]], way: str) -> int:
+    return sum((r.get("bytes") or {}).get(way, 0) for r in rounds)
+
+
 def once(rounds: Sequence[Mapping[str, Any]]) -> int:
     """Bytes that came down only because a client was new: its first download less its second."""
     seen: dict[str, list[int]] = {}
     for r in rounds:
         for i, facts in (r.get("clients") or {}).items():
-            seen.setdefault(str(i), []).append(int(facts["bytes_down"]))
+            seen.setdefault(str(i), []).append(int(facts.get("bytes_down") or 0))
     return sum(max(0, down[0] - down[1]) for down in seen.values() if len(down) > 1)
 
 

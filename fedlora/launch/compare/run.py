@@ -34,7 +34,6 @@ moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS tim
 """
 
 import functools
-import json
 import math
 import multiprocessing
 import os
@@ -57,6 +56,8 @@ from fedlora.launch.experiment_file import load, parse
 from fedlora.launch.guard import guarded
 from fedlora.launch.simulate.run import local, resumed
 from fedlora.reports.console import printable
+from fedlora.reports.record_types import RoundRecord
+from fedlora.reports.run_files import records
 from fedlora.reports.units import duration
 from fedlora.strategies import list_strategies
 
@@ -308,7 +309,7 @@ def _result(cell: Cell) -> str:
 
 def _bytes(directory: Path) -> tuple[float, float]:
     """One-time bytes, and those of a round after it."""
-    lines = [json.loads(x) for x in (directory / "rounds.jsonl").read_text().splitlines()]
+    lines = [*records(RoundRecord, directory / "rounds.jsonl")]
     first, second = (sum(r["bytes"].values()) for r in lines[1:3])
     return max(0.0, first - second), second
 

@@ -1,5 +1,6 @@
 """What became of every row that the run would read, and how long the texts are."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fedlora.config.reader import Config
@@ -39,15 +40,20 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
     parts = [("central", -1, corpus.test.number)] if len(corpus.test) else []
     for i, client in enumerate(corpus.clients):
         parts += [("train", i, client.train.number), ("test", i, client.test.number)]
-    full = rows = 0
+    full = rows = several = examples = 0
     left: list[int] = []
     for part, i, numbers in parts:
         found = cache.encoded(part, i, config, corpus.labels)
         full += int((found.lengths >= longest).sum())
-        kept = set(found.rows.tolist())
+        kept = Counter(found.rows.tolist())
+        several += sum(n > 1 for n in kept.values())
+        examples += len(found)
         left += [n for at, n in enumerate(numbers) if at not in kept]
         rows += len(numbers)
-    if full:
+    if several:
+        text = f"{several} of {rows} rows are longer than data.max-length = {longest} tokens: "
+        yield Finding("ok", f"{text}{examples} windows are the examples (data.long-texts)")
+    elif full:
         text = (
             f"{full} of {rows} rows fill data.max-length = {longest} tokens: what is longer is cut"
         )
@@ -59,3 +65,18 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
             f"tokens or more, or no token to train: {places}{', ...' * (len(left) > SHOWN)}"
         )
         yield Finding("note", text, "raise data.max-length, or mend these rows")
+
+
+def claims(config: Config, corpus: Corpus) -> Iterator[Finding]:
+    """Clients whose updates would be refused, since they train on more examples than any may."""
+    here = [i for i, client in enumerate(corpus.clients) if len(client.train)]
+    if config.data.node_path or config.privacy.by_client or config.secure.aggregation or not here:
+        return
+    most = config.round.max_examples
+    sizes = {i: len(cache.encoded("train", i, config, corpus.labels)) for i in here}
+    if over := [i for i in here if sizes[i] > most]:
+        text = (
+            f"{len(over)} of {len(here)} clients, such as {over[0]} with {sizes[over[0]]}, train "
+            f"on more examples than round.max-examples = {most}: their updates are refused"
+        )
+        yield Finding("problem" if len(over) == len(here) else "note", text, "raise it")

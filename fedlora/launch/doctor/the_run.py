@@ -8,6 +8,7 @@ with their first gradients, the state before those is judged.
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -23,12 +24,12 @@ from fedlora.federation.secure.vector import Kind, Layout, kinds_of
 from fedlora.federation.server import asynchronous
 from fedlora.federation.server.bounds import MAJORITY, MOST
 from fedlora.federation.server.exchange import Schemas
-from fedlora.federation.server.journal import Journal, Member
+from fedlora.federation.server.journal import Journal, Member, check_place
 from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
-from fedlora.launch.doctor.the_rows import lengths, rows_read
+from fedlora.launch.doctor.the_rows import claims, lengths, rows_read
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
 from fedlora.privacy.rehearsal import check_first
@@ -61,6 +62,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings += _model(config, model)
     findings += _responses(config, model, corpus)
     findings += lengths(config, corpus, model)
+    findings += claims(config, corpus)
     planner = Planner(config, model)
     members = expected(planner, config)
     clients = [Client(i, model.layers(planner.ranks(m))) for i, m in members.items()]
@@ -134,6 +136,14 @@ def _here(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:
     """What else stands in the way: a run of this name, files that it did not begin with, a taken
     port, a tracker that is not here."""
     journal = Journal(config)
+    kept = {"output.client-memory": config.output.client_memory,
+            "privacy.ledger": config.privacy.ledger}  # fmt: skip
+    for key, path in kept.items():
+        try:
+            if path:
+                check_place(key, Path(path))
+        except CheckpointError as e:
+            yield Finding("problem", str(e))
     try:
         journal.check()
         if config.run.resume:
@@ -331,7 +341,8 @@ def _plan(
         largest = max(largest, up + down)
         rows = corpus.client(c.id)
         train = config.train
-        steps = steps_in(len(rows.train), train.batch_size, train.steps, train.epochs)
+        n = len(cache.encoded("train", c.id, config, corpus.labels)) if len(rows.train) else 0
+        steps = steps_in(n, train.batch_size, train.steps, train.epochs)
         rank = max(layer.rank for layer in c.layers.values())
         table.add_row(
             str(c.id), str(rank), str(len(rows.train)), str(len(rows.test)), str(steps),

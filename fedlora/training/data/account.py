@@ -72,6 +72,8 @@ class Account:
     """Rows in use that are there twice, by where: none where equal rows were left out."""
     absent: tuple[str, ...] = ()
     """Labels that are named, in data.labels or by the data, and that no row has."""
+    unmatched: tuple[str, ...] = ()
+    """Of data.labels: those that no row has, before any limit or split."""
     sites: tuple[str, ...] = ()
     """By client: its own source, where data.clients names them."""
 
@@ -90,6 +92,11 @@ class Account:
 
     def warnings(self) -> list[str]:
         """What speaks against a run on these rows."""
+        none = ", ".join(f'"{name}"' for name in self.unmatched[:8])
+        told = [f"data.labels names {none}, and no row has it."] if none else []
+        return [*told, *self._lost()]
+
+    def _lost(self) -> list[str]:
         if not (lost := self.untrained):
             return []
         rows = Counter(self.test)
@@ -181,6 +188,8 @@ class Book:
 
     def __init__(self) -> None:
         self._opened: list[_Opened] = []
+        self.renamed: set[str] = set()
+        """The values that data.map renames, of those that were there."""
 
     def read(
         self, path: str, lines: Sequence[int], unit: str, notes: Sequence[str] = ()

@@ -35,7 +35,7 @@ class Encoded:
 
     ids: Tensor  # (t,) int32
     starts: Tensor  # (n + 1,) where each example starts, and t
-    rows: Tensor  # (n,) the row each example was; fewer than the rows where some were left out
+    rows: Tensor  # (n,) the row each example is of: some have none, and with windows several
     pad: int
     classes: Tensor | None = None  # (n,) label index of a classification
     prompts: Tensor | None = None  # (n,) prompt tokens of a causal-lm example
@@ -59,11 +59,13 @@ def encode(
     labels: Sequence[str],
     max_length: int,
     chat_template: bool = False,
+    windows: bool = False,
 ) -> Encoded:
     """The rows as token ids: for classification where there are label names, else for causal-lm.
 
     A text of more than max_length tokens is cut at its end. So is a response, but never a prompt:
-    a row whose prompt leaves no room for its response is left out, and counted in the log.
+    a row whose prompt leaves no room for its response is left out, and counted in the log. With
+    windows, what is cut off are further examples of the row: see `stretches`.
 
     Raises:
         DataError: no row has room for its response, or there is no chat template to send it by.
@@ -72,7 +74,7 @@ def encode(
     pad = tokenizer.eos_token_id or 0 if pad is None else pad
     if labels:
         return _classification(rows, tokenizer, labels, max_length, pad)
-    return _causal(rows, tokenizer, max_length, chat_template, pad)
+    return _causal(rows, tokenizer, max_length, chat_template, pad, windows)
 
 
 SYNTHETIC = (3, 5, 6, 9)
@@ -219,25 +221,39 @@ def _classification(
 
 
 def _causal(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool, pad: int
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: bool,
+    pad: int,
+    windows: bool,
 ) -> Encoded:
-    ids: list[list[int]] = []
+    ids: list[Sequence[int]] = []
     prompts: list[int] = []
     kept: list[int] = []
     long = straddled = 0
     for i, row in enumerate(pieces(rows, tokenizer, chat_template)):
         long += len(row.prompt) >= max_length
         if len(row.prompt) < max_length and row.response:
-            ids.append((row.prompt + row.response)[:max_length])
-            prompts.append(len(row.prompt))
-            kept.append(i)
+            whole, count = row.prompt + row.response, len(ids)
+            ids += stretches(whole, max_length) if windows else [whole[:max_length]]
+            prompts += [len(row.prompt), *[1] * (len(ids) - count - 1)]
+            kept += [i] * (len(ids) - count)
             straddled += row.straddled
     full = f"have a prompt of data.max-length = {max_length} tokens or more: raise it"
-    _tell(len(rows), len(kept), {full: long, UNWRITTEN: len(rows) - len(kept) - long})
+    left = len(rows) - len(set(kept))
+    _tell(len(rows), len(rows) - left, {full: long, UNWRITTEN: left - long})
     flat, starts = _flat(ids)
     lengths = torch.tensor(prompts, dtype=torch.long)
     numbers = torch.tensor(kept, dtype=torch.long)
     return Encoded(flat, starts, numbers, pad, prompts=lengths, straddled=straddled)
+
+
+def stretches(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    """A long text's ids in examples of `size` at most, each begun with the last id of the one
+    before, which is its context alone: so each id but the text's first is predicted once."""
+    starts = range(size - 1, len(ids) - 1, size - 1)
+    return [ids[:size], *(ids[at : at + size] for at in starts)]
 
 
 UNWRITTEN = (

@@ -25,14 +25,15 @@ from fedlora.training.data.account import (
     repeats,
     without,
 )
-from fedlora.training.data.labels import check_labels, labels_of
+from fedlora.training.data.labels import check_labels, check_map, labels_of
 from fedlora.training.data.partition import partition
 from fedlora.training.data.reading import Task as Task
-from fedlora.training.data.reading import distinct, rows_at, rows_by_code
+from fedlora.training.data.reading import distinct, mapped_of, pairs_of, rows_at, rows_by_code
 from fedlora.training.data.rows import ClientRows as ClientRows
 from fedlora.training.data.rows import Rows as Rows
 from fedlora.training.data.sites import sites_of
 from fedlora.training.data.splits import central, limited, of_client, with_each_label
+from fedlora.training.data.tables import quoted
 from fedlora.training.user_code import is_code
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     if not data.path:
         test = rows_at(data, "data.test-path", data.test_path, task, book)
         labels = labels_of(test, data) if task == "classification" else ()
-        return _closed(labels, test, [], book)
+        _tell_unused(data, book)
+        return _closed(data, labels, test, [], book)
     rows = rows_at(data, "data.path", data.path, task, book)
     labels = labels_of(rows, data) if task == "classification" else ()
     pool = limited(rows, data, labels, seed, book)
@@ -90,10 +92,11 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     dealt = {i for part in parts for i in part}
     book.leave(UNDEALT, (n for i, n in enumerate(pool.number) if i not in dealt))
     own = [of_client(pool.select(part), data, seed, i) for i, part in enumerate(parts)]
-    return _closed(labels, test, own, book, set(rows.label))
+    return _closed(data, labels, test, own, book, set(rows.label))
 
 
 def _closed(
+    data: DataConfig,
     labels: tuple[str, ...],
     test: Rows,
     clients: Sequence[ClientRows],
@@ -102,7 +105,9 @@ def _closed(
 ) -> Corpus:
     """The corpus, with its account, and its warnings in the log."""
     own = tuple(with_each_label(clients, labels))
-    account = replace(book.close(labels, test, own, there), repeats=repeats(test, own))
+    account = book.close(labels, test, own, there)
+    unmatched = account.absent if data.labels else ()
+    account = replace(account, repeats=repeats(test, own), unmatched=unmatched)
     for warning in account.warnings():
         log.warning("%s", warning)
     return Corpus(labels, test, own, account, book)
@@ -118,7 +123,11 @@ def _given_test(data: DataConfig, task: Task, labels: Sequence[str], book: Book)
 
 
 def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -> Corpus:
-    """The corpus of data.clients: each client has its own site's rows, and no other's."""
+    """The corpus of data.clients: each client has its own site's rows, and no other's.
+
+    Where data.test-path is the central test and no row is there twice, the rows of each are those
+    of a node that has its file, in the same order.
+    """
     sites = sites_of(data)
     if len(sites) != clients:
         raise DataError(
@@ -127,11 +136,14 @@ def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Boo
         )
     parts = []
     for i, site in enumerate(sites):
-        key, own = f"data.clients[{i}]", bool(site.data.map != data.map)
-        rows = rows_at(site.data, key, site.path, task, book, strict=own)
+        key = f"data.clients[{i}]"
+        own_map = f"{key}.map" if site.data.map != data.map else ""
+        rows = rows_at(site.data, key, site.path, task, book, own_map)
         check_labels(rows, data.labels, site.path, "data.labels")
         parts.append(replace(rows, group=(str(i),) * len(rows)))
     rows = Rows.joined(parts)
+    if any(site.data.map == data.map for site in sites):
+        check_map(pairs_of(data), book.renamed, mapped_of(rows, task), "data.map")
     labels = labels_of(rows, data) if task == "classification" else ()
     pool = distinct(rows, ELSEWHERE, book) if data.dedupe else rows
     pool = limited(pool, data, labels, seed, book)
@@ -139,14 +151,15 @@ def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Boo
     test, pool = central(pool, given, data, labels, seed, book)
     own_rows = []
     for i, site in enumerate(sites):
-        mine = pool.select(n for n, group in enumerate(pool.group) if group == str(i))
+        at = [n for n, group in enumerate(pool.group) if group == str(i)]
+        mine = pool.select(sorted(at, key=pool.number.__getitem__))  # as a node has its file
         if len(mine) < (least := 2 if data.client_test_fraction else 1):
             raise DataError(
                 f"client {i}, {site.path}, has {len(mine)} rows left and needs {least}: raise "
                 "data.limit, lower data.test-size, or leave this site out"
             )
-        own_rows.append(of_client(mine, data, seed, i))
-    found = _closed(labels, test, own_rows, book, set(rows.label))
+        own_rows.append(of_client(mine, data, seed, 0))
+    found = _closed(data, labels, test, own_rows, book, set(rows.label))
     account = replace(found.account, sites=tuple(site.path for site in sites))
     return replace(found, account=account)
 
@@ -163,9 +176,16 @@ def _called(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -
             "give None other rows, or set data.dedupe = false"
         )
     whole = Rows.joined([test, *parts])
+    check_map(pairs_of(data), book.renamed, mapped_of(whole, task), "data.map")
     labels = labels_of(whole, data) if task == "classification" else ()
     own = [of_client(p, data, seed, i) for i, p in enumerate(parts)]
-    return _closed(labels, test, own, book, set(whole.label))
+    return _closed(data, labels, test, own, book, set(whole.label))
+
+
+def _tell_unused(data: DataConfig, book: Book) -> None:
+    """Log the values of data.map that are not here: they may be elsewhere."""
+    if unused := sorted(pairs_of(data).keys() - book.renamed):
+        log.warning("data.map: %s: no row here has it", quoted(unused))
 
 
 def load_node(
@@ -182,6 +202,7 @@ def load_node(
     book = Book()
     rows = _node_rows(data, task, labels, seed, client, book)
     account = replace(book.close(labels, Rows(), [rows]), repeats=repeats(Rows(), [rows]))
+    _tell_unused(data, book)
     log.warning("%s", ". ".join(account.lines()))  # less would reach no node's log
     return rows
 

@@ -29,6 +29,10 @@ OTHERS = {
     b"\xd0\xcf\x11\xe0": "an Excel sheet or another Office file: save it as .csv",
     b"\x1f\x8b": "compressed by gzip: name it .gz",
     b"PAR1": "Parquet: name it .parquet",
+    b"ARROW1": "Arrow, or Feather: save it as .parquet",
+    b"\xff\xff\xff\xff": "Arrow: name the directory that it is in",
+    b"\x80\x04": "a pickle, which is code: save its rows as .jsonl",
+    b"\x80\x05": "a pickle, which is code: save its rows as .jsonl",
     b"%PDF": "a PDF: save its rows as .csv or .jsonl",
     b"SQLite format 3": "a database: export the table as .csv",
 }

@@ -1,10 +1,11 @@
 """The labels of a classification: which there are, and in which order."""
 
+import difflib
 import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 
 from fedlora.config.sections import DataConfig
@@ -106,6 +107,30 @@ def _folded(name: str) -> str:
     if NUMBER.fullmatch(name):
         return str(_size(name).normalize())
     return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
+
+
+def check_map(
+    renames: Mapping[str, str], used: Collection[str], values: Sequence[str], key: str
+) -> None:
+    """Check that each value that a map renames was there.
+
+    values: what the column has, renamed or not. key: what the config calls the map.
+
+    Raises:
+        DataError: one was not; names it, and those that it nearly is.
+    """
+    unused = sorted(renames.keys() - set(used))
+    if not unused:
+        return
+    count = Counter(values)
+    near = [x for x in count if _folded(x) == _folded(unused[0])]
+    near += difflib.get_close_matches(unused[0], count.keys() - set(near), n=3, cutoff=0.75)
+    told = ", ".join(f'"{x}" ({count[x]} rows)' for x in near)
+    raise DataError(
+        f'{key}: "{unused[0]}" is no value of that column; '
+        + (f"near it is {told}; " if near else "")
+        + f"it has {quoted(values)}"
+    )
 
 
 def check_labels(rows: Rows, labels: Sequence[str], path: str, whose: str = "the run") -> None:

@@ -1,7 +1,7 @@
 """A source's rows: its columns as texts, whole and distinct, each with its number in the book."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from datasets import Dataset
@@ -9,9 +9,9 @@ from datasets import Dataset
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.account import EQUAL, UNMATCHED, Book, empty
-from fedlora.training.data.labels import as_label
+from fedlora.training.data.labels import as_label, check_map
 from fedlora.training.data.rows import Rows
-from fedlora.training.data.tables import Table, classes, column, prompts, quoted, read
+from fedlora.training.data.tables import Table, classes, column, prompts, read
 from fedlora.training.user_code import called, find
 
 Task = Literal["classification", "causal-lm"]
@@ -20,18 +20,19 @@ log = logging.getLogger(__name__)
 
 
 def rows_at(
-    data: DataConfig, key: str, path: str, task: Task, book: Book, strict: bool = False
+    data: DataConfig, key: str, path: str, task: Task, book: Book, own_map: str = ""
 ) -> Rows:
     """The distinct rows of the source at `path`, the value of the config's `key`.
 
-    Those without text, label or response are left out, noted. strict: each value that data.map
-    renames must be there, as it must be in data.path.
+    Those without text, label or response are left out, noted. own_map: the key of a data.map that
+    is this source's alone, whose every value must be there; as of data.path's it must.
 
     Raises:
         DataError: it cannot be read, lacks a column, or has no whole row.
     """
     table = read(data, key, path)
-    return _rows_of(table, data, key, path, task, book, strict or key == "data.path")
+    own_map = "data.map" if key == "data.path" else own_map
+    return _rows_of(table, data, key, path, task, book, own_map)
 
 
 def rows_by_code(
@@ -64,6 +65,16 @@ def distinct(rows: Rows, reason: str, book: Book) -> Rows:
     return rows.select(seen.values())
 
 
+def pairs_of(data: DataConfig) -> dict[str, str]:
+    """data.map: each value to its new name."""
+    return dict(pair.split("=", 1) for pair in data.map)
+
+
+def mapped_of(rows: Rows, task: Task) -> Sequence[str]:
+    """The values that data.map renames, after it did."""
+    return rows.label if task == "classification" else rows.response
+
+
 class _Needed(NamedTuple):
     """A column that no row may lack."""
 
@@ -78,23 +89,27 @@ def _rows_of(
     path: str,
     task: Task,
     book: Book,
-    strict: bool = False,
+    own_map: str = "",
 ) -> Rows:
     """The distinct, whole rows of a table that `path` names."""
-    renames = dict(pair.split("=", 1) for pair in data.map)
+    renames = pairs_of(data)
     label, response, group = [], [], []
     if task == "classification" or data.label in table.names:
         label = [as_label(x) for x in column(table, path, "data.label", data.label)]
     if task == "classification":
         text = column(table, path, "data.text", data.text)
-        label = _renamed(label, renames, strict)
+        mapped = label
+        label = [renames.get(x, x) for x in mapped]
         needed = [_Needed(data.text, text), _Needed(data.label, label)]
     else:
         text = prompts(table, path, data.prompt)
-        said = column(table, path, "data.response", data.response)
-        response = _renamed(said, renames, strict)
+        mapped = column(table, path, "data.response", data.response)
+        response = [renames.get(x, x) for x in mapped]
         needed = [_Needed(data.prompt, text)] if data.prompt else []
         needed.append(_Needed(data.response, response))
+    book.renamed |= renames.keys() & set(mapped)
+    if own_map:
+        check_map(renames, renames.keys() & set(mapped), mapped, own_map)
     if key == "data.path" and data.partition == "natural":
         group = column(table, path, "data.natural-column", data.natural_column)
         needed.append(_Needed(data.natural_column, group))
@@ -123,12 +138,3 @@ def _whole(rows: Rows, needed: Iterable[_Needed], path: str, book: Book) -> Rows
     if left:
         log.warning("%s: %d of %d rows have an empty column, left out", path, len(left), len(rows))
     return rows.select(i for i in range(len(rows)) if i not in left)
-
-
-def _renamed(values: list[str], renames: dict[str, str], strict: bool) -> list[str]:
-    unused = renames.keys() - set(values)
-    if unused and strict:
-        raise DataError(
-            f'data.map: "{min(unused)}" is no value of that column; it has {quoted(values)}'
-        )
-    return [renames.get(value, value) for value in values]

@@ -66,6 +66,9 @@ def end_mark(tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) ->
 
     It is the first special token that the chat template puts behind the assistant's words; else,
     and without a template, the tokenizer's eos.
+
+    Raises:
+        DataError: there is no chat template.
     """
     return _mark(tokenizer, chat_template)[0]
 
@@ -73,6 +76,7 @@ def end_mark(tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) ->
 def _mark(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> tuple[int | None, int]:
     """The end mark, and how often the template itself writes it behind a response."""
     if chat_template:
+        _check_template(tokenizer)
         _, whole = _turns(tokenizer, "a", "b")
         tail = tokenizer(whole.rpartition("b")[2], add_special_tokens=False)["input_ids"]
         special = {*tokenizer.all_special_ids}
@@ -128,11 +132,15 @@ def _plain(rows: Rows) -> list[tuple[str, str]]:
 
 
 def _chat(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    if not tokenizer.chat_template:
-        raise DataError("data.chat-template = true, but this model's tokenizer has none")
+    _check_template(tokenizer)
     if not all(rows.text):
         raise DataError("data.chat-template = true needs data.prompt: the user's turn")
     return [_turns(tokenizer, p, r) for p, r in zip(rows.text, rows.response, strict=True)]
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise DataError("data.chat-template = true, but this model's tokenizer has none")
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[str, str]:

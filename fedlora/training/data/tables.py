@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from string import Formatter
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow  # type: ignore[import-untyped]
 from datasets import (
     ClassLabel,
@@ -25,12 +26,16 @@ from datasets import (
     DatasetDict,
     Value,
     are_progress_bars_disabled,
+    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
+    get_dataset_config_names,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from pyarrow import parquet
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
@@ -57,6 +62,8 @@ class Table:
     """How it was read."""
     lists: frozenset[str] = frozenset()
     """Columns that hold lists, and so no text."""
+    ordered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The values of columns of ordered categories, in their order."""
 
     @classmethod
     def of(cls, cells: Dataset) -> "Table":
@@ -120,13 +127,18 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
             f'{key} = "{name}": {where} has bytes there, no text: write the column as text, decoded'
         )
     values = table.cells[name][:]
-    return ["" if v is None or (type(v) is float and math.isnan(v)) else str(v) for v in values]
+    narrow = {"float32": np.float32, "float16": np.float16}.get(feature.dtype, lambda v: v)
+    return [
+        "" if v is None or (type(v) is float and math.isnan(v)) else str(narrow(v)) for v in values
+    ]
 
 
 def classes(table: Table, name: str) -> tuple[str, ...]:
-    """The names of a column of numbered classes, in their order; none of any other column."""
+    """The names of a column of numbered classes or ordered categories, in their order; of any other
+    none."""
     feature = table.cells.features.get(name)
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+    named = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+    return named or table.ordered.get(name, ())
 
 
 def prompts(table: Table, where: str, prompt: str) -> list[str]:
@@ -170,14 +182,14 @@ def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], A
     local = {"cache_dir": cache, "keep_in_memory": True}
     if place.is_file():
         if place.suffix.lower() == ".parquet":
-            return partial(Dataset.from_parquet, str(place), **local)
+            return partial(_parquet, place, local)
         return partial(_file, place, data)
-    if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+    if any((place / f"{name}.json").exists() for name in ("dataset_info", "dataset_dict", "state")):
         return partial(load_from_disk, str(place), keep_in_memory=True)
     if one := _of_split(place, data.split):
         return partial(_file, one, data)
     if place.is_dir():
-        return partial(load_dataset, str(place), **local)
+        return partial(_directory, place, data, key, cache)
     if kind_of(place) not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return partial(load_dataset, path, data.subset or None)
     raise DataError(
@@ -195,13 +207,14 @@ def _problems_of(key: str, path: str) -> Iterator[None]:
         yield
     except FedLoraError:
         raise
-    except (OSError, ValueError, LookupError, RecursionError, DatasetsError) as e:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, DatasetsError) as e:
         reason = e.__cause__ or e
         undecoded = isinstance(reason, UnicodeError) or type(reason) is LookupError
         hint = "; set data.encoding" if undecoded else ""
         if not Path(locate(path)).exists():
             hint = f", and there is no such path from {Path.cwd()}"
-        raise DataError(f'{key} = "{path}" cannot be read: {reason}{hint}') from e
+        why = " ".join(str(reason).split())
+        raise DataError(f'{key} = "{path}" cannot be read: {why}{hint}') from e
     finally:
         if shown:
             enable_progress_bars()
@@ -225,6 +238,56 @@ def _file(place: Path, data: DataConfig) -> Table:
         cells = read_delimited(text, mark, _asked(data), usual)
         return Table(_texts(cells.columns), cells.lines, "line", notes=(*cells.notes, *said))
     return _text(text, place, data, said)
+
+
+def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
+    """A Parquet file, without its columns of types that a data set has no equivalent for."""
+    schema = parquet.read_schema(place)
+    none = pyarrow.types.is_map, pyarrow.types.is_fixed_size_binary
+    names = [column.name for column in schema if not any(is_(column.type) for is_ in none)]
+    if len(names) == len(schema):
+        cells = Dataset.from_parquet(str(place), **how)
+    else:
+        found = parquet.read_table(place, columns=names)
+        plain = [
+            f.with_type(f.type.value_type) if pyarrow.types.is_dictionary(f.type) else f
+            for f in found.schema
+        ]
+        cells = Dataset(found.cast(pyarrow.schema(plain)))
+    ordered = {}
+    for column in schema:
+        if pyarrow.types.is_dictionary(column.type) and column.type.ordered:
+            found = parquet.read_table(place, columns=[column.name])[column.name]
+            values = found.unify_dictionaries().chunk(0).dictionary if len(found) else []
+            ordered[column.name] = tuple(str(value) for value in values)
+    return replace(Table.of(cells), ordered=ordered)
+
+
+def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
+    """What `datasets` finds in a directory: text files are read as they are written, one after the
+    other, and others as it reads them. No script of it is run."""
+    if (script := place / f"{place.resolve().name}.py").is_file():
+        raise DataError(
+            f'{key} = "{place}": {script.name} is a script, and no code of a data set is run; name '
+            "a directory that save_to_disk wrote of what it makes, or files"
+        )
+    names = get_dataset_config_names(str(place))
+    if len(names) > 1 and data.subset not in names:
+        raise DataError(f'{key} = "{place}": set data.subset to one of {quoted(names)}')
+    builder = load_dataset_builder(str(place), data.subset or None, cache_dir=cache)
+    files = [Path(f) for f in (builder.config.data_files or {}).get(data.split, ())]
+    if not files or any(kind_of(file) not in TEXTS for file in files):
+        how = {"cache_dir": cache, "keep_in_memory": True}
+        return load_dataset(str(place), data.subset or None, **how)
+    tables = [_file(file, data) for file in files]
+    if other := [f.name for f, t in zip(files, tables, strict=True) if t.names != tables[0].names]:
+        raise ValueError(f"{other[0]} has other columns than {files[0].name}")
+    if len(tables) == 1:
+        return tables[0]
+    cells = concatenate_datasets([table.cells for table in tables])
+    lists = frozenset[str]().union(*(table.lists for table in tables))
+    notes = dict.fromkeys(note for table in tables for note in table.notes)
+    return Table(cells, range(1, len(cells) + 1), "row", (), (f"{len(files)} files", *notes), lists)
 
 
 def _of_split(place: Path, split: str) -> Path | None:
