@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import DeployError
+from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.keys import pem
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import CONNECTION, Plan
@@ -174,6 +175,7 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     config = preflight.read({**Config.read(given).flat(), **overrides})
     path = plan.run_directory / "run-config.toml"
     path.write_text(tomli_w.dumps(tomllib.loads(config.toml())))
+    (plan.app / MANIFEST).write_text(manifest())
     answer = operator("run", str(plan.app), CONNECTION, "--run-config", str(path))
     return str(answer["run-id"]), plan.server / config.run.out / config.run.name
 

@@ -66,6 +66,8 @@ def node(plan: Plan, i: int) -> str:
         config.append('data-path=\\"$PWD/data\\"')
     if plan.warm:
         config.append('worker-socket=\\"worker.sock\\"')
+    if plan.code:
+        config.append(f'user-code=\\"{",".join(plan.code)}\\"')
     return _script(
         f"Node {i}. FEDLORA_SUPERLINK overrides where the server is.",
         f"python -m fedlora.launch.deploy.node {trust} \\\n"
