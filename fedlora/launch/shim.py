@@ -1,4 +1,7 @@
-"""Modules that import our apps: Flower loads an app only from a module inside its bundle."""
+"""Modules that import our apps: Flower loads an app only from a module inside its bundle.
+
+A deployed node loads none: it compares a bundle's client_app/ with `app_files`.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

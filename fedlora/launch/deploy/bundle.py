@@ -198,7 +198,7 @@ def _check_own(name: str, data: bytes) -> None:
 
 
 def _few(names: list[str]) -> str:
-    shown = ", ".join(ascii(n)[:80] for n in names[:3])
+    shown = ", ".join(ascii(n[:60]) for n in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

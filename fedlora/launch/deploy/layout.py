@@ -66,6 +66,7 @@ def init(wanted: Wanted) -> Plan:
         wanted.own_data and _expressible(config),
         wanted.warm,
         code=tuple(value for _, value in named(config)),
+        trust_remote_code=config.model.trust_remote_code,
     )
     directory.mkdir(parents=True, exist_ok=True)
     if plan.own_data:
