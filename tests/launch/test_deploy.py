@@ -22,7 +22,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys
 from fedlora.launch.deploy.gate import Gate
-from fedlora.launch.deploy.host import down, register, registered
+from fedlora.launch.deploy.host import down, follow, register, registered, start_run
 from fedlora.launch.deploy.layout import Wanted, init, renew
 from fedlora.launch.deploy.plan import Plan, free_ports
 from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
@@ -347,3 +347,39 @@ def test_down_ends_what_a_killed_supervisor_left(stand_ins: Plan) -> None:
 
 def test_a_process_of_the_same_number_is_not_mistaken_for_ours() -> None:
     assert not is_running({"pid": os.getpid(), "created": 1.0})
+
+
+# -- runs ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_of_a_name_says_what_to_do_and_sends_nothing(plan: Plan) -> None:
+    (plan.server / "runs" / "run").mkdir(parents=True)
+    (plan.server / "runs" / "run" / "rounds.jsonl").touch()
+    with pytest.raises(
+        DeployError, match=r"holds a run of this name: .* --resume` goes on"
+    ) as said:
+        start_run(plan, nobody, {})
+    assert "\n" not in str(said.value)
+    plan.run_directory.mkdir()
+    for more in ({"run.name": "another"}, {"run.resume": True}):
+        with pytest.raises(AssertionError, match="was sent"):
+            start_run(plan, nobody, more)
+
+
+def nobody(*arguments: str) -> dict:
+    raise AssertionError(f"{arguments[0]} was sent")
+
+
+def test_a_run_says_what_it_is_at_from_the_first_second(tmp_path: Path) -> None:
+    statuses = iter(["pending", "running", "running", "finished:completed"])
+    said: list[str] = []
+
+    class Told:
+        def status(self, run_id: str) -> str:
+            assert said, "before anything was asked"
+            return next(statuses)
+
+    assert follow(Told(), "1", tmp_path, said.append, every=0.0) == "finished:completed"
+    assert len(said) == 2
+    assert said[0].startswith("0 s: pending")
+    assert "running" in said[1]
