@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -105,6 +106,20 @@ def test_a_directory_in_use_is_left_alone(plan: Plan) -> None:
 def test_a_directory_without_a_deployment_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="fedlora deploy init"):
         Plan.load(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_takes_the_units_without_a_word(plan: Plan) -> None:
+    units = [*plan.server.glob("*.service"), *plan.node(0).glob("*.service")]
+    assert len(units) == 5
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, units)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    for name in ("fedlora-node", "fedlora-worker"):
+        text = (plan.node(0) / f"{name}.service").read_text()
+        for own in ("node.key", "node.sh", "env.sh"):
+            assert f"ReadOnlyPaths=-/opt/fedlora/node-0/{own}\n" in text
 
 
 def test_compose_is_valid_and_keeps_control_inside(plan: Plan) -> None:

@@ -194,3 +194,4 @@ def test_status_names_every_process_and_node(deployed: Plan) -> None:
     for name in ("supervisor", "superlink", "superexec", "worker-3", "node-3"):
         assert name in found
     assert "online" in found
+    assert "run as one user" in found

@@ -182,11 +182,12 @@ def _write_node(plan: Plan, i: int) -> None:
         shutil.copy(plan.directory / "ca" / "ca.crt", directory)
     _script(directory / "env.sh", scripts.ENVIRONMENT)
     _script(directory / "node.sh", scripts.node(plan, i))
-    text = scripts.unit(f"fedlora node {i}", f"node-{i}", "node.sh", 65)
+    fixed = scripts.NODES_OWN
+    text = scripts.unit(f"fedlora node {i}", f"node-{i}", "node.sh", 65, fixed)
     (directory / "fedlora-node.service").write_text(text)
     if plan.warm:
         _script(directory / "worker.sh", scripts.worker(i))
-        text = scripts.unit(f"fedlora worker of node {i}", f"node-{i}", "worker.sh", 5)
+        text = scripts.unit(f"fedlora worker of node {i}", f"node-{i}", "worker.sh", 5, fixed)
         (directory / "fedlora-worker.service").write_text(text)
 
 

@@ -86,8 +86,16 @@ def worker(i: int) -> str:
     )
 
 
-def unit(about: str, directory: str, script: str, seconds: int) -> str:
-    """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>."""
+NODES_OWN = ("node.key", "ca.crt", "env.sh", "node.sh", "worker.sh")
+"""What no process of a node has to write: its key, and what its operator allows."""
+
+
+def unit(about: str, directory: str, script: str, seconds: int, fixed: tuple[str, ...] = ()) -> str:
+    """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>.
+
+    fixed: files there that the process cannot write ("-" in the unit: where they exist).
+    """
+    own = "".join(f"ReadOnlyPaths=-/opt/fedlora/{directory}/{name}\n" for name in fixed)
     return f"""\
 [Unit]
 Description={about}
@@ -107,7 +115,7 @@ NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=strict
 ReadWritePaths=/opt/fedlora/{directory}
-
+{own}
 [Install]
 WantedBy=multi-user.target
 """
