@@ -115,5 +115,9 @@ class DeployError(FedLoraError):
     """A deployment cannot be made, started or reached. Says what to do."""
 
 
+class BundleError(FedLoraError):
+    """The app that a server sent is not the code that this node has. Nothing of it was run."""
+
+
 class CompareError(FedLoraError):
     """Cells of a comparison began and died."""

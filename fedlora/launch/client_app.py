@@ -1,6 +1,6 @@
 """The ClientApp: every message that a client can get, and the function that answers it.
 
-    app                       fedlora's own: what a deployment and `flwr run` name
+    app                       fedlora's own: what a deployed node answers with, and `flwr run` names
     make_client_app(...)      one that may run a model, data, a loss or metrics of yours
 
 Nothing heavy is imported here: a deployed node starts this anew for every message, and may have a

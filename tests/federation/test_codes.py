@@ -88,6 +88,7 @@ def test_every_error_has_its_code() -> None:
     found = {e: code_of(e("x")) for e in vars(errors).values() if is_plain_error(e)}
     assert found.pop(errors.BudgetSpent) == Code.BUDGET_SPENT
     assert found.pop(errors.TrainingCheckError) == Code.UNTRAINABLE
+    assert found.pop(errors.BundleError) == Code.OTHER_CODE
     assert set(found.values()) == {Code.FAILED}
     assert code_of(RuntimeError("the privacy budget is spent")) == Code.BUG
 
@@ -105,7 +106,7 @@ def test_no_code_is_one_of_flowers() -> None:
     assert not flowers & set(Code)
 
 
-@pytest.mark.parametrize("code", [77, -1, 0, 1, 2, 106, 2**62, -(2**63)])
+@pytest.mark.parametrize("code", [77, -1, 0, 1, 2, 199, 2**62, -(2**63)])
 def test_a_code_that_nobody_knows_is_a_failure(settings: Settings, code: int) -> None:
     assert kind_of(code) == kind_of(Code.FAILED) == kind_of(Code.BUG) == FailureKind.FAILED
     ran = federate(settings(**quick("fedavg")), Says({1: Error(code, "x")}, since=2))
@@ -117,6 +118,7 @@ def test_a_code_that_nobody_knows_is_a_failure(settings: Settings, code: int) ->
     [
         (Code.BUDGET_SPENT, "budget"),
         (Code.UNTRAINABLE, "untrained"),
+        (Code.OTHER_CODE, "code"),
         (Code.WORKER_LOST, "lost"),
         (Code.BUG, "failed"),
         (ErrorCode.MESSAGE_UNAVAILABLE, "lost"),

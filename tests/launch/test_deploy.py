@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -22,7 +23,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys
 from fedlora.launch.deploy.gate import Gate
-from fedlora.launch.deploy.host import down, register, registered
+from fedlora.launch.deploy.host import down, follow, register, registered, start_run
 from fedlora.launch.deploy.layout import Wanted, init, renew
 from fedlora.launch.deploy.plan import Plan, free_ports
 from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
@@ -105,6 +106,20 @@ def test_a_directory_in_use_is_left_alone(plan: Plan) -> None:
 def test_a_directory_without_a_deployment_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="fedlora deploy init"):
         Plan.load(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_takes_the_units_without_a_word(plan: Plan) -> None:
+    units = [*plan.server.glob("*.service"), *plan.node(0).glob("*.service")]
+    assert len(units) == 5
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, units)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    for name in ("fedlora-node", "fedlora-worker"):
+        text = (plan.node(0) / f"{name}.service").read_text()
+        for own in ("node.key", "node.sh", "env.sh"):
+            assert f"ReadOnlyPaths=-/opt/fedlora/node-0/{own}\n" in text
 
 
 def test_compose_is_valid_and_keeps_control_inside(plan: Plan) -> None:
@@ -347,3 +362,39 @@ def test_down_ends_what_a_killed_supervisor_left(stand_ins: Plan) -> None:
 
 def test_a_process_of_the_same_number_is_not_mistaken_for_ours() -> None:
     assert not is_running({"pid": os.getpid(), "created": 1.0})
+
+
+# -- runs ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_of_a_name_says_what_to_do_and_sends_nothing(plan: Plan) -> None:
+    (plan.server / "runs" / "run").mkdir(parents=True)
+    (plan.server / "runs" / "run" / "rounds.jsonl").touch()
+    with pytest.raises(
+        DeployError, match=r"holds a run of this name: .* --resume` goes on"
+    ) as said:
+        start_run(plan, nobody, {})
+    assert "\n" not in str(said.value)
+    plan.run_directory.mkdir()
+    for more in ({"run.name": "another"}, {"run.resume": True}):
+        with pytest.raises(AssertionError, match="was sent"):
+            start_run(plan, nobody, more)
+
+
+def nobody(*arguments: str) -> dict:
+    raise AssertionError(f"{arguments[0]} was sent")
+
+
+def test_a_run_says_what_it_is_at_from_the_first_second(tmp_path: Path) -> None:
+    statuses = iter(["pending", "running", "running", "finished:completed"])
+    said: list[str] = []
+
+    class Told:
+        def status(self, run_id: str) -> str:
+            assert said, "before anything was asked"
+            return next(statuses)
+
+    assert follow(Told(), "1", tmp_path, said.append, every=0.0) == "finished:completed"
+    assert len(said) == 2
+    assert said[0].startswith("0 s: pending")
+    assert "running" in said[1]

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,8 +111,12 @@ class Storm:
         elif s.fault == "a node too slow":
             pid = children[f"worker-{s.node}"]["pid"]
             os.killpg(pid, signal.SIGSTOP)
-            wake = (s.done + DEADLINE + 5, lambda: os.killpg(pid, signal.SIGCONT))
-            self.healing.append(wake)
+
+            def wake() -> None:
+                with suppress(ProcessLookupError):  # the supervisor killed it
+                    os.killpg(pid, signal.SIGCONT)
+
+            self.healing.append((s.done + DEADLINE + 5, wake))
 
     def over(self) -> None:
         for _, heal in self.healing:

@@ -169,6 +169,21 @@ def test_who_registers_again_finds_the_same_nodes(deployed: Plan) -> None:
     assert host.registered(deployed) == ids
 
 
+def test_up_again_changes_nothing_and_goes_on_with_one_that_was_cut_short(deployed: Plan) -> None:
+    ids, before = host.registered(deployed), read_state(deployed)
+    host.up(deployed, print)
+    assert read_state(deployed) == before
+    (deployed.run_directory / "registered.json").unlink()  # as before the nodes were registered
+    host.up(deployed, print)
+    assert host.registered(deployed) == ids
+    second = subprocess.run(
+        [sys.executable, "-m", "fedlora.launch.deploy.supervise", str(deployed.directory)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert second.stderr == "a supervisor runs already\n"
+    assert read_state(deployed) == before
+
+
 def test_status_names_every_process_and_node(deployed: Plan) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "fedlora.cli", "deploy", "status", str(deployed.directory)],
@@ -179,3 +194,4 @@ def test_status_names_every_process_and_node(deployed: Plan) -> None:
     for name in ("supervisor", "superlink", "superexec", "worker-3", "node-3"):
         assert name in found
     assert "online" in found
+    assert "run as one user" in found

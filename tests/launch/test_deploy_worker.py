@@ -20,7 +20,10 @@ from fedlora.launch.deploy import node, worker
 
 
 def test_the_short_lived_process_imports_no_torch() -> None:
-    code = "import sys, client_app.app; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, client_app.app, fedlora.launch.deploy.message_process; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

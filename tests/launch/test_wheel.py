@@ -18,6 +18,7 @@ import pytest
 from fedlora.launch.experiment_file import shipped
 from fedlora.version import __version__
 from tests.federation.test_flower_engine import ALONE, namespaces
+from tests.support.bundles import built
 from tests.support.tiny_federation import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -124,6 +125,15 @@ def test_it_says_what_it_is(metadata: Message) -> None:
     for minor in (11, 12, 13):
         assert f"Programming Language :: Python :: 3.{minor}" in classifiers
     assert not {"Author", "Author-email", "Maintainer", "Home-page", "Project-URL"} & set(metadata)
+
+
+def test_a_node_with_the_wheel_takes_the_bundle_of_the_checkout(place: Place) -> None:
+    (place.directory / "app.fab").write_bytes(built(ROOT))
+    code = (
+        "from pathlib import Path; from fedlora.launch.deploy import bundle; "
+        "bundle.check(Path('app.fab').read_bytes()); print(bundle.__file__)"
+    )
+    assert str(place.installed) in place.python(code)
 
 
 def test_its_licence_is_one_that_an_app_bundle_takes() -> None:

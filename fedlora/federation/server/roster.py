@@ -36,6 +36,8 @@ class Roster:
         self._node_of: dict[int, int] = {}
         self._tries: dict[int, int] = {}
         self._given_up: set[int] = set()
+        self.turned_away = ""
+        """Why the last node that was not taken in was not."""
 
     @property
     def nodes(self) -> dict[int, int]:
@@ -58,7 +60,8 @@ class Roster:
                 facts = read_facts(reply)
                 self._admit(node, int(facts["client"]))
             except UpdateError as e:
-                self.refused(f"node {node} was not taken in: {Refusal.of(e).reason}")
+                self.turned_away = f"node {node} was not taken in: {Refusal.of(e).reason}"
+                self.refused(self.turned_away)
             else:
                 yield int(facts["client"]), facts
 

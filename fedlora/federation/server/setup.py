@@ -38,10 +38,11 @@ def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     run = look(setting, session, run, grid)
     while len(session.nodes) < want:
         if time.monotonic() > until:
+            away = session.roster.turned_away
             raise RoundError(
                 f"{len(session.nodes)} of clients.count = {want} nodes are connected after "
                 f"{seconds:g} s; start more nodes (with `flwr run`: --federation-config "
-                f"'num-supernodes={want}'), or lower clients.count"
+                f"'num-supernodes={want}'), or lower clients.count" + (f"\n{away}" if away else "")
             )
         time.sleep(POLL)
         run = look(setting, session, run, grid)

@@ -15,7 +15,13 @@ from enum import IntEnum, StrEnum
 
 from flwr.common.constant import ErrorCode
 
-from fedlora.errors import BudgetSpent, ClientError, FedLoraError, TrainingCheckError
+from fedlora.errors import (
+    BudgetSpent,
+    BundleError,
+    ClientError,
+    FedLoraError,
+    TrainingCheckError,
+)
 
 LONGEST = 500
 """Characters of a reason."""
@@ -33,6 +39,8 @@ class Code(IntEnum):
     BUDGET_SPENT = 104
     UNTRAINABLE = 105
     """The model does not train on this client as it must."""
+    OTHER_CODE = 106
+    """The server's app is not the code that the node has installed; nothing of it was run."""
 
 
 class FailureKind(StrEnum):
@@ -53,11 +61,14 @@ class FailureKind(StrEnum):
     """Its worker or its node is gone."""
     ONLY_OF_ITS_RANKS = "alone"
     """The server left it out of a secure aggregation: what it sends would be no sum."""
+    OTHER_CODE = "code"
+    """Its node runs its own fedlora alone, and the server's app is another."""
 
 
 KINDS = {
     Code.BUDGET_SPENT: FailureKind.BUDGET,
     Code.UNTRAINABLE: FailureKind.UNTRAINED,
+    Code.OTHER_CODE: FailureKind.OTHER_CODE,
     Code.WORKER_LOST: FailureKind.LOST,
     ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.LOST,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.LOST,
@@ -72,6 +83,8 @@ def code_of(error: Exception) -> Code:
         return Code.BUDGET_SPENT
     if isinstance(error, TrainingCheckError):
         return Code.UNTRAINABLE
+    if isinstance(error, BundleError):
+        return Code.OTHER_CODE
     return Code.FAILED if isinstance(error, FedLoraError) else Code.BUG
 
 

@@ -55,9 +55,12 @@ Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its 
 
 - A node that has no registered key is refused, and so is a server the node's `ca.crt` did not sign.
 - The SuperLink serves Fleet (nodes) and Control (you) on one port, and open-source Flower has no
-  user accounts: whoever reaches Control can run code on every node. That is why it listens on
-  loopback, and why the gate lets only /v1/fleet/* pass.
-- A node runs the app that the server sends. Its operator trusts the server with that.
+  user accounts: whoever reaches Control can run code on the server, and ask every node to train.
+  That is why it listens on loopback, and why the gate lets only /v1/fleet/* pass.
+- A node runs the fedlora that its operator installed, and never the app that the server sends: it
+  refuses an app whose code is another. Code of your own goes into `app/` for the server, and the
+  same file into each node's directory by its operator; `user-code` in `node.sh` names what of it a
+  run may use.
 """
 
 

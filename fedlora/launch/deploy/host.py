@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import DeployError
+from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.keys import pem
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import CONNECTION, Plan
@@ -22,23 +23,26 @@ from fedlora.launch.deploy.supervise import end, is_running, read_state, state_f
 Say = Callable[[str], None]
 PATIENCE = 300.0
 """Seconds that `follow` bears a SuperLink that does not answer."""
+QUIET = 30.0
+"""The most seconds in which `follow` says nothing."""
 
 
 def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
-    """Start everything, register new nodes, and wait until all of them are connected.
+    """Start what does not run, register new nodes, and wait until all of them are connected.
+
+    Again and again, too: where all is up nothing happens, and an `up` that was cut short goes on.
 
     Raises:
-        DeployError: it runs already, or did not come up in time; says where the logs are.
+        DeployError: it did not come up in time; says where the logs are.
     """
-    state = read_state(plan)
-    if state and is_running(state["supervisor"]):
-        raise DeployError(f"{plan.directory} is up already; `fedlora deploy status` shows it")
-    plan.run_directory.mkdir(mode=0o700, exist_ok=True)
-    down(plan, say)  # what a killed supervisor left behind
-    if not (plan.server / "state.db").exists():
-        _registered(plan).unlink(missing_ok=True)
     until = time.monotonic() + timeout
-    _supervise(plan)
+    state = read_state(plan)
+    if not (state and is_running(state["supervisor"])):
+        plan.run_directory.mkdir(mode=0o700, exist_ok=True)
+        down(plan, say)  # what a killed supervisor left behind
+        if not (plan.server / "state.db").exists():
+            _registered(plan).unlink(missing_ok=True)
+        _supervise(plan)
     _wait(lambda: healthy(plan), until, plan, "the SuperLink")
     say("the SuperLink answers")
     with Operator(plan) as operator:
@@ -161,6 +165,7 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
 
     Raises:
         ConfigError: the experiment with these overrides cannot be used. Nothing was sent.
+        DeployError: a run of its name is there.
     """
     import tomllib
 
@@ -172,18 +177,31 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     project = tomllib.loads((plan.app / "pyproject.toml").read_text())
     given = project["tool"]["flwr"]["app"]["config"]
     config = preflight.read({**Config.read(given).flat(), **overrides})
+    results = plan.server / config.run.out / config.run.name
+    if (results / "rounds.jsonl").exists() and not config.run.resume:
+        raise DeployError(
+            f"{results} holds a run of this name: `fedlora deploy run {plan.quoted} --resume` goes "
+            "on with it, `--set run.name=another` begins another"
+        )
     path = plan.run_directory / "run-config.toml"
     path.write_text(tomli_w.dumps(tomllib.loads(config.toml())))
+    (plan.app / MANIFEST).write_text(manifest())
     answer = operator("run", str(plan.app), CONNECTION, "--run-config", str(path))
-    return str(answer["run-id"]), plan.server / config.run.out / config.run.name
+    return str(answer["run-id"]), results
 
 
 def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: float = 3.0) -> str:
-    """Print each round as it is recorded, until the run ends; the run's last status."""
+    """Print each round as it is recorded, until the run ends; the run's last status.
+
+    What it is at is said at once, at each change, and where it lasts, every QUIET seconds.
+    """
     rounds, seen = directory / "rounds.jsonl", 0
-    status = ""
-    answered = time.monotonic()
+    status, before, heard = "pending", "", 0.0
+    begun = answered = time.monotonic()
     while not status.startswith("finished"):
+        if status != before or time.monotonic() - heard > QUIET:
+            say(f"{time.monotonic() - begun:.0f} s: {status}, {_at(seen)}")
+            before, heard = status, time.monotonic()
         time.sleep(every)
         try:
             status, answered = operator.status(run_id), time.monotonic()
@@ -194,8 +212,16 @@ def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: fl
         lines = text[: text.rfind("\n") + 1].splitlines()  # a killed ServerApp's last may be half
         for line in lines[seen:]:
             say(told(json.loads(line)))
+            heard = time.monotonic()
         seen = max(seen, len(lines))
     return status
+
+
+def _at(recorded: int) -> str:
+    """What a run is at that has recorded so many rounds."""
+    if recorded:
+        return f"round {recorded} under way"
+    return "the model is loaded and the nodes are asked who they are"
 
 
 def told(record: Mapping[str, Any]) -> str:

@@ -13,10 +13,12 @@ import tomli_w
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys, scripts
+from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.guide import readme
 from fedlora.launch.deploy.plan import CONNECTION, LOOPBACK, Plan, free_ports
 from fedlora.launch.experiment_file import load
-from fedlora.launch.shim import shim
+from fedlora.launch.shim import app_files
+from fedlora.training.user_code import named
 
 GATE_PORT = 9443
 
@@ -63,6 +65,8 @@ def init(wanted: Wanted) -> Plan:
         wanted.secure,
         wanted.own_data and _expressible(config),
         wanted.warm,
+        code=tuple(value for _, value in named(config)),
+        trust_remote_code=config.model.trust_remote_code,
     )
     directory.mkdir(parents=True, exist_ok=True)
     if plan.own_data:
@@ -178,21 +182,21 @@ def _write_node(plan: Plan, i: int) -> None:
         shutil.copy(plan.directory / "ca" / "ca.crt", directory)
     _script(directory / "env.sh", scripts.ENVIRONMENT)
     _script(directory / "node.sh", scripts.node(plan, i))
-    text = scripts.unit(f"fedlora node {i}", f"node-{i}", "node.sh", 65)
+    fixed = scripts.NODES_OWN
+    text = scripts.unit(f"fedlora node {i}", f"node-{i}", "node.sh", 65, fixed)
     (directory / "fedlora-node.service").write_text(text)
     if plan.warm:
         _script(directory / "worker.sh", scripts.worker(i))
-        text = scripts.unit(f"fedlora worker of node {i}", f"node-{i}", "worker.sh", 5)
+        text = scripts.unit(f"fedlora worker of node {i}", f"node-{i}", "worker.sh", 5, fixed)
         (directory / "fedlora-worker.service").write_text(text)
 
 
 def _write_app(plan: Plan, config: Config) -> None:
     """The two apps as `flwr run` bundles them, with the experiment as their run config."""
-    for kind in ("server", "client"):
-        target = plan.app / f"{kind}_app"
-        target.mkdir(parents=True)
-        (target / "__init__.py").write_text("")
-        (target / "app.py").write_text(shim(kind, config))
+    files = {**app_files("server"), **app_files("client"), MANIFEST: manifest()}
+    for name, text in files.items():
+        (plan.app / name).parent.mkdir(parents=True, exist_ok=True)
+        (plan.app / name).write_text(text)
     tree: dict[str, Any] = {
         "project": {
             "name": "fedlora-app",

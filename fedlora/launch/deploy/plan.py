@@ -45,6 +45,10 @@ class Plan:
     """Each node keeps a worker that holds the model between messages."""
     node_restart: float = 65.0
     """Seconds before a node that ended is started again; the SuperLink refuses it for 60."""
+    code: tuple[str, ...] = ()
+    """What of the user's own code a node may run, "py:package.module:function" each."""
+    trust_remote_code: bool = False
+    """May a node run code that comes with a model?"""
 
     @property
     def quoted(self) -> str:

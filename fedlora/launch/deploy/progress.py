@@ -13,6 +13,11 @@ from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.supervise import is_running, read_state
 
+ONE_USER = (
+    "All of them run as one user, who can read each node's key and change its node.sh: a trial. "
+    "Elsewhere each node has a machine, or a user, of its own."
+)
+
 
 def tables(plan: Plan) -> Iterator[Table]:
     """Processes; and where the SuperLink answers, nodes and the latest runs."""
@@ -43,7 +48,9 @@ def processes(plan: Plan) -> Table:
             str(entry.get("restarts", "")),
             "" if exit_code is None else str(exit_code),
         )
-    if not everything:
+    if everything:
+        table.caption = ONE_USER
+    else:
         table.add_row("", "", f"not up; fedlora deploy up {plan.quoted}", "", "")
     return table
 

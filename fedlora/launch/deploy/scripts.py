@@ -30,7 +30,7 @@ def superlink(plan: Plan) -> str:
     keys = "--ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key"
     trust = f"{keys} --enable-supernode-auth" if plan.secure else "--insecure"
     return _script(
-        "The SuperLink. On loopback: whoever reaches its Control API can run code on all nodes.",
+        "The SuperLink. On loopback: whoever reaches its Control API can run code on this machine.",
         f"flower-superlink {trust} --host 127.0.0.1 --port {plan.port} \\\n"
         "  --isolation process --database state.db --disable-runtime-dependency-installation",
     )
@@ -66,6 +66,10 @@ def node(plan: Plan, i: int) -> str:
         config.append('data-path=\\"$PWD/data\\"')
     if plan.warm:
         config.append('worker-socket=\\"worker.sock\\"')
+    if plan.code:
+        config.append(f'user-code=\\"{",".join(plan.code)}\\"')
+    if plan.trust_remote_code:
+        config.append("trust-remote-code=true")
     return _script(
         f"Node {i}. FEDLORA_SUPERLINK overrides where the server is.",
         f"python -m fedlora.launch.deploy.node {trust} \\\n"
@@ -82,8 +86,16 @@ def worker(i: int) -> str:
     )
 
 
-def unit(about: str, directory: str, script: str, seconds: int) -> str:
-    """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>."""
+NODES_OWN = ("node.key", "ca.crt", "env.sh", "node.sh", "worker.sh")
+"""What no process of a node has to write: its key, and what its operator allows."""
+
+
+def unit(about: str, directory: str, script: str, seconds: int, fixed: tuple[str, ...] = ()) -> str:
+    """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>.
+
+    fixed: files there that the process cannot write ("-" in the unit: where they exist).
+    """
+    own = "".join(f"ReadOnlyPaths=-/opt/fedlora/{directory}/{name}\n" for name in fixed)
     return f"""\
 [Unit]
 Description={about}
@@ -103,7 +115,7 @@ NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=strict
 ReadWritePaths=/opt/fedlora/{directory}
-
+{own}
 [Install]
 WantedBy=multi-user.target
 """
@@ -163,7 +175,7 @@ def nginx(plan: Plan) -> str:
         )
     return f"""\
 # Nodes get /v1/fleet/* and nothing else. Control stays on the server's loopback: open-source
-# Flower has no user accounts, so whoever reaches Control can run code on every node.
+# Flower has no user accounts, so whoever reaches Control can run code on the server.
 events {{}}
 http {{
   access_log /var/log/nginx/fedlora.log;

@@ -3,7 +3,8 @@
 Each process is the leader of a group of its own, so ending it ends whatever it started. One that
 ends by itself is started again after a wait: a node after 65 s, since the SuperLink counts a
 killed node as connected for 60 s and refuses it until then; others after 1 s, doubled each time
-up to 30 s. run/state.json says at any time which processes are there.
+up to 30 s. A worker that answers no more is killed first: see pulse.py. run/state.json says at
+any time which processes are there.
 
     python -m fedlora.launch.deploy.supervise DIR
 """
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from fedlora.launch.deploy.operator import environment
 from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.deploy.pulse import SILENT, Pulse
 
 STEADY = 120.0
 """A process that ran this long starts again as if for the first time."""
@@ -40,6 +43,8 @@ class Child:
     wait: float
     """Seconds before the first restart."""
     most: float
+    listens: bool = False
+    """Is it a worker, which must answer?"""
     process: subprocess.Popen[bytes] | None = None
     created: float = 0.0
     restarts: int = -1
@@ -47,6 +52,7 @@ class Child:
     last_exit: int | None = None
     next_start: float = 0.0
     begun: float = field(default=0.0)
+    pulse: Pulse | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -61,6 +67,7 @@ class Child:
         self.created = psutil.Process(self.process.pid).create_time()
         self.begun = time.monotonic()
         self.restarts += 1
+        self.pulse = Pulse(self.process.pid) if self.listens else None
 
     def check(self) -> bool:
         """Start it where that is due. True if anything changed."""
@@ -69,9 +76,15 @@ class Child:
                 return False
             self.start()
             return True
+        if self.pulse is not None and self.pulse.lost:
+            print(f"{self.name} did not answer for {SILENT:g} s and is killed", flush=True)
+            end_group(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         code = self.process.poll()
         if code is None:
             return False
+        if self.pulse is not None:
+            self.pulse.end()
         end_group(self.process.pid, signal.SIGKILL)
         self.process, self.last_exit = None, code
         steady = time.monotonic() - self.begun > STEADY
@@ -99,7 +112,8 @@ def children(plan: Plan) -> list[Child]:
     """Everything that runs on one host, in the order it starts."""
 
     def child(name: str, script: Path, wait: float = 1.0, most: float = 30.0) -> Child:
-        return Child(name, script, plan.run_directory / f"{name}.log", wait, most)
+        log = plan.run_directory / f"{name}.log"
+        return Child(name, script, log, wait, most, listens=name.startswith("worker-"))
 
     found = [child(n, plan.server / f"{n}.sh") for n in ("superlink", "superexec")]
     if plan.gate_port:
@@ -210,5 +224,15 @@ def is_running(entry: dict[str, Any]) -> bool:
         return False
 
 
+def main() -> None:
+    """Supervise the deployment in this directory, unless a process does already."""
+    plan = Plan.load(Path(sys.argv[1]))
+    try:
+        with FileLock(plan.run_directory / "supervisor.lock", timeout=0):
+            Supervisor(plan).run()
+    except Timeout:
+        sys.exit("a supervisor runs already")
+
+
 if __name__ == "__main__":
-    Supervisor(Plan.load(Path(sys.argv[1]))).run()
+    main()
