@@ -2,7 +2,7 @@
 the forms: `python docs/generate_configuration.py`.
 
 Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
-stands under its field, in fedlora/config/sections.py or, for a strategy's
+stands under its field, in fedlora/config/*sections.py or, for a strategy's
 options, in the strategy's file.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from fedlora.config import sections
+from fedlora.config import privacy_sections, sections
 from fedlora.config.reader import Config
 from fedlora.config.sites import SiteConfig
 from fedlora.config.strategies import strategy_section
@@ -24,8 +24,8 @@ FORMS = Path(__file__).parent / "extend" / "forms.md"
 
 HEAD = """# Configuration
 
-Written by `docs/generate_configuration.py` from `fedlora/config/sections.py`; `make docs` writes it
-anew.
+Written by `docs/generate_configuration.py` from `fedlora/config/*sections.py`; `make docs`
+writes it anew.
 
 An experiment file is TOML, one table a section; every key has a default. A key is overridden with
 `--set section.key=value`, or by `-c 'section.key=value'` of `flwr run`. Unknown keys and wrong
@@ -89,7 +89,9 @@ def table(section: str, model: Any, texts: dict[str, str]) -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    texts = described(inspect.getsource(sections))
+    texts = {}
+    for module in (sections, privacy_sections):
+        texts |= described(inspect.getsource(module))
     lines = [HEAD]
     for section, field in Config.model_fields.items():
         model = strategy_section() if section == "strategy" else field.annotation

@@ -116,7 +116,12 @@ class DeployError(FedLoraError):
 
 
 class BundleError(FedLoraError):
-    """The app that a server sent is not the code that this node has. Nothing of it was run."""
+    """The app that a server sent is not the code that this node has. Nothing of it was run.
+
+    Its words are of both sides' code alone, so the server may read them.
+    """
+
+    may_leave = True
 
 
 class CompareError(FedLoraError):

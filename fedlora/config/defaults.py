@@ -13,7 +13,8 @@ The values under DP are the ones found with simulations/experiments/privacy.toml
 what was tried; docs/results/privacy.md says what they are worth. Whatever an experiment sets stays.
 """
 
-from fedlora.config.sections import LoraConfig, ModelConfig, PrivacyConfig, TrainConfig
+from fedlora.config.privacy_sections import PrivacyConfig
+from fedlora.config.sections import LoraConfig, ModelConfig, TrainConfig
 
 AUTO = "auto"
 

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from fedlora.config.defaults import resolve_defaults
 from fedlora.config.fields import Section, flat_list
 from fedlora.config.possible import impossible
+from fedlora.config.privacy_sections import PrivacyConfig, SecureConfig
 from fedlora.config.sections import (
     ClientsConfig,
     DataConfig,
@@ -28,13 +29,11 @@ from fedlora.config.sections import (
     ModelConfig,
     OutputConfig,
     PersonalizeConfig,
-    PrivacyConfig,
     ProofConfig,
     RankPolicyConfig,
     RobustConfig,
     RoundConfig,
     RunConfig,
-    SecureConfig,
     ServerConfig,
     SimulateConfig,
     TrainConfig,

@@ -33,7 +33,7 @@ def reply(message: Message, context: Context, bundle: bytes) -> Message:
             now = time.strftime("%Y-%m-%dT%H:%M:%S")
             said = f"{now} refused the app of run {context.run_id}: {cleaned(str(e))}"
             print(said, file=sys.stderr, flush=True)
-        return failed(e, message)
+        return failed(e, message, context)
 
 
 def main() -> None:
