@@ -196,11 +196,12 @@ def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
     grid = cells(found, ["fedex", "ffa", "flora"], [0, 1], {}, tmp_path / "out", False)
     bytes_ = {"fedex": (100, 100), "ffa": (300, 10), "flora": (150, 250)}
 
-    def fake(_: object, sizes: list[Cell], *__: object) -> None:
-        for cell in sizes:
+    def fake(_: object, given: list[Cell], *__: object) -> None:
+        for cell in given:
             cell.directory.mkdir(parents=True)
             first, second = bytes_[cell.strategy]
-            lines = [{"bytes": {"up": n, "down": 0}} for n in (0, first, second)]
+            sizes = enumerate((0, first, second))
+            lines = [{"round": r, "bytes": {"up": n, "down": 0}} for r, n in sizes]
             (cell.directory / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
             (cell.directory / "summary.json").write_text("{}")
 

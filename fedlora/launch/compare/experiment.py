@@ -131,8 +131,8 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        summary = record_in(SummaryRecord, self.directory / "summary.json")
-        return bool(summary) and not summary.get("stopped")
+        path = self.directory / "summary.json"
+        return path.is_file() and not record_in(SummaryRecord, path).get("stopped")
 
 
 def chosen(strategies: str | None, experiment: Experiment) -> list[str]:
