@@ -14,6 +14,7 @@ import pytest
 
 from fedlora.errors import BundleError, DeployError
 from fedlora.federation.wire.codes import LONGEST, Code
+from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.launch.deploy import bundle, message_process, node
 from fedlora.launch.deploy.layout import Wanted, init
 from fedlora.launch.deploy.plan import Plan
@@ -179,6 +180,7 @@ def test_a_refusal_is_a_typed_reply_and_a_line_of_the_nodes_log(
     honest: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     message, context = a_message()
+    del context.node_config[OWN_MACHINE]  # a node of somebody else's
     bad = changed(honest, **{"client_app/app.py": LINE, "\x1b[31m.md": b""})
     answer = message_process.reply(message, context, bad)
     assert answer.error.code == Code.OTHER_CODE
