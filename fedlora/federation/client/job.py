@@ -85,6 +85,7 @@ class ClientJob:
         config = read_config(context, job)
         root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
         memory = ClientMemory(root, job.client, job.token)
+        config = with_microbatch(config, memory.microbatch() or job.microbatch)
         bare = "download" not in message.content
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
         first = message.content.get("base-offset")
@@ -191,7 +192,8 @@ class ClientJob:
         Raises:
             TrainingCheckError: it does not. What was measured is told where losses are.
         """
-        key = f"{sorted(self.download.trainable)} on {computing(self.config.train.precision)}"
+        how = computing(self.config.train.precision, model.device)
+        key = f"{sorted(self.download.trainable)} on {how}"
         if key in self.memory.checked():
             return
         args = (model, rows, self.download, self.config, self.job.round, self.job.client)
@@ -241,7 +243,7 @@ class ClientJob:
 
 
 def read_config(context: Context, job: Job) -> Config:
-    """The run config, with this node's own settings (data path, memory directory) in place.
+    """The run config, with this node's own settings (data path, memory, devices) in place.
 
     Raises:
         ConfigError: it is not the server's.
@@ -259,11 +261,21 @@ def read_config(context: Context, job: Job) -> Config:
         "data.node-path": context.node_config.get("data-path"),
         **{f"data.{key}": context.node_config.get(key) for key in COLUMNS},
         "output.client-memory": context.node_config.get("memory"),
+        "simulate.devices": context.node_config.get("devices"),
         "privacy.max-epsilon": float(context.node_config.get("max-epsilon", 0)),
         "secure.aggregation": context.node_config.get("secure-aggregation"),
     }
     given = {**shared, **{key: value for key, value in own.items() if value}}
     return Config.read(given)
+
+
+def with_microbatch(config: Config, n: int) -> Config:
+    """The config with at most n examples in memory at once; 0: as it is."""
+    if not n:
+        return config
+    most = min(n, config.train.microbatch or n)
+    train = config.train.model_copy(update={"microbatch": most})
+    return config.model_copy(update={"train": train})
 
 
 def named(prefix: str, scores: Mapping[str, float] | None) -> dict[str, float]:

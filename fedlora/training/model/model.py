@@ -7,7 +7,8 @@
         ...  train model.trainable({"A", "B", "other"})  ...
         trained = model.read()
 
-All the clients of a process share the base; what differs between them is `Factors`.
+All the clients of a process share the base; what differs between them is `Factors`. The base and
+what is loaded lie on `model.device`; whatever goes in or comes out is on the host.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.training.devices import HOST, chosen, host_draws, moved, on_host, wide_on_host
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
 from fedlora.training.model.heads import head_names
@@ -55,8 +57,9 @@ class Model:
     def __init__(self, config: Config, labels: Sequence[str] = ()) -> None:
         self.config = config
         self.labels = tuple(labels)
+        self.device = chosen(config.simulate.devices)
         self.tokenizer = load_tokenizer(config.model)
-        base = load_base(config.model, self.labels, config.run.seed)
+        base = load_base(config.model, self.labels, config.run.seed, self.device)
         agree(base, self.tokenizer, config.model)
         self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
@@ -116,7 +119,7 @@ class Model:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 of every adaptable module, (d, k), without copying where it lies that way."""
+        """W0 of every adaptable module, (d, k), on the host; not copied where it lies that way."""
         return self.base.weights()
 
     def init_factors(self, client: Client, seed: int, made: Adapter | None = None) -> Factors:
@@ -132,8 +135,7 @@ class Model:
             self.load(self._first)
             return self.read()
         ranks = {m: layer.rank for m, layer in client.layers.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeded(seed, 0, 0, "init").initial_seed())
+        with host_draws(self.device, seeded(seed, 0, 0, "init").initial_seed()):
             old = self._profiles.pop(tuple(sorted(ranks.items())), None)
             self.select(ranks)
             if old is not None:
@@ -184,7 +186,8 @@ class Model:
                 if isinstance(layer.lora_variant.get(self.active), Core):
                     del layer.lora_variant[self.active]
                 if m in factors.R:
-                    self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
+                    own = factors.R[m].detach().clone().to(self.device)
+                    self._cores[m] = R = nn.Parameter(own)
                     if block:
                         self.masks[R] = mask = inside(R, block)
                         R.register_hook(functools.partial(masked, mask))
@@ -199,15 +202,15 @@ class Model:
                 mine[name].copy_(tensor)
 
     def read(self) -> Factors:
-        """A copy of the active adapter, core and head."""
+        """A copy of the active adapter, core and head, on the host."""
         sides = {m: self._sides(m) for m in self._on()}
         scaling = {m: 1.0 if self.rank else self.adapted[m].scaling[self.active] for m in sides}
         return Factors(
             {m: self._scale.get(m, s) for m, s in scaling.items()},
-            {m: A.detach().reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
-            {m: B.detach().reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
-            {m: R.detach().clone() for m, R in self._cores.items()},
-            {name: p.detach().clone() for name, p in self._other().items()},
+            {m: on_host(A).reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
+            {m: on_host(B).reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
+            {m: on_host(R).clone() for m, R in self._cores.items()},
+            {name: on_host(p).clone() for name, p in self._other().items()},
         )
 
     def live(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -234,10 +237,12 @@ class Model:
         return logits_of(self.run(**inputs)).float()
 
     def run(self, **inputs: Any) -> Any:
-        """One forward pass; gives what the model's own `forward` gives."""
+        """One forward pass, on the model's device; gives what its own `forward` gives."""
         if self.form.after:
             inputs["alora_offsets"] = offsets(self, inputs["input_ids"])
-        return self.prefix.run(self.peft, inputs) if self.prefix else self.peft(**inputs)
+        if self.prefix:
+            return self.prefix.run(self.peft, inputs)
+        return self.peft(**moved(inputs, self.device))
 
     # -- the base ---------------------------------------------------------------------------
 
@@ -262,7 +267,8 @@ class Model:
 
         def gathered() -> dict[str, Tensor]:
             turned = {m: self.shapes[m].fan_in_fan_out for m in weights}
-            return {m: W.grad.T if turned[m] else W.grad for m, W in weights.items()}
+            found = {m: on_host(W.grad) for m, W in weights.items()}
+            return {m: G.T if turned[m] else G for m, G in found.items()}
 
         try:
             with self.peft.disable_adapter():
@@ -280,7 +286,8 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                return {m: self._at(self.adapted[m], x[m].T.float()).T.double() for m in x}
+                rows = {m: x[m].T.float().to(self.device) for m in x}
+                return {m: wide_on_host(self._at(self.adapted[m], rows[m]).T) for m in x}
             return {m: self._at(self._in_float64(m), x[m].T.double()).T for m in x}
 
     def _at(self, layer: Any, x: Tensor) -> Tensor:
@@ -306,7 +313,8 @@ class Model:
     def _in_float64(self, m: str) -> Any:
         """A copy of a module that rounds nothing: what its tensors hold is what it computes with.
 
-        A quantised weight, which nothing changes, is 0 in it.
+        On the host, as not every device has float64. A quantised weight, which nothing changes, is
+        0 in it.
         """
         layer, memo = self.adapted[m], dict[int, Any]()
         base = layer.get_base_layer()
@@ -315,7 +323,7 @@ class Model:
             memo[id(base)] = empty = nn.Linear(k, d, bias=False)
             nn.init.zeros_(empty.weight)
             empty._forward_hooks = base._forward_hooks
-        return copy.deepcopy(layer, memo).double().eval()
+        return copy.deepcopy(layer, memo).to(HOST).double().eval()
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -360,12 +368,13 @@ class Model:
         name = f"p{self._born}"
         self._born += 1
         peft_config = adapter_config(self.config, self.shapes, ranks, self.heads)
-        with torch.random.fork_rng(devices=[]):
-            if isinstance(base, PeftModel):
+        if isinstance(base, PeftModel):
+            with torch.random.fork_rng(devices=[]):
                 base.add_adapter(name, peft_config)
                 model = base
-            else:
-                torch.manual_seed(seeded(self.config.run.seed, 0, 0, "form").initial_seed())
+        else:
+            seed = seeded(self.config.run.seed, 0, 0, "form").initial_seed()
+            with host_draws(self.device, seed):
                 try:
                     model = get_peft_model(base, peft_config, adapter_name=name)
                 except (ValueError, TypeError) as e:
