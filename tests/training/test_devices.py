@@ -472,3 +472,59 @@ def test_a_process_that_has_used_a_card_is_not_copied(settings: Settings, cards:
         grid._hire()
     del held
     devices.check_fork()
+
+
+# -- privacy --------------------------------------------------------------------------------------
+
+
+def clipped(settings: Settings, device: str, microbatch: int = 0) -> dict[str, Tensor]:
+    """The clipped sum of six examples' gradients, before noise, by name."""
+    from fedlora.privacy.per_example import kept_apart
+    from fedlora.privacy.training import clipped_sum
+
+    model, rows, config = ready(settings, device, **{"train.microbatch": microbatch})
+    live = model.trainable(frozenset({"A", "B", "other"}))
+    named = {f"{c}/{name}": p for c, ps in live.items() for name, p in ps.items()}
+    params = tuple(named.values())
+    with kept_apart(model.peft, model.active, frozenset(params)) as sink:
+        found, _ = clipped_sum(model, rows, torch.arange(6), params, sink, config, 0.3)
+    assert {x.device for x in found.total.values()} == {HOST}
+    return {name: found.total[p] for name, p in named.items()}
+
+
+def test_a_private_sum_is_the_hosts_on_a_card(settings: Settings, cards: Cards) -> None:
+    assert same(clipped(settings, "cpu"), clipped(settings, TWO))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_private_sum_does_not_hang_on_what_is_in_memory_at_once(
+    settings: Settings, size: int
+) -> None:
+    whole, parts = clipped(settings, "cpu"), clipped(settings, "cpu", size)
+    gap = sum(float((whole[k] - parts[k]).square().sum()) for k in whole) ** 0.5
+    assert gap < 1e-6 * 0.3
+
+
+# -- doctor ---------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_a_client_needs_and_refuses_what_cannot_fit(
+    settings: Settings, cards: Cards
+) -> None:
+    from fedlora.launch.doctor.the_memory import fits, machine_devices
+
+    model, _, config = ready(settings, TWO)
+    assert "Pretend accelerator 0" in machine_devices().what
+    (card, host) = fits(model, config, 0)
+    assert (card.level, host.level) == ("ok", "ok")
+    need = footprint(model, config)
+    cards[1].limit = int((cards[1].used + need.trained + need.activations(3)) / 0.9)
+    (card, _) = fits(model, config, 0)
+    assert card.level == "problem"
+    assert card.do == "set train.microbatch = 3"
+    small = config.model_copy(update={"train": config.train.model_copy(update={"microbatch": 3})})
+    assert next(fits(model, small, 0)).level == "ok"
+    cards[1].limit = cards[1].used + need.trained
+    card = next(fits(model, config, 0))
+    assert card.level == "problem"
+    assert "smaller base" in card.do

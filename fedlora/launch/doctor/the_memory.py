@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from fedlora.config.reader import Config
 from fedlora.launch.doctor.finding import Finding
-from fedlora.training.devices import HOST, found, is_host, memory_of, name_of, workers
+from fedlora.training.devices import HOST, OutOfMemory, found, is_host, memory_of, name_of, workers
 from fedlora.training.footprint import Footprint, footprint
 from fedlora.training.model.model import Model
 
+LESS = "lower data.max-length, set train.gradient-checkpointing, or use a smaller base"
 RESERVE = 0.1
 """Of a device's free memory, what is left alone: torch's own, and what the allocator cuts off."""
 
@@ -26,7 +27,13 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
 
     in_flight: bytes of messages that are under way at once.
     """
-    need = footprint(model, config)
+    try:
+        need = footprint(model, config)
+    except OutOfMemory:
+        size = model.longest(config.data.max_length)
+        what = f"{name_of(model.device)}: not two examples of {size} tokens fit beside the base"
+        yield Finding("problem", what, LESS)
+        return
     if not is_host(model.device):
         yield _on_card(model, config, need)
     size = _examples(config)
@@ -56,8 +63,7 @@ def _on_card(model: Model, config: Config, need: Footprint) -> Finding:
         return Finding("ok", f"{said}; in one batch {most} examples would fit")
     if most:
         return Finding("problem", said, f"set train.microbatch = {most}")
-    less = "lower data.max-length, set train.gradient-checkpointing, or use a smaller base"
-    return Finding("problem", said, less)
+    return Finding("problem", said, LESS)
 
 
 def _examples(config: Config) -> int:
