@@ -220,9 +220,8 @@ class TrainConfig(Section):
     deterministic: bool = True
     """On an accelerator, torch's deterministic algorithms, for a resumed run of the same bits."""
     prefix_cache: Annotated[int, Field(ge=0)] = 0
-    """Megabytes a process may remember of what enters the first adapted layer, where lora.layers
-    leaves frozen layers below it and nothing in them drops out:
-    training/model/prefix_cache.py. 0: off."""
+    """Megabytes to remember of what enters the first adapted layer, where lora.layers leaves frozen
+    ones below it that drop nothing out: training/model/prefix_cache.py. 0: off."""
 
 
 class RoundConfig(Section):
