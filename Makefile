@@ -2,6 +2,7 @@
 # make test    the test suite; make test-slow adds the long ones
 # make docs    the documentation site, in site/
 # make check   what CI runs: format, lint, types, documentation, tests
+# make gpu     what an accelerator must show: a table, a verdict a row; TINY=1: on a pretend one
 # make machines    make demo under each instruction set, precision, worker count and Python
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint check docs bench bench-dp machines clean
+.PHONY: demo test test-slow lint check docs bench bench-dp gpu machines clean
 
 demo: $(READY)
 	rm -rf runs/quickstart
@@ -42,6 +43,10 @@ bench: $(READY)
 # The DP step beside the plain one, Opacus and torch.func: a table, and benchmarks/results/.
 bench-dp: $(READY)
 	$(BIN)/python -m benchmarks.dp_step
+
+# Equality with the host, resume, memory, speed: docs/gpu.md, and benchmarks/results/gpu.json.
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu $(if $(TINY),--tiny)
 
 # One factor at a time; goes on after a cut. make machines HOW=--suite: the tests instead.
 machines: $(READY)

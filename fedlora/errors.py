@@ -103,6 +103,10 @@ class TrainingCheckError(FedLoraError):
         super().__init__(f"{what} ({measured})" if measured else what)
 
 
+class DeviceMemoryError(FedLoraError):
+    """A device's memory does not suffice for a client's round."""
+
+
 class PrivacyError(FedLoraError):
     """A privacy promise cannot be kept. Nothing is released."""
 

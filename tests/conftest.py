@@ -151,6 +151,21 @@ def tiny_settings(
     return {**given, **changes}
 
 
+@pytest.fixture
+def cards():
+    """Two pretend accelerators, which this machine has for the length of the test."""
+    import gc
+
+    from fedlora.training import cache
+    from tests.support import pretend_device
+
+    with pretend_device.cards() as found:
+        yield found
+        cache._model.key = cache._model.value = None  # what is kept of the test is on a card
+        cache.encoded.cache_clear()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def plain_process():
     """A process without fedlora that is started once."""

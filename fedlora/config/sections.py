@@ -202,6 +202,8 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=0)] = 0
     """Local steps a round; 0 counts epochs instead."""
     batch_size: Annotated[int, Field(gt=0)] = 16
+    microbatch: Annotated[int, Field(ge=0)] = 0
+    """Of a batch, examples in memory at once; 0: all. Out of memory, a client halves its own."""
     lr: Annotated[float, Field(ge=0)] = 0.0
     """0: 2e-3. Under example-level DP: 3 over privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2
     with adamw."""
@@ -223,10 +225,11 @@ class TrainConfig(Section):
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
     gradient_checkpointing: bool = False
+    deterministic: bool = True
+    """On an accelerator, torch's deterministic algorithms, for a resumed run of the same bits."""
     prefix_cache: Annotated[int, Field(ge=0)] = 0
-    """Megabytes a process may remember of what enters the first adapted layer, where lora.layers
-    leaves frozen layers below it and nothing in them drops out:
-    training/model/prefix_cache.py. 0: off."""
+    """Megabytes to remember of what enters the first adapted layer, where lora.layers leaves frozen
+    ones below it that drop nothing out: training/model/prefix_cache.py. 0: off."""
 
 
 class RoundConfig(Section):
@@ -341,3 +344,5 @@ class OutputConfig(Section):
 class SimulateConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes of `fedlora simulate`; 0: one a core; 1: in the server's process."""
+    devices: Annotated[str, Field(pattern=r"^[a-z]+(:\d+(,\d+)*)?$")] = "auto"
+    """auto (an accelerator, if there is one), cpu, cuda, "cuda:0,1", mps, xpu: docs/gpu.md."""

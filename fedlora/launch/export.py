@@ -31,6 +31,7 @@ from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache
 from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.data.batches import eval_batches, synthetic
+from fedlora.training.devices import moved, on_host
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.merged_model import save_merged
 from fedlora.training.model import peft_directory
@@ -278,7 +279,9 @@ def _compared(of: Opened, what: Path, got: Logits, want: Logits) -> float:
 def _logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Logits:
     model.eval()
     with torch.no_grad():
-        return [logits_of(model(**batch)).float() for batch in batches]
+        device = next(model.parameters()).device
+        every = (logits_of(model(**moved(batch, device))) for batch in batches)
+        return [on_host(logits).float() for logits in every]
 
 
 def _of_client(i: int, of: Opened) -> Effective:

@@ -13,7 +13,8 @@ Edge cases
     empty batch                   the noise alone, and it counts as a step
     a NaN or infinite example     counts as zero
     bf16 gradients                norms in float32 of the very numbers that are summed
-    micro-batches                 sums are kept in float64; noise is added once, after the last
+    micro-batches                 sums are kept in float64, on the host whatever the model is on;
+                                  noise is added there once, after the last
     floating point                the noised sum is rounded to a grid of about 2^-24 sigma C that
                                   depends on nothing in the data, so its low bits say nothing of
                                   the addition's; padding changes an example's gradient by rounding
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.per_example import Gradient, clipping
+from fedlora.training.devices import on_host
 
 
 @dataclass
@@ -48,7 +50,7 @@ class ClippedSum:
     def add(self, found: Mapping[nn.Parameter, Gradient]) -> None:
         finite, c = clipping(found, self.C)
         for p, gradient in finite.items():
-            self.total[p] += gradient.weighted_sum(c)
+            self.total[p] += on_host(gradient.weighted_sum(c.to(p.device)))
         self.examples += len(c)
         self.clipped += int((c < 1).sum())
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedlora.errors import PrivacyError
+from fedlora.training.devices import wide_on_host
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -331,18 +332,18 @@ def _wide(x: Tensor) -> torch.dtype:
 def clipping(
     found: Mapping[nn.Parameter, Gradient], C: float
 ) -> tuple[dict[nn.Parameter, Gradient], Tensor]:
-    """The gradients with non-finite examples as zero, and each example's factor c (b,).
+    """The gradients with non-finite examples as zero; each example's factor c (b,), on the host.
 
     |c_i g_i| <= C for every example, in exact arithmetic on the numbers at hand: the factor is
     a part in 10^6 below C / |g_i|, above the rounding of a float32 norm. A norm that is not finite
     gives c = 0.
     """
-    total = sum(g.squares().double() for g in found.values())
+    total = sum(wide_on_host(g.squares()) for g in found.values())
     assert isinstance(total, Tensor)
     norms = total.sqrt()
     bad = ~torch.isfinite(norms)
     if bool(bad.any()):
-        found = {p: g.without(bad) for p, g in found.items()}
+        found = {p: g.without(bad.to(p.device)) for p, g in found.items()}
         norms = norms.masked_fill(bad, 0.0)
     c = (C * (1 - 1e-6) / norms.clamp(min=1e-300)).clamp(max=1.0)
     return dict(found), c.masked_fill(bad, 0.0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlora.errors import PrivacyError
 from fedlora.privacy.per_example import Gradient, kept_apart
 from fedlora.training.data.batches import IGNORE, Batch
+from fedlora.training.devices import wide_on_host
 from fedlora.training.model.agreement import padding, vocabulary
 from fedlora.training.model.model import Model
 from fedlora.training.train import Live, example_losses
@@ -52,7 +53,7 @@ def _probe(model: Model, live: Live) -> None:
     try:
         with torch.no_grad():  # B = 0 would make every gradient of A zero, and the probe blind
             for p in saved:
-                p.add_(0.02 * torch.randn(p.shape, generator=generator))
+                p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p.device))
         together = _gradients(model, params, _stacked(model, examples))
         for i, example in enumerate(examples):
             _compare(together, _gradients(model, params, example), i)
@@ -75,8 +76,8 @@ def _compare(
 ) -> None:
     gap = size = 0.0
     for p, gradient in together.items():
-        want = alone[p].dense()[0].double()
-        gap += float((gradient.dense()[i].double() - want).square().sum())
+        want = wide_on_host(alone[p].dense()[0])
+        gap += float((wide_on_host(gradient.dense()[i]) - want).square().sum())
         size += float(want.square().sum())
     if not gap <= TOLERANCE**2 * size:
         raise PrivacyError(

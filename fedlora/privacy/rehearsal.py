@@ -9,8 +9,7 @@ Formal guarantee: under privacy.level = "example" nothing here depends on a row 
 for whether there are any; the ledger is not touched.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from fedlora.privacy.probe import check_apart
 from fedlora.privacy.training import PrivacyPlan, private_step
 from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
 from fedlora.training.data.batches import Batch, Encoded, collate, synthetic
+from fedlora.training.devices import own_draws, wide_on_host
 from fedlora.training.loss_check import check_losses, check_rows
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.model import Model
@@ -116,23 +116,16 @@ def check_private(
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, download.penalty)
-            with _same_dropout(config):
+            with own_draws(model.device, config.run.seed):
                 want = _plain(model, batch, live, download, config)
-            with _same_dropout(config):
+            with own_draws(model.device, config.run.seed):
                 found = _step(model, rows, live, download, config, round)
     gap, size = _distance(want, found)
-    if not gap <= tolerance_of(config).private * size:
+    if not gap <= tolerance_of(model, config).private * size:
         raise TrainingCheckError(
             "the private step's gradient is not the plain one's, without noise and clip",
             f"off by {gap / max(size, 1e-30):.1e} of it",
         )
-
-
-@contextmanager
-def _same_dropout(config: Config) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        yield
 
 
 def _plain(
@@ -151,8 +144,8 @@ def _distance(
     """How far a gradient is from the one wanted, and that one's size."""
     gap = size = 0.0
     for p, g in want.items():
-        gap += float((found[p] - g).double().square().sum())
-        size += float(g.double().square().sum())
+        gap += float(wide_on_host(found[p] - g).square().sum())
+        size += float(wide_on_host(g).square().sum())
     return gap**0.5, size**0.5
 
 

@@ -39,6 +39,7 @@ from fedlora.privacy.per_example import Sink, kept_apart
 from fedlora.privacy.probe import check_apart
 from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Encoded, collate
+from fedlora.training.devices import own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.train import Fit, build_optimizer, example_losses, extra_loss, learning_rate
 
@@ -144,7 +145,7 @@ def private_step(
     clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config, plan.C)
     one = torch.ones(())
     for p, g in clipped.noised(plan.sigma, noise).items():
-        p.grad = (g / (plan.q * plan.n)).to(p.dtype).mul_(model.masks.get(p, one))
+        p.grad = (g / (plan.q * plan.n)).to(p.dtype).to(p.device).mul_(model.masks.get(p, one))
     if isinstance(extra, torch.Tensor):
         extra.backward()
     if config.train.grad_clip:
@@ -165,7 +166,7 @@ def clipped_sum(
     """The gradients of the chosen examples, clipped to C and summed; and their losses' sum."""
     clipped = ClippedSum(params, C)
     loss = 0.0
-    size = config.privacy.microbatch or config.train.batch_size
+    size = config.privacy.microbatch or config.train.microbatch or config.train.batch_size
     for part in microbatches(chosen, encoded.lengths, size):
         losses = example_losses(model, collate(encoded, part), config.train.precision)
         losses.sum().backward()
@@ -184,8 +185,7 @@ def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
 @contextmanager
 def _training(model: Model, dropout: Chance) -> Iterator[None]:
     """Train mode; dropout's masks are as secret as the sample they fall on."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(dropout.seed())
+    with own_draws(model.device, dropout.seed()):
         model.peft.train()
         try:
             yield

@@ -10,6 +10,7 @@ from fedlora.strategies.forms import fixed_rank
 from fedlora.training.data.batches import Encoded, encode
 from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
+from fedlora.training.devices import prepare
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.user_code import identity
@@ -42,8 +43,10 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
            config.train.prefix_cache, labels, config.ranks.policy, identity(config),
+           config.simulate.devices,
            fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
     found: Model = _model(key, config, labels)
+    prepare(found.device, config.train.deterministic)
     return found
 
 

@@ -34,6 +34,7 @@ from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
 from fedlora.training.data.batches import Encoded, encode, eval_batches
 from fedlora.training.data.corpus import Corpus, load_calibration
+from fedlora.training.devices import host_draws, moved, wide_on_host
 from fedlora.training.model.layers import initial
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.train import example_losses, threads
@@ -59,8 +60,8 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
     encoded = encode(rows, model.tokenizer, corpus.labels, *how)
     encoded = replace(encoded, left=model.pads_left)
     model.rebase("calibration", [])
-    with torch.random.fork_rng(devices=[]), threads(config.train.threads):
-        torch.manual_seed(seeded(config.run.seed, 0, 0, "calibration").initial_seed())
+    seed = seeded(config.run.seed, 0, 0, "calibration").initial_seed()
+    with host_draws(model.device, seed), threads(config.train.threads):
         made = dict(_pairs(model, whole, config, encoded))
     return model.init_factors(whole, config.run.seed, {m: made[m] for m in whole.layers})
 
@@ -148,8 +149,8 @@ def moments(
     batches = 0
 
     def look(m: str, x: Tensor) -> None:
+        x = wide_on_host(x)
         x = x[counted] if x.shape[:-1] == counted.shape else x.reshape(-1, x.shape[-1])
-        x = x.double()
         x = x / x.abs().max().clamp(min=1e-30) if scaled else x
         n, mean, second = seen.get(m, (0, 0.0, 0.0))
         seen[m] = n + len(x), mean + x.sum(0), second + x.T @ x
@@ -165,7 +166,7 @@ def moments(
             for batch in eval_batches(rows, batch_size):
                 counted = batch["attention_mask"].bool()
                 del batch["labels"]
-                model.peft(**batch)
+                model.peft(**moved(batch, model.device))
                 batches += 1
     finally:
         for h in hooks:

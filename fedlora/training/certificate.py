@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedlora.training.devices import norm_of, on_host, wide_on_host
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 
@@ -105,7 +106,7 @@ def measure_shared(model: Model, key: str, cuts: Sequence[int]) -> Numbers:
     for m in model.held():
         A = model.sides(m)[0]
         if A.ndim == 1:  # VeRA's vector on the side of A, which is one row by the strategies' count
-            found[f"{m}[0:1]"] = signs(f"{key}/{m}/v", K, len(A)) @ A.detach().double()
+            found[f"{m}[0:1]"] = signs(f"{key}/{m}/v", K, len(A)) @ wide_on_host(A)
             continue
         inner = _inner(model, m, signs(f"{key}/{m}/x", K, model.shapes[m].k))  # (K, r)
         v = signs(f"{key}/{m}/v", K, max(cuts))
@@ -131,15 +132,17 @@ def _inner(model: Model, m: str, x: Tensor) -> Tensor:
 
 
 def _outputs(layer: Any, x: Tensor, d: int, asleep: frozenset[str], after: bool) -> Tensor:
-    """The live module's output (n, d) for rows of x, in float64; a quantised base's as 0."""
+    """The live module's output (n, d) for rows of x, in float64; a quantised base's as 0.
+
+    On the host, with its parameters there: not every device has float64.
+    """
     if isinstance(layer, Expert):
         return layer(x)
     base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    tensors = {
-        name: t.double()
-        for name, t in [*layer.named_parameters(), *layer.named_buffers()]
-        if t.is_floating_point() and asleep.isdisjoint(name.split("."))
-    }
+    held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    held = {name: t for name, t in held.items() if asleep.isdisjoint(name.split("."))}
+    tensors = {name: wide_on_host(t) for name, t in held.items() if t.is_floating_point()}
+    tensors |= {n: on_host(t) for n, t in layer.named_buffers() if n in held and n not in tensors}
     with ExitStack() as stack:
         if not base.weight.is_floating_point():
             zeros = torch.zeros(len(x), d, dtype=torch.float64)
@@ -152,7 +155,7 @@ def _outputs(layer: Any, x: Tensor, d: int, asleep: frozenset[str], after: bool)
 @torch.no_grad()
 def of_tensor(p: Tensor, key: str) -> Tensor:
     """The numbers of one tensor, (K,)."""
-    T = p.detach().double().reshape(p.shape[0] if p.ndim > 1 else 1, -1)
+    T = wide_on_host(p).reshape(p.shape[0] if p.ndim > 1 else 1, -1)
     u, x = signs(f"{key}/u", K, T.shape[0]), signs(f"{key}/x", K, T.shape[1])
     return ((u @ T) * x).sum(1)
 
@@ -186,7 +189,7 @@ def sizes(model: Model, modules: Iterable[str], others: Iterable[str]) -> Sizes:
     live = model.live()
     found = {m: Size(_base_size(model, m), _adapter_size(model, live, m)) for m in modules}
     for name in others:
-        p, size = live["other"][name], _norm(live["other"][name])
+        p, size = live["other"][name], norm_of(live["other"][name])
         found[name] = Size(size if p.dtype != torch.float32 else 0.0, size)
     return found
 
@@ -198,29 +201,25 @@ def shared_sizes(model: Model, names: Iterable[str]) -> Sizes:
         m, _, block = name.rstrip("]").rpartition("[")
         a, b = map(int, block.split(":"))
         A = model.sides(m)[0]
-        found[name] = Size(0.0, _norm(A[a:b] if A.ndim > 1 else A))
+        found[name] = Size(0.0, norm_of(A[a:b] if A.ndim > 1 else A))
     return found
 
 
 def _base_size(model: Model, m: str) -> float:
     """0 where the weight takes no change in: what stays beside it is not rounded."""
     W = model.adapted[m].get_base_layer().weight
-    return 0.0 if model.base.beside or not W.is_floating_point() else _norm(W)
+    return 0.0 if model.base.beside or not W.is_floating_point() else norm_of(W)
 
 
 def _adapter_size(model: Model, live: Mapping[str, Mapping[str, Tensor]], m: str) -> float:
     """s |B R| |A|; of a form that has no such factors the weight's own norm, which is more."""
     if model.form.kind != "factors":
-        return _norm(model.adapted[m].get_base_layer().weight)
+        return norm_of(model.adapted[m].get_base_layer().weight)
     if model.active not in model.adapted[m].lora_A:
         return 0.0
     A, B = (x.detach() for x in model.sides(m))
     B = B @ live["R"][m].detach() if m in live["R"] else B
-    return float(model.adapted[m].scaling[model.active]) * _norm(A) * _norm(B)
-
-
-def _norm(x: Tensor) -> float:
-    return float(x.detach().double().norm())
+    return float(model.adapted[m].scaling[model.active]) * norm_of(A) * norm_of(B)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +309,7 @@ def public_scales(model: Model, names: Iterable[str]) -> dict[str, float]:
     weights, others, found = model.weights(), model.live()["other"], {}
     for name in names:
         if name in weights:
-            found[name] = _norm(weights[name]) + sum(weights[name].shape) ** 0.5
+            found[name] = norm_of(weights[name]) + sum(weights[name].shape) ** 0.5
         elif name in others:
             found[name] = max(1.0, others[name].numel() ** 0.5)
         else:
@@ -331,8 +330,8 @@ def quantised(
         if name in held and model.sides(name)[0].ndim > 1:
             A, B = model.sides(name)
             s = float(model.adapted[name].scaling[model.active])
-            pair = len(B) ** 0.5 * _norm(A) + s * A.shape[1] ** 0.5 * _norm(B)
-            spread = _norm(A) * _norm(B) if name in live["R"] else pair
+            pair = len(B) ** 0.5 * norm_of(A) + s * A.shape[1] ** 0.5 * norm_of(B)
+            spread = norm_of(A) * norm_of(B) if name in live["R"] else pair
         elif name in model.shapes:
             spread = max(model.shapes[name].d, model.shapes[name].k)
         else:

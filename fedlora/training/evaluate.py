@@ -11,6 +11,7 @@ from fedlora.errors import ModelError
 from fedlora.training import metrics
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, eval_batches, prompt_batches
 from fedlora.training.data.seam import end_mark
+from fedlora.training.devices import moved, on_host
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 from fedlora.training.train import own_losses, token_losses
@@ -29,7 +30,7 @@ def evaluate(
     if not len(rows):
         return None
     model.peft.eval()
-    with autocast(config.train.precision):
+    with autocast(config.train.precision, model.device):
         if config.model.task == "classification":
             return _classification(model, rows, config)
         scores = _language(model, rows, config)
@@ -40,12 +41,19 @@ def evaluate(
         return scores
 
 
+def at_once(config: Config) -> int:
+    """Examples of an evaluation that are in memory at once: four for one of training where that is
+    limited, since none of their activations is kept."""
+    most = 4 * config.train.microbatch or config.evaluate.batch_size
+    return min(config.evaluate.batch_size, most)
+
+
 def _classification(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
     logits, labels = [], []
-    for batch in eval_batches(rows, config.evaluate.batch_size):
+    for batch in eval_batches(rows, at_once(config)):
         labels.append(batch.pop("labels"))
         logits.append(model.logits(batch))
-    found, wanted = torch.cat(logits), torch.cat(labels)
+    found, wanted = on_host(torch.cat(logits)), torch.cat(labels)
     scores = metrics.classification(found, wanted, len(model.labels))
     if config.train.loss:
         losses = own_losses(config.train.loss, found, wanted)
@@ -72,11 +80,11 @@ def _own(config: Config, predicted: Any, wanted: Any) -> dict[str, float]:
 
 def _language(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
     losses, tokens = [], []
-    for batch in eval_batches(rows, config.evaluate.batch_size):
+    for batch in eval_batches(rows, at_once(config)):
         labels = batch.pop("labels")
-        losses.append(_losses(model, batch, labels))
+        losses.append(_losses(model, batch, labels.to(model.device)))
         tokens.append((labels[:, 1:] != IGNORE).sum(1))
-    return metrics.language(torch.cat(losses), torch.cat(tokens))
+    return metrics.language(on_host(torch.cat(losses)), torch.cat(tokens))
 
 
 def _losses(model: Model, batch: Batch, labels: Tensor) -> Tensor:
@@ -91,9 +99,9 @@ def _answered(model: Model, rows: Encoded, config: Config) -> tuple[list[str], l
     responses, how = _responses(model, rows), greedy(model.tokenizer, config)
     answers: dict[int, str] = {}
     model.peft.get_base_model().generation_config = model.peft.generation_config = how
-    for numbers, batch in prompt_batches(rows, config.evaluate.batch_size):
+    for numbers, batch in prompt_batches(rows, at_once(config)):
         width = batch["input_ids"].shape[1]
-        out: Tensor = model.peft.generate(**batch)
+        out: Tensor = on_host(model.peft.generate(**moved(batch, model.device)))
         texts = model.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         answers |= dict(zip(numbers.tolist(), texts, strict=True))
     return [answers[n] for n in range(len(rows))], responses

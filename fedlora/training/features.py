@@ -6,22 +6,24 @@ import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
+from fedlora.training.devices import moved, on_host
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 
 
 @torch.no_grad()
 def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: int = 128) -> Tensor:
-    """What the model's head sees of each text, (n, width), with the adapters off.
+    """What the model's head sees of each text, (n, width), with the adapters off; on the host.
 
     Of a head that takes the states of all tokens, their mean over the real ones.
     """
     head = model.peft.get_base_model().get_submodule(model.heads[0])
     seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    precision = config.train.precision
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(on_host(inputs[0]).float()))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     try:
-        with model.peft.disable_adapter(), autocast(config.train.precision):
+        with model.peft.disable_adapter(), autocast(precision, model.device):
             for start in range(0, len(order), batch):
                 part = [texts[i] for i in order[start : start + batch]]
                 given = model.tokenizer(
@@ -31,7 +33,7 @@ def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: i
                     max_length=model.longest(config.data.max_length),
                     return_tensors="pt",
                 )
-                model.peft(**given)
+                model.peft(**moved(given, model.device))
                 if seen[-1].ndim == 3:
                     mask = given["attention_mask"][..., None].float()
                     seen[-1] = (seen[-1] * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.training.data.batches import IGNORE, Batch, Encoded
+from fedlora.training.devices import on_host, wide_on_host
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 from fedlora.training.train import example_losses, own_losses
@@ -59,18 +60,18 @@ def check_losses(model: Model, batch: Batch, config: Config) -> None:
     """Raises TrainingCheckError where an example's loss is not its own, or not the definition's."""
     precision = config.train.precision
     model.peft.eval()
-    given = example_losses(model, batch, precision).double()
-    with autocast(precision):
-        logits = model.logits({key: x for key, x in batch.items() if key != "labels"})
+    given = wide_on_host(example_losses(model, batch, precision))
+    with autocast(precision, model.device):
+        logits = on_host(model.logits({k: x for k, x in batch.items() if k != "labels"}))
     want = torch.stack([_loss(config, *row) for row in zip(logits, batch["labels"], strict=True)])
     theirs = "what train.loss gives it alone"
     right = theirs if config.train.loss else "the mean over its own scored tokens"
     what = f"an example's loss is not {right}"
     _close(given, want, 1e-4 * want.abs().max(), what)
     ones = [example_losses(model, _one(batch, i)) for i in range(len(given))]
-    alone, own = torch.cat(ones).double(), ALONE[model.config.model.dtype]
+    alone, own = wide_on_host(torch.cat(ones)), ALONE[model.config.model.dtype]
     _close(
-        example_losses(model, batch).double(),
+        wide_on_host(example_losses(model, batch)),
         alone,
         own * (alone.max() - alone.min()) + 2e-6 * alone.abs().max(),
         "an example's loss depends on what else is in its batch: padding that is not masked, or a "

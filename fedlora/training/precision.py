@@ -1,6 +1,6 @@
 """The precision of a forward pass: float32, or bfloat16 products by autocast.
 
-    with autocast(config.train.precision):
+    with autocast(config.train.precision, model.device):
         logits = model.logits(inputs)          one forward pass, and nothing else
 
 Weights, gradients, optimiser and everything that travels are float32 either way.
@@ -21,6 +21,8 @@ from typing import Literal
 
 import torch
 
+from fedlora.training.devices import HOST, in_bfloat16, is_host, lacks_bfloat16, name_of
+
 Precision = Literal["float32", "bfloat16"]
 
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -33,26 +35,27 @@ WITHOUT_BFLOAT16 = (
 
 
 @contextmanager
-def autocast(precision: str) -> Iterator[None]:
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Within it, a forward pass computes in train.precision. Nothing in it outlives its use."""
-    use = resolved(precision) == "bfloat16"
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use, cache_enabled=False):
+    with in_bfloat16(device, resolved(precision, device) == "bfloat16"):
         yield
 
 
-def resolved(precision: str) -> Precision:
-    """The precision to use here: "auto" is bfloat16 where torch has native products."""
+def resolved(precision: str, device: torch.device = HOST) -> Precision:
+    """The precision to use there: "auto" is bfloat16 where torch has native products."""
     if precision == "auto":
-        return "bfloat16" if lacking() is None else "float32"
+        return "bfloat16" if lacking(device) is None else "float32"
     return "bfloat16" if precision == "bfloat16" else "float32"
 
 
-def lacking() -> str | None:
-    """Why bfloat16 is not native to what torch will really use here; None where it is.
+def lacking(device: torch.device = HOST) -> str | None:
+    """Why bfloat16 is not native to what torch will really use there; None where it is.
 
-    Follows from the processor and the environment alone, so that every process of a machine, and
-    a resumed run, comes to the same answer.
+    Follows from the processor or card and the environment alone, so that every process of a
+    machine, and a resumed run, comes to the same answer.
     """
+    if not is_host(device):
+        return lacks_bfloat16(device)
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "this processor has neither AVX512-BF16 nor AMX"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
@@ -65,9 +68,10 @@ def lacking() -> str | None:
     return None
 
 
-def computing(precision: str) -> str:
-    """What decides the bits of a product here, as one word for each: for logs and records."""
-    return f"{resolved(precision)}, torch {torch.__version__}, {_processor()}"
+def computing(precision: str, device: torch.device = HOST) -> str:
+    """What decides the bits of a product there, as one word for each: for logs and records."""
+    where = _processor() if is_host(device) else name_of(device)
+    return f"{resolved(precision, device)}, torch {torch.__version__}, {where}"
 
 
 def _processor() -> str:
@@ -75,12 +79,12 @@ def _processor() -> str:
     return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *variables])
 
 
-def described(precision: str) -> str:
+def described(precision: str, device: torch.device = HOST) -> str:
     """The resolved precision and the reason for it, as one line for a log."""
-    chosen = resolved(precision)
+    chosen = resolved(precision, device)
     if precision != "auto":
         return f"precision: {chosen}"
-    why = lacking() or "torch multiplies bfloat16 natively"
+    why = lacking(device) or "torch multiplies bfloat16 natively"
     return f"precision: {chosen} (train.precision = 'auto'; {why})"
 
 

@@ -24,6 +24,7 @@ from fedlora.config.sections import TrainConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
+from fedlora.training.devices import Stopwatch, on_host, own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
@@ -69,18 +70,18 @@ def fit(
     generator = seeded(config.run.seed, round, client, "batches")
     train = config.train
     drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
-    total = seen = forward = backward = 0.0
-    done = tokens = 0
+    watch, sums = Stopwatch(model.device), list[Tensor]()
+    seen = tokens = 0
     with training(model, config, round, client):
-        for step in steps(model, drawn, live, optimizer, config, penalty):
-            total += float(step.losses.sum())
+        for step in steps(model, drawn, live, optimizer, config, penalty, watch):
+            sums.append(step.losses.sum())
             seen += len(step.losses)
-            forward, backward = forward + step.forward, backward + step.backward
             tokens += step.tokens
-            done += 1
+        total = sum(on_host(torch.stack(sums)).tolist()) if sums else 0.0  # read once
     mean = total / seen if seen else math.nan
+    forward, backward = watch.seconds("forward"), watch.seconds("backward")
     took = time.perf_counter() - begun
-    return Fit(mean, done, took, forward=forward, backward=backward, tokens=tokens)
+    return Fit(mean, len(sums), took, forward=forward, backward=backward, tokens=tokens)
 
 
 class Steps(Protocol):
@@ -96,12 +97,9 @@ class Step:
     """One step that was taken."""
 
     losses: Tensor
-    """(batch,), before it."""
-    loss: float
+    """(batch,), before it; on the model's device, which nothing waits for until it is read."""
+    loss: Tensor
     """Their mean and the penalties: what the step descends."""
-    forward: float
-    backward: float
-    """Seconds of each pass."""
     tokens: int
 
 
@@ -112,30 +110,54 @@ def steps(
     optimizer: Steps,
     config: Config,
     penalty: Penalty | None = None,
+    watch: Stopwatch | None = None,
 ) -> Iterator[Step]:
-    """One step of the optimiser a batch, each given back once it is taken; within `training`."""
+    """One step of the optimiser a batch, each given back once it is taken; within `training`.
+
+    `watch` gets the time of each "forward" and "backward" pass.
+    """
+    watch = watch or Stopwatch(model.device)
     params = [p for ps in live.values() for p in ps.values()]
     received = {p: p.detach().clone() for p in params}
     for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
-        start = time.perf_counter()
-        losses = example_losses(model, batch, config.train.precision)
-        loss = losses.mean() + extra_loss(model.sides, received, penalty, config.train.prox)
         optimizer.zero_grad(set_to_none=True)
-        middle = time.perf_counter()
-        loss.backward()
-        forward, backward = middle - start, time.perf_counter() - middle
+        extra = extra_loss(model.sides, received, penalty, config.train.prox)
+        found, whole = list[Tensor](), list[Tensor]()
+        for part in microbatches(batch, config.train.microbatch):
+            with watch.timed("forward"):
+                losses = example_losses(model, part, config.train.precision)
+                share = len(losses) / len(batch["input_ids"])
+                loss = (losses.mean() * share if share < 1 else losses.mean()) + extra
+            with watch.timed("backward"):
+                loss.backward()
+            found.append(losses.detach())
+            whole.append(loss.detach())
+            extra = 0.0  # penalties count once
         if config.train.grad_clip:
             nn.utils.clip_grad_norm_(params, config.train.grad_clip)
         optimizer.step()
         tokens = batch["input_ids"].numel()
-        yield Step(losses.detach(), float(loss.detach()), forward, backward, tokens)
+        yield Step(torch.cat(found), torch.stack(whole).sum(), tokens)
+
+
+def microbatches(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in parts of at most `size` examples, in its order; 0: as a whole."""
+    n = len(batch["input_ids"])
+    if not size or size >= n:
+        yield batch
+        return
+    for start in range(0, n, size):
+        yield {key: x[start : start + size] for key, x in batch.items()}
 
 
 def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Tensor:
-    """Each example's own loss, (batch,), in float32; the model's products in `precision`."""
-    labels = batch["labels"]
+    """Each example's own loss, (batch,), in float32; the model's products in `precision`.
+
+    On the model's device, wherever the batch is.
+    """
+    labels = batch["labels"].to(model.device)
     inputs = {key: x for key, x in batch.items() if key != "labels"}
-    with autocast(precision):
+    with autocast(precision, model.device):
         if labels.ndim > 1 and not model.config.train.loss:
             return token_losses(model, inputs, labels)
         logits = model.logits(inputs)
@@ -228,8 +250,8 @@ def build_optimizer(live: Live, train: TrainConfig, lr: float) -> torch.optim.Op
 @contextmanager
 def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
     """Train mode, and dropout from a stream of its own."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded(config.run.seed, round, client, "dropout").initial_seed())
+    seed = seeded(config.run.seed, round, client, "dropout").initial_seed()
+    with own_draws(model.device, seed):
         model.peft.train()
         try:
             yield

@@ -31,6 +31,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import Batch, Encoded, collate
+from fedlora.training.devices import own_draws, wide_on_host
 from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
@@ -72,10 +73,10 @@ TOLERANCES = {
 }
 
 
-def tolerance_of(config: Config) -> Tolerance:
+def tolerance_of(model: Model, config: Config) -> Tolerance:
     """The tolerance of the coarsest numbers in a pass: autocast's, or the base's own."""
     coarse = config.model.dtype != "float32" or config.model.quantization != "none"
-    return TOLERANCES["bfloat16" if coarse else resolved(config.train.precision)]
+    return TOLERANCES["bfloat16" if coarse else resolved(config.train.precision, model.device)]
 
 
 def check_training(
@@ -139,9 +140,8 @@ def check_gradients(
 
     def loss() -> float:
         """The training loss of the weights as they are now, under the same dropout each time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.run.seed)  # what fork_rng puts back
-            found = next(passes).loss
+        with own_draws(model.device, config.run.seed):
+            found = float(next(passes).loss)
         if not abs(found) < float("inf"):
             raise TrainingCheckError("the loss is not finite")
         return found
@@ -150,7 +150,7 @@ def check_gradients(
     here = loss()
     gradient = {p: p.grad for p in params if p.grad is not None and bool(p.grad.any())}
     Still(params).zero_grad()  # the next pass has gradients of its own
-    tolerance = tolerance_of(config)
+    tolerance = tolerance_of(model, config)
     jitters = [_jittered(params, n, tolerance.jitter, loss, config.run.seed) for n in range(3)]
     gaps = [abs(x - here) for x in jitters]
     rounding = max(*gaps, tolerance.rounding * max(abs(here), 0.1))
@@ -198,7 +198,7 @@ def _check_slope(
     """One central difference along a direction in which the gradient says that much changes."""
     direction = {p: g.sign() * _noise(p, name, i, seed).abs() * _size(p)
                  for i, (p, g) in enumerate(gradient.items())}  # fmt: skip
-    slope = sum(float((gradient[p] * d).double().sum()) for p, d in direction.items())
+    slope = sum(float(wide_on_host(gradient[p] * d).sum()) for p, d in direction.items())
     t = min(CHANGE * rounding / (2 * slope), LARGEST)
     losses = []
     for sign in (t, -t):
@@ -269,7 +269,7 @@ def _noise(p: Tensor, name: str, i: int, seed: int) -> Tensor:
 
 def _size(p: Tensor) -> float:
     """The root mean square of a tensor's numbers; 1 where all are zero."""
-    return float(p.detach().double().square().mean().sqrt()) or 1.0
+    return float(wide_on_host(p).square().mean().sqrt()) or 1.0
 
 
 # -- the step -------------------------------------------------------------------------------------

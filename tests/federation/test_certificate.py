@@ -243,7 +243,7 @@ def test_a_forms_numbers_are_those_of_its_effective_weight(settings: Settings, f
     found = measure(model, "k", model.shapes, [])
     for m, shape in model.shapes.items():
         eye = torch.eye(shape.k, dtype=torch.float64)
-        layer = model._in_float64(m)
+        layer = model._wide(m)
         with torch.no_grad():
             W = (layer(eye) - layer(torch.zeros_like(eye))).T
         torch.testing.assert_close(found[m], by_definition(W, m))

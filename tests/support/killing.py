@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +88,29 @@ def plant(point: str, round: int, die: Callable[[], None] = die) -> None:
             wrap(tree_file, "save", after=lambda p, *_: die() if checkpoint_of(p) else None)
         case "half-a-line":
             wrap(journal.Journal, "commit", after=half_a_line)
+
+
+ON_CARD = """
+import importlib, json, sys
+from tests.support import killing, pretend_device
+from tests.support.tiny_federation import federate
+given, point, round, before = json.loads(sys.argv[1])
+with pretend_device.cards():
+    if before:
+        module, name = before.split(":")
+        getattr(importlib.import_module(module), name)()
+    killing.plant(point, round)
+    federate(given)
+"""
+
+
+def kill_on_card(point: str, round: int, given: Mapping[str, object], before: str = "") -> None:
+    """Run on pretend cards, in a fresh process, until it is killed there.
+
+    A copy of this one would not do: torch refuses autograd in a copy of what has used a card.
+    before: "module:function", called first.
+    """
+    from tests.support.tiny_federation import python
+
+    done = python(ON_CARD, json.dumps([dict(given), point, round, before]), timeout=300)
+    assert done.returncode == -signal.SIGKILL, f"never came to {point}: {done.stderr[-2000:]}"

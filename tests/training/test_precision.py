@@ -7,6 +7,7 @@ import torch
 
 from fedlora.privacy.per_example import kept_apart
 from fedlora.training.data.batches import collate
+from fedlora.training.devices import HOST
 from fedlora.training.precision import WITHOUT_BFLOAT16, autocast, described, lacking, resolved
 from fedlora.training.train import build_optimizer, example_losses, steps, training
 from tests.support.private_setting import Setting
@@ -17,7 +18,7 @@ Settings = Callable[..., dict[str, object]]
 
 def test_a_weight_that_moves_within_a_block_is_cast_anew() -> None:
     layer, x = torch.nn.Linear(8, 5), torch.ones(3, 8)
-    with autocast("bfloat16"):
+    with autocast("bfloat16", HOST):
         before = layer(x).float()
         with torch.no_grad():
             layer.weight.mul_(2)
@@ -75,14 +76,14 @@ def test_per_example_products_follow_the_live_weights_even_under_a_cache(
 
 def test_what_is_forced_is_what_is_used(precision: str) -> None:
     assert resolved(precision) == precision
-    with autocast(precision):
+    with autocast(precision, HOST):
         assert torch.is_autocast_enabled("cpu") is (precision == "bfloat16")
         assert not torch.is_autocast_enabled("cpu") or not torch.is_autocast_cache_enabled()
     assert described(precision) == f"precision: {precision}"
 
 
 def test_float32_is_float32_within_another_block() -> None:
-    with torch.autocast("cpu", torch.bfloat16), autocast("float32"):
+    with torch.autocast("cpu", torch.bfloat16), autocast("float32", HOST):
         assert not torch.is_autocast_enabled("cpu")
 
 

@@ -128,7 +128,7 @@ def stale_casts(patch: Patch, s: Loaded) -> None:
             yield
 
     @contextmanager
-    def none(_: str) -> Iterator[None]:
+    def none(*_: Any) -> Iterator[None]:
         yield
 
     patch.setattr(training_check, "training", around)

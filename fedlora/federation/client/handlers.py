@@ -27,6 +27,7 @@ from flwr.app import (
 
 from fedlora.errors import PrivacyError
 from fedlora.federation.client import error_feedback, machine
+from fedlora.federation.client.attempts import attempts
 from fedlora.federation.client.first_gradient import sketch
 from fedlora.federation.client.job import ClientJob, named
 from fedlora.federation.client.personalize import alone, personalized
@@ -61,8 +62,9 @@ def train(message: Message, context: Context) -> RecordDict:
     begun = time.perf_counter()
     work = ClientJob.open(message, context)
     work.check_clear("an update")
-    with work.local_round() as local:
-        local.outcome = local.train()
+    for attempt in attempts(work):
+        with attempt as work, work.local_round() as local:
+            local.outcome = local.train()
     done = local.done
     metrics: dict[str, Any] = {
         "num-examples": done.examples if work.may_report_metrics else 1,
@@ -76,6 +78,7 @@ def train(message: Message, context: Context) -> RecordDict:
             "forward-seconds": done.fit.forward,
             "backward-seconds": done.fit.backward,
             "tokens": done.fit.tokens,
+            **({"microbatch": n} if (n := work.memory.microbatch()) else {}),
             "seconds": time.perf_counter() - begun,
             **done.scores,
         }
@@ -166,8 +169,9 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
     masker = work.secure_client().open(boxes, work.terms)
-    with work.local_round() as local:
-        local.outcome = local.train()
+    for attempt in attempts(work):
+        with attempt as work, work.local_round() as local:
+            local.outcome = local.train()
     done, private = local.done, work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     start, end = done.numbers

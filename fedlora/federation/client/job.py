@@ -82,6 +82,7 @@ class ClientJob:
         config = read_config(context, job)
         root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
         memory = ClientMemory(root, job.client, job.token)
+        config = with_microbatch(config, memory.microbatch() or job.microbatch)
         bare = "download" not in message.content
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
         first = message.content.get("base-offset")
@@ -190,7 +191,8 @@ class ClientJob:
         Raises:
             TrainingCheckError: it does not. What was measured is told where losses are.
         """
-        key = f"{sorted(self.download.trainable)} on {computing(self.config.train.precision)}"
+        how = computing(self.config.train.precision, model.device)
+        key = f"{sorted(self.download.trainable)} on {how}"
         if key in self.memory.checked():
             return
         args = (model, rows, self.download, self.config, self.job.round, self.job.client)
@@ -240,7 +242,7 @@ class ClientJob:
 
 
 def read_config(context: Context, job: Job) -> Config:
-    """The run config, with this node's own settings (data path, memory directory) in place.
+    """The run config, with this node's own settings (data path, memory, devices) in place.
 
     Raises:
         ConfigError: it is not the server's, or asks for what this node does not allow.
@@ -261,11 +263,21 @@ def read_config(context: Context, job: Job) -> Config:
         "data.node-path": node.get("data-path"),
         **{f"data.{key}": node.get(key) for key in COLUMNS},
         "output.client-memory": node.get("memory"),
+        "simulate.devices": node.get("devices"),
         "privacy.max-epsilon": float(node.get("max-epsilon", 0)),
         "secure.aggregation": node.get("secure-aggregation"),
     }
     given = {**shared, **{key: value for key, value in own.items() if value}}
     return Config.read(given)
+
+
+def with_microbatch(config: Config, n: int) -> Config:
+    """The config with at most n examples in memory at once; 0: as it is."""
+    if not n:
+        return config
+    most = min(n, config.train.microbatch or n)
+    train = config.train.model_copy(update={"microbatch": most})
+    return config.model_copy(update={"train": train})
 
 
 def named(prefix: str, scores: Mapping[str, float] | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
     <root>/client-<id>/round-00003.safetensors    what `upload` kept in round 3
     <root>/client-<id>/checked.json               what the training check has passed
     <root>/client-<id>/rows.txt                   a node's rows, by digest
+    <root>/client-<id>/microbatch.txt             what it has halved train.microbatch to
     <root>/base/00002.safetensors                 base change 2, as the server sent it
     <root>/base/00000.safetensors                 what lora.init takes out of the base, if it does
 
@@ -85,6 +86,14 @@ class ClientMemory:
     def add_checked(self, what: str) -> None:
         found = json.dumps([*self.checked(), what])
         write_atomically(self.own / "checked.json", found.encode())
+
+    def microbatch(self) -> int:
+        """What this client has halved train.microbatch to, for want of memory; 0: it has not."""
+        path = self.own / "microbatch.txt"
+        return int(path.read_text()) if path.exists() else 0
+
+    def halve(self, microbatch: int) -> None:
+        write_atomically(self.own / "microbatch.txt", str(microbatch).encode())
 
     def check_rows(self, digest: str) -> None:
         """Nothing, where the client's rows are those of its first round, by their digest.

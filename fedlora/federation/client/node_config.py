@@ -24,6 +24,7 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "data-path": TEXT,
     **dict.fromkeys(COLUMNS, TEXT),
     "memory": TEXT,
+    "devices": TEXT,
     "max-epsilon": NUMBER,
     "secure-aggregation": (bool,),
     "worker-socket": TEXT,

@@ -264,7 +264,10 @@ def error_of(reply: Message) -> ClientError | None:
 def facts_of(
     client: Client, round: Round, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
 ) -> dict[str, Any]:
-    """The record of a client's round; what it did not report is None, its examples 1."""
+    """The record of a client's round; what it did not report is None, its examples 1.
+
+    microbatch: where its device ran out of memory, so that it equals others to rounding only.
+    """
     return {
         "round": round.number,
         "rank": max(layer.rank for layer in client.layers.values()),
@@ -278,10 +281,16 @@ def facts_of(
         "forward_seconds": metrics.get("forward-seconds"),
         "backward_seconds": metrics.get("backward-seconds"),
         "tokens": metrics.get("tokens"),
+        **({"microbatch": halved} if (halved := _whole(metrics.get("microbatch"))) else {}),
         "bytes_up": bytes_up,
         "before": part_of(metrics, "before."),
         "after": part_of(metrics, "after."),
     }
+
+
+def _whole(x: Any) -> int:
+    """A count that a client tells; 0 of anything else."""
+    return x if isinstance(x, int) and not isinstance(x, bool) and x > 0 else 0
 
 
 def check_norm(

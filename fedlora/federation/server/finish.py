@@ -209,6 +209,7 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
             "personal": m.personal or None,
             "personalized": m.personalized or None,
             "alone": m.alone or None,
+            **({"microbatch": m.microbatch} if m.microbatch else {}),
         }
 
 

@@ -61,6 +61,8 @@ class Member:
     """The most layers its memory allows; 0: all."""
     personalized: Mapping[str, float] = field(default_factory=dict)
     alone: Mapping[str, float] = field(default_factory=dict)
+    microbatch: int = 0
+    """What it has halved train.microbatch to, for want of memory; 0: it has not."""
 
 
 @dataclass(frozen=True)

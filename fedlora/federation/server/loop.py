@@ -310,6 +310,7 @@ def _credited(m: Member, facts: Mapping[str, Any], version: int) -> Member:
         examples=facts["examples"],
         first=m.first or facts["before"] or {},
         personal=facts["after"] or {},
+        microbatch=facts.get("microbatch", m.microbatch),
     )
 
 

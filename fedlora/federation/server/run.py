@@ -191,6 +191,7 @@ def message(
         code=user_code.identity(config),
         config=config.identity(),
         changes=setting.changes,
+        microbatch=member.microbatch,
     )
     content = RecordDict()
     if not bare:

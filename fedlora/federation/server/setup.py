@@ -54,7 +54,7 @@ def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
         f"{config.strategy.name} ({setting.guarantee}), {len(run.members)} clients of ranks "
         f"{ranks}, {config.run.rounds} rounds"
     )
-    session.observer.note(described(config.train.precision))
+    session.observer.note(described(config.train.precision, setting.model.device))
     for line in (*setting.corpus.account.lines(), *setting.corpus.account.warnings()):
         session.observer.note(line)
     return run

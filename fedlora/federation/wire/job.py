@@ -37,6 +37,8 @@ class Job:
     """A digest of the server's config: see `Config.identity`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Keys that the server's config has otherwise than the run's."""
+    microbatch: int = 0
+    """What this client has halved train.microbatch to, in an earlier round; 0: it has not."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -55,6 +57,7 @@ class Job:
                 "cuts": list(self.cuts),
                 "config": self.config,
                 **({"code": self.code} if self.code else {}),
+                **({"microbatch": self.microbatch} if self.microbatch else {}),
                 **({"changes": json.dumps(dict(self.changes))} if self.changes else {}),
             }
         )
@@ -90,6 +93,7 @@ class Job:
             x.get("code", ""),
             x["config"],
             json.loads(x.get("changes", "{}")),
+            whole(x, "microbatch") if "microbatch" in x else 0,
         )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from rich.table import Table
 
 from fedlora import preflight
-from fedlora.config import processes
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, PrivacyError, StrategyError, TrainingCheckError
 from fedlora.federation.client.machine import facts
@@ -29,6 +28,7 @@ from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
+from fedlora.launch.doctor.the_memory import fits
 from fedlora.launch.doctor.the_rows import claims, lengths, rows_read
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
@@ -43,6 +43,7 @@ from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
+from fedlora.training.devices import is_host
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
 from fedlora.training.model.stacks import owners
@@ -77,7 +78,10 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings += _budget(config, corpus)
     if any(f.level == "problem" for f in findings):
         return [*findings, *beside], Table()
-    findings += [_precision(config), _training(config, model, strategy, state, clients[0], corpus)]
+    findings += [
+        _precision(config, model),
+        _training(config, model, strategy, state, clients[0], corpus),
+    ]
     findings += _secure(config, strategy, state, clients)
     findings += _bounds(config, clients, corpus)
     table, largest = _plan(config, strategy, state, clients, corpus)
@@ -236,10 +240,10 @@ def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding
         )
 
 
-def _precision(config: Config) -> Finding:
+def _precision(config: Config, model: Model) -> Finding:
     """What train.precision comes to here, and whether that is a good idea."""
-    said = described(config.train.precision)
-    if resolved(config.train.precision) == "float32":
+    said = described(config.train.precision, model.device)
+    if resolved(config.train.precision, model.device) == "float32" or not is_host(model.device):
         return Finding("ok", said)
     ratio = slowdown()
     said = f"{said}; a bfloat16 product takes {ratio:.2g} of a float32 one's time"
@@ -352,35 +356,12 @@ def _plan(
 
 
 def _size(config: Config, model: Model, strategy: Strategy[Any], largest: int) -> Iterator[Finding]:
-    """Whether it fits into this machine's memory, and in one line what would run."""
+    """Whether it fits into memory, and in one line what would run."""
     per_round = config.clients.per_round or config.clients.count
-    need, have = _memory(model, config, largest * per_round), _available()
-    fits = need < have
-    yield Finding(
-        "ok" if fits else "problem",
-        f"memory: about {need / 1e9:.1f} GB needed, {have / 1e9:.1f} GB available",
-        "" if fits else "lower train.batch-size, data.max-length or clients.ranks",
-    )
+    yield from fits(model, config, largest * per_round)
     yield Finding(
         "ok",
         f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "
         f"{config.run.rounds} rounds of {per_round} clients, "
         f"lr {config.train.lr:g} ({config.train.lr_schedule})",
     )
-
-
-def _memory(model: Any, config: Config, in_flight: int) -> float:
-    """Base, activations of one batch a worker (a rule of thumb), messages: bytes."""
-    base = sum(p.numel() * p.element_size() for p in model.peft.parameters())
-    known = getattr(model.peft.get_base_model(), "config", None)
-    hidden, depth = getattr(known, "hidden_size", 768), getattr(known, "num_hidden_layers", 12)
-    tokens = config.train.batch_size * config.data.max_length
-    activations = tokens * hidden * depth * 4 * 16  # about 16 tensors a layer survive
-    workers = processes.workers(config.simulate.workers)
-    return float(base + workers * activations + 2 * in_flight + 5e8)
-
-
-def _available() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().available)

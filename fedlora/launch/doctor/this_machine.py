@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedlora.config import processes
 from fedlora.launch.doctor.finding import Finding
+from fedlora.launch.doctor.the_memory import machine_devices
 
 FLOWER_PORT = 39091
 """Where `flwr run` looks for a managed SuperLink, unless told otherwise."""
@@ -22,6 +23,7 @@ def machine() -> Iterator[Finding]:
     versions = {p: importlib.metadata.version(p) for p in ("flwr", "torch", "peft")}
     said = ", ".join(f"{p} {v}" for p, v in versions.items())
     yield Finding("ok", f"{said}; {os.cpu_count()} cores")
+    yield machine_devices()
     if sys.platform != "linux":
         lacks = "" if processes.deployable() else ", and `fedlora deploy` does not run"
         yield Finding(

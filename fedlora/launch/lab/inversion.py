@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedlora.training.devices import moved, on_host
+
 TOLERANCES = (0.1, 0.01, 1e-3)
 """Relative distances from the span within which a candidate counts as in it. An update is read off
 float32 numbers far larger than it, which blurs the span of a small change of A."""
@@ -64,10 +66,11 @@ def invert(
 @torch.no_grad()
 def embeddings(embed: nn.Module, vocabulary: int, positions: int) -> Iterator[Tensor]:
     """Each token at one position after the other through an encoder's embedding, (V, k) a time."""
+    device = next(embed.parameters()).device
     ids = torch.arange(vocabulary)[:, None]
     for at in range(positions):
-        found: Tensor = embed(input_ids=ids, position_ids=torch.tensor([[at]]))
-        yield found.reshape(vocabulary, -1)
+        given = moved({"input_ids": ids, "position_ids": torch.tensor([[at]])}, device)
+        yield on_host(embed(**given)).reshape(vocabulary, -1)
 
 
 def pairs(ids: Tensor, vocabulary: int) -> set[int]:

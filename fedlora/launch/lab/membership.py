@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedlora.privacy.per_example import kept_apart
 from fedlora.training.data.batches import Encoded, collate
+from fedlora.training.devices import wide_on_host
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses
 
@@ -104,7 +105,7 @@ def alignment(
     for part in torch.arange(len(rows)).split(size):
         with kept_apart(model.peft, model.active, frozenset(went), model.masks) as sink:
             example_losses(model, collate(rows, part)).sum().backward()
-            gradients = {p: g.dense().double() for p, g in sink.take(len(part)).items()}
+            gradients = {p: wide_on_host(g.dense()) for p, g in sink.take(len(part)).items()}
         dots = sum((g * went[p]).flatten(1).sum(1) for p, g in gradients.items())
         norms = sum(g.square().flatten(1).sum(1) for g in gradients.values())
         found.append(dots / (torch.as_tensor(norms).sqrt() * length).clamp(min=1e-30))

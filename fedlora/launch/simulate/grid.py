@@ -237,6 +237,9 @@ class _Worker:
 
     @classmethod
     def fork(cls, grid: LocalGrid) -> "_Worker":
+        from fedlora.training.devices import check_fork
+
+        check_fork()
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
         pid = os.fork()

@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from fedlora import preflight
-from fedlora.config.processes import workers
+from fedlora.config import processes
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.wire.same_machine import SIMULATED
@@ -83,9 +83,10 @@ def local(
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.client_app import client_app
     from fedlora.launch.simulate.grid import LocalGrid
+    from fedlora.training import devices
 
     directory = Path(config.run.out, config.run.name)
-    wanted = workers(config.simulate.workers)
+    wanted = devices.workers(config.simulate.workers, config.simulate.devices)
     code = [value for _, value in named(config)]
     with (
         Silent() if quiet else Progress(config.run.rounds) as printer,
@@ -251,7 +252,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _submit(app: Path, config: Config, environment: Mapping[str, str]) -> str:
     federation = (
         f"num-supernodes={config.clients.count} client-resources-num-cpus=1 "
-        f"init-args-num-cpus={workers(config.simulate.workers)}"
+        f"init-args-num-cpus={processes.workers(config.simulate.workers)}"
     )
     command = ["flwr", "run", str(app), "own", "--federation-config", federation]
     done = subprocess.run(

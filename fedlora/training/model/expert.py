@@ -79,14 +79,14 @@ class Expert:
     def inner(self, x: Tensor) -> Tensor:
         """A_e x for rows of x, (n, r), with the factor that PEFT's forward uses."""
         lhs, rhs, _ = self._added()
-        return x @ (lhs if self._turned else rhs.T).to(x)
+        return x @ (lhs if self._turned else rhs.T).to(x.device).to(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The expert's output (n, d) for rows of x, in x's dtype; without a bias."""
-        W = self.weight.to(x)
+        W = self.weight.to(x.device).to(x)  # over first, then widened: not every card has float64
         if self._wrapper is not None and not self._wrapper.disable_adapters:
             lhs, rhs, scale = self._added()
-            W = W + scale * lhs.to(x) @ rhs.to(x)
+            W = W + scale * lhs.to(x.device).to(x) @ rhs.to(x.device).to(x)
         return x @ (W if self._turned else W.T)
 
     def _added(self) -> tuple[Tensor, Tensor, float]:

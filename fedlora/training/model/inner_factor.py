@@ -18,7 +18,7 @@ class Core(LoraVariant):  # type: ignore[misc]
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         inner = A(module.lora_dropout[active_adapter](x))  # (..., r)
-        inner = inner @ self.R.T.to(inner.dtype)
+        inner = inner @ self.R.T.to(inner)
         out: Tensor = result + B(inner) * module.scaling[active_adapter]
         return out
 

@@ -24,6 +24,7 @@ from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
+from fedlora.training.devices import HOST, host_draws, is_host, on_host
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
@@ -54,14 +55,18 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrainedModel:
+def load_base(
+    config: ModelConfig, labels: Sequence[str], seed: int, device: torch.device = HOST
+) -> PreTrainedModel:
     """The pretrained model, its new tensors (a head) drawn from the seed; frozen, in eval mode.
+
+    Its tensors go from the file to the device one by one, never as a whole through the host.
 
     Raises:
         ModelError: it is not there, or is no model of this task.
     """
     if is_code(config.path):
-        return _frozen(_own(config, labels, seed), config)
+        return _frozen(_own(config, labels, seed).to(device), config)
     path, gguf = _source(config)
     if gguf:
         path = converted(path, gguf)
@@ -74,8 +79,9 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
         options["attn_implementation"] = config.attention
     if config.quantization != "none":
         options["quantization_config"] = _quantization(config.quantization)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded(seed, 0, 0, "head").initial_seed())
+    if not is_host(device):
+        options["device_map"] = {"": device}
+    with host_draws(device, seeded(seed, 0, 0, "head").initial_seed()):
         try:
             if config.task == "causal-lm":
                 model = _whole(AutoModelForCausalLM, path, options)
@@ -90,7 +96,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], seed: int) -> PreTrain
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
         if config.task == "classification" and config.pooling == "mean":
-            model = MeanPooled(model, labels)
+            model = MeanPooled(model, labels).to(device)
         elif config.task == "classification":
             labelled_as(model, lambda: _label_names(path, config), labels)
     return _frozen(model, config)
@@ -137,8 +143,7 @@ def _own(config: ModelConfig, labels: Sequence[str], seed: int) -> Any:
 
     It is called as the numbers of a head are drawn: what it draws from torch is the run's.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded(seed, 0, 0, "head").initial_seed())
+    with host_draws(HOST, seeded(seed, 0, 0, "head").initial_seed()):
         made = called("model.path", config.path, nn.Module, tuple(labels))
     made = copy.deepcopy(made) if is_live(config.path) else made
     if not hasattr(made, "is_gradient_checkpointing"):
@@ -220,7 +225,7 @@ def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:
     for name, p in tensors.items():
         flat = p.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
-        sample = flat[::step].float().contiguous()
+        sample = on_host(flat[::step]).float().contiguous()
         digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 

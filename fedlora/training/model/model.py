@@ -7,11 +7,11 @@
         ...  train model.trainable({"A", "B", "other"})  ...
         trained = model.read()
 
-All the clients of a process share the base; what differs between them is `Factors`.
+All the clients of a process share the base; what differs between them is `Factors`. The base and
+what is loaded lie on `model.device`; whatever goes in or comes out is on the host.
 """
 
 import contextlib
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +27,13 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
+from fedlora.training.devices import chosen, host_draws, moved, on_host, wide_on_host
 from fedlora.training.model import stacks
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
 from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.heads import head_names
+from fedlora.training.model.in_float64 import in_float64
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, check_targets, find_layers, first_pairs
 from fedlora.training.model.loading import (
@@ -58,8 +60,9 @@ class Model:
     def __init__(self, config: Config, labels: Sequence[str] = ()) -> None:
         self.config = config
         self.labels = tuple(labels)
+        self.device = chosen(config.simulate.devices)
         self.tokenizer = load_tokenizer(config.model)
-        base = load_base(config.model, self.labels, config.run.seed)
+        base = load_base(config.model, self.labels, config.run.seed, self.device)
         agree(base, self.tokenizer, config.model)
         self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
@@ -125,7 +128,7 @@ class Model:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 of every adaptable module, (d, k), without copying where it lies that way."""
+        """W0 of every adaptable module, (d, k), on the host; not copied where it lies that way."""
         return self.base.weights()
 
     def init_factors(self, client: Client, seed: int, made: Adapter | None = None) -> Factors:
@@ -141,8 +144,7 @@ class Model:
             self.load(self._first)
             return self.read()
         ranks = {m: layer.rank for m, layer in client.layers.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeded(seed, 0, 0, "init").initial_seed())
+        with host_draws(self.device, seeded(seed, 0, 0, "init").initial_seed()):
             old = self._profiles.pop(tuple(sorted(ranks.items())), None)
             self.select(ranks)
             if old is not None:
@@ -195,7 +197,8 @@ class Model:
                 if isinstance(layer.lora_variant.get(self.active), Core):
                     del layer.lora_variant[self.active]
                 if m in factors.R:
-                    self._cores[m] = R = nn.Parameter(factors.R[m].detach().clone())
+                    R = nn.Parameter(factors.R[m].detach().to(self.device, copy=True))
+                    self._cores[m] = R
                     if block:
                         self.masks[R] = mask = inside(R, block)
                         R.register_hook(functools.partial(masked, mask))
@@ -210,15 +213,15 @@ class Model:
                 mine[name].copy_(tensor)
 
     def read(self) -> Factors:
-        """A copy of the active adapter, core and head."""
+        """A copy of the active adapter, core and head, on the host."""
         sides = {m: self.sides(m) for m in self.held()}
         scaling = {m: 1.0 if self.rank else self.adapted[m].scaling[self.active] for m in sides}
         return Factors(
             {m: self._scale.get(m, s) for m, s in scaling.items()},
-            {m: A.detach().reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
-            {m: B.detach().reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
-            {m: R.detach().clone() for m, R in self._cores.items()},
-            {name: p.detach().clone() for name, p in self._other().items()},
+            {m: on_host(A).reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
+            {m: on_host(B).reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
+            {m: on_host(R).clone() for m, R in self._cores.items()},
+            {name: on_host(p).clone() for name, p in self._other().items()},
         )
 
     def live(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -249,10 +252,12 @@ class Model:
         return logits_of(self.run(**inputs)).float()
 
     def run(self, **inputs: Any) -> Any:
-        """One forward pass; gives what the model's own `forward` gives."""
+        """One forward pass, on the model's device; gives what its own `forward` gives."""
         if self.form.after:
             inputs["alora_offsets"] = offsets(self, inputs["input_ids"])
-        return self.prefix.run(self.peft, inputs) if self.prefix else self.peft(**inputs)
+        if self.prefix:
+            return self.prefix.run(self.peft, inputs)
+        return self.peft(**moved(inputs, self.device))
 
     # -- the base ---------------------------------------------------------------------------
 
@@ -282,8 +287,9 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                return {m: self._at(self.adapted[m], x[m].T.float()).T.double() for m in x}
-            return {m: self._at(self._in_float64(m), x[m].T.double()).T for m in x}
+                rows = {m: x[m].T.float().to(self.device) for m in x}
+                return {m: wide_on_host(self._at(self.adapted[m], rows[m]).T) for m in x}
+            return {m: self._at(self._wide(m), x[m].T.double()).T for m in x}
 
     def _at(self, layer: Any, x: Tensor) -> Tensor:
         """A module's output for rows of x, each a token that its adapter acts on."""
@@ -299,27 +305,14 @@ class Model:
         found = {}
         with torch.no_grad():
             for m, columns in x.items():
-                layer = self._in_float64(m)
+                layer = self._wide(m)
                 whole = layer(columns.T)
                 layer.enable_adapters(False)
                 found[m] = (whole - layer(columns.T)).T
         return found
 
-    def _in_float64(self, m: str) -> Any:
-        """A copy of a module that rounds nothing: what its tensors hold is what it computes with.
-
-        A quantised weight, which nothing changes, is 0 in it.
-        """
-        layer, memo = self.adapted[m], dict[int, Any]()
-        if isinstance(layer, Expert):
-            return layer  # computes in its inputs' dtype
-        base = layer.get_base_layer()
-        if not base.weight.is_floating_point():
-            d, k = self.shapes[m].d, self.shapes[m].k
-            memo[id(base)] = empty = nn.Linear(k, d, bias=False)
-            nn.init.zeros_(empty.weight)
-            empty._forward_hooks = base._forward_hooks
-        return copy.deepcopy(layer, memo).double().eval()
+    def _wide(self, m: str) -> Any:
+        return in_float64(self.adapted[m], self.shapes[m])
 
     def held(self) -> list[str]:
         """The modules whose A and B side the active adapter has."""
@@ -369,14 +362,18 @@ class Model:
         name = f"p{self._born}"
         self._born += 1
         peft_config = adapter_config(self.config, self.shapes, ranks, self.heads)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        seed = seeded(self.config.run.seed, 0, 0, "form").initial_seed()
+        more = isinstance(base, PeftModel)
+        with (
+            torch.random.fork_rng(devices=[]) if more else host_draws(self.device, seed),
+            warnings.catch_warnings(),
+        ):
             # PEFT looks for these keys among modules alone, and uses them for experts too
             warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
             if isinstance(base, PeftModel):
                 base.add_adapter(name, peft_config)
                 model = base
             else:
-                torch.manual_seed(seeded(self.config.run.seed, 0, 0, "form").initial_seed())
                 try:
                     model = get_peft_model(base, peft_config, adapter_name=name)
                 except (ValueError, TypeError) as e:

@@ -7,6 +7,9 @@ Beside, the changes stay what they are, factors in float32, so a bfloat16 or a q
 them without rounding; it costs 2 r (d + k) operations a token and change, and their memory.
 
 `start` is what an initialisation such as PiSSA takes out of the base, the same on every client.
+
+W0 and its changes are added up on the host, by one order and one rounding, so that a base has the
+same bits on every device; W0 of a weight that has moved is kept there, and nowhere else.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import accumulate
 from fedlora.strategies.base import Version
 from fedlora.strategies.base_log import BaseLog
+from fedlora.training.devices import on_host
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.shape import Shape
 
@@ -70,14 +74,15 @@ class MovingBase:
         self._at: tuple[str, int] = ("", 0)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 of every module, (d, k), without copying where it lies that way."""
+        """W0 of every module, (d, k), on the host; not copied where it lies that way."""
         found = {}
         for m, layer in self._layers.items():
             W = self._origin.get(m, layer.weight)
             if not W.is_floating_point():
                 # Not PEFT's dequantize_module_weight: on a CPU it loses an 8-bit weight's scale.
                 W = dequantize_bnb_weight(W, state=getattr(layer, "state", None))
-            found[m] = W.detach().T if self._shapes[m].fan_in_fan_out else W.detach()
+            W = on_host(W)
+            found[m] = W.T if self._shapes[m].fan_in_fan_out else W
         return found
 
     @contextlib.contextmanager
@@ -91,6 +96,7 @@ class MovingBase:
         def gathered() -> dict[str, Tensor]:
             found = {m: weights[m].grad[x.index] if isinstance(x, Expert) else weights[m].grad
                      for m, x in layers}  # fmt: skip
+            found = {m: on_host(G) for m, G in found.items()}
             return {m: G.T if self._shapes[m].fan_in_fan_out else G for m, G in found.items()}
 
         try:
@@ -154,7 +160,7 @@ class MovingBase:
         weight = self._layers[m].weight
         with torch.no_grad():
             if m not in self._origin:
-                self._origin[m] = weight.detach().clone()
+                self._origin[m] = on_host(weight).clone()
             W0 = self._origin[m]
             if m in self._start:
                 start = dense(self._start[m])
@@ -172,4 +178,12 @@ class MovingBase:
         changes = [v.delta[m] for v in self._log.versions if m in v.delta]
         start = [self._start[m]] if m in self._start else []
         every = (*start, *changes, *([fold] if fold else []))
-        self._terms[m].deltas = tuple(together(x) for x in every)
+        device = self._layers[m].weight.device
+        self._terms[m].deltas = tuple(_over(together(x), device) for x in every)
+
+
+def _over(delta: Pair | Tensor, device: torch.device) -> Pair | Tensor:
+    """A change on a device: once, and not in every forward pass."""
+    if isinstance(delta, Pair):
+        return replace(delta, A=delta.A.to(device), B=delta.B.to(device))
+    return delta.to(device)

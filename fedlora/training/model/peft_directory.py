@@ -21,6 +21,7 @@ from fedlora.lora.lowrank import compress, norm, pad, stack, svd
 from fedlora.lora.tree_file import write_atomically, write_tensors
 from fedlora.strategies.base import Effective, Version
 from fedlora.training.data.locate import locate
+from fedlora.training.devices import on_host
 from fedlora.training.model.layers import adapter_config
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.model.stacks import alike, packed
@@ -134,7 +135,7 @@ def _save_form(model: Model, effective: Effective, directory: Path) -> None:
     config.target_modules = [m[cut:] for m in model.shapes]
     found = get_peft_model_state_dict(model.peft, adapter_name=model.active)
     tensors = {}
-    for key, x in found.items():
+    for key, x in ((key, on_host(x)) for key, x in found.items()):
         name = key.removeprefix(PREFIX)
         if key == name:
             tensors[key] = x

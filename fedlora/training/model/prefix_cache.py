@@ -6,7 +6,7 @@ same multiple of WIDTH, padded to it, short groups filled up: a matrix product's
 depends on its size, and this one's size on the example alone. So the states are the same bits
 whichever client computes them, when, and for which batch, and what was forgotten for want of room
 comes back to the same bits. Computed in the batches as they come (train.prefix-cache = 0) they
-differ by rounding.
+differ by rounding. They are kept on the model's device, those of each precision apart.
 
 `ahead` computes what several batches lack at once, so that the groups are full.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
+from fedlora.training.devices import casts, moved
 from fedlora.training.model.agreement import pads_left
 from fedlora.training.model.dropout import drops
 from fedlora.training.model.layers import depth_of
@@ -38,8 +39,10 @@ AHEAD = 128
 class Prefix:
     """The first `depth` layers of a base whose adapted modules all lie above them."""
 
-    def __init__(self, layers: nn.ModuleList, depth: int, megabytes: int) -> None:
-        self.layers, self.depth = layers, depth
+    def __init__(
+        self, layers: nn.ModuleList, depth: int, megabytes: int, device: torch.device
+    ) -> None:
+        self.layers, self.depth, self.device = layers, depth, device
         self.room = megabytes * 2**20
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # least recently used first
         self._size = 0
@@ -65,21 +68,22 @@ class Prefix:
         layers = base.get_submodule(found.pop())
         if not isinstance(layers, nn.ModuleList):
             return None
-        return cls(layers, min(depths), config.train.prefix_cache)
+        device = next(base.parameters()).device
+        return cls(layers, min(depths), config.train.prefix_cache, device)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """What the model makes of a batch that is padded on the right: its own output."""
-        rows = _examples(inputs)
+        rows = self._examples(inputs)
         found = self._computed(model, dict(rows))
         states = [found[key] if key in found else self._kept[key] for key, _ in rows]
         self._keep({key: x for (key, _), x in zip(rows, states, strict=True)})
         hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (b, t, width)
         with self._given(hidden):
-            return model(**inputs)
+            return model(**moved(inputs, self.device))
 
     def remember(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Compute what these batches lack, as far as there is room for it."""
-        rows = {key: row for batch in batches for key, row in _examples(batch)}
+        rows = {key: row for batch in batches for key, row in self._examples(batch)}
         self._keep(self._computed(model, rows, self.room))
 
     def snapshot(self) -> tuple[OrderedDict[bytes, Tensor], int, int]:
@@ -89,6 +93,14 @@ class Prefix:
     def restore(self, snapshot: tuple[OrderedDict[bytes, Tensor], int, int]) -> None:
         """Remember what was remembered then, and nothing else."""
         self._kept, self._size, self.computed = snapshot
+
+    def _examples(self, inputs: Mapping[str, Tensor]) -> list[tuple[bytes, Tensor]]:
+        """Each example of a batch under its key, its (1 or 2, tokens) numbers without padding."""
+        how = f"{self.device} {casts(self.device)} ".encode()
+        columns = [inputs[c] for c in ("input_ids", "token_type_ids") if c in inputs]
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        rows = [torch.stack([c[i, :n] for c in columns]) for i, n in enumerate(lengths)]
+        return [(how + row.numpy().tobytes(), row) for row in rows]
 
     def _keep(self, states: Mapping[bytes, Tensor]) -> None:
         """Remember these as the most recently used, and forget what there is no room for."""
@@ -138,7 +150,7 @@ class Prefix:
         hook = self.layers[self.depth].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad():
-                model(**inputs)
+                model(**moved(inputs, self.device))
         except _Reached as reached:
             return reached.states
         finally:
@@ -169,18 +181,9 @@ def ahead(
     while some := list(itertools.islice(batches, 1)):
         more = max(0, AHEAD // len(some[0]["input_ids"]) - 1)
         some += itertools.islice(batches, more)
-        with autocast(precision):
+        with autocast(precision, prefix.device):
             prefix.remember(model, some)
         yield from some
-
-
-def _examples(inputs: Mapping[str, Tensor]) -> list[tuple[bytes, Tensor]]:
-    """Each example of a batch under its key, its (1 or 2, tokens) numbers without padding."""
-    how = b"bf16" if torch.is_autocast_enabled("cpu") else b""
-    columns = [inputs[c] for c in ("input_ids", "token_type_ids") if c in inputs]
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    rows = [torch.stack([c[i, :n] for c in columns]) for i, n in enumerate(lengths)]
-    return [(how + row.numpy().tobytes(), row) for row in rows]
 
 
 class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)

@@ -1,0 +1,77 @@
+"""The devices of this machine, and whether what a client needs fits there."""
+
+from collections.abc import Iterator
+
+from fedlora.config.reader import Config
+from fedlora.launch.doctor.finding import Finding
+from fedlora.training.devices import HOST, OutOfMemory, found, is_host, memory_of, name_of, workers
+from fedlora.training.footprint import Footprint, footprint
+from fedlora.training.model.model import Model
+
+LESS = "lower data.max-length, set train.gradient-checkpointing, or use a smaller base"
+RESERVE = 0.1
+"""Of a device's free memory, what is left alone: torch's own, and what the allocator cuts off."""
+
+
+def machine_devices() -> Finding:
+    """What torch can compute on here beside the host."""
+    devices = [d for d in found("auto") if not is_host(d)]
+    if not devices:
+        return Finding("ok", "no accelerator that torch knows: everything runs on the host")
+    each = (f"{name_of(d)}, {_gb(memory_of(d).total)}" for d in devices)
+    return Finding("ok", f"accelerators: {'; '.join(each)}")
+
+
+def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
+    """Whether a client fits on its device, and all of it into this machine's memory.
+
+    in_flight: bytes of messages that are under way at once.
+    """
+    try:
+        need = footprint(model, config)
+    except OutOfMemory:
+        size = model.longest(config.data.max_length)
+        what = f"{name_of(model.device)}: not two examples of {size} tokens fit beside the base"
+        yield Finding("problem", what, LESS)
+        return
+    if not is_host(model.device):
+        yield _on_card(model, config, need)
+    size = _examples(config)
+    clients = workers(config.simulate.workers, config.simulate.devices)
+    here = need.frozen + clients * (need.trained + need.activations(size))
+    total = (here if is_host(model.device) else 0) + 2 * in_flight + 5e8
+    have = memory_of(HOST).free
+    yield Finding(
+        "ok" if total < have else "problem",
+        f"memory: about {total / 1e9:.1f} GB needed, {have / 1e9:.1f} GB available",
+        "" if total < have else "lower train.batch-size, data.max-length or clients.ranks",
+    )
+
+
+def _on_card(model: Model, config: Config, need: Footprint) -> Finding:
+    """What a client needs on its card, which has the base already."""
+    size, device = _examples(config), model.device
+    free = int((1 - RESERVE) * memory_of(device).free) + need.frozen
+    said = (
+        f"{name_of(device)}: a client needs {_gb(need.of(size))} (base {_gb(need.frozen)}; "
+        f"factors, gradients and optimiser {_gb(need.trained)}; {size} examples of "
+        f"{model.longest(config.data.max_length)} tokens {_gb(need.activations(size))}), "
+        f"{_gb(free)} are free"
+    )
+    most = need.fitting(free)
+    if most >= size:
+        return Finding("ok", f"{said}; in one batch {most} examples would fit")
+    if most:
+        return Finding("problem", said, f"set train.microbatch = {most}")
+    return Finding("problem", said, LESS)
+
+
+def _examples(config: Config) -> int:
+    """Examples in memory at once."""
+    train = config.train
+    size = (config.privacy.microbatch if config.privacy.by_example else 0) or train.microbatch
+    return min(size or train.batch_size, train.batch_size)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,288 @@
+"""A run on a card is the run on the host, tensor by tensor: every strategy and adapter form.
+
+Bit for bit, where no kernel differs: with eager attention, and without dropout, whose masks are the
+card's own. The pretend cards have the host's kernels but for a few of Llama's.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.errors import FedLoraError, RoundError
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.forms import FORMS
+from fedlora.training import train
+from fedlora.training.model.model import Model
+from tests.support.killing import kill_on_card
+from tests.support.pretend_device import CAST, Card
+from tests.support.tiny_federation import Ran, federate, ranks_for, read_tensors
+
+Settings = Callable[..., dict[str, object]]
+Cards = list[Card]
+TWO = "pretend:1"
+SHORT: dict[str, object] = {
+    "run.rounds": 2,
+    "clients.count": 3,
+    "train.steps": 2,
+    "data.limit": 80,
+    "evaluate.every": 2,
+    "model.attention": "eager",
+    "model.dropout": 0.0,
+}
+EQUAL: dict[str, object] = {"strategy.name": "fedavg", "clients.ranks": "4"}
+PRIVATE = {**EQUAL, "privacy.epsilon": 8.0, "privacy.insecure-reproducible-noise": True}
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "example DP": PRIVATE,
+    "example DP in bfloat16": {**PRIVATE, "train.precision": "bfloat16"},
+    "example DP and prefix cache": {**PRIVATE, "lora.layers": "-1", "train.prefix-cache": 10},
+    "example DP on Ravan's cores": {
+        **PRIVATE, "strategy.name": "ravan", "clients.ranks": "4", "lora.layers": "",
+    },
+    "client DP": {**PRIVATE, "privacy.level": "client"},
+    "secure aggregation": {**EQUAL, "secure.aggregation": True},
+    "prefix cache": {"lora.layers": "-1", "train.prefix-cache": 10},
+    "bfloat16 autocast": {"train.precision": "bfloat16"},
+    "prefix cache in bfloat16": {
+        "lora.layers": "-1", "train.prefix-cache": 10, "train.precision": "bfloat16",
+    },
+    "bfloat16 base, changes beside it": {"model.dtype": "bfloat16", "strategy.name": "fedex"},
+    "float32 base, changes beside it": {
+        "model.merge": "keep-as-adapter", "strategy.name": "fedex",
+    },
+    "int8 on the wire": {"wire.dtype": "int8"},
+    "server optimiser": {**EQUAL, "server.optimizer": "fedadam", "server.lr": 0.01},
+    "personalised and alone": {"personalize.epochs": 1.0, "personalize.alone": True},
+    "baselines": {"evaluate.baselines": True},
+    "mean pooling": {"model.pooling": "mean"},
+    "sgd": {"train.optimizer": "sgd", "train.momentum": 0.9},
+    "microbatches": {"train.microbatch": 3},
+    "modules trained whole": {"lora.modules-to-save": "pooler.dense"},
+    "legend": {"ranks.policy": "legend", "strategy.name": "fedavg"},
+    "multi-krum": {**EQUAL, "robust.method": "multi-krum", "clients.count": 5},
+    "buffered": {**EQUAL, "round.buffer": 2},
+    "rslora": {"lora.use-rslora": True},
+}  # fmt: skip
+INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "loftq")
+SIZED: dict[str, dict[str, object]] = {
+    "c3a": {"clients.ranks": "8"},
+    "vblora": {"lora.options": "vector_length=4,num_vectors=32,topk=2"},
+}
+LANGUAGE: dict[str, dict[str, object]] = {
+    "gpt2": {"evaluate.generate-tokens": 2},
+    "gpt2, checkpointed": {"train.gradient-checkpointing": True},
+    "gpt2 in bfloat16": {"train.precision": "bfloat16"},
+    "gpt2, bfloat16 base": {"model.dtype": "bfloat16", "strategy.name": "fedex"},
+    "gpt2, example DP": PRIVATE,
+    "llama": {"evaluate.generate-tokens": 2},
+    "llama, checkpointed": {"train.gradient-checkpointing": True},
+}
+LEFT_OUT = ("lora", "alora", "shira")
+"""Forms that are not in the table: alora is no classifier's, and shira's tensors are sparse, which
+the pretend cards have not."""
+APART = {"llama": 1e-3}
+"""How far a tensor may be off, of its own size, where another kernel computes (RMSNorm)."""
+
+
+def tensors(ran: Ran) -> dict[str, Tensor]:
+    """All that a run leaves on disk: checkpoints, the clients' memory, the adapter."""
+    files = [*ran.directory.glob("checkpoint/*"), *ran.directory.glob("clients/*/*/*.safetensors")]
+    files += [ran.directory / "adapter" / "adapter_model.safetensors"]
+    at = {f: str(f.relative_to(ran.directory)).split("/") for f in files}
+    return {
+        f"{parts[0]}/{'/'.join(parts[2:] or parts[1:])}/{name}": x
+        for f, parts in at.items()
+        for name, x in read_tensors(f)[0].items()
+    }
+
+
+def trained(ran: Ran) -> dict[str, Tensor]:
+    """The same without the export, whose ranks and signs hang on the last bit."""
+    return {name: x for name, x in tensors(ran).items() if not name.startswith("adapter/")}
+
+
+def both(settings: Settings, kind: str, **changes: object) -> tuple[Ran, Ran]:
+    """The same run on the host and on a card."""
+    runs = []
+    for n, device in enumerate(("cpu", TWO)):
+        own = {**SHORT, **changes, "simulate.devices": device, "run.name": f"run-{n}"}
+        runs.append(federate(settings(kind, **own)))
+    return runs[0], runs[1]
+
+
+def worst(here: dict[str, Tensor], there: dict[str, Tensor]) -> tuple[float, str]:
+    """The tensor that is farthest off, relative to its own size; -1 where all bits are equal."""
+    assert here.keys() == there.keys()
+    gaps = {
+        name: float((x.double() - there[name].double()).norm() / (x.double().norm() + 1e-30))
+        for name, x in here.items()
+        if not torch.equal(x, there[name])
+    }
+    return max(((gap, name) for name, gap in gaps.items()), default=(-1.0, ""))
+
+
+def near(here: Any, there: Any, rel: float) -> bool:
+    """Do two records say the same, numbers to `rel`?"""
+    if isinstance(here, dict):
+        return here.keys() == there.keys() and all(near(here[k], there[k], rel) for k in here)
+    if isinstance(here, list):
+        return len(here) == len(there) and all(map(near, here, there, [rel] * len(here)))
+    if isinstance(here, float) and isinstance(there, float):
+        return math.isclose(here, there, rel_tol=rel, abs_tol=1e-6) or here != here
+    return bool(here == there)
+
+
+def compare(settings: Settings, kind: str = "bert", **changes: object) -> tuple[Ran, Ran]:
+    """Run on both; every tensor must have the same bits, and every figure of the record match."""
+    here, there = both(settings, kind, **changes)
+    of = trained if kind in APART else tensors
+    gap, name = worst(of(here), of(there))
+    assert gap <= APART.get(kind, -1.0), f"{name} is off by {gap:.1e}"
+    for x, y in zip(here.metrics, there.metrics, strict=True):
+        x["certificate"] = y["certificate"] = x["proof"] = y["proof"] = None
+        assert near(x, y, 1e-2 if kind in APART else 1e-6)
+    return here, there
+
+
+# -- in `make test` -------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_card_is_the_hosts_bit_for_bit(settings: Settings, cards: Cards) -> None:
+    """Mixed ranks, a base that moves, evaluation at both ends, proof and certificate."""
+    few = {"train.steps": 1, "clients.count": 2, "clients.ranks": "2,3", "data.limit": 50}
+    here, there = compare(settings, **{"strategy.name": "fedex", **few})
+    for ran in (here, there):
+        assert ran.rounds[-1]["proof"]["deviation"] < 2e-5
+        assert ran.rounds[-1]["certificate"]["excess"] < 1
+
+
+@pytest.mark.parametrize("slip", ["factor", "batch"])
+def test_a_tensor_left_behind_ends_a_client(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch, slip: str
+) -> None:
+    """What the table below would look like with a slip: an error reply that says so."""
+    if slip == "batch":
+        monkeypatch.setattr("fedlora.training.model.model.moved", lambda batch, _: batch)
+    real = Model.load
+
+    def load(model: Model, factors: Any, block: int = 0) -> None:
+        real(model, factors, block)
+        side = model.adapted[model._on()[0]].lora_A[model.active]
+        side.weight = torch.nn.Parameter(side.weight.detach().cpu())
+
+    if slip == "factor":
+        monkeypatch.setattr(Model, "load", load)
+    given = {**SHORT, **EQUAL, "simulate.devices": TWO}
+    with pytest.raises((RuntimeError, FedLoraError), match=r"device|client"):
+        federate(settings(**given))
+
+
+# -- the whole table ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy(settings: Settings, cards: Cards, name: str) -> None:
+    compare(settings, **{"strategy.name": name, "clients.ranks": ranks_for(name)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option(settings: Settings, cards: Cards, option: str) -> None:
+    CAST.clear()
+    compare(settings, **OPTIONS[option])
+    assert bool(CAST[torch.bfloat16]) is ("bfloat16" in option and "base" not in option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", INITS)
+def test_every_init(settings: Settings, cards: Cards, init: str) -> None:
+    compare(settings, **{**EQUAL, "lora.init": init})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [f for f in FORMS if f not in LEFT_OUT])
+def test_every_form(settings: Settings, cards: Cards, form: str) -> None:
+    given = {"strategy.name": "fedavg", "lora.form": form, "clients.ranks": "4"}
+    if not FORMS[form].size:
+        given["clients.ranks"] = "4,8,16"  # its default
+    compare(settings, **{**given, **SIZED.get(form, {})})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LANGUAGE)
+def test_every_language_model(settings: Settings, cards: Cards, case: str) -> None:
+    compare(settings, case.split()[0].rstrip(","), **LANGUAGE[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "option"), [("bert", {"strategy.name": "fedex"}), ("llama", {}), ("bert", PRIVATE)]
+)
+def test_without_float64_nothing_changes(
+    settings: Settings, cards: Cards, kind: str, option: dict[str, object]
+) -> None:
+    cards[1].float64 = False
+    compare(settings, kind, **option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_with_the_models_own_attention_rounding_is_all_that_differs(
+    settings: Settings, cards: Cards, kind: str
+) -> None:
+    here, there = both(settings, kind, **{"strategy.name": "fedex", "model.attention": "sdpa"})
+    gap, name = worst(trained(here), trained(there))
+    assert 0 < gap < 5e-3, f"{name} is off by {gap:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["mid-client", "checkpoint-kept", "half-a-line"])
+def test_a_run_killed_on_a_card_and_resumed_has_its_bits(
+    settings: Settings, cards: Cards, point: str
+) -> None:
+    """With dropout, which the card's own generator draws."""
+    given = {**SHORT, "run.rounds": 3, "model.dropout": 0.2, "strategy.name": "fedex"}
+    given = settings(**given, **{"simulate.devices": TWO})
+    whole = federate({**given, "run.name": "whole"})
+    kill_on_card(point, 2, given)
+    resumed = federate({**given, "run.resume": True})
+    assert worst(tensors(whole), tensors(resumed))[0] == -1.0
+    assert whole.metrics == resumed.metrics
+
+
+@pytest.mark.slow
+def test_dropout_on_a_card_is_its_own(settings: Settings, cards: Cards) -> None:
+    """So that a run there differs from the host's, which docs/gpu.md says."""
+    here, there = both(settings, "bert", **{**EQUAL, "model.dropout": 0.3})
+    assert worst(trained(here), trained(there))[0] > 1e-3
+
+
+@pytest.mark.slow
+def test_a_nodes_own_device_is_its_own(settings: Settings, cards: Cards) -> None:
+    """One client on a card, the others and the server on the host: the same bits, and no word of
+    it in what must match."""
+    given = {**SHORT, "strategy.name": "fedex", "simulate.devices": "cpu"}
+    whole = federate(settings(**given, **{"run.name": "host"}))
+    seen: list[str] = []
+    real = train.build_optimizer
+
+    def build(live: Any, *args: Any) -> Any:
+        seen.extend(sorted({str(p.device) for ps in live.values() for p in ps.values()}))
+        return real(live, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_optimizer", build)
+        mixed = federate(settings(**given, **{"run.name": "mixed"}), nodes={1: {"devices": TWO}})
+    assert {*seen} == {"cpu", TWO}
+    assert worst(tensors(whole), tensors(mixed))[0] == -1.0
+
+
+def test_a_nodes_device_that_is_not_there_is_its_own_error(settings: Settings) -> None:
+    given = {**SHORT, **EQUAL, "round.min-replies": 3}
+    with pytest.raises(RoundError, match=r"simulate\.devices = 'xpu'"):
+        federate(settings(**given), nodes={1: {"devices": "xpu"}})

@@ -1,0 +1,530 @@
+"""Devices: which is chosen, what lies where, and the traps that a card sets."""
+
+import ast
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
+from fedlora.lora.adapter import Pair
+from fedlora.strategies.base import Client, Version
+from fedlora.training import cache, devices, train
+from fedlora.training.data.batches import Encoded, collate
+from fedlora.training.devices import HOST, chosen, found, host_draws, own_draws
+from fedlora.training.footprint import footprint
+from fedlora.training.model import loading
+from fedlora.training.model.model import Model
+from fedlora.training.precision import autocast, computing, resolved
+from fedlora.training.train import build_optimizer, fit, steps, training
+from fedlora.training.training_check import check_training
+from tests.house.test_house_rules import SOURCES
+from tests.support.pretend_device import CAST, READ, Card, Module
+
+Settings = Callable[..., dict[str, object]]
+Cards = list[Card]
+TWO = "pretend:1"
+STILL = {"model.dropout": 0.0, "model.attention": "eager", "data.limit": 60}
+
+
+def ready(
+    settings: Settings, device: str, kind: str = "bert", **changes: object
+) -> tuple[Model, Encoded, Config]:
+    """A model on a device, loaded with first factors whose B is not 0, and a client's rows."""
+    given = {**STILL, "simulate.devices": device, **changes}
+    config = Config.read(settings(kind, **given))
+    labels = cache.corpus(config).labels
+    model = cache.model(config, labels)
+    first = model.init_factors(Client(0, model.layers(dict.fromkeys(model.shapes, 3))), 0)
+    generator = torch.Generator().manual_seed(1)
+    for B in first.B.values():
+        B.add_(0.1 * torch.randn(B.shape, generator=generator))
+    model.load(first)
+    return model, cache.encoded("train", 0, config, labels), config
+
+
+def trained(settings: Settings, device: str, **changes: object) -> dict[str, Tensor]:
+    model, rows, config = ready(settings, device, **{"train.steps": 2, **changes})
+    fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+    return {f"{column}/{name}": x for column, name, x in model.read().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def off(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference over the largest number."""
+    largest = max(float(x.abs().max()) for x in a.values())
+    return max(float((a[k] - b[k]).abs().max()) for k in a) / largest
+
+
+# -- which ----------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_accelerator_where_there_is_one(cards: Cards) -> None:
+    assert [str(d) for d in found("auto")] == ["pretend:0", "pretend:1"]
+    assert str(chosen("auto")) == "pretend:0"
+    assert str(chosen("pretend:1,0")) == "pretend:1"
+    assert chosen("cpu") == HOST
+    Module.present = False
+    assert chosen("auto") == HOST
+
+
+@pytest.mark.parametrize("asked", ["cuda", "mps", "xpu:0", "pretend:2"])
+def test_a_device_that_is_not_here_is_refused_by_name(cards: Cards, asked: str) -> None:
+    with pytest.raises(ConfigError, match=f"simulate.devices = '{asked}'.*pretend"):
+        found(asked)
+
+
+@pytest.mark.parametrize("asked", ["", "0", "cuda:", "cuda:a", "CUDA", "cuda:0-1", "cuda 0"])
+def test_what_names_no_device_is_refused_as_it_is_read(asked: str) -> None:
+    with pytest.raises(ConfigError, match=r"simulate\.devices"):
+        Config.read({"simulate.devices": asked})
+
+
+def test_a_device_is_never_what_server_and_client_must_share() -> None:
+    configs = [Config.read({"simulate.devices": d}) for d in ("auto", "cpu", "cuda:1")]
+    assert len({c.identity() for c in configs}) == 1
+
+
+def test_only_one_file_knows_kinds_of_devices() -> None:
+    """Elsewhere their names stand in docstrings at most: nothing is decided by one."""
+    kinds = ("cuda", "mps", "xpu")
+    for path in SOURCES:
+        if path.name == "devices.py" and path.parent.name == "training":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        said = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in kinds, f"{path.name}:{node.lineno} {node.attr}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words = node.value.replace(":", " ").split()
+                known = node.value == "cpu" or any(kind in words for kind in kinds)
+                assert id(node) in said or not known, f"{path.name}:{node.lineno} {node.value}"
+
+
+# -- what lies where ------------------------------------------------------------------------------
+
+
+def test_the_model_is_on_its_device_and_what_leaves_it_on_the_host(
+    settings: Settings, cards: Cards
+) -> None:
+    model, rows, config = ready(settings, TWO)
+    assert {str(p.device) for p in model.peft.parameters()} == {TWO}
+    x = {m: torch.ones(s.k, 2, dtype=torch.float64) for m, s in model.shapes.items()}
+    with model.base_gradients() as gradients:
+        train.example_losses(model, collate(rows, torch.arange(2))).sum().backward()
+        leaves = [*gradients().values()]
+    leaves += [*model.weights().values(), *model.probe(x).values(), *model.change(x).values()]
+    leaves += [t for _, _, t in model.read().items()]
+    assert {x.device for x in leaves} == {HOST}
+    assert str(model.logits(collate(rows, torch.arange(2))).device) == TWO
+    assert config.simulate.devices == TWO
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_model_is_the_same_on_every_device(settings: Settings, cards: Cards, kind: str) -> None:
+    """Its fingerprint, with a newly drawn head, and its first factors: drawn on the host."""
+    seen = []
+    for device in ("cpu", TWO):
+        model, _, _ = ready(settings, device, kind)
+        seen.append((model.fingerprint, {f"{c}/{n}": x for c, n, x in model.read().items()}))
+    assert seen[0][0] == seen[1][0]
+    assert same(seen[0][1], seen[1][1])
+
+
+def test_a_head_drawn_on_a_card_would_be_another(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = ready(settings, "cpu")[0].fingerprint
+
+    @contextmanager
+    def drawn_there(device: torch.device, seed: int) -> Any:
+        with own_draws(device, seed):
+            yield
+
+    monkeypatch.setattr(loading, "host_draws", drawn_there)
+    assert ready(settings, TWO)[0].fingerprint != here
+
+
+def test_a_base_is_loaded_straight_to_its_card(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    real = loading._whole
+
+    def whole(cls: Any, path: str, options: Any) -> Any:
+        given.append(options.get("device_map"))
+        return real(cls, path, options)
+
+    monkeypatch.setattr(loading, "_whole", whole)
+    ready(settings, TWO)
+    ready(settings, "cpu")
+    assert given == [{"": torch.device(TWO)}, None]
+
+
+def test_a_moving_bases_origin_is_not_on_the_card_twice(settings: Settings, cards: Cards) -> None:
+    model, _, _ = ready(settings, TWO)
+    before = cards[1].used
+    change = {m: Pair(torch.ones(1, s.k), torch.ones(s.d, 1), 0.1) for m, s in model.shapes.items()}
+    model.rebase("run", [Version(1, change)])
+    assert cards[1].used == before
+    assert {x.device for x in model.base._origin.values()} == {HOST}
+    host, _, _ = ready(settings, "cpu")
+    host.rebase("run", [Version(1, change)])
+    for m in model.shapes:
+        there = model.adapted[m].get_base_layer().weight
+        assert torch.equal(there.cpu(), host.adapted[m].get_base_layer().weight)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_changes_beside_a_bfloat16_base_are_there_once_and_cast_as_its_products_are(
+    settings: Settings, cards: Cards, precision: str
+) -> None:
+    model, rows, config = ready(
+        settings, TWO, **{"model.dtype": "bfloat16", "train.precision": precision}
+    )
+    change = {
+        m: Pair(torch.ones(1, s.k), torch.ones(s.d, 1), 0.01) for m, s in model.shapes.items()
+    }
+    model.rebase("run", [Version(1, change)])
+    READ.clear()
+    CAST.clear()
+    model.peft.eval()
+    with torch.no_grad():
+        train.example_losses(model, collate(rows, torch.arange(2)), config.train.precision)
+    assert not READ["to host"]
+    deltas = [d for term in model.base._terms.values() for d in term.deltas]
+    assert {str(d.A.device) for d in deltas if isinstance(d, Pair)} == {TWO}
+    assert bool(CAST[torch.bfloat16]) is (precision == "bfloat16")
+
+
+def test_float64_goes_to_the_host_first(settings: Settings, cards: Cards) -> None:
+    """As on Apple's cards, which have none."""
+    cards[1].float64 = False
+    model, rows, config = ready(settings, TWO)
+    x = {m: torch.ones(s.k, 2, dtype=torch.float64) for m, s in model.shapes.items()}
+    model.change(x)
+    model.probe(x)
+    check_training(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+    fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+
+
+# -- chance ---------------------------------------------------------------------------------------
+
+
+def test_dropout_follows_from_seed_round_and_client_on_the_card(
+    settings: Settings, cards: Cards
+) -> None:
+    def masks(round: int, client: int, seed: int = 0) -> dict[str, Tensor]:
+        changes = {"model.dropout": 0.5, "run.seed": seed}
+        model, rows, config = ready(settings, TWO, **changes)
+        state = cards[1].generator.get_state()
+        cards[1].generator.manual_seed(len(drawn))  # whatever was drawn before
+        with training(model, config, round, client):
+            x = train.example_losses(model, collate(rows, torch.arange(3))).detach().cpu()
+        cards[1].generator.set_state(state)
+        drawn.append(x)
+        return {"losses": x}
+
+    drawn: list[Tensor] = []
+    first = masks(1, 0)
+    assert same(first, masks(1, 0))
+    assert not same(first, masks(1, 1))
+    assert not same(first, masks(2, 0))
+
+
+def test_generators_are_put_back_on_card_and_host(cards: Cards) -> None:
+    states = [torch.get_rng_state(), *(card.generator.get_state() for card in cards)]
+    for within in (own_draws, host_draws):
+        with within(torch.device(TWO), 7):
+            torch.dropout(torch.ones(9, device=TWO), 0.5, train=True)
+            torch.dropout(torch.ones(9), 0.5, train=True)
+        now = [torch.get_rng_state(), *(card.generator.get_state() for card in cards)]
+        assert all(torch.equal(a, b) for a, b in zip(states, now, strict=True)), within
+
+
+def test_own_draws_seeds_its_own_card_and_no_other(cards: Cards) -> None:
+    other = cards[0].generator.get_state()
+    with own_draws(torch.device(TWO), 7):
+        a = torch.rand(3, device=TWO).cpu()
+        assert torch.equal(cards[0].generator.get_state(), other)
+    with own_draws(torch.device(TWO), 7):
+        assert torch.equal(torch.rand(3, device=TWO).cpu(), a)
+
+
+def test_host_draws_gives_the_hosts_numbers_on_a_card(cards: Cards) -> None:
+    drawn = []
+    for device in ("cpu", TWO):
+        with host_draws(torch.device(device), 5):
+            x = torch.empty(4, 3, device=device).normal_(0, 0.02)
+            drawn.append([x.cpu(), torch.randn(2, device=device).cpu()])
+            assert str(x.device) == device
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+def test_autocast_is_on_where_the_model_is(settings: Settings, cards: Cards) -> None:
+    CAST.clear()
+    trained(settings, TWO, **{"train.precision": "bfloat16"})
+    assert CAST[torch.bfloat16] > 10
+    assert not torch.is_autocast_enabled("pretend")
+    CAST.clear()
+    trained(settings, TWO, **{"train.precision": "float32"})
+    assert not CAST
+
+
+def test_a_hosts_autocast_is_off_on_a_card(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slip that the test above sees: the run goes on, in float32."""
+    monkeypatch.setattr(train, "autocast", lambda precision, _: autocast(precision, HOST))
+    CAST.clear()
+    trained(settings, TWO, **{"train.precision": "bfloat16"})
+    assert not CAST
+
+
+def test_a_cast_that_outlives_a_step_is_seen_on_a_card(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedlora.errors import TrainingCheckError
+    from fedlora.training import loss_check, training_check
+
+    model, rows, config = ready(settings, TWO, **{"train.precision": "bfloat16"})
+    check_training(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+    real = training_check.training
+
+    @contextmanager
+    def around(*args: Any) -> Any:
+        with real(*args), torch.autocast("pretend", torch.bfloat16):  # with its cache
+            yield
+
+    @contextmanager
+    def none(*_: Any) -> Any:
+        yield
+
+    monkeypatch.setattr(training_check, "training", around)
+    for module in (train, loss_check):
+        monkeypatch.setattr(module, "autocast", none)
+    with pytest.raises(TrainingCheckError):
+        check_training(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+
+
+def test_precision_is_the_cards_own(cards: Cards) -> None:
+    assert resolved("auto", torch.device(TWO)) == "bfloat16"
+    assert "Pretend accelerator 1" in computing("auto", torch.device(TWO))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tf32_is_off_and_determinism_as_asked_whatever_others_set(
+    settings: Settings, cards: Cards, deterministic: bool
+) -> None:
+    ready(settings, TWO, **{"train.deterministic": deterministic})
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(not deterministic)
+    ready(settings, TWO, **{"train.deterministic": deterministic})  # as each message does
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+def test_states_of_the_prefix_are_apart_by_device_and_precision(
+    settings: Settings, cards: Cards
+) -> None:
+    last = {"lora.layers": "-1", "train.prefix-cache": 10}
+    model, rows, _ = ready(settings, TWO, **last)
+    assert model.prefix
+    batch = collate(rows, torch.arange(3))
+    keys = []
+    for precision in ("float32", "bfloat16"):
+        with torch.no_grad(), autocast(precision, model.device):
+            model.logits({k: x for k, x in batch.items() if k != "labels"})
+            keys.append({key for key, _ in model.prefix._examples(batch)})
+    assert not keys[0] & keys[1]
+    assert {*model.prefix._kept} == keys[0] | keys[1]
+    assert {str(x.device) for x in model.prefix._kept.values()} == {TWO}
+    host, _, _ = ready(settings, "cpu", **last)
+    assert host.prefix
+    assert not {key for key, _ in host.prefix._examples(batch)} & keys[0]
+
+
+# -- time and memory ------------------------------------------------------------------------------
+
+
+def test_a_step_waits_for_nothing(settings: Settings, cards: Cards) -> None:
+    """What is read of a card does not grow with the steps: the losses are read once."""
+    reads = []
+    for n in (2, 5):
+        model, rows, config = ready(settings, TWO, **{"train.steps": n})
+        READ.clear()
+        fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+        reads.append(READ["item"] + READ["to host"] + READ["synchronize"])
+    assert reads[0] == reads[1] <= 4
+
+
+def test_times_are_read_after_the_card_has_done_its_work(
+    cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("mark")
+
+        def elapsed_time(self, _: Any) -> float:
+            order.append("read")
+            return 2000.0
+
+    monkeypatch.setattr(Module, "Event", Event)
+    monkeypatch.setattr(Module, "synchronize", lambda *_: order.append("wait"))
+    watch = devices.Stopwatch(torch.device(TWO))
+    for _ in range(2):
+        with watch.timed("forward"):
+            pass
+    assert watch.seconds("forward") == 4.0
+    assert watch.seconds("backward") == 0.0
+    assert order == ["mark"] * 4 + ["wait", "read", "read", "wait"]
+
+
+def test_gradients_of_microbatches_add_up_to_the_batches_own(settings: Settings) -> None:
+    whole = trained(settings, "cpu", **{"train.prox": 0.1})
+    for size in (1, 3, 7):
+        parts = trained(settings, "cpu", **{"train.prox": 0.1, "train.microbatch": size})
+        assert off(whole, parts) < 1e-4, size
+    assert same(whole, trained(settings, "cpu", **{"train.prox": 0.1, "train.microbatch": 8}))
+
+
+def test_a_microbatch_needs_less_of_a_card(settings: Settings, cards: Cards) -> None:
+    peaks = []
+    for size in (0, 2):
+        model, rows, config = ready(settings, TWO, **{"train.steps": 1, "train.microbatch": size})
+        devices.forget_most(model.device)
+        fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+        peaks.append(devices.most_used(model.device) - cards[1].used)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_what_a_client_is_said_to_need_is_what_it_takes(
+    settings: Settings, cards: Cards, kind: str
+) -> None:
+    model, _, config = ready(settings, TWO, kind, **{"data.max-length": 24})
+    need = footprint(model, config)
+    one = collate_of_longest(model, config, 6)
+    optimizer = build_optimizer(live := model.trainable(frozenset("AB")), config.train, 0.1)
+    before = cards[1].used
+    devices.forget_most(model.device)
+    with training(model, config, 1, 0):
+        for _ in steps(model, [one, one], live, optimizer, config):
+            pass
+    taken = devices.most_used(model.device) - before
+    assert taken == pytest.approx(need.trained + need.activations(6), rel=0.25)
+
+
+def collate_of_longest(model: Model, config: Config, n: int) -> dict[str, Tensor]:
+    from fedlora.training.footprint import _longest
+
+    return _longest(model, config, n)
+
+
+def test_the_hosts_count_is_near_the_cards(settings: Settings, cards: Cards) -> None:
+    """Of what a forward pass keeps; the card's peak has what comes and goes beside it."""
+    there = footprint(*ready(settings, TWO)[::2])
+    here = footprint(*ready(settings, "cpu")[::2])
+    assert here.frozen == there.frozen
+    assert here.trained == there.trained
+    assert 0.5 * there.activations(8) < here.activations(8) <= 1.1 * there.activations(8)
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+def test_one_process_computes_on_a_card(cards: Cards) -> None:
+    assert devices.workers(0, TWO) == 1
+    with pytest.raises(ConfigError, match=r"simulate\.workers = 2: on pretend"):
+        devices.workers(2, TWO)
+    assert devices.workers(2, "cpu") == 2
+
+
+def test_a_process_that_has_used_a_card_is_not_copied(settings: Settings, cards: Cards) -> None:
+    from client_app.app import app
+    from fedlora.launch.simulate.grid import LocalGrid
+
+    held = torch.ones(3, device=TWO)
+    with (
+        LocalGrid(app, 2, Config.read(settings()).flat(), workers=2) as grid,
+        pytest.raises(ConfigError, match="copy of a process"),
+    ):
+        grid._hire()
+    del held
+    devices.check_fork()
+
+
+# -- privacy --------------------------------------------------------------------------------------
+
+
+def clipped(settings: Settings, device: str, microbatch: int = 0) -> dict[str, Tensor]:
+    """The clipped sum of six examples' gradients, before noise, by name."""
+    from fedlora.privacy.per_example import kept_apart
+    from fedlora.privacy.training import clipped_sum
+
+    model, rows, config = ready(settings, device, **{"train.microbatch": microbatch})
+    live = model.trainable(frozenset({"A", "B", "other"}))
+    named = {f"{c}/{name}": p for c, ps in live.items() for name, p in ps.items()}
+    params = tuple(named.values())
+    with kept_apart(model.peft, model.active, frozenset(params)) as sink:
+        found, _ = clipped_sum(model, rows, torch.arange(6), params, sink, config, 0.3)
+    assert {x.device for x in found.total.values()} == {HOST}
+    return {name: found.total[p] for name, p in named.items()}
+
+
+def test_a_private_sum_is_the_hosts_on_a_card(settings: Settings, cards: Cards) -> None:
+    assert same(clipped(settings, "cpu"), clipped(settings, TWO))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_private_sum_does_not_hang_on_what_is_in_memory_at_once(
+    settings: Settings, size: int
+) -> None:
+    whole, parts = clipped(settings, "cpu"), clipped(settings, "cpu", size)
+    gap = sum(float((whole[k] - parts[k]).square().sum()) for k in whole) ** 0.5
+    assert gap < 1e-6 * 0.3
+
+
+# -- doctor ---------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_a_client_needs_and_refuses_what_cannot_fit(
+    settings: Settings, cards: Cards
+) -> None:
+    from fedlora.launch.doctor.the_memory import fits, machine_devices
+
+    model, _, config = ready(settings, TWO)
+    assert "Pretend accelerator 0" in machine_devices().what
+    (card, host) = fits(model, config, 0)
+    assert (card.level, host.level) == ("ok", "ok")
+    need = footprint(model, config)
+    cards[1].limit = int((cards[1].used + need.trained + need.activations(3)) / 0.9)
+    (card, _) = fits(model, config, 0)
+    assert card.level == "problem"
+    assert card.do == "set train.microbatch = 3"
+    small = config.model_copy(update={"train": config.train.model_copy(update={"microbatch": 3})})
+    assert next(fits(model, small, 0)).level == "ok"
+    cards[1].limit = cards[1].used + need.trained
+    card = next(fits(model, config, 0))
+    assert card.level == "problem"
+    assert "smaller base" in card.do
