@@ -50,7 +50,8 @@ class ClippedSum:
     def add(self, found: Mapping[nn.Parameter, Gradient]) -> None:
         finite, c = clipping(found, self.C)
         for p, gradient in finite.items():
-            self.total[p] += on_host(gradient.weighted_sum(c.to(p.device)))
+            there = c.to(torch.promote_types(p.dtype, torch.float32)).to(p.device)
+            self.total[p] += on_host(gradient.weighted_sum(there))
         self.examples += len(c)
         self.clipped += int((c < 1).sum())
 
