@@ -171,7 +171,7 @@ def test_a_tensor_left_behind_ends_a_client(
 
     def load(model: Model, factors: Any, block: int = 0) -> None:
         real(model, factors, block)
-        side = model.adapted[model._on()[0]].lora_A[model.active]
+        side = model.adapted[next(iter(model.held()))].lora_A[model.active]
         side.weight = torch.nn.Parameter(side.weight.detach().cpu())
 
     if slip == "factor":
