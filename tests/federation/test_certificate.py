@@ -20,7 +20,7 @@ from fedlora.strategies.base import Client, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
-from fedlora.training import cache, certificate
+from fedlora.training import cache, certificate, devices
 from fedlora.training.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
 from fedlora.training.model import expert
 from fedlora.training.model.model import Model
@@ -292,9 +292,12 @@ def test_it_imports_nothing_of_what_it_checks() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fedlora")
     }
-    assert ours == {"fedlora.training.model.expert", "fedlora.training.model.model"}
-    own = Path(expert.__file__).read_text()
-    assert "fedlora.lora" not in own, "it reads an expert without the algebra of pairs"
+    near = "fedlora.training"
+    assert ours == {f"{near}.devices", f"{near}.model.expert", f"{near}.model.model"}
+    for module in (expert, devices):
+        own = Path(module.__file__).read_text()
+        assert "fedlora.lora" not in own, "it reads and moves without the algebra of pairs"
+        assert "fedlora.strategies" not in own
 
 
 # -- what is found --------------------------------------------------------------------------------
@@ -479,7 +482,7 @@ def an_old_head(patch: Patch) -> None:
     patch.setattr(finish, "save_peft", save)
 
 
-@pytest.mark.parametrize("pooling", ["default", "mean"])
+@pytest.mark.parametrize("pooling", ["default", pytest.param("mean", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plant", [one_percent_off, an_old_head])
 def test_an_adapter_that_is_not_the_model_is_not_passed_off_as_it(
     settings: Settings, monkeypatch: Patch, plant: Callable[[Patch], None], pooling: str

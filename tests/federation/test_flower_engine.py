@@ -25,6 +25,7 @@ def namespaces() -> bool:
     return subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Flower's engine needs Ray")
 @pytest.mark.skipif(not namespaces(), reason="no network namespaces here, and Ray listens widely")
 def test_flowers_engine_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_to_import_it_loads_no_torch() -> None:
     assert python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_no_module_hides_a_public_name() -> None:
     """Importing every module of every room, old names too, leaves each what it is."""
     code = """
@@ -96,6 +97,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTRY", Registry({}, []))
 
 
+@pytest.mark.slow
 def test_every_public_name_has_an_example_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None
 ) -> None:

@@ -50,6 +50,7 @@ def refused(fab: bytes) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_bundles_that_fedlora_makes_are_taken(honest: bytes, whole: bytes) -> None:
     bundle.check(honest)
     bundle.check(whole)

@@ -211,6 +211,7 @@ def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
     assert rounds == {"fedex": 10, "ffa": 40, "flora": 4}  # ffa is held at four times the rounds
 
 
+@pytest.mark.slow
 def test_search_gives_each_row_the_value_that_it_scores_best_with(
     tmp_path: Path, settings: Settings
 ) -> None:

@@ -103,6 +103,7 @@ def play(path: str) -> None:
 SMALL = {"clients.count": 2, "run.rounds": 2, "train.epochs": 3.0, "evaluate.clients": False}
 
 
+@pytest.mark.slow
 def test_a_federation_learns_and_is_exact_under_every_instruction_set_of_this_processor(
     settings: Settings, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:

@@ -51,6 +51,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 def test_the_page_about_python_runs_from_top_to_bottom(tmp_path: Path) -> None:
     text = (DOCS / "use" / "python.md").read_text()
     blocks = dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', text, flags=re.S))

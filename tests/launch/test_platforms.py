@@ -54,6 +54,7 @@ def mine(settings: Settings, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_without_fork_fcntl_and_unix_sockets_a_simulation_runs_in_one_process(mine: Path) -> None:
     done = fedlora(mine.parent, "simulate", mine.name, before=WINDOWS)
     assert done.returncode == 0, done.stderr

@@ -127,6 +127,7 @@ def test_it_says_what_it_is(metadata: Message) -> None:
     assert not {"Author", "Author-email", "Maintainer", "Home-page", "Project-URL"} & set(metadata)
 
 
+@pytest.mark.slow
 def test_a_node_with_the_wheel_takes_the_bundle_of_the_checkout(place: Place) -> None:
     (place.directory / "app.fab").write_bytes(built(ROOT))
     code = (

@@ -508,6 +508,7 @@ def test_a_private_sum_does_not_hang_on_what_is_in_memory_at_once(
 # -- doctor ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_doctor_says_what_a_client_needs_and_refuses_what_cannot_fit(
     settings: Settings, cards: Cards
 ) -> None:
