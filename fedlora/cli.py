@@ -10,6 +10,7 @@ import typer
 from fedlora.launch.deploy.cli import app as deploy
 from fedlora.launch.guard import guarded
 from fedlora.launch.lab.cli import app as privacy
+from fedlora.launch.node_cli import app as node
 from fedlora.version import __version__
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(deploy, name="deploy")
+app.add_typer(node, name="node")
 app.add_typer(privacy, name="privacy")
 
 Set = Annotated[

@@ -1,5 +1,6 @@
 """The errors fedlora raises for a user to read. Anything else that escapes is a bug."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 
@@ -126,6 +127,20 @@ class BundleError(FedLoraError):
     """
 
     may_leave = True
+
+
+class PolicyError(FedLoraError):
+    """A node's own policy does not allow what is asked. Nothing was read, or nothing more.
+
+    Its words name keys and limits that everybody knows, and no value of the policy: those are in
+    `reasons`, which stay on the node.
+    """
+
+    may_leave = True
+
+    def __init__(self, what: str, reasons: Sequence[str] = ()) -> None:
+        self.reasons = (*reasons,) or (what,)
+        super().__init__(what)
 
 
 class CompareError(FedLoraError):

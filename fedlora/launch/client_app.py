@@ -70,13 +70,17 @@ def answer(
     try:
         own = {"user-code": allowed, "data-path": rows}  # a node's own config comes first
         for key, value in own.items():
-            if value:
+            if value and not context.node_config.get("policy"):  # which says both itself
                 context.node_config.setdefault(key, value)
         if (came := handed_over(kind, message, context)) is not None:
             return came
+        from fedlora.federation.client.oversight import overseen
         from fedlora.launch.client_reply import handler_of
 
-        return Message(handler_of(kind, message, context)(message, context), reply_to=message)
+        with overseen(kind, message, context) as leave:
+            content = handler_of(kind, message, context)(message, context)
+            leave(content)
+        return Message(content, reply_to=message)
     except Exception as e:  # an import that fails, too: without a reply the server waits long
         return failed(e, message, context)
 

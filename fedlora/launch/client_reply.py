@@ -10,6 +10,7 @@ from functools import lru_cache
 from flwr.app import Context, Message
 
 from fedlora import preflight
+from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.client import handlers
@@ -17,6 +18,7 @@ from fedlora.federation.client.dispatch import HANDLERS, failed
 from fedlora.federation.client.handlers import Handler
 from fedlora.federation.client.job import read_config
 from fedlora.federation.client.node_config import check_node_config
+from fedlora.federation.client.oversight import overseen
 from fedlora.federation.wire.job import job_of
 from fedlora.training import user_code
 
@@ -27,7 +29,10 @@ UNCHECKED = ("query",)
 def reply(kind: str, message: Message, context: Context) -> Message:
     """The reply to a message of this kind, or an error reply with the reason. Never nothing."""
     try:
-        return Message(handler_of(kind, message, context)(message, context), reply_to=message)
+        with overseen(kind, message, context) as leave:
+            content = handler_of(kind, message, context)(message, context)
+            leave(content)
+        return Message(content, reply_to=message)
     except Exception as e:
         return failed(e, message, context)
 
@@ -41,9 +46,11 @@ def handler_of(kind: str, message: Message, context: Context) -> Handler:
     """
     check_node_config(context.node_config)
     if kind not in UNCHECKED:
-        config = read_config(context, job_of(message.content))
+        policy = Policy.of(context.node_config)
+        config = read_config(context, job_of(message.content), policy)
         problems = _problems(config)
-        if found := (*problems, *_strange(config, context)):
+        strange = () if policy else _strange(config, context)
+        if found := (*problems, *strange):
             raise ConfigError([*found]) if problems else ConfigError.public([*found])
     handler: Handler = getattr(handlers, HANDLERS[kind])
     return handler

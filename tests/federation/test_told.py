@@ -114,7 +114,12 @@ def test_every_error_of_ours_has_a_fixed_text_or_says_that_it_may_leave() -> Non
             assert ("Zanzibar" in told(made, own_machine=False)) == error.may_leave, error
             assert "Zanzibar" in told(made, own_machine=True)
     allowed = {e for e in vars(errors).values() if getattr(e, "may_leave", False)}
-    assert allowed == {errors.WireError, errors.TrainingCheckError, errors.BundleError}
+    assert allowed == {
+        errors.WireError,
+        errors.TrainingCheckError,
+        errors.BundleError,
+        errors.PolicyError,
+    }
 
 
 def test_only_keys_that_everybody_knows_are_named() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import flwr
 import pytest
 
+from fedlora.config.policy import Policy
 from fedlora.errors import BundleError, DeployError
 from fedlora.federation.wire.codes import LONGEST, Code
 from fedlora.federation.wire.same_machine import OWN_MACHINE
@@ -203,14 +204,12 @@ def test_a_node_of_an_unknown_flower_does_not_start(monkeypatch: pytest.MonkeyPa
         node.check_flower()
 
 
-def test_a_nodes_script_names_the_code_that_it_may_run(settings, tmp_path: Path) -> None:
+def test_a_nodes_policy_names_the_code_that_it_may_run(settings, tmp_path: Path) -> None:
     own = {"train.loss": "py:tests.support.own_code:smoothed", "evaluate.metrics": ""}
     given = {k: v for k, v in settings(**own).items() if k != "clients.count"}
     plan = init(Wanted(tmp_path / "dep", 1, overrides=given))
-    assert (
-        'user-code=\\"py:tests.support.own_code:smoothed\\"'
-        in (plan.node(0) / "node.sh").read_text()
-    )
+    policy = Policy.load(plan.node(0) / "node.toml")
+    assert policy.trust.code == ("py:tests.support.own_code:smoothed",)
     bundle.check(built(plan.app))
     assert Plan.load(plan.directory).code == ("py:tests.support.own_code:smoothed",)
     tree = tomllib.loads((plan.app / "pyproject.toml").read_text())

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys
@@ -74,7 +75,11 @@ def test_each_node_has_its_own_rank_rows_and_memory(plan: Plan) -> None:
     shared = config.model_copy(deep=True)
     for i in range(3):
         script = (plan.node(i) / "node.sh").read_text()
-        assert f"partition-id={i} num-partitions=3 rank={(2, 4, 2)[i]}" in script
+        assert f'partition-id={i} num-partitions=3 policy=\\"$PWD/node.toml\\"' in script
+        policy = Policy.load(plan.node(i) / "node.toml")
+        assert policy.model.rank == (2, 4, 2)[i]
+        assert policy.memory == plan.node(i) / "memory"
+        assert policy.data.path == str(plan.node(i) / "data")
         given = {**config.flat(), "data.node-path": str(plan.node(i) / "data")}
         labels = cache.corpus(config).labels
         own = cache.client_rows(i, Config.read(given), labels)
@@ -118,7 +123,7 @@ def test_systemd_takes_the_units_without_a_word(plan: Plan) -> None:
     assert (done.stdout, done.stderr) == ("", "")
     for name in ("fedlora-node", "fedlora-worker"):
         text = (plan.node(0) / f"{name}.service").read_text()
-        for own in ("node.key", "node.sh", "env.sh"):
+        for own in ("node.key", "node.toml", "node.sh", "env.sh"):
             assert f"ReadOnlyPaths=-/opt/fedlora/node-0/{own}\n" in text
 
 

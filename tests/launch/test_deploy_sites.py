@@ -1,8 +1,10 @@
 """Nodes whose files differ in columns, separator and encoding, as real processes over loopback."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from fedlora.launch.deploy import host
 from tests.conftest import tiny_settings
@@ -11,17 +13,6 @@ from tests.support.tiny_federation import federate, quick
 from tests.training.test_sites import NOTES, hospital
 
 pytestmark = pytest.mark.slow
-
-
-def words(site: dict[str, object]) -> str:
-    """A site's table as a node's --node-config has it, inside a shell's double quotes."""
-    own = {"data-path" if key == "path" else key: value for key, value in site.items()}
-    own["map"] = ",".join(own.get("map", []))  # type: ignore[call-overload]
-    return " ".join(
-        f"{key}={value}" if isinstance(value, int) else f'{key}=\\"{value}\\"'
-        for key, value in own.items()
-        if value
-    )
 
 
 def test_two_nodes_with_files_of_their_own_end_in_the_simulation_s_bytes(
@@ -36,14 +27,11 @@ def test_two_nodes_with_files_of_their_own_end_in_the_simulation_s_bytes(
     given = tiny_settings(tiny, tmp_path, "float32", "bert", **quick("fedex", **changes))
     plan = prepared(tmp_path / "dep", given, 2)
     for i, site in enumerate(sites):
-        script = plan.node(i) / "node.sh"
-        text = script.read_text()
-        assert f" rank={plan.rank(i)}" in text
-        own = words(site)
-        text = text.replace(
-            f" rank={plan.rank(i)}", "" if "rank=" in own else f" rank={plan.rank(i)}"
-        )
-        script.write_text(text.replace('--node-config "', f'--node-config "{own} '))
+        path = plan.node(i) / "node.toml"
+        policy = tomllib.loads(path.read_text())
+        policy["model"]["rank"] = site.get("rank", policy["model"]["rank"])
+        policy["data"] = {key: value for key, value in site.items() if key != "rank"}
+        path.write_text(tomli_w.dumps(policy))
     host.up(plan, print, timeout=300.0)
     try:
         status, results = ran(plan)

@@ -25,11 +25,12 @@ from flwr.app import (
     RecordDict,
 )
 
+from fedlora.config.policy import Policy
 from fedlora.errors import PrivacyError
 from fedlora.federation.client import error_feedback, machine
 from fedlora.federation.client.attempts import attempts
 from fedlora.federation.client.first_gradient import sketch
-from fedlora.federation.client.job import ClientJob, named
+from fedlora.federation.client.job import ClientJob, named, number_of
 from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
 from fedlora.federation.wire.messages import (
@@ -37,7 +38,6 @@ from fedlora.federation.wire.messages import (
     pack_factors,
     seq,
 )
-from fedlora.training import cache
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
 from fedlora.training.train import threads
@@ -47,11 +47,13 @@ Handler = Callable[[Message, Context], RecordDict]
 
 def query(_: Message, context: Context) -> RecordDict:
     """A new node's own facts: its client id, its rank and layers, its hardware."""
-    node = context.node_config
+    node, policy = context.node_config, Policy.of(context.node_config)
+    rank = policy.model.rank if policy else int(node.get("rank", 0))
+    layers = policy.model.layers if policy else int(node.get("layers", 0))
     facts: dict[str, Any] = {
-        "client": int(node.get("partition-id", context.node_id % 2**31)),
-        "rank": int(node.get("rank", 0)),  # 0: the server decides
-        "layers": int(node.get("layers", 0)),  # the most it has memory to train; 0: all
+        "client": number_of(context),
+        "rank": rank,  # 0: the server decides
+        "layers": layers,  # the most it has memory to train; 0: all
         **machine.facts(),
     }
     return RecordDict({"facts": ConfigRecord(facts)})
@@ -97,7 +99,7 @@ def gradient(message: Message, context: Context) -> RecordDict:
     work.check_clear("a first gradient")
     if work.config.privacy.on:
         raise PrivacyError.public("a sketch of the first gradient has no noise; nothing was sent")
-    rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
+    rows = work.rows("train")
     model = work.model()
     model.rebase(work.token, [])
     with threads(work.config.train.threads):
@@ -108,13 +110,13 @@ def gradient(message: Message, context: Context) -> RecordDict:
 def score(message: Message, context: Context) -> RecordDict:
     """Evaluate the download on this client's own test rows."""
     work = ClientJob.open(message, context)
-    test = cache.encoded("test", work.job.client, work.config, work.job.labels)
+    test = work.rows("test")
     if not work.may_report_metrics:
         return work.reply({"metrics": MetricRecord({"num-examples": 1})})
     with threads(work.config.train.threads), work.ready() as (model, _):
         scores = named("final", evaluate(model, test, work.config))
         wanted = work.config.personalize
-        rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
+        rows = work.rows("train")
         if wanted.epochs:
             trainable, kept = work.download.trainable, work.memory.own
             tuned = personalized(model, rows, test, work.config, work.job, trainable, kept)
@@ -132,7 +134,7 @@ def collect(message: Message, context: Context) -> RecordDict:
     work = ClientJob.open(message, context)
     work.check_clear("what it kept")
     kept = work.memory.recall(work.job.memory_round)
-    rows = cache.encoded("train", work.job.client, work.config, work.job.labels)
+    rows = work.rows("train")
     return work.reply(
         {
             "sent": pack_factors(kept, work.config.wire.dtype),

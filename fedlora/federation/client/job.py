@@ -16,10 +16,13 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.config.sites import COLUMNS
 from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.federation.client import error_feedback, witness
+from fedlora.federation.client.admit import admit, check, check_terms
+from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.node_config import check_from_server
 from fedlora.federation.client.secure_client import SecureClient
@@ -38,6 +41,9 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.model.model import Model
 from fedlora.training.precision import computing
 from fedlora.training.train import Fit, fit, threads
+
+NODES_LEDGER = "node"
+"""The ledger's name where a node has a policy."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,14 @@ class ClientJob:
     download: Download
     base_offset: Mapping[str, Delta]
     """What the run's initialisation subtracts from the base; in the first message only."""
+    policy: Policy | None = None
+    """The node's own, where it has one."""
 
     @classmethod
     def open(cls, message: Message, context: Context) -> "ClientJob":
         """The job that a message brings, under this node's own settings."""
-        job = job_of(message.content)
-        config = read_config(context, job)
+        job, policy = job_of(message.content), Policy.of(context.node_config)
+        config = read_config(context, job, policy)
         root = Path(config.output.client_memory or Path(config.run.out, config.run.name, "clients"))
         memory = ClientMemory(root, job.client, job.token)
         config = with_microbatch(config, memory.microbatch() or job.microbatch)
@@ -87,7 +95,8 @@ class ClientJob:
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
         first = message.content.get("base-offset")
         base_offset = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
-        return cls(config, job, config.build_strategy(), memory, download, base_offset)
+        strategy = config.build_strategy()
+        return cls(config, job, strategy, memory, download, base_offset, policy)
 
     @property
     def token(self) -> str:
@@ -122,6 +131,8 @@ class ClientJob:
         """May counts, losses, scores and timings leave? Under DP no noise covers them."""
         if self.config.secure.aggregation:
             return False
+        if self.policy and self.policy.privacy.metrics == "never":
+            return False
         return not self.config.privacy.on or self.config.privacy.release_metrics
 
     def check_clear(self, what: str) -> None:
@@ -133,8 +144,26 @@ class ClientJob:
             )
 
     def terms(self, cohort: int) -> Terms:
-        """The terms of a secure aggregation with a cohort of this size."""
-        return Terms.of(self.config, cohort)
+        """The terms of a secure aggregation with a cohort of this size.
+
+        Raises:
+            PolicyError: they are not what the node's policy demands.
+        """
+        terms = Terms.of(self.config, cohort)
+        return check_terms(self.policy, terms) if self.policy else terms
+
+    def rows(self, part: str) -> Encoded:
+        """This client's "train" or "test" rows, tokenised.
+
+        Raises:
+            PolicyError: it has fewer to train on than its policy demands.
+        """
+        config, job = self.config, self.job
+        if self.policy:
+            found = len(cache.client_rows(job.client, config, job.labels).train)
+            if found < (least := self.policy.data.smallest):
+                check([("so few rows", f"{found}, data.smallest = {least}")])
+        return cache.encoded(part, job.client, config, job.labels)
 
     def secure_client(self) -> SecureClient:
         """This client as a party of this round's secure aggregation."""
@@ -155,8 +184,7 @@ class ClientJob:
         if config.data.node_path:
             mine = cache.client_rows(job.client, config, job.labels)
             self.memory.check_rows(digest_of_rows([mine.train, mine.test]))
-        rows = cache.encoded("train", job.client, config, job.labels)
-        test = cache.encoded("test", job.client, config, job.labels)
+        rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
             begun = self.numbers(model)
@@ -167,6 +195,7 @@ class ClientJob:
             columns, penalty = self.download.trainable, self.download.penalty
             args = (model, rows, columns, config, job.round, job.client, penalty)
             local = LocalRound(partial(self.trainer(), *args))
+            counted_anew()
             yield local
             if judged:
                 scores |= named("after", evaluate(model, test, config))
@@ -212,6 +241,8 @@ class ClientJob:
 
         raw = cache.client_rows(job.client, config, job.labels).train
         data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
+        if self.policy:  # one node, one data set: no choice of a run's opens another ledger
+            data = NODES_LEDGER
         root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
         return partial(private_fit, ledger=Ledger(root, data), run=job.token)
 
@@ -241,11 +272,14 @@ class ClientJob:
         return RecordDict({"reply": ConfigRecord(tag), **records})
 
 
-def read_config(context: Context, job: Job) -> Config:
+def read_config(context: Context, job: Job, policy: Policy | None = None) -> Config:
     """The run config, with this node's own settings (data path, memory, devices) in place.
+
+    With a policy, only what that admits.
 
     Raises:
         ConfigError: it is not the server's, or asks for what this node does not allow.
+        PolicyError: the policy does not allow it.
     """
     shared = {**context.run_config, **job.changes}
     theirs = Config.read(shared)
@@ -258,6 +292,10 @@ def read_config(context: Context, job: Job) -> Config:
             ]
         )
     node = context.node_config
+    if policy:
+        if job.client != number_of(context):
+            check([("another client's number", f"{job.client}, this is {number_of(context)}")])
+        return admit(policy, context.run_config, job)
     check_from_server(theirs, node)
     own = {
         "data.node-path": node.get("data-path"),
@@ -269,6 +307,11 @@ def read_config(context: Context, job: Job) -> Config:
     }
     given = {**shared, **{key: value for key, value in own.items() if value}}
     return Config.read(given)
+
+
+def number_of(context: Context) -> int:
+    """Which client this node is."""
+    return int(context.node_config.get("partition-id", context.node_id % 2**31))
 
 
 def with_microbatch(config: Config, n: int) -> Config:

@@ -1,6 +1,10 @@
 """A node's own config: what its operator says of it, and what a server cannot.
 
+    flower-supernode --node-config 'partition-id=0 policy="/etc/fedlora/node.toml"'
     flower-supernode --node-config 'rank=8 data-path="/data" memory="/var/lib/fedlora"'
+
+With a policy (fedlora/config/policy.py) all but a few keys are said there, and there alone. Without
+one these keys are all that a node holds against a server's config: enough for a trial.
 
 A key that is none, or of another type, is an error before any message is answered: a limit that is
 misspelt would else be no limit.
@@ -28,11 +32,14 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "max-epsilon": NUMBER,
     "secure-aggregation": (bool,),
     "worker-socket": TEXT,
+    "policy": TEXT,
     "user-code": TEXT,
     "trust-remote-code": (bool,),
     OWN_MACHINE: (bool,),
 }
 """Every key of a node's config, and its types."""
+BESIDE = ("partition-id", "num-partitions", "worker-socket", "policy", OWN_MACHINE)
+"""What a node with a policy says beside it."""
 WHERE = "Fix this node's own config, --node-config of flower-supernode."
 
 
@@ -57,10 +64,16 @@ def _problems(given: Mapping[str, object]) -> Iterator[str]:
             yield f"node config, {key} = {str(value)[:80]!r}: must be {must}"
         elif isinstance(value, int | float) and not 0 <= value < 2**63:
             yield f"node config, {key} = {value}: must be 0 or more"
+        elif given.get("policy") and key not in BESIDE:
+            yield f"node config, {key}: say it in the policy, {given['policy']}, and there alone"
+    if given.get("policy") and given.get(OWN_MACHINE):
+        yield f"node config, {OWN_MACHINE} = true: a node with a policy is no run's user's machine"
 
 
 def check_from_server(config: Config, given: Mapping[str, object]) -> None:
     """Nothing, where what a server's config asks may be done here. On the user's own machine, all.
+
+    For a node without a policy: what can be refused without knowing what its operator wants.
 
     Raises:
         ConfigError: it is for this node's operator to allow, or leaves the node's directories.
@@ -73,6 +86,17 @@ def check_from_server(config: Config, given: Mapping[str, object]) -> None:
             "model.trust-remote-code = true: this node runs no code that comes with a model; its "
             "operator may allow it, trust-remote-code=true in its own node config"
         )
+    for key, value in (
+        ("privacy.ledger", config.privacy.ledger),
+        ("data.node-path", config.data.node_path),
+    ):
+        if value:
+            problems.append(
+                f"{key}: is set for all nodes at once; it is for each node's operator to say, in "
+                "its own node config or policy"
+            )
+    if config.output.client_memory and not given.get("memory"):
+        problems.append("output.client-memory: a node's own config names its memory, not a run")
     if not is_path_name(config.run.name):
         problems.append(
             "run.name: must be letters, digits, -, _ and . (128 at most, the first no dot) where "

@@ -20,6 +20,7 @@ from fedlora.errors import (
     BundleError,
     ClientError,
     FedLoraError,
+    PolicyError,
     TrainingCheckError,
 )
 
@@ -41,6 +42,8 @@ class Code(IntEnum):
     """The model does not train on this client as it must."""
     OTHER_CODE = 106
     """The server's app is not the code that the node has installed; nothing of it was run."""
+    NOT_ALLOWED = 107
+    """The node's own policy does not allow what is asked."""
 
 
 class FailureKind(StrEnum):
@@ -63,12 +66,15 @@ class FailureKind(StrEnum):
     """The server left it out of a secure aggregation: what it sends would be no sum."""
     OTHER_CODE = "code"
     """Its node runs its own fedlora alone, and the server's app is another."""
+    POLICY = "policy"
+    """Its node's own policy does not allow what was asked."""
 
 
 KINDS = {
     Code.BUDGET_SPENT: FailureKind.BUDGET,
     Code.UNTRAINABLE: FailureKind.UNTRAINED,
     Code.OTHER_CODE: FailureKind.OTHER_CODE,
+    Code.NOT_ALLOWED: FailureKind.POLICY,
     Code.WORKER_LOST: FailureKind.LOST,
     ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.LOST,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.LOST,
@@ -85,6 +91,8 @@ def code_of(error: Exception) -> Code:
         return Code.UNTRAINABLE
     if isinstance(error, BundleError):
         return Code.OTHER_CODE
+    if isinstance(error, PolicyError):
+        return Code.NOT_ALLOWED
     return Code.FAILED if isinstance(error, FedLoraError) else Code.BUG
 
 

@@ -12,7 +12,7 @@ import tomli_w
 
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
-from fedlora.launch.deploy import keys, scripts
+from fedlora.launch.deploy import keys, policy_file, scripts
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.guide import readme
 from fedlora.launch.deploy.plan import CONNECTION, LOOPBACK, Plan, free_ports
@@ -73,7 +73,7 @@ def init(wanted: Wanted) -> Plan:
         _write_rows(plan, config)
     _write_server(plan, wanted.days)
     for i in range(plan.clients):
-        _write_node(plan, i)
+        _write_node(plan, i, config)
     _write_app(plan, config)
     _write_around(plan)
     plan.save()
@@ -172,7 +172,7 @@ def _write_operator(plan: Plan) -> None:
     (home / "config.toml").write_text(tomli_w.dumps(tree))
 
 
-def _write_node(plan: Plan, i: int) -> None:
+def _write_node(plan: Plan, i: int, config: Config) -> None:
     directory = plan.node(i)
     for name in ("memory", "data"):
         (directory / name).mkdir(parents=True, exist_ok=True)
@@ -180,6 +180,7 @@ def _write_node(plan: Plan, i: int) -> None:
     if plan.secure:
         keys.node_key(directory)
         shutil.copy(plan.directory / "ca" / "ca.crt", directory)
+    (directory / policy_file.NAME).write_text(policy_file.policy_text(plan, i, config))
     _script(directory / "env.sh", scripts.ENVIRONMENT)
     _script(directory / "node.sh", scripts.node(plan, i))
     fixed = scripts.NODES_OWN

@@ -12,10 +12,11 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 
 from flwr.app import Context, Message
 
-from fedlora.errors import BundleError
+from fedlora.errors import BundleError, ConfigError
 from fedlora.federation.client.dispatch import failed
 from fedlora.federation.wire.codes import cleaned
 from fedlora.launch.client_app import app
@@ -33,7 +34,19 @@ def reply(message: Message, context: Context, bundle: bytes) -> Message:
             now = time.strftime("%Y-%m-%dT%H:%M:%S")
             said = f"{now} refused the app of run {context.run_id}: {cleaned(str(e))}"
             print(said, file=sys.stderr, flush=True)
+            _put_on_record(e, message, context)
         return failed(e, message, context)
+
+
+def _put_on_record(error: BundleError, message: Message, context: Context) -> None:
+    """In the audit of a node with a policy, where that can be read."""
+    from fedlora.config.policy import Policy
+    from fedlora.federation.client import audit
+
+    with suppress(ConfigError):
+        if policy := Policy.of(context.node_config):
+            kind = cleaned(message.metadata.message_type)
+            audit.refusal(policy, error, kind=kind, run=str(context.run_id))
 
 
 def main() -> None:

@@ -54,22 +54,16 @@ def gate(plan: Plan) -> str:
 
 
 def node(plan: Plan, i: int) -> str:
-    """A SuperNode with its own key, rank, data and memory."""
+    """A SuperNode with its own key and policy."""
     trust = "--insecure"
     if plan.secure:
         trust = "--root-certificates ca.crt --auth-supernode-private-key node.key"
     config = [
-        f"partition-id={i} num-partitions={plan.clients} rank={plan.rank(i)}",
-        'memory=\\"$PWD/memory\\"',
+        f"partition-id={i} num-partitions={plan.clients}",
+        'policy=\\"$PWD/node.toml\\"',
     ]
-    if plan.own_data:
-        config.append('data-path=\\"$PWD/data\\"')
     if plan.warm:
         config.append('worker-socket=\\"worker.sock\\"')
-    if plan.code:
-        config.append(f'user-code=\\"{",".join(plan.code)}\\"')
-    if plan.trust_remote_code:
-        config.append("trust-remote-code=true")
     return _script(
         f"Node {i}. FEDLORA_SUPERLINK overrides where the server is.",
         f"python -m fedlora.launch.deploy.node {trust} \\\n"
@@ -86,7 +80,7 @@ def worker(i: int) -> str:
     )
 
 
-NODES_OWN = ("node.key", "ca.crt", "env.sh", "node.sh", "worker.sh")
+NODES_OWN = ("node.key", "node.toml", "ca.crt", "env.sh", "node.sh", "worker.sh")
 """What no process of a node has to write: its key, and what its operator allows."""
 
 

@@ -1,0 +1,102 @@
+"""`fedlora node`: what a node's operator asks of the node's own policy and record."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedlora.config.policy import Policy
+    from fedlora.config.reader import Config
+
+app = typer.Typer(help="A node's own policy, node.toml, and its record.", no_args_is_help=True)
+NodeFile = Annotated[Path, typer.Argument(help="The node's node.toml.", show_default=False)]
+
+
+@app.callback()
+def own() -> None:
+    """A node's own policy, node.toml, and its record."""
+
+
+@app.command()
+def check(
+    policy: NodeFile,
+    run: Annotated[Path, typer.Argument(help="A run: an experiment's file or name, or the "
+                                             "config.toml of a run's directory.",
+                                        show_default=False)],
+) -> None:  # fmt: skip
+    """What of a run this node would refuse, and why; fails where it would refuse any."""
+    from fedlora.config.policy import Policy
+    from fedlora.launch.experiment_file import load
+
+    read = Policy.load(policy)
+    found = refusals(read, load(run))
+    for reason in found:
+        typer.echo(f"refused: {reason}")
+    if found:
+        raise typer.Exit(1)
+    typer.echo(f"{policy} allows {run}")
+
+
+def refusals(policy: "Policy", config: "Config") -> list[str]:
+    """Why the node would not take part in a run of this config; nothing where it would."""
+    from fedlora import preflight
+    from fedlora.errors import ConfigError, PolicyError
+    from fedlora.federation.client.admit import admit
+    from fedlora.federation.wire.job import Job
+
+    rank = policy.model.rank or max(config.clients.ranks)
+    job = Job(1, "check", "check", 0, {"a module": rank}, 0, 0, "", ())
+    needs, found = config.build_strategy().needs(), list[str]()
+    kinds = {
+        "query": True,
+        "train": not config.secure.aggregation,
+        "secagg": config.secure.aggregation,
+        "evaluate": config.evaluate.clients,
+        "gradient": needs.first_gradient,
+        "collect": needs.collect_at_end,
+    }
+    missing = [kind for kind, asked in kinds.items() if asked and kind not in policy.limits.kinds]
+    found += [f"messages of kind {kind}: not in limits.kinds" for kind in missing]
+    try:
+        found += preflight.problems(admit(policy, config.flat(), job))
+    except PolicyError as e:
+        found += e.reasons
+    except ConfigError as e:
+        found += e.problems
+    return found
+
+
+@app.command()
+def audit(
+    policy: NodeFile,
+    last: Annotated[int, typer.Option("-n", help="How many of the last lines; 0: all.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="The lines as they are.")] = False,
+) -> None:
+    """What this node was asked, what it refused, and all that left it."""
+    from fedlora.config.policy import Policy
+    from fedlora.federation.client.audit import read
+
+    book = Policy.load(policy).audit
+    lines = [*read(book)]
+    for line in lines[-last:] if last else lines:
+        typer.echo(json.dumps(line) if as_json else told(line))
+    if not as_json:
+        left = [x for x in lines if x.get("what") == "left"]
+        refused = sum(x.get("what") in ("refused", "failed") for x in lines)
+        sent = sum(int(x.get("bytes", 0)) for x in left)
+        typer.echo(f"{book}: {len(left)} replies left, {sent} bytes; {refused} without one")
+
+
+def told(line: object) -> str:
+    """A line of the record in words."""
+    from fedlora.federation.wire.codes import cleaned
+
+    x = line if isinstance(line, dict) else {}
+    parts = [str(x.get("time", "?")), str(x.get("what", "?")), str(x.get("kind", ""))]
+    for key in ("run", "round", "bytes", "epsilon", "policy", "error"):
+        parts += [f"{key} {x[key]}"] if key in x else []
+    parts += [", ".join(map(str, x.get("records", [])))]
+    parts += ["; ".join(map(str, x.get("reasons", [])))]
+    return "  ".join(cleaned(part) for part in parts if part)
