@@ -23,10 +23,10 @@ from tests.support.tiny_federation import federate
 Tree = dict[str, Any]
 
 
-def written(directory: Path, model: str, rows: str, **sections: Mapping[str, Any]) -> Path:
-    """A node.toml that allows this model and these rows, with what is given beside or instead."""
+def written(directory: Path, base: str, rows: str, **sections: Mapping[str, Any]) -> Path:
+    """A node.toml that allows this base and these rows, with what is given beside or instead."""
     tree: Tree = {
-        "model": {"allowed": {model: {}}},
+        "model": {"allowed": {base: {}}},
         "data": {"path": rows, "dedupe": False},
         "limits": {"steps": 50, "batch": 64, "rank": 16, "seconds": 120, "threads": 2},
     }

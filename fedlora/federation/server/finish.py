@@ -214,11 +214,15 @@ def client_lines(setting: Setting, session: Session, run: Saved) -> Iterator[dic
 
 
 def _untokenised(setting: Setting, client: int, trained: int) -> int | None:
-    """How many of its training rows a client's tokenizer left out; None where it does not say."""
+    """How many of its training rows a client's tokenizer left out; None where it does not say.
+
+    None, too, where it trained on more rows than the server dealt it: they are its node's own.
+    """
     c = setting.config
     told = trained and not c.secure.aggregation and not c.privacy.on
     told = told and c.data.long_texts == "cut"  # else a row may be several examples
-    return len(setting.corpus.client(client).train) - trained if told else None
+    dealt = len(setting.corpus.client(client).train)
+    return dealt - trained if told and trained <= dealt else None
 
 
 ROOM = 1.5

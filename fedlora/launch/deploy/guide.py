@@ -49,7 +49,10 @@ Or as services: copy the `.service` file of each directory to /etc/systemd/syste
 `systemctl enable --now` it. The units restart what ends; a node waits 65 s, since the server
 counts a killed node as connected for 60.
 
-Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its own evaluation.
+Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its own evaluation. Its
+`node.toml` says what it allows, whatever the server asks, and is its operator's to change;
+`fedlora node check node.toml run.toml` says what of a run it would refuse, `fedlora node audit
+node.toml` what was asked and what left.
 
 ## Who can do what
 
@@ -59,8 +62,8 @@ Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its 
   That is why it listens on loopback, and why the gate lets only /v1/fleet/* pass.
 - A node runs the fedlora that its operator installed, and never the app that the server sends: it
   refuses an app whose code is another. Code of your own goes into `app/` for the server, and the
-  same file into each node's directory by its operator; `user-code` in `node.sh` names what of it a
-  run may use.
+  same file into each node's directory by its operator; `trust.code` in `node.toml` names what of
+  it a run may use.
 """
 
 
