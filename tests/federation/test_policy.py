@@ -467,6 +467,7 @@ def test_the_record_is_only_ever_added_to(tmp_path: Path) -> None:
     assert not [*audit.read(tmp_path / "none")]
 
 
+@pytest.mark.slow
 def test_a_run_of_nodes_under_policies_ends_in_the_bytes_of_one_without(
     tiny: dict[str, str], tmp_path: Path
 ) -> None:
@@ -530,8 +531,10 @@ def test_the_ledger_is_one_whatever_a_run_does_to_the_rows(
     }
     kept, spent, ended = recorded(given, nodes), [0.0], ""
     for n in range(12):
-        more = {"data.map": f"animal=creature{n}", "data.limit": 20 + n, "run.seed": n + 1,
-                "privacy.ledger": f"{tmp_path}/fresh-{n}"}  # fmt: skip
+        more = {
+            "data.map": f"animal=creature{n}", "data.limit": 20 + n, "data.label": "text",
+            "privacy.ledger": f"{tmp_path}/fresh-{n}", "data.client-test-fraction": 0.1 + n / 100,
+        }  # fmt: skip
         reply = asked(kept, nodes[0], config=more, records={"job": {"token": f"run-{n}"}})
         if reply.has_error():
             ended = reply.error.reason

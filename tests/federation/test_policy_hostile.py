@@ -174,7 +174,7 @@ WORST = ["data.path", "data.node-path", "data.map", "data.label", "data.limit", 
 
 @pytest.mark.parametrize("key", WORST)
 def test_the_keys_that_owned_a_node_do_no_more(stage: Stage, key: str) -> None:
-    drawn = random.Random(key).sample(range(len(hostile(key, ""))), 3)
+    drawn = random.Random(key).sample(range(len(hostile(key, ""))), 2)
     for n in drawn:
         tried(stage, key, n)
 
