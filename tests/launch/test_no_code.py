@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.config.policy import Policy
+from fedlora.federation.client import audit
 from fedlora.federation.wire.codes import Code
 from fedlora.launch.deploy import host, node
 from fedlora.launch.deploy.operator import Operator
@@ -158,6 +160,11 @@ def test_an_honest_run_ends_well_afterwards_and_nodes_ran_installed_code_alone(
     allowed = (sys.base_prefix, sys.prefix, str(ROOT / "fedlora"), str(SUPPORT / "audited"), "<")
     for i in range(2):
         assert not (deployed.node(i) / "home" / "apps").exists()
+        book = [*audit.read(Policy.load(deployed.node(i) / "node.toml").audit)]
+        refused = [x for x in book if x.get("error") == "BundleError"]
+        assert len(refused) >= len(attacks(marker, deployed)) - 1
+        left = [x for x in book if x["what"] == "left" and x["kind"] == "train"]
+        assert [x["round"] for x in left] == [1], "in a warm worker, and in a process of its own"
         seen = [p.read_text().splitlines() for p in (deployed.node(i) / "audit").iterdir()]
         ran_as = {lines[0].split(" -m ")[-1].split()[0] for lines in seen if " -m " in lines[0]}
         assert {f"fedlora.launch.deploy.{m}" for m in ("node", "message_process")} <= ran_as
