@@ -12,7 +12,8 @@ comes out of it, and all that servers, strategies, files and messages are made o
     cuda        all cards of this kind (also ROCm's); "cuda:0,1" those two
     mps, xpu    Apple's and Intel's
 
-One process computes on one device: the first of those that it may use.
+One process computes on one device: the first of those that it may use. A simulation on several
+cards has a process for each.
 """
 
 import contextlib
@@ -86,22 +87,34 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    use(device)
+
+
+def use(device: torch.device | str) -> None:
+    """Make a card the process's current one, so that no library begins with another."""
+    device = torch.device(device)
     if (choose := getattr(_module(device), "set_device", None)) is not None:
         choose(device)
 
 
 def workers(asked: int, devices: str) -> int:
-    """Worker processes of a simulation: as `processes.workers` says on the host, one on a card.
+    """Processes of a simulation in which clients train, the server's among them on a card.
+
+    On the host as `processes.workers` says. On cards 0 is one for each, 1 the server's alone.
 
     Raises:
-        ConfigError: several on a card, which a forked process cannot use.
+        ConfigError: more than there are devices: two on one card would be two bases there.
     """
-    if is_host(device := chosen(devices)):
+    cards = found(devices)
+    if is_host(cards[0]):
         return processes.workers(asked)
+    if asked > len(cards):
+        has = ", ".join(map(str, cards))
+        what = f"one worker a device, and simulate.devices = {devices!r} has {len(cards)} ({has})"
+        raise ConfigError([f"simulate.workers = {asked}: {what}; set it to 0, one for each"])
     if asked > 1:
-        what = f"on {device.type} clients train in the server's process, one after another"
-        raise ConfigError([f"simulate.workers = {asked}: {what}; set it to 0 or 1"])
-    return 1
+        return processes.workers(asked)
+    return asked or (len(cards) if processes.can_fork() else 1)
 
 
 def check_fork() -> None:

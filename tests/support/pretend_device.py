@@ -3,6 +3,9 @@
     with cards():
         x = torch.randn(3, device="pretend:1")
 
+A process that a test starts has them with torch itself, by the entry point with which real devices
+of other makers come (the group torch.backends), where its environment is `plugged_in`'s.
+
 A tensor "on" one of them holds a tensor on the host, and every operation computes with that. What a
 card would refuse is refused: an operand that lies on the host or on the other card, `.numpy()`, a
 host's generator for a draw on the card. Each card has a generator of its own, which the host's
@@ -16,12 +19,14 @@ cannot show: other kernels, their speed, and work that is under way when a call 
 
 import contextlib
 import gc
+import json
 import os
 import sys
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -56,7 +61,8 @@ class Card:
     """One device: its memory and its generator."""
 
     def __init__(self, index: int) -> None:
-        self.index = index
+        self.index = self.place = index
+        """Its number in this process, and in the machine."""
         self.generator = torch.Generator()
         self.used = self.peak = 0
         self.limit: int | None = None
@@ -69,8 +75,8 @@ class Card:
         return torch.device(NAME, self.index)
 
     def seed(self, seed: int) -> None:
-        """The numbers that follow are not the host's of the same seed, as on any real card."""
-        self.generator.manual_seed((seed ^ 0x5EED) + self.index)
+        """The numbers that follow are those of any card with this seed, and not the host's."""
+        self.generator.manual_seed(seed ^ 0x5EED)
 
     def take(self, size: int) -> None:
         self.used += size
@@ -294,7 +300,7 @@ class Module:
 
     @staticmethod
     def device_count() -> int:
-        return COUNT if Module.present else 0
+        return len(CARDS) if Module.present else 0
 
     @staticmethod
     def current_device() -> int:
@@ -437,6 +443,41 @@ def cards() -> Iterator[list[Card]]:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
         if workspace is not None:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
+LOG = "PRETEND_LOG"
+"""The directory in which a process that plugged the cards in says what it had there."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What Ray sets for the cards that it gives a process; the pretend ones go by it as well."""
+
+
+def plugged_in(log: Path) -> dict[str, str]:
+    """The environment in which a fresh process has the cards as soon as it imports torch."""
+    here = Path(__file__).parent
+    path = [str(here.parents[1]), str(here / "autoload"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), LOG: str(log)}
+
+
+def plug_in() -> None:
+    """What torch calls as it is imported: the cards are there until the process ends."""
+    if VISIBLE in os.environ:
+        CARDS[:] = [CARDS[int(n)] for n in os.environ[VISIBLE].split(",") if n]
+        for n, card in enumerate(CARDS):
+            card.index = n
+    torch.set_num_threads(1)
+    _forever.enter_context(cards())
+    end = os._exit
+
+    def say_and_end(status: int) -> None:
+        said = {card.place: {"used": card.used, "peak": card.peak} for card in CARDS}
+        Path(os.environ[LOG], f"{os.getpid()}.json").write_text(json.dumps(said))
+        end(status)
+
+    if LOG in os.environ:
+        os._exit = say_and_end  # type: ignore[assignment]
+
+
+_forever = contextlib.ExitStack()
 
 
 def _install() -> None:

@@ -82,16 +82,14 @@ def local(
 
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.client_app import client_app
-    from fedlora.launch.simulate.grid import LocalGrid
-    from fedlora.training import devices
+    from fedlora.launch.simulate.cards import grid_of
 
     directory = Path(config.run.out, config.run.name)
-    wanted = devices.workers(config.simulate.workers, config.simulate.devices)
-    code = [value for _, value in named(config)]
+    app = client_app(value for _, value in named(config))
     with (
         Silent() if quiet else Progress(config.run.rounds) as printer,
         _resumable(directory, printer),
-        LocalGrid(client_app(code), config.clients.count, config.flat(), wanted) as grid,
+        grid_of(config, app) as grid,
     ):
         FederatedLora(config, together([printer, *observers])).start(grid)
     report.write(directory, config.output.plots)
