@@ -19,7 +19,7 @@ cards has a process for each.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,27 @@ def workers(asked: int, devices: str) -> int:
     if asked > 1:
         return processes.workers(asked)
     return asked or (len(cards) if processes.can_fork() else 1)
+
+
+def visible(cards: Sequence[torch.device]) -> dict[str, str]:
+    """The environment of processes that see these cards only, numbered from 0 anew.
+
+    Nothing where they are all that this process sees.
+
+    Raises:
+        ConfigError: they are some of a kind whose drivers, or Ray, have no variable for it.
+    """
+    kind = cards[0].type
+    count = _module(cards[0]).device_count()
+    if [card.index for card in cards] == [*range(count)]:
+        return {}
+    if kind != "cuda":
+        what = f"Flower's engine cannot be given some of this machine's {kind} cards"
+        raise ConfigError([f"simulate.devices: {what}; set it to {kind!r}, or leave --engine out"])
+    variable = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"
+    seen = os.environ.get(variable) or ",".join(map(str, range(count)))
+    names = seen.split(",")
+    return {variable: ",".join(names[card.index or 0] for card in cards)}
 
 
 def check_fork() -> None:

@@ -282,6 +282,7 @@ class Module:
     """What torch looks for at torch.pretend."""
 
     current = 0
+    log: str | None = None
 
     present = False
     """Whether the machine has them: within `cards`."""
@@ -309,6 +310,7 @@ class Module:
     @staticmethod
     def set_device(device: Any) -> None:
         Module.current = _index(device)
+        say()
 
     @staticmethod
     @contextlib.contextmanager
@@ -466,15 +468,16 @@ def plug_in() -> None:
             card.index = n
     torch.set_num_threads(1)
     _forever.enter_context(cards())
+    Module.log = os.environ.get(LOG)
     end = os._exit
+    os._exit = lambda status: (say(), end(status))  # type: ignore[assignment]
 
-    def say_and_end(status: int) -> None:
+
+def say() -> None:
+    """Write down what this process has and had on each card, where it plugged them in."""
+    if Module.log:
         said = {card.place: {"used": card.used, "peak": card.peak} for card in CARDS}
-        Path(os.environ[LOG], f"{os.getpid()}.json").write_text(json.dumps(said))
-        end(status)
-
-    if LOG in os.environ:
-        os._exit = say_and_end  # type: ignore[assignment]
+        Path(Module.log, f"{os.getpid()}.json").write_text(json.dumps(said))
 
 
 _forever = contextlib.ExitStack()
