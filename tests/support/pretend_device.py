@@ -310,6 +310,7 @@ class Module:
     @staticmethod
     def set_device(device: Any) -> None:
         Module.current = _index(device)
+        torch.autograd.set_multithreading_enabled(False)  # as `cards` does, for this thread
         say()
 
     @staticmethod
