@@ -22,7 +22,7 @@ from fedlora.launch.client_app import client_app
 from fedlora.launch.doctor.the_memory import crew
 from fedlora.launch.simulate.cards import card_workers, grid_of
 from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid
-from fedlora.launch.simulate.workers import MODULE, CardWorker, Worker
+from fedlora.launch.simulate.workers import MODULE, CardWorker, WorkerProcess
 from fedlora.strategies import register_strategy, registry
 from fedlora.strategies.registry import Registry
 from fedlora.training import cache
@@ -187,7 +187,7 @@ def test_what_a_fresh_process_cannot_import_is_refused_by_name(
 def test_others_are_served_while_a_client_trains_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """With processes that are forked in the place of cards' workers, which take their time."""
     grid: LocalGrid
-    monkeypatch.setattr(CardWorker, "start", lambda _: Worker.fork(grid._serve))
+    monkeypatch.setattr(CardWorker, "start", lambda _: WorkerProcess.fork(grid._serve))
     grid = LocalGrid(app(), 8, {}, cards=[CardWorker("a card")])
     with within(30), grid:
         begun = time.monotonic()
@@ -325,6 +325,6 @@ def test_a_base_in_the_wrong_place_is_seen(
         check_places(log, base_of(given))
 
 
-def on_the_servers_card(worker: CardWorker) -> Worker:
+def on_the_servers_card(worker: CardWorker) -> WorkerProcess:
     told = replace(worker, device="pretend:0")
-    return Worker.spawn(MODULE, asdict(told))
+    return WorkerProcess.spawn(MODULE, asdict(told))

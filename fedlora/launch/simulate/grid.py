@@ -34,7 +34,7 @@ from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.launch.simulate.workers import (
     CardWorker,
-    Worker,
+    WorkerProcess,
     answered,
     as_bytes,
     failed,
@@ -90,7 +90,7 @@ class LocalGrid(Grid):
         }
         self.cards = [*cards][: nodes - 1]
         self.wanted_workers = len(self.cards) or min(workers, nodes)
-        self.workers: list[Worker] = []
+        self.workers: list[WorkerProcess] = []
         self._queue: deque[Message] = deque()
         self._served: dict[int, int] = {}  # node to the place of the worker that served it last
         self._done: dict[str, Message] = {}
@@ -232,7 +232,7 @@ class LocalGrid(Grid):
 
     def _hire(self, n: int) -> None:
         """Start the n-th worker."""
-        worker = self.cards[n].start() if self.cards else Worker.fork(self._serve)
+        worker = self.cards[n].start() if self.cards else WorkerProcess.fork(self._serve)
         self.workers.insert(n, worker)
         self._selector.register(worker.inbox, selectors.EVENT_READ, worker)
 
@@ -266,7 +266,7 @@ class LocalGrid(Grid):
     def _collect(self, timeout: float) -> None:
         """Take in what workers have finished, and give them more."""
         for key, _ in self._selector.select(timeout):
-            worker: Worker = key.data
+            worker: WorkerProcess = key.data
             message = worker.message
             if not worker.ready:
                 if not worker.greeted():

@@ -1,7 +1,7 @@
 """LocalGrid's worker processes, and the pipes between it and them.
 
-    Worker.fork(serve)              a copy of this process, which shares what it has in memory
-    CardWorker(device).start()      a fresh process, for a card: what has used one cannot be copied
+    WorkerProcess.fork(serve)      a copy of this process, which shares what it has in memory
+    CardWorker(device).start()     a fresh one, for a card: what has used one cannot be copied
 
 A frame is eight bytes of length and so many bytes. A worker answers one message at a time.
 """
@@ -55,7 +55,7 @@ class Forked:
 
 
 @dataclass(eq=False)
-class Worker:
+class WorkerProcess:
     """A process that answers messages one at a time."""
 
     pid: int
@@ -69,7 +69,7 @@ class Worker:
     message: Message | None = None
 
     @classmethod
-    def fork(cls, serve: Callable[[int, int], None]) -> "Worker":
+    def fork(cls, serve: Callable[[int, int], None]) -> "WorkerProcess":
         """serve: the copy's life, given where it reads and where it writes."""
         from fedlora.training.devices import check_fork
 
@@ -86,7 +86,7 @@ class Worker:
         return cls(pid, Forked(pid), up_read, down_write, ready=True)
 
     @classmethod
-    def spawn(cls, module: str, told: Mapping[str, Any]) -> "Worker":
+    def spawn(cls, module: str, told: Mapping[str, Any]) -> "WorkerProcess":
         """A fresh process of this module, given the two pipes, and `told` as its first frame.
 
         It imports from where this one does, and is of a session of its own: Ctrl-C is not for it.
@@ -154,9 +154,9 @@ class CardWorker:
     strategies: Sequence[Mapping[str, Any]] = ()
     """Those that a call registered: name, class and states, by their names."""
 
-    def start(self) -> Worker:
+    def start(self) -> WorkerProcess:
         """Its process, which is not ready yet."""
-        return Worker.spawn(MODULE, asdict(self))
+        return WorkerProcess.spawn(MODULE, asdict(self))
 
 
 def live(work: Callable[[], None]) -> NoReturn:
@@ -208,7 +208,7 @@ def from_bytes(data: bytes) -> Message:
 
 
 def unpacked(data: bytes) -> tuple[Message, Context]:
-    """A message and its context, as `Worker.give` packs them."""
+    """A message and its context, as `WorkerProcess.give` packs them."""
     _, message, context = unpack(data)
     return message, context
 
