@@ -112,9 +112,7 @@ def base_of(given: Mapping[str, object]) -> int:
     return footprint(cache.model(config, cache.corpus(config).labels), config).frozen
 
 
-# -- in `make test` -------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_two_cards_end_in_the_bytes_of_one_with_one_base_on_each(
     settings: Settings, log: Path
 ) -> None:
@@ -133,6 +131,9 @@ def check_same(settings: Settings, log: Path, changes: Mapping[str, object]) -> 
     assert one.metrics == two.metrics
     check_places(log, base_of(given))
     return two
+
+
+# -- in `make test` -------------------------------------------------------------------------------
 
 
 def test_workers_on_cards_are_as_many_as_asked_and_as_there_are(

@@ -488,6 +488,8 @@ def _install() -> None:
     """Make the two cards known to this process's torch. Once is enough; it cannot be undone."""
     if _kept:
         return
+    # Torch counts devices at a process's first backward pass; with some, it forbids forks for good.
+    torch.ones(1, requires_grad=True).sum().backward()
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     every = torch.library.Library("_", "IMPL")
     every.fallback(lambda op, *args, **kwargs: compute(op, args, kwargs), "PrivateUse1")
