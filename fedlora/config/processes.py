@@ -1,4 +1,4 @@
-"""What this platform can do beside one process: fork workers, serve on a Unix socket.
+"""What this platform can do beside one process: start workers, serve on a Unix socket.
 
 Linux is what fedlora is tested on. Elsewhere a simulation runs in one process unless more are asked
 for; what a platform lacks is refused in a line, never found out in the middle of a run.

@@ -343,6 +343,6 @@ class OutputConfig(Section):
 
 class SimulateConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
-    """Worker processes of `fedlora simulate`; 0: one a core; 1: in the server's process."""
+    """Workers of `fedlora simulate`; 0: one a core, or a card; 1: the server's process alone."""
     devices: Annotated[str, Field(pattern=r"^[a-z]+(:\d+(,\d+)*)?$")] = "auto"
     """auto (an accelerator, if there is one), cpu, cuda, "cuda:0,1", mps, xpu: docs/gpu.md."""

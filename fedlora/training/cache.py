@@ -1,6 +1,7 @@
 """The model and the data that a process loads once and all its clients share."""
 
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from fedlora.strategies.forms import fixed_rank
 from fedlora.training.data.batches import Encoded, encode
 from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
-from fedlora.training.devices import prepare
+from fedlora.training.devices import prepare, release
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.user_code import identity
@@ -48,6 +49,26 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
     found: Model = _model(key, config, labels)
     prepare(found.device, config.train.deterministic)
     return found
+
+
+def loaded() -> Model | None:
+    """The process's model, where it has one now."""
+    found: Model | None = _model.value
+    return found
+
+
+def forget_model() -> None:
+    """Let go of the model and give its device's memory back; who asks for it next loads it anew.
+
+    What a driver keeps for a process that has computed on its card stays until the process ends.
+    """
+    if (held := loaded()) is None:
+        return
+    device = held.device
+    del held
+    _model.key = _model.value = None
+    gc.collect()  # modules and their hooks hold each other
+    release(device)
 
 
 def corpus(config: Config) -> Corpus:

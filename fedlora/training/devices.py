@@ -12,13 +12,14 @@ comes out of it, and all that servers, strategies, files and messages are made o
     cuda        all cards of this kind (also ROCm's); "cuda:0,1" those two
     mps, xpu    Apple's and Intel's
 
-One process computes on one device: the first of those that it may use.
+One process computes on one device: the first of those that it may use. A simulation on several
+cards has a process for each.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,22 +87,55 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    use(device)
+
+
+def use(device: torch.device | str) -> None:
+    """Make a card the process's current one, so that no library begins with another."""
+    device = torch.device(device)
     if (choose := getattr(_module(device), "set_device", None)) is not None:
         choose(device)
 
 
 def workers(asked: int, devices: str) -> int:
-    """Worker processes of a simulation: as `processes.workers` says on the host, one on a card.
+    """Processes of a simulation in which clients train, the server's among them on a card.
+
+    On the host as `processes.workers` says. On cards 0 is one for each, 1 the server's alone.
 
     Raises:
-        ConfigError: several on a card, which a forked process cannot use.
+        ConfigError: more than there are devices: two on one card would be two bases there.
     """
-    if is_host(device := chosen(devices)):
+    cards = found(devices)
+    if is_host(cards[0]):
         return processes.workers(asked)
+    if asked > len(cards):
+        has = ", ".join(map(str, cards))
+        what = f"one worker a device, and simulate.devices = {devices!r} has {len(cards)} ({has})"
+        raise ConfigError([f"simulate.workers = {asked}: {what}; set it to 0, one for each"])
     if asked > 1:
-        what = f"on {device.type} clients train in the server's process, one after another"
-        raise ConfigError([f"simulate.workers = {asked}: {what}; set it to 0 or 1"])
-    return 1
+        return processes.workers(asked)
+    return asked or (len(cards) if processes.can_fork() else 1)
+
+
+def visible(cards: Sequence[torch.device]) -> dict[str, str]:
+    """The environment of processes that see these cards only, numbered from 0 anew.
+
+    Nothing where they are all that this process sees.
+
+    Raises:
+        ConfigError: they are some of a kind whose drivers, or Ray, have no variable for it.
+    """
+    kind = cards[0].type
+    count = _module(cards[0]).device_count()
+    if [card.index for card in cards] == [*range(count)]:
+        return {}
+    if kind != "cuda":
+        what = f"Flower's engine cannot be given some of this machine's {kind} cards"
+        raise ConfigError([f"simulate.devices: {what}; set it to {kind!r}, or leave --engine out"])
+    variable = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"
+    seen = os.environ.get(variable) or ",".join(map(str, range(count)))
+    names = seen.split(",")
+    return {variable: ",".join(names[card.index or 0] for card in cards)}
 
 
 def check_fork() -> None:

@@ -1,22 +1,31 @@
 """The warm worker: the same bytes, and an error reply whatever becomes of it."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from flwr.app import Message, RecordDict
 
 from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
+from fedlora.federation.client.dispatch import pack
 from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.job import Job
 from fedlora.launch.client_app import answer
 from fedlora.launch.deploy import node, worker
+from fedlora.launch.deploy.plan import free_ports
+from fedlora.launch.deploy.worker_figures import served
+from fedlora.training import cache
 
 
 def test_the_short_lived_process_imports_no_torch() -> None:
@@ -42,14 +51,15 @@ def warm(directory: Path) -> Iterator[str]:
     server.stop(None).wait()
 
 
-def final_bytes(settings, name: str, socket: str = "") -> bytes:
+def final_bytes(settings, name: str, socket: str = "", **node: object) -> bytes:
     from client_app.app import app
     from fedlora.config.reader import Config
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read(settings(**{"run.name": name, "run.rounds": 2}))
-    nodes = {i: {"worker-socket": socket} for i in range(config.clients.count)} if socket else None
+    own = {"worker-socket": socket, **node}
+    nodes = dict.fromkeys(range(config.clients.count), own) if socket else None
     with LocalGrid(app, config.clients.count, config.flat(), 1, nodes) as grid:
         server = FederatedLora(config)
         server.start(grid)
@@ -62,6 +72,124 @@ def test_a_federation_through_a_worker_ends_in_the_same_bytes(settings, warm: st
 
 def test_the_socket_is_its_owners_alone(warm: str) -> None:
     assert stat.S_IMODE(os.stat(warm).st_mode) & 0o077 == 0
+
+
+# -- what it holds, and says of itself ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_idle_worker_gives_its_card_back_and_loads_the_same_bits_again(
+    settings, cards, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the card's own count, after each message of a run whose server is on the host."""
+    given = {"simulate.devices": "cpu", "model.attention": "eager", "model.dropout": 0.0}
+    given |= {"train.steps": 1, "data.limit": 60, "strategy.name": "fedex", "clients.ranks": "2,3"}
+    given["clients.count"] = 2
+    alone = final_bytes(partial(settings, **given), "alone")
+    seen: list[tuple[int, int]] = []
+    real = worker.Worker.answer
+
+    def then_idle(self: worker.Worker, data: bytes, call: object) -> bytes:
+        """With nothing to do for an hour after each message."""
+        answered = real(self, data, call)
+        before = cards[1].used
+        self.ended -= 3600.0
+        self.release_if_idle()
+        seen.append((before, cards[1].used))
+        return answered
+
+    monkeypatch.setattr(worker.Worker, "answer", then_idle)
+    server = worker.serve(Path("w.sock"), worker.Worker(idle_release=3600.0))
+    try:
+        idle = final_bytes(partial(settings, **given), "idle", "w.sock", devices="pretend:1")
+    finally:
+        server.stop(None).wait()
+    assert idle == alone
+    held = [before for before, _ in seen if before]
+    assert len(held) >= 4, "two clients in two rounds, each of which loaded it"
+    assert {after for _, after in seen} == {0}
+
+
+def test_the_base_is_let_go_of_after_so_long_without_a_message_and_not_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone: list[float] = []
+    monkeypatch.setattr(cache, "forget_model", lambda: gone.append(time.monotonic()))
+
+    class Call:
+        def add_callback(self, _: object) -> bool:
+            return True
+
+    patient = worker.Worker(idle_release=0.6)
+    patient._reply = lambda _: b"x"  # type: ignore[method-assign]
+    for _ in range(4):
+        patient.answer(b"", Call())
+        time.sleep(0.3)
+    assert not gone, "a message came every 0.3 s"
+    last = patient.ended
+    time.sleep(0.9)
+    assert len(gone) == 1
+    assert gone[0] - last >= 0.6
+    never = worker.Worker()
+    never._reply = lambda _: b"x"  # type: ignore[method-assign]
+    never.answer(b"", Call())
+    time.sleep(0.2)
+    assert len(gone) == 1
+
+
+def scraped(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_a_workers_figures_are_scraped_from_its_own_loopback(
+    warm: str, monkeypatch: pytest.MonkeyPatch, cards
+) -> None:
+    from fedlora.federation.client import handlers as client
+
+    figures = worker.Worker().figures
+    assert warm
+    (port,) = free_ports(1)
+    with served(figures, port):
+        empty = scraped(port)
+        assert empty["fedlora_worker_base_loaded"] == 0
+        assert empty["fedlora_worker_busy_seconds_total"] == 0
+        assert not [name for name in empty if "device" in name or "memory" in name]
+        working = worker.Worker()
+        working.figures = figures
+        monkeypatch.setattr(client, "query", lambda *_: time.sleep(0.2) or RecordDict())
+        held = torch.ones(1000, device="pretend:1")
+        monkeypatch.setattr(cache, "loaded", lambda: SimpleNamespace(device=held.device))
+
+        class Call:
+            def add_callback(self, _: object) -> bool:
+                return True
+
+        message, context = a_message()
+        working.answer(pack("query", message, context), Call())
+        message, context = a_message()
+        working.answer(pack("train", message, context), Call())  # a config without a model: fails
+        now = scraped(port)
+    assert now['fedlora_worker_messages_total{kind="query",outcome="answered"}'] == 1
+    assert now['fedlora_worker_messages_total{kind="train",outcome="failed"}'] == 1
+    assert 0.2 <= now["fedlora_worker_busy_seconds_total"] < 30
+    assert now["fedlora_worker_base_loaded"] == 1
+    assert now['fedlora_worker_device{name="pretend:1 (Pretend accelerator 1)"}'] == 1
+    assert now['fedlora_worker_memory_bytes{state="used"}'] == cards[1].used >= 4000
+    assert now['fedlora_worker_memory_bytes{state="free"}'] == 2**34 - cards[1].used
+    assert len(now) == len(empty) + 3, "a device and two states, whatever is asked"
+    with pytest.raises(OSError, match="refused"):
+        scraped(port)
+
+
+def test_a_port_that_is_taken_costs_the_figures_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with served(worker.Worker().figures, port):
+            pass
+    assert f"no figures on port {port}: Address already in use" in capsys.readouterr().err
 
 
 def a_message(ttl: float = 60.0):

@@ -3,6 +3,9 @@
     with cards():
         x = torch.randn(3, device="pretend:1")
 
+A process that a test starts has them with torch itself, by the entry point with which real devices
+of other makers come (the group torch.backends), where its environment is `plugged_in`'s.
+
 A tensor "on" one of them holds a tensor on the host, and every operation computes with that. What a
 card would refuse is refused: an operand that lies on the host or on the other card, `.numpy()`, a
 host's generator for a draw on the card. Each card has a generator of its own, which the host's
@@ -16,12 +19,14 @@ cannot show: other kernels, their speed, and work that is under way when a call 
 
 import contextlib
 import gc
+import json
 import os
 import sys
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -56,7 +61,8 @@ class Card:
     """One device: its memory and its generator."""
 
     def __init__(self, index: int) -> None:
-        self.index = index
+        self.index = self.place = index
+        """Its number in this process, and in the machine."""
         self.generator = torch.Generator()
         self.used = self.peak = 0
         self.limit: int | None = None
@@ -69,8 +75,8 @@ class Card:
         return torch.device(NAME, self.index)
 
     def seed(self, seed: int) -> None:
-        """The numbers that follow are not the host's of the same seed, as on any real card."""
-        self.generator.manual_seed((seed ^ 0x5EED) + self.index)
+        """The numbers that follow are those of any card with this seed, and not the host's."""
+        self.generator.manual_seed(seed ^ 0x5EED)
 
     def take(self, size: int) -> None:
         self.used += size
@@ -276,6 +282,7 @@ class Module:
     """What torch looks for at torch.pretend."""
 
     current = 0
+    log: str | None = None
 
     present = False
     """Whether the machine has them: within `cards`."""
@@ -294,7 +301,7 @@ class Module:
 
     @staticmethod
     def device_count() -> int:
-        return COUNT if Module.present else 0
+        return len(CARDS) if Module.present else 0
 
     @staticmethod
     def current_device() -> int:
@@ -303,6 +310,8 @@ class Module:
     @staticmethod
     def set_device(device: Any) -> None:
         Module.current = _index(device)
+        torch.autograd.set_multithreading_enabled(False)  # as `cards` does, for this thread
+        say()
 
     @staticmethod
     @contextlib.contextmanager
@@ -439,10 +448,48 @@ def cards() -> Iterator[list[Card]]:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
+LOG = "PRETEND_LOG"
+"""The directory in which a process that plugged the cards in says what it had there."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What Ray sets for the cards that it gives a process; the pretend ones go by it as well."""
+
+
+def plugged_in(log: Path) -> dict[str, str]:
+    """The environment in which a fresh process has the cards as soon as it imports torch."""
+    here = Path(__file__).parent
+    path = [str(here.parents[1]), str(here / "autoload"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), LOG: str(log)}
+
+
+def plug_in() -> None:
+    """What torch calls as it is imported: the cards are there until the process ends."""
+    if VISIBLE in os.environ:
+        CARDS[:] = [CARDS[int(n)] for n in os.environ[VISIBLE].split(",") if n]
+        for n, card in enumerate(CARDS):
+            card.index = n
+    torch.set_num_threads(1)
+    _forever.enter_context(cards())
+    Module.log = os.environ.get(LOG)
+    end = os._exit
+    os._exit = lambda status: (say(), end(status))  # type: ignore[assignment]
+
+
+def say() -> None:
+    """Write down what this process has and had on each card, where it plugged them in."""
+    if Module.log:
+        said = {card.place: {"used": card.used, "peak": card.peak} for card in CARDS}
+        Path(Module.log, f"{os.getpid()}.json").write_text(json.dumps(said))
+
+
+_forever = contextlib.ExitStack()
+
+
 def _install() -> None:
     """Make the two cards known to this process's torch. Once is enough; it cannot be undone."""
     if _kept:
         return
+    # Torch counts devices at a process's first backward pass; with some, it forbids forks for good.
+    torch.ones(1, requires_grad=True).sum().backward()
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     every = torch.library.Library("_", "IMPL")
     every.fallback(lambda op, *args, **kwargs: compute(op, args, kwargs), "PrivateUse1")

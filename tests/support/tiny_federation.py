@@ -15,7 +15,7 @@ from torch import Tensor
 from client_app.app import app as client_app
 from fedlora import preflight
 from fedlora.federation.server.loop import FederatedLora
-from fedlora.launch.simulate.grid import LocalGrid
+from fedlora.launch.simulate.cards import grid_of
 from fedlora.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -98,8 +98,7 @@ def federate(
     `nodes` are the clients' own node configs, as a deployed node has one.
     """
     config = preflight.read(settings)
-    count, workers = config.clients.count, config.simulate.workers
-    with LocalGrid(app, count, config.flat(), workers, nodes) as grid:  # type: ignore[arg-type]
+    with grid_of(config, app, nodes) as grid:  # type: ignore[arg-type]
         server = FederatedLora(config)
         before(server)
         server.start(grid)

@@ -453,10 +453,14 @@ def test_the_hosts_count_is_near_the_cards(settings: Settings, cards: Cards) -> 
 # -- processes ------------------------------------------------------------------------------------
 
 
-def test_one_process_computes_on_a_card(cards: Cards) -> None:
-    assert devices.workers(0, TWO) == 1
-    with pytest.raises(ConfigError, match=r"simulate\.workers = 2: on pretend"):
-        devices.workers(2, TWO)
+def test_one_worker_computes_on_a_card(cards: Cards) -> None:
+    assert [devices.workers(n, TWO) for n in (0, 1)] == [1, 1]
+    assert [devices.workers(n, "auto") for n in (0, 1, 2)] == [2, 1, 2]
+    for asked, devs, has in ((2, TWO, "1 (pretend:1)"), (3, "auto", "2 (pretend:0, pretend:1)")):
+        with pytest.raises(ConfigError) as e:
+            devices.workers(asked, devs)
+        assert f"simulate.workers = {asked}: one worker a device, and simulate.devices" in str(e)
+        assert f"has {has}; set it to 0" in str(e)
     assert devices.workers(2, "cpu") == 2
 
 
@@ -469,7 +473,7 @@ def test_a_process_that_has_used_a_card_is_not_copied(settings: Settings, cards:
         LocalGrid(app, 2, Config.read(settings()).flat(), workers=2) as grid,
         pytest.raises(ConfigError, match="copy of a process"),
     ):
-        grid._hire()
+        grid._hire(0)
     del held
     devices.check_fork()
 

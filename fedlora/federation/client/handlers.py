@@ -12,7 +12,7 @@ reason, since without a reply the server waits until its deadline, or without en
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flwr.app import (
@@ -30,7 +30,7 @@ from fedlora.errors import PrivacyError
 from fedlora.federation.client import error_feedback, machine
 from fedlora.federation.client.attempts import attempts
 from fedlora.federation.client.first_gradient import sketch
-from fedlora.federation.client.job import ClientJob, named, number_of
+from fedlora.federation.client.job import ClientJob, Trained, named, number_of
 from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
 from fedlora.federation.wire.messages import (
@@ -64,10 +64,7 @@ def train(message: Message, context: Context) -> RecordDict:
     begun = time.perf_counter()
     work = ClientJob.open(message, context)
     work.check_clear("an update")
-    for attempt in attempts(work):
-        with attempt as work, work.local_round() as local:
-            local.outcome = local.train()
-    done = local.done
+    ((work, done),) = trained([work])
     metrics: dict[str, Any] = {
         "num-examples": done.examples if work.may_report_metrics else 1,
         "steps": done.fit.steps,
@@ -91,6 +88,18 @@ def train(message: Message, context: Context) -> RecordDict:
         "certificate": pack_numbers(*done.numbers),
     }
     return work.reply(records, done.keeps)
+
+
+def trained(works: Iterable[ClientJob]) -> Iterator[tuple[ClientJob, Trained]]:
+    """A round of local training of each of these clients of one process: its job and its results.
+
+    One after another; clients that are to share a batch on one base would be trained here.
+    """
+    for work in works:
+        for attempt in attempts(work):
+            with attempt as tried, tried.local_round() as local:
+                local.outcome = local.train()
+        yield tried, local.done
 
 
 def gradient(message: Message, context: Context) -> RecordDict:
@@ -171,10 +180,8 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
     masker = work.secure_client().open(boxes, work.terms)
-    for attempt in attempts(work):
-        with attempt as work, work.local_round() as local:
-            local.outcome = local.train()
-    done, private = local.done, work.config.privacy.on
+    ((work, done),) = trained([work])
+    private = work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     start, end = done.numbers
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))

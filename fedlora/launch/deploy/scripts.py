@@ -75,7 +75,8 @@ def node(plan: Plan, i: int) -> str:
 
 def worker(i: int) -> str:
     return _script(
-        f"Holds node {i}'s model and data between messages. Optional: without it the node is slow.",
+        f"Holds node {i}'s model and data between messages. Optional: else the node is slow.\n"
+        "# It takes --idle-release SECONDS (give a card's memory back) and --metrics-port PORT.",
         "python -m fedlora.launch.deploy.worker --socket worker.sock",
     )
 

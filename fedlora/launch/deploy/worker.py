@@ -1,6 +1,9 @@
 """A node's warm worker: it holds the model and the data, and answers the messages it is handed.
 
     python -m fedlora.launch.deploy.worker --socket worker.sock
+        --idle-release 600     after so many seconds without a message it lets go of the base, and
+                               its card's memory is others' to use; the next message loads it again
+        --metrics-port 9110    /metrics on the node's loopback: see worker_figures.py
 
 gRPC with its health service on a Unix socket that only its owner can open. One message at a
 time. When the process that asked is gone (its deadline passed, or it was killed), nobody can use
@@ -15,6 +18,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.federation.client.dispatch import METHOD, OPTIONS, unpack
+from fedlora.launch.deploy.worker_figures import WorkerFigures, served
 
 ABANDONED = 75
 """Exit status after abandoned work was given its time once more and was still not done."""
@@ -32,9 +37,15 @@ MERCY = 5.0
 class Worker:
     """Answers one message at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_release: float = 0.0) -> None:
+        """idle_release: seconds after the last message until the base is let go of; 0: never."""
         self.busy = threading.Lock()
         self.run = -1
+        self.figures = WorkerFigures()
+        self.idle_release = idle_release
+        self.ended = time.monotonic()
+        """When the last message was answered."""
+        self._timer = threading.Timer(0.0, self.release_if_idle)
 
     def answer(self, data: bytes, call: Any) -> bytes:
         done = threading.Event()
@@ -51,9 +62,28 @@ class Worker:
             if not call.add_callback(over):
                 return b""
             try:
-                return self._reply(data)
+                with self.figures.working():
+                    return self._reply(data)
             finally:
                 done.set()
+                self._rest()
+
+    def _rest(self) -> None:
+        """From now on nothing is to do; if that lasts, the base is let go of."""
+        self.ended = time.monotonic()
+        if self.idle_release:
+            self._timer.cancel()
+            self._timer = threading.Timer(self.idle_release, self.release_if_idle)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def release_if_idle(self) -> None:
+        """Let go of the base, unless a message came in the meantime."""
+        with self.busy:
+            if time.monotonic() - self.ended >= self.idle_release:
+                from fedlora.training import cache
+
+                cache.forget_model()
 
     def _reply(self, data: bytes) -> bytes:
         from flwr.common.serde import message_to_proto
@@ -69,13 +99,17 @@ class Worker:
             cache.forget_data()
             self.run = context.run_id
         answered = reply(kind, message, context)
+        self.figures.loaded = cache.loaded
+        if (model := cache.loaded()) is not None:
+            self.figures.device = model.device
+        self.figures.answered(kind, answered.has_error())
         return bytes(message_to_proto(answered).SerializeToString())
 
 
-def serve(socket: Path) -> grpc.Server:
+def serve(socket: Path, worker: Worker | None = None) -> grpc.Server:
     """Listen, and say so once the slow imports are done."""
     socket.unlink(missing_ok=True)
-    worker, state = Worker(), health.HealthServicer()
+    worker, state = worker or Worker(), health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
     handler = grpc.unary_unary_rpc_method_handler(worker.answer)
     service, _, method = METHOD.strip("/").partition("/")
@@ -103,12 +137,18 @@ def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, required=True)
-    socket: Path = parser.parse_args().socket
+    parser.add_argument("--idle-release", type=float, default=0.0)
+    parser.add_argument("--metrics-port", type=int, default=0)
+    given = parser.parse_args()
+    if given.idle_release < 0:
+        parser.error("--idle-release: must be 0 (never) or more seconds")
+    socket, worker = given.socket, Worker(given.idle_release)
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     signal.signal(signal.SIGINT, lambda *_: over.set())
-    server = serve(socket)
-    over.wait()
+    server = serve(socket, worker)
+    with served(worker.figures, given.metrics_port) if given.metrics_port else nullcontext():
+        over.wait()
     server.stop(grace=1.0).wait()
     socket.unlink(missing_ok=True)
 

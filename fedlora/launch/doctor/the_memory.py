@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
 from fedlora.launch.doctor.finding import Finding
+from fedlora.launch.simulate.cards import card_workers
 from fedlora.training.devices import HOST, OutOfMemory, found, is_host, memory_of, name_of, workers
 from fedlora.training.footprint import Footprint, footprint
 from fedlora.training.model.model import Model
@@ -22,6 +26,18 @@ def machine_devices() -> Finding:
     return Finding("ok", f"accelerators: {'; '.join(each)}")
 
 
+def crew(config: Config) -> Iterator[Finding]:
+    """The workers of a simulation on several cards, or why there cannot be so many."""
+    try:
+        further = card_workers(config)
+    except ConfigError as e:
+        yield from (Finding("problem", problem) for problem in e.problems)
+        return
+    if further:
+        each = ", ".join(x.device for x in further)
+        yield Finding("ok", f"workers: {len(further) + 1}, the server's process and one on {each}")
+
+
 def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
     """Whether a client fits on its device, and all of it into this machine's memory.
 
@@ -34,10 +50,11 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
         what = f"{name_of(model.device)}: not two examples of {size} tokens fit beside the base"
         yield Finding("problem", what, LESS)
         return
-    if not is_host(model.device):
-        yield _on_card(model, config, need)
     size = _examples(config)
     clients = workers(config.simulate.workers, config.simulate.devices)
+    if not is_host(model.device):
+        for card in found(config.simulate.devices)[:clients]:
+            yield _on_card(model, config, need, card)
     here = need.frozen + clients * (need.trained + need.activations(size))
     total = (here if is_host(model.device) else 0) + 2 * in_flight + 5e8
     have = memory_of(HOST).free
@@ -48,10 +65,11 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
     )
 
 
-def _on_card(model: Model, config: Config, need: Footprint) -> Finding:
-    """What a client needs on its card, which has the base already."""
-    size, device = _examples(config), model.device
-    free = int((1 - RESERVE) * memory_of(device).free) + need.frozen
+def _on_card(model: Model, config: Config, need: Footprint, device: torch.device) -> Finding:
+    """What a client needs on a card, of which the server's has the base already."""
+    size = _examples(config)
+    there = need.frozen if device == model.device else 0
+    free = int((1 - RESERVE) * memory_of(device).free) + there
     said = (
         f"{name_of(device)}: a client needs {_gb(need.of(size))} (base {_gb(need.frozen)}; "
         f"factors, gradients and optimiser {_gb(need.trained)}; {size} examples of "

@@ -28,7 +28,7 @@ from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
-from fedlora.launch.doctor.the_memory import fits
+from fedlora.launch.doctor.the_memory import crew, fits
 from fedlora.launch.doctor.the_rows import claims, lengths, rows_read
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
@@ -58,7 +58,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         FedLoraError: what would stop the run before its first round.
     """
     corpus = cache.corpus(config)
-    findings = [*rows_read(config, corpus)]
+    findings = [*rows_read(config, corpus), *crew(config)]
     model = cache.model(config, corpus.labels)
     findings += _model(config, model)
     findings += _responses(config, model, corpus)

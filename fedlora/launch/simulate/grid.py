@@ -8,33 +8,48 @@ forked process, so the base model that was loaded before exists once in memory, 
 over pipes as Flower's own protobuf, never pickled. Replies come back as they are done. A node goes
 to the worker that served it last where that does not wait: its tokens and the states of its frozen
 layers are kept there.
+
+On cards each worker has one of its own. The server's process is the first: clients train there on
+the server's own base. Each further one is a fresh process with the only base on its card, since
+what has used a card cannot be forked: card_worker.py. They are served while a client trains here.
 """
 
 import os
 import selectors
-import signal
-import struct
+import threading
 import time
-import traceback
-import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.federation.wire.codes import Code, code_of
+from fedlora.errors import RoundError
+from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.same_machine import OWN_MACHINE
+from fedlora.launch.simulate.workers import (
+    CardWorker,
+    WorkerProcess,
+    answered,
+    as_bytes,
+    failed,
+    from_bytes,
+    given,
+    live,
+    read,
+    write,
+)
+from fedlora.launch.simulate.workers import name as _name
 
 FIRST_NODE = 1000
 RUN_ID = 1
+SETTLED = 0.1
+"""Seconds after the last message was pushed: no more are likely to come before a reply does."""
 
 
 class LocalGrid(Grid):
@@ -50,7 +65,9 @@ class LocalGrid(Grid):
         run_config: Mapping[str, Any],
         workers: int = 1,
         node_configs: Mapping[int, Mapping[str, Any]] | None = None,
+        cards: Sequence[CardWorker] = (),
     ) -> None:
+        """cards: the further workers, where clients train on cards; `workers` is then 1."""
         self.client_app = client_app
         TaskIdentity.task_id = TaskIdentity.run_id = RUN_ID  # what Message() reads its run from
         TaskIdentity.node_id = 1
@@ -71,14 +88,19 @@ class LocalGrid(Grid):
             )
             for i in range(nodes)
         }
-        self.wanted_workers = min(workers, nodes)
-        self.workers: list[_Worker] = []
+        self.cards = [*cards][: nodes - 1]
+        self.wanted_workers = len(self.cards) or min(workers, nodes)
+        self.workers: list[WorkerProcess] = []
         self._queue: deque[Message] = deque()
         self._served: dict[int, int] = {}  # node to the place of the worker that served it last
         self._done: dict[str, Message] = {}
+        self._pushed = 0.0
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> "LocalGrid":
+        """On cards the workers start now: they import what they need while the server loads."""
+        if self.cards:
+            self._dispatch()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,11 +133,12 @@ class LocalGrid(Grid):
         for message in messages:
             _name(message)
             ids.append(message.metadata.message_id)
-            if self.wanted_workers > 1:
+            if self.cards or self.wanted_workers > 1:
                 self._queue.append(message)
+                self._pushed = time.monotonic()
                 self._dispatch()
             else:
-                context = self.contexts[message.metadata.dst_node_id]
+                context = self._context(message)
                 try:
                     reply = given(self.client_app(message, context))
                 except Exception as e:  # an app without a guard of its own
@@ -126,6 +149,8 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         if self.workers:
             self._collect(0.0)
+        if self.cards:
+            self._answer_here()
         return [self._done.pop(i) for i in list(message_ids) if i in self._done]
 
     def send_and_receive(
@@ -144,30 +169,57 @@ class LocalGrid(Grid):
 
     # -- the work -----------------------------------------------------------------------------
 
-    def _answer(self, message: Message) -> Message:
-        """In a worker: as `push_messages` does where there is none."""
-        try:
-            return given(self.client_app(message, self.contexts[message.metadata.dst_node_id]))
-        except Exception as e:
-            return failed(e, message)
-
     def _keep(self, message: Message, reply: Message) -> None:
         _name(reply)
         self._done[message.metadata.message_id] = reply
 
+    def _context(self, message: Message) -> Context:
+        return self.contexts[message.metadata.dst_node_id]
+
     def _dispatch(self) -> None:
         """Give idle workers what is waiting; a worker that died is replaced."""
         while len(self.workers) < self.wanted_workers:
-            self.workers.append(self._hire())
+            self._hire(len(self.workers))
         for n, worker in enumerate(self.workers):
             if not self._queue:
                 return
-            if worker.message is None:
+            if worker.idle:
                 message = self._next(n)
                 try:
-                    worker.give(message)
+                    worker.give(message, self._context(message))
                 except OSError:
                     self._lost(n, message)
+
+    def _answer_here(self) -> None:
+        """On cards: a client on the server's, once each other worker has what it does next."""
+        waiting, quiet = len(self._queue), time.monotonic() - self._pushed
+        if waiting > len(self.workers) or (waiting and quiet > SETTLED):
+            message = self._next(len(self.workers))
+            with self._serving():
+                reply = answered(self.client_app, message, self._context(message))
+            self._keep(message, reply)
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Within it, a thread takes in what other workers have done, and gives them more."""
+        over, failed = threading.Event(), list[BaseException]()
+
+        def serve() -> None:
+            try:
+                while not over.is_set():
+                    self._collect(0.05)
+            except BaseException as e:
+                failed.append(e)
+
+        thread = threading.Thread(target=serve, name="fedlora-cards")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if failed:
+            raise failed[0]
 
     def _next(self, n: int) -> Message:
         """What worker n does next: for a node that it, or nobody, has served; else the oldest."""
@@ -178,26 +230,48 @@ class LocalGrid(Grid):
         del self._queue[at]
         return message
 
-    def _hire(self) -> "_Worker":
-        worker = _Worker.fork(self)
+    def _hire(self, n: int) -> None:
+        """Start the n-th worker."""
+        worker = self.cards[n].start() if self.cards else WorkerProcess.fork(self._serve)
+        self.workers.insert(n, worker)
         self._selector.register(worker.inbox, selectors.EVENT_READ, worker)
-        return worker
+
+    def _serve(self, inbox: int, outbox: int) -> None:
+        """The life of a forked worker."""
+
+        def work() -> None:
+            for other in self.workers:
+                os.close(other.outbox)
+                os.close(other.inbox)
+            while (data := read(inbox)) is not None:
+                message = from_bytes(data)
+                reply = answered(self.client_app, message, self._context(message))
+                write(outbox, as_bytes(reply))
+
+        live(work)
 
     def _lost(self, n: int, message: Message | None) -> None:
         """A worker's process ended: its message gets an error reply, its place a new worker."""
         worker = self.workers.pop(n)  # first: the new one closes what the others have open
         self._selector.unregister(worker.inbox)
         status = worker.stop()
+        if not worker.ready:
+            where = self.cards[n].device
+            raise RoundError(f"a worker for {where} ended with status {status} before it began")
         if message is not None:
             reason = f"the worker process ended with status {status} while it held this message"
             self._keep(message, Message(Error(Code.WORKER_LOST, reason), reply_to=message))
-        self.workers.insert(n, self._hire())
+        self._hire(n)
 
     def _collect(self, timeout: float) -> None:
         """Take in what workers have finished, and give them more."""
         for key, _ in self._selector.select(timeout):
-            worker: _Worker = key.data
+            worker: WorkerProcess = key.data
             message = worker.message
+            if not worker.ready:
+                if not worker.greeted():
+                    self._lost(self.workers.index(worker), None)
+                continue
             reply = worker.take()
             if reply is None or message is None:
                 self._lost(self.workers.index(worker), message)
@@ -211,120 +285,6 @@ class LocalGrid(Grid):
             worker.stop()
         self.workers = []
         self._selector.close()
-
-
-def given(reply: Message | None) -> Message:
-    """The app's reply; raises ValueError where it gave none."""
-    if reply is None:
-        raise ValueError("the ClientApp gave no reply")
-    return reply
-
-
-def failed(error: Exception, message: Message) -> Message:
-    """An error reply that says what went wrong."""
-    return Message(Error(code_of(error), f"{type(error).__name__}: {error}"), reply_to=message)
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A forked process that answers messages one at a time."""
-
-    pid: int
-    inbox: int
-    outbox: int
-    message: Message | None = None
-    buffer: bytearray = field(default_factory=bytearray)
-
-    @classmethod
-    def fork(cls, grid: LocalGrid) -> "_Worker":
-        from fedlora.training.devices import check_fork
-
-        check_fork()
-        down_read, down_write = os.pipe()
-        up_read, up_write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(down_write)
-            os.close(up_read)
-            _serve(grid, down_read, up_write)
-        os.close(down_read)
-        os.close(up_write)
-        return cls(pid, up_read, down_write)
-
-    def give(self, message: Message) -> None:
-        self.message = message
-        _write(self.outbox, message_to_proto(message).SerializeToString())
-
-    def take(self) -> Message | None:
-        """The reply that is coming in; None if the process ended instead."""
-        data = _read(self.inbox)
-        self.message = None
-        return None if data is None else message_from_proto(ProtoMessage.FromString(data))
-
-    def stop(self) -> int:
-        for fd in (self.outbox, self.inbox):
-            os.close(fd)
-        for sent in (None, signal.SIGTERM, signal.SIGKILL):
-            if sent:
-                os.kill(self.pid, sent)
-            for _ in range(20 if sent is None else 100):
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                if pid:
-                    return status
-                time.sleep(0.01)
-        return -1
-
-
-def _serve(grid: LocalGrid, inbox: int, outbox: int) -> None:
-    """A worker's life. Ends when its pipe does; never returns into the parent's code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    code = 0
-    try:
-        import torch
-
-        torch.set_num_threads(1)  # a forked process has no OpenMP pool to share
-        for other in grid.workers:
-            os.close(other.outbox)
-            os.close(other.inbox)
-        while (data := _read(inbox)) is not None:
-            message = message_from_proto(ProtoMessage.FromString(data))
-            reply = grid._answer(message)
-            _name(reply)
-            _write(outbox, message_to_proto(reply).SerializeToString())
-    except BrokenPipeError:
-        pass
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    os._exit(code)
-
-
-def _name(message: Message) -> None:
-    """Give a message its id, which Flower's link state would."""
-    message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-
-
-def _write(fd: int, data: bytes) -> None:
-    view = memoryview(struct.pack("<Q", len(data)) + data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _read(fd: int) -> bytes | None:
-    """One framed message, or None where the other end is gone."""
-    head = _exactly(fd, 8)
-    return None if head is None else _exactly(fd, struct.unpack("<Q", head)[0])
-
-
-def _exactly(fd: int, n: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < n:
-        part = os.read(fd, min(n - len(data), 1 << 20))
-        if not part:
-            return None
-        data += part
-    return bytes(data)
 
 
 def run_local(

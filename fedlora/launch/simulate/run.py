@@ -16,7 +16,6 @@ from typing import Any
 import tomli_w
 
 from fedlora import preflight
-from fedlora.config import processes
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.wire.same_machine import SIMULATED
@@ -82,16 +81,14 @@ def local(
 
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.client_app import client_app
-    from fedlora.launch.simulate.grid import LocalGrid
-    from fedlora.training import devices
+    from fedlora.launch.simulate.cards import grid_of
 
     directory = Path(config.run.out, config.run.name)
-    wanted = devices.workers(config.simulate.workers, config.simulate.devices)
-    code = [value for _, value in named(config)]
+    app = client_app(value for _, value in named(config))
     with (
         Silent() if quiet else Progress(config.run.rounds) as printer,
         _resumable(directory, printer),
-        LocalGrid(client_app(code), config.clients.count, config.flat(), wanted) as grid,
+        grid_of(config, app) as grid,
     ):
         FederatedLora(config, together([printer, *observers])).start(grid)
     report.write(directory, config.output.plots)
@@ -134,8 +131,12 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
     A SuperLink of its own on a free port, in a home of its own, that installs nothing; and the
     run's status read from JSON, since `flwr run` exits 0 when a run has failed, too.
     """
+    from fedlora.launch.simulate.flower_resources import resources_of
+
     quiet_libraries()
     config = _absolute(load(path, overrides))
+    resources = resources_of(config)
+    config = Config.read({**config.flat(), "simulate.devices": resources.devices})
     directory = Path(config.run.out, config.run.name)
     search = commands()
     if shutil.which("flower-superlink", path=search) is None or not _has_ray():
@@ -154,6 +155,7 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         SIMULATED: "1",
+        **resources.environment,
     }
     own = {"address": f"127.0.0.1:{port}", "insecure": True}
     connection = {"superlink": {"default": "own", "own": own}}
@@ -164,7 +166,7 @@ def flower(path: Path, overrides: Mapping[str, Any], quiet: bool = False) -> Pat
         _resumable(directory, observer),
         _superlink(port, home, environment),
     ):
-        run_id = _submit(app, config, environment)
+        run_id = _submit(app, resources.options, environment)
         _follow(run_id, directory, environment, observer, home)
     report.write(directory, config.output.plots)
     return directory
@@ -249,11 +251,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _submit(app: Path, config: Config, environment: Mapping[str, str]) -> str:
-    federation = (
-        f"num-supernodes={config.clients.count} client-resources-num-cpus=1 "
-        f"init-args-num-cpus={processes.workers(config.simulate.workers)}"
-    )
+def _submit(app: Path, federation: str, environment: Mapping[str, str]) -> str:
     command = ["flwr", "run", str(app), "own", "--federation-config", federation]
     done = subprocess.run(
         [*command, "--format", "json"], env=environment, capture_output=True, text=True, check=False
