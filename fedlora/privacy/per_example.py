@@ -17,7 +17,7 @@ Formal guarantee
 
 Edge cases
     a layer called twice in a forward      its gradients are added before any norm is taken
-    reentrant gradient checkpointing       works: each backward runs once
+    gradient checkpointing                 works, either way: each backward runs once
     bf16 autocast                          products in bf16, as in plain training; norms and sums
                                            of what they give are float32 or better (`mechanism`)
     rows that are not examples (a MoE      PrivacyError: the leading size is not the batch's; and

@@ -196,10 +196,6 @@ class MeanPooled(nn.Module):
 
     def activation_checkpointing_enable(self, kwargs: Any = None) -> None:
         checkpoint_activations(self.encoder, kwargs)
-        self.is_gradient_checkpointing = True
-
-    def enable_input_require_grads(self) -> None:
-        self.encoder.enable_input_require_grads()
 
 
 def logits_of(output: Any) -> Tensor:
@@ -262,6 +258,18 @@ def _quantization(kind: str) -> Any:
 
 
 def checkpoint_activations(model: Any, kwargs: Any = None) -> None:
-    """Compute activations again in the backward pass; the method's name depends on the release."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)(kwargs or {"use_reentrant": True})
+    """Compute activations again in the backward pass, by torch's non-reentrant way."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name in transformers 5
+    (enable or model.gradient_checkpointing_enable)(kwargs or {"use_reentrant": False})
+    without_input_gradients(model)
+
+
+def without_input_gradients(model: nn.Module) -> None:
+    """Let embeddings ask for no gradient, as transformers and PEFT have them do for checkpoints.
+
+    Only the reentrant way needs it, and every frozen layer below the first adapter pays for it with
+    a backward pass.
+    """
+    for module in model.modules():
+        if (disable := getattr(module, "disable_input_require_grads", None)) is not None:
+            disable()

@@ -43,6 +43,7 @@ from fedlora.training.model.loading import (
     load_base,
     load_tokenizer,
     logits_of,
+    without_input_gradients,
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
@@ -67,7 +68,6 @@ class Model:
         self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
-            base.enable_input_require_grads()
         self.form, self.rank = (
             FORMS[config.lora.form],
             fixed_rank(config.lora.form, config.clients.ranks),
@@ -81,6 +81,8 @@ class Model:
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
+        if not self.form.after:  # aLoRA's own hooks on checkpoints need them
+            without_input_gradients(base)
         self.adapted: dict[str, Any] = {
             m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }
