@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -231,7 +231,7 @@ def kept_apart(
     """
     refuse(peft, name, live)
     sink = Sink(live, masks or {})
-    variants: dict[LoraLinear, Any] = {}
+    variants: dict[Any, Any] = {}
     heads: list[nn.Linear] = []
     for p in live:
         p.grad = None  # of a plain training before this
@@ -292,8 +292,13 @@ def refuse(peft: nn.Module, name: str, live: frozenset[nn.Parameter]) -> None:
             )
 
 
-def _layers(peft: nn.Module, name: str) -> Iterator[LoraLinear]:
-    return (m for m in peft.modules() if isinstance(m, LoraLinear) and name in m.lora_A)
+def _layers(peft: nn.Module, name: str) -> Iterator[Any]:
+    """The adapted linear modules; PEFT has classes of its own for quantised ones."""
+    for m in peft.modules():
+        if not isinstance(m, LoraLayer) or isinstance(m, ParamWrapper) or name not in m.lora_A:
+            continue
+        if isinstance(m, LoraLinear) or isinstance(m.get_base_layer(), nn.Linear):
+            yield m
 
 
 def _heads(peft: nn.Module, name: str) -> Iterator[nn.Linear]:

@@ -86,6 +86,7 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = str(int(deterministic))  # transformers asks it
     if (choose := getattr(_module(device), "set_device", None)) is not None:
         choose(device)
 
@@ -309,9 +310,11 @@ class Stopwatch:
 # -- precision ------------------------------------------------------------------------------------
 
 
-def in_bfloat16(device: torch.device, use: bool) -> torch.autocast:
-    """Products in bfloat16 on this device, without a cache of casts: see precision.py."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use, cache_enabled=False)
+def in_dtype(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in this dtype on this device, without a cache of casts: see precision.py."""
+    low = dtype != torch.float32
+    used = dtype if low else torch.bfloat16  # which is then not used
+    return torch.autocast(device.type, dtype=used, enabled=low, cache_enabled=False)
 
 
 def casts(device: torch.device) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
-from fedlora.config.sections import TrainConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
@@ -28,12 +27,9 @@ from fedlora.training.devices import Stopwatch, on_host, own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
-from fedlora.training.precision import autocast
+from fedlora.training.optimizers import Live, build_optimizer
+from fedlora.training.precision import autocast, scaler
 from fedlora.training.user_code import find
-
-Live = Mapping[str, Mapping[str, nn.Parameter]]
-"""The parameters that train, by column ("A", "B", "R", "other") and name."""
-
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -87,6 +83,8 @@ def fit(
 class Steps(Protocol):
     """An optimiser, or what stands in its place."""
 
+    param_groups: list[dict[str, Any]]
+
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
     def step(self) -> Any: ...
@@ -119,6 +117,7 @@ def steps(
     watch = watch or Stopwatch(model.device)
     params = [p for ps in live.values() for p in ps.values()]
     received = {p: p.detach().clone() for p in params}
+    scale = scaler(config.train.precision, model.device)
     for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
         optimizer.zero_grad(set_to_none=True)
         extra = extra_loss(model.sides, received, penalty, config.train.prox)
@@ -129,13 +128,15 @@ def steps(
                 share = len(losses) / len(batch["input_ids"])
                 loss = (losses.mean() * share if share < 1 else losses.mean()) + extra
             with watch.timed("backward"):
-                loss.backward()
+                scale.scale(loss).backward()
             found.append(losses.detach())
             whole.append(loss.detach())
             extra = 0.0  # penalties count once
+        scale.unscale_(optimizer)
         if config.train.grad_clip:
             nn.utils.clip_grad_norm_(params, config.train.grad_clip)
-        optimizer.step()
+        scale.step(optimizer)
+        scale.update()
         tokens = batch["input_ids"].numel()
         yield Step(torch.cat(found), torch.stack(whole).sum(), tokens)
 
@@ -232,19 +233,6 @@ def learning_rate(config: Config, round: int) -> float:
         case "cosine":
             return config.train.lr * (1 + math.cos(math.pi * t)) / 2
     return config.train.lr
-
-
-def build_optimizer(live: Live, train: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """The config's optimiser over the live parameters; B's rate is lr * lr-ratio-b (LoRA+)."""
-    groups = [
-        {"params": list(ps.values()), "lr": lr * (train.lr_ratio_b if column == "B" else 1.0)}
-        for column, ps in live.items()
-    ]
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=train.weight_decay)
 
 
 @contextmanager

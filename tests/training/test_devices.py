@@ -20,7 +20,8 @@ from fedlora.training.footprint import footprint
 from fedlora.training.model import loading
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast, computing, resolved
-from fedlora.training.train import build_optimizer, fit, steps, training
+from fedlora.training.optimizers import build_optimizer
+from fedlora.training.train import fit, steps, training
 from fedlora.training.training_check import check_training
 from tests.house.test_house_rules import SOURCES
 from tests.support.pretend_device import CAST, READ, Card, Module

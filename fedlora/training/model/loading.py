@@ -28,6 +28,7 @@ from fedlora.training.devices import HOST, host_draws, is_host, on_host
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
+from fedlora.training.model.quantized import asked_for, plain
 from fedlora.training.user_code import called, is_code, is_live
 
 
@@ -78,7 +79,7 @@ def load_base(
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     if config.quantization != "none":
-        options["quantization_config"] = _quantization(config.quantization)
+        options["quantization_config"] = asked_for(config.quantization)
     if not is_host(device):
         options["device_map"] = {"": device}
     with host_draws(device, seeded(seed, 0, 0, "head").initial_seed()):
@@ -159,6 +160,10 @@ def _frozen(model: Any, config: ModelConfig) -> Any:
     return model
 
 
+STORED_HOW = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer")
+"""What PEFT asks a model for, to wrap weights of few bits with the classes that know them."""
+
+
 class MeanPooled(nn.Module):
     """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
 
@@ -173,6 +178,9 @@ class MeanPooled(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.config = encoder.config
+        for name in STORED_HOW:
+            if hasattr(encoder, name):
+                setattr(self, name, getattr(encoder, name))
         self.classifier = nn.Linear(encoder.config.hidden_size, len(labels), dtype=encoder.dtype)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
@@ -219,7 +227,7 @@ def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:
     """A digest over samples of every tensor: differs when any tensor was made differently."""
     digest = hashlib.sha256(before.encode())
     for name, p in tensors.items():
-        flat = p.detach().reshape(-1)
+        flat = plain(p).reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = on_host(flat[::step]).float().contiguous()
         digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
@@ -243,18 +251,6 @@ def _source(config: ModelConfig) -> tuple[str, str]:
     if path.endswith(".gguf"):
         return os.path.dirname(path), os.path.basename(path)
     return path, ""
-
-
-def _quantization(kind: str) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            f"model.quantization = '{kind}' needs bitsandbytes: pip install bitsandbytes"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
 
 
 def checkpoint_activations(model: Any, kwargs: Any = None) -> None:

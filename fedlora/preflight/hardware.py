@@ -1,0 +1,87 @@
+"""What needs an accelerator, or a package that is not everywhere, and what it does not go with.
+
+Every process asks of itself, before it loads anything: a simulation, the doctor, a server, a node.
+A server trains one step before round 1, as a check, so it needs what its clients need.
+docs/gpu.md has the table.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError
+from fedlora.training.devices import chosen, found, is_host
+from fedlora.training.user_code import is_code
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a setting needs: one of some packages, and perhaps a card."""
+
+    what: str
+    packages: tuple[str, ...]
+    install: str
+    instead: str
+    on_card: bool = False
+
+
+def needs(config: Config) -> Iterator[Need]:
+    """What the config's settings need beyond fedlora's own dependencies."""
+    model, train = config.model, config.train
+    stored, optimizer = model.quantization, train.optimizer
+    if stored != "none":
+        package = "torchao" if stored == "int8" else "bitsandbytes"
+        what = f"model.quantization = {stored!r}"
+        yield Need(what, (package,), "'fedlora[quantized]'", "'none'")
+    if optimizer.endswith(("8bit", "32bit")):
+        what, paged = f"train.optimizer = {optimizer!r}", optimizer.startswith("paged")
+        instead = "'adamw_8bit' or 'adamw'" if paged else "'adamw'"
+        yield Need(what, ("bitsandbytes",), "'fedlora[quantized]'", instead, paged)
+    if model.attention == "flash_attention_2":
+        what = f"model.attention = {model.attention!r}"
+        yield Need(what, ("flash_attn", "kernels"), "flash-attn", "'sdpa'", on_card=True)
+    if model.liger:
+        yield Need("model.liger = true", ("liger_kernel",), "liger-kernel", "false", on_card=True)
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Each setting that this machine cannot serve, or that goes with another, and what to do."""
+    for need in needs(config):
+        if need.on_card and _on_host(config):
+            yield (
+                f"{need.what}: is for an accelerator, and this process computes on the host; set "
+                f"it to {need.instead}"
+            )
+        elif not any(find_spec(name) for name in need.packages):
+            yield (
+                f"{need.what}: needs {need.packages[0]}, which is not installed; pip install "
+                f"{need.install}, or set it to {need.instead}"
+            )
+    if config.model.attention == "flash_attention_2" and _all_float32(config):
+        yield (
+            "model.attention = 'flash_attention_2': computes in 16 bits alone; set "
+            "train.precision or model.dtype = 'bfloat16'"
+        )
+    if config.model.liger and is_code(config.model.path):
+        yield f"model.liger = true: {config.model.path} makes the model as it is to be"
+    if config.train.precision == "float16" and config.privacy.by_example:
+        yield (
+            "train.precision = 'float16' with privacy.level = 'example': the scale of its "
+            "gradients follows all examples of the steps before, which no noise covers; use "
+            "'bfloat16' or 'float32'"
+        )
+
+
+def _on_host(config: Config) -> bool:
+    """Does this process compute on the host? A device that is not there is refused elsewhere."""
+    try:
+        return is_host(chosen(config.simulate.devices))
+    except ConfigError:
+        return False
+
+
+def _all_float32(config: Config) -> bool:
+    return config.model.dtype == "float32" and config.train.precision == "float32"
