@@ -65,6 +65,8 @@ def problems(config: Config) -> Iterator[str]:
             "model.attention = 'flash_attention_2': computes in 16 bits alone; set "
             "train.precision or model.dtype = 'bfloat16'"
         )
+    if config.model.device_map != "none":
+        yield from _spread(config)
     if config.model.liger and is_code(config.model.path):
         yield f"model.liger = true: {config.model.path} makes the model as it is to be"
     if config.train.precision == "float16" and config.privacy.by_example:
@@ -73,6 +75,31 @@ def problems(config: Config) -> Iterator[str]:
             "gradients follows all examples of the steps before, which no noise covers; use "
             "'bfloat16' or 'float32'"
         )
+
+
+def _spread(config: Config) -> Iterator[str]:
+    """What a base over several devices does not go with."""
+    what = "model.device-map = 'auto'"
+    asked = config.simulate.devices
+    if is_code(config.model.path):
+        yield f"{what}: {config.model.path} makes the model as it is to be; set it to 'none'"
+    elif _count(asked) == 1:
+        yield f"{what}: simulate.devices = {asked!r} is one device; set it to 'none'"
+    if config.train.prefix_cache:
+        yield f"{what} with train.prefix-cache: what it remembers lies on one card; set that to 0"
+    if config.simulate.workers > 1:
+        yield (
+            f"{what} with simulate.workers = {config.simulate.workers}: each would have a base of "
+            "its own; set that to 1"
+        )
+
+
+def _count(asked: str) -> int:
+    """How many devices these are; 0 where they are none of this machine, as is said elsewhere."""
+    try:
+        return len(found(asked))
+    except ConfigError:
+        return 0
 
 
 def _on_host(config: Config) -> bool:

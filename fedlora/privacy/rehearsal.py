@@ -116,9 +116,9 @@ def check_private(
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, download.penalty)
-            with own_draws(model.device, config.run.seed):
+            with own_draws(model.devices, config.run.seed):
                 want = _plain(model, batch, live, download, config)
-            with own_draws(model.device, config.run.seed):
+            with own_draws(model.devices, config.run.seed):
                 found = _step(model, rows, live, download, config, round)
     gap, size = _distance(want, found)
     if not gap <= tolerance_of(model, config).private * size:

@@ -186,7 +186,7 @@ def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
 @contextmanager
 def _training(model: Model, dropout: Chance) -> Iterator[None]:
     """Train mode; dropout's masks are as secret as the sample they fall on."""
-    with own_draws(model.device, dropout.seed()):
+    with own_draws(model.devices, dropout.seed()):
         model.peft.train()
         try:
             yield

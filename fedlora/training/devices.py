@@ -1,7 +1,7 @@
 """The devices that torch computes on: which there are, and all that is done differently on each.
 
     device = chosen(config.simulate.devices)     the host, or a card of this machine
-    with own_draws(device, seed): ...            dropout, from a stream of its own
+    with own_draws([device], seed): ...          dropout, from a stream of its own
     with host_draws(device, seed): ...           first weights, the same on every device
 
 No other file of fedlora names a kind of device. What is inside `Model` lies on its device; what
@@ -18,7 +18,7 @@ One process computes on one device: the first of those that it may use.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,11 @@ def chosen(asked: str) -> torch.device:
         ConfigError: it is no device of this machine.
     """
     return found(asked)[0]
+
+
+def used(asked: str, spread: bool) -> tuple[torch.device, ...]:
+    """The devices of this process's one base: the first that is asked for, or all of them."""
+    return tuple(found(asked)) if spread else (chosen(asked),)
 
 
 def is_host(device: torch.device) -> bool:
@@ -203,17 +208,17 @@ def norm_of(x: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def own_draws(device: torch.device, seed: int) -> Iterator[None]:
-    """Within it, whatever is drawn on the device or the host follows from the seed alone.
+def own_draws(devices: Sequence[torch.device], seed: int) -> Iterator[None]:
+    """Within it, whatever is drawn on the devices or the host follows from the seed alone.
 
     After it their generators are as before. A card's numbers are not the host's of the same seed.
     """
-    cards = [] if is_host(device) else [device.index or 0]
-    kind = None if is_host(device) else device.type
-    with torch.random.fork_rng(devices=cards, device_type=kind):
+    cards = [device for device in devices if not is_host(device)]
+    kind = cards[0].type if cards else None
+    with torch.random.fork_rng(devices=[d.index or 0 for d in cards], device_type=kind):
         torch.default_generator.manual_seed(seed)
-        if not is_host(device):
-            _seed(device, seed)
+        for n, device in enumerate(cards):
+            _seed(device, seed + n)
         yield
 
 

@@ -73,16 +73,18 @@ def _pass(model: Model, config: Config, n: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    release(model.device)
-    forget_most(model.device)
-    before = most_used(model.device)
+    for device in model.devices:
+        release(device)
+        forget_most(device)
+    before = sum(map(most_used, model.devices))
     with training(model, config, 0, 0):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = example_losses(model, batch, config.train.precision).sum()
         loss.backward()
     for p in model.peft.parameters():
         p.grad = None
-    return sum(kept.values()) if is_host(model.device) else most_used(model.device) - before
+    on_cards = sum(map(most_used, model.devices)) - before
+    return sum(kept.values()) if is_host(model.device) else on_cards
 
 
 def _longest(model: Model, config: Config, n: int) -> Batch:

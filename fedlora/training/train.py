@@ -23,7 +23,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
-from fedlora.training.devices import Stopwatch, on_host, own_draws
+from fedlora.training.devices import HOST, Stopwatch, on_host, own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
@@ -121,6 +121,7 @@ def steps(
     for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
         optimizer.zero_grad(set_to_none=True)
         extra = extra_loss(model.sides, received, penalty, config.train.prox)
+        extra = extra.to(model.device) if isinstance(extra, Tensor) else extra
         found, whole = list[Tensor](), list[Tensor]()
         for part in microbatches(batch, config.train.microbatch):
             with watch.timed("forward"):
@@ -208,14 +209,16 @@ def extra_loss(
     sides: A (r, k) and B (d, r) of a layer, as they train.
     """
     extra: Tensor | float = 0.0
+    at = next((p.device for p in received), HOST)  # a base may be spread over several
     if prox:
-        extra = extra + prox / 2 * sum(((p - p0) ** 2).sum() for p, p0 in received.items())
+        extra = extra + prox / 2 * sum(((p - p0) ** 2).sum().to(at) for p, p0 in received.items())
     if penalty and penalty.weight:
         for m, keep in penalty.keep.items():
             A, B = sides(m)
             tail = B[:, keep:], A[keep:]
             if tail[0].numel():
-                extra = extra + penalty.weight * _safe_norm(tail[0]) * _safe_norm(tail[1])
+                both = _safe_norm(tail[0]) * _safe_norm(tail[1])
+                extra = extra + penalty.weight * both.to(at)
     return extra
 
 
@@ -239,7 +242,7 @@ def learning_rate(config: Config, round: int) -> float:
 def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
     """Train mode, and dropout from a stream of its own."""
     seed = seeded(config.run.seed, round, client, "dropout").initial_seed()
-    with own_draws(model.device, seed):
+    with own_draws(model.devices, seed):
         model.peft.train()
         try:
             yield

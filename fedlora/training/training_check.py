@@ -143,7 +143,7 @@ def check_gradients(
 
     def loss() -> float:
         """The training loss of the weights as they are now, under the same dropout each time."""
-        with own_draws(model.device, config.run.seed):
+        with own_draws(model.devices, config.run.seed):
             found = float(next(passes).loss)
         if not abs(found) < float("inf"):
             raise TrainingCheckError("the loss is not finite")

@@ -44,6 +44,7 @@ LEGEND = {"ranks.policy": "legend"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
 HOST = {"simulate.devices": "cpu"}
+SPREAD = {"model.device-map": "auto"}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
@@ -165,6 +166,10 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"model.attention": "flash_attention_2"}, "computes in 16 bits alone"),
     ("fedavg", "bert", {**HOST, "model.liger": True}, "model.liger = true: is for an accelerator"),
     ("fedavg", "bert", {"model.path": "py:a:b", "model.liger": True}, "makes the model as it is"),
+    ("fedavg", "bert", {**HOST, "model.device-map": "auto"}, "simulate.devices = 'cpu' is one"),
+    ("fedavg", "bert", {**SPREAD, "model.path": "py:a:b"}, "the model as it is to be; set it to"),
+    ("fedavg", "bert", {**SPREAD, "train.prefix-cache": 8}, "what it remembers lies on one card"),
+    ("fedavg", "bert", {**SPREAD, "simulate.workers": 2}, "each would have a base of its own"),
     ("fedavg", "bert", {**DP, "train.precision": "float16"}, "follows all examples of the steps"),
     ("fedavg", "bert", {**DP, "model.quantization": "8bit"}, "the columns that it leaves unround"),
 ]  # fmt: skip

@@ -151,7 +151,7 @@ def test_a_head_drawn_on_a_card_would_be_another(
 
     @contextmanager
     def drawn_there(device: torch.device, seed: int) -> Any:
-        with own_draws(device, seed):
+        with own_draws([device], seed):
             yield
 
     monkeypatch.setattr(loading, "host_draws", drawn_there)
@@ -257,10 +257,10 @@ def test_generators_are_put_back_on_card_and_host(cards: Cards) -> None:
 
 def test_own_draws_seeds_its_own_card_and_no_other(cards: Cards) -> None:
     other = cards[0].generator.get_state()
-    with own_draws(torch.device(TWO), 7):
+    with own_draws([torch.device(TWO)], 7):
         a = torch.rand(3, device=TWO).cpu()
         assert torch.equal(cards[0].generator.get_state(), other)
-    with own_draws(torch.device(TWO), 7):
+    with own_draws([torch.device(TWO)], 7):
         assert torch.equal(torch.rand(3, device=TWO).cpu(), a)
 
 

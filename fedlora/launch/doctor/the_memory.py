@@ -50,10 +50,10 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
 
 def _on_card(model: Model, config: Config, need: Footprint) -> Finding:
     """What a client needs on its card, which has the base already."""
-    size, device = _examples(config), model.device
-    free = int((1 - RESERVE) * memory_of(device).free) + need.frozen
+    size = _examples(config)
+    free = int((1 - RESERVE) * sum(memory_of(d).free for d in model.devices)) + need.frozen
     said = (
-        f"{name_of(device)}: a client needs {_gb(need.of(size))} (base {_gb(need.frozen)}; "
+        f"{', '.join(map(name_of, model.devices))}: a client needs {_gb(need.of(size))} (base {_gb(need.frozen)}; "
         f"factors, gradients and optimiser {_gb(need.trained)}; {size} examples of "
         f"{model.longest(config.data.max_length)} tokens {_gb(need.activations(size))}), "
         f"{_gb(free)} are free"

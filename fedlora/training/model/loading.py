@@ -29,6 +29,7 @@ from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
 from fedlora.training.model.quantized import asked_for, plain
+from fedlora.training.model.spread import connect, device_map
 from fedlora.training.user_code import called, is_code, is_live
 
 
@@ -57,15 +58,17 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    config: ModelConfig, labels: Sequence[str], seed: int, device: torch.device = HOST
+    config: ModelConfig, labels: Sequence[str], seed: int, devices: Sequence[torch.device] = (HOST,)
 ) -> PreTrainedModel:
     """The pretrained model, its new tensors (a head) drawn from the seed; frozen, in eval mode.
 
-    Its tensors go from the file to the device one by one, never as a whole through the host.
+    Its tensors go from the file to the devices one by one, never as a whole through the host; of
+    several devices all but its layers to the first.
 
     Raises:
         ModelError: it is not there, or is no model of this task.
     """
+    device = devices[0]
     if is_code(config.path):
         return _frozen(_own(config, labels, seed).to(device), config)
     path, gguf = _source(config)
@@ -85,19 +88,20 @@ def load_base(
     with host_draws(device, seeded(seed, 0, 0, "head").initial_seed()):
         try:
             if config.task == "causal-lm":
-                model = _whole(AutoModelForCausalLM, path, options)
+                model = _whole(AutoModelForCausalLM, path, options, devices)
             elif config.pooling == "mean":
-                model = _whole(AutoModel, path, options)
+                model = _whole(AutoModel, path, options, devices)
             else:
                 names = dict(enumerate(labels))
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
-                model = _whole(AutoModelForSequenceClassification, path, options)
+                model = _whole(AutoModelForSequenceClassification, path, options, devices)
         except (OSError, ValueError, RuntimeError) as e:
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
         if config.task == "classification" and config.pooling == "mean":
-            model = MeanPooled(model, labels).to(device)
+            model = MeanPooled(model, labels)
+            model.classifier.to(device)
         elif config.task == "classification":
             labelled_as(model, lambda: _label_names(path, config), labels)
     return _frozen(model, config)
@@ -132,10 +136,19 @@ def _not_loaded(
     return ModelError(why)
 
 
-def _whole(cls: Any, path: str, options: Mapping[str, Any]) -> Any:
+def _whole(
+    cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]
+) -> Any:
     """The model, which remembers the names of the tensors that its checkpoint lacks."""
+    if len(devices) > 1:
+        how = {key: options[key] for key in ("revision", "trust_remote_code")}
+        with torch.device("meta"):
+            empty = cls.from_config(AutoConfig.from_pretrained(path, **how))
+        options = {**options, "device_map": device_map(empty, devices)}
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     model.newly_drawn = tuple(sorted(info["missing_keys"]))
+    if len(devices) > 1:
+        connect(model, devices)
     return model
 
 

@@ -8,7 +8,8 @@
         trained = model.read()
 
 All the clients of a process share the base; what differs between them is `Factors`. The base and
-what is loaded lie on `model.device`; whatever goes in or comes out is on the host.
+what is loaded lie on `model.device`, or its layers on all of `model.devices`; whatever goes in or
+comes out is on the host.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
-from fedlora.training.devices import chosen, host_draws, moved, on_host, wide_on_host
+from fedlora.training.devices import host_draws, moved, on_host, used, wide_on_host
 from fedlora.training.model import stacks
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
@@ -61,9 +62,10 @@ class Model:
     def __init__(self, config: Config, labels: Sequence[str] = ()) -> None:
         self.config = config
         self.labels = tuple(labels)
-        self.device = chosen(config.simulate.devices)
+        self.devices = used(config.simulate.devices, config.model.device_map != "none")
+        self.device = self.devices[0]
         self.tokenizer = load_tokenizer(config.model)
-        base = load_base(config.model, self.labels, config.run.seed, self.device)
+        base = load_base(config.model, self.labels, config.run.seed, self.devices)
         agree(base, self.tokenizer, config.model)
         self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
@@ -199,7 +201,7 @@ class Model:
                 if isinstance(layer.lora_variant.get(self.active), Core):
                     del layer.lora_variant[self.active]
                 if m in factors.R:
-                    R = nn.Parameter(factors.R[m].detach().to(self.device, copy=True))
+                    R = nn.Parameter(factors.R[m].detach().to(a.device, copy=True))
                     self._cores[m] = R
                     if block:
                         self.masks[R] = mask = inside(R, block)
@@ -289,7 +291,7 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                rows = {m: x[m].T.float().to(self.device) for m in x}
+                rows = {m: x[m].T.float().to(self.base.device_of(m)) for m in x}
                 return {m: wide_on_host(self._at(self.adapted[m], rows[m]).T) for m in x}
             return {m: self._at(self._wide(m), x[m].T.double()).T for m in x}
 

@@ -81,6 +81,11 @@ class MovingBase:
             found[m] = W.T if self._shapes[m].fan_in_fan_out else W
         return found
 
+    def device_of(self, m: str) -> torch.device:
+        """Where a module lies: a base may be spread over several devices."""
+        device: torch.device = self._layers[m].weight.device
+        return device
+
     @contextlib.contextmanager
     def gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
         """Within it, base weights gather gradients, given back as (d, k)."""
