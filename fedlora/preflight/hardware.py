@@ -6,15 +6,18 @@ docs/gpu.md has the table.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.training.devices import chosen, found, is_host
 from fedlora.training.user_code import is_code
+
+PROFILES = 8
+"""Rank profiles whose adapters stay attached: training/model/model.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ def problems(config: Config) -> Iterator[str]:
         )
     if config.model.device_map != "none":
         yield from _spread(config)
+    if config.train.compile:
+        yield from _compiled(config)
     if config.model.liger and is_code(config.model.path):
         yield f"model.liger = true: {config.model.path} makes the model as it is to be"
     if config.train.precision == "float16" and config.privacy.by_example:
@@ -91,6 +96,41 @@ def _spread(config: Config) -> Iterator[str]:
         yield (
             f"{what} with simulate.workers = {config.simulate.workers}: each would have a base of "
             "its own; set that to 1"
+        )
+
+
+def _compiled(config: Config) -> Iterator[str]:
+    """What compiled layers need, and what they do not go with."""
+    what = "train.compile = true"
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    here = any(which(name) for name in compilers if name) if _on_host(config) else (
+        bool(find_spec("triton"))
+    )  # fmt: skip
+    if not here:
+        yield (
+            f"{what}: on the host torch needs a C++ compiler such as g++, on an accelerator the "
+            "package triton; install it, or set it to false"
+        )
+    if is_code(config.model.path):
+        yield f"{what}: {config.model.path} does not say which of its modules are layers"
+    if config.privacy.by_example:
+        yield (
+            f"{what} with privacy.level = 'example': its gradients are taken apart in code that a "
+            "compiled backward pass does not run; set it to false"
+        )
+    if config.train.prefix_cache or config.model.device_map != "none":
+        yield (
+            f"{what} with train.prefix-cache or model.device-map: what stands in for a layer, or "
+            "moves its inputs, would have it compiled anew; set it to false"
+        )
+    if config.model.quantization != "none" or config.lora.target_parameters:
+        yield (
+            f"{what} with model.quantization or lora.target-parameters: not tried; set it to false"
+        )
+    if config.ranks.policy == "legend" or len(set(config.clients.ranks)) > PROFILES:
+        yield (
+            f"{what}: each of more than {PROFILES} rank profiles, as of ranks.policy = 'legend', "
+            "would be compiled again and again; set it to false"
         )
 
 

@@ -27,9 +27,8 @@ from fedlora.training.devices import own_draws, wide_on_host
 from fedlora.training.loss_check import check_losses, check_rows
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.model import Model
-from fedlora.training.optimizers import build_optimizer
+from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.train import (
-    Live,
     extra_loss,
     learning_rate,
     steps,

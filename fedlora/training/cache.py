@@ -43,7 +43,7 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
            config.train.prefix_cache, labels, config.ranks.policy, identity(config),
-           config.simulate.devices,
+           config.simulate.devices, config.train.compile,
            fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
     found: Model = _model(key, config, labels)
     prepare(found.device, config.train.deterministic)

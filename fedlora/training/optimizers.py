@@ -57,7 +57,7 @@ def is_paged(train: TrainConfig) -> bool:
     return train.optimizer.startswith("paged")
 
 
-def state_bytes(n: int, train: TrainConfig) -> float:
+def state_bytes(n: int, train: TrainConfig) -> int:
     """What the states of a tensor of n numbers take on its device; paged ones are not there."""
     if train.optimizer == "sgd":
         return 4 * n if train.momentum else 0

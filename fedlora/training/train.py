@@ -31,6 +31,7 @@ from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.precision import autocast, scaler
 from fedlora.training.user_code import find
 
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """The results of a client's training."""
@@ -118,6 +119,7 @@ def steps(
     params = [p for ps in live.values() for p in ps.values()]
     received = {p: p.detach().clone() for p in params}
     scale = scaler(config.train.precision, model.device)
+    stepped: Any = optimizer  # of which a scaler asks for the groups of parameters alone
     for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
         optimizer.zero_grad(set_to_none=True)
         extra = extra_loss(model.sides, received, penalty, config.train.prox)
@@ -133,10 +135,10 @@ def steps(
             found.append(losses.detach())
             whole.append(loss.detach())
             extra = 0.0  # penalties count once
-        scale.unscale_(optimizer)
+        scale.unscale_(stepped)
         if config.train.grad_clip:
             nn.utils.clip_grad_norm_(params, config.train.grad_clip)
-        scale.step(optimizer)
+        scale.step(stepped)
         scale.update()
         tokens = batch["input_ids"].numel()
         yield Step(torch.cat(found), torch.stack(whole).sum(), tokens)

@@ -44,6 +44,7 @@ LEGEND = {"ranks.policy": "legend"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
 HOST = {"simulate.devices": "cpu"}
+COMPILED = {"train.compile": True}
 SPREAD = {"model.device-map": "auto"}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
@@ -166,6 +167,12 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"model.attention": "flash_attention_2"}, "computes in 16 bits alone"),
     ("fedavg", "bert", {**HOST, "model.liger": True}, "model.liger = true: is for an accelerator"),
     ("fedavg", "bert", {"model.path": "py:a:b", "model.liger": True}, "makes the model as it is"),
+    ("fedavg", "bert", {**HOST, **COMPILED}, "on the host torch needs a C++ compiler"),
+    ("fedavg", "bert", {**COMPILED, "model.path": "py:a:b"}, "which of its modules are layers"),
+    ("fedavg", "bert", {**COMPILED, **DP}, "a compiled backward pass does not run"),
+    ("fedavg", "bert", {**COMPILED, "train.prefix-cache": 8}, "stands in for a layer"),
+    ("fedavg", "bert", {**COMPILED, "model.quantization": "4bit"}, "not tried; set it to false"),
+    ("fedex", "bert", {**COMPILED, **LEGEND}, "would be compiled again and again"),
     ("fedavg", "bert", {**HOST, "model.device-map": "auto"}, "simulate.devices = 'cpu' is one"),
     ("fedavg", "bert", {**SPREAD, "model.path": "py:a:b"}, "the model as it is to be; set it to"),
     ("fedavg", "bert", {**SPREAD, "train.prefix-cache": 8}, "what it remembers lies on one card"),
@@ -210,6 +217,7 @@ REFUSED = [*BY_CONFIG, *(c for c in BY_CLIENTS if c[3]), *BY_MEASURE]
 def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     """No package of an extra is here, whatever this machine has."""
     monkeypatch.setattr(hardware, "find_spec", lambda _: None)
+    monkeypatch.setattr(hardware, "which", lambda _: None)
 
 
 def given_of(settings: Settings, name: str, kind: str, changes: Changes) -> dict[str, object]:

@@ -35,7 +35,11 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 def trained(settings: Settings, kind: str, **changes: object) -> tuple[Model, list[Tensor]]:
     """A client's model after two steps, and all that trained."""
     name = str(changes.get("strategy.name", "fedex"))
-    given = {"strategy.name": name, "clients.ranks": ranks_for(name).split(",")[0], "train.steps": 2}
+    given = {
+        "strategy.name": name,
+        "clients.ranks": ranks_for(name).split(",")[0],
+        "train.steps": 2,
+    }
     config = Config.read(settings(kind, **{"model.dropout": 0.0, **given, **changes}))
     labels = cache.corpus(config).labels
     model = Model(config, labels)
@@ -75,8 +79,9 @@ def test_only_adapted_layers_compute_twice(settings: Settings, kind: str) -> Non
     given = {"lora.layers": "-1", "train.gradient-checkpointing": True, "evaluate.clients": False}
     model, _ = trained(settings, kind, **given)
     inner = "intermediate.dense" if kind == "bert" else "mlp.up_proj"
-    names |= {m: n for n, m in model.peft.named_modules() if n.endswith((inner, f"{inner}.base_layer"))
-              and isinstance(m, nn.Linear)}  # fmt: skip
+    ends = inner, f"{inner}.base_layer"
+    found = {m: n for n, m in model.peft.named_modules() if n.endswith(ends)}
+    names |= {m: n for m, n in found.items() if isinstance(m, nn.Linear)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Linear, "forward", forward)
         config = model.config

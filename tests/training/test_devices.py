@@ -19,8 +19,8 @@ from fedlora.training.devices import HOST, chosen, found, host_draws, own_draws
 from fedlora.training.footprint import footprint
 from fedlora.training.model import loading
 from fedlora.training.model.model import Model
-from fedlora.training.precision import autocast, computing, resolved
 from fedlora.training.optimizers import build_optimizer
+from fedlora.training.precision import autocast, computing, resolved
 from fedlora.training.train import fit, steps, training
 from fedlora.training.training_check import check_training
 from tests.house.test_house_rules import SOURCES

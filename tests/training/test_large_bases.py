@@ -1,7 +1,7 @@
-"""What large bases ask for: few bits, small optimiser states, other kernels; and where DP stands."""
+"""What large bases ask for: few bits, small optimiser states, other kernels; and beside DP."""
 
+import os
 from collections.abc import Callable
-from typing import Any
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.privacy.per_example import kept_apart
 from fedlora.training.data.batches import collate
-from fedlora.training.devices import HOST
+from fedlora.training.devices import HOST, prepare
 from fedlora.training.footprint import footprint
+from fedlora.training.model import loading
 from fedlora.training.model.model import Model
 from fedlora.training.model.quantized import bytes_of, is_stored
 from fedlora.training.optimizers import BLOCK, PAGED, SMALL, build_optimizer, state_bytes
@@ -223,3 +224,43 @@ def test_a_federation_in_float16(settings: Settings, cards: object, device: str)
     ran = federate(settings("llama", **quick("fedex", **given)))
     assert not any(r["failures"] for r in ran.rounds[1:])
     assert ran.rounds[-1]["certificate"]["excess"] < 1
+
+
+# -- other kernels --------------------------------------------------------------------------------
+
+
+def test_liger_gets_the_base_and_leaves_the_loss_alone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[object, object]] = []
+    monkeypatch.setattr(loading, "apply_liger_kernel", lambda *args: given.append(args))
+    model = Model(Config.read(settings("llama", **{"model.liger": True})))
+    ((base, kernels),) = given
+    assert base is model.peft.get_base_model()
+    assert kernels == {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    Model(Config.read(settings("llama")))
+    assert len(given) == 1
+
+
+def test_flash_attention_is_transformers_own_switch(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    real = loading._whole
+
+    def whole(cls: object, path: str, options: dict[str, object], *rest: object) -> object:
+        given.append(options.pop("attn_implementation"))
+        return real(cls, path, options, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loading, "_whole", whole)
+    Model(Config.read(settings("llama", **{"model.attention": "flash_attention_2"})))
+    assert given == ["flash_attention_2"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_flash_attention_is_deterministic_where_training_is(
+    cards: object, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "unset")
+    prepare(torch.device("pretend:1"), on)
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == str(int(on))

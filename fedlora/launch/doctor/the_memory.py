@@ -53,7 +53,8 @@ def _on_card(model: Model, config: Config, need: Footprint) -> Finding:
     size = _examples(config)
     free = int((1 - RESERVE) * sum(memory_of(d).free for d in model.devices)) + need.frozen
     said = (
-        f"{', '.join(map(name_of, model.devices))}: a client needs {_gb(need.of(size))} (base {_gb(need.frozen)}; "
+        f"{', '.join(map(name_of, model.devices))}: a client needs {_gb(need.of(size))} "
+        f"(base {_gb(need.frozen)}; "
         f"factors, gradients and optimiser {_gb(need.trained)}; {size} examples of "
         f"{model.longest(config.data.max_length)} tokens {_gb(need.activations(size))}), "
         f"{_gb(free)} are free"

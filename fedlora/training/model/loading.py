@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.liger import apply_liger_kernel
 
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
@@ -31,6 +32,9 @@ from fedlora.training.model.gguf import converted
 from fedlora.training.model.quantized import asked_for, plain
 from fedlora.training.model.spread import connect, device_map
 from fedlora.training.user_code import called, is_code, is_live
+
+WITHOUT_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+"""Of Liger's kernels: an example's own loss is `train.example_losses`."""
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -99,6 +103,8 @@ def load_base(
         except (OSError, ValueError, RuntimeError) as e:
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
+        if config.liger:
+            apply_liger_kernel(model, WITHOUT_LOSS)
         if config.task == "classification" and config.pooling == "mean":
             model = MeanPooled(model, labels)
             model.classifier.to(device)
@@ -136,9 +142,7 @@ def _not_loaded(
     return ModelError(why)
 
 
-def _whole(
-    cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]
-) -> Any:
+def _whole(cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]) -> Any:
     """The model, which remembers the names of the tensors that its checkpoint lacks."""
     if len(devices) > 1:
         how = {key: options[key] for key in ("revision", "trust_remote_code")}

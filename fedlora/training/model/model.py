@@ -7,9 +7,8 @@
         ...  train model.trainable({"A", "B", "other"})  ...
         trained = model.read()
 
-All the clients of a process share the base; what differs between them is `Factors`. The base and
-what is loaded lie on `model.device`, or its layers on all of `model.devices`; whatever goes in or
-comes out is on the host.
+All the clients of a process share the base; what differs between them is `Factors`. What is
+loaded lies on `model.device`, or its layers on all `devices`; what goes in or out is on the host.
 """
 
 import contextlib
@@ -32,6 +31,7 @@ from fedlora.training.devices import host_draws, moved, on_host, used, wide_on_h
 from fedlora.training.model import stacks
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
+from fedlora.training.model.compiled import compile_layers
 from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.in_float64 import in_float64
@@ -70,10 +70,8 @@ class Model:
         self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
-        self.form, self.rank = (
-            FORMS[config.lora.form],
-            fixed_rank(config.lora.form, config.clients.ranks),
-        )
+        self.form = FORMS[config.lora.form]
+        self.rank = fixed_rank(config.lora.form, config.clients.ranks)
         self.shapes = find_layers(base, config)
         self.heads, self.stacks = head_names(base, config), stacks.stacks_of(self.shapes)
         self._inner = inside_body(base, self.heads)
@@ -85,6 +83,8 @@ class Model:
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
         if not self.form.after:  # aLoRA's own hooks on checkpoints need them
             without_input_gradients(base)
+        if config.train.compile:
+            compile_layers(base)
         self.adapted: dict[str, Any] = {
             m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }

@@ -1,12 +1,11 @@
 """Bases whose weights are stored in few bits: how they are asked for, and what they hold.
 
-    8bit, 4bit    bitsandbytes; a weight is no floating-point tensor
-    int8          torchao; a weight says that it is float32, and holds 8 bits and a scale a row
+8bit, 4bit    bitsandbytes; a weight is no floating-point tensor
+int8          torchao; a weight says that it is float32, and holds 8 bits and a scale a row
 """
 
 from typing import Any
 
-import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass

@@ -27,8 +27,8 @@ def device_map(made: Any, devices: Sequence[torch.device]) -> dict[str, torch.de
     Raises:
         ModelError: it has no stack of layers that could be spread.
     """
-    path, layers = _layers(made)
-    found = {name: devices[0] for name in _others(made, path)}
+    path, layers = layers_of(made, "model.device-map = 'auto'", "'none'")
+    found = dict.fromkeys(_others(made, path), devices[0])
     sizes = [_bytes(x) for x in layers]
     rest = _bytes(made) - sum(sizes)
     share, filled = (rest + sum(sizes)) / len(devices), float(rest)
@@ -42,7 +42,7 @@ def device_map(made: Any, devices: Sequence[torch.device]) -> dict[str, torch.de
 def connect(model: Any, devices: Sequence[torch.device]) -> None:
     """Have each layer of a model that was loaded so take its inputs to where it lies."""
     remove_hook_from_submodules(model)
-    _, layers = _layers(model)
+    _, layers = layers_of(model, "model.device-map = 'auto'", "'none'")
     for layer in layers:
         own = next(layer.parameters()).device
         layer.register_forward_pre_hook(partial(_over, own), with_kwargs=True)
@@ -64,15 +64,19 @@ def _moved(x: Any, device: torch.device) -> Any:
     return x
 
 
-def _layers(made: Any) -> tuple[str, nn.ModuleList]:
-    """The longest list of modules of a kind that may not be split."""
+def layers_of(made: Any, what: str, instead: str) -> tuple[str, nn.ModuleList]:
+    """The longest list of modules of a kind that may not be split, and its path.
+
+    Raises:
+        ModelError: it has none, which `what` needs.
+    """
     kinds = set(getattr(made, "_no_split_modules", None) or ())
     lists = [(name, x) for name, x in made.named_modules() if isinstance(x, nn.ModuleList)
              and len(x) > 1 and type(x[0]).__name__ in kinds]  # fmt: skip
     if not lists:
         raise ModelError(
-            f"model.device-map = 'auto': {type(made).__name__} does not say which of its modules "
-            "are layers; set it to 'none'"
+            f"{what}: {type(made).__name__} does not say which of its modules are layers; set it "
+            f"to {instead}"
         )
     return max(lists, key=lambda found: len(found[1]))
 
