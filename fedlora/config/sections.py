@@ -236,7 +236,7 @@ class TrainConfig(Section):
     """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """The base's layers through torch.compile, once for each rank profile: docs/gpu.md."""
+    """The base's layers through torch.compile, each rank profile at its first clients."""
     deterministic: bool = True
     """On an accelerator, torch's deterministic algorithms, for a resumed run of the same bits."""
     prefix_cache: Annotated[int, Field(ge=0)] = 0

@@ -164,9 +164,9 @@ def test_a_base_is_loaded_straight_to_its_card(
     given: list[Any] = []
     real = loading._whole
 
-    def whole(cls: Any, path: str, options: Any) -> Any:
+    def whole(cls: Any, path: str, options: Any, devices: Any) -> Any:
         given.append(options.get("device_map"))
-        return real(cls, path, options)
+        return real(cls, path, options, devices)
 
     monkeypatch.setattr(loading, "_whole", whole)
     ready(settings, TWO)
