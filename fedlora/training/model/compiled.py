@@ -2,9 +2,9 @@
 
 Layer by layer, as they are alike and one compilation serves them all; sizes of batches and texts
 are symbols in it from the start. A rank is one too, but an adapter's name is not: each rank profile
-has its own adapter, so it is compiled at its first client, once more if another profile was attached
-since, and never again while it is attached (`model.KEPT_PROFILES`): in a run with fixed ranks, not
-after the second round.
+has its own adapter, so it is compiled at its first client, once more if another profile was
+attached since, and never again while it is attached (`model.KEPT_PROFILES`): in a run with fixed
+ranks, not after the second round.
 """
 
 from typing import Any
