@@ -27,7 +27,8 @@ from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.strategies.base import seeded, travelling
 from fedlora.training import cache
 from fedlora.training.data.batches import batches
-from fedlora.training.train import build_optimizer, example_losses, learning_rate
+from fedlora.training.optimizers import build_optimizer
+from fedlora.training.train import example_losses, learning_rate
 
 QUICKSTART = Path(__file__).parent.parent / "simulations/experiments/quickstart.toml"
 BARE = {

@@ -37,7 +37,8 @@ from fedlora.strategies.base import Client
 from fedlora.training import cache, devices
 from fedlora.training.data.batches import collate
 from fedlora.training.footprint import footprint
-from fedlora.training.train import build_optimizer, steps, training
+from fedlora.training.optimizers import build_optimizer
+from fedlora.training.train import steps, training
 
 ROOT = Path(__file__).parent.parent
 MARKS = ["[P]", "[E]", "[U]"]

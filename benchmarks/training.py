@@ -88,7 +88,6 @@ def _loaded(config: Config) -> Any:
     layers = [int(n) % base.encoder.config.num_hidden_layers for n in config.lora.layers]
     if config.train.gradient_checkpointing:
         checkpoint_activations(base.encoder)
-        base.enable_input_require_grads()
     return get_peft_model(
         base,
         LoraConfig(r=8, lora_alpha=config.lora.alpha, modules_to_save=["classifier"],

@@ -44,10 +44,16 @@ class ModelConfig(Section):
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
     and a zero-initialised linear head. auto: default, and mean under example-level DP."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantization: Literal["none", "8bit", "4bit"] = "none"
+    quantization: Literal["none", "8bit", "4bit", "int8"] = "none"
+    """8bit, 4bit: as bitsandbytes stores weights; int8: as torchao does."""
     merge: Literal["auto", "into-base", "keep-as-adapter"] = "auto"
     """Where a moving base's changes go: into the weights, or beside them as a frozen adapter."""
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """As transformers names them. flash_attention_2: a card, and the package flash-attn."""
+    liger: bool = False
+    """Liger's Triton kernels for the base's norms, rotations and products: a card alone."""
+    device_map: Literal["none", "auto"] = "none"
+    """auto: one base over all of simulate.devices, some of its layers on each."""
     dropout: Annotated[float, Field(ge=-1, lt=1)] = -1.0
     """Of every dropout layer of the base; -1 leaves them as the model has them."""
     revision: str = ""
@@ -211,8 +217,11 @@ class TrainConfig(Section):
     """Over the rounds: the rate of round t, constant within it."""
     lr_ratio_b: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """LoRA+: B's rate over A's."""
-    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
-    """auto: adamw, and sgd under example-level DP."""
+    optimizer: Literal[
+        "auto", "adamw", "sgd", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = "auto"
+    """auto: adamw, and sgd under example-level DP. The last three are bitsandbytes' AdamW, by
+    transformers' names: states in 8 bits, or paged out to the host, from a card alone."""
     momentum: Annotated[float, Field(ge=-1, lt=1)] = -1.0
     """Of sgd. -1: 0, and 0.8 under example-level DP."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -220,11 +229,14 @@ class TrainConfig(Section):
     """Norm the gradient is clipped to; 0 turns it off."""
     prox: Annotated[float, Field(ge=0)] = 0.0
     """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast where torch multiplies it natively, else float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 autocast where torch multiplies it natively, else float32. float16: with a
+    gradient scaler."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """The base's layers through torch.compile, each rank profile at its first clients."""
     deterministic: bool = True
     """On an accelerator, torch's deterministic algorithms, for a resumed run of the same bits."""
     prefix_cache: Annotated[int, Field(ge=0)] = 0

@@ -102,8 +102,9 @@ def _invocation(config: Config, form: Form) -> Iterator[str]:
 
 def _quantised(config: Config) -> Iterator[str]:
     model, form = config.model, config.lora.form
-    if config.lora.init == "loftq" and model.quantization == "8bit":
-        yield "lora.init = 'loftq' with model.quantization = '8bit': is of 4 bits; use '4bit'"
+    if config.lora.init == "loftq" and model.quantization != "4bit":
+        what = f"lora.init = 'loftq' with model.quantization = {model.quantization!r}"
+        yield f"{what}: is of 4 bits; use '4bit'"
     if form not in ON_QUANTISED:
         yield (
             f"lora.form = {form!r} with model.quantization = {model.quantization!r}: this form "

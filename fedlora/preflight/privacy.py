@@ -41,6 +41,12 @@ def _by_example(config: Config) -> Iterator[str]:
             f"lora.form = {config.lora.form!r}: only LoRA factors and linear heads have "
             "per-example gradients; use lora.form = 'lora', or privacy.level = 'client'"
         )
+    if config.model.quantization == "8bit":
+        yield (
+            "model.quantization = '8bit' with privacy.level = 'example': bitsandbytes chooses the "
+            "columns that it leaves unrounded by all examples of a batch, so none has a gradient "
+            "of its own; use '4bit' or 'int8'"
+        )
     if config.privacy.clip_quantile:
         yield "privacy.clip-quantile: adaptive clipping is for privacy.level = 'client' only"
 

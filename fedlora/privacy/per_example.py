@@ -17,7 +17,7 @@ Formal guarantee
 
 Edge cases
     a layer called twice in a forward      its gradients are added before any norm is taken
-    reentrant gradient checkpointing       works: each backward runs once
+    gradient checkpointing                 works, either way: each backward runs once
     bf16 autocast                          products in bf16, as in plain training; norms and sums
                                            of what they give are float32 or better (`mechanism`)
     rows that are not examples (a MoE      PrivacyError: the leading size is not the batch's; and
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -231,7 +231,7 @@ def kept_apart(
     """
     refuse(peft, name, live)
     sink = Sink(live, masks or {})
-    variants: dict[LoraLinear, Any] = {}
+    variants: dict[Any, Any] = {}
     heads: list[nn.Linear] = []
     for p in live:
         p.grad = None  # of a plain training before this
@@ -292,8 +292,13 @@ def refuse(peft: nn.Module, name: str, live: frozenset[nn.Parameter]) -> None:
             )
 
 
-def _layers(peft: nn.Module, name: str) -> Iterator[LoraLinear]:
-    return (m for m in peft.modules() if isinstance(m, LoraLinear) and name in m.lora_A)
+def _layers(peft: nn.Module, name: str) -> Iterator[Any]:
+    """The adapted linear modules; PEFT has classes of its own for quantised ones."""
+    for m in peft.modules():
+        if not isinstance(m, LoraLayer) or isinstance(m, ParamWrapper) or name not in m.lora_A:
+            continue
+        if isinstance(m, LoraLinear) or isinstance(m.get_base_layer(), nn.Linear):
+            yield m
 
 
 def _heads(peft: nn.Module, name: str) -> Iterator[nn.Linear]:

@@ -19,7 +19,8 @@ from fedlora.training.data.batches import IGNORE, Batch
 from fedlora.training.devices import wide_on_host
 from fedlora.training.model.agreement import padding, vocabulary
 from fedlora.training.model.model import Model
-from fedlora.training.train import Live, example_losses
+from fedlora.training.optimizers import Live
+from fedlora.training.train import example_losses
 
 TOLERANCE = 1e-2
 """Relative; float32 rounding leaves 1e-5, a mixed-up example leaves 1."""

@@ -27,9 +27,8 @@ from fedlora.training.devices import own_draws, wide_on_host
 from fedlora.training.loss_check import check_losses, check_rows
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.model import Model
+from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.train import (
-    Live,
-    build_optimizer,
     extra_loss,
     learning_rate,
     steps,
@@ -116,9 +115,9 @@ def check_private(
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, download.penalty)
-            with own_draws(model.device, config.run.seed):
+            with own_draws(model.devices, config.run.seed):
                 want = _plain(model, batch, live, download, config)
-            with own_draws(model.device, config.run.seed):
+            with own_draws(model.devices, config.run.seed):
                 found = _step(model, rows, live, download, config, round)
     gap, size = _distance(want, found)
     if not gap <= tolerance_of(model, config).private * size:

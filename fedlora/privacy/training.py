@@ -41,7 +41,8 @@ from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Encoded, collate
 from fedlora.training.devices import own_draws
 from fedlora.training.model.model import Model
-from fedlora.training.train import Fit, build_optimizer, example_losses, extra_loss, learning_rate
+from fedlora.training.optimizers import build_optimizer
+from fedlora.training.train import Fit, example_losses, extra_loss, learning_rate
 
 RATE = 0.1
 """Of a step's sample where privacy.sample-rate is not set: large steps bear their noise better."""
@@ -185,7 +186,7 @@ def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
 @contextmanager
 def _training(model: Model, dropout: Chance) -> Iterator[None]:
     """Train mode; dropout's masks are as secret as the sample they fall on."""
-    with own_draws(model.device, dropout.seed()):
+    with own_draws(model.devices, dropout.seed()):
         model.peft.train()
         try:
             yield

@@ -44,7 +44,7 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
            config.train.prefix_cache, labels, config.ranks.policy, identity(config),
-           config.simulate.devices,
+           config.simulate.devices, config.train.compile,
            fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
     found: Model = _model(key, config, labels)
     prepare(found.device, config.train.deterministic)
@@ -64,11 +64,12 @@ def forget_model() -> None:
     """
     if (held := loaded()) is None:
         return
-    device = held.device
+    devices = held.devices
     del held
     _model.key = _model.value = None
     gc.collect()  # modules and their hooks hold each other
-    release(device)
+    for device in devices:
+        release(device)
 
 
 def corpus(config: Config) -> Corpus:

@@ -40,6 +40,7 @@ from torch.func import functional_call
 from fedlora.training.devices import norm_of, on_host, wide_on_host
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
+from fedlora.training.model.quantized import is_stored, weight_of
 
 K = 8
 """Numbers a module or tensor, at either time."""
@@ -141,10 +142,10 @@ def _outputs(layer: Any, x: Tensor, d: int, asleep: frozenset[str], after: bool)
     base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     held = {name: t for name, t in held.items() if asleep.isdisjoint(name.split("."))}
-    tensors = {name: wide_on_host(t) for name, t in held.items() if t.is_floating_point()}
+    tensors = {name: wide_on_host(t) for name, t in held.items() if not is_stored(t)}
     tensors |= {n: on_host(t) for n, t in layer.named_buffers() if n in held and n not in tensors}
     with ExitStack() as stack:
-        if not base.weight.is_floating_point():
+        if is_stored(base.weight):
             zeros = torch.zeros(len(x), d, dtype=torch.float64)
             stack.enter_context(patch.object(base, "forward", lambda _: zeros))
         kwargs = {"alora_offsets": [1] * len(x)} if after else {}
@@ -207,14 +208,13 @@ def shared_sizes(model: Model, names: Iterable[str]) -> Sizes:
 
 def _base_size(model: Model, m: str) -> float:
     """0 where the weight takes no change in: what stays beside it is not rounded."""
-    W = model.adapted[m].get_base_layer().weight
-    return 0.0 if model.base.beside or not W.is_floating_point() else norm_of(W)
+    return 0.0 if model.base.beside else norm_of(weight_of(model.adapted[m].get_base_layer()))
 
 
 def _adapter_size(model: Model, live: Mapping[str, Mapping[str, Tensor]], m: str) -> float:
     """s |B R| |A|; of a form that has no such factors the weight's own norm, which is more."""
     if model.form.kind != "factors":
-        return norm_of(model.adapted[m].get_base_layer().weight)
+        return norm_of(weight_of(model.adapted[m].get_base_layer()))
     if model.active not in model.adapted[m].lora_A:
         return 0.0
     A, B = (x.detach() for x in model.sides(m))

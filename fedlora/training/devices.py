@@ -1,7 +1,7 @@
 """The devices that torch computes on: which there are, and all that is done differently on each.
 
     device = chosen(config.simulate.devices)     the host, or a card of this machine
-    with own_draws(device, seed): ...            dropout, from a stream of its own
+    with own_draws([device], seed): ...          dropout, from a stream of its own
     with host_draws(device, seed): ...           first weights, the same on every device
 
 No other file of fedlora names a kind of device. What is inside `Model` lies on its device; what
@@ -72,6 +72,11 @@ def chosen(asked: str) -> torch.device:
     return found(asked)[0]
 
 
+def used(asked: str, spread: bool) -> tuple[torch.device, ...]:
+    """The devices of this process's one base: the first that is asked for, or all of them."""
+    return tuple(found(asked)) if spread else (chosen(asked),)
+
+
 def is_host(device: torch.device) -> bool:
     return device.type == HOST.type
 
@@ -87,6 +92,7 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = str(int(deterministic))  # transformers asks it
     use(device)
 
 
@@ -97,10 +103,11 @@ def use(device: torch.device | str) -> None:
         choose(device)
 
 
-def workers(asked: int, devices: str) -> int:
+def workers(asked: int, devices: str, spread: bool = False) -> int:
     """Processes of a simulation in which clients train, the server's among them on a card.
 
-    On the host as `processes.workers` says. On cards 0 is one for each, 1 the server's alone.
+    On the host as `processes.workers` says. On cards 0 is one for each, 1 the server's alone, as
+    is a base that is spread over them.
 
     Raises:
         ConfigError: more than there are devices: two on one card would be two bases there.
@@ -114,6 +121,8 @@ def workers(asked: int, devices: str) -> int:
         raise ConfigError([f"simulate.workers = {asked}: {what}; set it to 0, one for each"])
     if asked > 1:
         return processes.workers(asked)
+    if spread:
+        return 1
     return asked or (len(cards) if processes.can_fork() else 1)
 
 
@@ -236,17 +245,17 @@ def norm_of(x: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def own_draws(device: torch.device, seed: int) -> Iterator[None]:
-    """Within it, whatever is drawn on the device or the host follows from the seed alone.
+def own_draws(devices: Sequence[torch.device], seed: int) -> Iterator[None]:
+    """Within it, whatever is drawn on the devices or the host follows from the seed alone.
 
     After it their generators are as before. A card's numbers are not the host's of the same seed.
     """
-    cards = [] if is_host(device) else [device.index or 0]
-    kind = None if is_host(device) else device.type
-    with torch.random.fork_rng(devices=cards, device_type=kind):
+    cards = [device for device in devices if not is_host(device)]
+    kind = cards[0].type if cards else None
+    with torch.random.fork_rng(devices=[d.index or 0 for d in cards], device_type=kind):
         torch.default_generator.manual_seed(seed)
-        if not is_host(device):
-            _seed(device, seed)
+        for n, device in enumerate(cards):
+            _seed(device, seed + n)
         yield
 
 
@@ -343,9 +352,11 @@ class Stopwatch:
 # -- precision ------------------------------------------------------------------------------------
 
 
-def in_bfloat16(device: torch.device, use: bool) -> torch.autocast:
-    """Products in bfloat16 on this device, without a cache of casts: see precision.py."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use, cache_enabled=False)
+def in_dtype(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in this dtype on this device, without a cache of casts: see precision.py."""
+    low = dtype != torch.float32
+    used = dtype if low else torch.bfloat16  # which is then not used
+    return torch.autocast(device.type, dtype=used, enabled=low, cache_enabled=False)
 
 
 def casts(device: torch.device) -> str:

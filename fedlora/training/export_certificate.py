@@ -31,6 +31,7 @@ from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.loading import MeanPooled, load_base, load_tokenizer
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.model.peft_directory import ENCODER, HEAD, WEIGHTS
+from fedlora.training.model.quantized import is_stored
 from fedlora.training.model.shape import Shape
 from fedlora.training.user_code import is_code
 
@@ -145,7 +146,7 @@ def module_of(loaded: nn.Module, m: str, shape: Shape) -> nn.Module | Expert:
 def _weight_size(layer: Any) -> float:
     """|W| of what lies under the adapter; 0 of a quantised one, which takes nothing in."""
     weight = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
-    return float(weight.detach().double().norm()) if weight.is_floating_point() else 0.0
+    return 0.0 if is_stored(weight) else float(weight.detach().double().norm())
 
 
 def _adapter(layer: nn.Module | Expert) -> float:

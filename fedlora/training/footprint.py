@@ -18,6 +18,8 @@ from fedlora.training.data.batches import Batch, collate, synthetic
 from fedlora.training.devices import forget_most, is_host, most_used, release
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.model import Model
+from fedlora.training.model.quantized import bytes_of
+from fedlora.training.optimizers import state_bytes
 from fedlora.training.train import example_losses, training
 from fedlora.training.training_check import untouched
 
@@ -53,10 +55,10 @@ def footprint(model: Model, config: Config) -> Footprint:
     with untouched(model):
         live = {p for ps in model.trainable(COLUMNS).values() for p in ps.values()}
         numbers = sum(p.numel() for p in live)
-        frozen = sum(p.numel() * p.element_size() for p in model.peft.parameters() if p not in live)
+        frozen = sum(bytes_of(p) for p in model.peft.parameters() if p not in live)
         one, two = (_pass(model, config, n) for n in (1, 2))
-    states = 2 if config.train.optimizer == "adamw" else int(config.train.momentum > 0)
-    return Footprint(frozen, 4 * numbers * (2 + states), one, max(0, two - one))
+    trained = 8 * numbers + sum(state_bytes(p.numel(), config.train) for p in live)
+    return Footprint(frozen, trained, one, max(0, two - one))
 
 
 def _pass(model: Model, config: Config, n: int) -> int:
@@ -71,16 +73,18 @@ def _pass(model: Model, config: Config, n: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    release(model.device)
-    forget_most(model.device)
-    before = most_used(model.device)
+    for device in model.devices:
+        release(device)
+        forget_most(device)
+    before = sum(map(most_used, model.devices))
     with training(model, config, 0, 0):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = example_losses(model, batch, config.train.precision).sum()
         loss.backward()
     for p in model.peft.parameters():
         p.grad = None
-    return sum(kept.values()) if is_host(model.device) else most_used(model.device) - before
+    on_cards = sum(map(most_used, model.devices)) - before
+    return sum(kept.values()) if is_host(model.device) else on_cards
 
 
 def _longest(model: Model, config: Config, n: int) -> Batch:

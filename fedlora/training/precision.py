@@ -1,4 +1,4 @@
-"""The precision of a forward pass: float32, or bfloat16 products by autocast.
+"""The precision of a forward pass: float32, or bfloat16 or float16 products by autocast.
 
     with autocast(config.train.precision, model.device):
         logits = model.logits(inputs)          one forward pass, and nothing else
@@ -9,6 +9,9 @@ Autocast never caches here. Its cache holds the bfloat16 copies of trained weigh
 the outermost block lasts: a block around a training loop computes every step with the weights of
 the first. Without it each use casts the weight as it is then, which costs one cast of a small
 tensor.
+
+float16 has 5 bits of exponent, so small gradients would be zero: `scaler` multiplies the loss, and
+divides them again before anything looks at them.
 """
 
 import functools
@@ -17,13 +20,13 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
-from fedlora.training.devices import HOST, in_bfloat16, is_host, lacks_bfloat16, name_of
+from fedlora.training.devices import HOST, in_dtype, is_host, lacks_bfloat16, name_of
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Where a user tells oneDNN, which computes torch's products, how far it may go."""
@@ -37,15 +40,23 @@ WITHOUT_BFLOAT16 = (
 @contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Within it, a forward pass computes in train.precision. Nothing in it outlives its use."""
-    with in_bfloat16(device, resolved(precision, device) == "bfloat16"):
+    with in_dtype(device, getattr(torch, resolved(precision, device))):
         yield
+
+
+def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps small gradients from becoming 0 in float16; elsewhere it does nothing.
+
+    A step whose gradients overflow is left out, and the next is scaled by half as much.
+    """
+    return torch.amp.GradScaler(device.type, enabled=resolved(precision, device) == "float16")
 
 
 def resolved(precision: str, device: torch.device = HOST) -> Precision:
     """The precision to use there: "auto" is bfloat16 where torch has native products."""
     if precision == "auto":
         return "bfloat16" if lacking(device) is None else "float32"
-    return "bfloat16" if precision == "bfloat16" else "float32"
+    return cast(Precision, precision)
 
 
 def lacking(device: torch.device = HOST) -> str | None:

@@ -20,19 +20,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
-from fedlora.config.sections import TrainConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
-from fedlora.training.devices import Stopwatch, on_host, own_draws
+from fedlora.training.devices import HOST, Stopwatch, on_host, own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
-from fedlora.training.precision import autocast
+from fedlora.training.optimizers import Live, build_optimizer
+from fedlora.training.precision import autocast, scaler
 from fedlora.training.user_code import find
-
-Live = Mapping[str, Mapping[str, nn.Parameter]]
-"""The parameters that train, by column ("A", "B", "R", "other") and name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +84,8 @@ def fit(
 class Steps(Protocol):
     """An optimiser, or what stands in its place."""
 
+    param_groups: list[dict[str, Any]]
+
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
     def step(self) -> Any: ...
@@ -119,9 +118,12 @@ def steps(
     watch = watch or Stopwatch(model.device)
     params = [p for ps in live.values() for p in ps.values()]
     received = {p: p.detach().clone() for p in params}
+    scale = scaler(config.train.precision, model.device)
+    stepped: Any = optimizer  # of which a scaler asks for the groups of parameters alone
     for batch in ahead(model.prefix, model.peft, drawn, config.train.precision):
         optimizer.zero_grad(set_to_none=True)
         extra = extra_loss(model.sides, received, penalty, config.train.prox)
+        extra = extra.to(model.device) if isinstance(extra, Tensor) else extra
         found, whole = list[Tensor](), list[Tensor]()
         for part in microbatches(batch, config.train.microbatch):
             with watch.timed("forward"):
@@ -129,13 +131,15 @@ def steps(
                 share = len(losses) / len(batch["input_ids"])
                 loss = (losses.mean() * share if share < 1 else losses.mean()) + extra
             with watch.timed("backward"):
-                loss.backward()
+                scale.scale(loss).backward()
             found.append(losses.detach())
             whole.append(loss.detach())
             extra = 0.0  # penalties count once
+        scale.unscale_(stepped)
         if config.train.grad_clip:
             nn.utils.clip_grad_norm_(params, config.train.grad_clip)
-        optimizer.step()
+        scale.step(stepped)
+        scale.update()
         tokens = batch["input_ids"].numel()
         yield Step(torch.cat(found), torch.stack(whole).sum(), tokens)
 
@@ -207,14 +211,16 @@ def extra_loss(
     sides: A (r, k) and B (d, r) of a layer, as they train.
     """
     extra: Tensor | float = 0.0
+    at = next((p.device for p in received), HOST)  # a base may be spread over several
     if prox:
-        extra = extra + prox / 2 * sum(((p - p0) ** 2).sum() for p, p0 in received.items())
+        extra = extra + prox / 2 * sum(((p - p0) ** 2).sum().to(at) for p, p0 in received.items())
     if penalty and penalty.weight:
         for m, keep in penalty.keep.items():
             A, B = sides(m)
             tail = B[:, keep:], A[keep:]
             if tail[0].numel():
-                extra = extra + penalty.weight * _safe_norm(tail[0]) * _safe_norm(tail[1])
+                both = _safe_norm(tail[0]) * _safe_norm(tail[1])
+                extra = extra + penalty.weight * both.to(at)
     return extra
 
 
@@ -234,24 +240,11 @@ def learning_rate(config: Config, round: int) -> float:
     return config.train.lr
 
 
-def build_optimizer(live: Live, train: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """The config's optimiser over the live parameters; B's rate is lr * lr-ratio-b (LoRA+)."""
-    groups = [
-        {"params": list(ps.values()), "lr": lr * (train.lr_ratio_b if column == "B" else 1.0)}
-        for column, ps in live.items()
-    ]
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=train.weight_decay)
-
-
 @contextmanager
 def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
     """Train mode, and dropout from a stream of its own."""
     seed = seeded(config.run.seed, round, client, "dropout").initial_seed()
-    with own_draws(model.device, seed):
+    with own_draws(model.devices, seed):
         model.peft.train()
         try:
             yield

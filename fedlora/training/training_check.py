@@ -35,10 +35,9 @@ from fedlora.training.devices import own_draws, wide_on_host
 from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
+from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.precision import resolved
 from fedlora.training.train import (
-    Live,
-    build_optimizer,
     example_losses,
     learning_rate,
     steps,
@@ -48,6 +47,8 @@ from fedlora.training.train import (
 PERTURBATION = 0.02
 """Of a tensor's own size; of 1 where it is all zero."""
 CHANGE = 20.0
+SCALES = 16
+"""How often a gradient that overflows in float16 is scaled by half."""
 LARGEST, FAR = 0.5, 10.0
 """The largest t, where d is as large as the tensor; and how far one without a gradient is moved."""
 
@@ -70,6 +71,7 @@ class Tolerance:
 TOLERANCES = {
     "float32": Tolerance(1e-6, 2.0**-24, 0.8, 1.25, 1e-3),
     "bfloat16": Tolerance(1e-4, 2.0**-9, 0.5, 2.0, 0.1),
+    "float16": Tolerance(1e-4, 2.0**-12, 0.5, 2.0, 0.1),
 }
 
 
@@ -115,6 +117,7 @@ class Still:
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.params = params
+        self.param_groups = [{"params": [*params]}]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.params:
@@ -140,7 +143,7 @@ def check_gradients(
 
     def loss() -> float:
         """The training loss of the weights as they are now, under the same dropout each time."""
-        with own_draws(model.device, config.run.seed):
+        with own_draws(model.devices, config.run.seed):
             found = float(next(passes).loss)
         if not abs(found) < float("inf"):
             raise TrainingCheckError("the loss is not finite")
@@ -148,6 +151,10 @@ def check_gradients(
 
     loss()  # thrown away: it fills what would be stale in the next
     here = loss()
+    for _ in range(SCALES):  # in float16, until its scaler has found a scale
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in params):
+            break
+        here = loss()
     gradient = {p: p.grad for p in params if p.grad is not None and bool(p.grad.any())}
     Still(params).zero_grad()  # the next pass has gradients of its own
     tolerance = tolerance_of(model, config)

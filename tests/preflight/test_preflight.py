@@ -25,6 +25,7 @@ from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
 from fedlora.launch.doctor import examine
 from fedlora.launch.simulate.grid import LocalGrid, _name
+from fedlora.preflight import hardware
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer
 from tests.support.tiny_federation import ROOT, directory_of, federate, python, quick
@@ -42,6 +43,9 @@ PLAIN = {"data.prompt": "", "data.long-texts": "windows"}
 LEGEND = {"ranks.policy": "legend"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
+HOST = {"simulate.devices": "cpu"}
+COMPILED = {"train.compile": True}
+SPREAD = {"model.device-map": "auto"}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
@@ -154,6 +158,27 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"model.path": "py:a:b", "model.quantization": "4bit"}, "as it is to be"),
     ("fedavg", "bert", {"model.path": "py:a:b", "model.pooling": "mean"}, "has its head already"),
     ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
+    # what needs a card, or a package that is not here
+    ("fedavg", "bert", {"model.quantization": "4bit"}, "needs bitsandbytes, which is not install"),
+    ("fedavg", "bert", {"model.quantization": "int8"}, "needs torchao, which is not installed"),
+    ("fedavg", "bert", {"train.optimizer": "adamw_8bit"}, "or set it to 'adamw'"),
+    ("fedavg", "bert", {**HOST, "train.optimizer": "paged_adamw_8bit"}, "to 'adamw_8bit' or 'adam"),
+    ("fedavg", "bert", {**HOST, "model.attention": "flash_attention_2"}, "set it to 'sdpa'"),
+    ("fedavg", "bert", {"model.attention": "flash_attention_2"}, "computes in 16 bits alone"),
+    ("fedavg", "bert", {**HOST, "model.liger": True}, "model.liger = true: is for an accelerator"),
+    ("fedavg", "bert", {"model.path": "py:a:b", "model.liger": True}, "makes the model as it is"),
+    ("fedavg", "bert", {**HOST, **COMPILED}, "on the host torch needs a C++ compiler"),
+    ("fedavg", "bert", {**COMPILED, "model.path": "py:a:b"}, "which of its modules are layers"),
+    ("fedavg", "bert", {**COMPILED, **DP}, "a compiled backward pass does not run"),
+    ("fedavg", "bert", {**COMPILED, "train.prefix-cache": 8}, "stands in for a layer"),
+    ("fedavg", "bert", {**COMPILED, "model.quantization": "4bit"}, "not tried; set it to false"),
+    ("fedex", "bert", {**COMPILED, **LEGEND}, "would be compiled again and again"),
+    ("fedavg", "bert", {**HOST, "model.device-map": "auto"}, "simulate.devices = 'cpu' is one"),
+    ("fedavg", "bert", {**SPREAD, "model.path": "py:a:b"}, "the model as it is to be; set it to"),
+    ("fedavg", "bert", {**SPREAD, "train.prefix-cache": 8}, "what it remembers lies on one card"),
+    ("fedavg", "bert", {**SPREAD, "simulate.workers": 2}, "each would have a base of its own"),
+    ("fedavg", "bert", {**DP, "train.precision": "float16"}, "follows all examples of the steps"),
+    ("fedavg", "bert", {**DP, "model.quantization": "8bit"}, "the columns that it leaves unround"),
 ]  # fmt: skip
 BY_CLIENTS: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"clients.ranks": "2,3"}, "one rank for all"),
@@ -186,6 +211,13 @@ BY_MEASURE: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"output.tracker": "wandb"}, "is not installed"),
 ]  # fmt: skip
 REFUSED = [*BY_CONFIG, *(c for c in BY_CLIENTS if c[3]), *BY_MEASURE]
+
+
+@pytest.fixture(autouse=True)
+def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No package of an extra is here, whatever this machine has."""
+    monkeypatch.setattr(hardware, "find_spec", lambda _: None)
+    monkeypatch.setattr(hardware, "which", lambda _: None)
 
 
 def given_of(settings: Settings, name: str, kind: str, changes: Changes) -> dict[str, object]:

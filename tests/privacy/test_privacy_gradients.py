@@ -57,7 +57,7 @@ def test_rslora_and_all_linear_layers_work(settings: Build, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reentrant_checkpointing_changes_no_gradient(settings: Build, kind: str) -> None:
+def test_checkpointing_changes_no_gradient(settings: Build, kind: str) -> None:
     s = Setting(settings(kind, **{"train.gradient-checkpointing": True}))
     s.model.peft.train()  # checkpointing is off in eval mode; dropout would differ by batch
     for module in s.model.peft.modules():

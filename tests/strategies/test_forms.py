@@ -563,11 +563,11 @@ def test_a_quantised_base_takes_no_form_that_reads_it_and_no_change(settings: Se
         preflight.read(settings(**low, **{"model.merge": "into-base"}))
 
 
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("bits", ["8bit", "4bit", "int8"])
 def test_a_quantised_base_federates_with_its_changes_beside_it(
     settings: Settings, tmp_path: Path, bits: str
 ) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao" if bits == "int8" else "bitsandbytes")
     ran = federate(settings("llama", **quick("fedex", **{"model.quantization": bits})))
     for r in ran.rounds[1:]:
         assert not r["failures"]

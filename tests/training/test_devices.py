@@ -19,8 +19,9 @@ from fedlora.training.devices import HOST, chosen, found, host_draws, own_draws
 from fedlora.training.footprint import footprint
 from fedlora.training.model import loading
 from fedlora.training.model.model import Model
+from fedlora.training.optimizers import build_optimizer
 from fedlora.training.precision import autocast, computing, resolved
-from fedlora.training.train import build_optimizer, fit, steps, training
+from fedlora.training.train import fit, steps, training
 from fedlora.training.training_check import check_training
 from tests.house.test_house_rules import SOURCES
 from tests.support.pretend_device import CAST, READ, Card, Module
@@ -150,7 +151,7 @@ def test_a_head_drawn_on_a_card_would_be_another(
 
     @contextmanager
     def drawn_there(device: torch.device, seed: int) -> Any:
-        with own_draws(device, seed):
+        with own_draws([device], seed):
             yield
 
     monkeypatch.setattr(loading, "host_draws", drawn_there)
@@ -163,9 +164,9 @@ def test_a_base_is_loaded_straight_to_its_card(
     given: list[Any] = []
     real = loading._whole
 
-    def whole(cls: Any, path: str, options: Any) -> Any:
+    def whole(cls: Any, path: str, options: Any, devices: Any) -> Any:
         given.append(options.get("device_map"))
-        return real(cls, path, options)
+        return real(cls, path, options, devices)
 
     monkeypatch.setattr(loading, "_whole", whole)
     ready(settings, TWO)
@@ -256,10 +257,10 @@ def test_generators_are_put_back_on_card_and_host(cards: Cards) -> None:
 
 def test_own_draws_seeds_its_own_card_and_no_other(cards: Cards) -> None:
     other = cards[0].generator.get_state()
-    with own_draws(torch.device(TWO), 7):
+    with own_draws([torch.device(TWO)], 7):
         a = torch.rand(3, device=TWO).cpu()
         assert torch.equal(cards[0].generator.get_state(), other)
-    with own_draws(torch.device(TWO), 7):
+    with own_draws([torch.device(TWO)], 7):
         assert torch.equal(torch.rand(3, device=TWO).cpu(), a)
 
 

@@ -8,8 +8,9 @@ import torch
 from fedlora.privacy.per_example import kept_apart
 from fedlora.training.data.batches import collate
 from fedlora.training.devices import HOST
+from fedlora.training.optimizers import build_optimizer
 from fedlora.training.precision import WITHOUT_BFLOAT16, autocast, described, lacking, resolved
-from fedlora.training.train import build_optimizer, example_losses, steps, training
+from fedlora.training.train import example_losses, steps, training
 from tests.support.private_setting import Setting
 from tests.support.tiny_federation import python
 

@@ -10,6 +10,7 @@ from fedlora.strategies.base import Client, seeded
 from fedlora.training.data.batches import Encoded, batches, encode
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import GROUP, WIDTH, ahead
+from fedlora.training.train import fit
 from tests.support.tiny_federation import federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -123,13 +124,26 @@ def test_examples_are_computed_in_groups_of_one_shape(settings: Settings) -> Non
     [
         {"lora.layers": ""},  # nothing is frozen below the first layer
         {"model.dropout": 0.1},
-        {"train.gradient-checkpointing": True},
         {"lora.modules-to-save": "word_embeddings"},
     ],
 )
 def test_it_is_off_where_the_prefix_trains_or_varies(settings: Settings, changes) -> None:
     model, _, _ = ready(settings, "bert", **{"train.prefix-cache": 64, **changes})
     assert model.prefix is None
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_gradient_checkpointing_leaves_training_its_bits(settings: Settings, kind: str) -> None:
+    trained = []
+    for on in (False, True):
+        given = {"train.prefix-cache": 64, "train.gradient-checkpointing": on, "train.steps": 3}
+        model, rows, _ = ready(settings, kind, **given)
+        assert model.prefix
+        config = model.config
+        fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+        assert model.prefix.computed
+        trained.append(model.read())
+    assert all(torch.equal(x, trained[1].B[m]) for m, x in trained[0].B.items())
 
 
 def test_a_federation_with_it_ends_in_the_same_bytes_on_one_worker_and_on_two(

@@ -140,6 +140,8 @@ ALLOWED: Mapping[str, Rule] = {
     "model.quantization": _typed,
     "model.merge": _typed,
     "model.attention": _typed,
+    "model.liger": _typed,
+    "model.device-map": _typed,
     "model.dropout": _within(-1, 1),
     "model.trust-remote-code": _remote_code,
     **OF_A_SHARED_CORPUS,
@@ -235,6 +237,7 @@ OWN = frozenset(
     )
 ) | {
     "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "simulate.devices",
+    "train.compile",
     "lora.calibration",
 }  # fmt: skip
 

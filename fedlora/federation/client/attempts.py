@@ -20,7 +20,7 @@ from types import TracebackType
 
 from fedlora.errors import DeviceMemoryError
 from fedlora.federation.client.job import ClientJob, with_microbatch
-from fedlora.training.devices import OutOfMemory, chosen, name_of, release
+from fedlora.training.devices import OutOfMemory, chosen, name_of, release, used
 
 
 @dataclass
@@ -43,11 +43,13 @@ class Attempt:
         if not isinstance(error, OutOfMemory):
             return False
         device = chosen(self.work.config.simulate.devices)
+        spread = self.work.config.model.device_map != "none"
         if self.last:
             raise DeviceMemoryError(self._told(name_of(device))) from error
         self.failed = True
         traceback.clear_frames(where)  # else what they hold stays in memory
-        release(device)
+        for card in used(self.work.config.simulate.devices, spread):
+            release(card)
         return True
 
     def _told(self, device: str) -> str:

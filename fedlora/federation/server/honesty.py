@@ -40,6 +40,8 @@ from fedlora.training.certificate import (
     signs,
     start_gaps,
 )
+from fedlora.training.devices import norm_of
+from fedlora.training.model.quantized import weight_of
 
 
 class Honesty:
@@ -150,7 +152,7 @@ def _size(setting: Setting, run: Saved, upload: Upload, name: str) -> float:
     sent, held = upload.sent, setting.strategy.effective(run.state).factors
     if name in sent.other:
         return float(sent.other[name].double().norm())
-    base = float(setting.model.adapted[name].get_base_layer().weight.detach().float().norm())
+    base = norm_of(weight_of(setting.model.adapted[name].get_base_layer()))
     product = max(upload.client.layers[name].scale, held.scale.get(name, 0.0))
     for column in ("A", "B", "R"):
         both = [getattr(x, column).get(name) for x in (sent, held)]

@@ -1,14 +1,14 @@
 """The devices of this machine, and whether what a client needs fits there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.launch.doctor.finding import Finding
-from fedlora.launch.simulate.cards import card_workers
-from fedlora.training.devices import HOST, OutOfMemory, found, is_host, memory_of, name_of, workers
+from fedlora.launch.simulate.cards import card_workers, workers_of
+from fedlora.training.devices import HOST, OutOfMemory, found, is_host, memory_of, name_of
 from fedlora.training.footprint import Footprint, footprint
 from fedlora.training.model.model import Model
 
@@ -51,10 +51,11 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
         yield Finding("problem", what, LESS)
         return
     size = _examples(config)
-    clients = workers(config.simulate.workers, config.simulate.devices)
+    clients = workers_of(config)
     if not is_host(model.device):
-        for card in found(config.simulate.devices)[:clients]:
-            yield _on_card(model, config, need, card)
+        alone = [[card] for card in found(config.simulate.devices)[:clients]]
+        for cards in alone if len(model.devices) == 1 else [model.devices]:
+            yield _on_cards(model, config, need, cards)
     here = need.frozen + clients * (need.trained + need.activations(size))
     total = (here if is_host(model.device) else 0) + 2 * in_flight + 5e8
     have = memory_of(HOST).free
@@ -65,13 +66,19 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
     )
 
 
-def _on_card(model: Model, config: Config, need: Footprint, device: torch.device) -> Finding:
-    """What a client needs on a card, of which the server's has the base already."""
+def _on_cards(
+    model: Model, config: Config, need: Footprint, cards: Sequence[torch.device]
+) -> Finding:
+    """What a client needs on its card, or on those that the base is spread over.
+
+    The server's has the base already.
+    """
     size = _examples(config)
-    there = need.frozen if device == model.device else 0
-    free = int((1 - RESERVE) * memory_of(device).free) + there
+    there = need.frozen if cards[0] == model.device else 0
+    free = int((1 - RESERVE) * sum(memory_of(d).free for d in cards)) + there
     said = (
-        f"{name_of(device)}: a client needs {_gb(need.of(size))} (base {_gb(need.frozen)}; "
+        f"{', '.join(map(name_of, cards))}: a client needs {_gb(need.of(size))} "
+        f"(base {_gb(need.frozen)}; "
         f"factors, gradients and optimiser {_gb(need.trained)}; {size} examples of "
         f"{model.longest(config.data.max_length)} tokens {_gb(need.activations(size))}), "
         f"{_gb(free)} are free"

@@ -33,7 +33,7 @@ def card_workers(config: Config) -> list[CardWorker]:
         ConfigError: more workers are asked for than there are devices; or the user's own code is
             not to be had by a fresh process.
     """
-    count = devices.workers(config.simulate.workers, config.simulate.devices)
+    count = workers_of(config)
     cards = devices.found(config.simulate.devices)[1:count]
     if not cards or devices.is_host(cards[0]):
         return []
@@ -56,8 +56,18 @@ def grid_of(
         ConfigError: they cannot be had here.
     """
     cards = card_workers(config)
-    asked = 1 if cards else devices.workers(config.simulate.workers, config.simulate.devices)
+    asked = 1 if cards else workers_of(config)
     return LocalGrid(client_app, config.clients.count, config.flat(), asked, node_configs, cards)
+
+
+def workers_of(config: Config) -> int:
+    """Processes of a simulation in which clients train.
+
+    Raises:
+        ConfigError: as `devices.workers`.
+    """
+    spread = config.model.device_map != "none"
+    return devices.workers(config.simulate.workers, config.simulate.devices, spread)
 
 
 def _added(config: Config) -> Iterator[Mapping[str, Any]]:

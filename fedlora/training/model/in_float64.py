@@ -7,6 +7,7 @@ from torch import nn
 
 from fedlora.training.devices import HOST
 from fedlora.training.model.expert import Expert
+from fedlora.training.model.quantized import is_stored
 from fedlora.training.model.shape import Shape
 
 
@@ -19,7 +20,7 @@ def in_float64(layer: Any, shape: Shape) -> Any:
     if isinstance(layer, Expert):
         return layer  # computes in its inputs' dtype
     base, memo = layer.get_base_layer(), dict[int, Any]()
-    if not base.weight.is_floating_point():
+    if is_stored(base.weight):
         memo[id(base)] = empty = nn.Linear(shape.k, shape.d, bias=False)
         nn.init.zeros_(empty.weight)
         empty._forward_hooks = base._forward_hooks

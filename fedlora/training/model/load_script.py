@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fedlora.config.reader import Config
 from fedlora.training.data.locate import locate
 from fedlora.training.model.gguf import converted
+from fedlora.training.model.quantized import in_python
 from fedlora.training.user_code import PREFIX, is_code, is_live
 
 MEAN = """
@@ -70,7 +71,7 @@ def load_script(
     lines += ["from peft import PeftModel"] if not merged else []
     lines += ["from safetensors.torch import load_file"] if mean else []
     lines += [f"from transformers import {'' if code else f'{auto}, '}AutoTokenizer"]
-    lines += ["from transformers import BitsAndBytesConfig"] if _quantized(config) else []
+    lines += in_python(config.model.quantization)[1]
     lines += ["", 'HERE = "."  # the directory of this file']
     lines += [f"LABELS = {list(labels)!r}"] if labels else []
     lines += ["tokenizer = AutoTokenizer.from_pretrained(HERE)"]
@@ -90,7 +91,8 @@ def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> li
     if config.model.revision and not merged:
         options += [f"revision={config.model.revision!r}"]
     options += ["trust_remote_code=True"] if config.model.trust_remote_code else []
-    options += [f"quantization_config={_quantized(config)}"] if _quantized(config) else []
+    stored = in_python(config.model.quantization)[0]
+    options += [f"quantization_config={stored}"] if stored else []
     made = [f"model = {auto}.from_pretrained(", *(f"    {x}," for x in options), ")"]
     return [*made, "model.config.pad_token_id = tokenizer.pad_token_id"]
 
@@ -103,8 +105,3 @@ def _own(config: Config, labels: Sequence[str], merged: bool) -> list[str]:
     first = ["from safetensors.torch import load_file"] if merged else []
     made = f"model = {name.partition('.')[0]}({tuple(labels)!r})"
     return [*first, f"from {module} import {name.partition('.')[0]}  # your own code", made, *loads]
-
-
-def _quantized(config: Config) -> str:
-    kind = config.model.quantization
-    return "" if kind == "none" else f"BitsAndBytesConfig(load_in_{kind}=True)"

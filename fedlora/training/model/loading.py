@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.liger import apply_liger_kernel
 
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
@@ -28,7 +29,12 @@ from fedlora.training.devices import HOST, host_draws, is_host, on_host
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
+from fedlora.training.model.quantized import asked_for, plain
+from fedlora.training.model.spread import connect, device_map
 from fedlora.training.user_code import called, is_code, is_live
+
+WITHOUT_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+"""Of Liger's kernels: an example's own loss is `train.example_losses`."""
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -56,15 +62,17 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    config: ModelConfig, labels: Sequence[str], seed: int, device: torch.device = HOST
+    config: ModelConfig, labels: Sequence[str], seed: int, devices: Sequence[torch.device] = (HOST,)
 ) -> PreTrainedModel:
     """The pretrained model, its new tensors (a head) drawn from the seed; frozen, in eval mode.
 
-    Its tensors go from the file to the device one by one, never as a whole through the host.
+    Its tensors go from the file to the devices one by one, never as a whole through the host; of
+    several devices all but its layers to the first.
 
     Raises:
         ModelError: it is not there, or is no model of this task.
     """
+    device = devices[0]
     if is_code(config.path):
         return _frozen(_own(config, labels, seed).to(device), config)
     path, gguf = _source(config)
@@ -78,25 +86,28 @@ def load_base(
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     if config.quantization != "none":
-        options["quantization_config"] = _quantization(config.quantization)
+        options["quantization_config"] = asked_for(config.quantization)
     if not is_host(device):
         options["device_map"] = {"": device}
     with host_draws(device, seeded(seed, 0, 0, "head").initial_seed()):
         try:
             if config.task == "causal-lm":
-                model = _whole(AutoModelForCausalLM, path, options)
+                model = _whole(AutoModelForCausalLM, path, options, devices)
             elif config.pooling == "mean":
-                model = _whole(AutoModel, path, options)
+                model = _whole(AutoModel, path, options, devices)
             else:
                 names = dict(enumerate(labels))
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
-                model = _whole(AutoModelForSequenceClassification, path, options)
+                model = _whole(AutoModelForSequenceClassification, path, options, devices)
         except (OSError, ValueError, RuntimeError) as e:
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
+        if config.liger:
+            apply_liger_kernel(model, WITHOUT_LOSS)
         if config.task == "classification" and config.pooling == "mean":
-            model = MeanPooled(model, labels).to(device)
+            model = MeanPooled(model, labels)
+            model.classifier.to(device)
         elif config.task == "classification":
             labelled_as(model, lambda: _label_names(path, config), labels)
     return _frozen(model, config)
@@ -131,10 +142,17 @@ def _not_loaded(
     return ModelError(why)
 
 
-def _whole(cls: Any, path: str, options: Mapping[str, Any]) -> Any:
+def _whole(cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]) -> Any:
     """The model, which remembers the names of the tensors that its checkpoint lacks."""
+    if len(devices) > 1:
+        how = {key: options[key] for key in ("revision", "trust_remote_code")}
+        with torch.device("meta"):
+            empty = cls.from_config(AutoConfig.from_pretrained(path, **how))
+        options = {**options, "device_map": device_map(empty, devices)}
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     model.newly_drawn = tuple(sorted(info["missing_keys"]))
+    if len(devices) > 1:
+        connect(model, devices)
     return model
 
 
@@ -159,6 +177,10 @@ def _frozen(model: Any, config: ModelConfig) -> Any:
     return model
 
 
+STORED_HOW = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer")
+"""What PEFT asks a model for, to wrap weights of few bits with the classes that know them."""
+
+
 class MeanPooled(nn.Module):
     """An encoder, the mean of its last hidden states over the real tokens, and a linear head.
 
@@ -173,6 +195,9 @@ class MeanPooled(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.config = encoder.config
+        for name in STORED_HOW:
+            if hasattr(encoder, name):
+                setattr(self, name, getattr(encoder, name))
         self.classifier = nn.Linear(encoder.config.hidden_size, len(labels), dtype=encoder.dtype)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
@@ -196,10 +221,6 @@ class MeanPooled(nn.Module):
 
     def activation_checkpointing_enable(self, kwargs: Any = None) -> None:
         checkpoint_activations(self.encoder, kwargs)
-        self.is_gradient_checkpointing = True
-
-    def enable_input_require_grads(self) -> None:
-        self.encoder.enable_input_require_grads()
 
 
 def logits_of(output: Any) -> Tensor:
@@ -223,7 +244,7 @@ def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:
     """A digest over samples of every tensor: differs when any tensor was made differently."""
     digest = hashlib.sha256(before.encode())
     for name, p in tensors.items():
-        flat = p.detach().reshape(-1)
+        flat = plain(p).reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = on_host(flat[::step]).float().contiguous()
         digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
@@ -249,19 +270,19 @@ def _source(config: ModelConfig) -> tuple[str, str]:
     return path, ""
 
 
-def _quantization(kind: str) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            f"model.quantization = '{kind}' needs bitsandbytes: pip install bitsandbytes"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
-
-
 def checkpoint_activations(model: Any, kwargs: Any = None) -> None:
-    """Compute activations again in the backward pass; the method's name depends on the release."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)(kwargs or {"use_reentrant": True})
+    """Compute activations again in the backward pass, by torch's non-reentrant way."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name in transformers 5
+    (enable or model.gradient_checkpointing_enable)(kwargs or {"use_reentrant": False})
+    without_input_gradients(model)
+
+
+def without_input_gradients(model: nn.Module) -> None:
+    """Let embeddings ask for no gradient, as transformers and PEFT have them do for checkpoints.
+
+    Only the reentrant way needs it, and every frozen layer below the first adapter pays for it with
+    a backward pass.
+    """
+    for module in model.modules():
+        if (disable := getattr(module, "disable_input_require_grads", None)) is not None:
+            disable()

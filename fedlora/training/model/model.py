@@ -7,8 +7,8 @@
         ...  train model.trainable({"A", "B", "other"})  ...
         trained = model.read()
 
-All the clients of a process share the base; what differs between them is `Factors`. The base and
-what is loaded lie on `model.device`; whatever goes in or comes out is on the host.
+All the clients of a process share the base; what differs between them is `Factors`. What is
+loaded lies on `model.device`, or its layers on all `devices`; what goes in or out is on the host.
 """
 
 import contextlib
@@ -27,10 +27,11 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
-from fedlora.training.devices import chosen, host_draws, moved, on_host, wide_on_host
+from fedlora.training.devices import host_draws, moved, on_host, used, wide_on_host
 from fedlora.training.model import stacks
 from fedlora.training.model.agreement import agree, pads_left, positions
 from fedlora.training.model.alora import offsets
+from fedlora.training.model.compiled import compile_layers
 from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.in_float64 import in_float64
@@ -43,6 +44,7 @@ from fedlora.training.model.loading import (
     load_base,
     load_tokenizer,
     logits_of,
+    without_input_gradients,
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
@@ -60,18 +62,16 @@ class Model:
     def __init__(self, config: Config, labels: Sequence[str] = ()) -> None:
         self.config = config
         self.labels = tuple(labels)
-        self.device = chosen(config.simulate.devices)
+        self.devices = used(config.simulate.devices, config.model.device_map != "none")
+        self.device = self.devices[0]
         self.tokenizer = load_tokenizer(config.model)
-        base = load_base(config.model, self.labels, config.run.seed, self.device)
+        base = load_base(config.model, self.labels, config.run.seed, self.devices)
         agree(base, self.tokenizer, config.model)
         self._positions, self.pads_left = positions(base), pads_left(base)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
-            base.enable_input_require_grads()
-        self.form, self.rank = (
-            FORMS[config.lora.form],
-            fixed_rank(config.lora.form, config.clients.ranks),
-        )
+        self.form = FORMS[config.lora.form]
+        self.rank = fixed_rank(config.lora.form, config.clients.ranks)
         self.shapes = find_layers(base, config)
         self.heads, self.stacks = head_names(base, config), stacks.stacks_of(self.shapes)
         self._inner = inside_body(base, self.heads)
@@ -81,6 +81,10 @@ class Model:
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
         self.peft: PeftModel = self._attach(base, dict.fromkeys(self.shapes, self.rank or 1))
+        if not self.form.after:  # aLoRA's own hooks on checkpoints need them
+            without_input_gradients(base)
+        if config.train.compile:
+            compile_layers(base)
         self.adapted: dict[str, Any] = {
             m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }
@@ -197,7 +201,7 @@ class Model:
                 if isinstance(layer.lora_variant.get(self.active), Core):
                     del layer.lora_variant[self.active]
                 if m in factors.R:
-                    R = nn.Parameter(factors.R[m].detach().to(self.device, copy=True))
+                    R = nn.Parameter(factors.R[m].detach().to(a.device, copy=True))
                     self._cores[m] = R
                     if block:
                         self.masks[R] = mask = inside(R, block)
@@ -287,7 +291,7 @@ class Model:
         own = self.config.model.dtype == "float32" and self.config.model.quantization == "none"
         with torch.no_grad():
             if own:  # in the model's own precision
-                rows = {m: x[m].T.float().to(self.device) for m in x}
+                rows = {m: x[m].T.float().to(self.base.device_of(m)) for m in x}
                 return {m: wide_on_host(self._at(self.adapted[m], rows[m]).T) for m in x}
             return {m: self._at(self._wide(m), x[m].T.double()).T for m in x}
 

@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -29,6 +28,7 @@ from fedlora.strategies.base import Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.training.devices import on_host
 from fedlora.training.model.expert import Expert
+from fedlora.training.model.quantized import weight_of
 from fedlora.training.model.shape import Shape
 
 
@@ -77,13 +77,14 @@ class MovingBase:
         """W0 of every module, (d, k), on the host; not copied where it lies that way."""
         found = {}
         for m, layer in self._layers.items():
-            W = self._origin.get(m, layer.weight)
-            if not W.is_floating_point():
-                # Not PEFT's dequantize_module_weight: on a CPU it loses an 8-bit weight's scale.
-                W = dequantize_bnb_weight(W, state=getattr(layer, "state", None))
-            W = on_host(W)
+            W = on_host(self._origin[m] if m in self._origin else weight_of(layer))
             found[m] = W.T if self._shapes[m].fan_in_fan_out else W
         return found
+
+    def device_of(self, m: str) -> torch.device:
+        """Where a module lies: a base may be spread over several devices."""
+        device: torch.device = self._layers[m].weight.device
+        return device
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[Callable[[], dict[str, Tensor]]]:

@@ -57,7 +57,6 @@ class Prefix:
         whole = len(found) == 1 and len(depths) == len(shapes) and min(depths, default=0) > 0
         varies = bool(
             config.lora.modules_to_save  # they may lie below
-            or config.train.gradient_checkpointing
             or is_code(config.model.path)  # whose layers may be called in any way
             or pads_left(base)
             or any(drops(m) for m in base.modules())
