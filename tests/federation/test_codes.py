@@ -89,6 +89,7 @@ def test_every_error_has_its_code() -> None:
     assert found.pop(errors.BudgetSpent) == Code.BUDGET_SPENT
     assert found.pop(errors.TrainingCheckError) == Code.UNTRAINABLE
     assert found.pop(errors.BundleError) == Code.OTHER_CODE
+    assert found.pop(errors.LostBaseError) == Code.LACKS_BASE
     assert set(found.values()) == {Code.FAILED}
     assert code_of(RuntimeError("the privacy budget is spent")) == Code.BUG
 
@@ -119,6 +120,7 @@ def test_a_code_that_nobody_knows_is_a_failure(settings: Settings, code: int) ->
         (Code.BUDGET_SPENT, "budget"),
         (Code.UNTRAINABLE, "untrained"),
         (Code.OTHER_CODE, "code"),
+        (Code.LACKS_BASE, "base"),
         (Code.WORKER_LOST, "lost"),
         (Code.BUG, "failed"),
         (ErrorCode.MESSAGE_UNAVAILABLE, "lost"),

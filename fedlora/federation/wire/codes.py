@@ -20,6 +20,7 @@ from fedlora.errors import (
     BundleError,
     ClientError,
     FedLoraError,
+    LostBaseError,
     TrainingCheckError,
 )
 
@@ -41,6 +42,8 @@ class Code(IntEnum):
     """The model does not train on this client as it must."""
     OTHER_CODE = 106
     """The server's app is not the code that the node has installed; nothing of it was run."""
+    LACKS_BASE = 107
+    """Its memory of what moved the base is gone or damaged. It wants all of that again."""
 
 
 class FailureKind(StrEnum):
@@ -61,6 +64,8 @@ class FailureKind(StrEnum):
     """Its worker or its node is gone."""
     ONLY_OF_ITS_RANKS = "alone"
     """The server left it out of a secure aggregation: what it sends would be no sum."""
+    LACKS_BASE = "base"
+    """It lacks what moved the base, and was not sent it again in time."""
     OTHER_CODE = "code"
     """Its node runs its own fedlora alone, and the server's app is another."""
 
@@ -69,6 +74,7 @@ KINDS = {
     Code.BUDGET_SPENT: FailureKind.BUDGET,
     Code.UNTRAINABLE: FailureKind.UNTRAINED,
     Code.OTHER_CODE: FailureKind.OTHER_CODE,
+    Code.LACKS_BASE: FailureKind.LACKS_BASE,
     Code.WORKER_LOST: FailureKind.LOST,
     ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.LOST,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.LOST,
@@ -85,6 +91,8 @@ def code_of(error: Exception) -> Code:
         return Code.UNTRAINABLE
     if isinstance(error, BundleError):
         return Code.OTHER_CODE
+    if isinstance(error, LostBaseError):
+        return Code.LACKS_BASE
     return Code.FAILED if isinstance(error, FedLoraError) else Code.BUG
 
 
