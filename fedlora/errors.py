@@ -76,6 +76,10 @@ class ClientMemoryError(FedLoraError):
     """A client's own memory of earlier rounds is gone or belongs to another run."""
 
 
+class LostBaseError(ClientMemoryError):
+    """A client lacks what moved its base so far. The server has it, and sends it again."""
+
+
 class CheckpointError(FedLoraError):
     """A checkpoint cannot be read, or belongs to another configuration."""
 

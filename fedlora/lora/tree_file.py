@@ -1,7 +1,7 @@
 """A tree of dataclasses and tensors in one file, which appears whole or not at all.
 
     save(path, tree)       temporary file, fsync, rename, fsync of the directory
-    load(path, *types)     refuses by name what is damaged or of another kind
+    load(path, *types)     refuses by name what is damaged, to the bit, or of another kind
 
 The file is safetensors; the tree's skeleton is JSON in its metadata. Nothing is pickled. The names
 of classes and fields in it are a format with a number: fedlora/lora/tree_format.py.
@@ -12,23 +12,26 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.errors import CheckpointError, FormatError
 from fedlora.lora.adapter import Factors, Pair, Stack
+from fedlora.lora.tree_digest import seal, sealed
 from fedlora.lora.tree_format import FORMAT, Names, Older, make, numbered, parted, renamed
 
 KNOWN = (Factors, Pair, Stack)
+UNSEALED = 2
+"""The last format whose files have no digest."""
 
 
 def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
@@ -40,11 +43,16 @@ def save(path: Path, tree: Any, notes: Mapping[str, str] | None = None) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(tree, tensors)
     metadata = {"tree": json.dumps(numbered(skeleton)), **(notes or {})}
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata, seal)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file at path, old or new and never a part.
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    finish: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """A safetensors file at path, old or new and never a part; `finish` gets it before it appears.
 
     The tensors go from where they lie to the disk: the file is never whole in memory.
 
@@ -60,6 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with appearing(path) as new:
         try:
             save_file(alone, new, metadata=metadata)
+            finish(new)
         except SafetensorError as e:
             raise OSError(errno.EIO, str(e), str(path)) from e
 
@@ -85,8 +94,8 @@ def load(path: Path, *types: type, older: Older | None = None) -> Any:
     """
     try:
         data = path.read_bytes()  # one read: a writer may put another file here meanwhile
-        found, tensors = json.loads(_metadata(data)["tree"]), from_bytes(data)
-        number, skeleton = parted(found, path)
+        number, skeleton = _parts(_metadata(data)["tree"], data, path)
+        tensors = from_bytes(data)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
@@ -97,6 +106,22 @@ def load(path: Path, *types: type, older: Older | None = None) -> Any:
         return _Reader(path, tensors, known, steps).build(skeleton)
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
+
+
+def _parts(tree: str, data: bytes, path: Path) -> tuple[int, Any]:
+    """The format number and the skeleton in a file of these bytes.
+
+    Raises:
+        ValueError: a byte is not what it was.
+        FormatError: a newer fedlora wrote the file.
+    """
+    whole = sealed(data)
+    if whole is False:
+        raise ValueError("its digest is not that of its bytes")
+    number, skeleton = parted(json.loads(tree), path)
+    if number > UNSEALED and whole is None:
+        raise ValueError("it has no digest")
+    return number, skeleton
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -114,10 +139,10 @@ def notes(path: Path) -> dict[str, str]:
         CheckpointError: it is not there or is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            metadata: dict[str, str] = f.metadata() or {}
-        parted(json.loads(metadata.pop("tree")), path)
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        data = path.read_bytes()
+        metadata = _metadata(data)
+        _parts(metadata.pop("tree"), data, path)
+    except (OSError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {e}") from e
     return metadata
 

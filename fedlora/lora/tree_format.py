@@ -1,10 +1,11 @@
 """The format number of a tree file, and how the names in an older format map to today's.
 
 The names of classes and fields in a tree are on disk, so they are a format, and it has a number,
-which stands before the tree in the file's metadata: {"format": 2, "tree": ...}.
+which stands before the tree in the file's metadata: {"format": 3, "digest": ..., "tree": ...}.
 
     1    the tree alone, without a number: everything up to version 0.1.0
     2    the number; `Saved.origin` is `Saved.base_offset`, and `Saved.finished` is gone
+    3    the digest of the file: lora/tree_digest.py
 
 When a name on disk changes, FORMAT goes up by one, and who owns the class says in a `Names` what
 the last format called it (`OLDER` in federation/server/journal.py). Such a map is never changed
@@ -18,9 +19,10 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from fedlora.errors import FormatError
+from fedlora.lora.tree_digest import EMPTY
 from fedlora.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,8 @@ Older = Mapping[int, Names]
 
 
 def numbered(tree: Any) -> dict[str, Any]:
-    """A tree with today's number before it."""
-    return {"format": FORMAT, "tree": tree}
+    """A tree with today's number before it, and room for the file's digest."""
+    return {"format": FORMAT, "digest": EMPTY, "tree": tree}
 
 
 def parted(found: Any, where: object) -> tuple[int, Any]:
@@ -54,9 +56,9 @@ def parted(found: Any, where: object) -> tuple[int, Any]:
     """
     if not isinstance(found, dict):
         raise ValueError("it holds no tree")
-    if "format" not in found:
+    if "format" not in found and "tree" not in found:
         return 1, found
-    number = found["format"]
+    number = found.get("format")
     if type(number) is not int or number < 2:
         raise ValueError(f"its format is {number!r}")
     if number > FORMAT:

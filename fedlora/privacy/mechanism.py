@@ -13,16 +13,18 @@ Edge cases
     empty batch                   the noise alone, and it counts as a step
     a NaN or infinite example     counts as zero
     bf16 gradients                norms in float32 of the very numbers that are summed
-    micro-batches                 sums are kept in float64, on the host whatever the model is on;
-                                  noise is added there once, after the last
-    floating point                the noised sum is rounded to a grid of about 2^-24 sigma C that
-                                  depends on nothing in the data, so its low bits say nothing of
-                                  the addition's; padding changes an example's gradient by rounding
-                                  (1e-6 of its norm), which the analysis leaves out
+    micro-batches                 all of one shape for each width; sums are kept in float64, on the
+                                  host whatever the model is on; noise is added there once, after
+                                  the last
+    floating point                an example's gradient is the same bits whoever else was sampled:
+                                  microbatch.py. So adding or removing it changes the sum
+                                  by its own clipped gradient, to 1e-15 of the sum. The noised sum
+                                  is rounded to a grid of about 2^-24 sigma C that depends on
+                                  nothing in the data, so its low bits say nothing of the addition's
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,13 +49,15 @@ class ClippedSum:
         self.total = {p: torch.zeros(p.shape, dtype=torch.float64) for p in self.params}
 
     @torch.no_grad()
-    def add(self, found: Mapping[nn.Parameter, Gradient]) -> None:
+    def add(self, found: Mapping[nn.Parameter, Gradient], real: int | None = None) -> None:
+        """The clipped gradients of one micro-batch, of which the first `real` count; None: all."""
         finite, c = clipping(found, self.C)
+        real = len(c) if real is None else real
+        self.examples += real
+        self.clipped += int((c[:real] < 1).sum())
+        c[real:] = 0
         for p, gradient in finite.items():
-            there = c.to(torch.promote_types(p.dtype, torch.float32)).to(p.device)
-            self.total[p] += on_host(gradient.weighted_sum(there))
-        self.examples += len(c)
-        self.clipped += int((c < 1).sum())
+            self.total[p] += on_host(gradient.weighted_sum(c))
 
     @torch.no_grad()
     def noised(self, sigma: float, chance: Chance) -> dict[nn.Parameter, Tensor]:
@@ -78,10 +82,3 @@ def rounded(x: Tensor, std: float) -> Tensor:
 def poisson(n: int, q: float, chance: Chance) -> Tensor:
     """The examples of one Poisson sample: each of n on its own with probability q."""
     return torch.nonzero(chance.uniforms(n) < q).flatten()
-
-
-def microbatches(numbers: Tensor, lengths: Tensor, size: int) -> Sequence[Tensor]:
-    """A sample in parts of at most `size`, by length, so that there is little padding."""
-    if not len(numbers):
-        return ()
-    return torch.split(numbers[lengths[numbers].argsort(stable=True)], size)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedlora.errors import PrivacyError
-from fedlora.training.devices import wide_on_host
+from fedlora.training.devices import counts_wide, wide_on_host
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +54,9 @@ class Dense:
         return norms.square()
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        total = (c.to(_wide(self.G)) @ self.G.flatten(1).to(_wide(self.G))).view(self.G.shape[1:])
+        """sum_i c_i G_i in float64, on the host where the device has none; c (b,) likewise."""
+        G = _widened(self.G.flatten(1))
+        total = (c.to(G.device) @ G).view(self.G.shape[1:])
         return total.T if self.turned else total
 
     def without(self, bad: Tensor) -> "Dense":
@@ -76,7 +78,9 @@ class Outer:
         return g.square().sum(1) * x.square().sum(1)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        return (c.to(_wide(self.g))[:, None] * self.g).T @ self.x.to(_wide(self.x))
+        """As of `Dense`."""
+        g = _widened(self.g)
+        return (c.to(g.device)[:, None] * g).T @ _widened(self.x)
 
     def without(self, bad: Tensor) -> "Outer":
         return Outer(self.g.masked_fill(bad[:, None], 0), self.x.masked_fill(bad[:, None], 0))
@@ -332,6 +336,10 @@ def _pairs(left: Tensor, right: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.double() if counts_wide(x.device) else wide_on_host(x)
 
 
 def clipping(

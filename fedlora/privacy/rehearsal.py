@@ -18,14 +18,16 @@ from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.lora.adapter import Factors
 from fedlora.privacy.chance import Chance
+from fedlora.privacy.microbatch import microbatches, width_of
 from fedlora.privacy.per_example import kept_apart
-from fedlora.privacy.probe import check_apart
-from fedlora.privacy.training import PrivacyPlan, private_step
+from fedlora.privacy.probe import Way, check_apart
+from fedlora.privacy.training import PrivacyPlan, Ways, private_step
 from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
-from fedlora.training.data.batches import Batch, Encoded, collate, synthetic
-from fedlora.training.devices import own_draws, wide_on_host
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, synthetic
+from fedlora.training.devices import wide_on_host
 from fedlora.training.loss_check import check_losses, check_rows
 from fedlora.training.model.alora import invocation
+from fedlora.training.model.dropout import undropped
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.train import (
@@ -103,11 +105,14 @@ def check_private(
 ) -> None:
     """The check on synthetic rows, with the private step beside the plain one."""
     rows = made_up(model)
-    numbers = rows.lengths.argsort(stable=True)  # as `microbatches` will have them
-    batch = collate(rows, numbers)
+    width = width_of(max(SYNTHETIC), max(SYNTHETIC))
+    every = torch.arange(len(rows))
+    (part,) = microbatches(every, rows.lengths, lambda _: len(rows) + 1, width)
+    batch = {key: x[: part.real] for key, x in part.batch(rows).items()}
+    ways = {width: Way(len(rows) + 1, config.train.precision)}
     train = config.train.model_copy(update={"grad_clip": 0.0, "batch_size": len(rows)})
-    privacy = config.privacy.model_copy(update={"microbatch": 0})
-    config = config.model_copy(update={"train": train, "privacy": privacy})
+    data = config.data.model_copy(update={"max_length": width})
+    config = config.model_copy(update={"train": train, "data": data})
     with untouched(model):
         live = model.trainable(download.trainable)
         check_apart(model, live)
@@ -115,10 +120,9 @@ def check_private(
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, download.penalty)
-            with own_draws(model.devices, config.run.seed):
+            with undropped(model.peft):  # whose masks would be another shape's
                 want = _plain(model, batch, live, download, config)
-            with own_draws(model.devices, config.run.seed):
-                found = _step(model, rows, live, download, config, round)
+                found = _step(model, rows, live, download, config, ways, round)
     gap, size = _distance(want, found)
     if not gap <= tolerance_of(model, config).private * size:
         raise TrainingCheckError(
@@ -149,7 +153,13 @@ def _distance(
 
 
 def _step(
-    model: Model, rows: Encoded, live: Live, download: Download, config: Config, round: int
+    model: Model,
+    rows: Encoded,
+    live: Live,
+    download: Download,
+    config: Config,
+    ways: Ways,
+    round: int,
 ) -> dict[nn.Parameter, Tensor]:
     """The gradient of one private step over all of these rows, without noise and clip."""
     n, rate = len(rows), learning_rate(config, round)
@@ -162,7 +172,6 @@ def _step(
         moves_exactly(model, live, rate),
     ):
         extra = extra_loss(model.sides, received, download.penalty, config.train.prox)
-        private_step(
-            model, rows, torch.arange(n), params, optimizer, sink, plan, Chance(), config, extra
-        )
+        every, chance = torch.arange(n), Chance()
+        private_step(model, rows, every, params, optimizer, sink, plan, chance, config, ways, extra)
         return {p: p.grad.clone() for p in params if p.grad is not None}

@@ -22,7 +22,7 @@ Edge cases
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,15 +34,19 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Charge, Ledger
-from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
+from fedlora.privacy.mechanism import ClippedSum, poisson
+from fedlora.privacy.microbatch import microbatches, width_of
 from fedlora.privacy.per_example import Sink, kept_apart
-from fedlora.privacy.probe import check_apart
+from fedlora.privacy.probe import Way, check_apart, steady
 from fedlora.strategies.base import Penalty
-from fedlora.training.data.batches import Encoded, collate
+from fedlora.training.data.batches import Encoded
 from fedlora.training.devices import own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import build_optimizer
 from fedlora.training.train import Fit, example_losses, extra_loss, learning_rate
+
+Ways = Mapping[int, Way]
+"""How examples of each width are computed."""
 
 RATE = 0.1
 """Of a step's sample where privacy.sample-rate is not set: large steps bear their noise better."""
@@ -104,6 +108,8 @@ def private_fit(
     limits = [x for x in (config.privacy.epsilon, config.privacy.max_epsilon) if x]
     spent = ledger.reserve(plan.charge(config, run, round), min(limits, default=0.0))
     params = tuple(p for ps in live.values() for p in ps.values())
+    widths = {width_of(n, config.data.max_length) for n in encoded.lengths.tolist()}
+    ways = {width: steady(model, live, config, width) for width in sorted(widths)}
     received = {p: p.detach().clone() for p in params}
     optimizer = build_optimizer(live, config.train, learning_rate(config, round))
     noise, sampling, dropout = (
@@ -118,7 +124,7 @@ def private_fit(
             chosen = poisson(plan.n, plan.q, sampling)
             extra = extra_loss(model.sides, received, penalty, config.train.prox)
             loss = private_step(
-                model, encoded, chosen, params, optimizer, sink, plan, noise, config, extra
+                model, encoded, chosen, params, optimizer, sink, plan, noise, config, ways, extra
             )
             total, seen = total + loss, seen + len(chosen)
     facts = {"epsilon": spent, "sigma": plan.sigma, "q": plan.q, "delta": plan.delta}
@@ -136,6 +142,7 @@ def private_step(
     plan: PrivacyPlan,
     noise: Chance,
     config: Config,
+    ways: Ways,
     extra: torch.Tensor | float,
 ) -> float:
     """One step on the chosen examples, noised; the sum of their losses, for this machine only.
@@ -143,7 +150,7 @@ def private_step(
     `extra` are penalties, which see no data.
     """
     optimizer.zero_grad(set_to_none=True)
-    clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config, plan.C)
+    clipped, loss = clipped_sum(model, encoded, chosen, params, sink, config, ways, plan.C)
     one = torch.ones(())
     for p, g in clipped.noised(plan.sigma, noise).items():
         p.grad = (g / (plan.q * plan.n)).to(p.dtype).to(p.device).mul_(model.masks.get(p, one))
@@ -162,17 +169,17 @@ def clipped_sum(
     params: tuple[nn.Parameter, ...],
     sink: Sink,
     config: Config,
+    ways: Ways,
     C: float,
 ) -> tuple[ClippedSum, float]:
     """The gradients of the chosen examples, clipped to C and summed; and their losses' sum."""
     clipped = ClippedSum(params, C)
-    loss = 0.0
-    size = config.privacy.microbatch or config.train.microbatch or config.train.batch_size
-    for part in microbatches(chosen, encoded.lengths, size):
-        losses = example_losses(model, collate(encoded, part), config.train.precision)
+    loss, most = 0.0, config.data.max_length
+    for part in microbatches(chosen, encoded.lengths, lambda w: ways[w].size, most):
+        losses = example_losses(model, part.batch(encoded), ways[part.width].precision)
         losses.sum().backward()
-        clipped.add(sink.take(len(part)))
-        loss += float(losses.detach().nansum())
+        clipped.add(sink.take(len(part.numbers)), part.real)
+        loss += float(losses.detach()[: part.real].nansum())
     return clipped, loss
 
 

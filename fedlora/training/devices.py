@@ -229,6 +229,17 @@ def wide_on_host(x: Tensor) -> Tensor:
     return on_host(x).double()
 
 
+def counts_wide(device: torch.device) -> bool:
+    """Has it float64? Apple's cards have none."""
+    if is_host(device):
+        return True
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
 def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on a device."""
     return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}

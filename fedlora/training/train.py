@@ -190,13 +190,15 @@ def token_losses(model: Model, inputs: Batch, labels: Tensor) -> Tensor:
     """The mean loss over each example's own labelled tokens, (batch,), in float32."""
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the next token's
     scored = targets != IGNORE
+    # under DP all of them: how many a product has must not depend on other examples
+    at = scored.new_ones(scored.shape) if model.config.privacy.by_example else scored
     head = OutputHead.of(model.peft.get_base_model())
-    if head and (states := head.states(model.run, inputs, scored)):
-        found = head.losses(*states, targets[scored])
+    if head and (states := head.states(model.run, inputs, at)):
+        found = head.losses(*states, targets[at])
     else:
-        logits = model.logits(inputs)[scored]
-        found = cross_entropy(logits, targets[scored], reduction="none")
-    losses = found.new_zeros(targets.shape).masked_scatter(scored, found)
+        logits = model.logits(inputs)[at]
+        found = cross_entropy(logits, targets[at], reduction="none")
+    losses = found.new_zeros(targets.shape).masked_scatter(at, found)
     return losses.sum(1) / scored.sum(1).clamp(min=1)
 
 

@@ -90,6 +90,7 @@ def test_every_error_has_its_code() -> None:
     assert found.pop(errors.TrainingCheckError) == Code.UNTRAINABLE
     assert found.pop(errors.BundleError) == Code.OTHER_CODE
     assert found.pop(errors.PolicyError) == Code.NOT_ALLOWED
+    assert found.pop(errors.LostBaseError) == Code.LACKS_BASE
     assert set(found.values()) == {Code.FAILED}
     assert code_of(RuntimeError("the privacy budget is spent")) == Code.BUG
 
@@ -121,6 +122,7 @@ def test_a_code_that_nobody_knows_is_a_failure(settings: Settings, code: int) ->
         (Code.UNTRAINABLE, "untrained"),
         (Code.OTHER_CODE, "code"),
         (Code.NOT_ALLOWED, "policy"),
+        (Code.LACKS_BASE, "base"),
         (Code.WORKER_LOST, "lost"),
         (Code.BUG, "failed"),
         (ErrorCode.MESSAGE_UNAVAILABLE, "lost"),

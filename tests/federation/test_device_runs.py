@@ -6,6 +6,7 @@ card's own. The pretend cards have the host's kernels but for a few of Llama's.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fedlora.strategies import STRATEGIES
 from fedlora.strategies.forms import FORMS
 from fedlora.training import train
 from fedlora.training.model.model import Model
+from tests.support.architectures import write
 from tests.support.killing import kill_on_card
 from tests.support.pretend_device import CAST, Card
 from tests.support.tiny_federation import Ran, federate, ranks_for, read_tensors
@@ -80,10 +82,15 @@ LANGUAGE: dict[str, dict[str, object]] = {
     "gpt2, example DP": PRIVATE,
     "llama": {"evaluate.generate-tokens": 2},
     "llama, checkpointed": {"train.gradient-checkpointing": True},
-}
+    "llama, alora": {
+        "lora.form": "alora", "lora.invocation": "is", "strategy.name": "ffa", "clients.ranks": "3",
+        "data.prompt": "the answer to {text} is",
+    },
+}  # fmt: skip
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
 LEFT_OUT = ("lora", "alora", "shira")
-"""Forms that are not in the table: alora is no classifier's, and shira's tensors are sparse, which
-the pretend cards have not."""
+"""Forms that are not in the table: alora is no classifier's and is among the language models, and
+shira's tensors are sparse, which the pretend cards have not."""
 APART = {"llama": 1e-3}
 """How far a tensor may be off, of its own size, where another kernel computes (RMSNorm)."""
 
@@ -217,6 +224,20 @@ def test_every_form(settings: Settings, cards: Cards, form: str) -> None:
 @pytest.mark.parametrize("case", LANGUAGE)
 def test_every_language_model(settings: Settings, cards: Cards, case: str) -> None:
     compare(settings, case.split()[0].rstrip(","), **LANGUAGE[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_experts_of_a_mixture(
+    settings: Settings, cards: Cards, tmp_path: Path, name: str
+) -> None:
+    square = {"intermediate_size": 24} if name == "gpt-oss" else {}
+    path = write(name, tmp_path / name, num_experts=3, num_local_experts=3, num_experts_per_tok=2,
+                 **square)  # fmt: skip
+    experts = {"lora.target-parameters": "experts.gate_up_proj,experts.down_proj"}
+    given = {"model.path": str(path), "lora.target-modules": "auto", "strategy.name": "fedex",
+             "train.optimizer": "sgd", "train.lr": 0.1}  # fmt: skip
+    compare(settings, "llama", **given, **experts)
 
 
 @pytest.mark.slow

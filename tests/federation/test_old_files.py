@@ -19,6 +19,7 @@ from fedlora.errors import CheckpointError, ClientMemoryError, FormatError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.journal import OLDER, Member, Saved, state_types
 from fedlora.lora.adapter import Factors, Pair, Stack
+from fedlora.lora.tree_digest import EMPTY, seal
 from fedlora.lora.tree_file import KNOWN, load, notes, save
 from fedlora.lora.tree_format import FORMAT, Names, numbered, renamed
 from fedlora.reports.run_files import breaks_certificate, breaks_promise, read
@@ -189,7 +190,7 @@ NAMES = {
     "frlora.State": "factors base",
 }
 """The names on disk in today's format."""
-FORMAT_OF_NAMES = 2
+FORMAT_OF_NAMES = 3
 EVERYWHERE = (Factors, Pair, Stack, Version, BaseLog, Client, Layer, Moments, Saved, Member)
 
 
@@ -247,6 +248,8 @@ def rewritten(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     tensors, metadata = read_tensors(path)
     metadata["tree"] = json.dumps(edit(json.loads(metadata["tree"])))
     save_file(tensors, path, metadata=metadata)
+    if EMPTY in metadata["tree"]:
+        seal(path)
 
 
 def of_format(number: object) -> Callable[[dict[str, Any]], object]:

@@ -17,7 +17,8 @@ from typer.main import get_command
 
 from fedlora.cli import app
 from fedlora.config.reader import Config
-from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError
+from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError, LostBaseError
+from fedlora.federation.client import memory
 from tests.support.killing import plant
 from tests.support.tiny_federation import ROOT, Ran, federate, quick
 
@@ -173,6 +174,79 @@ def test_where_no_checkpoint_can_be_read_nothing_is_begun_anew(settings: Setting
     with pytest.raises(CheckpointError, match=r"round-00002\.safetensors is damaged"):
         federate(given)
     assert (directory / "rounds.jsonl").read_text() == lines
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_the_last_checkpoint_costs_one_round(settings: Settings) -> None:
+    given = interrupted(settings, "fedex")
+    flip(sorted(Path(str(given["run.out"]), "run", "checkpoint").glob("round-*"))[-1])
+    ran = federate(given)
+    assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
+
+
+def test_a_flipped_bit_in_a_clients_memory_is_said_and_not_trained_on(settings: Settings) -> None:
+    given = interrupted(settings, "fedsa", **{"round.min-replies": 2})
+    for path in Path(str(given["run.out"]), "run", "clients").rglob("round-*.safetensors"):
+        flip(path)
+    with pytest.raises(FedLoraError, match=r"lost its memory of round .* its digest is not that"):
+        federate(given)
+
+
+def test_where_all_checkpoints_are_gone_nothing_is_begun_anew(settings: Settings) -> None:
+    given = interrupted(settings, "fedex")
+    directory = Path(str(given["run.out"]), "run")
+    lines = (directory / "rounds.jsonl").read_text()
+    shutil.rmtree(directory / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"checkpoint is empty, and 3 rounds are on record"):
+        federate(given)
+    assert (directory / "rounds.jsonl").read_text() == lines
+
+
+@pytest.mark.parametrize("loss", ["gone", "damaged"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("fedex", {}), ("flora", {}), ("fedavg", {"lora.init": "pissa", "clients.ranks": "4"})],
+)
+def test_a_client_that_lost_its_base_gets_it_again_in_the_same_round(
+    settings: Settings, name: str, changes: dict[str, object], loss: str
+) -> None:
+    """Its changes, and what the initialisation took out of it; the run's bits are those of one
+    where nothing was lost."""
+    given = interrupted(settings, name, **changes)
+    (base,) = Path(str(given["run.out"]), "run", "clients").glob("*/base")
+    for path in base.iterdir():
+        flip(path) if loss == "damaged" else path.unlink()
+    ran = federate(given)
+    assert not any(r["failures"] for r in ran.rounds)
+    assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
+
+
+def test_a_client_that_always_says_that_it_lacks_its_base_is_left_out(settings: Settings) -> None:
+    """And is asked twice in a round, not without end."""
+    asked = []
+
+    def lacks(server: Any) -> None:
+        real = memory.ClientMemory.base_to
+
+        def base_to(self: Any, number: int) -> Any:
+            if self.client == 1 and number:
+                asked.append(number)
+                raise LostBaseError("it is gone")
+            return real(self, number)
+
+        patch.setattr(memory.ClientMemory, "base_to", base_to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        ran = federate(settings(**quick("fedex", **{"run.rounds": 3})), before=lacks)
+    told = [[(f["client"], f["kind"]) for f in r["failures"]] for r in ran.rounds]
+    assert told[2] == told[3] == [(1, "base")]
+    assert asked == [1, 1, 2]  # in round 3 it is sent all at once
 
 
 def test_lost_client_memory_is_said_and_not_made_up(settings: Settings) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -24,9 +26,10 @@ from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys
 from fedlora.launch.deploy.gate import Gate
-from fedlora.launch.deploy.host import down, follow, register, registered, start_run
+from fedlora.launch.deploy.host import down, follow, register, registered, shrink, start_run
 from fedlora.launch.deploy.layout import Wanted, init, renew
 from fedlora.launch.deploy.plan import Plan, free_ports
+from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
 
 
@@ -34,6 +37,22 @@ from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
 def plan(settings, tmp_path: Path) -> Plan:
     given = {k: v for k, v in settings().items() if k != "clients.count"}
     return init(Wanted(tmp_path / "dep", 3, overrides=given, ranks=(2, 4)))
+
+
+def test_the_space_of_a_deleted_runs_messages_is_given_back(plan: Plan) -> None:
+    """While the SuperLink has the file open; a file that stays busy is left as it is."""
+    path = plan.server / DATABASE
+    with closing(sqlite3.connect(path, isolation_level=None)) as link:
+        link.execute("CREATE TABLE message (content BLOB)")
+        link.executemany("INSERT INTO message VALUES (?)", [(os.urandom(100_000),)] * 20)
+        link.execute("DELETE FROM message")
+        assert path.stat().st_size > 2_000_000
+        link.execute("BEGIN IMMEDIATE")
+        assert not shrink(plan, patience=0.1)
+        link.execute("ROLLBACK")
+        assert path.stat().st_size > 2_000_000
+        assert shrink(plan)
+    assert path.stat().st_size < 100_000
 
 
 # -- the directory ------------------------------------------------------------------------------

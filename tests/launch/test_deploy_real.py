@@ -3,12 +3,13 @@
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fedlora.launch.deploy import host, keys, scripts
 from fedlora.launch.deploy.layout import renew
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import Plan, free_ports
+from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import end, read_state
 from tests.support.deployment import adapter, mortal, prepared, ran, rounds, simulated
 
@@ -49,6 +51,11 @@ def test_four_nodes_end_in_the_bytes_of_local_grid(deployed: Plan, tmp_path: Pat
     for r in (0, 1):
         assert any(f"fedlora_round {r}.0\n" in text for text in scraped)
     assert any('fedlora_client_seconds{client="3"}' in text for text in scraped)
+    assert host.shrink(deployed)
+    with closing(sqlite3.connect(deployed.server / DATABASE)) as database:
+        for table in ("message_ins", "message_res", "run_objects"):
+            assert not database.execute(f"SELECT count(*) FROM {table}").fetchone()[0], table
+        assert not database.execute("PRAGMA freelist_count").fetchone()[0]
     local = simulated(deployed, tmp_path)
     assert adapter(results) == adapter(local)
     for far, near in zip(rounds(results), rounds(local), strict=True):

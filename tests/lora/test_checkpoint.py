@@ -101,6 +101,37 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
             load(path)
 
 
+def test_every_flipped_bit_of_a_file_is_seen(tmp_path: Path) -> None:
+    """Head, tree, notes, tensors and the digest itself: each byte once, another bit each."""
+    path = tmp_path / "round-00003"
+    save(path, a_tree(), {"round": "3"})
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        for reading in (load, notes):
+            with pytest.raises(CheckpointError, match="round-00003 is damaged"):
+                reading(path)
+    path.write_bytes(whole)
+    assert notes(path) == {"round": "3"}
+
+
+def test_two_bytes_that_change_places_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    save(path, torch.tensor([1.0, 2.0]))
+    path.write_bytes(path.read_bytes()[:-8] + torch.tensor([2.0, 1.0]).numpy().tobytes())
+    with pytest.raises(CheckpointError, match="its digest is not that of its bytes"):
+        load(path)
+
+
+def test_a_file_whose_digest_is_taken_out_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    save(path, torch.tensor([1.0, 2.0]))
+    without = path.read_bytes().replace(rb"\"digest\"", rb"\"dlgest\"")
+    path.write_bytes(without)
+    with pytest.raises(CheckpointError, match="it has no digest"):
+        load(path)
+
+
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:

@@ -8,12 +8,15 @@ from torch import nn
 
 from fedlora.errors import PrivacyError
 from fedlora.privacy.chance import Chance
-from fedlora.privacy.mechanism import ClippedSum, microbatches, poisson
+from fedlora.privacy.mechanism import ClippedSum, poisson
+from fedlora.privacy.microbatch import microbatches
 from fedlora.privacy.per_example import clipping, kept_apart
 from fedlora.privacy.probe import check_apart
+from fedlora.training.train import example_losses
 from tests.support.private_setting import Build, Setting, norm
 
 BATCH = [0, 3, 5, 8, 11]  # of different lengths, so padded
+MOST = 64
 
 
 def gathered(s: Setting, numbers: list[int]) -> dict[nn.Parameter, torch.Tensor]:
@@ -125,9 +128,9 @@ def test_the_model_is_as_before_afterwards(settings: Build) -> None:
 def total(s: Setting, numbers: list[int], C: float, size: int = 2) -> torch.Tensor:
     clipped = ClippedSum(s.params, C)
     with kept_apart(s.model.peft, s.model.active, frozenset(s.params)) as sink:
-        for part in microbatches(torch.tensor(numbers), s.rows.lengths, size):
-            s.losses(part.tolist()).sum().backward()
-            clipped.add(sink.take(len(part)))
+        for part in microbatches(torch.tensor(numbers), s.rows.lengths, lambda _: size, MOST):
+            example_losses(s.model, part.batch(s.rows), s.precision).sum().backward()
+            clipped.add(sink.take(size), part.real)
     return torch.cat([g.flatten() for g in clipped.noised(0.0, Chance()).values()])
 
 

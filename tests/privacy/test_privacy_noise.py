@@ -17,6 +17,7 @@ from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import ClippedSum, poisson, rounded
 from fedlora.privacy.summary import summary
+from fedlora.privacy.probe import Way
 from fedlora.privacy.training import PrivacyPlan, private_fit
 from tests.support.private_setting import Build, Setting
 
@@ -203,6 +204,7 @@ def test_a_step_on_an_empty_sample_is_noise_alone_and_is_paid_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "poisson", lambda *_: torch.empty(0, dtype=torch.long))
         patch.setattr(training, "check_apart", lambda *_: None)
+        patch.setattr(training, "steady", lambda *_: Way(16, "float32"))
         fit, moved, ledger = fitted(s, tmp_path)
     flat = torch.cat([x.flatten() for x in moved.values()])
     std = 2.0 * 0.3 / (8 / len(s.rows) * len(s.rows))

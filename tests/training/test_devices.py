@@ -485,6 +485,7 @@ def test_a_process_that_has_used_a_card_is_not_copied(settings: Settings, cards:
 def clipped(settings: Settings, device: str, microbatch: int = 0) -> dict[str, Tensor]:
     """The clipped sum of six examples' gradients, before noise, by name."""
     from fedlora.privacy.per_example import kept_apart
+    from fedlora.privacy.probe import Way
     from fedlora.privacy.training import clipped_sum
 
     model, rows, config = ready(settings, device, **{"train.microbatch": microbatch})
@@ -492,7 +493,8 @@ def clipped(settings: Settings, device: str, microbatch: int = 0) -> dict[str, T
     named = {f"{c}/{name}": p for c, ps in live.items() for name, p in ps.items()}
     params = tuple(named.values())
     with kept_apart(model.peft, model.active, frozenset(params)) as sink:
-        found, _ = clipped_sum(model, rows, torch.arange(6), params, sink, config, 0.3)
+        ways = dict.fromkeys((8, 16, 32), Way(microbatch or 16, "float32"))
+        found, _ = clipped_sum(model, rows, torch.arange(6), params, sink, config, ways, 0.3)
     assert {x.device for x in found.total.values()} == {HOST}
     return {name: found.total[p] for name, p in named.items()}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora.errors import ClientMemoryError
+from fedlora.errors import ClientMemoryError, LostBaseError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies.base import Version
@@ -90,14 +90,14 @@ def test_a_snapshot_stands_for_all_before_it(tmp_path: Path) -> None:
     snapshot = Version(5, {"m": torch.ones(11, 13)}, snapshot=True)
     memory.add_base([snapshot, Version(6, {"m": change(1.0)})])
     assert [(v.number, v.snapshot) for v in memory.base_to(6)] == [(5, True), (6, False)]
-    with pytest.raises(ClientMemoryError, match="lacks base change 4 of 4"):
+    with pytest.raises(LostBaseError, match="lacks base change 4 of 4"):
         memory.base_to(4)
 
 
 def test_a_gap_in_the_base_changes_is_named(tmp_path: Path) -> None:
     memory = ClientMemory(tmp_path, 3, "run")
     memory.add_base([Version(n, {"m": change(1.0)}) for n in (1, 3)])
-    with pytest.raises(ClientMemoryError, match=r"client 3 lacks base change 2 of 3 .*restore"):
+    with pytest.raises(LostBaseError, match=r"client 3 lacks base change 2 of 3 .*send them again"):
         memory.base_to(3)
 
 

@@ -10,13 +10,21 @@
 The server says with each message which round's memory it builds on: the last round whose reply
 it accepted. So a reply that was lost, or a server that went back to its last checkpoint, finds
 the client as it was then. A client keeps that one and the newest.
+
+What is gone or damaged below base/ the server sends again, once it is told so (LostBaseError). What
+a client kept for itself nobody else has.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedlora.errors import CheckpointError, ClientMemoryError, DataError, FormatError
+from fedlora.errors import (
+    CheckpointError,
+    ClientMemoryError,
+    DataError,
+    LostBaseError,
+)
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.lora.tree_file import load, save, write_atomically
 from fedlora.strategies.base import Version
@@ -55,21 +63,18 @@ class ClientMemory:
         save(self.own / f"round-{round:05}.safetensors", kept)
 
     def lost(self, round: int) -> Factors:
-        """What the upload of that round lost to rounding; nothing where that is not known.
+        """What the upload of that round lost to rounding; nothing where it kept none.
 
         Raises:
-            FormatError: it is there, and not for this fedlora to read.
+            CheckpointError: it is there, and damaged, or not for this fedlora to read.
         """
         path = self.own / f"lost-{round:05}.safetensors"
         for other in self.own.glob("lost-*.safetensors"):
             if other != path:
                 other.unlink(missing_ok=True)
-        try:
-            found: Factors = load(path)
-        except FormatError:  # a newer fedlora's: it is known, and not to be passed over
-            raise
-        except CheckpointError:
+        if not path.exists():
             return Factors()
+        found: Factors = load(path)
         return found
 
     def lose(self, round: int, error: Factors) -> None:
@@ -119,32 +124,28 @@ class ClientMemory:
         """What the run's initialisation takes out of the base.
 
         Raises:
-            ClientMemoryError: it is gone.
+            LostBaseError: it is gone.
         """
         try:
             version: Version = load(self.base / "00000.safetensors", Version)
         except CheckpointError as e:
-            raise ClientMemoryError(
-                f"client {self.client} lacks what lora.init took out of the base ({e}); restore "
-                f"{self.base}, or start the run anew"
-            ) from e
+            what = f"client {self.client} lacks what lora.init took out of the base"
+            raise LostBaseError(f"{what} ({e}); the server has to send it again") from e
         return version.delta
 
     def base_to(self, number: int) -> list[Version]:
         """The changes that lead from W0 to that version, in order.
 
         Raises:
-            ClientMemoryError: some are missing.
+            LostBaseError: some are missing.
         """
         chain: list[Version] = []
         for n in range(number, 0, -1):
             try:
                 version: Version = load(self.base / f"{n:05}.safetensors", Version)
             except CheckpointError as e:
-                raise ClientMemoryError(
-                    f"client {self.client} lacks base change {n} of {number} ({e}); restore "
-                    f"{self.base}, or start the run anew"
-                ) from e
+                what = f"client {self.client} lacks base change {n} of {number}"
+                raise LostBaseError(f"{what} ({e}); the server has to send them again") from e
             chain.append(version)
             if version.snapshot:
                 break

@@ -6,6 +6,7 @@ and the round goes on with the others.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,9 +121,11 @@ class Received:
 
 
 def exchange(
-    grid: Grid, messages: Iterable[Message], seconds: float
+    grid: Grid, messages: Iterable[Message], seconds: float, more: deque[Message] | None = None
 ) -> Iterator[tuple[int, Message]]:
     """Send one by one, and give back (node, reply) as each comes, until the deadline.
+
+    more: what its user adds to it meanwhile is sent as well.
 
     The node is the one that was asked: an error reply made on its behalf has another sender.
     No message is held here once it was sent, and no reply once it was given.
@@ -138,8 +141,12 @@ def exchange(
         if time.monotonic() - looked > POLL:  # not after each: that takes them times them looks
             yield from ready(grid, pending)
             looked = time.monotonic()
-    pause = POLL
-    while pending and time.monotonic() < until:
+    pause, more = POLL, deque() if more is None else more
+    while (pending or more) and time.monotonic() < until:
+        while more:
+            pending |= dict.fromkeys(
+                grid.push_messages([more[0]]), more.popleft().metadata.dst_node_id
+            )
         before = len(pending)
         yield from ready(grid, pending)
         if len(pending) < before:

@@ -174,7 +174,8 @@ class Journal:
 
         Raises:
             FormatError: the checkpoint is whole, and not for this fedlora to read.
-            CheckpointError: the configuration has changed; says in which keys.
+            CheckpointError: the configuration has changed; says in which keys. Or the run had
+                checkpoints, and they are gone.
         """
         self._check_same()
         for left in [*self.directory.rglob(".*.tmp")]:  # of a write that was cut short
@@ -302,7 +303,17 @@ class Journal:
                 continue
         return None
 
+    def _check_there(self) -> None:
+        if self._checkpoints() or not self.rounds.exists():
+            return
+        if n := self.rounds.read_bytes().count(b"\n"):
+            raise CheckpointError(
+                f"{self.directory / 'checkpoint'} is empty, and {n} rounds are on record in "
+                f"{self.rounds}: restore the newest checkpoint, or give a new run another run.name"
+            )
+
     def _check_same(self) -> None:
+        self._check_there()
         if (begun := self._begun_with()) is None:
             return
         begun_with, code = begun

@@ -287,11 +287,14 @@ def credit(
     for failure in received.failures:
         if (m := members.get(failure["client"])) is None:
             continue
+        if failure["kind"] == FailureKind.LACKS_BASE:
+            session.lacking.add(m.id)
         offence = failure["kind"] == FailureKind.BAD
         members[m.id] = m = replace(m, failures=m.failures + 1, offences=m.offences + int(offence))
         if offence and m.offences == most:
             session.observer.note(f"client {m.id} is asked no more: {most} bad updates")
     for i, facts in received.clients.items():
+        session.lacking.discard(i)
         m = setting.planner.learned(members[i], facts, received.virtual.get(i))
         members[i] = _credited(m, facts, version)
     return replace(run, members=members)

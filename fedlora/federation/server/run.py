@@ -11,7 +11,7 @@ session changes in place, and nothing of the session outlives the process.
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -96,6 +96,8 @@ class Session:
     """Client to Flower node, of those that are connected."""
     flights: Flights = field(default_factory=Flights)
     """Who is training, where there is a buffer."""
+    lacking: set[int] = field(default_factory=set)
+    """Who said that it lacks what moved its base, and has not answered since."""
     summable: set[Any] = field(default_factory=set)
     """What secure aggregation was found to go with."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
@@ -173,6 +175,8 @@ def message(
 ) -> Message:
     """One client's message: its job and, unless it is bare, its download of `state`.
 
+    Who lacks what moved its base gets all of that again.
+
     ttl: seconds; by default round.deadline. state: by default the run's newest.
     """
     member, config = run.members[client.id], setting.config
@@ -194,11 +198,13 @@ def message(
         microbatch=member.microbatch,
     )
     content = RecordDict()
+    lacks = client.id in session.lacking
     if not bare:
         given = run.state if state is None else state
+        client = replace(client, base_version=0) if lacks else client
         download = whole_download(setting.strategy, given, client, round, setting.folds)
         content = pack_download(download, config.wire.dtype)
-        if run.base_offset and not member.last_round:  # once: it keeps it
+        if run.base_offset and (lacks or not member.last_round):  # once: it keeps it
             content["base-offset"] = pack_pairs(run.base_offset, "float32")
     content["job"] = job.record()
     node, group = session.nodes[client.id], str(round.number)

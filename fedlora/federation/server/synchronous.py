@@ -18,7 +18,7 @@ from fedlora.federation.server.exchange import Limits, Received, check_norm, exc
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, base_number
 from fedlora.federation.server.run import message as message_to
-from fedlora.federation.wire.codes import FailureKind, Refusal
+from fedlora.federation.wire.codes import FailureKind, Refusal, kind_of
 from fedlora.federation.wire.messages import count_bytes
 from fedlora.strategies.base import Client, Round, Upload
 
@@ -36,12 +36,14 @@ def uploads(
 ) -> Iterator[Upload]:
     """The round's accepted updates in the cohort's order, each as soon as its turn has come.
 
-    Sums depend on their order, so a reply that overtakes another waits for it here.
+    Sums depend on their order, so a reply that overtakes another waits for it here. Who says that
+    it lacks what moved its base is asked once more, with all of that.
     """
 
     def message(client: Client) -> Message:
         made = message_to(setting, session, run, client, round, "train")
-        received.down[client.id] = count_bytes(made.content)
+        sent = received.down.get(client.id, 0)
+        received.down[client.id] = sent + count_bytes(made.content)
         received.asked[client.id] = time.perf_counter()
         return made
 
@@ -49,7 +51,8 @@ def uploads(
     of_node = {session.nodes[c.id]: c for c in cohort}
     waiting = deque(c.id for c in cohort)
     here: dict[int, Upload | None] = {}
-    answers = exchange(grid, map(message, cohort), deadline)
+    again: deque[Message] = deque()
+    answers = exchange(grid, map(message, cohort), deadline, again)
     while waiting:
         begun = time.perf_counter()
         node, reply = next(answers, (-1, None))
@@ -57,6 +60,10 @@ def uploads(
         if reply is None:
             break
         client = of_node[node]
+        if lacks_base(reply) and client.id not in session.lacking:
+            session.lacking.add(client.id)
+            again.append(message(client))
+            continue
         here[client.id] = one(setting, session, run, reply, client, round, received)
         del reply  # as large as the upload: neither is to be kept longer than it must
         while waiting and waiting[0] in here:
@@ -69,6 +76,11 @@ def uploads(
             received.refuse(i, round, refusal)
         elif upload := here[i]:
             yield upload
+
+
+def lacks_base(reply: Message) -> bool:
+    """Does a client ask for what moved its base so far?"""
+    return reply.has_error() and kind_of(reply.error.code) == FailureKind.LACKS_BASE
 
 
 def one(

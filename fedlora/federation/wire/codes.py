@@ -21,6 +21,7 @@ from fedlora.errors import (
     ClientError,
     FedLoraError,
     PolicyError,
+    LostBaseError,
     TrainingCheckError,
 )
 
@@ -44,6 +45,8 @@ class Code(IntEnum):
     """The server's app is not the code that the node has installed; nothing of it was run."""
     NOT_ALLOWED = 107
     """The node's own policy does not allow what is asked."""
+    LACKS_BASE = 108
+    """Its memory of what moved the base is gone or damaged. It wants all of that again."""
 
 
 class FailureKind(StrEnum):
@@ -64,6 +67,8 @@ class FailureKind(StrEnum):
     """Its worker or its node is gone."""
     ONLY_OF_ITS_RANKS = "alone"
     """The server left it out of a secure aggregation: what it sends would be no sum."""
+    LACKS_BASE = "base"
+    """It lacks what moved the base, and was not sent it again in time."""
     OTHER_CODE = "code"
     """Its node runs its own fedlora alone, and the server's app is another."""
     POLICY = "policy"
@@ -75,6 +80,7 @@ KINDS = {
     Code.UNTRAINABLE: FailureKind.UNTRAINED,
     Code.OTHER_CODE: FailureKind.OTHER_CODE,
     Code.NOT_ALLOWED: FailureKind.POLICY,
+    Code.LACKS_BASE: FailureKind.LACKS_BASE,
     Code.WORKER_LOST: FailureKind.LOST,
     ErrorCode.MESSAGE_UNAVAILABLE: FailureKind.LOST,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureKind.LOST,
@@ -83,16 +89,21 @@ KINDS = {
 }
 
 
+OF_ERRORS = {
+    BudgetSpent: Code.BUDGET_SPENT,
+    TrainingCheckError: Code.UNTRAINABLE,
+    BundleError: Code.OTHER_CODE,
+    PolicyError: Code.NOT_ALLOWED,
+    LostBaseError: Code.LACKS_BASE,
+}
+"""The errors that have a code of their own."""
+
+
 def code_of(error: Exception) -> Code:
     """The code of the error reply that an error on a client becomes."""
-    if isinstance(error, BudgetSpent):
-        return Code.BUDGET_SPENT
-    if isinstance(error, TrainingCheckError):
-        return Code.UNTRAINABLE
-    if isinstance(error, BundleError):
-        return Code.OTHER_CODE
-    if isinstance(error, PolicyError):
-        return Code.NOT_ALLOWED
+    for kind, code in OF_ERRORS.items():
+        if isinstance(error, kind):
+            return code
     return Code.FAILED if isinstance(error, FedLoraError) else Code.BUG
 
 

@@ -153,5 +153,6 @@ def run(
         run_id, results = host.start_run(plan, operator, overrides)
         typer.echo(f"run {run_id}; results in {results}")
         ended = host.follow(operator, run_id, results, typer.echo)
+        host.shrink(plan)
     typer.echo(ended)
     finish(plan, results, run_id, ended)

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.keys import pem
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import CONNECTION, Plan
+from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import end, is_running, read_state, state_file
 
 Say = Callable[[str], None]
@@ -143,6 +145,20 @@ def said(plan: Plan, run_id: str, lines: int) -> str:
         timeout=60,
     )
     return "\n".join(found.stdout.rstrip().splitlines()[-lines:])
+
+
+def shrink(plan: Plan, patience: float = 30.0) -> bool:
+    """Give the disk back what the SuperLink's database held of runs that have ended.
+
+    Flower deletes a run's messages once somebody asks for its status, and keeps the file as large
+    as it ever was. False where it stays busy for `patience` seconds: it is as before.
+    """
+    with closing(sqlite3.connect(plan.server / DATABASE, timeout=patience)) as database:
+        try:
+            database.execute("VACUUM")
+        except sqlite3.OperationalError:
+            return False
+    return True
 
 
 def online(operator: Operator) -> int:

@@ -21,6 +21,10 @@ export TOKENIZERS_PARALLELISM=false
 """
 
 
+DATABASE = "state.db"
+"""The SuperLink's, in the server's directory."""
+
+
 def _script(about: str, command: str) -> str:
     head = f'#!/bin/sh\n# {about}\nset -eu\ncd "$(dirname "$0")"\n. ./env.sh\n'
     return f"{head}exec {command}\n"
@@ -32,7 +36,7 @@ def superlink(plan: Plan) -> str:
     return _script(
         "The SuperLink. On loopback: whoever reaches its Control API can run code on this machine.",
         f"flower-superlink {trust} --host 127.0.0.1 --port {plan.port} \\\n"
-        "  --isolation process --database state.db --disable-runtime-dependency-installation",
+        f"  --isolation process --database {DATABASE} --disable-runtime-dependency-installation",
     )
 
 

@@ -77,17 +77,21 @@ def encode(
     return _causal(rows, tokenizer, max_length, chat_template, pad, windows)
 
 
-SYNTHETIC = (3, 5, 6, 9)
-"""Tokens of the examples of `synthetic`."""
+SYNTHETIC = (3, 5, 6, 8)
+"""Tokens of the examples of `synthetic`, where nothing else is said."""
 
 
 def synthetic(
-    tokenizer: PreTrainedTokenizerBase, classes: int, ends: Sequence[int] = (), seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    classes: int,
+    ends: Sequence[int] = (),
+    seed: int = 0,
+    lengths: Sequence[int] = SYNTHETIC,
 ) -> Encoded:
     """A few examples of random token ids, none of them special: nobody's rows.
 
     `classes` is the number of labels; 0 for causal-lm, of which all but the first token is scored.
-    Each example ends with `ends` and one token more.
+    Each example has one of the lengths, and then `ends` and one token more, where there are any.
     """
     generator = torch.Generator().manual_seed(seed)
     known = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
@@ -97,8 +101,8 @@ def synthetic(
         return words[torch.randint(len(words), (n,), generator=generator)].tolist()
 
     end = [*ends, *drawn(1)] if ends else []
-    ids, starts = _flat([[*drawn(n), *end] for n in SYNTHETIC])
-    n, pad = len(SYNTHETIC), tokenizer.pad_token_id
+    ids, starts = _flat([[*drawn(n), *end] for n in lengths])
+    n, pad = len(lengths), tokenizer.pad_token_id
     pad = tokenizer.eos_token_id or 0 if pad is None else pad
     labels = torch.randint(max(classes, 1), (n,), generator=generator)
     return Encoded(
@@ -161,9 +165,9 @@ def prompt_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Tensor, 
         yield numbers, _padded(encoded, numbers, encoded.prompts[numbers], left=True)
 
 
-def collate(encoded: Encoded, numbers: Tensor) -> Batch:
-    """The examples of these numbers as one batch, padded to the longest, (b, t)."""
-    batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left)
+def collate(encoded: Encoded, numbers: Tensor, width: int = 0) -> Batch:
+    """The examples of these numbers as one batch, (b, t), padded to `width`; 0: to the longest."""
+    batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left, width)
     if encoded.classes is not None:
         return {**batch, "labels": encoded.classes[numbers]}
     assert encoded.prompts is not None
@@ -172,9 +176,11 @@ def collate(encoded: Encoded, numbers: Tensor) -> Batch:
     return {**batch, "labels": ids.where(scored, IGNORE)}
 
 
-def _padded(encoded: Encoded, numbers: Tensor, lengths: Tensor, left: bool = False) -> Batch:
+def _padded(
+    encoded: Encoded, numbers: Tensor, lengths: Tensor, left: bool = False, width: int = 0
+) -> Batch:
     """The first `lengths` tokens of each example, with their mask; of no example, (0, 0)."""
-    width = int(lengths.max()) if len(lengths) else 0
+    width = width or (int(lengths.max()) if len(lengths) else 0)
     place = torch.arange(width).expand(len(lengths), width)  # (b, width)
     place = place - (width - lengths)[:, None] if left else place
     mask = (place >= 0) & (place < lengths[:, None])

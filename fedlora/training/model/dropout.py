@@ -5,6 +5,7 @@ reads it off the config as it goes.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -33,3 +34,16 @@ def set_dropout(model: Any, rate: float) -> None:
                 setattr(part, name, rate)
             elif not rate:
                 setattr(part, name, 0.0)
+
+
+@contextmanager
+def undropped(model: nn.Module) -> Iterator[None]:
+    """Within it nothing of a model is dropped; after it, all rates are as before."""
+    parts = [*model.modules(), *([c] if (c := getattr(model, "config", None)) else [])]
+    before = [(part, name, rate) for part in parts for name, rate in rates(part)]
+    try:
+        set_dropout(model, 0.0)
+        yield
+    finally:
+        for part, name, rate in before:
+            setattr(part, name, rate)
