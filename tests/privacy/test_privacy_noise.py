@@ -16,8 +16,8 @@ from fedlora.privacy.accounting import NO_PRIVACY, Spend, calibrate, epsilon, in
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import ClippedSum, poisson, rounded
-from fedlora.privacy.summary import summary
 from fedlora.privacy.probe import Way
+from fedlora.privacy.summary import summary
 from fedlora.privacy.training import PrivacyPlan, private_fit
 from tests.support.private_setting import Build, Setting
 

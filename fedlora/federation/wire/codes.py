@@ -20,8 +20,8 @@ from fedlora.errors import (
     BundleError,
     ClientError,
     FedLoraError,
-    PolicyError,
     LostBaseError,
+    PolicyError,
     TrainingCheckError,
 )
 
