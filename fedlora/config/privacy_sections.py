@@ -26,7 +26,8 @@ class PrivacyConfig(Section):
     if that is more.
     At level client, of a client to be in a round; 0: a cohort of fixed size, not amplified."""
     microbatch: Annotated[int, Field(ge=0)] = 0
-    """Examples through the model at once, which bounds the memory; 0: train.batch-size."""
+    """Examples through the model at once; 0: a tenth of those that a step draws, and at most
+    train.batch-size. All micro-batches are filled up to it: privacy/microbatch.py."""
     clip_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """At level client: clip-norm follows the norm that this part of the updates stays below."""
     clip_rate: Annotated[float, Field(gt=0)] = 0.2

@@ -5,8 +5,9 @@
 
 A product's order of summation depends on its shape, and a kernel on whether anything is masked at
 all. So an example is padded to a width that is a function of its own length; every micro-batch of a
-width has the same number of places; places that nobody has are filled; and the last place of each
-is a filler of one token, so that a mask is always needed. What fills counts for nothing.
+width has the same number of places, and those that nobody has are filled; and in each something is
+masked: a width is more than a length, and at data.max-length, where it may not be, the last place is
+a filler of one token. What fills counts for nothing.
 
 That neighbours and place then change no bit is seen by the probe, not proved: probe.py. With a size
 of one there are no neighbours.
@@ -21,7 +22,11 @@ from torch import Tensor
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, collate
 
 NARROWEST = 8
-"""Tokens of the narrowest width; the others are its doubles, up to data.max-length."""
+"""Tokens of the narrowest width. The others are its doubles, and those by three quarters, up to
+data.max-length: 8, 12, 16, 24, 32, ..."""
+SHARE = 10
+"""Of the examples that a step draws, one in so many is in a micro-batch, where nothing else is
+said: with more, most places would be filled, since widths and samples do not come out even."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +38,13 @@ class Part:
     real: int
     width: int
     """Tokens that each is padded to."""
+    full: bool
+    """May all of them be as long as that? Then the last place is a filler."""
 
     def batch(self, encoded: Encoded) -> Batch:
-        """The examples and what fills up, (size, width). Where there are two, the last is masked
-        but for one token."""
+        """The examples and what fills up, (size, width)."""
         found = collate(encoded, self.numbers, self.width)
-        if len(self.numbers) > 1 and self.width > 1:
+        if self.full and len(self.numbers) > 1:
             kept = -1 if encoded.left else 0
             mask = torch.zeros_like(found["attention_mask"][-1])
             mask[kept] = 1
@@ -54,8 +60,15 @@ def width_of(length: int, most: int) -> int:
 
     most: data.max-length, above which no example is.
     """
-    doubled = 1 << max(length - 1, 0).bit_length()
-    return max(length, min(max(NARROWEST, doubled), most))
+    double = 1 << max(length, NARROWEST - 1).bit_length()
+    width = double * 3 // 4 if length < double * 3 // 4 and double > NARROWEST else double
+    return max(length, min(width, most))
+
+
+def size_of(asked: int, most: int, drawn: float) -> int:
+    """Places of a micro-batch: what is asked for; 0: by the examples that a step draws, in the
+    mean, and at most `most`."""
+    return asked or max(1, min(most, round(drawn / SHARE)))
 
 
 def microbatches(
@@ -69,8 +82,9 @@ def microbatches(
     for n in numbers.tolist():
         by_width.setdefault(width_of(int(lengths[n]), most), []).append(n)
     for width, found in sorted(by_width.items()):
-        places = max(1, size(width) - 1)
+        full = width >= most
+        places = max(1, size(width) - full)
         for start in range(0, len(found), places):
             part = found[start : start + places]
             filled = part + part[:1] * (size(width) - len(part))
-            yield Part(torch.tensor(filled), len(part), width)
+            yield Part(torch.tensor(filled), len(part), width, full)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
-from fedlora.privacy.microbatch import Part
+from fedlora.privacy.microbatch import Part, size_of
 from fedlora.privacy.per_example import Dense, Gradient, kept_apart
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, synthetic
 from fedlora.training.devices import wide_on_host
@@ -69,15 +69,17 @@ def check_apart(model: Model, live: Live) -> None:
         passed.add(key)
 
 
-def steady(model: Model, live: Live, config: Config, width: int) -> Way:
+def steady(model: Model, live: Live, config: Config, width: int, drawn: float) -> Way:
     """How to compute examples of this width, so that none changes with what stands beside it.
 
-    A function of the model, the processor or card, the settings and the width: of no example.
+    A function of the model, the processor or card, the settings, the width, and of how many
+    examples a step draws in the mean: of no example.
     """
-    asked = config.privacy.microbatch or config.train.microbatch or config.train.batch_size
+    train, most = config.train, config.data.max_length
+    asked = size_of(config.privacy.microbatch, train.microbatch or train.batch_size, drawn)
     wanted = resolved(config.train.precision, model.device)
     for precision in dict.fromkeys((wanted, "float32")):
-        if asked == 1 or _is_steady(model, live, Way(asked, precision), width):
+        if asked == 1 or _is_steady(model, live, Way(asked, precision), width, width >= most):
             return Way(asked, precision)
         log.warning(
             "in %s, in micro-batches of %d of %d tokens, an example's gradient changes with its "
@@ -86,28 +88,29 @@ def steady(model: Model, live: Live, config: Config, width: int) -> Way:
     return Way(1, "float32")
 
 
-def _is_steady(model: Model, live: Live, way: Way, width: int) -> bool:
+def _is_steady(model: Model, live: Live, way: Way, width: int, full: bool) -> bool:
     known = _steady.setdefault(model, {})
-    key = (_kind(live), way, width)
+    key = (_kind(live), way, width, full)
     if key not in known:
         with _stirred(model, live) as params:
-            known[key] = _alike(model, params, way, width)
+            known[key] = _alike(model, params, way, width, full)
     return known[key]
 
 
-def _alike(model: Model, params: list[nn.Parameter], way: Way, width: int) -> bool:
+def _alike(model: Model, params: list[nn.Parameter], way: Way, width: int, full: bool) -> bool:
     """Do made-up examples keep their bits, each a place further on, beside others?"""
     here = torch.arange(way.size)
     even = here % 2 == 0
-    full, half = torch.full_like(here, width), torch.full_like(here, max(1, width // 2 + 1))
-    mixed = torch.where(here % 4 == 0, full, half)  # of those that stay
-    lengths = torch.cat([torch.where(even, mixed, full), half.clamp(max=2)]).tolist()
+    longest = width if full else width - 1
+    long, half = torch.full_like(here, longest), torch.full_like(here, max(1, longest // 2))
+    mixed = torch.where(here % 4 == 0, long, half)  # of those that stay
+    lengths = torch.cat([torch.where(even, mixed, long), half.clamp(max=2)]).tolist()
     rows = synthetic(model.tokenizer, len(model.labels), lengths=lengths)
     rows = replace(rows, left=model.pads_left)
     there = torch.where(even, here, here + way.size).roll(1)  # the odd ones are others
-    kept = here[even & (here < way.size - 2)]
+    kept = here[even & (here + 1 < way.size - full)]
     first, second = (
-        _taken(model, params, rows, Part(n, len(n) - 1, width), way) for n in (here, there)
+        _taken(model, params, rows, Part(n, len(n), width, full), way) for n in (here, there)
     )
     return all(torch.equal(x[kept], y[kept + 1]) for x, y in zip(first, second, strict=True))
 

@@ -18,7 +18,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.lora.adapter import Factors
 from fedlora.privacy.chance import Chance
-from fedlora.privacy.microbatch import microbatches, width_of
+from fedlora.privacy.microbatch import microbatches
 from fedlora.privacy.per_example import kept_apart
 from fedlora.privacy.probe import Way, check_apart
 from fedlora.privacy.training import PrivacyPlan, Ways, private_step
@@ -105,7 +105,7 @@ def check_private(
 ) -> None:
     """The check on synthetic rows, with the private step beside the plain one."""
     rows = made_up(model)
-    width = width_of(max(SYNTHETIC), max(SYNTHETIC))
+    width = max(SYNTHETIC)
     every = torch.arange(len(rows))
     (part,) = microbatches(every, rows.lengths, lambda _: len(rows) + 1, width)
     batch = {key: x[: part.real] for key, x in part.batch(rows).items()}

@@ -109,7 +109,8 @@ def private_fit(
     spent = ledger.reserve(plan.charge(config, run, round), min(limits, default=0.0))
     params = tuple(p for ps in live.values() for p in ps.values())
     widths = {width_of(n, config.data.max_length) for n in encoded.lengths.tolist()}
-    ways = {width: steady(model, live, config, width) for width in sorted(widths)}
+    drawn = plan.q * plan.n
+    ways = {width: steady(model, live, config, width, drawn) for width in sorted(widths)}
     received = {p: p.detach().clone() for p in params}
     optimizer = build_optimizer(live, config.train, learning_rate(config, round))
     noise, sampling, dropout = (

@@ -4,13 +4,15 @@ In every precision: no other example's gradient changes with who stands beside i
 the function that training calls, on neighbouring samples of rows of many lengths.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedlora.privacy import probe
 from fedlora.privacy.mechanism import ClippedSum
-from fedlora.privacy.microbatch import microbatches, width_of
+from fedlora.privacy.microbatch import microbatches, size_of, width_of
 from fedlora.privacy.per_example import Dense, kept_apart
 from fedlora.privacy.probe import Way, steady
 from fedlora.privacy.training import clipped_sum
@@ -38,7 +40,7 @@ def setting(settings: Build, kind: str, precision: str) -> Setting:
 
 def ways(s: Setting) -> dict[int, Way]:
     widths = {width_of(n, 30) for n in LENGTHS}
-    return {w: steady(s.model, s.live, s.config, w) for w in sorted(widths)}
+    return {w: steady(s.model, s.live, s.config, w, 10.0) for w in sorted(widths)}
 
 
 def summed(s: Setting, numbers: list[int], C: float, found: dict[int, Way]) -> Tensor:
@@ -115,7 +117,7 @@ def test_where_a_neighbour_changes_an_example_another_way_is_taken(
         return out
 
     monkeypatch.setattr(s.model, "run", run)
-    found = steady(s.model, s.live, s.config, 8)
+    found = steady(s.model, s.live, s.config, 8, 10.0)
     assert low
     assert found == (Way(SIZE, "float32") if spoilt == "bfloat16" else Way(1, "float32"))
 
@@ -136,14 +138,14 @@ def test_the_probe_sees_the_last_bit(settings: Build, monkeypatch: pytest.Monkey
         return losses, found
 
     monkeypatch.setattr(probe, "_gradients", nudged)
-    assert not probe._is_steady(s.model, s.live, Way(SIZE, "float32"), 16)
+    assert not probe._is_steady(s.model, s.live, Way(SIZE, "float32"), 16, False)
 
 
 def test_what_steady_finds_is_of_no_example(settings: Build) -> None:
     """It takes no rows; and the model is as before afterwards."""
     s = setting(settings, "gpt2", "float32")
     before = {p: p.detach().clone() for p in s.model.peft.parameters()}
-    steady(s.model, s.live, s.config, 16)
+    steady(s.model, s.live, s.config, 16, 10.0)
     assert all(torch.equal(p, x) for p, x in before.items())
     assert all(p.grad is None for p in s.params)
 
@@ -152,14 +154,38 @@ def test_what_steady_finds_is_of_no_example(settings: Build) -> None:
 def test_every_width_is_of_the_row_alone_and_holds_it(most: int) -> None:
     for n in range(1, most + 1):
         width = width_of(n, most)
-        assert n <= width <= max(most, 8)
-        assert width < 2 * max(n, 8)
+        assert n <= width <= most
+        assert n < width or width == most
+        assert width <= 1.5 * max(n + 1, 8)
+    assert {width_of(n, 99) for n in range(1, 90)} == {8, 12, 16, 24, 32, 48, 64, 96}
+
+
+def test_a_micro_batch_has_one_shape_a_width_and_a_filler_where_all_may_be_full() -> None:
     lengths = torch.tensor([1, 9, 9, 30, 2])
     parts = [*microbatches(torch.arange(5), lengths, lambda w: 3, 30)]
-    assert [(p.width, p.real) for p in parts] == [(8, 2), (16, 2), (30, 1)]
+    assert [(p.width, p.real, p.full) for p in parts] == [
+        (8, 2, False), (12, 2, False), (30, 1, True),
+    ]  # fmt: skip
     assert [p.numbers.tolist() for p in parts] == [[0, 4, 0], [1, 2, 1], [3, 3, 3]]
     alone = [*microbatches(torch.arange(5), lengths, lambda w: 1, 30)]
     assert [p.numbers.tolist() for p in alone] == [[0], [4], [1], [2], [3]]
+    assert [size_of(0, 16, drawn) for drawn in (1, 16, 60, 1000)] == [1, 2, 6, 16]
+    assert size_of(5, 16, 60) == 5
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_something_is_masked_in_every_micro_batch(settings: Build, left: bool) -> None:
+    """Kernels may take another way where nothing is, and whether that is so must not depend on who
+    was sampled."""
+    s = setting(settings, "gpt2", "float32")
+    rows = synthetic(s.model.tokenizer, 0, lengths=[30] * 5 + [8, 7, 15])
+    rows = replace(rows, left=left)
+    for part in microbatches(torch.arange(8), rows.lengths, lambda w: 3, 30):
+        batch = part.batch(rows)
+        assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+        assert (batch["attention_mask"].sum(1) > 0).all()
+        sure = batch["attention_mask"][: part.real].sum(1)
+        assert sure.tolist() == rows.lengths[part.numbers[: part.real]].tolist()
 
 
 def test_what_fills_up_a_micro_batch_counts_for_nothing(settings: Build) -> None:
