@@ -16,6 +16,7 @@ from fedlora.errors import CheckpointError
 from fedlora.federation.server import exchange, journal
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.grid import LocalGrid, _name
+from fedlora.launch.simulate.workers import answered
 from fedlora.lora import tree_file
 from tests.support.tiny_federation import Ran, directory_of
 
@@ -69,7 +70,7 @@ class ChaosGrid(LocalGrid):
             _name(message)
             ids.append(message.metadata.message_id)
             if message.metadata.message_type != "train":
-                self._keep(message, self._answer(message))
+                self._keep(message, answered(self.client_app, message, self._context(message)))
                 continue
             job = message.content.config_records["job"]
             happens = self.plan(int(job["round"]), int(job["client"]))
@@ -84,7 +85,7 @@ class ChaosGrid(LocalGrid):
             reply.metadata.__dict__["_src_node_id"] = 1  # as the SuperLink's own replies
             self._keep(message, reply)
             return
-        reply = self._answer(message)
+        reply = answered(self.client_app, message, self._context(message))
         assert not reply.has_error(), reply.error.reason
         told = copy.deepcopy(reply.content)
         if happens == "cut off":
