@@ -44,7 +44,7 @@ bench: $(READY)
 bench-dp: $(READY)
 	$(BIN)/python -m benchmarks.dp_step
 
-# Equality with the host, resume, memory, speed: docs/gpu.md, and benchmarks/results/gpu.json.
+# Equality with the host, resume, memory, speed, quantised bases: docs/gpu.md. Goes on after a cut.
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(if $(TINY),--tiny)
 

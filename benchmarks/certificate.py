@@ -18,7 +18,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from benchmarks.engine import federation, quickstart
-from benchmarks.measure import Row
+from benchmarks.measure import Clock, Row
 from fedlora.config.reader import Config
 from fedlora.federation.client import handlers as client
 from fedlora.federation.client import job, witness
@@ -38,8 +38,9 @@ TINY: Mapping[str, Mapping[str, str]] = {
 
 @dataclass
 class Meter:
-    """CPU seconds spent within some functions; a call within a call counts once."""
+    """Seconds spent within some functions; a call within a call counts once."""
 
+    clock: Clock = time.process_time
     spent: float = 0.0
     inside: bool = False
 
@@ -48,11 +49,11 @@ class Meter:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return work(*args, **kwargs)
-            self.inside, begun = True, time.process_time()
+            self.inside, begun = True, self.clock()
             try:
                 return work(*args, **kwargs)
             finally:
-                self.spent += time.process_time() - begun
+                self.spent += self.clock() - begun
                 self.inside = False
 
         return timed
@@ -80,9 +81,14 @@ class Visit:
 class Meters:
     """What is timed, and where it is called from."""
 
-    certificate: Meter = field(default_factory=Meter)
-    check: Meter = field(default_factory=Meter)
-    fit: Meter = field(default_factory=Meter)
+    certificate: Meter
+    check: Meter
+    fit: Meter
+    clock: Clock
+
+    @classmethod
+    def by(cls, clock: Clock) -> "Meters":
+        return cls(Meter(clock), Meter(clock), Meter(clock), clock)
 
     def install(self, stack: ExitStack) -> None:
         for meter, place, name in (
@@ -100,9 +106,9 @@ class Meters:
         self, answer: Callable[[Message], Message], message: Message
     ) -> tuple[Message, Visit]:
         """A train message's reply, and what making it took."""
-        check, fit, begun = self.check.spent, self.fit.spent, time.process_time()
+        check, fit, begun = self.check.spent, self.fit.spent, self.clock()
         reply = answer(message)
-        seconds = time.process_time() - begun
+        seconds = self.clock() - begun
         up = count_bytes(reply.content)
         bare = RecordDict({k: x for k, x in reply.content.items() if k != "certificate"})
         steps = reply.content.metric_records["metrics"]["steps"]
@@ -119,7 +125,7 @@ class Ran:
     """What each round of a run took; the first makes what is made at first use."""
 
     rounds: list[float] = field(default_factory=list)
-    """CPU seconds of each."""
+    """Seconds of each."""
     certificates: list[float] = field(default_factory=list)
     """Of them in the certificate."""
     visits: list[list[Visit]] = field(default_factory=list)
@@ -128,9 +134,9 @@ class Ran:
         return [visit for visits in self.visits[1:] for visit in visits]
 
 
-def measured(config: Config, rounds: int) -> Ran:
-    """These rounds of a federation in this process."""
-    meters, ran = Meters(), Ran()
+def measured(config: Config, rounds: int, clock: Clock = time.process_time) -> Ran:
+    """These rounds of a federation in this process, by CPU time where no other clock is given."""
+    meters, ran = Meters.by(clock), Ran()
     with ExitStack() as stack:
         server, grid = stack.enter_context(federation(config))
         meters.install(stack)
@@ -149,9 +155,9 @@ def measured(config: Config, rounds: int) -> Ran:
         stack.enter_context(patch.object(grid, "client_app", answered))
         for number in range(1, rounds + 1):
             ran.visits.append([])
-            spent, begun = meters.certificate.spent, time.process_time()
+            spent, begun = meters.certificate.spent, clock()
             server.round(grid, number)
-            ran.rounds.append(time.process_time() - begun)
+            ran.rounds.append(clock() - begun)
             ran.certificates.append(meters.certificate.spent - spent)
     assert all(ran.certificates), "timed where it is called from"
     assert all(ran.visits), "every round's clients are seen"

@@ -23,7 +23,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,19 @@ from benchmarks.measure import Row
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.mechanism import ClippedSum
 from fedlora.privacy.per_example import kept_apart
+from fedlora.training import devices
 
 C, SIGMA, RANK, BATCH = 0.3, 1.0, 8, 8
 Step = Callable[[], None]
+Batch = dict[str, Tensor]
+Sizes = Mapping[str, int]
+MINILM: Sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+                 "intermediate_size": 1536}  # fmt: skip
 
 
-def build(kind: str, attention: str) -> nn.Module:
+def build(kind: str, attention: str, device: torch.device, sizes: Sizes) -> nn.Module:
     torch.manual_seed(0)
-    common = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
-    common |= {"intermediate_size": 1536, "attn_implementation": attention}
+    common = {**sizes, "attn_implementation": attention}
     if kind == "bert":
         base: nn.Module = BertForSequenceClassification(
             BertConfig(vocab_size=30522, num_labels=6, hidden_dropout_prob=0.0,
@@ -58,7 +62,7 @@ def build(kind: str, attention: str) -> nn.Module:
         )  # fmt: skip
         targets = ["query", "value"]
     else:
-        base = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **common, pad_token_id=0))
+        base = LlamaForCausalLM(LlamaConfig(**{"vocab_size": 4000, **common}, pad_token_id=0))
         targets = ["q_proj", "v_proj"]
     heads = ["classifier"] if kind == "bert" else None
     model = get_peft_model(
@@ -68,14 +72,15 @@ def build(kind: str, attention: str) -> nn.Module:
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.02)
-    return model.train()
+    return model.to(device).train()
 
 
-def data(kind: str, length: int) -> dict[str, Tensor]:
+def data(kind: str, length: int, device: torch.device, most: int) -> Batch:
     g = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, 3999, (BATCH, length), generator=g)
+    ids = torch.randint(5, most - 1, (BATCH, length), generator=g)
     labels = torch.randint(0, 6, (BATCH,), generator=g) if kind == "bert" else ids.clone()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return devices.moved(batch, device)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     return token.mean(1)
 
 
-def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def forward(model: Any, batch: Batch) -> Tensor:
     return losses(
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
         batch["labels"],
@@ -96,8 +101,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def plain(kind: str, batch: dict[str, Tensor]) -> Step:
-    model = build(kind, "sdpa")
+def plain(kind: str, batch: Batch, sizes: Sizes) -> Step:
+    model = build(kind, "sdpa", batch["labels"].device, sizes)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
 
     def step() -> None:
@@ -108,8 +113,8 @@ def plain(kind: str, batch: dict[str, Tensor]) -> Step:
     return step
 
 
-def ours(kind: str, batch: dict[str, Tensor]) -> Step:
-    model = build(kind, "sdpa")
+def ours(kind: str, batch: Batch, sizes: Sizes) -> Step:
+    model = build(kind, "sdpa", batch["labels"].device, sizes)
     params = tuple(trained(model))
     optimizer = torch.optim.AdamW(params, lr=1e-4)
     chance = Chance()
@@ -122,17 +127,17 @@ def ours(kind: str, batch: dict[str, Tensor]) -> Step:
         forward(model, batch).sum().backward()
         clipped.add(sink.take(BATCH))
         for p, g in clipped.noised(SIGMA, chance).items():
-            p.grad = (g / BATCH).to(p.dtype)
+            p.grad = (g / BATCH).to(p.dtype).to(p.device)
         optimizer.step()
 
     return step
 
 
-def opacus(kind: str, batch: dict[str, Tensor], mode: str) -> Step:
+def opacus(kind: str, batch: Batch, sizes: Sizes, mode: str) -> Step:
     from opacus import PrivacyEngine
     from torch.utils.data import DataLoader, TensorDataset
 
-    model = build(kind, "sdpa")
+    model = build(kind, "sdpa", batch["labels"].device, sizes)
     optimizer: Any = torch.optim.AdamW(trained(model), lr=1e-4)
     loader = DataLoader(TensorDataset(torch.zeros(10 * BATCH, 1)), batch_size=BATCH)
     made = PrivacyEngine().make_private(
@@ -162,10 +167,10 @@ def opacus(kind: str, batch: dict[str, Tensor], mode: str) -> Step:
     return hooks if mode == "hooks" else ghost
 
 
-def functional(kind: str, batch: dict[str, Tensor]) -> Step:
+def functional(kind: str, batch: Batch, sizes: Sizes) -> Step:
     from torch.func import functional_call, grad, vmap
 
-    model = build(kind, "eager")
+    model = build(kind, "eager", batch["labels"].device, sizes)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=1e-4)
     mask = torch.zeros(1, 1, 1, 1)  # no padding: an additive mask that hides nothing
@@ -198,11 +203,12 @@ def functional(kind: str, batch: dict[str, Tensor]) -> Step:
     return step
 
 
-WAYS: dict[str, Callable[[str, dict[str, Tensor]], Step]] = {
+Ways = Mapping[str, Callable[[str, Batch, Sizes], Step]]
+WAYS: Ways = {
     "plain": plain,
     "ours": ours,
-    "hooks": lambda kind, batch: opacus(kind, batch, "hooks"),
-    "ghost": lambda kind, batch: opacus(kind, batch, "ghost"),
+    "hooks": lambda kind, batch, sizes: opacus(kind, batch, sizes, "hooks"),
+    "ghost": lambda kind, batch, sizes: opacus(kind, batch, sizes, "ghost"),
     "torch.func": functional,
 }
 
@@ -210,11 +216,16 @@ WAYS: dict[str, Callable[[str, dict[str, Tensor]], Step]] = {
 WORDS = {"hooks": "Opacus", "ghost": "Opacus ghost clipping", "torch.func": "torch.func"}
 
 
-def memory(step: Step) -> float:
+def memory(step: Step, device: torch.device) -> float:
     """Peak MB that torch holds during a step, above what it held before."""
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
+    if not devices.is_host(device):
+        devices.forget_most(device)
+        before = devices.most_used(device)
+        step()
+        return (devices.most_used(device) - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
     held = peak = 0
@@ -225,13 +236,26 @@ def memory(step: Step) -> float:
     return peak / 2**20
 
 
-def measure(kind: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
-    batch = data(kind, length)
+def measure(
+    kind: str,
+    length: int,
+    rounds: int,
+    device: torch.device = devices.HOST,
+    sizes: Sizes = MINILM,
+    ways: Ways = WAYS,
+) -> dict[str, dict[str, float]]:
+    """On a card the time that passes until it is done, in place of the processor's."""
+    batch = data(kind, length, device, sizes.get("vocab_size", 4000))
     steps: dict[str, Step] = {}
     found: dict[str, dict[str, float]] = {}
-    for name, make in WAYS.items():
+
+    def clock() -> float:
+        devices.synchronise(device)
+        return time.process_time() if devices.is_host(device) else time.perf_counter()
+
+    for name, make in ways.items():
         try:
-            steps[name] = make(kind, batch)
+            steps[name] = make(kind, batch, sizes)
             for _ in range(2):
                 steps[name]()
         except Exception as e:
@@ -241,12 +265,12 @@ def measure(kind: str, length: int, rounds: int) -> dict[str, dict[str, float]]:
     for n in range(rounds):
         order = list(steps) if n % 2 else list(steps)[::-1]
         for name in order:
-            begun = time.process_time()
+            begun = clock()
             steps[name]()
-            times[name].append(time.process_time() - begun)
+            times[name].append(clock() - begun)
     for name in steps:
         ratios = [t / p for t, p in zip(times[name], times["plain"], strict=True)]
-        peaks = [memory(steps[name])]
+        peaks = [memory(steps[name], device)]
         found[name] = {
             "milliseconds": 1000 * statistics.median(times[name]),
             "ratio": statistics.median(ratios),

@@ -1,201 +1,210 @@
-"""What an accelerator must show, beside the host: `make gpu`, `python -m benchmarks.gpu [--tiny]`.
+"""What an accelerator must show: `make gpu`, or `python -m benchmarks.gpu [--tiny] [--sizes 0.5b]`.
 
     equality   a short run on the card and on the host: how far the last adapters are apart
     resume     a run that stopped and went on: tensors whose bits are not the whole run's
     memory     what a client was said to need against what it took
-    speed      tokens a second of a plain step; a private step's time over it
+    speed      FlowerTune's pattern and ours in turns, for 1 to 64 clients; a DP step beside a plain
+               one and Opacus'; the certificate's share of a round
+    quantised  ours on a base of 4 bits (bitsandbytes) and of int8 (torchao)
 
-A Llama of random weights and made-up rows: nothing is fetched. --tiny: small, on a pretend card,
-which shows that every row runs and nothing of a card. Rows are in the order of what matters most,
-and each is printed as it is known, so a machine that is lent for a quarter of an hour is enough.
+Llamas of random weights and made-up rows: nothing is fetched. Rows are in the order of what matters
+most. Each is printed with its verdict as it is known, and written down at once: a run that was cut
+goes on with the parts that have not ended on this device with these settings and packages.
+
+    yes, NO    it meets its target, or does not
+    recorded   it has none
+    skipped    what it needs is not here: it is tried again by the next run
+    FAILED     its part ended with an error: the others are measured all the same, and it is tried
+               again too
+
+--tiny: small, on a pretend card, which shows that every row runs and nothing of a card.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import os
-import random
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
+from benchmarks import gpu_rows, gpu_speed
+from benchmarks.gpu_rows import Bench, SkippedError
 from benchmarks.measure import Row, machine
-from fedlora import preflight
-from fedlora.launch.simulate.run import local
-from fedlora.reports.console import Observer, Silent
-from fedlora.strategies.base import Client
 from fedlora.training import cache, devices
-from fedlora.training.data.batches import collate
-from fedlora.training.footprint import footprint
-from fedlora.training.optimizers import build_optimizer
-from fedlora.training.train import steps, training
+from fedlora.training.quiet import quiet_libraries
 
 ROOT = Path(__file__).parent.parent
-MARKS = ["[P]", "[E]", "[U]"]
-WORDS = [f"w{n}" for n in range(200)]
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-HALF_BILLION = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                "num_attention_heads": 14, "num_key_value_heads": 2}  # fmt: skip
-Settings = Callable[..., dict[str, Any]]
+PACKAGES = ("torch", "transformers", "peft", "opacus", "bitsandbytes", "torchao")
+VERDICTS = {True: "yes", False: "NO", None: "recorded"}
 
 
-def written(root: Path, sizes: dict[str, int], tokens: int) -> Settings:
-    """A base of these sizes and rows of so many tokens, as the settings of a run on them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+@dataclass(frozen=True)
+class Part:
+    """Rows that are measured together, or not at all."""
 
-    known = Tokenizer(
-        models.WordLevel({w: n for n, w in enumerate(MARKS + WORDS)}, unk_token="[U]")
-    )
-    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, pad_token="[P]", eos_token="[E]",
-                                        unk_token="[U]")  # fmt: skip
-    base = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, bos_token_id=1,
-                       eos_token_id=1, **sizes)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        LlamaForCausalLM(base).to(torch.bfloat16).save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
-    chance = random.Random(0)
-    lines = [
-        {"prompt": " ".join(chance.choices(WORDS, k=tokens // 2)) + f" w{n}",
-         "response": " ".join(chance.choices(WORDS, k=tokens // 2))} for n in range(120)
+    name: str
+    rows: Callable[[Bench], Iterator[Row]]
+
+
+def parts(sizes: Sequence[str]) -> list[Part]:
+    """All of them, in their order."""
+    first = sizes[0]
+    return [
+        *(Part(f"equality, {what}", lambda b, w=what: gpu_rows.equality(b, w))
+          for what in gpu_rows.EQUAL),
+        Part("resume", gpu_rows.resume),
+        *(Part(f"memory {s}", lambda b, s=s: gpu_rows.memory(b, s)) for s in sizes[:1]),
+        Part(f"speed {first}", lambda b: gpu_speed.side_by_side(b, first)),
+        Part(f"DP step {first}", lambda b: gpu_speed.private(b, first)),
+        Part(f"certificate {first}", lambda b: gpu_speed.certificate(b, first)),
+        *(Part(f"speed {s}", lambda b, s=s: gpu_speed.side_by_side(b, s)) for s in sizes[1:]),
+        *(Part(f"quantised {s}, {kind}", lambda b, s=s, k=kind: gpu_speed.quantised(b, s, k))
+          for s in sizes for kind in gpu_speed.KINDS),
     ]  # fmt: skip
-    (root / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-
-    def settings(name: str, **changes: Any) -> dict[str, Any]:
-        return {
-            "run.out": str(root), "run.name": name, "run.rounds": 2, "strategy.name": "fedex",
-            "model.path": str(root / "base"), "model.task": "causal-lm", "model.attention": "eager",
-            "data.path": str(root / "rows.jsonl"), "data.prompt": "prompt", "data.test-size": 8,
-            "data.partition": "iid", "data.max-length": 2 * tokens, "clients.count": 3,
-            "clients.ranks": "4", "train.steps": 2, "train.batch-size": 8,
-            "train.precision": "float32", "evaluate.baselines": False, "evaluate.every": 0,
-            "evaluate.generate-tokens": 0, "evaluate.clients": False, "output.plots": False,
-            "simulate.workers": 1, **changes,
-        }  # fmt: skip
-
-    return settings
 
 
-class Stop(Silent):
-    """Ends a run as Ctrl-C does, when its third round begins."""
-
-    def round_started(self, number: int, *_: Any) -> None:
-        if number == 3:
-            raise KeyboardInterrupt
+# -- the record -----------------------------------------------------------------------------------
 
 
-def ended(given: dict[str, Any], observers: Sequence[Observer] = ()) -> dict[str, Tensor]:
-    """The tensors of a run's last checkpoint."""
-    directory = local(preflight.read(given), {}, True, observers)
-    return load_file(max((directory / "checkpoint").glob("*.safetensors")))
+@dataclass
+class Record:
+    """What was measured on which device with which settings; written after every row."""
+
+    path: Path | None
+    """None: kept nowhere."""
+    device: str
+    settings: dict[str, Any]
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, path: Path | None, device: str, settings: dict[str, Any], fresh: bool) -> "Record":
+        """With the parts that are written there, unless it is to start anew."""
+        found = []
+        if path is not None and path.is_file() and not fresh:
+            found = json.loads(path.read_text())["parts"]
+        return cls(path, device, settings, found)
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        """A part that ended on this device with these settings."""
+        key = {"part": name, "device": self.device, "settings": self.settings, "ended": "done"}
+        return next((x for x in self.found if key.items() <= x.items()), None)
+
+    def begin(self, name: str) -> dict[str, Any]:
+        """A new entry in place of what is there of this part, device and settings."""
+        key = {"part": name, "device": self.device, "settings": self.settings}
+        self.found = [x for x in self.found if not key.items() <= x.items()]
+        entry = {**key, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                 "machine": machine(), "ended": "cut", "rows": []}  # fmt: skip
+        self.found.append(entry)
+        self.write()
+        return entry
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".json.tmp")
+        part.write_text(json.dumps({"parts": self.found}, indent=1) + "\n")
+        part.replace(self.path)
 
 
-def apart(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:
-    """The largest relative distance of a tensor from the one that it should be."""
-    floats = [k for k, x in here.items() if x.is_floating_point() and x.numel()]
-    return max(
-        float((here[k].double() - there[k].double()).norm() / (here[k].double().norm() + 1e-12))
-        for k in floats
-    )
+# -- the run --------------------------------------------------------------------------------------
 
 
-def equality(settings: Settings, device: str) -> Iterator[Row]:
-    private = {
-        "privacy.epsilon": 8.0,
-        "privacy.insecure-reproducible-noise": True,
-        "strategy.name": "fedavg",
-    }
-    cases: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "private": private,
-        "bf16 base": {"model.dtype": "bfloat16"},
-    }
-    for what, changes in cases.items():
-        runs = [
-            ended(settings(f"{what} {n}", **{"simulate.devices": d, **changes}))
-            for n, d in enumerate(("cpu", device))
-        ]
-        target = "<= 0.2" if what == "bf16 base" else "<= 0.001"
-        how = "largest relative distance of a tensor after 2 rounds, host and card"
-        yield Row(f"equality, {what}", apart(*runs), target, how)
+def show(row: dict[str, Any], verdict: str) -> None:
+    value = "-" if row["value"] is None else f"{row['value']:.4g}"
+    print(f"{row['name']:68} {value:>10} {row['target']:9} {verdict:9} {row['how']}", flush=True)
 
 
-def resume(settings: Settings, device: str) -> Iterator[Row]:
-    four = {"run.rounds": 4, "simulate.devices": device, "lora.dropout": 0.1}
-    whole = ended(settings("whole", **four))
-    with contextlib.suppress(KeyboardInterrupt):
-        ended(settings("parts", **four), [Stop()])
-    parts = ended(settings("parts", **four, **{"run.resume": True}))
-    differ = sum(not torch.equal(x, parts[k]) for k, x in whole.items())
-    how = f"tensors of {len(whole)} with other bits: 4 rounds in two starts, with dropout"
-    yield Row("resume", float(differ), "<= 0", how)
+def measure(todo: Sequence[Part], bench: Bench, record: Record) -> bool:
+    """Every part that the record lacks, in order; whether none failed or missed its target."""
+    good = True
+    for part in todo:
+        entry = record.done(part.name)
+        if entry is not None:
+            print(f"[{part.name}: measured {entry['time']}; --fresh measures anew]")
+            for row in entry["rows"]:
+                show(row, VERDICTS[row["met"]])
+        else:
+            entry = record.begin(part.name)
+            begun = time.perf_counter()
+            take(part, bench, record, entry)
+            print(f"[{part.name}: {entry['ended']}, {time.perf_counter() - begun:.0f} s]")
+        good &= entry["ended"] != "failed" and all(x["met"] is not False for x in entry["rows"])
+    return good
 
 
-def taken(settings: Settings, device: str, rank: str) -> Iterator[Row]:
-    """Memory and speed of one client's step, plain."""
-    given = settings("step", **{"simulate.devices": device, "clients.ranks": rank,
-                                "model.dtype": "bfloat16", "train.precision": "auto"})  # fmt: skip
-    config = preflight.read(given)
-    labels = cache.corpus(config).labels
-    model = cache.model(config, labels)
-    ranks = dict.fromkeys(model.shapes, int(rank))
-    model.load(model.init_factors(Client(0, model.layers(ranks)), 0))
-    rows = cache.encoded("train", 0, config, labels)
-    need = footprint(model, config)
-    batch = collate(rows, torch.arange(config.train.batch_size))
-    live = model.trainable(frozenset({"A", "B", "other"}))
-    optimizer = build_optimizer(live, config.train, 1e-3)
-    devices.forget_most(model.device)
-    before = devices.most_used(model.device)
-    with training(model, config, 1, 0):
-        for _ in steps(model, [batch] * 2, live, optimizer, config):  # the first sets things up
-            pass
-        devices.synchronise(model.device)
-        most = devices.most_used(model.device) - before
-        begun = time.perf_counter()
-        for _ in steps(model, [batch] * 5, live, optimizer, config):
-            pass
-        devices.synchronise(model.device)
-    took = (time.perf_counter() - begun) / 5
-    said = need.trained + need.activations(config.train.batch_size)
-    size = f"{sum(p.numel() for p in model.peft.parameters()) / 1e6:.0f} M weights, rank {rank}"
-    yield Row("memory, of what was said", most / said, "<= 1.1", f"peak over the estimate, {size}")
-    free = devices.memory_of(model.device).free
-    yield Row("memory, examples at once", float(need.fitting(free + need.frozen)), ">= 1", size)
-    yield Row(
-        "speed, tokens a second", batch["input_ids"].numel() / took, "", f"plain step, {size}"
-    )
+def take(part: Part, bench: Bench, record: Record, entry: dict[str, Any]) -> None:
+    """Measure one part; its rows as they come, and how it ended, go into the record."""
+
+    def add(row: Row, verdict: str) -> None:
+        show(row.record(), verdict)
+        entry["rows"].append(row.record())
+        record.write()
+
+    try:
+        for row in part.rows(bench):
+            add(row, VERDICTS[row.met])
+        entry["ended"] = "done"
+    except (SkippedError, devices.OutOfMemory) as e:
+        why = str(e) if isinstance(e, SkippedError) else "the card's memory does not suffice"
+        entry["ended"] = "skipped"
+        add(Row(part.name, None, "", f"skipped: {why}"), "skipped")
+    except Exception as e:
+        traceback.print_exc()
+        entry["ended"] = "failed"
+        add(Row(part.name, None, "", f"failed: {type(e).__name__}: {e}"[:300]), "FAILED")
+    record.write()
+    if entry["ended"] != "done":
+        cache.forget_model()
+    if not devices.is_host(bench.device):
+        gc.collect()
+        devices.release(bench.device)
 
 
-def rows(root: Path, device: str, tiny: bool) -> Iterator[Row]:
-    (root / "small").mkdir()
-    small = written(root / "small", SMALL, 12)
-    yield from equality(small, device)
-    yield from resume(small, device)
-    (root / "large").mkdir()
-    large = written(root / "large", SMALL if tiny else HALF_BILLION, 12 if tiny else 256)
-    yield from taken(large, device, "4" if tiny else "32")
+def installed() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def sizes(given: str) -> list[str]:
+    chosen = given.split(",")
+    if wrong := [x for x in chosen if x not in gpu_rows.SIZES]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]}: must be of {', '.join(gpu_rows.SIZES)}")
+    return chosen
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="small, on a pretend card")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--sizes", type=sizes, help="of the bases, such as 0.5b,8b, the default")
+    parser.add_argument("--budget", type=float, help="seconds of a series of clients; 60")
+    parser.add_argument("--fresh", action="store_true", help="measure what was measured as well")
+    parser.add_argument("--out", type=Path, help="the record's folder; benchmarks/results")
+    parser.add_argument("--only", default="", help="the parts that begin so, such as 'speed'")
     given = parser.parse_args()
-    found: list[Row] = []
+    chosen = given.sizes or (["0.5b"] if given.tiny else ["0.5b", "8b"])
+    budget = given.budget or (1.0 if given.tiny else 60.0)
+    out = given.out or (None if given.tiny else ROOT / "benchmarks/results")
+    quiet_libraries()
     with contextlib.ExitStack() as stack:
         if given.tiny:
             from tests.support import pretend_device
@@ -206,20 +215,14 @@ def main() -> int:
             print("no accelerator that torch knows; TINY=1 runs on a pretend one")
             return 2
         name = devices.name_of(device)
-        print(f"on {name}, torch {torch.__version__}", flush=True)
+        print(f"on {name}", flush=True)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for row in rows(root, str(device), given.tiny):
-            verdict = {True: "yes", False: "NO", None: ""}[row.met]
-            print(
-                f"{row.name:32} {row.value:12.4g} {row.target:10} {verdict:4} {row.how}", flush=True
-            )
-            found.append(row)
-    if not given.tiny:
-        record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "device": name,
-                  "machine": machine(), "rows": [r.record() for r in found]}  # fmt: skip
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(row.met is False for row in found))
+        bench = Bench(root, device, given.tiny, budget)
+        settings = {"tiny": given.tiny, "budget": budget, **installed()}
+        path = out / "gpu.json" if out else None
+        record = Record.at(path, name, settings, given.fresh or given.tiny)
+        todo = [part for part in parts(chosen) if part.name.startswith(given.only)]
+        return int(not measure(todo, bench, record))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def table(found: dict[str, object]) -> str:
         f"(load {on['load']:.1f} at the end).",
         "Every figure is a ratio or a count of two things measured side by side in the same run.",
         "What is behind them, what was missed and why: the [performance log](performance.md).",
+        "On an accelerator: `make gpu`, "
+        "[its rows and what has been seen](../gpu.md#what-a-card-must-show-make-gpu).",
         "",
         "| what | measured | target | met | how |",
         "|---|---|---|---|---|",
