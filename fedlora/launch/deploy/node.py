@@ -21,8 +21,10 @@ import time
 import traceback
 from contextlib import suppress
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from fedlora.errors import DeployError
+from fedlora.launch.deploy.expiry import keep_warning
 
 LOST = 74
 """Exit status of a node that gave up on its server."""
@@ -40,6 +42,8 @@ def main() -> None:
     except DeployError as e:
         print(f"DeployError: {e}", file=sys.stderr, flush=True)
         sys.exit(UNFIT)
+    if given.root_certificates:
+        keep_warning(given.superlink, Path(given.root_certificates))
     sys.argv[1:] = [*sys.argv[1:], "--isolation", "process"]
     host = f"[{given.host}]" if ":" in given.host else given.host
     taking = (f"{host}:{given.port}", given.ssl_ca_certfile)
@@ -121,11 +125,13 @@ def _guarded(address: str, certificates: str) -> None:
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
-    """Those of flower-supernode that say where its Runtime API is."""
+    """Those of flower-supernode that say where its Runtime API is, and its server."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9094)
     parser.add_argument("--ssl-ca-certfile", "--appio-ssl-ca-certfile", default="")
+    parser.add_argument("--superlink", default="")
+    parser.add_argument("--root-certificates", default="")
     return parser.parse_known_args(arguments)[0]
 
 

@@ -7,6 +7,7 @@ Each stands in the directory that goes to its machine and names everything relat
 import json
 
 from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.server_record import PLACE
 
 ENVIRONMENT = """\
 # Sourced by the scripts beside it.
@@ -23,10 +24,12 @@ export TOKENIZERS_PARALLELISM=false
 
 DATABASE = "state.db"
 """The SuperLink's, in the server's directory."""
+SERVERAPPS = "serverapps"
+"""Where ServerApps keep their records, in the server's directory: launch/server_record.py."""
 
 
-def _script(about: str, command: str) -> str:
-    head = f'#!/bin/sh\n# {about}\nset -eu\ncd "$(dirname "$0")"\n. ./env.sh\n'
+def _script(about: str, command: str, before: str = "") -> str:
+    head = f'#!/bin/sh\n# {about}\nset -eu\ncd "$(dirname "$0")"\n. ./env.sh\n{before}'
     return f"{head}exec {command}\n"
 
 
@@ -45,6 +48,7 @@ def superexec(plan: Plan) -> str:
     return _script(
         "Starts the ServerApp of each run. Apart from the SuperLink, so that a run outlives it.",
         f"flower-superexec {trust} --runtime-api-address 127.0.0.1:{plan.port}",
+        f'export {PLACE}="$PWD/{SERVERAPPS}"\n',
     )
 
 
