@@ -17,7 +17,7 @@ from typing import Any
 from fedlora.errors import DeployError
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.expiry import warnings
-from fedlora.launch.deploy.keys import pem
+from fedlora.launch.deploy.keys import forget_old, pem
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import CONNECTION, Plan
 from fedlora.launch.deploy.scripts import DATABASE
@@ -53,6 +53,7 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         if not _registered(plan).exists():
             register(plan, operator)
             say(f"{plan.clients} nodes registered")
+        _take_new_keys(plan, operator, say)
         _wait(lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes")
     say(f"{plan.clients} nodes are connected")
     for line in warnings(plan):
@@ -125,6 +126,24 @@ def register(plan: Plan, operator: Operator) -> None:
         _registered(plan).with_suffix(".part").write_text(json.dumps(ids))
     _registered(plan).with_suffix(".part").unlink(missing_ok=True)
     _registered(plan).write_text(json.dumps(ids))
+
+
+def _take_new_keys(plan: Plan, operator: Operator, say: Say) -> None:
+    """Register the keys of nodes that were rotated, unregister the old ones, restart the nodes."""
+    old = [i for i in range(plan.clients) if (plan.node(i) / "old.pub").exists()]
+    rotated = [i for i in old if not (plan.node(i) / "new.key").exists()]
+    if not rotated:
+        return
+    register(plan, operator)
+    known = operator.keys()
+    for i in rotated:
+        if gone := known.get(pem(plan.node(i) / "old.pub")):
+            operator("supernode", "unregister", gone, CONNECTION)
+        running = read_state(plan).get("children", {}).get(f"node-{i}", {})
+        if is_running(running):
+            end([running["pid"]])
+        forget_old(plan.node(i))
+        say(f"node-{i} has a new key; the old one is registered no more")
 
 
 def registered(plan: Plan) -> dict[str, str]:
