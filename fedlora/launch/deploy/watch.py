@@ -13,10 +13,13 @@ import psutil
 
 from fedlora.errors import DeployError
 from fedlora.launch.deploy.plan import Plan
-from fedlora.launch.deploy.pulse import SILENT
 from fedlora.launch.deploy.scripts import SERVERAPPS
 from fedlora.launch.deploy.supervise import is_running
 from fedlora.launch.server_record import Ending
+
+SILENT = 30.0
+"""Seconds without a pulse after which a ServerApp is given up. Its record is touched every 4 s, and
+within 60 s of the last touch another is begun."""
 
 
 class Watch:
