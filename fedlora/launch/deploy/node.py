@@ -25,6 +25,7 @@ from pathlib import Path
 
 from fedlora.errors import DeployError
 from fedlora.launch.deploy.expiry import keep_warning
+from fedlora.launch.deploy.notify import Notify
 
 LOST = 74
 """Exit status of a node that gave up on its server."""
@@ -77,6 +78,7 @@ def check_flower() -> None:
 def take_tasks(address: str, certificates: str = "") -> None:
     """Start a process for each task of the SuperNode at this address, for as long as this lives.
 
+    systemd is told that it lives for as long as the SuperNode answers.
     address: of its Runtime API, on this machine. certificates: a file of the authority that
     signed it; "" where it is plain HTTP.
     """
@@ -84,12 +86,13 @@ def take_tasks(address: str, certificates: str = "") -> None:
 
     from fedlora.launch.deploy.flower_runtime import connected, task
 
-    client = connected(address, certificates)
+    client, notify = connected(address, certificates), Notify()
     running: list[subprocess.Popen[bytes]] = []
     while True:
         running = [p for p in running if p.poll() is None]
         try:
             token = task(client)
+            notify.alive()
         except httpx.ConnectError:  # it is starting, or ending
             token = ""
         except httpx.HTTPError as e:

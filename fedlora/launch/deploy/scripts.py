@@ -93,10 +93,54 @@ NODES_OWN = ("node.key", "node.toml", "ca.crt", "env.sh", "node.sh", "worker.sh"
 """What no process of a node has to write: its key, and what its operator allows."""
 
 
-def unit(about: str, directory: str, script: str, seconds: int, fixed: tuple[str, ...] = ()) -> str:
+WATCHDOG = """\
+# It says from its own loop that it lives (deploy/notify.py); one that hangs is killed after this.
+Type=notify
+TimeoutStartSec=infinity
+WatchdogSec=40
+"""
+HARDENING = """\
+# An accelerator's devices and compilers stay usable: no PrivateDevices, ProtectClock (which closes
+# the other devices too) or MemoryDenyWriteExecute. Models and data may lie in a home directory.
+NoNewPrivileges=yes
+UMask=0077
+CapabilityBoundingSet=
+AmbientCapabilities=
+PrivateMounts=yes
+PrivateTmp=yes
+ProtectControlGroups=yes
+ProtectHome=read-only
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+LockPersonality=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+"""
+
+
+def unit(
+    about: str,
+    directory: str,
+    script: str,
+    seconds: int,
+    fixed: tuple[str, ...] = (),
+    speaks: bool = True,
+) -> str:
     """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>.
 
     fixed: files there that the process cannot write ("-" in the unit: where they exist).
+    speaks: does it tell systemd that it lives?
     """
     own = "".join(f"ReadOnlyPaths=-/opt/fedlora/{directory}/{name}\n" for name in fixed)
     return f"""\
@@ -110,14 +154,11 @@ User=fedlora
 WorkingDirectory=/opt/fedlora/{directory}
 Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
 ExecStart=/bin/sh /opt/fedlora/{directory}/{script}
-Restart=always
+{WATCHDOG if speaks else ""}Restart=always
 # A killed node counts as connected for 60 s and is refused until then.
 RestartSec={seconds}
 KillMode=control-group
-NoNewPrivileges=yes
-PrivateTmp=yes
-ProtectSystem=strict
-ReadWritePaths=/opt/fedlora/{directory}
+{HARDENING}ReadWritePaths=/opt/fedlora/{directory}
 {own}
 [Install]
 WantedBy=multi-user.target
