@@ -165,7 +165,7 @@ def test_a_run_that_its_operator_stopped_stays_so(plan: Plan) -> None:
     def stop() -> None:
         begun.wait(30)
         flower("stop", "0")
-        watch.Watch(plan, "0").end()
+        watch.ServerWatch(plan, "0").end()
 
     threading.Thread(target=stop).start()
     _, _, status = endure.run(plan, flower, {}, 3, lambda _: begun.set(), every=0.05)
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_is_not_begun_twice(plan: Plan) -> None:
 
 
 def test_without_a_record_nothing_is_begun_again(plan: Plan) -> None:
-    lost = watch.Watch(plan, "7")
+    lost = watch.ServerWatch(plan, "7")
     assert lost.why_again("finished:failed") == ""
     assert lost.lost() == ""
 

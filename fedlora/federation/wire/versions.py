@@ -10,9 +10,9 @@ honest nodes: one that lies about its version is held to what it sends, like any
 
 import re
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import version
 from typing import Any
+
+import flwr
 
 from fedlora.version import __version__
 
@@ -20,10 +20,9 @@ MUST_AGREE = {"fedlora": 2, "flwr": 1}
 """So many of the numbers of a version must be the same on both sides."""
 
 
-@cache
 def here() -> Mapping[str, str]:
     """The versions of this side."""
-    return {"fedlora": __version__, "flwr": version("flwr")}
+    return {"fedlora": __version__, "flwr": str(flwr.__version__)}
 
 
 def differences(facts: Mapping[str, Any]) -> tuple[list[str], list[str]]:

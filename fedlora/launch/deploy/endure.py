@@ -23,7 +23,7 @@ from fedlora.launch.deploy.host import (
 )
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import CONNECTION, Plan
-from fedlora.launch.deploy.watch import Watch
+from fedlora.launch.deploy.watch import ServerWatch
 
 
 def run(
@@ -48,7 +48,7 @@ def run(
     seen = 0
     for again in range(attempts + 1):
         say(f"run {run_id}; results in {results}")
-        watch = Watch(plan, run_id)
+        watch = ServerWatch(plan, run_id)
         status = follow(operator, run_id, results, say, every, watch.lost, seen)
         if not (why := watch.why_again(status)):
             break

@@ -22,7 +22,7 @@ SILENT = 30.0
 within 60 s of the last touch another is begun."""
 
 
-class Watch:
+class ServerWatch:
     """One run's ServerApp, seen from outside. Without a record nothing is known of it."""
 
     def __init__(self, plan: Plan, run_id: str) -> None:
@@ -95,5 +95,5 @@ def check_alone(plan: Plan, results: Path) -> None:
 def entries(plan: Plan) -> Iterator[dict[str, Any]]:
     """The records of the ServerApps that have not said that they ended."""
     for path in (plan.server / SERVERAPPS).glob(f"*.{Ending.NONE}"):
-        if entry := Watch(plan, path.stem).entry():
+        if entry := ServerWatch(plan, path.stem).entry():
             yield entry
