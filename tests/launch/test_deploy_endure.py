@@ -49,6 +49,7 @@ class Flower:
         self.started: list[subprocess.Popen] = []
         self.configs: list[dict] = []
         self.stopped: set[str] = set()
+        self.begun = time.monotonic()
 
     def __call__(self, *arguments: str) -> dict:
         if arguments[0] == "stop":
@@ -71,6 +72,7 @@ class Flower:
 
     def status(self, run: str) -> str:
         """As Flower's: of a process that was killed it knows nothing for a while."""
+        assert time.monotonic() - self.begun < 60, "nobody saw that it is over"
         if run in self.stopped:
             return "finished:stopped"
         ended = {0: "finished:completed", 1: "finished:failed"}
