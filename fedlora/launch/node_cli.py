@@ -69,6 +69,22 @@ def refusals(policy: "Policy", config: "Config") -> list[str]:
 
 
 @app.command()
+def rotate(policy: NodeFile) -> None:
+    """Make the node a new key, and say what the server's operator does with it."""
+    from fedlora.launch.deploy import keys
+
+    place = policy.absolute().parent
+    keys.rotate(place)
+    typer.echo(f"{place / 'node.pub'} is new; old.key and old.pub are what was.")
+    typer.echo("On one host `fedlora deploy up DIR` does the rest. Else the server's operator:")
+    typer.echo("  flwr supernode register node.pub fedlora --name NAME")
+    typer.echo(
+        "  flwr supernode unregister ID fedlora        # the old key's; deploy status has it"
+    )
+    typer.echo("Then, here: end the node, which starts again with its new key; rm old.key old.pub")
+
+
+@app.command()
 def audit(
     policy: NodeFile,
     last: Annotated[int, typer.Option("-n", help="How many of the last lines; 0: all.")] = 40,

@@ -144,6 +144,12 @@ def test_systemd_takes_the_units_without_a_word(plan: Plan) -> None:
         text = (plan.node(0) / f"{name}.service").read_text()
         for own in ("node.key", "node.toml", "node.sh", "env.sh"):
             assert f"ReadOnlyPaths=-/opt/fedlora/node-0/{own}\n" in text
+    for unit in units:
+        told = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert told.returncode == 0, f"its exposure is above 2.0 of 10:\n{told.stdout}"
 
 
 def test_compose_is_valid_and_keeps_control_inside(plan: Plan) -> None:
@@ -392,13 +398,16 @@ def test_a_process_of_the_same_number_is_not_mistaken_for_ours() -> None:
 
 
 def test_a_second_run_of_a_name_says_what_to_do_and_sends_nothing(plan: Plan) -> None:
-    (plan.server / "runs" / "run").mkdir(parents=True)
-    (plan.server / "runs" / "run" / "rounds.jsonl").touch()
-    with pytest.raises(
-        DeployError, match=r"holds a run of this name: .* --resume` goes on"
-    ) as said:
-        start_run(plan, nobody, {})
-    assert "\n" not in str(said.value)
+    results = plan.server / "runs" / "run"
+    results.mkdir(parents=True)
+    (results / "rounds.jsonl").touch()
+    for state in ("not finished", "finished"):
+        with pytest.raises(
+            DeployError, match=rf"a run of this name, {state}: .* --resume` goes on"
+        ) as said:
+            start_run(plan, nobody, {})
+        assert "\n" not in str(said.value)
+        (results / "summary.json").touch()
     plan.run_directory.mkdir()
     for more in ({"run.name": "another"}, {"run.resume": True}):
         with pytest.raises(AssertionError, match="was sent"):

@@ -3,7 +3,7 @@
     train       load the download, evaluate it, train, evaluate, remember, reply
     evaluate    load the download, evaluate it, reply
     gradient    a sketch of the first gradient, where the strategy begins with one
-    query       who am I: client number, rank if the node sets one, what this machine has
+    query       who am I: client number, rank if the node sets one, machine, versions
     collect     what I have kept, where the strategy asks for it once at the end
     secagg_...  the four stages of a secure aggregation, in place of train
 
@@ -38,6 +38,7 @@ from fedlora.federation.wire.messages import (
     pack_factors,
     seq,
 )
+from fedlora.federation.wire.versions import here
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
 from fedlora.training.train import threads
@@ -46,7 +47,7 @@ Handler = Callable[[Message, Context], RecordDict]
 
 
 def query(_: Message, context: Context) -> RecordDict:
-    """A new node's own facts: its client id, its rank and layers, its hardware."""
+    """A new node's own facts: its client id, its rank and layers, its hardware and versions."""
     node, policy = context.node_config, Policy.of(context.node_config)
     rank = policy.model.rank if policy else int(node.get("rank", 0))
     layers = policy.model.layers if policy else int(node.get("layers", 0))
@@ -55,6 +56,7 @@ def query(_: Message, context: Context) -> RecordDict:
         "rank": rank,  # 0: the server decides
         "layers": layers,  # the most it has memory to train; 0: all
         **machine.facts(),
+        **here(),
     }
     return RecordDict({"facts": ConfigRecord(facts)})
 

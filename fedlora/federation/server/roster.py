@@ -13,6 +13,7 @@ from fedlora.federation.server.exchange import POLL, SLOWEST_POLL, error_of, exc
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import configs_of
 from fedlora.federation.wire.same_machine import SIMULATED
+from fedlora.federation.wire.versions import differences
 
 
 def is_simulated(grid: Grid) -> bool:
@@ -28,9 +29,9 @@ TRIES = 3
 
 
 class Roster:
-    def __init__(self, refused: Callable[[str], None]) -> None:
-        """`refused` is told why a node was not taken in."""
-        self.refused = refused
+    def __init__(self, note: Callable[[str], None]) -> None:
+        """`note` is told why a node was not taken in, and where its versions are others."""
+        self.note = note
         self.there: set[int] = set()
         self.client_of: dict[int, int] = {}
         self._node_of: dict[int, int] = {}
@@ -58,11 +59,14 @@ class Roster:
         for node, reply in exchange(grid, messages, seconds):
             try:
                 facts = read_facts(reply)
+                odd = check_versions(facts)
                 self._admit(node, int(facts["client"]))
             except UpdateError as e:
                 self.turned_away = f"node {node} was not taken in: {Refusal.of(e).reason}"
-                self.refused(self.turned_away)
+                self.note(self.turned_away)
             else:
+                if odd:
+                    self.note(f"node {node}: {odd}")
                 yield int(facts["client"]), facts
 
     def wait(self, seconds: float) -> Iterator[None]:
@@ -90,6 +94,18 @@ class Roster:
             del self.client_of[holder]  # it came back under another node id
         self.client_of[node] = client
         self._node_of[client] = node
+
+
+def check_versions(facts: Facts) -> str:
+    """What of a node's versions is other than the server's, where the two go together.
+
+    Raises:
+        UpdateError: they do not; with both versions.
+    """
+    refused, said = differences(facts)
+    if refused:
+        raise UpdateError("; ".join(refused))
+    return "; ".join(said)
 
 
 def read_facts(reply: Message) -> Facts:

@@ -113,11 +113,15 @@ def status(directory: Directory) -> None:
     """The processes here, the nodes and the runs."""
     from rich.console import Console
 
+    from fedlora.launch.deploy.expiry import warnings
     from fedlora.launch.deploy.plan import Plan
     from fedlora.launch.deploy.progress import tables
 
-    for table in tables(Plan.load(directory)):
+    plan = Plan.load(directory)
+    for table in tables(plan):
         Console().print(table)
+    for line in warnings(plan):
+        typer.echo(line)
 
 
 @app.command()
@@ -138,10 +142,13 @@ def run(
     directory: Directory,
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    attempts: Annotated[
+        int, typer.Option(min=0, help="How often it goes on by itself where its ServerApp died.")
+    ] = 3,
 ) -> None:
     """Run the experiment, say each round, and write the report. Fails where the run failed."""
     from fedlora.config.reader import parse_overrides
-    from fedlora.launch.deploy import host
+    from fedlora.launch.deploy import endure, host
     from fedlora.launch.deploy.plan import Plan
     from fedlora.launch.deploy.progress import finish
 
@@ -150,9 +157,7 @@ def run(
     if resume:
         overrides["run.resume"] = True
     with host.operating(plan) as operator:
-        run_id, results = host.start_run(plan, operator, overrides)
-        typer.echo(f"run {run_id}; results in {results}")
-        ended = host.follow(operator, run_id, results, typer.echo)
+        run_id, results, ended = endure.run(plan, operator, overrides, attempts, typer.echo)
         host.shrink(plan)
     typer.echo(ended)
     finish(plan, results, run_id, ended)

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from fedlora.launch.deploy.notify import Notify
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -104,8 +106,15 @@ def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key
     address = f"{'https' if secure else 'http'}://{upstream}"
     client = httpx.AsyncClient(base_url=address, verify=verify, timeout=60.0, trust_env=False)
     tls = {"ssl_certfile": certificate, "ssl_keyfile": key} if secure else {}
-    uvicorn.run(
+    notify = Notify()
+
+    async def alive() -> None:
+        notify.alive()
+
+    config = uvicorn.Config(
         Gate(client, limit),
+        callback_notify=alive,
+        timeout_notify=1,
         host=host,
         port=int(port),
         access_log=False,
@@ -114,6 +123,7 @@ def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key
         date_header=False,
         **tls,  # type: ignore[arg-type]
     )
+    uvicorn.Server(config).run()
 
 
 def main() -> None:

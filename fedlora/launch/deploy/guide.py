@@ -52,7 +52,7 @@ counts a killed node as connected for 60.
 Put the node's own rows in its `data/`: `train.jsonl`, and `test.jsonl` for its own evaluation. Its
 `node.toml` says what it allows, whatever the server asks, and is its operator's to change;
 `fedlora node check node.toml run.toml` says what of a run it would refuse, `fedlora node audit
-node.toml` what was asked and what left.
+node.toml` what was asked and what left; `fedlora node rotate node.toml` makes it a new key.
 
 ## Who can do what
 

@@ -16,11 +16,13 @@ from typing import Any
 
 from fedlora.errors import DeployError
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
-from fedlora.launch.deploy.keys import pem
+from fedlora.launch.deploy.expiry import warnings
+from fedlora.launch.deploy.keys import forget_old, pem
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import CONNECTION, Plan
 from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import end, is_running, read_state, state_file
+from fedlora.launch.deploy.watch import check_alone
 
 Say = Callable[[str], None]
 PATIENCE = 300.0
@@ -51,8 +53,11 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         if not _registered(plan).exists():
             register(plan, operator)
             say(f"{plan.clients} nodes registered")
+        _take_new_keys(plan, operator, say)
         _wait(lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes")
     say(f"{plan.clients} nodes are connected")
+    for line in warnings(plan):
+        say(line)
 
 
 def _supervise(plan: Plan) -> None:
@@ -123,6 +128,24 @@ def register(plan: Plan, operator: Operator) -> None:
     _registered(plan).write_text(json.dumps(ids))
 
 
+def _take_new_keys(plan: Plan, operator: Operator, say: Say) -> None:
+    """Register the keys of nodes that were rotated, unregister the old ones, restart the nodes."""
+    old = [i for i in range(plan.clients) if (plan.node(i) / "old.pub").exists()]
+    rotated = [i for i in old if not (plan.node(i) / "new.key").exists()]
+    if not rotated:
+        return
+    register(plan, operator)
+    known = operator.keys()
+    for i in rotated:
+        if gone := known.get(pem(plan.node(i) / "old.pub")):
+            operator("supernode", "unregister", gone, CONNECTION)
+        running = read_state(plan).get("children", {}).get(f"node-{i}", {})
+        if is_running(running):
+            end([running["pid"]])
+        forget_old(plan.node(i))
+        say(f"node-{i} has a new key; the old one is registered no more")
+
+
 def registered(plan: Plan) -> dict[str, str]:
     """Node name to Flower's id, of those whose keys the SuperLink has."""
     for path in (_registered(plan), _registered(plan).with_suffix(".part")):
@@ -181,7 +204,7 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
 
     Raises:
         ConfigError: the experiment with these overrides cannot be used. Nothing was sent.
-        DeployError: a run of its name is there.
+        DeployError: a run of its name is there, or goes on.
     """
     import tomllib
 
@@ -194,10 +217,13 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     given = project["tool"]["flwr"]["app"]["config"]
     config = preflight.read({**Config.read(given).flat(), **overrides})
     results = plan.server / config.run.out / config.run.name
+    check_alone(plan, results)
     if (results / "rounds.jsonl").exists() and not config.run.resume:
+        ended = (results / "summary.json").exists()
         raise DeployError(
-            f"{results} holds a run of this name: `fedlora deploy run {plan.quoted} --resume` goes "
-            "on with it, `--set run.name=another` begins another"
+            f"{results} holds a run of this name, {'finished' if ended else 'not finished'}: "
+            f"`fedlora deploy run {plan.quoted} --resume` goes on with it, "
+            "`--set run.name=another` begins another"
         )
     path = plan.run_directory / "run-config.toml"
     path.write_text(tomli_w.dumps(tomllib.loads(config.toml())))
@@ -206,12 +232,21 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     return str(answer["run-id"]), results
 
 
-def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: float = 3.0) -> str:
+def follow(
+    operator: Operator,
+    run_id: str,
+    directory: Path,
+    say: Say,
+    every: float = 3.0,
+    lost: Callable[[], str] = lambda: "",
+    seen: int = 0,
+) -> str:
     """Print each round as it is recorded, until the run ends; the run's last status.
 
     What it is at is said at once, at each change, and where it lasts, every QUIET seconds.
+    lost: says what befell the ServerApp, where that is over before Flower knows it: then so is
+    this. seen: so many of the lines are known already.
     """
-    rounds, seen = directory / "rounds.jsonl", 0
     status, before, heard = "pending", "", 0.0
     begun = answered = time.monotonic()
     while not status.startswith("finished"):
@@ -219,18 +254,33 @@ def follow(operator: Operator, run_id: str, directory: Path, say: Say, every: fl
             say(f"{time.monotonic() - begun:.0f} s: {status}, {_at(seen)}")
             before, heard = status, time.monotonic()
         time.sleep(every)
+        gone = lost()  # before the status: who stops a run says so before its ServerApp is gone
         try:
             status, answered = operator.status(run_id), time.monotonic()
         except DeployError:  # the SuperLink may be starting again
             if time.monotonic() - answered > PATIENCE:
                 raise
-        text = rounds.read_text() if rounds.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed ServerApp's last may be half
+            gone = ""
+        lines = _lines(directory)
         for line in lines[seen:]:
             say(told(json.loads(line)))
             heard = time.monotonic()
         seen = max(seen, len(lines))
+        if gone:
+            break
     return status
+
+
+def recorded_rounds(directory: Path) -> int:
+    """How many rounds are on record there, round 0 among them."""
+    return len(_lines(directory))
+
+
+def _lines(directory: Path) -> list[str]:
+    """The whole lines of rounds.jsonl: a killed ServerApp's last may be half."""
+    path = directory / "rounds.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _at(recorded: int) -> str:

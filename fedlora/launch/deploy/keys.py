@@ -5,6 +5,7 @@ requests with an EC P-384 key of its own, whose public half is registered with t
 """
 
 import os
+import shutil
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,6 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedlora.errors import DeployError
 
 Key = ec.EllipticCurvePrivateKey
 
@@ -68,7 +71,7 @@ def server_certificate(
     (directory / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def node_key(directory: Path) -> None:
+def node_key(directory: Path, name: str = "node") -> None:
     """node.key, and node.pub in OpenSSH's format, as `flwr supernode register` takes it."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
@@ -76,11 +79,43 @@ def node_key(directory: Path) -> None:
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
-    write_private(directory / "node.key", private)
+    write_private(directory / f"{name}.key", private)
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    (directory / "node.pub").write_bytes(public + b"\n")
+    (directory / f"{name}.pub").write_bytes(public + b"\n")
+
+
+def rotate(directory: Path) -> None:
+    """A new node.key and node.pub; those that were are old.key and old.pub until `forget_old`.
+
+    There is a key at every moment, and the one that the SuperLink knows is never lost: a rotation
+    that was cut short goes on the next time, and is under way as long as there is a new.key.
+
+    Raises:
+        DeployError: there is no key, or the server has yet to learn of the last rotation.
+    """
+    if not (directory / "node.key").exists():
+        raise DeployError(f"{directory} has no node.key: nothing to rotate")
+    if not (directory / "old.key").exists():
+        node_key(directory, "new")
+        shutil.copy2(directory / "node.pub", directory / "old.pub")
+        shutil.copy2(directory / "node.key", directory / "old.part")
+        (directory / "old.part").replace(directory / "old.key")
+    elif not (directory / "new.key").exists():
+        raise DeployError(
+            f"{directory / 'old.key'} is there: the last rotation is not finished. Once the new "
+            "key is registered and the old one is not, remove old.key and old.pub"
+        )
+    for kind in ("pub", "key"):
+        if (new := directory / f"new.{kind}").exists():
+            new.replace(directory / f"node.{kind}")
+
+
+def forget_old(directory: Path) -> None:
+    """End a rotation: the SuperLink knows the new key, and the old one no more."""
+    for kind in ("pub", "key"):
+        (directory / f"old.{kind}").unlink(missing_ok=True)
 
 
 def pem(public: Path) -> str:

@@ -154,7 +154,7 @@ def _write_server(plan: Plan, days: float) -> None:
     _script(plan.server / "gate.sh", scripts.gate(gated))
     (plan.server / "nginx.conf").write_text(scripts.nginx(plan))
     for name in ("superlink", "superexec", "gate"):
-        text = scripts.unit(f"fedlora {name}", "server", f"{name}.sh", 5)
+        text = scripts.unit(f"fedlora {name}", "server", f"{name}.sh", 5, speaks=name == "gate")
         (plan.server / f"fedlora-{name}.service").write_text(text)
     _write_operator(plan)
 

@@ -21,8 +21,11 @@ import time
 import traceback
 from contextlib import suppress
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from fedlora.errors import DeployError
+from fedlora.launch.deploy.expiry import keep_warning
+from fedlora.launch.deploy.notify import Notify
 
 LOST = 74
 """Exit status of a node that gave up on its server."""
@@ -40,6 +43,8 @@ def main() -> None:
     except DeployError as e:
         print(f"DeployError: {e}", file=sys.stderr, flush=True)
         sys.exit(UNFIT)
+    if given.root_certificates:
+        keep_warning(given.superlink, Path(given.root_certificates))
     sys.argv[1:] = [*sys.argv[1:], "--isolation", "process"]
     host = f"[{given.host}]" if ":" in given.host else given.host
     taking = (f"{host}:{given.port}", given.ssl_ca_certfile)
@@ -73,6 +78,7 @@ def check_flower() -> None:
 def take_tasks(address: str, certificates: str = "") -> None:
     """Start a process for each task of the SuperNode at this address, for as long as this lives.
 
+    systemd is told that it lives for as long as the SuperNode answers.
     address: of its Runtime API, on this machine. certificates: a file of the authority that
     signed it; "" where it is plain HTTP.
     """
@@ -80,12 +86,13 @@ def take_tasks(address: str, certificates: str = "") -> None:
 
     from fedlora.launch.deploy.flower_runtime import connected, task
 
-    client = connected(address, certificates)
+    client, notify = connected(address, certificates), Notify()
     running: list[subprocess.Popen[bytes]] = []
     while True:
         running = [p for p in running if p.poll() is None]
         try:
             token = task(client)
+            notify.alive()
         except httpx.ConnectError:  # it is starting, or ending
             token = ""
         except httpx.HTTPError as e:
@@ -121,11 +128,13 @@ def _guarded(address: str, certificates: str) -> None:
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
-    """Those of flower-supernode that say where its Runtime API is."""
+    """Those of flower-supernode that say where its Runtime API is, and its server."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9094)
     parser.add_argument("--ssl-ca-certfile", "--appio-ssl-ca-certfile", default="")
+    parser.add_argument("--superlink", default="")
+    parser.add_argument("--root-certificates", default="")
     return parser.parse_known_args(arguments)[0]
 
 

@@ -56,8 +56,8 @@ def processes(plan: Plan) -> Table:
 
 
 def nodes(plan: Plan, found: list[dict[str, Any]]) -> Table:
-    """The registered nodes and whether they are connected."""
-    table = Table("node", "rank", "status", "online for", "node id", title="Nodes")
+    """The registered nodes, since when their keys are known, and whether they are connected."""
+    table = Table("node", "rank", "status", "online for", "key of", "node id", title="Nodes")
     ranks = {f"node-{i}": str(plan.rank(i)) for i in range(plan.clients)}
     names = {node_id: name for name, node_id in registered(plan).items()}
     for node in sorted(found, key=lambda n: names.get(str(n["node-id"]), "")):
@@ -68,6 +68,7 @@ def nodes(plan: Plan, found: list[dict[str, Any]]) -> Table:
             ranks.get(name, ""),
             "[green]online[/]" if online else f"[red]{node.get('status')}[/]",
             f"{float(node.get('online-elapsed') or 0):.0f} s" if online else "",
+            str(node.get("created-at", ""))[:10],
             str(node.get("node-id")),
         )
     return table

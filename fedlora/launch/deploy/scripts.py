@@ -7,6 +7,7 @@ Each stands in the directory that goes to its machine and names everything relat
 import json
 
 from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.server_record import PLACE
 
 ENVIRONMENT = """\
 # Sourced by the scripts beside it.
@@ -23,10 +24,12 @@ export TOKENIZERS_PARALLELISM=false
 
 DATABASE = "state.db"
 """The SuperLink's, in the server's directory."""
+SERVERAPPS = "serverapps"
+"""Where ServerApps keep their records, in the server's directory: launch/server_record.py."""
 
 
-def _script(about: str, command: str) -> str:
-    head = f'#!/bin/sh\n# {about}\nset -eu\ncd "$(dirname "$0")"\n. ./env.sh\n'
+def _script(about: str, command: str, before: str = "") -> str:
+    head = f'#!/bin/sh\n# {about}\nset -eu\ncd "$(dirname "$0")"\n. ./env.sh\n{before}'
     return f"{head}exec {command}\n"
 
 
@@ -45,6 +48,7 @@ def superexec(plan: Plan) -> str:
     return _script(
         "Starts the ServerApp of each run. Apart from the SuperLink, so that a run outlives it.",
         f"flower-superexec {trust} --runtime-api-address 127.0.0.1:{plan.port}",
+        f'export {PLACE}="$PWD/{SERVERAPPS}"\n',
     )
 
 
@@ -89,10 +93,54 @@ NODES_OWN = ("node.key", "node.toml", "ca.crt", "env.sh", "node.sh", "worker.sh"
 """What no process of a node has to write: its key, and what its operator allows."""
 
 
-def unit(about: str, directory: str, script: str, seconds: int, fixed: tuple[str, ...] = ()) -> str:
+WATCHDOG = """\
+# It says from its own loop that it lives (deploy/notify.py); one that hangs is killed after this.
+Type=notify
+TimeoutStartSec=infinity
+WatchdogSec=40
+"""
+HARDENING = """\
+# An accelerator's devices and compilers stay usable: no PrivateDevices, ProtectClock (which closes
+# the other devices too) or MemoryDenyWriteExecute. Models and data may lie in a home directory.
+NoNewPrivileges=yes
+UMask=0077
+CapabilityBoundingSet=
+AmbientCapabilities=
+PrivateMounts=yes
+PrivateTmp=yes
+ProtectControlGroups=yes
+ProtectHome=read-only
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+LockPersonality=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+"""
+
+
+def unit(
+    about: str,
+    directory: str,
+    script: str,
+    seconds: int,
+    fixed: tuple[str, ...] = (),
+    speaks: bool = True,
+) -> str:
     """A systemd unit for a script whose directory was copied to /opt/fedlora/<directory>.
 
     fixed: files there that the process cannot write ("-" in the unit: where they exist).
+    speaks: does it tell systemd that it lives?
     """
     own = "".join(f"ReadOnlyPaths=-/opt/fedlora/{directory}/{name}\n" for name in fixed)
     return f"""\
@@ -106,14 +154,11 @@ User=fedlora
 WorkingDirectory=/opt/fedlora/{directory}
 Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
 ExecStart=/bin/sh /opt/fedlora/{directory}/{script}
-Restart=always
+{WATCHDOG if speaks else ""}Restart=always
 # A killed node counts as connected for 60 s and is refused until then.
 RestartSec={seconds}
 KillMode=control-group
-NoNewPrivileges=yes
-PrivateTmp=yes
-ProtectSystem=strict
-ReadWritePaths=/opt/fedlora/{directory}
+{HARDENING}ReadWritePaths=/opt/fedlora/{directory}
 {own}
 [Install]
 WantedBy=multi-user.target

@@ -26,10 +26,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.federation.client.dispatch import METHOD, OPTIONS, unpack
+from fedlora.launch.deploy.notify import Notify
 from fedlora.launch.deploy.worker_figures import WorkerFigures, served
 
 ABANDONED = 75
 """Exit status after abandoned work was given its time once more and was still not done."""
+LOOK = 1.0
+"""Seconds between two words to systemd, where it listens."""
 MERCY = 5.0
 """The fewest seconds that abandoned work is given."""
 
@@ -146,9 +149,10 @@ def main() -> None:
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     signal.signal(signal.SIGINT, lambda *_: over.set())
-    server = serve(socket, worker)
+    server, notify = serve(socket, worker), Notify()
     with served(worker.figures, given.metrics_port) if given.metrics_port else nullcontext():
-        over.wait()
+        while not over.wait(LOOK):
+            notify.alive()
     server.stop(grace=1.0).wait()
     socket.unlink(missing_ok=True)
 

@@ -1,0 +1,77 @@
+"""A run that is begun again by itself, from its checkpoint, where its ServerApp died or hung.
+
+What became of a ServerApp is asked of its record and of its process, so nothing waits for the
+minute after which Flower gives it up. One that ended by an error of its own is left alone: the
+error would come again.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import DeployError
+from fedlora.launch.deploy.expiry import warnings
+from fedlora.launch.deploy.host import (
+    PATIENCE,
+    Say,
+    follow,
+    healthy,
+    recorded_rounds,
+    start_run,
+)
+from fedlora.launch.deploy.operator import Operator
+from fedlora.launch.deploy.plan import CONNECTION, Plan
+from fedlora.launch.deploy.watch import ServerWatch
+
+
+def run(
+    plan: Plan,
+    operator: Operator,
+    overrides: Mapping[str, Any],
+    attempts: int,
+    say: Say,
+    every: float = 3.0,
+) -> tuple[str, Path, str]:
+    """Run the experiment to its end: Flower's id and last status, and the run's directory.
+
+    attempts: how often it is begun again, from the checkpoint, because its ServerApp died, did not
+    answer or lost the SuperLink; never where it ended by an error of its own, or was stopped.
+
+    Raises:
+        ConfigError, DeployError: it cannot be begun.
+    """
+    for line in warnings(plan):
+        say(line)
+    run_id, results = start_run(plan, operator, overrides)
+    seen = 0
+    for again in range(attempts + 1):
+        say(f"run {run_id}; results in {results}")
+        watch = ServerWatch(plan, run_id)
+        status = follow(operator, run_id, results, say, every, watch.lost, seen)
+        if not (why := watch.why_again(status)):
+            break
+        watch.end()
+        with suppress(DeployError):  # Flower may have given it up by itself
+            operator("stop", run_id, CONNECTION)
+        if again == attempts:
+            say(f"the ServerApp {why}; it was begun again {attempts} times, and that is enough")
+            status = "finished:failed"
+            break
+        say(f"the ServerApp {why}: on from the checkpoint, time {again + 1} of {attempts}")
+        _wait_for_superlink(plan)
+        seen = recorded_rounds(results)
+        run_id, results = start_run(plan, operator, {**overrides, "run.resume": True})
+    return run_id, results, status
+
+
+def _wait_for_superlink(plan: Plan) -> None:
+    until = time.monotonic() + PATIENCE
+    while not healthy(plan):
+        if time.monotonic() > until:
+            raise DeployError(
+                f"no SuperLink answers any more; `fedlora deploy up {plan.quoted}`, then "
+                f"`fedlora deploy run {plan.quoted} --resume`"
+            )
+        time.sleep(0.5)
