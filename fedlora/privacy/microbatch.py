@@ -6,8 +6,8 @@
 A product's order of summation depends on its shape, and a kernel on whether anything is masked at
 all. So an example is padded to a width that is a function of its own length; every micro-batch of a
 width has the same number of places, and those that nobody has are filled; and in each something is
-masked: a width is more than a length, and at data.max-length, where it may not be, the last place is
-a filler of one token. What fills counts for nothing.
+masked: a width is more than a length, and at data.max-length, where it may not be, the last place
+is a filler of one token. What fills counts for nothing.
 
 That neighbours and place then change no bit is seen by the probe, not proved: probe.py. With a size
 of one there are no neighbours.
