@@ -247,8 +247,9 @@ def test_dropout_follows_from_seed_round_and_client_on_the_card(
 
 def test_generators_are_put_back_on_card_and_host(cards: Cards) -> None:
     states = [torch.get_rng_state(), *(card.generator.get_state() for card in cards)]
-    for within in (own_draws, host_draws):
-        with within(torch.device(TWO), 7):
+    card = torch.device(TWO)
+    for within in (own_draws([card], 7), host_draws(card, 7)):
+        with within:
             torch.dropout(torch.ones(9, device=TWO), 0.5, train=True)
             torch.dropout(torch.ones(9), 0.5, train=True)
         now = [torch.get_rng_state(), *(card.generator.get_state() for card in cards)]
