@@ -494,7 +494,7 @@ def clipped(settings: Settings, device: str, microbatch: int = 0) -> dict[str, T
     named = {f"{c}/{name}": p for c, ps in live.items() for name, p in ps.items()}
     params = tuple(named.values())
     with kept_apart(model.peft, model.active, frozenset(params)) as sink:
-        ways = dict.fromkeys((8, 16, 32), Way(microbatch or 16, "float32"))
+        ways = dict.fromkeys((8, 12, 16, 24, 32), Way(microbatch or 16, "float32"))
         found, _ = clipped_sum(model, rows, torch.arange(6), params, sink, config, ways, 0.3)
     assert {x.device for x in found.total.values()} == {HOST}
     return {name: found.total[p] for name, p in named.items()}
