@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command itself sets it
 
-from benchmarks import aggregation, certificate, dp_step, engine, start, training, wire
+from benchmarks import aggregation, certificate, dp_samples, dp_step, engine, start, training, wire
 from benchmarks.measure import Row, forked, machine
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +40,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "step": training.step,
     "prefix-cache": training.prefix,
     "dp-step": dp_step.rows,
+    "dp-samples": dp_samples.rows,
     "wire": wire.rows,
     "wire-accuracy": wire.accuracy,
     "certificate": certificate.rows,

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedlora.config.fields import Names, Renames, Section
+from fedlora.config.sections import DataConfig
 from fedlora.config.sites import SEPARATOR
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError
@@ -24,6 +25,8 @@ from fedlora.errors import ConfigError
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 KINDS = ("query", "train", "evaluate", "gradient", "collect", "secagg")
 """Of messages; the four stages of a secure aggregation are one."""
+ROWS = DataConfig()
+"""How rows are read where nothing is said: as a run's own."""
 Clock = Annotated[str, Field(pattern=r"^(([01]\d|2[0-3]):[0-5]\d)?$")]
 
 
@@ -58,17 +61,17 @@ class DataPolicy(Section):
     shared: Names = ()
     """For trials, in place of path: data.path, data.test-path or data.clients of a run, in the
     run's words, of which this node takes its part."""
-    text: str = "text"
-    label: str = "label"
-    prompt: str = ""
-    response: str = "response"
-    map: Renames = ()
-    separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
-    encoding: str = "utf-8"
-    line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
-    limit: Annotated[int, Field(ge=0)] = 0
-    dedupe: bool = True
-    client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    text: str = ROWS.text
+    label: str = ROWS.label
+    prompt: str = ROWS.prompt
+    response: str = ROWS.response
+    map: Renames = ROWS.map
+    separator: Annotated[str, Field(pattern=SEPARATOR)] = ROWS.separator
+    encoding: str = ROWS.encoding
+    line_pattern: str = ROWS.line_pattern
+    limit: Annotated[int, Field(ge=0)] = ROWS.limit
+    dedupe: bool = ROWS.dedupe
+    client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = ROWS.client_test_fraction
     smallest: Annotated[int, Field(gt=0)] = 1
     """With fewer training rows nothing is trained, scored or sent."""
 
@@ -254,11 +257,9 @@ def _fields(tree: Any, keep: tuple[str, ...] = ("allowed",)) -> Any:
         return tree
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        spelt = (
-            key if "_" in key else key.replace("-", "_")
-        )  # max_epsilon is no key: max-epsilon is
+        spelt = f"{key} " if "_" in key else key.replace("-", "_")  # max_epsilon is no key
         below = key in keep and isinstance(value, dict)
-        found[f"{key} " if "_" in key else spelt] = (
+        found[spelt] = (
             {name: _fields(table) for name, table in value.items()} if below else _fields(value)
         )
     return found

@@ -36,7 +36,8 @@ class Ending(StrEnum):
 
     @classmethod
     def of(cls, error: BaseException) -> "Ending":
-        """
+        """How a ServerApp ended that raised this.
+
         >>> from fedlora.errors import RoundError
         >>> Ending.of(RoundError("too few")), Ending.of(ConnectionResetError())
         (<Ending.FAILED: 'failed'>, <Ending.CUT_OFF: 'cut-off'>)

@@ -13,7 +13,7 @@ Formal guarantee: none; a model that mixes examples on some inputs only would pa
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -25,9 +25,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
 from fedlora.privacy.microbatch import Part, size_of
 from fedlora.privacy.per_example import Dense, Gradient, kept_apart
-from fedlora.training.data.batches import IGNORE, Batch, Encoded, synthetic
+from fedlora.training.data.batches import Batch, Encoded, collate, synthetic
 from fedlora.training.devices import wide_on_host
-from fedlora.training.model.agreement import padding, vocabulary
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live
 from fedlora.training.precision import resolved
@@ -105,8 +104,7 @@ def _alike(model: Model, params: list[nn.Parameter], way: Way, width: int, full:
     long, half = torch.full_like(here, longest), torch.full_like(here, max(1, longest // 2))
     mixed = torch.where(here % 4 == 0, long, half)  # of those that stay
     lengths = torch.cat([torch.where(even, mixed, long), half.clamp(max=2)]).tolist()
-    rows = synthetic(model.tokenizer, len(model.labels), lengths=lengths)
-    rows = replace(rows, left=model.pads_left)
+    rows = _rows(model, lengths)
     there = torch.where(even, here, here + way.size).roll(1)  # the odd ones are others
     kept = here[even & (here + 1 < way.size - full)]
     first, second = (
@@ -151,12 +149,18 @@ def _stirred(model: Model, live: Live) -> Iterator[list[nn.Parameter]]:
 
 
 def _probe(model: Model, live: Live) -> None:
-    generator = torch.Generator().manual_seed(0)
-    examples = [_made_up(model, n, generator) for n in LENGTHS]
+    rows, every = _rows(model, LENGTHS), torch.arange(len(LENGTHS))
     with _stirred(model, live) as params:
-        together = _gradients(model, params, _stacked(model, examples))[1]
-        for i, example in enumerate(examples):
-            _compare(together, _gradients(model, params, example)[1], i)
+        together = _gradients(model, params, collate(rows, every))[1]
+        for i in every.tolist():
+            alone = _gradients(model, params, collate(rows, every[i : i + 1]))[1]
+            _compare(together, alone, i)
+
+
+def _rows(model: Model, lengths: Sequence[int]) -> Encoded:
+    """Made-up examples of these lengths, padded as the model's own are."""
+    rows = synthetic(model.tokenizer, len(model.labels), lengths=lengths)
+    return replace(rows, left=model.pads_left)
 
 
 def _gradients(
@@ -183,28 +187,3 @@ def _compare(
             f"gradient differs by {(gap / max(size, 1e-30)) ** 0.5:.1e} of its size from its own; "
             "example-level privacy would be void. Use another model, or privacy.level = 'client'"
         )
-
-
-def _made_up(model: Model, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    size = vocabulary(model.peft.get_base_model(), model.tokenizer)
-    ids = torch.randint(0, size, (1, n), generator=generator)
-    mask = torch.ones_like(ids)
-    if model.labels:
-        labels = torch.randint(0, len(model.labels), (1,), generator=generator)
-    else:
-        labels = ids.clone()
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _stacked(model: Model, examples: list[Batch]) -> Batch:
-    width = max(e["input_ids"].shape[1] for e in examples)
-    pad = padding(model.peft.get_base_model(), model.tokenizer)
-    fill = {"input_ids": pad, "attention_mask": 0}
-
-    def padded(key: str, x: Tensor) -> Tensor:
-        if x.ndim == 1:
-            return x
-        value = fill.get(key, IGNORE)
-        return nn.functional.pad(x, (0, width - x.shape[1]), value=value)
-
-    return {k: torch.cat([padded(k, e[k]) for e in examples]) for k in examples[0]}

@@ -43,7 +43,8 @@ def admit(policy: Policy, run_config: Mapping[str, Any], job: Job) -> Config:
 
 
 def check(against: list[tuple[str, str]]) -> None:
-    """
+    """Nothing, where a policy has nothing against what is asked.
+
     Raises:
         PolicyError: there is anything; its words are fixed, and name each thing once.
     """

@@ -29,7 +29,8 @@ class Watch:
     steps: int = 0
 
     def check_time(self) -> None:
-        """
+        """Look at the clock.
+
         Raises:
             PolicyError: the seconds are over.
         """
@@ -38,7 +39,8 @@ class Watch:
             raise _exceeded("seconds", f"{took:.1f}", f"{self.limits.seconds:g}")
 
     def step(self) -> None:
-        """
+        """Count a step, and look at the memory.
+
         Raises:
             PolicyError: the step would be one too many, or the process is too large.
         """
@@ -89,7 +91,8 @@ def counted_anew() -> None:
 
 
 def check_upload(limits: LimitsPolicy, size: int) -> None:
-    """
+    """Hold a reply's size against the limit.
+
     Raises:
         PolicyError: a reply of so many bytes is too large to leave.
     """

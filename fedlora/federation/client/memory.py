@@ -19,12 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedlora.errors import (
-    CheckpointError,
-    ClientMemoryError,
-    DataError,
-    LostBaseError,
-)
+from fedlora.errors import CheckpointError, ClientMemoryError, DataError, LostBaseError
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.lora.tree_file import load, save, write_atomically
 from fedlora.strategies.base import Version

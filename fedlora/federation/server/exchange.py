@@ -144,9 +144,9 @@ def exchange(
     pause, more = POLL, deque() if more is None else more
     while (pending or more) and time.monotonic() < until:
         while more:
-            pending |= dict.fromkeys(
-                grid.push_messages([more[0]]), more.popleft().metadata.dst_node_id
-            )
+            message = more.popleft()
+            pending |= dict.fromkeys(grid.push_messages([message]), message.metadata.dst_node_id)
+            del message
         before = len(pending)
         yield from ready(grid, pending)
         if len(pending) < before:

@@ -7,6 +7,7 @@ import tomli_w
 from fedlora.config.policy import LimitsPolicy
 from fedlora.config.reader import Config
 from fedlora.launch.deploy.plan import Plan
+from fedlora.strategies import STRATEGIES
 
 NAME = "node.toml"
 HEAD = """\
@@ -53,7 +54,7 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
         tree["secure"] = {"require": True}
     if config.lora.modules_to_save:
         tree["limits"]["whole-modules"] = [*config.lora.modules_to_save]
-    if config.strategy.name not in _shipped():
+    if config.strategy.name not in STRATEGIES:
         tree["limits"]["strategies"] = [config.strategy.name]
     return HEAD + tomli_w.dumps(tree)
 
@@ -72,9 +73,3 @@ def _patterned(config: Config) -> list[int]:
 
 def _value(section: Any, key: str) -> Any:
     return getattr(section, key.replace("-", "_"))
-
-
-def _shipped() -> frozenset[str]:
-    from fedlora.strategies import STRATEGIES
-
-    return frozenset(STRATEGIES)

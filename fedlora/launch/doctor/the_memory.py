@@ -92,10 +92,11 @@ def _on_cards(
 
 
 def _examples(config: Config) -> int:
-    """Examples in memory at once."""
+    """Examples in memory at once, at most."""
     train = config.train
-    size = (config.privacy.microbatch if config.privacy.by_example else 0) or train.microbatch
-    return min(size or train.batch_size, train.batch_size)
+    if config.privacy.by_example and config.privacy.microbatch:
+        return config.privacy.microbatch  # filled up to it, whatever a step draws
+    return min(train.microbatch or train.batch_size, train.batch_size)
 
 
 def _gb(size: float) -> str:

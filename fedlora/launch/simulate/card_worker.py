@@ -6,6 +6,7 @@ python -P -m fedlora.launch.simulate.card_worker IN OUT      the numbers of its 
 import json
 import sys
 
+from fedlora.federation.client.dispatch import unpack
 from fedlora.launch.client_app import client_app
 from fedlora.launch.simulate.workers import (
     READY,
@@ -14,7 +15,6 @@ from fedlora.launch.simulate.workers import (
     as_bytes,
     live,
     read,
-    unpacked,
     write,
 )
 from fedlora.strategies import register_strategy
@@ -35,7 +35,7 @@ def main() -> None:
         app = client_app(told.code)
         write(outbox, READY)
         while (data := read(inbox)) is not None:
-            message, context = unpacked(data)
+            _, message, context = unpack(data)
             context.node_config["devices"] = told.device
             write(outbox, as_bytes(answered(app, message, context)))
 

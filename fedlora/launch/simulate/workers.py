@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from fedlora.federation.client.dispatch import pack, unpack
+from fedlora.federation.client.dispatch import pack
 from fedlora.federation.wire.codes import code_of
 
 READY = b""
@@ -205,12 +205,6 @@ def as_bytes(message: Message) -> bytes:
 
 def from_bytes(data: bytes) -> Message:
     return message_from_proto(ProtoMessage.FromString(data))
-
-
-def unpacked(data: bytes) -> tuple[Message, Context]:
-    """A message and its context, as `WorkerProcess.give` packs them."""
-    _, message, context = unpack(data)
-    return message, context
 
 
 def name(message: Message) -> None:

@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.liger import apply_liger_kernel
 
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
@@ -104,6 +103,8 @@ def load_base(
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
         if config.liger:
+            from transformers.integrations.liger import apply_liger_kernel
+
             apply_liger_kernel(model, WITHOUT_LOSS)
         if config.task == "classification" and config.pooling == "mean":
             model = MeanPooled(model, labels)
