@@ -24,6 +24,7 @@ from fedlora.training import cache, certificate, devices
 from fedlora.training.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
 from fedlora.training.model import expert
 from fedlora.training.model.model import Model
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -373,9 +374,12 @@ def test_a_mean_of_unequal_clients_of_whom_one_lacks_a_module() -> None:
 
 @pytest.mark.parametrize(
     ("name", "wire"),
-    [pytest.param(n, wire, marks=() if wire == "float32" or n == "fedex" else pytest.mark.slow)
-     for n, s in STRATEGIES.items() if s().promise != "approximate"
-     for wire in ("float32", "bfloat16", "int8")],
+    few(
+        [(n, wire) for n, s in STRATEGIES.items() if s().promise != "approximate"
+         for wire in ("float32", "bfloat16", "int8")],
+        *(("fedex", wire) for wire in ("float32", "bfloat16", "int8")),
+        *((name, "float32") for name in ("flora", "fedsb", "ravan")),
+    ),
 )  # fmt: skip
 def test_clean_runs_stay_well_below_the_bound(settings: Settings, name: str, wire: str) -> None:
     changes = {"clients.per-round": 4, "run.rounds": 4, "wire.dtype": wire}
@@ -402,7 +406,10 @@ OPTIONS: dict[str, tuple[dict[str, object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", OPTIONS)
+@pytest.mark.parametrize(
+    "what",
+    few(OPTIONS, "trimmed", "buffered", "example-level privacy", "client-level privacy"),
+)
 def test_what_goes_around_an_aggregation_is_certified_or_named(
     settings: Settings, what: str
 ) -> None:
@@ -504,9 +511,12 @@ PLAIN = [n for n, s in STRATEGIES.items() if n != "fedsa"]
 
 @pytest.mark.parametrize(
     ("name", "wire"),
-    [*((n, "float32") for n in PLAIN), ("fedex", "int8"),
-     *(pytest.param(n, "int8", marks=pytest.mark.slow) for n in PLAIN if n != "fedex")],
-)  # fmt: skip
+    few(
+        [(n, wire) for n in PLAIN for wire in ("float32", "int8")],
+        *((name, "float32") for name in ("fedavg", "fedex", "flora", "ravan")),
+        ("fedex", "int8"),
+    ),
+)
 def test_a_client_whose_numbers_are_not_its_updates_is_left_out_by_name(
     settings: Settings, monkeypatch: Patch, name: str, wire: str
 ) -> None:
@@ -587,7 +597,10 @@ def at(settings: Settings, name: str, kind: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n for n, s in STRATEGIES.items() if s().promise == "approximate"])
+@pytest.mark.parametrize(
+    "name",
+    few([n for n, s in STRATEGIES.items() if s().promise == "approximate"], "fedavg", "hetlora"),
+)
 def test_a_dropped_client_is_below_what_clean_runs_never_reach(
     settings: Settings, monkeypatch: Patch, name: str, kind: str
 ) -> None:
@@ -609,7 +622,9 @@ def test_a_dropped_client_is_below_what_clean_runs_never_reach(
     assert warning.count("client") == 2  # "these clients", and the one
 
 
-@pytest.mark.parametrize("name", ["fedex", "ffa", "fedsb", "ravan", "rolora"])
+@pytest.mark.parametrize(
+    "name", few(["fedex", "ffa", "fedsb", "ravan", "rolora"], "fedex", "fedsb")
+)
 def test_under_dp_a_clients_numbers_follow_from_what_it_was_sent_and_what_it_released(
     settings: Settings, monkeypatch: Patch, name: str
 ) -> None:
@@ -656,7 +671,7 @@ SECURE = {"secure.aggregation": True, "clients.count": 6, "clients.ranks": "2,3,
           "secure.max-weight": 200}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ffa", "fedsb", "rolora", "fedsvd", "fedsa"])
+@pytest.mark.parametrize("name", few(["ffa", "fedsb", "rolora", "fedsvd", "fedsa"], "ffa", "fedsb"))
 def test_of_a_masked_sum_the_round_is_certified_and_starts_one_by_one(
     settings: Settings, name: str
 ) -> None:

@@ -18,6 +18,7 @@ from fedlora.reports.console import Silent
 from fedlora.strategies import STRATEGIES
 from fedlora.training import cache
 from fedlora.training.model.model import PREFIX, Model
+from tests.support.long import few
 from tests.support.tiny_federation import QUICK, Ran, federate, quick, ranks_for, read_tensors
 
 Settings = Callable[..., dict[str, object]]
@@ -108,15 +109,21 @@ def cores(ran: Ran, m: str, start: Factors) -> np.ndarray:
     return B @ sR @ A
 
 
+GRID = [(p, kind, n) for n in STRATEGIES for p in ("float32", "bfloat16") for kind in MODELS]
+
+
 @pytest.mark.parametrize(
-    ("precision", "kind"),
-    [*(("float32", kind) for kind in MODELS), ("bfloat16", "bert"),
-     *(pytest.param("bfloat16", kind, marks=pytest.mark.slow) for kind in MODELS[1:])],
+    ("precision", "kind", "name"),
+    few(
+        GRID,
+        *(("float32", "bert", name) for name in STRATEGIES),
+        *(("float32", kind, name) for kind in MODELS[1:] for name in ("fedex", "flora")),
+        *(("bfloat16", "bert", name) for name in ("fedavg", "fedex", "flora")),
+    ),
     indirect=["precision"],
-)  # fmt: skip
-@pytest.mark.parametrize("name", STRATEGIES)
+)
 def test_every_strategy_runs_and_an_exact_one_ships_the_sum_of_its_updates(
-    settings: Settings, precision: str, name: str, kind: str
+    settings: Settings, precision: str, kind: str, name: str
 ) -> None:
     first = AtFirst()
     ran = federate(settings(kind, **quick(name, **PARTIAL)), before=first.watch)
@@ -157,7 +164,11 @@ def test_fedit_does_not_ship_the_sum_of_its_updates(settings: Settings) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("fedex", "float32"), ("fedex", "bfloat16"), ("flora", "float32"), ("frlora", "float32")],
+    few(
+        [("fedex", "float32"), ("fedex", "bfloat16"), ("flora", "float32"), ("frlora", "float32")],
+        ("fedex", "float32"),
+        ("frlora", "float32"),
+    ),
 )
 def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
     settings: Settings, tmp_path: Path, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -196,7 +207,11 @@ def test_a_client_that_was_away_has_the_same_base_bits_as_one_that_was_not(
 
 @pytest.mark.parametrize(
     ("precision", "name"),
-    [*(("float32", n) for n in ("fedex", "fedsa", "fslora", "ravan")), ("bfloat16", "fedex")],
+    few(
+        [*(("float32", n) for n in ("fedex", "fedsa", "fslora", "ravan")), ("bfloat16", "fedex")],
+        ("float32", "fedex"),
+        ("bfloat16", "fedex"),
+    ),
     indirect=["precision"],
 )
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(

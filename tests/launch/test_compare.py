@@ -123,6 +123,7 @@ def test_a_set_that_would_make_two_variants_one_is_refused(
 # -- a whole grid ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_grid_with_a_cell_that_died_says_so_and_is_no_success(
     tmp_path: Path, settings: Settings
 ) -> None:

@@ -169,6 +169,7 @@ def test_its_commands_find_what_ships(place: Place) -> None:
     assert (told["run"]["name"], told["run"]["rounds"]) == ("quickstart", 3)
 
 
+@pytest.mark.slow
 def test_the_app_of_a_deployment_names_the_package_alone(place: Place) -> None:
     place.fedlora(
         "deploy", "init", "d", "--clients", "2", "--experiment", "label-skew", "--shared-data"

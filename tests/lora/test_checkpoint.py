@@ -205,7 +205,7 @@ while True:
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "state"
     chance = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},

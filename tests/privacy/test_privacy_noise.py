@@ -38,6 +38,12 @@ def test_noise_is_standard_normal() -> None:
     assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
 
 
+def test_no_draw_serves_two_gaussians() -> None:
+    z = fixed(7).gaussians(N)
+    assert len(z.unique()) == N
+    assert abs(float((z[: N // 2] * z[N // 2 :]).mean())) < 4 / math.sqrt(N / 2)
+
+
 def test_noise_has_tails_that_float32_lacks() -> None:
     """Box-Muller on 24-bit uniforms ends at 5.77; here the least uniform gives 8.57."""
     assert math.sqrt(-2 * math.log(2.0**-53)) > 8.5
@@ -228,6 +234,54 @@ def test_noise_is_fresh_each_step_round_and_restart(settings: Build, tmp_path) -
         found.append(torch.cat([x.flatten() for x in moved.values()]))
     assert float(torch.corrcoef(torch.stack(found[:2]))[0, 1].abs()) < 0.2
     assert torch.equal(found[2], found[3])
+
+
+@pytest.mark.usefixtures("_quick")
+def test_each_step_draws_its_own_sample_from_the_system_and_is_paid_for(
+    settings: Build, tmp_path
+) -> None:
+    """So that nobody who knows run.seed knows who was sampled, or dropout's masks."""
+    import fedlora.privacy.training as training
+
+    s = Setting(settings("bert", **PRIVATE))
+    samples: list[tuple[int, ...]] = []
+    drawn: list[float] = []
+    paid: list[int] = []
+
+    def seen(model, encoded, chosen, *_) -> float:
+        samples.append(tuple(chosen.tolist()))
+        drawn.append(float(torch.rand(())))
+        paid.append(len(ledger.read().charges))
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "private_step", seen)
+        for n in range(2):
+            ledger = Ledger(tmp_path / str(n), "d")
+            charged = fitted(s, tmp_path / str(n), **{"train.steps": 8})[2].read().charges
+            assert [c.spend for c in charged] == [Spend(8 / len(s.rows), 2.0, 8)]
+    assert paid == [1] * 16, "before the first step"
+    assert len(set(samples)) > 12
+    assert samples[:8] != samples[8:]
+    assert drawn[:8] != drawn[8:]
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("check", ["check_apart", "steady"])
+def test_nothing_is_trained_before_both_probes_passed(
+    settings: Build, tmp_path, check: str
+) -> None:
+    import fedlora.privacy.training as training
+
+    s = Setting(settings("bert", **PRIVATE))
+
+    def failing(*_: object) -> None:
+        raise PrivacyError("mixed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, check, failing)
+        with pytest.raises(PrivacyError, match="mixed"):
+            fitted(s, tmp_path)
 
 
 @pytest.mark.usefixtures("_quick")

@@ -30,7 +30,8 @@ On the server (the authority's key is not needed there):
 
     sh /opt/fedlora/server/superlink.sh
     sh /opt/fedlora/server/superexec.sh
-    sh /opt/fedlora/server/gate.sh         # or nginx with server/nginx.conf; open this port only
+    sh /opt/fedlora/server/gate.sh         # open this port only; or, in its place,
+    nginx -p /opt/fedlora/server -c nginx.conf
 
 From your machine, over `ssh -L {port}:127.0.0.1:{port} server`, since Control is on the
 server's loopback and nowhere else:

@@ -204,30 +204,37 @@ RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/wh
 
 
 def nginx(plan: Plan) -> str:
-    """The gate's job done by nginx."""
+    """The gate's job done by nginx: `nginx -p DIR -c nginx.conf`, DIR the server's directory."""
     tls, scheme, verify = "", "http", ""
     if plan.secure:
         tls = (
-            " ssl;\n    ssl_certificate     /opt/fedlora/server/server.pem;\n"
-            "    ssl_certificate_key /opt/fedlora/server/server.key;\n"
+            " ssl;\n    ssl_certificate     server.pem;\n"
+            "    ssl_certificate_key server.key;\n"
             "    ssl_protocols       TLSv1.2 TLSv1.3"
         )
         scheme = "https"
         verify = (
-            "      proxy_ssl_trusted_certificate /opt/fedlora/server/ca.crt;\n"
+            "      proxy_ssl_trusted_certificate ca.crt;\n"
             "      proxy_ssl_verify on;\n      proxy_ssl_name localhost;\n"
         )
     return f"""\
 # Nodes get /v1/fleet/* and nothing else. Control stays on the server's loopback: open-source
 # Flower has no user accounts, so whoever reaches Control can run code on the server.
+# Every name below is relative to this file's directory: nginx -p "$PWD" -c nginx.conf
+pid nginx.pid;
+error_log nginx.log;
 events {{}}
 http {{
-  access_log /var/log/nginx/fedlora.log;
+  access_log nginx-access.log;
+  client_body_temp_path nginx-body;
+  proxy_temp_path nginx-proxy;
   limit_req_zone $binary_remote_addr zone=fleet:10m rate=50r/s;
   server {{
     listen {plan.gate_port or 9443}{tls};
     client_max_body_size 64m;       # Flower sends objects in pieces of 5 MiB
     client_body_timeout 60s;
+    # A path is passed on as it came, so one that nginx would read otherwise is refused.
+    if ($request_uri ~ "^[^?]*(\\.\\.|%|//)") {{ return 403; }}
     location /v1/fleet/ {{
       limit_req zone=fleet burst=200;
       proxy_pass {scheme}://127.0.0.1:{plan.port};
@@ -235,6 +242,7 @@ http {{
       proxy_set_header Host $host;
       proxy_request_buffering off;
 {verify}    }}
+    location = /v1/fleet {{ return 403; }}
     location / {{ return 403; }}
   }}
 }}
