@@ -3,6 +3,8 @@
 # make docs    the documentation site, in site/
 # make check   what CI runs: format, lint, types, documentation, tests
 # make gpu     what an accelerator must show: a table, a verdict a row; TINY=1: on a pretend one
+# make mutants     plant slips in privacy and secure aggregation, which tests must see
+# make containers  the container files for real: an image, a server and two nodes, two rounds
 # make machines    make demo under each instruction set, precision, worker count and Python
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint check docs bench bench-dp gpu machines clean
+.PHONY: demo test test-slow lint check docs bench bench-dp gpu mutants containers machines clean
 
 demo: $(READY)
 	rm -rf runs/quickstart
@@ -47,6 +49,14 @@ bench-dp: $(READY)
 # Equality with the host, resume, memory, speed, quantised bases: docs/gpu.md. Goes on after a cut.
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu $(if $(TINY),--tiny)
+
+# Each slip in a copy of the sources, with the tests named for it; goes on after a cut.
+mutants: $(READY)
+	$(BIN)/python tests/support/mutants.py
+
+# As root, with buildah, podman, runc and debootstrap. make containers HOW="--base IMAGE"
+containers: $(READY)
+	$(BIN)/python tests/support/containers.py $(HOW)
 
 # One factor at a time; goes on after a cut. make machines HOW=--suite: the tests instead.
 machines: $(READY)

@@ -79,7 +79,11 @@ def write_model(kind: str, directory: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths of tiny "bert", "gpt2" and "llama" models and of "rows", a JSONL of 150 questions."""
-    root = tmp_path_factory.mktemp("tiny")
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def write_tiny(root: Path) -> dict[str, str]:
+    """What the fixture `tiny` gives, below this directory."""
     paths = {kind: str(write_model(kind, root / kind)) for kind in ("bert", "gpt2", "llama")}
     chance = random.Random(3)
     rows = []

@@ -13,6 +13,7 @@ from fedlora.errors import ProofError
 from fedlora.federation.server.proof import Proof
 from fedlora.strategies import STRATEGIES
 from tests.federation.test_certificate import each_its_own_base, uneven
+from tests.support.long import few
 from tests.support.tiny_federation import federate
 
 Settings = Callable[..., dict[str, object]]
@@ -29,6 +30,9 @@ SQUARE = {"lora.target-modules": "query"}
 """Where a transposed factor raises nothing."""
 
 
+ROWS = [what for what, (_, name, _) in LIVE.items() if name != "flexlora"]
+
+
 def planted(settings: Settings, what: str) -> dict[str, object]:
     plant, name, strategy = LIVE[what]
     changes: dict[str, object] = {"run.rounds": 5, "clients.per-round": 3, "lora.alpha": 6.0}
@@ -39,7 +43,7 @@ def planted(settings: Settings, what: str) -> dict[str, object]:
     return uneven(settings, name, **changes)
 
 
-@pytest.mark.parametrize("what", [w for w, (_, n, _) in LIVE.items() if n != "flexlora"])
+@pytest.mark.parametrize("what", few(ROWS, *ROWS[::4]))
 def test_the_certificate_alone_stops_the_run(
     settings: Settings, what: str, monkeypatch: Patch
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -152,12 +153,56 @@ def test_systemd_takes_the_units_without_a_word(plan: Plan) -> None:
         assert told.returncode == 0, f"its exposure is above 2.0 of 10:\n{told.stdout}"
 
 
-def test_compose_is_valid_and_keeps_control_inside(plan: Plan) -> None:
-    text = (plan.directory / "compose.yaml").read_text().split("\n", 1)[1]
-    services = json.loads(text)["services"]
-    assert services["superlink"].get("ports") is None
-    assert services["gate"]["network_mode"] == "service:superlink"
-    assert set(services) >= {"superlink", "superexec", "node-0", "node-2", "worker-2"}
+def composed(plan: Plan) -> dict[str, dict]:
+    text = (plan.directory / "compose.yaml").read_text()
+    return json.loads(text[text.index("{\n") :])["services"]
+
+
+def test_compose_keeps_control_inside_and_registers_the_nodes(plan: Plan) -> None:
+    services = composed(plan)
+    names = {"superlink", "superexec", "gate", "register", "operator", "node-0", "node-2"}
+    assert set(services) >= names | {"worker-2"}
+    for name in ("superexec", "gate", "register", "operator"):
+        assert services[name]["network_mode"] == "service:superlink"
+    assert not any("ports" in service for service in services.values())
+    assert services["register"]["command"][-1] == f"fedlora deploy register {plan.quoted}"
+    assert all(services[f"worker-{i}"]["network_mode"] == "none" for i in range(3))
+
+
+def test_a_container_reads_the_experiments_files_and_writes_its_own_part_alone(plan: Plan) -> None:
+    model = app_config(plan).model.path
+    for name, service in composed(plan).items():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["user"].split(":")[0] != "0"
+        writable = [v for v in service["volumes"] if not v.endswith(":ro")]
+        own = plan.directory
+        if name.startswith(("node-", "worker-")):
+            own = plan.node(int(name[-1]))
+        elif name not in ("register", "operator"):
+            own = plan.server
+        assert [v.partition(":")[2] for v in writable] == [str(own)]
+        assert (f"{model}:{model}:ro" in service["volumes"]) == (own != plan.directory)
+
+
+def test_no_name_of_the_container_files_is_anyones_to_register(plan: Plan) -> None:
+    """The image is this host's, and fedlora comes from a file beside the recipe."""
+    assert {service["image"] for service in composed(plan).values()} == {"localhost/fedlora"}
+    recipe = (plan.directory / "image" / "Dockerfile").read_text()
+    assert "COPY *.whl constraints.txt" in recipe
+    assert "pip install" in recipe
+    assert not re.search(r"pip install[^&]*\bfedlora\b", recipe.replace("/opt/fedlora", ""))
+    pinned = (plan.directory / "image" / "constraints.txt").read_text()
+    assert re.search(r"^flwr==", pinned, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="no docker-compose here")
+def test_docker_compose_takes_the_file(plan: Plan) -> None:
+    told = subprocess.run(
+        ["docker-compose", "-f", str(plan.directory / "compose.yaml"), "config", "-q"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
 
 
 # -- keys ---------------------------------------------------------------------------------------

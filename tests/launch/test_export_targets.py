@@ -18,6 +18,7 @@ from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.export import export_clients, export_run
 from fedlora.launch.export_targets import VLLM_RANKS
 from fedlora.lora.adapter import dense
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -175,7 +176,7 @@ def test_clients_of_one_model_are_not_exported_apart(settings: Settings, tmp_pat
         export_clients(ran.directory, tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("target", few(["vllm", "llama.cpp"], "llama.cpp"))
 @pytest.mark.parametrize(
     ("kind", "more", "why"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.integrations import liger
 
 from fedlora.config.reader import Config
 from fedlora.privacy.per_example import kept_apart
@@ -233,7 +234,7 @@ def test_liger_gets_the_base_and_leaves_the_loss_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[object, object]] = []
-    monkeypatch.setattr(loading, "apply_liger_kernel", lambda *args: given.append(args))
+    monkeypatch.setattr(liger, "apply_liger_kernel", lambda *args: given.append(args))
     model = Model(Config.read(settings("llama", **{"model.liger": True})))
     ((base, kernels),) = given
     assert base is model.peft.get_base_model()

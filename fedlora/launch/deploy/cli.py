@@ -100,6 +100,15 @@ def up(directory: Directory) -> None:
 
 
 @app.command()
+def register(directory: Directory) -> None:
+    """Make the nodes' keys known to a SuperLink that something else than `up` started."""
+    from fedlora.launch.deploy import host
+    from fedlora.launch.deploy.plan import Plan
+
+    host.register_all(Plan.load(directory), typer.echo)
+
+
+@app.command()
 def down(directory: Directory) -> None:
     """End what `up` started, and nothing else."""
     from fedlora.launch.deploy import host

@@ -19,6 +19,13 @@ TEXT = """\
 
 Results are in `server/runs/`. Change the experiment in `app/pyproject.toml` or with `--set`.
 
+## In containers on this host
+
+    pip wheel --no-deps -w image PATH-OF-A-CHECKOUT     # a wheel of fedlora beside the recipe
+    docker build -t localhost/fedlora --build-arg BASE=python:3.11-slim image
+    docker compose up -d
+    docker compose run --rm operator flwr run {directory}/app fedlora --stream
+
 ## On real machines
 
 Make the directory with the server's name or address: `fedlora deploy init DIR --clients 2 --host

@@ -60,6 +60,19 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         say(line)
 
 
+def register_all(plan: Plan, say: Say, timeout: float = 180.0) -> None:
+    """Wait for the SuperLink, and make every node's key known to it.
+
+    Raises:
+        DeployError: it did not answer in time, or refused one.
+    """
+    plan.run_directory.mkdir(mode=0o700, exist_ok=True)
+    _wait(lambda: healthy(plan), time.monotonic() + timeout, plan, "the SuperLink")
+    with Operator(plan) as operator:
+        register(plan, operator)
+    say(f"{plan.clients} nodes registered")
+
+
 def _supervise(plan: Plan) -> None:
     """Start the supervisor in a session of its own, for it outlives this process."""
     log = str(plan.run_directory / "supervisor.log")

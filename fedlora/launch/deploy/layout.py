@@ -12,7 +12,7 @@ import tomli_w
 
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
-from fedlora.launch.deploy import keys, policy_file, scripts
+from fedlora.launch.deploy import containers, keys, policy_file, scripts
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.guide import readme
 from fedlora.launch.deploy.plan import CONNECTION, LOOPBACK, Plan, free_ports
@@ -75,7 +75,7 @@ def init(wanted: Wanted) -> Plan:
     for i in range(plan.clients):
         _write_node(plan, i, config)
     _write_app(plan, config)
-    _write_around(plan)
+    _write_around(plan, config)
     plan.save()
     return plan
 
@@ -222,9 +222,8 @@ def _write_app(plan: Plan, config: Config) -> None:
     (plan.app / "pyproject.toml").write_text(tomli_w.dumps(tree))
 
 
-def _write_around(plan: Plan) -> None:
-    (plan.directory / "compose.yaml").write_text(scripts.compose(plan))
-    (plan.directory / "Dockerfile").write_text(scripts.DOCKERFILE)
+def _write_around(plan: Plan, config: Config) -> None:
+    containers.write(plan, config)
     (plan.directory / "README.md").write_text(readme(plan))
     (plan.directory / ".gitignore").write_text("*\n")
 

@@ -1,10 +1,8 @@
-"""The start script of every process, and the systemd, compose and nginx files around them.
+"""The start script of every process, and the systemd and nginx files around them.
 
 A script is the one place where a command stands: `up`, systemd and compose all run the scripts.
 Each stands in the directory that goes to its machine and names everything relative to it.
 """
-
-import json
 
 from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.server_record import PLACE
@@ -162,44 +160,6 @@ KillMode=control-group
 {own}
 [Install]
 WantedBy=multi-user.target
-"""
-
-
-def compose(plan: Plan) -> str:
-    """One host in containers: nodes reach the gate alone, which shares the SuperLink's loopback."""
-    services: dict[str, object] = {
-        "superlink": _service("server", "superlink.sh", networks=["fleet"]),
-        "superexec": _service("server", "superexec.sh", network_mode="service:superlink"),
-        "gate": _service("server", "gate.sh", network_mode="service:superlink"),
-    }
-    for i in range(plan.clients):
-        services[f"node-{i}"] = _service(
-            f"nodes/node-{i}",
-            "node.sh",
-            networks=["fleet"],
-            environment={"FEDLORA_SUPERLINK": f"superlink:{plan.gate_port or 9443}"},
-        )
-        if plan.warm:
-            services[f"worker-{i}"] = _service(f"nodes/node-{i}", "worker.sh", network_mode="none")
-    tree = {"services": services, "networks": {"fleet": {}}}
-    note = "# docker compose up -d; the Dockerfile installs fedlora. (JSON is YAML.)"
-    return f"{note}\n{json.dumps(tree, indent=2)}\n"
-
-
-def _service(directory: str, script: str, **more: object) -> dict[str, object]:
-    return {
-        "build": ".",
-        "restart": "always",
-        "volumes": [f"./{directory}:/deploy"],
-        "command": ["sh", f"/deploy/{script}"],
-        **more,
-    }
-
-
-DOCKERFILE = """\
-FROM python:3.11-slim
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \\
- && pip install --no-cache-dir fedlora
 """
 
 
