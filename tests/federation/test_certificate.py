@@ -727,6 +727,7 @@ def test_a_change_that_does_not_fit_costs_the_certificate_and_not_the_update(
     assert kstest(np.concatenate(changes) / 2.0**32, "uniform").pvalue > 1e-6
 
 
+@pytest.mark.slow
 def test_the_range_of_a_change_is_not_that_of_the_factors(settings: Settings) -> None:
     wide = {"secure.clipping-range": 1e6, "secure.modulus-bits": 64, "run.rounds": 1}
     for r in federate(uneven(settings, "ffa", **SECURE, **wide)).rounds[1:]:

@@ -240,7 +240,7 @@ def test_a_client_whose_kind_is_said_to_be_gone_signs_nothing(tmp_path: Path) ->
     """What it alone sends would stand in the sum as it is: even where the sum is of many."""
     members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32), 5, {0: 0, 1: 0, 2: 1, 3: 1, 4: 1})
     for m in members[0], members[2]:  # the victim, and one of the others
-        with pytest.raises(PrivacyError, match="all clients but one of its ranks are gone"):
+        with pytest.raises(PrivacyError, match="all but fewer than 2 clients of one kind are gone"):
             m.agree([0, 2, 3, 4], terms_of)
     assert members[1].agree([0, 1, 2, 3], terms_of)
     assert members[3].agree([2, 3, 4], terms_of)
@@ -389,7 +389,11 @@ def test_a_strategy_that_needs_single_updates_is_refused_before_anything_is_sent
 def test_a_client_alone_of_its_rank_is_refused_before_round_1(settings: Settings) -> None:
     with pytest.raises(StrategyError, match=r"client 4 is the only one of rank 5.*would be no sum"):
         federate(settings(**five(**{"clients.ranks": "2,2,2,2,5"})))
-    assert not list(only_of_their_ranks(make_clients([2, 5, 5, 2])))
+    two = make_clients([2, 5, 5, 2])
+    assert not list(only_of_their_ranks(two, 2))
+    (one, *_) = said = list(only_of_their_ranks(two, 3))  # with one that helps the server
+    assert "client 0 is one of 2 of rank 2" in one
+    assert len(said) == 4
 
 
 @pytest.mark.parametrize(
@@ -561,6 +565,18 @@ def test_a_rank_that_loses_all_but_one_client_leaves_that_one_out(settings: Sett
     assert got.last["failures"][1]["client"] == 3
     assert "the only one left of its ranks" in got.last["failures"][1]["reason"]
     check_close(got, in_the_clear(given, (3, 7)))
+
+
+@pytest.mark.slow
+def test_a_rank_that_loses_all_but_as_many_as_may_help_the_server_and_one_is_left_out(
+    settings: Settings,
+) -> None:
+    """With one that helps, a sum over two clients of a rank would be the other's."""
+    eight = {"clients.count": 8, "clients.ranks": "2,2,2,2,2,3,3,3", "secure.colluding": 1}
+    got = play(settings(**five(**eight)), app=Lossy("collect", (7,)))
+    assert got.last["accepted"] == [0, 1, 2, 3, 4]
+    assert [f["client"] for f in got.last["failures"]] == [7, 5, 6]
+    assert "it is one of 2 left of its ranks, and it takes 3" in got.last["failures"][1]["reason"]
 
 
 def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(

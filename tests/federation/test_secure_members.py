@@ -90,16 +90,19 @@ def test_a_server_that_puts_keys_of_its_own_in_anothers_place_is_refused(told: R
     def in_the_name_of_another(server: LyingServer) -> RoundKeys:
         return forged(server, 1, signing.new_identity())._replace(identity=server.keys[1].identity)
 
-    for change, says in (
-        (lambda s: forged(s, 1, signing.new_identity()), "client 1 shows another key than this"),
-        (in_the_name_of_another, "client 1 did not sign these keys"),
-        (lambda _: old.keys[1], "client 1 did not sign these keys, or was told of another"),
+    server = LyingServer(told)
+    server.setup()
+    honest = server.keys[1]
+    for asked, keys_, says in (
+        (0, forged(server, 1, signing.new_identity()), "client 1 shows another key than this"),
+        (2, in_the_name_of_another(server), "client 1 did not sign these keys"),
+        (3, old.keys[1], "client 1 did not sign these keys, or was told of another"),
     ):
-        server = LyingServer(told)
-        server.setup()
-        server.keys[1] = change(server)
+        server.keys[1] = keys_
         with pytest.raises(Refused, match=says):
-            server.answers("share", 0, **shown(server))
+            server.answers("share", asked, **shown(server))
+    server.keys[1] = honest
+    assert server.answers("share", 1, **shown(server))["boxes"]
 
 
 def test_without_a_list_the_same_server_is_believed(
@@ -118,30 +121,27 @@ def test_without_a_list_the_same_server_is_believed(
         path.write_text(whole)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda m: Members({i: k for i, k in m.listed.items() if i != 2}), "client 2 is no member"),
-        (lambda m: m.revoking(2), "client 2's key is revoked"),
-        (lambda m: Members(m.listed, frozenset([m.listed[2]])), "client 2's key is revoked"),
-        (
-            lambda m: Members({**m.listed, 2: signing.public_half(signing.new_identity())}),
-            "client 2 shows another key",
-        ),
-    ],
-)
+CHANGES: list[tuple[Callable[[Members], Members], str]] = [
+    (lambda m: Members({i: k for i, k in m.listed.items() if i != 2}), "client 2 is no member"),
+    (lambda m: m.revoking(2), "client 2's key is revoked"),
+    (lambda m: Members(m.listed, frozenset([m.listed[0]])), "client 0's key is revoked"),
+    (
+        lambda m: Members({**m.listed, 2: signing.public_half(signing.new_identity())}),
+        "client 2 shows another key",
+    ),
+]
+
+
 def test_unknown_and_revoked_members_are_refused_before_any_share(
-    told: Recorded,
-    lists: dict[int, Members],
-    change: Callable[[Members], Members],
-    says: str,
+    told: Recorded, lists: dict[int, Members]
 ) -> None:
+    """Each of four nodes after another change of its list; the third revoked client 0."""
     server = LyingServer(told)
     server.setup()
-    change(lists[0]).save(node(0, told.root) / "members.toml")
-    with pytest.raises(Refused, match=says):
-        server.answers("share", 0, **shown(server))
-    assert server.answers("share", 1, **shown(server))["boxes"]
+    for i, (change, says) in zip((0, 1, 2, 3), CHANGES, strict=True):
+        change(lists[i]).save(node(i, told.root) / "members.toml")
+        with pytest.raises(Refused, match=says):
+            server.answers("share", i, **shown(server))
 
 
 def test_a_member_that_is_revoked_within_the_round_opens_no_sum(

@@ -112,8 +112,8 @@ FINE = table_of([OWN], [["A"]], {0: 0, 1: 0, 2: 0})
     ("table", "says"),
     [
         (table_of([OWN], [["A"]], {3: 0, 1: 0, 2: 0}), "not of the clients that this one is among"),
-        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 1, 2: 1}), "would send alone"),
-        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 0, 2: 1}), "would send alone"),
+        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 1, 2: 1}), "fewer than 2 clients of"),
+        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 0, 2: 1}), "fewer than 2 clients of"),
         (table_of([OWN], [["A"]], {0: 4, 1: 4, 2: 4}), "no such kind"),
         (table_of([OWN], [["A"]], {0: 0, 1: 0, 2: -1}), "no such kind"),
         (table_of([OWN], [], {0: 0, 1: 0, 2: 0}), "no such kind"),
@@ -163,6 +163,21 @@ def test_what_a_member_can_derive_itself_is_not_taken_from_the_server(
     with pytest.raises(PrivacyError, match=says):
         told.check(0, NAME, terms_of(3))
     agreement_of(3, FINE).check(0, NAME, terms_of(3))
+
+
+@pytest.mark.parametrize(("run", "own", "fine"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_a_kind_is_of_so_many_that_two_are_left_beside_those_that_help(
+    run: int, own: int, fine: bool
+) -> None:
+    """What one kind alone sends is a sum over it: of two, one that helps gives the other away."""
+    terms = replace(Terms.of(Config.read({"data.path": "x"}), 8), colluding=run)
+    table = table_of([OWN, {}], [["A"], []], {i: int(i < 2) for i in range(8)})
+    told = Agreement(NAME, terms, table, dict.fromkeys(range(8), ALIKE))
+    if fine:
+        return told.check(0, NAME, terms, own + 2)
+    with pytest.raises(PrivacyError, match="fewer than 3 clients of one kind"):
+        told.check(0, NAME, terms, own + 2)
+    return None
 
 
 def test_clients_that_lack_other_things_may_be_sent_other_things() -> None:

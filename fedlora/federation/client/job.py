@@ -179,11 +179,12 @@ class ClientJob:
         job = self.job
         name = RoundName(job.config, job.token, job.round, job.incarnation)
         own, directory = self.policy.secure if self.policy else None, self.memory.own / "secure"
+        together = own.colluding + 2 if own else 0
         if own is None or not own.members:  # the server says whose each key is
-            return SecureClient(directory, job.client, name)
+            return SecureClient(directory, job.client, name, together=together)
         identity, members = private_key(Path(own.key)), Members.load(Path(own.members))
         members.check(job.client, public_half(identity))
-        return SecureClient(directory, job.client, name, identity, members)
+        return SecureClient(directory, job.client, name, identity, members, together)
 
     @contextmanager
     def local_round(self) -> Iterator[LocalRound]:

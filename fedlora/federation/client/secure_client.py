@@ -35,7 +35,6 @@ from fedlora.errors import PrivacyError
 from fedlora.federation.secure import masking, signing
 from fedlora.federation.secure.agreement import Agreement, RoundName
 from fedlora.federation.secure.masking import Words
-from fedlora.federation.secure.rules import TOGETHER
 from fedlora.federation.secure.signing import RoundKeys
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.messages import Shapes
@@ -60,16 +59,19 @@ class SecureClient:
         name: RoundName,
         identity: bytes | None = None,
         members: Members = TRUSTING,
+        together: int = 0,
     ) -> None:
         """`directory` is the client's own, of this run; `identity` the private key it signs with.
 
-        Without one it makes one, and keeps it in that directory.
+        Without one it makes one, and keeps it in that directory. together: how many clients of one
+        kind it demands, where that is more than the run's terms do.
         """
         self.directory = directory
         self.me = client
         self.name = name
         self.round, self.incarnation = name.round, name.incarnation
         self.members = members
+        self.together = together
         self._given = identity
 
     # -- the stages ---------------------------------------------------------------------------
@@ -81,7 +83,8 @@ class SecureClient:
             PrivacyError: what all are to agree on is not so, as far as this client can tell; or
                 this round was begun before.
         """
-        agreement.check(self.me, self.name, cohort_terms(len(agreement.table.kinds)))
+        terms = cohort_terms(len(agreement.table.kinds))
+        agreement.check(self.me, self.name, terms, self.together)
         self._begin()
         (sk1, pk1), (sk2, pk2) = masking.key_pair(), masking.key_pair()
         identity, text = self._identity(), self._keys_text(self.me, pk1, pk2, agreement)
@@ -171,10 +174,12 @@ class SecureClient:
                 f"least (secure.reconstruction-threshold = {terms.threshold}, secure.colluding = "
                 f"{terms.colluding}; of a sum of two, either knows the other's part)"
             )
-        if min(Counter(kinds[i] for i in alive).values()) < TOGETHER:
+        together = max(terms.together, self.together)
+        if min(Counter(kinds[i] for i in alive).values()) < together:
             raise PrivacyError.public(
-                "the server says that all clients but one of its ranks are gone: what only that "
-                "one sends would be no sum"
+                f"the server says that all but fewer than {together} clients of one kind are gone: "
+                "what only those send would be no sum, or one with clients that help the server "
+                "(secure.colluding)"
             )
         text = self._survivors_text(agreement, alive)
         self.leave("unmask", **s, survivors=sorted(alive))

@@ -9,8 +9,8 @@ masks of members who were told different things never cancel, and the sum stays 
 certificate's probes are drawn from the digest, too.
 
 Formal guarantee
-    Of a sum that comes out, every member in it saw one agreement, in which `TOGETHER` clients at
-    least send each tensor and train the same columns, and in which downloads of one form are one.
+    Of a sum that comes out, every member in it saw one agreement, in which `terms.together` clients
+    at least send each tensor and train the same columns, and downloads of one form are one.
     That so many of them are in the sum the members see where each is every other's neighbour
     (secure.num-shares = 0), and on a ring not. What a server may still do is to say of clients that
     are its own what it likes, to send kinds different models, or all of them a crafted one:
@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedlora.errors import PrivacyError
-from fedlora.federation.secure.rules import TOGETHER
 from fedlora.federation.secure.signing import HEAD
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Layout
@@ -70,16 +69,19 @@ class MemberTable:
             {int(i): int(kind) for i, kind in kinds},
         )
 
-    def check(self, me: int) -> None:
-        """Raises PrivacyError where the table is none, or a client in it would send alone."""
+    def check(self, me: int, together: int) -> None:
+        """Raises PrivacyError where it is no table, or fewer than `together` are of one kind."""
         if len(self.trains) != len(self.shapes) or not all(
             0 <= kind < len(self.shapes) for kind in self.kinds.values()
         ):
             raise PrivacyError.public("the table has no such kind as it says a client is of")
         if me not in self.kinds:
             raise PrivacyError.public("the table is not of the clients that this one is among")
-        if any(n < TOGETHER for n in Counter(self.kinds.values()).values()):
-            raise PrivacyError.public("the table has a client that would send alone")
+        if any(n < together for n in Counter(self.kinds.values()).values()):
+            raise PrivacyError.public(
+                f"the table has fewer than {together} clients of one kind: what only they send "
+                "would be no sum, or one with clients that help the server (secure.colluding)"
+            )
 
     def check_own(self, me: int, sends: Shapes, trains: Collection[str]) -> int:
         """This member's kind, where the table says of it what is so.
@@ -163,8 +165,10 @@ class Agreement:
         again = replace(self, name=replace(self.name, run="", incarnation=""))
         return f"certificate/{again.digest().hex()}"
 
-    def check(self, me: int, name: RoundName, terms: Terms) -> None:
+    def check(self, me: int, name: RoundName, terms: Terms, together: int = 0) -> None:
         """Nothing, where all that a member can derive itself is so.
+
+        together: how many of one kind the member demands, where that is more than the terms do.
 
         Raises:
             PrivacyError: it is not: the agreement is of another run or round, its terms are not
@@ -173,7 +177,7 @@ class Agreement:
         """
         if self.name != name:
             raise PrivacyError.public("what all are to agree on is of another run, round or config")
-        self.table.check(me)
+        self.table.check(me, max(terms.together, together))
         if self.terms != terms or terms.cohort != len(self.table.kinds):
             raise PrivacyError.public("the terms of the sum are not those of the run's config")
         if reason := terms.problem():

@@ -53,6 +53,11 @@ class Terms:
         return max(self.threshold, SMALLEST, self.colluding + 2)
 
     @property
+    def together(self) -> int:
+        """The fewest of one kind: what they alone send is a sum over them."""
+        return self.colluding + 2
+
+    @property
     def ring(self) -> bool:
         """Are a client's neighbours some of the cohort only? Then no stories are compared."""
         return self.shares < self.cohort

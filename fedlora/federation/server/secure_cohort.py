@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from fedlora.errors import StrategyError
 from fedlora.federation.secure.agreement import Agreement, RoundName, table_of, told_apart
-from fedlora.federation.secure.rules import TOGETHER, unsummable
+from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
 from fedlora.federation.secure.vector import Kind, kinds_of
 from fedlora.federation.server.exchange import Received
@@ -61,12 +61,12 @@ class SecureCohort:
         """
         base = base_number(setting, run.state)
         found = kinds_of(_sends(setting, session, run, c, base, round) for c in cohort)
+        together = setting.config.secure.colluding + 2
         for kind in found:
-            if len(kind.clients) < TOGETHER:
-                reason = "it is the only one of its ranks in this round: its update would be no sum"
-                refusal = Refusal(FailureKind.ONLY_OF_ITS_RANKS, reason)
-                received.refuse(kind.clients[0].id, round, refusal)
-        kinds = [kind for kind in found if len(kind.clients) >= TOGETHER]
+            for client in kind.clients if len(kind.clients) < together else ():
+                reason = alone(len(kind.clients), together, "in this round")
+                received.refuse(client.id, round, Refusal(FailureKind.ONLY_OF_ITS_RANKS, reason))
+        kinds = [kind for kind in found if len(kind.clients) >= together]
         ids = sorted(c.id for kind in kinds for c in kind.clients)
         terms = Terms.of(setting.config, len(ids))
         return cls(kinds, terms, neighbours(ids, terms.shares, round))
@@ -107,6 +107,16 @@ class SecureCohort:
         if reason := unsummable(setting.strategy, run.state, kinds, round):
             raise StrategyError(reason)
         session.summable.add(asked)
+
+
+def alone(there: int, together: int, when: str) -> str:
+    """Why a client is left out of a sum in which so few of its ranks would be."""
+    if there == 1:
+        return f"it is the only one {when} of its ranks: its update would be no sum"
+    return (
+        f"it is one of {there} {when} of its ranks, and it takes {together} (secure.colluding): "
+        "their sum would be no secret of clients that help the server"
+    )
 
 
 def _sends(

@@ -12,6 +12,7 @@ left; else the round ends with a RoundError, with nothing learned and the checkp
 all that were lost say that their budget is spent, it is BudgetSpent.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,14 +22,13 @@ from flwr.serverapp import Grid
 from fedlora.errors import FedLoraError, PrivacyError, RoundError, UpdateError
 from fedlora.federation.secure import masking, signing
 from fedlora.federation.secure.masking import Words
-from fedlora.federation.secure.rules import TOGETHER
 from fedlora.federation.secure.signing import RoundKeys
 from fedlora.federation.secure.vector import decode, fit
 from fedlora.federation.server import certification
 from fedlora.federation.server.exchange import Received, facts_of
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, told, too_few
-from fedlora.federation.server.secure_cohort import SecureCohort
+from fedlora.federation.server.secure_cohort import SecureCohort, alone
 from fedlora.federation.server.secure_stage import Stages, blobs
 from fedlora.federation.wire.certificate import WITHIN, without_changes, without_masked
 from fedlora.federation.wire.codes import FailureKind, Refusal
@@ -74,7 +74,7 @@ class SecureRound:
         self.kinds, self.kind_of, self.client = found.kinds, found.kind_of, found.client
         self.ids, self.terms, self.near = found.ids, found.terms, found.near
         if reason := self.terms.problem():
-            raise self._too_few(f"{len(self.ids)} clients are not alone of their ranks. {reason}")
+            raise self._too_few(f"{len(self.ids)} clients are enough of their ranks. {reason}")
         self.agreement = found.agreement(setting, session, run, round)
         self.told, self.layout = self.agreement.digest(), self.agreement.table.layout
         session.certifier.agreed[round.number] = self.agreement.probes
@@ -192,10 +192,11 @@ class SecureRound:
             return kind
 
         kinds = self.stages.ask("collect", asked, read, bare=False)
+        left = Counter(kinds.values())
         for i, kind in kinds.items():
-            if list(kinds.values()).count(kind) < TOGETHER:
-                del self.totals[kind]
-                reason = "it is the only one left of its ranks: its update would be no sum"
+            if left[kind] < self.terms.together:
+                self.totals.pop(kind, None)
+                reason = alone(left[kind], self.terms.together, "left")
                 self.stages.refuse(i, Refusal(FailureKind.ONLY_OF_ITS_RANKS, reason))
         summed = {i for i, kind in kinds.items() if kind in self.totals}
         self._enough("sent their masked update", summed, among=set(boxes))
