@@ -24,7 +24,7 @@ from fedlora.errors import ConfigError
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 KINDS = ("query", "train", "evaluate", "gradient", "collect", "secagg")
-"""Of messages; the four stages of a secure aggregation are one."""
+"""Of messages; the five stages of a secure aggregation are one."""
 ROWS = DataConfig()
 """How rows are read where nothing is said: as a run's own."""
 Clock = Annotated[str, Field(pattern=r"^(([01]\d|2[0-3]):[0-5]\d)?$")]
@@ -105,9 +105,13 @@ class SecurePolicy(Section):
     """Clients that a round asks."""
     threshold: Annotated[int, Field(ge=0)] = 0
     """The least secure.reconstruction-threshold: the fewest clients of a sum."""
-    colluding: Annotated[int, Field(ge=0)] = 0
-    """Clients that may help the server: so many neighbours' shares, on both sides of two stories,
-    unmask nothing, and a sum has two clients more."""
+    colluding: Annotated[int, Field(ge=0)] = 1
+    """Clients that may help the server; the larger of this and a run's secure.colluding holds."""
+    members: str = ""
+    """The file of the members' public keys, "members.toml"; empty: the server says whose each key
+    is."""
+    key: str = "member.key"
+    """What this node signs with, where it has a list of members."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "SecurePolicy":
@@ -241,6 +245,9 @@ class Policy(Section):
                 "directory": there(self.directory),
                 "data": self.data.model_copy(update={"path": there(self.data.path)}),
                 "privacy": self.privacy.model_copy(update={"ledger": there(self.privacy.ledger)}),
+                "secure": self.secure.model_copy(
+                    update={"members": there(self.secure.members), "key": there(self.secure.key)}
+                ),
                 "model": self.model.model_copy(update={"allowed": models}),
             }
         )

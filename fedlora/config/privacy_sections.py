@@ -60,7 +60,10 @@ class SecureConfig(Section):
     num_shares: Annotated[int, Field(ge=0)] = 0
     """Pieces of each client's secrets: odd, one for each neighbour and its own; 0: all clients."""
     reconstruction_threshold: Annotated[int, Field(ge=0)] = 0
-    """Pieces that put one together: the fewest clients of a sum; 0: more than half."""
+    """Pieces that put one together, and the fewest clients of a sum; 0: more than half of the
+    pieces and `colluding` together."""
+    colluding: Annotated[int, Field(ge=0)] = 1
+    """Clients that may help the server: takes 3 times as many clients a round, and one."""
     clipping_range: Annotated[float, Field(gt=0)] = 8.0
     """Values outside of +- this are an error of their client, which sends nothing."""
     max_weight: Annotated[int, Field(gt=0)] = 10_000

@@ -57,6 +57,7 @@ def client_app(code: Iterable[str] = (), rows: str = "") -> ClientApp:
         (made.train("secagg_setup"), "secagg_setup"),
         (made.train("secagg_share"), "secagg_share"),
         (made.train("secagg_collect"), "secagg_collect"),
+        (made.train("secagg_agree"), "secagg_agree"),
         (made.train("secagg_unmask"), "secagg_unmask"),
     ):
         registered(partial(answer, kind, allowed=allowed, rows=rows))

@@ -69,6 +69,91 @@ def refusals(policy: "Policy", config: "Config") -> list[str]:
 
 
 @app.command()
+def init(policy: NodeFile) -> None:
+    """Make this node's keys, here. Only their public halves are for others."""
+    from fedlora.errors import DeployError
+    from fedlora.launch.deploy import keys
+
+    place = policy.absolute().parent
+    if not place.is_dir():
+        raise DeployError(f"{place} is no directory: name the node.toml of this node")
+    made = keys.own_keys(place)
+    for name, whose in (
+        ("node", "the server's operator, who registers it: flwr supernode register"),
+        ("member", "the operators of the other nodes, not by way of the server: "
+                   "fedlora node members add"),
+    ):  # fmt: skip
+        state = "is new" if name in made else "was there"
+        typer.echo(f"{place / name}.pub {state}; it is for {whose}")
+    typer.echo(f"{place / 'node.key'} and {place / 'member.key'} stay on this machine")
+
+
+members = typer.Typer(help="Whose signatures this node believes in a sum.", no_args_is_help=True)
+app.add_typer(members, name="members")
+Number = Annotated[int, typer.Argument(help="The client's number.", min=0, show_default=False)]
+
+
+@members.callback()
+def believed() -> None:
+    """Whose signatures this node believes in a secure aggregation."""
+
+
+@members.command("add")
+def add_member(
+    policy: NodeFile,
+    client: Number,
+    public: Annotated[Path, typer.Argument(help="Its member.pub.", show_default=False)],
+) -> None:
+    """Put a client's public key on the list."""
+    from fedlora.config.members import Members, public_key
+    from fedlora.errors import ConfigError
+
+    path = _list(policy)
+    try:
+        key = public_key(public.read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError([f"{public}: {e}"], "Name the member.pub of a node.") from None
+    known = Members.load(path) if path.exists() else Members({})
+    known.adding(client, key).save(path)
+    typer.echo(f"{path}: client {client} is a member")
+
+
+@members.command("revoke")
+def revoke_member(policy: NodeFile, client: Number) -> None:
+    """Take a client's key off the list, and never believe it again."""
+    from fedlora.config.members import Members
+
+    path = _list(policy)
+    Members.load(path).revoking(client).save(path)
+    typer.echo(f"{path}: client {client} is no member any more, and its key is revoked")
+
+
+@members.command("list")
+def list_members(policy: NodeFile) -> None:
+    """The members and their public keys, and those that are revoked."""
+    from fedlora.config.members import Members, key_text
+
+    found = Members.load(_list(policy))
+    for i, key in sorted((found.listed or {}).items()):
+        typer.echo(f"{i}  {key_text(key)}")
+    for text in sorted(map(key_text, found.revoked)):
+        typer.echo(f"revoked  {text}")
+
+
+def _list(policy: Path) -> Path:
+    """Where a node's list of members is."""
+    from fedlora.config.policy import Policy
+    from fedlora.errors import ConfigError
+
+    if path := Policy.load(policy).secure.members:
+        return Path(path)
+    raise ConfigError(
+        ["secure.members: is not set, so the server says whose each key is"],
+        f'Set members = "members.toml" under [secure] of {policy}.',
+    )
+
+
+@app.command()
 def rotate(policy: NodeFile) -> None:
     """Make the node a new key, and say what the server's operator does with it."""
     from fedlora.launch.deploy import keys

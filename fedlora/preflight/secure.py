@@ -51,26 +51,17 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
 
 def _numbers(config: Config) -> Iterator[str]:
     s, n = config.secure, config.clients.per_round or config.clients.count
-    if n < SMALLEST:
-        yield (
-            f"secure.aggregation with {n} clients a round: must be {SMALLEST} at least, since of a "
-            "sum of two either knows the other's part; raise clients.count or clients.per-round"
-        )
-        return
-    if s.num_shares and (s.num_shares > n or s.num_shares < SMALLEST):
-        yield f"secure.num-shares = {s.num_shares}: must be {SMALLEST} to {n}, or 0 for all"
-    elif s.num_shares and s.num_shares < n and s.num_shares % 2 == 0:
-        yield (
-            f"secure.num-shares = {s.num_shares}: must be odd, one's own and as many on either "
-            f"side, unless it is all {n}"
-        )
+    if n >= SMALLEST and s.num_shares:
+        if s.num_shares > n or s.num_shares < SMALLEST:
+            yield f"secure.num-shares = {s.num_shares}: must be {SMALLEST} to {n}, or 0 for all"
+        elif s.num_shares < n and s.num_shares % 2 == 0:
+            yield (
+                f"secure.num-shares = {s.num_shares}: must be odd, one's own and as many on either "
+                f"side, unless it is all {n}"
+            )
     terms = Terms.of(config, n)
-    if not terms.shares < 2 * terms.threshold <= 2 * terms.shares:
-        yield (
-            f"secure.reconstruction-threshold = {terms.threshold}: must be more than half of the "
-            f"{terms.shares} shares, so that no two sets of clients can be told two stories, "
-            f"and at most {terms.shares}"
-        )
+    if reason := terms.problem():
+        yield f"secure.aggregation: {reason}"
     if n * terms.weight >= 2 ** (terms.bits - 1):
         yield (
             f"secure.max-weight = {terms.weight}: the sum over {n} clients does not fit into "

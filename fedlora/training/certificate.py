@@ -319,11 +319,12 @@ def public_scales(model: Model, names: Iterable[str]) -> dict[str, float]:
 
 
 def quantised(
-    model: Model, error: float, names: Iterable[str], scales: Mapping[str, float]
+    model: Model, error: float, own: float, names: Iterable[str], scales: Mapping[str, float]
 ) -> dict[str, float]:
-    """What a secure sum's quantisation explains, where it may move any number by `error`.
+    """What a secure sum's quantisation explains.
 
-    It moves those of the factors, s folded into B or R, and those of the certificate itself.
+    It moves any number of the factors, s folded into B or R, by `error` at most, and any of the
+    certificate's own, over its scale, by `own`.
     """
     live, held, found = model.live(), {*model.held()}, {}
     for name in names:
@@ -338,7 +339,7 @@ def quantised(
             m = name.partition("[")[0]
             size = model.shapes[m].k if m in model.shapes else live["other"][name].numel()
             spread = scales[name] * size**0.5
-        found[name] = SIGMAS * error * (scales[name] + spread)
+        found[name] = SIGMAS * (own * scales[name] + error * spread)
     return found
 
 

@@ -1,18 +1,24 @@
 """The certificate: what it measures is the model, and what the proof cannot see stops the run."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.errors import ProofError
-from fedlora.federation.client import handlers, job
+from fedlora.federation.client import handlers, job, witness
 from fedlora.federation.client.memory import ClientMemory
+from fedlora.federation.secure.vector import decode
+from fedlora.federation.server import certifier, secure_rounds
+from fedlora.federation.wire.certificate import is_change
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.lowrank import extend, wide
 from fedlora.strategies import STRATEGIES, fedex, fedsb, lora_a2, ravan
@@ -21,7 +27,16 @@ from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
 from fedlora.training import cache, certificate, devices
-from fedlora.training.certificate import K, Size, Witness, measure, round_gaps, signs, start_gaps
+from fedlora.training.certificate import (
+    K,
+    Size,
+    Witness,
+    measure,
+    measure_as,
+    round_gaps,
+    signs,
+    start_gaps,
+)
 from fedlora.training.model import expert
 from fedlora.training.model.model import Model
 from tests.support.long import few
@@ -699,11 +714,53 @@ def test_a_wrong_sum_stops_a_secure_run(settings: Settings, monkeypatch: Patch) 
         federate(uneven(settings, "ffa", **SECURE))
 
 
-def test_a_change_that_does_not_fit_the_sum_is_refused_by_name(
+def test_a_change_that_does_not_fit_costs_the_certificate_and_not_the_update(
     settings: Settings, monkeypatch: Patch
 ) -> None:
-    from fedlora.errors import RoundError
+    """Of one client of six: all updates count, and what the others measured is in none's reach."""
+    whole = federate(uneven(settings, "ffa", **SECURE, **{"run.rounds": 1, "run.name": "whole"}))
+    calls, scales, totals = [0], handlers.public_scales, list[Any]()
 
-    monkeypatch.setattr(handlers, "public_scales", lambda _, names: dict.fromkeys(names, 1e-4))
-    with pytest.raises(RoundError, match=r"certificate/.*secure.clipping-range"):
-        federate(uneven(settings, "ffa", **SECURE))
+    def once(model: Any, names: Any) -> dict[str, float]:
+        calls[0] += 1
+        return dict.fromkeys(names, 1e-9) if calls[0] == 2 else scales(model, names)
+
+    def decoded(total: Any, *args: Any) -> Any:
+        totals.append((total, args[1]))
+        return decode(total, *args)
+
+    monkeypatch.setattr(handlers, "public_scales", once)
+    monkeypatch.setattr(secure_rounds, "decode", decoded)
+    ran = federate(uneven(settings, "ffa", **SECURE, **{"run.rounds": 1}))
+    found = ran.rounds[1]["certificate"]
+    assert ran.rounds[1]["accepted"] == [0, 1, 2, 3, 4, 5]
+    assert ran.adapter == whole.adapter
+    assert "changes of 1 of 6 clients were out of range" in found["not_certified"][0]
+    assert found["layers"] == {}
+    (total, layout), *_ = totals
+    changes = [total[place] for key, _, place in layout.places() if is_change(key)]
+    assert kstest(np.concatenate(changes) / 2.0**32, "uniform").pvalue > 1e-6
+
+
+@pytest.mark.slow
+def test_the_range_of_a_change_is_not_that_of_the_factors(settings: Settings) -> None:
+    wide = {"secure.clipping-range": 1e6, "secure.modulus-bits": 64, "run.rounds": 1}
+    for r in federate(uneven(settings, "ffa", **SECURE, **wide)).rounds[1:]:
+        assert r["certificate"]["excess"] < 0.7
+        assert not r["certificate"]["not_certified"]
+
+
+def test_the_probes_of_a_sum_are_not_those_that_the_servers_seed_draws(
+    settings: Settings, monkeypatch: Patch
+) -> None:
+    keys: list[str] = []
+
+    def measured(model: Any, key: str, *args: Any) -> Any:
+        keys.append(key)
+        return measure_as(model, key, *args)
+
+    monkeypatch.setattr(witness, "measure_as", measured)
+    monkeypatch.setattr(certifier, "measure_as", measured)
+    federate(uneven(settings, "ffa", **SECURE, **{"run.rounds": 2}))
+    assert len({*keys}) == 2  # one a round, alike on the server and its clients
+    assert all(re.fullmatch(r"certificate/[0-9a-f]{64}", key) for key in keys)

@@ -212,6 +212,7 @@ SECURE = {
     "clients.count": 4,
     "clients.ranks": "2",
     "secure.aggregation": True,
+    "secure.colluding": 0,
     **PRIVATE,
 }
 

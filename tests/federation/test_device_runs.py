@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         **PRIVATE, "strategy.name": "ravan", "clients.ranks": "4", "lora.layers": "",
     },
     "client DP": {**PRIVATE, "privacy.level": "client"},
-    "secure aggregation": {**EQUAL, "secure.aggregation": True},
+    "secure aggregation": {**EQUAL, "secure.aggregation": True, "secure.colluding": 0},
     "prefix cache": {"lora.layers": "-1", "train.prefix-cache": 10},
     "bfloat16 autocast": {"train.precision": "bfloat16"},
     "prefix cache in bfloat16": {

@@ -252,7 +252,14 @@ def test_an_operator_demands_secure_aggregation_or_refuses_it(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("secure", "cohort", "run", "fine"),
     [
-        ({}, 3, {}, True),
+        ({}, 3, {}, False),  # one that helps takes four
+        ({}, 4, {}, True),
+        ({"colluding": 0}, 3, {"secure.colluding": 0}, True),
+        ({"colluding": 0}, 3, {}, False),  # the run's own is larger
+        ({"colluding": 2}, 6, {}, False),  # the node's own is
+        ({"colluding": 2}, 8, {}, False),  # t = 5 by the run's 1, and 2 t > 8 + 2
+        ({"colluding": 2}, 8, {"secure.colluding": 2}, True),
+        ({"colluding": 2}, 7, {"secure.colluding": 2}, True),
         ({"fewest": 10}, 9, {}, False),
         ({"fewest": 10}, 10, {}, True),
         ({"threshold": 7}, 10, {}, False),  # 6 of 10, more than half

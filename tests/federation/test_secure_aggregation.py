@@ -23,7 +23,6 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PrivacyError, RoundError, StrategyError, UpdateError
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure import masking
-from fedlora.federation.secure.agreement import MemberTable
 from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
 from fedlora.federation.secure.vector import Kind, Layout, decode, encode, folded, kinds_of
@@ -38,12 +37,13 @@ from fedlora.strategies.base import Client, Layer, Round
 from fedlora.training.data.batches import collate
 from tests.support.doc_tables import DOCS, table
 from tests.support.private_setting import Setting
+from tests.support.secure_members import agreement_of, begun, shared, terms_of, trio
 from tests.support.strategy_federation import EQUAL, EVEN, make_clients, make_start
 from tests.support.tiny_federation import Ran, federate, quick
 
 Settings = Callable[..., dict[str, object]]
-ON = {"secure.aggregation": True}
-STAGES = ("setup", "share", "collect", "unmask")
+ON = {"secure.aggregation": True, "secure.colluding": 0}
+STAGES = ("setup", "share", "collect", "agree", "unmask")
 
 # What the documentation says can be summed; the tests hold the code to it.
 SAID = [
@@ -202,25 +202,6 @@ def test_neighbours_are_mutual_and_as_many_as_there_are_shares(n: int, shares: i
 # -- one client's stages -----------------------------------------------------------------------
 
 
-def terms_of(cohort: int) -> Terms:
-    return Terms(cohort, cohort, cohort // 2 + 1, 32, 8.0, 100)
-
-
-def trio(
-    root: Path, vector: masking.Words, n: int = 3, kinds: Mapping[int, int] | None = None
-) -> tuple[list[SecureClient], list[Any]]:
-    """Members that have sent the same vector, and what each sent."""
-    table = MemberTable(({}, {}), ((), ()), kinds or dict.fromkeys(range(n), 0))
-    members = [SecureClient(root / str(i), i, 1, "start") for i in range(n)]
-    keys = {m.me: m.setup(terms_of(n)) for m in members}
-    boxes = {m.me: m.share(keys, terms_of) for m in members}
-    masked = [
-        m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of).masked(vector, table)
-        for m in members
-    ]
-    return members, masked
-
-
 def test_what_one_client_sends_is_uniform_and_says_nothing_of_its_update(tmp_path: Path) -> None:
     """Of all-zero updates and of large ones, the same: independent of what was masked."""
     small, large = np.zeros(20_000, dtype=np.uint32), np.full(20_000, 2**27, dtype=np.uint32)
@@ -233,72 +214,83 @@ def test_what_one_client_sends_is_uniform_and_says_nothing_of_its_update(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("active", "dead", "reason"),
+    ("survivors", "reason"),
     [
-        ([0, 1, 2], [2], "both secrets of client 2"),
-        ([0, 1], [], "not those of this client's shares"),
-        ([1, 2], [0], "not those of this client's shares"),  # it is not dead itself
-        ([0, 1, 2, 3], [], "not those of this client's shares"),
-        ([0], [1, 2], "a sum over 1 of this client's neighbours"),
+        ([1, 2], "not those of this client's sum"),  # it is in it itself
+        ([0, 1, 2, 3], "not those of this client's sum"),
+        ([0, 1, 2, 2], "not those of this client's sum"),
+        ([0, 1], "a sum over 2 of this client's neighbours: must be 3"),
+        ([0], "a sum over 1 of this client's neighbours"),
     ],
 )
-def test_shares_that_would_unmask_a_client_are_not_given_then_or_later(
-    tmp_path: Path, active: list[int], dead: list[int], reason: str
+def test_survivors_that_would_unmask_a_client_are_not_signed_then_or_later(
+    tmp_path: Path, survivors: list[int], reason: str
 ) -> None:
     members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32))
     with pytest.raises(PrivacyError, match=re.escape(reason)):
-        members[0].unmask(active, dead, terms_of)
+        members[0].agree(survivors, terms_of)
+    with pytest.raises(PrivacyError, match="not at stage 'agree'"):
+        members[0].agree([0, 1, 2], terms_of)
     with pytest.raises(PrivacyError, match="not at stage 'unmask'"):
-        members[0].unmask([0, 1, 2], [], terms_of)
-    assert members[1].unmask([0, 1, 2], [], terms_of).keys() == {0, 1, 2}
+        members[0].unmask({}, terms_of)
+    assert members[1].agree([0, 1, 2], terms_of)
 
 
-def test_a_client_whose_kind_is_said_to_be_gone_gives_no_shares(tmp_path: Path) -> None:
+def test_a_client_whose_kind_is_said_to_be_gone_signs_nothing(tmp_path: Path) -> None:
     """What it alone sends would stand in the sum as it is: even where the sum is of many."""
     members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32), 5, {0: 0, 1: 0, 2: 1, 3: 1, 4: 1})
     for m in members[0], members[2]:  # the victim, and one of the others
-        with pytest.raises(PrivacyError, match="all clients but one of its ranks are gone"):
-            m.unmask([0, 2, 3, 4], [1], terms_of)
-    assert members[1].unmask([0, 1, 2, 3], [4], terms_of).keys() == {0, 1, 2, 3, 4}
-    assert members[3].unmask([2, 3, 4], [0, 1], terms_of).keys() == {0, 1, 2, 3, 4}
+        with pytest.raises(PrivacyError, match="all but fewer than 2 clients of one kind are gone"):
+            m.agree([0, 2, 3, 4], terms_of)
+    assert members[1].agree([0, 1, 2, 3], terms_of)
+    assert members[3].agree([2, 3, 4], terms_of)
 
 
-def test_no_secret_of_a_client_comes_out_of_both_kinds_of_its_shares(tmp_path: Path) -> None:
-    """Told that 2 is there, or that it is gone, a member gives one kind; the other, never."""
-    members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32))
-    members[0].unmask([0, 1, 2], [], terms_of)
-    with pytest.raises(PrivacyError, match="not at stage"):
-        members[0].unmask([0, 1], [2], terms_of)
-    with pytest.raises(PrivacyError, match="a sum over 2 of this client's neighbours: must be 3"):
-        members[1].unmask([0, 1], [2], terms_of)
-    threshold, shares = terms_of(3).threshold, terms_of(3).shares
-    assert 2 * threshold > shares  # so one kind alone can be put together
+def test_a_member_gives_one_kind_of_share_of_each_and_only_where_enough_signed_the_same(
+    tmp_path: Path,
+) -> None:
+    """Those of another story do not count, nor one that is not a signature at all."""
+    members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32), 5)
+    four, all_ = [0, 1, 2, 3], [0, 1, 2, 3, 4]
+    signed = {m.me: m.agree(four if m.me < 3 else all_, terms_of) for m in members[:4]}
+    with pytest.raises(PrivacyError, match=r"1 members signed .* must be 3"):
+        members[3].unmask(signed, terms_of)
+    with pytest.raises(PrivacyError, match="not at stage 'unmask'"):
+        members[3].unmask(signed, terms_of)
+    with pytest.raises(PrivacyError, match="2 members signed"):
+        members[0].unmask({0: signed[0], 1: signed[1], 2: bytes(64), 3: signed[3]}, terms_of)
+    assert members[1].unmask(signed, terms_of).keys() == {0, 1, 2, 3, 4}
+    assert 2 * terms_of(5).threshold > 5  # so one kind alone can be put together
 
 
 def test_keys_that_are_not_ones_own_or_are_twice_there_are_refused(tmp_path: Path) -> None:
-    def fresh(name: str) -> tuple[SecureClient, dict[int, tuple[bytes, bytes]]]:
-        members = [SecureClient(tmp_path / name / str(i), i, 1, "start") for i in range(3)]
-        return members[0], {m.me: m.setup(terms_of(3)) for m in members}
+    def fresh(name: str) -> tuple[SecureClient, dict[int, Any]]:
+        members, keys = begun(tmp_path / name, [agreement_of(3)] * 3)
+        return members[0], keys
 
     me, keys = fresh("own")
+    other = keys[0]._replace(boxes=masking.key_pair()[1])
     with pytest.raises(PrivacyError, match="other keys than its own"):
-        me.share({**keys, 0: (keys[0][0], masking.key_pair()[1])}, terms_of)
+        me.share({**keys, 0: other}, terms_of)
     me, keys = fresh("twice")
     with pytest.raises(PrivacyError, match="two public keys are the same"):
         me.share({**keys, 2: keys[1]}, terms_of)
     me, keys = fresh("few")
     with pytest.raises(PrivacyError, match="1 neighbours: must be 2 to 3"):
         me.share({0: keys[0]}, terms_of)
-    with pytest.raises(PrivacyError, match="a sum over 2 clients"):
-        SecureClient(tmp_path / "two", 0, 1, "start").setup(terms_of(2))
+    me, keys = fresh("stranger")
+    with pytest.raises(PrivacyError, match="not in the table"):
+        me.share({0: keys[0], 1: keys[1], 7: keys[2]}, terms_of)
+    me, keys = fresh("forged")
+    with pytest.raises(PrivacyError, match="client 1 did not sign these keys"):
+        me.share({**keys, 1: keys[1]._replace(masks=masking.key_pair()[1])}, terms_of)
 
 
 def test_shares_that_were_changed_on_the_way_are_found(tmp_path: Path) -> None:
-    members = [SecureClient(tmp_path / str(i), i, 1, "start") for i in range(3)]
-    keys = {m.me: m.setup(terms_of(3)) for m in members}
-    boxes = {m.me: m.share(keys, terms_of) for m in members}
+    members, keys = begun(tmp_path, [agreement_of(3)] * 3)
+    came = shared(members, keys)
     with pytest.raises(PrivacyError, match="do not decrypt"):
-        members[0].open({1: boxes[1][0], 2: boxes[1][0]}, terms_of)  # 1's in place of 2's
+        members[0].open({1: came[0][1], 2: came[0][1]}, terms_of)  # 1's in place of 2's
     assert not list((tmp_path / "0").glob("round-*"))
 
 
@@ -306,10 +298,12 @@ def test_secrets_are_readable_by_their_owner_alone_and_gone_after_the_round(
     tmp_path: Path,
 ) -> None:
     members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32))
+    signed = {m.me: m.agree([0, 1, 2], terms_of) for m in members}
     (left,) = (tmp_path / "0").glob("round-*")
     assert stat.S_IMODE(left.stat().st_mode) == 0o600
-    members[0].unmask([0, 1, 2], [], terms_of)
-    assert [p.name for p in (tmp_path / "0").iterdir()] == ["begun.json"]
+    assert stat.S_IMODE((tmp_path / "0" / "identity.key").stat().st_mode) == 0o600
+    members[0].unmask(signed, terms_of)
+    assert {p.name for p in (tmp_path / "0").iterdir()} == {"begun.json", "identity.key"}
 
 
 # -- gradient inversion ------------------------------------------------------------------------
@@ -395,7 +389,11 @@ def test_a_strategy_that_needs_single_updates_is_refused_before_anything_is_sent
 def test_a_client_alone_of_its_rank_is_refused_before_round_1(settings: Settings) -> None:
     with pytest.raises(StrategyError, match=r"client 4 is the only one of rank 5.*would be no sum"):
         federate(settings(**five(**{"clients.ranks": "2,2,2,2,5"})))
-    assert not list(only_of_their_ranks(make_clients([2, 5, 5, 2])))
+    two = make_clients([2, 5, 5, 2])
+    assert not list(only_of_their_ranks(two, 2))
+    (one, *_) = said = list(only_of_their_ranks(two, 3))  # with one that helps the server
+    assert "client 0 is one of 2 of rank 2" in one
+    assert len(said) == 4
 
 
 @pytest.mark.parametrize(
@@ -404,8 +402,10 @@ def test_a_client_alone_of_its_rank_is_refused_before_round_1(settings: Settings
         ({"clients.count": 2}, "must be 3 at least"),
         ({"secure.num-shares": 9}, "must be 3 to 5"),
         ({"secure.num-shares": 4}, "must be odd"),
-        ({"secure.reconstruction-threshold": 6}, "at most 5"),
-        ({"secure.reconstruction-threshold": 2}, "more than half of the 5 shares"),
+        ({"secure.reconstruction-threshold": 6}, "must be 3 to 5 of 5 clients"),
+        ({"secure.reconstruction-threshold": 2}, "more than half of both"),
+        ({"secure.colluding": 1, "clients.count": 3}, "takes 4 clients at least"),
+        ({"secure.colluding": 2}, "set it to 1; 0 is for clients that never help the server"),
         ({"secure.max-weight": 10**9}, "does not fit"),
         ({"robust.method": "median"}, "judges single updates"),
         ({"round.max-norm": 1.0}, "the norm of one"),
@@ -521,7 +521,7 @@ def test_the_sum_without_those_that_were_lost_is_right_at_every_stage(
 ) -> None:
     given = settings(**five())
     got = play(given, app=Lossy(stage, (1, 3), after))
-    in_the_sum = stage == "unmask"  # its update was there already
+    in_the_sum = stage in ("agree", "unmask")  # its update was there already
     want = in_the_clear(given, () if in_the_sum else (1, 3))
     check_close(got, want)
     assert got.last["accepted"] == want.last["accepted"]
@@ -532,7 +532,7 @@ def test_the_sum_without_those_that_were_lost_is_right_at_every_stage(
 TOO_FEW = r"2 clients .*it takes 3 .*the node went away.*resume"
 
 
-@pytest.mark.parametrize("stage", ["setup", "share", "unmask"])
+@pytest.mark.parametrize("stage", ["setup", "share", "agree", "unmask"])
 def test_too_few_at_any_stage_are_an_error(settings: Settings, stage: str) -> None:
     with pytest.raises(RoundError, match=TOO_FEW):
         federate(settings(**five()), app=Lossy(stage, (0, 1, 3)))
@@ -565,6 +565,18 @@ def test_a_rank_that_loses_all_but_one_client_leaves_that_one_out(settings: Sett
     assert got.last["failures"][1]["client"] == 3
     assert "the only one left of its ranks" in got.last["failures"][1]["reason"]
     check_close(got, in_the_clear(given, (3, 7)))
+
+
+@pytest.mark.slow
+def test_a_rank_that_loses_all_but_as_many_as_may_help_the_server_and_one_is_left_out(
+    settings: Settings,
+) -> None:
+    """With one that helps, a sum over two clients of a rank would be the other's."""
+    eight = {"clients.count": 8, "clients.ranks": "2,2,2,2,2,3,3,3", "secure.colluding": 1}
+    got = play(settings(**five(**eight)), app=Lossy("collect", (7,)))
+    assert got.last["accepted"] == [0, 1, 2, 3, 4]
+    assert [f["client"] for f in got.last["failures"]] == [7, 5, 6]
+    assert "it is one of 2 left of its ranks, and it takes 3" in got.last["failures"][1]["reason"]
 
 
 def test_a_client_out_of_range_drops_out_with_the_reason_and_the_sum_is_right(
@@ -603,6 +615,8 @@ def spoiled(stage: str, content: RecordDict) -> None:
             array = content.array_records["masked"]["vector"]
             short = replace(array, data=array.data[4:])
             content.array_records["masked"]["vector"] = short
+        case "agree":
+            said["signature"] = bytes(64)
         case "unmask":
             said["clients"] = [*said["clients"][1:], 99]
 
@@ -625,7 +639,7 @@ def test_a_reply_that_is_not_as_it_must_be_costs_its_client_alone(
     got = play(given, app=app)
     (failure,) = got.last["failures"]
     assert (failure["client"], failure["reason"].split(":")[0]) == (2, stage)
-    check_close(got, in_the_clear(given, () if stage == "unmask" else (2,)))
+    check_close(got, in_the_clear(given, () if stage in ("agree", "unmask") else (2,)))
 
 
 def test_a_client_that_lost_its_secrets_between_two_stages_is_a_drop_out(
@@ -667,7 +681,7 @@ def test_a_message_that_comes_again_or_of_another_round_is_refused_at_every_stag
 
     got = play(settings(**five()), app=app)
     assert not got.last["failures"]
-    assert len(asked) == 4 * 5
+    assert len(asked) == 5 * 5
 
 
 def test_nothing_of_one_client_leaves_in_the_clear(settings: Settings) -> None:
@@ -729,6 +743,10 @@ def test_doctor_says_that_it_is_on_and_what_it_costs(settings: Settings) -> None
     got = play(settings(**five()))
     up = {facts["bytes_up"] for facts in got.last["clients"].values()}
     assert all(4 * numbers < n < 4 * numbers + 8000 for n in up)
+    assert not any("a ring" in f.what for f in found)
+    assert any("the server may have 0 clients that help it" in f.what for f in found)
+    ring, _ = examined(Config.read(settings(**five(**{"secure.num-shares": 3}))))
+    assert any("a ring (secure.num-shares) holds against an honest" in f.what for f in ring)
     refused, _ = examined(Config.read(settings(**five("fedex"))))
     assert any(f.level == "problem" and "sums only" in f.what for f in refused)
 
@@ -768,7 +786,7 @@ def test_a_deployment_ends_in_the_bytes_of_local_grid(settings: Settings, tmp_pa
         assert status == "finished:completed"
         assert all(r["secure"]["summed"] == 3 for r in rounds(results)[1:])
         assert adapter(results) == adapter(simulated(plan, tmp_path))
-        left = [p for p in (tmp_path / "dep").rglob("secure/*") if p.name != "begun.json"]
+        left = list((tmp_path / "dep").rglob("secure/round-*"))
         assert not left
     finally:
         host.down(plan, print)

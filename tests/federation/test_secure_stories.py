@@ -1,9 +1,8 @@
 """A server that tells members of a sum different stories gets noise, or no reply."""
 
-import contextlib
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,65 @@ from flwr.app import ConfigRecord, Context, Message
 from scipy import stats
 
 from client_app.app import app as client_app
-from fedlora.errors import PrivacyError, ProofError, RoundError
+from fedlora.config.reader import Config
+from fedlora.errors import PrivacyError, RoundError, StrategyError
 from fedlora.federation.client.secure_client import SecureClient
-from fedlora.federation.secure import masking
-from fedlora.federation.secure.agreement import MemberTable, same_shapes, table_of
+from fedlora.federation.secure import masking, signing
+from fedlora.federation.secure.agreement import Agreement, MemberTable, same_shapes, table_of
+from fedlora.federation.secure.signing import PROTOCOL, RoundKeys, keys_text, survivors_text
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import encode, folded
 from fedlora.lora.adapter import Factors
+from fedlora.strategies.ffa import FFA
+from tests.conftest import tiny_settings
 from tests.federation.test_secure_aggregation import five, play
+from tests.support.lying_server import LyingServer, Recorded, Refused
+from tests.support.secure_members import ALIKE, NAME, agreement_of, begun, terms_of
 
 Settings = Callable[..., dict[str, object]]
 Change = Callable[[int, list[Any]], list[Any]]
 
 
-def terms_of(cohort: int) -> Terms:
-    return Terms(cohort, cohort, cohort // 2 + 1, 32, 8.0, 100)
-
-
 def unmasked_sum(root: Path, tables: list[MemberTable], sent: list[Factors]) -> masking.Words:
-    """What a server has after all four stages, each member having been told its own table."""
+    """What a server has after all stages, each member having been told its own table.
+
+    Each is shown its neighbours' keys as if they had signed what it was told itself.
+    """
     n = len(tables)
-    members = [SecureClient(root / str(i), i, 1, "start") for i in range(n)]
-    keys = {m.me: m.setup(terms_of(n)) for m in members}
-    boxes = {m.me: m.share(keys, terms_of) for m in members}
-    total, shares = None, dict[int, list[bytes]]()
-    for m, table, x in zip(members, tables, sent, strict=True):
+    told = [agreement_of(n, table) for table in tables]
+    members, keys = begun(root, told)
+    total, shares, boxes = None, dict[int, list[bytes]](), dict[int, Any]()
+    for m, agreement in zip(members, told, strict=True):
+        boxes[m.me] = m.share(
+            {i: k if i == m.me else signed(root, i, k, agreement) for i, k in keys.items()},
+            terms_of,
+        )
+    for m, x in zip(members, sent, strict=True):
         masker = m.open({j: boxes[j][m.me] for j in boxes if j != m.me}, terms_of)
-        kind = masker.kind(table, same_shapes(folded(x)), ["A"])
-        masked = masker.masked(encode(x, 10, 0.0, kind, table.layout, masker.terms), table)
+        kind = masker.kind(same_shapes(folded(x)), ["A"])
+        layout, terms = masker.agreement.table.layout, masker.agreement.terms
+        masked = masker.masked(encode(x, 10, 0.0, kind, layout, terms))
         total = masked if total is None else total + masked
     assert total is not None
-    for m in members:
-        for i, share in m.unmask(range(n), [], terms_of).items():
+    for m, agreement in zip(members, told, strict=True):
+        m.agree(range(n), terms_of)
+        text = survivors_text("run", "start", 1, agreement.digest(), range(n))
+        others = {i: signing.sign(identity(root, i), text) for i in range(n)}
+        for i, share in m.unmask(others, terms_of).items():
             shares.setdefault(i, []).append(share)
     for pieces in shares.values():
         total = total - masking.mask(masking.joined(pieces), len(total), 32)
     return np.asarray(total)
+
+
+def identity(root: Path, i: int) -> bytes:
+    return (root / str(i) / "identity.key").read_bytes()
+
+
+def signed(root: Path, i: int, keys: RoundKeys, agreement: Agreement) -> RoundKeys:
+    """Another member's keys, signed as if it had been told this."""
+    text = keys_text("run", "start", 1, i, keys.masks, keys.boxes, agreement.digest())
+    return keys._replace(signature=signing.sign(identity(root, i), text))
 
 
 SENT = [Factors({"m": 1.0}, {"m": torch.full((2, 40), 0.1 * (i + 1))}) for i in range(3)]
@@ -65,7 +87,9 @@ def placed(i: int) -> MemberTable:
 
 
 def test_a_place_of_its_own_for_each_client_gives_the_server_noise(tmp_path: Path) -> None:
-    """Each update would lie alone in the sum; with one table for all the sum comes out."""
+    """Even of clients whose keys all sign what each is told: the masks are of the table's digest.
+
+    Each update would lie alone in the sum; with one table for all the sum comes out."""
     same = unmasked_sum(tmp_path / "same", [placed(0)] * 3, SENT)
     (place,) = (p for key, _, p in placed(0).layout.places() if key == ("A", "m"))
     mean = same[place].view("<i4") / terms_of(3).unit / 30
@@ -75,48 +99,156 @@ def test_a_place_of_its_own_for_each_client_gives_the_server_noise(tmp_path: Pat
     assert stats.kstest(told / 2.0**32, "uniform").pvalue > 1e-6
 
 
+def test_members_who_were_told_other_tables_refuse_each_others_keys(tmp_path: Path) -> None:
+    members, keys = begun(tmp_path, [agreement_of(3, placed(i)) for i in range(3)])
+    with pytest.raises(PrivacyError, match="client 1 did not sign these keys, or was told of an"):
+        members[0].share(keys, terms_of)
+
+
+FINE = table_of([OWN], [["A"]], {0: 0, 1: 0, 2: 0})
+
+
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        (table_of([OWN], [["A"]], {0: 0, 1: 0}), "not of the clients that this one was shown"),
-        (table_of([OWN], [["A"]], {0: 0, 1: 0, 5: 0}), "not of the clients that this one was"),
-        (table_of([OWN, {}], [["A"], ["A"]], {0: 1, 1: 0, 2: 0}), "sends or trains something"),
-        (table_of([{("A", "m"): (3, 40)}], [["A"]], {0: 0, 1: 0, 2: 0}), "sends or trains"),
-        (table_of([OWN], [["A", "B"]], {0: 0, 1: 0, 2: 0}), "sends or trains something else"),
-        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 1, 2: 1}), "would send alone"),
-        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 0, 2: 1}), "would send alone"),
+        (table_of([OWN], [["A"]], {3: 0, 1: 0, 2: 0}), "not of the clients that this one is among"),
+        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 1, 2: 1}), "fewer than 2 clients of"),
+        (table_of([OWN, {}], [["A"], []], {0: 0, 1: 0, 2: 1}), "fewer than 2 clients of"),
         (table_of([OWN], [["A"]], {0: 4, 1: 4, 2: 4}), "no such kind"),
+        (table_of([OWN], [["A"]], {0: 0, 1: 0, 2: -1}), "no such kind"),
         (table_of([OWN], [], {0: 0, 1: 0, 2: 0}), "no such kind"),
+        (table_of([OWN], [["A"]], {0: 0, 1: 0, 2: 0, 3: 0}), "terms of the sum are not those"),
     ],
 )
 def test_a_table_that_a_member_can_see_is_wrong_is_refused(table: MemberTable, says: str) -> None:
+    told = replace(agreement_of(3, FINE), table=table)
     with pytest.raises(PrivacyError, match=says):
-        table.check(0, OWN, {"A"}, [0, 1, 2], 3)
+        told.check(0, NAME, terms_of(3))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[[],[]]", "[1,2,3]", "[[[1]],[],[]]", '{"a":1}'])
-def test_a_table_that_does_not_read_is_an_error_of_its_own(text: str) -> None:
+@pytest.mark.parametrize(
+    "table",
+    [
+        table_of([OWN, {}], [["A"], ["A"]], {0: 1, 1: 0, 2: 0}),
+        table_of([{("A", "m"): (3, 40)}], [["A"]], {0: 0, 1: 0, 2: 0}),
+        table_of([OWN], [["A", "B"]], {0: 0, 1: 0, 2: 0}),
+    ],
+)
+def test_a_table_that_is_not_so_of_oneself_is_refused(table: MemberTable) -> None:
+    with pytest.raises(PrivacyError, match="says that this client sends or trains something else"):
+        table.check_own(0, OWN, {"A"})
+
+
+OTHER = (("form", "another"), ("form", "content"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": replace(NAME, run="other")}, "of another run, round or config"),
+        ({"name": replace(NAME, config="other")}, "of another run, round or config"),
+        ({"name": replace(NAME, round=2)}, "of another run, round or config"),
+        ({"name": replace(NAME, incarnation="other")}, "of another run, round or config"),
+        ({"terms": replace(terms_of(3), threshold=3)}, "terms of the sum are not those"),
+        ({"terms": replace(terms_of(3), weight=7)}, "terms of the sum are not those"),
+        ({"terms": replace(terms_of(3), range=1e6)}, "terms of the sum are not those"),
+        ({"sent": {0: ALIKE, 1: ALIKE}}, "does not say what each client is sent"),
+        ({"sent": {0: ALIKE, 1: OTHER, 2: ALIKE}}, "clients 0 and 1 are sent different models"),
+    ],
+)
+def test_what_a_member_can_derive_itself_is_not_taken_from_the_server(
+    change: dict[str, Any], says: str
+) -> None:
+    told = replace(agreement_of(3, FINE), **change)
+    with pytest.raises(PrivacyError, match=says):
+        told.check(0, NAME, terms_of(3))
+    agreement_of(3, FINE).check(0, NAME, terms_of(3))
+
+
+@pytest.mark.parametrize(("run", "own", "fine"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_a_kind_is_of_so_many_that_two_are_left_beside_those_that_help(
+    run: int, own: int, fine: bool
+) -> None:
+    """What one kind alone sends is a sum over it: of two, one that helps gives the other away."""
+    terms = replace(Terms.of(Config.read({"data.path": "x"}), 8), colluding=run)
+    table = table_of([OWN, {}], [["A"], []], {i: int(i < 2) for i in range(8)})
+    told = Agreement(NAME, terms, table, dict.fromkeys(range(8), ALIKE))
+    if fine:
+        return told.check(0, NAME, terms, own + 2)
+    with pytest.raises(PrivacyError, match="fewer than 3 clients of one kind"):
+        told.check(0, NAME, terms, own + 2)
+    return None
+
+
+def test_clients_that_lack_other_things_may_be_sent_other_things() -> None:
+    """A newcomer is sent what the others remember: its download has a form of its own."""
+    new = (("longer", "content of it"), ("form", "content"))
+    told = replace(agreement_of(3, FINE), sent={0: ALIKE, 1: new, 2: ALIKE})
+    told.check(0, NAME, terms_of(3))
+    told.check_sent(1, new)
+    with pytest.raises(PrivacyError, match="was sent something else than all members were told"):
+        told.check_sent(1, ALIKE)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[[],[]]", "[1,2,3]", '{"a":1}'])
+def test_an_agreement_that_does_not_read_is_an_error_of_its_own(text: str) -> None:
     with pytest.raises(PrivacyError, match="does not read"):
-        MemberTable.read(text)
+        Agreement.read(text)
 
 
-def test_a_table_is_read_as_it_was_written() -> None:
-    table = table_of([OWN, {("B", "x/y"): (3,)}], [["A"], ["other", "B"]], {4: 0, 2: 1})
-    assert MemberTable.read(table.record()) == table
-    assert table.digest(terms_of(3), 1, "s") == MemberTable.read(table.record()).digest(
-        terms_of(3), 1, "s"
-    )
-    others = [table.digest(terms_of(4), 1, "s"), table.digest(terms_of(3), 2, "s"),
-              table.digest(terms_of(3), 1, "t"), placed(0).digest(terms_of(3), 1, "s")]  # fmt: skip
-    assert len({*others, table.digest(terms_of(3), 1, "s")}) == 5
+def test_an_agreement_is_read_as_it_was_written_and_every_part_is_in_its_digest() -> None:
+    table = table_of([OWN, {("B", "x/y"): (3,)}], [["A"], ["other", "B"]], {4: 0, 2: 1, 1: 0})
+    told = agreement_of(3, table)
+    assert Agreement.read(told.record()) == told
+    with pytest.raises(PrivacyError, match="not written as it must be"):
+        Agreement.read(told.record() + " ")
+    with pytest.raises(PrivacyError, match="another version of secure aggregation"):
+        Agreement.read(told.record().replace(f",{PROTOCOL},", f",{PROTOCOL + 1},", 1))
+    others = [
+        replace(told, terms=replace(told.terms, **{f.name: getattr(told.terms, f.name) + 1}))
+        for f in fields(told.terms)
+    ]
+    others += [
+        replace(told, name=replace(NAME, **{key: x}))
+        for key, x in (("config", "a"), ("run", "a"), ("round", 2), ("incarnation", "a"))
+    ]
+    others += [replace(told, table=FINE), replace(told, sent={**told.sent, 4: OTHER})]
+    digests = {x.digest() for x in [told, *others]}
+    assert len(digests) == len(others) + 1
+    again = [replace(told, name=replace(NAME, run="a", incarnation="b")), told]
+    assert len({x.probes for x in again}) == 1
+    assert len({x.probes for x in others}) == len(others) - 1  # two are told's own
 
 
 def test_a_threshold_that_is_no_majority_of_the_cohort_that_is_told_is_refused(
     tmp_path: Path,
 ) -> None:
     """Threshold 2 of 3 is one; of a cohort of 4, which a server only says there is, it is not."""
-    with pytest.raises(PrivacyError, match=r"2 of 4 shares .*must be more than half"):
-        SecureClient(tmp_path, 0, 1, "s").setup(Terms(4, 4, 2, 32, 8.0, 100))
+
+    def two(cohort: int) -> Terms:
+        return replace(terms_of(cohort), threshold=2)
+
+    told = replace(agreement_of(4), terms=two(4))
+    with pytest.raises(PrivacyError, match=r"threshold = 2: must be 3 to 4 of 4 clients"):
+        SecureClient(tmp_path, 0, NAME).setup(told, two)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "threshold", "fewest"),
+    [(3, 0, 2, 3), (4, 1, 3, 3), (5, 1, 4, 4), (6, 1, 4, 4), (7, 2, 5, 5), (10, 1, 6, 6),
+     (10, 3, 7, 7), (100, 33, 67, 67), (5, 0, 3, 3)],
+)  # fmt: skip
+def test_the_default_threshold_keeps_every_rule_where_any_does(
+    n: int, c: int, threshold: int, fewest: int
+) -> None:
+    config = Config.read({"secure.colluding": c, "data.path": "x"})
+    terms = Terms.of(config, n)
+    assert (terms.threshold, terms.fewest, terms.problem()) == (threshold, fewest, "")
+    assert 2 * threshold > n + c
+    assert threshold <= n - c
+    assert fewest >= max(threshold, 3, c + 2)
+    more = Terms.of(Config.read({"secure.colluding": (n - 1) // 3 + 1, "data.path": "x"}), n)
+    assert "clients at least" in more.problem()  # and with one more, none does
 
 
 # -- through real messages -------------------------------------------------------------------------
@@ -138,32 +270,6 @@ class Liar:
         return client_app(message, context)
 
 
-def retold(message: Message, change: Callable[[list[Any]], None]) -> None:
-    asked: Mapping[str, Any] = message.content["secagg"]  # type: ignore[assignment]
-    table = json.loads(asked["table"])
-    change(table)
-    message.content["secagg"] = ConfigRecord({**asked, "table": json.dumps(table)})
-
-
-def test_clients_that_were_told_another_table_of_others_make_no_sum(settings: Settings) -> None:
-    """Each finds its own entry true; what their sum would be is noise."""
-
-    def other(client: int, message: Message) -> None:
-        def change(table: list[Any]) -> None:
-            kind = dict(table[2])[client]
-            table[1][1 - kind] = [f"told to {client}"]
-
-        retold(message, change)
-
-    given = settings(**five("ffa", **{"clients.ranks": "2,3"}))
-    liar, found = Liar(other), None
-    with contextlib.suppress(RoundError, ProofError):  # or noise that looks like counts
-        found = play(given, app=liar)
-    assert found is None or max(float(x.abs().max()) for x in folded(found.factors).values()) > 100
-    assert len(liar.replies) == 5
-    assert not any(r.has_error() for r in liar.replies.values())
-
-
 def test_a_client_that_trains_alone_among_clients_that_train_the_head_sends_nothing(
     settings: Settings,
 ) -> None:
@@ -178,4 +284,164 @@ def test_a_client_that_trains_alone_among_clients_that_train_the_head_sends_noth
     with pytest.raises(RoundError):
         play(settings(**five("fedavg")), app=liar)
     for i in range(1, 5):
-        assert "sends or trains something else" in liar.replies[i].error.reason
+        assert "was sent something else than all members were told" in liar.replies[i].error.reason
+
+
+def test_a_strategy_that_sends_each_client_its_own_model_is_refused_before_anything_is_sent(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download, asked = FFA.download, list[str]()
+
+    def own(self: FFA, state: Any, client: Any, round: Any) -> Any:
+        came = download(self, state, client, round)
+        B = {m: x + 1e-3 * client.id for m, x in came.send.B.items()}
+        return replace(came, send=replace(came.send, B=B))
+
+    def app(message: Message, context: Context) -> Message:
+        asked.append(message.metadata.message_type)
+        return client_app(message, context)
+
+    monkeypatch.setattr(FFA, "download", own)
+    with pytest.raises(StrategyError, match="different models of one form"):
+        play(settings(**five("ffa")), app=app)
+    assert set(asked) == {"query"}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, str]) -> Recorded:
+    """An honest round of six, of which one may help the server: t = 4."""
+    root = tmp_path_factory.mktemp("stories")
+    six = five("fedavg", **{"clients.count": 6, "secure.colluding": 1})
+    return Recorded.of(tiny_settings(tiny, root, "float32", **six))
+
+
+def test_the_true_story_ends_in_the_sum(told: Recorded) -> None:
+    server = LyingServer(told)
+    server.setup()
+    summed = one_story(server, server.share(server.ids), server.ids)
+    assert np.array_equal(summed, truly(told, server.ids))
+
+
+def truly(told: Recorded, clients: Collection[int]) -> masking.Words:
+    found = sum(told.vectors[i] for i in clients)
+    return np.asarray(found, dtype=np.uint32)
+
+
+def one_story(
+    server: LyingServer, came: Mapping[int, Mapping[int, bytes]], among: Collection[int]
+) -> masking.Words:
+    """The sum of those whose boxes came, from its collecting on."""
+    masked = server.collect(came)
+    shares = server.unmask(among, server.agree(among, among))
+    total = np.asarray(sum(masked.values()), dtype=np.uint32)
+    return server.without_masks(total, shares)
+
+
+def halves(helpers: Collection[int]) -> tuple[list[int], list[int]]:
+    """Six clients in two sets that share those that help, the first with the victim in it."""
+    honest = [i for i in range(6) if i not in helpers]
+    half = (len(honest) + 1) // 2
+    return sorted([*honest[:half], *helpers]), sorted([*honest[half:], *helpers])
+
+
+TOO_FEW_OF_IT = r"neighbours: must be 4|sent shares, secure.reconstruction-threshold = 4"
+HELPERS = pytest.mark.parametrize("helpers", [(), (5,), (4, 5)], ids=["0", "c", "c + 1"])
+
+
+@HELPERS
+@pytest.mark.parametrize("stage", ["U1", "U2"])
+def test_two_stories_of_who_sent_keys_or_shares_make_one_sum_at_most_up_to_c(
+    told: Recorded, stage: str, helpers: tuple[int, ...]
+) -> None:
+    """Each half is told that the other is gone. With c + 1 that help, both sums come out."""
+    server, sums, refused = LyingServer(told, helpers), [], list[str]()
+    server.setup()
+    boxes = server.share(server.ids) if stage == "U2" else {}
+    server.keep()
+    for half in halves(helpers):
+        server.put_back()
+        try:
+            if stage == "U1":
+                came = server.share(half)
+            else:
+                came = {i: {j: boxes[i][j] for j in half if j != i} for i in half}
+            sums.append((half, one_story(server, came, half)))
+        except Refused as e:
+            refused.append(str(e))
+    assert all(re.search(TOO_FEW_OF_IT, reason) for reason in refused)
+    for half, found in sums:
+        assert np.array_equal(found, truly(told, half))
+    assert len(sums) == len(helpers)
+
+
+@HELPERS
+def test_two_stories_of_who_is_in_the_sum_read_one_client_with_more_than_c_that_help_only(
+    told: Recorded, helpers: tuple[int, ...]
+) -> None:
+    """Half are told that client 0 is in the sum, half that it is gone: for both of its secrets."""
+    server, victim = LyingServer(told, helpers), 0
+    server.setup()
+    masked = server.collect(server.share(server.ids))
+    server.keep()
+    gone = [i for i in server.ids if i != victim]
+    secrets, refused, signed = list[bytes](), list[str](), dict[int, bytes]()
+    for half, survivors in zip(halves(helpers), (server.ids, gone), strict=True):
+        server.put_back()
+        signed |= server.agree(half, survivors)  # those of the other story are shown as well
+        try:
+            secrets.append(masking.joined(server.unmask(half, signed)[victim]))
+        except Refused as e:
+            refused.append(str(e))
+    assert all(re.search(r"\d members signed .*: must be 4 .*another story", x) for x in refused)
+    if len(helpers) < 2:
+        assert len(secrets) < 2
+        return
+    seed, key = secrets
+    alone = server.without_pairs(masked[victim], victim, key, gone)
+    alone = alone - masking.mask(seed, len(alone), 32)
+    assert np.array_equal(alone, told.vectors[victim])
+
+
+def test_signatures_of_another_story_or_under_anothers_name_do_not_open_this_one(
+    told: Recorded,
+) -> None:
+    server = LyingServer(told)
+    server.setup()
+    server.collect(server.share(server.ids))
+    here, there = server.agree([0, 1], server.ids), server.agree([2, 3], server.ids[:5])
+    with pytest.raises(Refused, match="2 members signed"):
+        server.unmask([0], {**here, **there, 4: here[1], 5: here[1]})
+
+
+def test_clients_that_were_told_other_things_refuse_each_others_keys(told: Recorded) -> None:
+    """Another model for one client, in the table that it alone is shown: nobody sends a share."""
+    server = LyingServer(told)
+    other = (("form", "content"), ("form", "content"))
+    table = replace(server.agreement, sent={**server.agreement.sent, 1: other})
+    server.setup({1: table})
+    keys = [key for j in server.ids for key in server.keys[j]]
+    for i in (0, 1):
+        with pytest.raises(Refused, match="did not sign these keys, or was told of another agree"):
+            server.answers("share", i, clients=server.ids, keys=keys)
+
+
+def test_a_model_for_one_client_alone_is_refused_by_all(told: Recorded) -> None:
+    """Others would be sent one that teaches nothing, and the sum would be this client's."""
+    server = LyingServer(told)
+    (form, _), base = server.agreement.sent[1]
+    sent = {**server.agreement.sent, 1: ((form, "another"), base)}
+    with pytest.raises(Refused, match="are sent different models of one form"):
+        server.setup(dict.fromkeys(server.ids, replace(server.agreement, sent=sent)))
+
+
+def test_a_round_that_is_told_anew_masks_with_other_keys(told: Recorded) -> None:
+    """After a crash the round runs again, in another start of the server; within one it cannot."""
+    one, two = LyingServer(told), LyingServer(told)
+    one.setup()
+    with pytest.raises(Refused, match="was begun before"):
+        one.setup()
+    two.setup()
+    with pytest.raises(Refused, match="was begun by another start"):
+        one.share(one.ids)
+    public = [key for server in (one, two) for k in server.keys.values() for key in k[:2]]
+    assert len({*public}) == len(public)

@@ -1,10 +1,12 @@
 """Adapters on the wire: the same bits on the other side, and nothing but WireError for the rest."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import (
     recorddict_from_proto,
     recorddict_to_proto,
@@ -27,6 +29,7 @@ from fedlora.federation.wire.messages import (
     unpack_factors,
     unpack_pairs,
 )
+from fedlora.federation.wire.sent_digest import digests_of
 from fedlora.lora.adapter import Factors, Pair, Stack, dense
 from fedlora.lora.lowrank import weighted
 from fedlora.strategies.base import Download, Penalty, Version
@@ -289,3 +292,54 @@ def test_the_bytes_counted_are_those_protobuf_writes(dtype: str, rank: int) -> N
     content["job"] = Job(1, "t" * 32, "i", 0, dict.fromkeys(names, rank), 0, 0, "f", ()).record()
     real = recorddict_to_proto(content).ByteSize()
     assert abs(count_bytes(content) - real) < 0.01 * real
+
+
+def sent(**changes: Any) -> RecordDict:
+    """A download with a base change, a penalty and something to fold."""
+    pair = Pair(drawn(3, 5), drawn(7, 3), 2.0)
+    given: dict[str, Any] = {
+        "send": some_factors(), "trainable": frozenset({"A", "B"}),
+        "base": (Version(3, {"m": pair}),),
+        "fold": {"x": pair}, "penalty": Penalty("tail", 0.5, {"m": 2}),
+    }  # fmt: skip
+    return pack_download(Download(**{**given, **changes}), "float32")
+
+
+def test_a_download_has_one_digest_on_both_sides_of_the_wire() -> None:
+    """Job and stage of the message are no part of it; every number and setting is."""
+    whole = digests_of(sent())
+    assert digests_of(over_the_wire(sent())) == whole
+    beside = sent()
+    beside["job"], beside["secagg"] = ConfigRecord({"round": 1}), ConfigRecord({"clients": [1]})
+    assert digests_of(beside) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"send": replace(some_factors(), A={**some_factors().A, "m": drawn(3, 5, seed=9)})}, 0),
+        ({"send": replace(some_factors(), scale={"m": 2.5, "n.o": 0.5})}, 0),
+        ({"trainable": frozenset({"other"})}, 0),
+        ({"block": 2}, 0),
+        ({"fold": {"x": Pair(drawn(3, 5, seed=9), drawn(7, 3), 2.0)}}, 0),
+        ({"penalty": Penalty("tail", 0.25, {"m": 2})}, 0),
+        ({"base": (Version(3, {"m": Pair(drawn(3, 5), drawn(7, 3), 1.0)}),)}, 1),
+    ],
+)
+def test_other_numbers_of_one_form_are_another_digest_of_that_form(
+    changes: dict[str, Any], part: int
+) -> None:
+    one, other = digests_of(sent()), digests_of(sent(**changes))
+    assert one[part][0] == other[part][0]
+    assert one[part][1] != other[part][1]
+    assert one[1 - part] == other[1 - part]
+
+
+def test_a_client_that_lacks_other_things_has_a_download_of_another_form() -> None:
+    one = digests_of(sent())
+    pair = Pair(drawn(3, 5), drawn(7, 3), 2.0)
+    fewer = digests_of(sent(send=replace(some_factors(), A={})))
+    later = digests_of(sent(base=(Version(4, {"m": pair}),)))
+    assert fewer[0][0] != one[0][0]
+    assert later[1][0] != one[1][0]
+    assert (fewer[1], later[0]) == (one[1], one[0])

@@ -260,6 +260,7 @@ RUNS: dict[str, dict[str, object]] = {
     },
     "secure aggregation": {
         "strategy.name": "fedavg", "clients.ranks": "4", "secure.aggregation": True,
+        "secure.colluding": 0,
     },
     "example DP": {
         "strategy.name": "fedavg", "clients.ranks": "4", "privacy.epsilon": 8.0,

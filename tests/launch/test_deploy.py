@@ -22,12 +22,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedlora.config.members import Members
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import keys
 from fedlora.launch.deploy.gate import Gate
-from fedlora.launch.deploy.host import down, follow, register, registered, shrink, start_run
+from fedlora.launch.deploy.host import down, follow, register, registered, shrink, start_run, up
 from fedlora.launch.deploy.layout import Wanted, init, renew
 from fedlora.launch.deploy.plan import Plan, free_ports
 from fedlora.launch.deploy.scripts import DATABASE
@@ -37,7 +38,8 @@ from fedlora.launch.deploy.supervise import _group_alive, is_running, read_state
 @pytest.fixture
 def plan(settings, tmp_path: Path) -> Plan:
     given = {k: v for k, v in settings().items() if k != "clients.count"}
-    return init(Wanted(tmp_path / "dep", 3, overrides=given, ranks=(2, 4)))
+    wanted = Wanted(tmp_path / "dep", 3, overrides=given, ranks=(2, 4), one_host_trial=True)
+    return init(wanted)
 
 
 def test_the_space_of_a_deleted_runs_messages_is_given_back(plan: Plan) -> None:
@@ -59,9 +61,27 @@ def test_the_space_of_a_deleted_runs_messages_is_given_back(plan: Plan) -> None:
 # -- the directory ------------------------------------------------------------------------------
 
 
+def test_a_deployment_holds_no_nodes_private_key_but_in_a_trial_on_one_host(
+    plan: Plan, tmp_path: Path
+) -> None:
+    def private(made: Plan) -> set[str]:
+        return {p.name for p in (made.directory / "nodes").rglob("*.key")}
+
+    far = init(Wanted(tmp_path / "far", 2, host="server.example.org", own_data=False))
+    assert private(far) == set()
+    assert private(plan) == {"node.key", "member.key"}
+    assert "honest but curious" in (plan.directory / "README.md").read_text()
+    assert "fedlora node init /opt/fedlora/node-0" in (far.directory / "README.md").read_text()
+    with pytest.raises(DeployError, match=r"node 0 has no keys.*fedlora node init"):
+        up(far, print)
+    lists = [Members.load(plan.node(i) / "members.toml") for i in range(3)]
+    assert [*(lists[0].listed or {})] == [0, 1, 2]
+    assert lists[0] == lists[1] == lists[2]
+
+
 def test_secrets_are_readable_by_their_owner_alone(plan: Plan) -> None:
     secret = [*plan.directory.rglob("*.key")]
-    assert len(secret) == 1 + 1 + plan.clients  # authority, server, nodes
+    assert len(secret) == 1 + 1 + 2 * plan.clients  # authority, server, nodes
     for path in secret:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert "umask 077" in (plan.server / "env.sh").read_text()

@@ -46,7 +46,8 @@ def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Relay]]:
         },
     )
     overrides = {k: v for k, v in given.items() if k not in ("clients.count", "run.out")}
-    plan = init(Wanted(tmp_path / "dep", 2, overrides=overrides, ranks=(200,)))
+    wanted = Wanted(tmp_path / "dep", 2, overrides=overrides, ranks=(200,), one_host_trial=True)
+    plan = init(wanted)
     proxy = Relay(plan.port)
     monkeypatch.setitem(os.environ, "FEDLORA_SUPERLINK", f"127.0.0.1:{proxy.port}")
     host.up(plan, print, timeout=300.0)

@@ -39,7 +39,7 @@ def test_what_init_writes_allows_its_experiment(settings, tmp_path: Path, name: 
     [
         {"privacy.epsilon": 8.0, "privacy.delta": 1e-4, "privacy.release-metrics": True},
         {"privacy.epsilon": 8.0, "privacy.level": "client", "privacy.delta": 1e-3},
-        {"secure.aggregation": True, "wire.dtype": "float32"},
+        {"secure.aggregation": True, "secure.colluding": 0, "wire.dtype": "float32"},
         {"lora.rank-pattern": "query=300", "clients.ranks": "300"},
         {"lora.modules-to-save": "pooler"},
         {"model.revision": "abc"},
@@ -62,7 +62,8 @@ def test_kinds_that_a_strategy_needs_and_a_policy_lacks_are_said(settings, tmp_p
     made = policy_of(tmp_path, Config.read(settings(**quick("fedavg"))))
     fedsa = Config.read(settings(**quick("fedsa")))
     assert refusals(made, fedsa) == ["messages of kind collect: not in limits.kinds"]
-    secure = Config.read(settings(**{**quick("fedavg"), "secure.aggregation": True}))
+    given = {**quick("fedavg"), "secure.aggregation": True, "secure.colluding": 0}
+    secure = Config.read(settings(**given))
     assert refusals(made, secure) == ["messages of kind secagg: not in limits.kinds"]
 
 

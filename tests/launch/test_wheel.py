@@ -328,8 +328,9 @@ def test_a_deployment_of_it_runs_from_the_wheel(stranger: Place, warm: str) -> N
     stranger.installed = Path(f"{stranger.installed}{os.pathsep}{stranger.directory}")
     stranger.fedlora("simulate", "mine.toml", "--quiet", "--workers", "1")
     stranger.fedlora(
-        "deploy", "init", "d", "--clients", "2", "--experiment", "mine.toml", "--shared-data", warm
-    )
+        "deploy", "init", "d", "--clients", "2", "--experiment", "mine.toml", "--shared-data", warm,
+        "--one-host-trial",
+    )  # fmt: skip
     try:
         stranger.fedlora("deploy", "up", "d")
         stranger.fedlora("deploy", "run", "d")

@@ -15,6 +15,7 @@ from fedlora.launch.deploy.plan import Plan
 
 def prepared(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
     overrides = {k: v for k, v in given.items() if k not in ("clients.count", "run.out")}
+    wanted = {"one_host_trial": True, **wanted}
     return init(Wanted(directory, clients, overrides=overrides, **wanted))
 
 

@@ -80,11 +80,9 @@ def check_terms(policy: Policy, terms: Terms) -> Terms:
     if terms.threshold < s.threshold:
         found = f"{terms.threshold}, secure.threshold = {s.threshold}"
         against.append(("secure.reconstruction-threshold", found))
-    if s.colluding and (
-        2 * terms.threshold <= terms.shares + s.colluding or terms.fewest < s.colluding + 2
-    ):
-        found = f"{terms.threshold} of {terms.shares} with secure.colluding = {s.colluding}"
-        against.append(("secure.reconstruction-threshold", found))
+    colluding = max(s.colluding, terms.colluding)
+    if reason := terms.problem(colluding):
+        against.append((f"a sum with secure.colluding = {terms.colluding}", reason))
     check(against)
     return terms
 

@@ -224,6 +224,7 @@ ALLOWED: Mapping[str, Rule] = {
     "secure.aggregation": _typed,
     "secure.num-shares": COUNT,
     "secure.reconstruction-threshold": COUNT,
+    "secure.colluding": COUNT,
     "secure.clipping-range": WEIGHT,
     "secure.max-weight": _within(1, 10**9),
     "secure.modulus-bits": _typed,

@@ -47,6 +47,7 @@ HANDLERS = {
     "secagg_setup": "secagg_setup",
     "secagg_share": "secagg_share",
     "secagg_collect": "secagg_collect",
+    "secagg_agree": "secagg_agree",
     "secagg_unmask": "secagg_unmask",
 }
 """Kind of message to the function of fedlora.federation.client.handlers that answers it."""

@@ -5,7 +5,7 @@
     gradient    a sketch of the first gradient, where the strategy begins with one
     query       who am I: client number, rank if the node sets one, machine, versions
     collect     what I have kept, where the strategy asks for it once at the end
-    secagg_...  the four stages of a secure aggregation, in place of train
+    secagg_...  the five stages of a secure aggregation, in place of train
 
 Every handler answers every message: whatever goes wrong comes back as an error reply with its
 reason, since without a reply the server waits until its deadline, or without end.
@@ -13,6 +13,7 @@ reason, since without a reply the server waits until its deadline, or without en
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import (
@@ -38,6 +39,7 @@ from fedlora.federation.wire.messages import (
     pack_factors,
     seq,
 )
+from fedlora.federation.wire.sent_digest import digests_of
 from fedlora.federation.wire.versions import here
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
@@ -158,17 +160,22 @@ def collect(message: Message, context: Context) -> RecordDict:
 
 
 def secagg_setup(message: Message, context: Context) -> RecordDict:
-    """Two fresh public keys for this round."""
+    """Two fresh public keys for this round, signed with what all its members agree on."""
+    from fedlora.federation.secure.agreement import Agreement
+
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
-    keys = work.secure_client().setup(work.terms(asked["cohort"]))  # type: ignore[arg-type]
-    return work.reply({"secagg": ConfigRecord({"keys": list(keys)})})
+    keys = work.secure_client().setup(Agreement.read(str(asked["agreement"])), work.terms)
+    return work.reply({"secagg": ConfigRecord({"keys": [*keys]})})
 
 
 def secagg_share(message: Message, context: Context) -> RecordDict:
     """Shares of this client's secrets, each for one neighbour to read."""
+    from fedlora.federation.secure.signing import RoundKeys
+
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     of, flat = seq(asked, "clients"), seq(asked, "keys")
-    keys = {i: (flat[2 * n], flat[2 * n + 1]) for n, i in enumerate(of)}
+    size = len(RoundKeys._fields)
+    keys = {i: RoundKeys(*flat[size * n : size * (n + 1)]) for n, i in enumerate(of)}
     boxes = work.secure_client().share(keys, work.terms)
     record = ConfigRecord({"clients": list(boxes), "boxes": list(boxes.values())})
     return work.reply({"secagg": record})
@@ -176,20 +183,22 @@ def secagg_share(message: Message, context: Context) -> RecordDict:
 
 def secagg_collect(message: Message, context: Context) -> RecordDict:
     """One round of local training, of which only a masked vector leaves."""
-    from fedlora.federation.secure.agreement import MemberTable, same_shapes
+    from fedlora.federation.secure.agreement import same_shapes
     from fedlora.federation.secure.vector import encode, folded
 
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
     masker = work.secure_client().open(boxes, work.terms)
-    ((work, done),) = trained([work])
+    agreement = masker.agreement
+    masker.check_sent(digests_of(message.content))
+    ((work, done),) = trained([replace(work, probes=agreement.probes)])
     private = work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     start, end = done.numbers
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))
-    table = MemberTable.read(str(asked["table"]))
-    kind = masker.kind(table, same_shapes(folded(sent)), work.download.trainable)
-    x = masker.masked(encode(sent, n, loss, kind, table.layout, masker.terms), table)
+    kind = masker.kind(same_shapes(folded(sent)), work.download.trainable)
+    layout = agreement.table.layout
+    x = masker.masked(encode(sent, n, loss, kind, layout, agreement.terms))
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}
     if not work.job.cuts:  # what follows from what the server sent; not with a B of one's own
@@ -197,10 +206,18 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     return work.reply(records, done.keeps)
 
 
+def secagg_agree(message: Message, context: Context) -> RecordDict:
+    """A signature under whose updates the sum is to be of."""
+    work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
+    signature = work.secure_client().agree(seq(asked, "survivors"), work.terms)
+    return work.reply({"secagg": ConfigRecord({"signature": signature})})
+
+
 def secagg_unmask(message: Message, context: Context) -> RecordDict:
     """The shares with which the server can unmask the sum, and nothing else."""
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
-    shares = work.secure_client().unmask(seq(asked, "active"), seq(asked, "dead"), work.terms)
+    signatures = dict(zip(seq(asked, "clients"), seq(asked, "signatures"), strict=True))
+    shares = work.secure_client().unmask(signatures, work.terms)
     found = sorted(shares.items())
     record = ConfigRecord({"clients": [i for i, _ in found], "shares": [x for _, x in found]})
     return work.reply({"secagg": record})

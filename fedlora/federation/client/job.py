@@ -16,6 +16,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedlora.config.members import Members, private_key
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.config.sites import COLUMNS
@@ -26,6 +27,8 @@ from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.node_config import check_from_server
 from fedlora.federation.client.secure_client import SecureClient
+from fedlora.federation.secure.agreement import RoundName
+from fedlora.federation.secure.signing import public_half
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.job import Job, job_of
 from fedlora.federation.wire.messages import unpack_download, unpack_pairs
@@ -82,6 +85,8 @@ class ClientJob:
     """What the run's initialisation subtracts from the base; in the first message only."""
     policy: Policy | None = None
     """The node's own, where it has one."""
+    probes: str = ""
+    """The key of the certificate's signs, where the members of a sum agreed on it."""
 
     @classmethod
     def open(cls, message: Message, context: Context) -> "ClientJob":
@@ -172,7 +177,14 @@ class ClientJob:
                 "secure.aggregation is off on this client, and on at the server"
             )
         job = self.job
-        return SecureClient(self.memory.own / "secure", job.client, job.round, job.incarnation)
+        name = RoundName(job.config, job.token, job.round, job.incarnation)
+        own, directory = self.policy.secure if self.policy else None, self.memory.own / "secure"
+        together = own.colluding + 2 if own else 0
+        if own is None or not own.members:  # the server says whose each key is
+            return SecureClient(directory, job.client, name, together=together)
+        identity, members = private_key(Path(own.key)), Members.load(Path(own.members))
+        members.check(job.client, public_half(identity))
+        return SecureClient(directory, job.client, name, identity, members, together)
 
     @contextmanager
     def local_round(self) -> Iterator[LocalRound]:
@@ -212,7 +224,8 @@ class ClientJob:
 
     def numbers(self, model: Model) -> Numbers:
         """The certificate's numbers of the model as it is now."""
-        return witness.numbers(model, self.strategy, self.download, self.config, self.job)
+        args = (model, self.strategy, self.download, self.config, self.job)
+        return witness.numbers(*args, self.probes)
 
     def check(self, model: Model, rows: Encoded) -> None:
         """Does the loaded model train as it must? Once a run, processor and set of columns.

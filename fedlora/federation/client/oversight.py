@@ -34,6 +34,7 @@ REPLIES: Mapping[str, frozenset[str]] = {
     "secagg_setup": TAGGED | {"secagg"},
     "secagg_share": TAGGED | {"secagg"},
     "secagg_collect": TAGGED | {"masked", "start"},
+    "secagg_agree": TAGGED | {"secagg"},
     "secagg_unmask": TAGGED | {"secagg"},
 }
 """By the kind of a message, the records that its reply may have."""

@@ -1,4 +1,4 @@
-"""A client's four stages of secure aggregation; its secrets are kept from one to the next.
+"""A client's five stages of secure aggregation; its secrets are kept from one to the next.
 
     <memory>/secure/round-00003.<next stage>.json     readable by its owner alone
 
@@ -11,85 +11,117 @@ takes the file away before it begins and leaves one for the next stage when it i
     after the last stage                nothing is left
 
 Formal guarantee
-    Of one round and start of the server, a client sends at most one masked vector; of every
-    neighbour either the share of its mask's seed or that of its private key, never both; and no
-    share at all where fewer than the threshold of its neighbours answered, or (where all are
-    neighbours) where one alone of a kind did. So a server that learns how a vector was masked
-    towards others never learns the mask that is the client's own.
+    Of one round and start of the server, a client sends at most one masked vector, masked by the
+    digest of the one agreement it was shown; signs one set of survivors; and gives of every
+    neighbour either the share of its mask's seed or that of its private key, never both, where at
+    least the threshold of members, whose keys it believes, signed the same agreement and survivors.
+    Where all are neighbours and no more than `colluding` of them help the server, no two sets of
+    survivors have that many signatures: so a server that learns how a vector was masked towards
+    others never learns the mask that is the client's own.
 """
 
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedlora.config.members import Members
 from fedlora.errors import PrivacyError
-from fedlora.federation.secure import masking
-from fedlora.federation.secure.agreement import MemberTable
+from fedlora.federation.secure import masking, signing
+from fedlora.federation.secure.agreement import Agreement, RoundName
 from fedlora.federation.secure.masking import Words
-from fedlora.federation.secure.rules import TOGETHER
-from fedlora.federation.secure.terms import SMALLEST, Terms
+from fedlora.federation.secure.signing import RoundKeys
+from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.messages import Shapes
+from fedlora.federation.wire.sent_digest import Parts
 from fedlora.lora.tree_file import write_atomically
 
 Boxes = Mapping[int, bytes]
 """Encrypted shares by client."""
-Keys = Mapping[int, tuple[bytes, bytes]]
-"""Each client's public keys: for masks, and for encryption."""
 TermsOf = Callable[[int], Terms]
 """The run's terms, for a cohort of this size."""
+TRUSTING = Members()
+"""Of a client without a list of members: the server says whose each key is."""
 
 
 class SecureClient:
     """One client's part in one round of secure aggregation."""
 
-    def __init__(self, directory: Path, client: int, round: int, incarnation: str) -> None:
-        """`directory` is the client's own, of this run; `incarnation` names the server's start."""
+    def __init__(
+        self,
+        directory: Path,
+        client: int,
+        name: RoundName,
+        identity: bytes | None = None,
+        members: Members = TRUSTING,
+        together: int = 0,
+    ) -> None:
+        """`directory` is the client's own, of this run; `identity` the private key it signs with.
+
+        Without one it makes one, and keeps it in that directory. together: how many clients of one
+        kind it demands, where that is more than the run's terms do.
+        """
         self.directory = directory
         self.me = client
-        self.round = round
-        self.incarnation = incarnation
+        self.name = name
+        self.round, self.incarnation = name.round, name.incarnation
+        self.members = members
+        self.together = together
+        self._given = identity
 
     # -- the stages ---------------------------------------------------------------------------
 
-    def setup(self, terms: Terms) -> tuple[bytes, bytes]:
-        """Two fresh public keys. What was left of other rounds is removed.
+    def setup(self, agreement: Agreement, cohort_terms: TermsOf) -> RoundKeys:
+        """Two fresh public keys, signed with what all agree on. What other rounds left is removed.
 
         Raises:
-            PrivacyError: too few clients, or this round was begun before.
+            PrivacyError: what all are to agree on is not so, as far as this client can tell; or
+                this round was begun before.
         """
-        if terms.cohort < SMALLEST:
-            raise PrivacyError.public(
-                f"a sum over {terms.cohort} clients: must be {SMALLEST} at least"
-            )
-        if 2 * terms.threshold <= terms.shares:
-            raise PrivacyError.public(
-                f"secure.reconstruction-threshold = {terms.threshold} of {terms.shares} shares of "
-                f"{terms.cohort} clients: must be more than half, else two sets of clients can "
-                "be told two stories"
-            )
+        terms = cohort_terms(len(agreement.table.kinds))
+        agreement.check(self.me, self.name, terms, self.together)
         self._begin()
         (sk1, pk1), (sk2, pk2) = masking.key_pair(), masking.key_pair()
-        self.leave("share", cohort=terms.cohort, sk1=sk1, pk1=pk1, sk2=sk2, pk2=pk2)
-        return pk1, pk2
+        identity, text = self._identity(), self._keys_text(self.me, pk1, pk2, agreement)
+        keys = RoundKeys(pk1, pk2, signing.public_half(identity), signing.sign(identity, text))
+        own, told = [*keys], agreement.record()
+        self.leave("share", agreement=told, sk1=sk1, sk2=sk2, own=own)
+        return keys
 
-    def share(self, keys: Keys, cohort_terms: TermsOf) -> Boxes:
-        """Encrypted shares of this client's mask seed and private key, one for each neighbour."""
+    def share(self, keys: Mapping[int, RoundKeys], cohort_terms: TermsOf) -> Boxes:
+        """Encrypted shares of this client's mask seed and private key, one for each neighbour.
+
+        Raises:
+            PrivacyError: a key is unknown, revoked, there twice, or not signed by who it is said to
+                be of, with this agreement; or there are too few.
+        """
         s = self._take("share")
-        terms = cohort_terms(s["cohort"])
+        agreement = self._agreed(s, cohort_terms)
+        terms = agreement.terms
         if len(keys) < terms.threshold or len(keys) > terms.shares:
             raise PrivacyError.public(
                 f"{len(keys)} neighbours: must be {terms.threshold} to {terms.shares}"
             )
-        if keys.get(self.me) != (s["pk1"], s["pk2"]):
+        if not keys.keys() <= agreement.table.kinds.keys():
+            raise PrivacyError.public("keys came of clients that are not in the table")
+        if self.me not in keys or keys[self.me] != RoundKeys(*s["own"]):
             raise PrivacyError.public("the server shows this client other keys than its own")
-        if len({key for pair in keys.values() for key in pair}) != 2 * len(keys):
+        shown = [key for k in keys.values() for key in (k.masks, k.boxes)]
+        if len({*shown}) != len(shown) or len({k.identity for k in keys.values()}) != len(keys):
             raise PrivacyError.public("two public keys are the same")
+        for i, k in keys.items():
+            if i != self.me:
+                self.members.check(i, k.identity)
+                text = self._keys_text(i, k.masks, k.boxes, agreement)
+                if not signing.signed_by(k.identity, k.signature, text):
+                    raise PrivacyError.public(
+                        f"client {i} did not sign these keys, or was told of another agreement"
+                    )
         seed = masking.fresh_seed()
         pieces = zip(
             sorted(keys),
@@ -98,59 +130,109 @@ class SecureClient:
             strict=False,
         )
         boxes, own = {}, {}
-        for i, b, k in pieces:
+        for i, b, k1 in pieces:
             if i == self.me:
-                own[i] = (b, k)
+                own[i] = (b, k1)
             else:
-                boxes[i] = masking.seal(s["sk2"], keys[i][1], self.me, i, b, k)
-        self.leave("collect", **s, seed=seed, keys=dict(keys), shares=own)
+                boxes[i] = masking.seal(s["sk2"], keys[i].boxes, self.me, i, b, k1)
+        shown_keys = {i: [*k] for i, k in keys.items()}
+        self.leave("collect", **s, seed=seed, keys=shown_keys, shares=own)
         return boxes
 
     def open(self, boxes: Boxes, cohort_terms: TermsOf) -> "Masker":
         """The masks for one vector of this round, and no second one: called before the training."""
         s = self._take("collect")
-        terms, keys = cohort_terms(s["cohort"]), s["keys"]
+        agreement, keys = self._agreed(s, cohort_terms), s["keys"]
         if not boxes.keys() < keys.keys() or self.me in boxes:
             raise PrivacyError.public("shares came from clients whose keys did not")
-        if len(boxes) + 1 < terms.threshold:
+        if len(boxes) + 1 < agreement.terms.threshold:
             raise PrivacyError.public(
                 f"{len(boxes) + 1} of this client's neighbours sent shares, "
-                f"secure.reconstruction-threshold = {terms.threshold}"
+                f"secure.reconstruction-threshold = {agreement.terms.threshold}"
             )
         for i, box in boxes.items():
             s["shares"][i] = masking.unseal(s["sk2"], keys[i][1], i, self.me, box)
-        return Masker(self, s, terms)
+        return Masker(self, s, agreement)
 
-    def unmask(
-        self, active: Sequence[int], dead: Sequence[int], cohort_terms: TermsOf
-    ) -> dict[int, bytes]:
-        """For each neighbour, the share of its seed if it answered, else of its private key.
+    def agree(self, survivors: Collection[int], cohort_terms: TermsOf) -> bytes:
+        """A signature under who is in the sum: of one set only, since no second one is answered.
 
         Raises:
-            PrivacyError: both are asked of one, or for fewer clients than the threshold, or for
-                others than whose shares are here. Nothing is sent then, nor later.
+            PrivacyError: this client is not in it, somebody is whose shares did not come, or it is
+                too small a sum, of all or of the clients of one kind. Nothing is signed, nor later.
+        """
+        s = self._take("agree")
+        agreement, alive = self._agreed(s, cohort_terms), set(survivors)
+        terms, kinds, near = agreement.terms, agreement.table.kinds, alive & set(s["shares"])
+        if self.me not in alive or not alive <= kinds.keys() or len(alive) != len(survivors):
+            raise PrivacyError.public("the clients named are not those of this client's sum")
+        if not terms.ring and alive != near:
+            raise PrivacyError.public("the clients named are not those of this client's shares")
+        if len(near) < terms.fewest:
+            raise PrivacyError.public(
+                f"a sum over {len(near)} of this client's neighbours: must be {terms.fewest} at "
+                f"least (secure.reconstruction-threshold = {terms.threshold}, secure.colluding = "
+                f"{terms.colluding}; of a sum of two, either knows the other's part)"
+            )
+        together = max(terms.together, self.together)
+        if min(Counter(kinds[i] for i in alive).values()) < together:
+            raise PrivacyError.public(
+                f"the server says that all but fewer than {together} clients of one kind are gone: "
+                "what only those send would be no sum, or one with clients that help the server "
+                "(secure.colluding)"
+            )
+        text = self._survivors_text(agreement, alive)
+        self.leave("unmask", **s, survivors=sorted(alive))
+        return signing.sign(self._identity(), text)
+
+    def unmask(self, signatures: Mapping[int, bytes], cohort_terms: TermsOf) -> dict[int, bytes]:
+        """For each neighbour, the share of its seed if it is in the sum, else of its private key.
+
+        Raises:
+            PrivacyError: fewer than the threshold of the sum's members signed what this client did.
+                Nothing is sent then, nor later.
         """
         s = self._take("unmask")
-        terms, shares = cohort_terms(s["cohort"]), s["shares"]
-        if both := set(active) & set(dead):
+        agreement, alive = self._agreed(s, cohort_terms), set(s["survivors"])
+        text, signed = self._survivors_text(agreement, alive), {self.me}
+        for i, signature in signatures.items():
+            if i in alive and i in s["identities"] and i != self.me:
+                self.members.check(i, s["identities"][i])
+                if signing.signed_by(s["identities"][i], signature, text):
+                    signed.add(i)
+        if len(signed) < agreement.terms.threshold:
             raise PrivacyError.public(
-                f"both secrets of client {min(both)} are asked for, which would unmask it"
+                f"{len(signed)} members signed that the sum is over the clients that this one was "
+                f"told of: must be {agreement.terms.threshold} (secure.reconstruction-threshold). "
+                "The others did not answer, or were told another story"
             )
-        if {*active, *dead} != set(shares) or self.me not in active:
-            raise PrivacyError.public("the clients named are not those of this client's shares")
-        if len(set(active)) < terms.fewest:
-            raise PrivacyError.public(
-                f"a sum over {len(set(active))} of this client's neighbours: must be "
-                f"{terms.fewest} at least (secure.reconstruction-threshold = {terms.threshold}; of "
-                "a sum of two, either knows the other's part)"
-            )
-        of_kind = Counter(s["kinds"][i] for i in set(active))
-        if terms.shares == terms.cohort and min(of_kind.values()) < TOGETHER:
-            raise PrivacyError.public(
-                "the server says that all clients but one of its ranks are gone: what only that "
-                "one sends would be no sum"
-            )
-        return {i: shares[i][0] for i in active} | {i: shares[i][1] for i in dead}
+        return {i: b if i in alive else k for i, (b, k) in s["shares"].items()}
+
+    # -- what is signed -----------------------------------------------------------------------
+
+    def _identity(self) -> bytes:
+        """The private key that this client signs with."""
+        if self._given is not None:
+            return self._given
+        path = self.directory / "identity.key"
+        if not path.exists():
+            write_atomically(path, signing.new_identity())
+        return path.read_bytes()
+
+    def _keys_text(self, i: int, masks: bytes, boxes: bytes, agreement: Agreement) -> bytes:
+        n = self.name
+        return signing.keys_text(n.run, n.incarnation, n.round, i, masks, boxes, agreement.digest())
+
+    def _survivors_text(self, agreement: Agreement, survivors: Collection[int]) -> bytes:
+        n, agreed = self.name, agreement.digest()
+        return signing.survivors_text(n.run, n.incarnation, n.round, agreed, survivors)
+
+    def _agreed(self, state: Mapping[str, Any], cohort_terms: TermsOf) -> Agreement:
+        """What this client agreed to, under terms that are still its own."""
+        agreement = Agreement.read(state["agreement"])
+        if cohort_terms(agreement.terms.cohort) != agreement.terms:
+            raise PrivacyError.public("the terms of the sum are not those of the run's config")
+        return agreement
 
     # -- files --------------------------------------------------------------------------------
 
@@ -197,31 +279,40 @@ class SecureClient:
 class Masker:
     """The masks of one vector."""
 
-    def __init__(self, member: SecureClient, state: dict[str, Any], terms: Terms) -> None:
+    def __init__(self, member: SecureClient, state: dict[str, Any], agreement: Agreement) -> None:
         self.member = member
         self.state = state
-        self.terms = terms
+        self.agreement = agreement
 
-    def kind(self, table: MemberTable, sends: Shapes, trains: Collection[str]) -> int:
-        """This client's kind by a table that is true of it, and of the clients it was shown.
+    def check_sent(self, came: Parts) -> None:
+        """Raises PrivacyError where the download is not the one that all were told of."""
+        self.agreement.check_sent(self.member.me, came)
+
+    def kind(self, sends: Shapes, trains: Collection[str]) -> int:
+        """This client's kind, by a table that is true of it.
 
         Raises:
-            PrivacyError: see `MemberTable.check`.
+            PrivacyError: see `MemberTable.check_own`.
         """
-        return table.check(self.member.me, sends, trains, self.state["keys"], self.state["cohort"])
+        return self.agreement.table.check_own(self.member.me, sends, trains)
 
-    def masked(self, vector: Words, table: MemberTable) -> Words:
+    def masked(self, vector: Words) -> Words:
         """The vector under its own mask and one for each neighbour; after it none can follow."""
-        s, n, bits = self.state, len(vector), self.terms.bits
-        told = table.digest(self.terms, self.member.round, self.member.incarnation)
+        s, n, bits = self.state, len(vector), self.agreement.terms.bits
+        told = self.agreement.digest()
         total = vector + masking.mask(s["seed"], n, bits)
         for i in s["shares"]:
             if i != self.member.me:
                 shared = masking.pair_mask(s["sk1"], s["keys"][i][0], told, n, bits)
                 masking.cancel(total, self.member.me, i, shared)
-        kinds = dict(table.kinds)
-        self.member.leave("unmask", cohort=s["cohort"], shares=s["shares"], kinds=kinds)
+        identities = {i: s["keys"][i][2] for i in s["shares"]}
+        agreement, shares = s["agreement"], s["shares"]
+        self.member.leave("agree", agreement=agreement, shares=shares, identities=identities)
         return np.asarray(total)
+
+
+PLAIN = ("incarnation", "agreement")
+"""What is text in what a member keeps; all other text is bytes, in hexadecimal digits."""
 
 
 def _text(x: Any) -> Any:
@@ -234,11 +325,11 @@ def _text(x: Any) -> Any:
 
 
 def _bytes(x: Any) -> Any:
-    """The inverse of `_text` for what a member keeps; "round" and names are no secrets."""
+    """The inverse of `_text` for what a member keeps."""
     if isinstance(x, dict):
         return {
             int(key) if re.fullmatch(r"\d+", key) else key: (
-                value if key == "incarnation" else _bytes(value)
+                value if key in PLAIN else _bytes(value)
             )
             for key, value in x.items()
         }

@@ -12,9 +12,16 @@ from fedlora.training.model.model import Model
 
 
 def numbers(
-    model: Model, strategy: Strategy[Any], download: Download, config: Config, job: Job
+    model: Model,
+    strategy: Strategy[Any],
+    download: Download,
+    config: Config,
+    job: Job,
+    probes: str = "",
 ) -> Numbers:
     """The numbers of the model as it is now, in the order of `names_of`.
+
+    probes: the key of their signs, where it is not the run's own.
 
     Raises:
         PrivacyError: the server asks for those of a part that stays here.
@@ -24,7 +31,7 @@ def numbers(
             f"strategy.name = {config.strategy.name!r}: the server asks for numbers of a part that "
             "stays on this client"
         )
-    key = key_of(config.run.seed, job.round, bool(config.round.buffer))
+    key = probes or key_of(config.run.seed, job.round, bool(config.round.buffer))
     whole = "other" in download.trainable and not job.cuts
     others = [*model.live()["other"]] if whole else []
     found = measure_as(model, key, job.ranks, others, job.cuts)

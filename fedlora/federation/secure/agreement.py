@@ -1,31 +1,35 @@
 """What all members of a sum are told alike, so that a server cannot tell each another story.
 
     MemberTable   who is asked, which kind each is of, and which tensors a kind sends and trains
+    Agreement     the table, which run and round, the terms, and what each is sent: one digest
 
-A member works the vector's layout out of the table itself, finds its own entry true, and mixes the
-table's digest into every pair's mask: the masks of members who were told different tables never
-cancel, and the sum stays noise.
+A member derives what it can itself (run, config, terms), finds its own entry true (what it sends,
+trains and was sent), signs the digest beside its keys, and mixes it into every pair's mask: the
+masks of members who were told different things never cancel, and the sum stays noise. The
+certificate's probes are drawn from the digest, too.
 
 Formal guarantee
-    Of a sum that comes out, every member in it saw one table, in which `TOGETHER` clients at least
-    send each tensor and train the same columns. That so many of them are in the sum the members
-    see where each is every other's neighbour (secure.num-shares = 0), and on a ring not; nor is
-    who dropped out agreed among them. What a server may still do is to say so of clients that did
-    not, to send crafted weights, or to name clients that are its own: docs/privacy/index.md.
+    Of a sum that comes out, every member in it saw one agreement, in which `terms.together` clients
+    at least send each tensor and train the same columns, and downloads of one form are one.
+    That so many of them are in the sum the members see where each is every other's neighbour
+    (secure.num-shares = 0), and on a ring not. What a server may still do is to say of clients that
+    are its own what it likes, to send kinds different models, or all of them a crafted one:
+    docs/privacy/secure-aggregation.md.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedlora.errors import PrivacyError
-from fedlora.federation.secure.rules import TOGETHER
+from fedlora.federation.secure.signing import HEAD
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Layout
 from fedlora.federation.wire.messages import Shapes
+from fedlora.federation.wire.sent_digest import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,60 +47,166 @@ class MemberTable:
     def layout(self) -> Layout:
         return Layout.over(self.shapes)
 
-    def record(self) -> str:
-        """As text, the same for equal tables."""
+    def tree(self) -> list[Any]:
+        """As lists, the same for equal tables."""
         shapes = [
             sorted([column, name, list(shape)] for (column, name), shape in kind.items())
             for kind in self.shapes
         ]
-        kinds = sorted(self.kinds.items())
-        return json.dumps([shapes, [list(c) for c in self.trains], kinds], separators=(",", ":"))
+        return [
+            shapes,
+            [list(c) for c in self.trains],
+            [list(x) for x in sorted(self.kinds.items())],
+        ]
 
     @classmethod
-    def read(cls, text: str) -> "MemberTable":
-        """The inverse.
+    def of(cls, tree: Any) -> "MemberTable":
+        """The inverse; raises TypeError or ValueError where it is none."""
+        shapes, trains, kinds = tree
+        return cls(
+            tuple({(str(c), str(n)): tuple(map(int, s)) for c, n, s in kind} for kind in shapes),
+            tuple(tuple(map(str, columns)) for columns in trains),
+            {int(i): int(kind) for i, kind in kinds},
+        )
 
-        Raises:
-            PrivacyError: it is none.
-        """
-        try:
-            shapes, trains, kinds = json.loads(text)
-            return cls(
-                tuple({(c, n): tuple(map(int, s)) for c, n, s in kind} for kind in shapes),
-                tuple(tuple(map(str, columns)) for columns in trains),
-                {int(i): int(kind) for i, kind in kinds},
+    def check(self, me: int, together: int) -> None:
+        """Raises PrivacyError where it is no table, or fewer than `together` are of one kind."""
+        if len(self.trains) != len(self.shapes) or not all(
+            0 <= kind < len(self.shapes) for kind in self.kinds.values()
+        ):
+            raise PrivacyError.public("the table has no such kind as it says a client is of")
+        if me not in self.kinds:
+            raise PrivacyError.public("the table is not of the clients that this one is among")
+        if any(n < together for n in Counter(self.kinds.values()).values()):
+            raise PrivacyError.public(
+                f"the table has fewer than {together} clients of one kind: what only they send "
+                "would be no sum, or one with clients that help the server (secure.colluding)"
             )
-        except (TypeError, ValueError) as e:
-            raise PrivacyError.public(f"the table of who sends what does not read: {e}") from None
 
-    def digest(self, terms: Terms, round: int, incarnation: str) -> bytes:
-        """32 bytes that stand for the table, the terms and the round."""
-        told = json.dumps([self.record(), asdict(terms), round, incarnation], sort_keys=True)
-        return hashlib.sha256(told.encode()).digest()
-
-    def check(
-        self, me: int, sends: Shapes, trains: Collection[str], near: Collection[int], cohort: int
-    ) -> int:
-        """This member's kind, where all that it can know of the table is so.
-
-        near: the members whose keys it was shown. cohort: how many it was told there are.
+    def check_own(self, me: int, sends: Shapes, trains: Collection[str]) -> int:
+        """This member's kind, where the table says of it what is so.
 
         Raises:
-            PrivacyError: its entry is not what it sends or trains, or it would send alone.
+            PrivacyError: it says that it sends or trains something else.
         """
-        if len(self.kinds) != cohort or not {me, *near} <= self.kinds.keys():
-            raise PrivacyError.public("the table is not of the clients that this one was shown")
         kind = self.kinds[me]
-        if not 0 <= kind < len(self.shapes) or len(self.trains) != len(self.shapes):
-            raise PrivacyError.public("the table has no such kind as it says this client is of")
         if dict(self.shapes[kind]) != dict(sends) or set(self.trains[kind]) != set(trains):
             raise PrivacyError.public(
                 "the table says that this client sends or trains something else"
             )
-        alone = [i for i, n in Counter(self.kinds.values()).items() if n < TOGETHER]
-        if alone:
-            raise PrivacyError.public("the table has a client that would send alone")
         return kind
+
+
+@dataclass(frozen=True, slots=True)
+class RoundName:
+    """Which round of which run, in one start of its server."""
+
+    config: str
+    """The digest of the run's config: see `Config.identity`."""
+    run: str
+    round: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """All that the members of one round agree on."""
+
+    name: RoundName
+    terms: Terms
+    table: MemberTable
+    sent: Mapping[int, Parts]
+    """By client, digests of what it is sent."""
+
+    def record(self) -> str:
+        """As text, the same for equal agreements."""
+        sent = [[i, [list(part) for part in parts]] for i, parts in sorted(self.sent.items())]
+        tree = [*HEAD, "agreement", asdict(self.name), asdict(self.terms), self.table.tree(), sent]
+        return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def read(cls, text: str) -> "Agreement":
+        """The inverse.
+
+        Raises:
+            PrivacyError: it is none, or of another version of the protocol.
+        """
+        try:
+            *head, what, name, terms, table, sent = json.loads(text)
+            if [*head, what] != [*HEAD, "agreement"]:
+                raise PrivacyError.public(
+                    f"the server speaks another version of secure aggregation than {HEAD[1]}; use "
+                    "one version of fedlora everywhere"
+                )
+            found = cls(
+                RoundName(str(name["config"]), str(name["run"]), int(name["round"]),
+                          str(name["incarnation"])),
+                Terms(**{f.name: _number(terms[f.name]) for f in fields(Terms)}),
+                MemberTable.of(table),
+                {int(i): tuple((str(a), str(b)) for a, b in parts) for i, parts in sent},
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as e:
+            raise PrivacyError.public(f"what all are to agree on does not read: {e}") from None
+        if found.record() != text:
+            raise PrivacyError.public("what all are to agree on is not written as it must be")
+        return found
+
+    def digest(self) -> bytes:
+        """32 bytes that stand for all of it."""
+        return hashlib.sha256(self.record().encode()).digest()
+
+    @property
+    def probes(self) -> str:
+        """The key that the certificate's signs are drawn from: a digest of what is agreed.
+
+        Of all but the names of the run and of its server's start, which chance draws: a run that
+        is repeated measures the same numbers.
+        """
+        again = replace(self, name=replace(self.name, run="", incarnation=""))
+        return f"certificate/{again.digest().hex()}"
+
+    def check(self, me: int, name: RoundName, terms: Terms, together: int = 0) -> None:
+        """Nothing, where all that a member can derive itself is so.
+
+        together: how many of one kind the member demands, where that is more than the terms do.
+
+        Raises:
+            PrivacyError: it is not: the agreement is of another run or round, its terms are not
+                those of the config, a client would send alone, or two clients whose downloads
+                have one form are sent different ones.
+        """
+        if self.name != name:
+            raise PrivacyError.public("what all are to agree on is of another run, round or config")
+        self.table.check(me, max(terms.together, together))
+        if self.terms != terms or terms.cohort != len(self.table.kinds):
+            raise PrivacyError.public("the terms of the sum are not those of the run's config")
+        if reason := terms.problem():
+            raise PrivacyError.public(reason)
+        if self.sent.keys() != self.table.kinds.keys():
+            raise PrivacyError.public("the table does not say what each client is sent")
+        if unlike := told_apart(self.sent):
+            raise PrivacyError.public(
+                f"clients {unlike[0]} and {unlike[1]} are sent different models of one form: a "
+                "server that trains one client on a model of its own can read it from a sum"
+            )
+
+    def check_sent(self, me: int, came: Parts) -> None:
+        """Raises PrivacyError where a member was sent something else than the others were told."""
+        if self.sent[me] != came:
+            raise PrivacyError.public(
+                "this client was sent something else than all members were told that it is sent"
+            )
+
+
+def told_apart(sent: Mapping[int, Parts]) -> tuple[int, int] | None:
+    """Two clients whose downloads have a part of one form and different content, if there are."""
+    seen: dict[tuple[int, str], tuple[int, str]] = {}
+    for i, parts in sorted(sent.items()):
+        for n, (form, content) in enumerate(parts):
+            first, known = seen.setdefault((n, form), (i, content))
+            if known != content:
+                return first, i
+    return None
 
 
 def table_of(
@@ -109,3 +219,9 @@ def table_of(
 def same_shapes(sent: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], tuple[int, ...]]:
     """The shapes of tensors by column and name."""
     return {key: tuple(x.shape) for key, x in sent.items()}
+
+
+def _number(x: Any) -> Any:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError("a term is no number")
+    return x

@@ -1,6 +1,6 @@
 """A client's update as one vector of integers, and a sum of such vectors as uploads.
 
-    [ n_i in the place of its kind | n_i loss_i | n_i x_i for every tensor, padded ]
+    [ n_i in the place of its kind | n_i loss_i | m_i | n_i x_i for every tensor, padded ]
 
 A kind is a set of clients of equal ranks and modules. Every tensor has its largest size over the
 kinds; a client's own lies in the leading corner, the rest is 0. Scales are folded into R, else
@@ -13,6 +13,11 @@ is the mean over its holders. One upload a kind, of weight w_k and with its corn
 for all its clients, in any aggregate that depends on the uploads through sum n_i x_i and sum n_i
 of each entry (`rules.unsummable` measures which do): leaving an entry out, counting it as unchanged
 or as zero all weigh x by the same w_k.
+
+The changes of the certificate are tensors of their own range, `terms.CHANGES`. Of a client with one
+that is outside of it all of them are random words and m_i = 0, else m_i = 1: its update counts, and
+the round has no certificate. What the others' changes add up to is lost with its own, since of
+sums over all clients and over all but one the difference would be that one's.
 
 Formal guarantee
     |x - exact mean| <= Terms.error(clients, sum n_i) in every entry. A value that is not finite or
@@ -29,8 +34,9 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import UpdateError
-from fedlora.federation.secure.masking import Words, words
-from fedlora.federation.secure.terms import Terms
+from fedlora.federation.secure.masking import Words, fresh_seed, mask, words
+from fedlora.federation.secure.terms import CHANGES, Terms
+from fedlora.federation.wire.certificate import is_change
 from fedlora.federation.wire.messages import Shapes
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Upload
@@ -78,11 +84,21 @@ class Layout:
                 shapes[key] = tuple(map(max, shape, shapes.get(key, shape)))
         return cls(len(kinds), dict(sorted(shapes.items())))
 
+    @property
+    def loss(self) -> int:
+        """The place of the losses."""
+        return self.kinds
+
+    @property
+    def fit(self) -> int:
+        """The place that counts those whose certificate is in the sum."""
+        return self.kinds + 1
+
     def __len__(self) -> int:
-        return self.kinds + 1 + sum(math.prod(shape) for shape in self.shapes.values())
+        return self.kinds + 2 + sum(math.prod(shape) for shape in self.shapes.values())
 
     def places(self) -> Iterator[tuple[Key, tuple[int, ...], slice]]:
-        at = self.kinds + 1
+        at = self.kinds + 2
         for key, shape in self.shapes.items():
             yield key, shape, slice(at, at := at + math.prod(shape))
 
@@ -101,21 +117,36 @@ def encode(sent: Factors, n: int, loss: float, kind: int, layout: Layout, terms:
         )
     whole = np.zeros(len(layout), dtype=np.int64)
     whole[kind] = n
-    whole[layout.kinds] = _integers(
+    whole[layout.loss] = _integers(
         torch.tensor(loss / LOSS, dtype=torch.float64), n, "the training loss", terms
     )
     mine = folded(sent)
-    for key, shape, place in layout.places():
-        if key in mine:
-            x = mine.pop(key)
-            corner = whole[place].reshape(shape)
-            corner[_corner(x.shape)] = _integers(x, n, f"{key[0]} of {key[1]}", terms)
-    if mine:
-        column, name = next(iter(mine))
+    if strange := mine.keys() - layout.shapes.keys():
+        column, name = min(strange)
         raise UpdateError.public(
             f"{column} of {name} has no place in this round's sum: nothing was sent"
         )
-    return whole.astype(words(terms.bits))
+    fits = all(_within(x, CHANGES) for key, x in mine.items() if is_change(key))
+    whole[layout.fit] = fits
+    for key, shape, place in layout.places():
+        if key in mine and (fits or not is_change(key)):
+            x = mine[key]
+            whole[place].reshape(shape)[_corner(x.shape)] = (
+                _rounded(x, n, terms.change_unit)
+                if is_change(key)
+                else _integers(x, n, f"{key[0]} of {key[1]}", terms)
+            )
+    found = whole.astype(words(terms.bits))
+    if not fits:
+        for key, _, place in layout.places():
+            if is_change(key):
+                found[place] = mask(fresh_seed(), place.stop - place.start, terms.bits)
+    return found
+
+
+def fit(total: Words, layout: Layout) -> int:
+    """How many clients of a sum have their certificate in it."""
+    return int(total[layout.fit])
 
 
 def decode(
@@ -127,14 +158,15 @@ def decode(
     N = sum(weights)
     if N < 1 or min(weights) < 0:
         raise UpdateError.public("the sum of the clients' examples is not a positive number")
-    loss = float(signed[layout.kinds]) / terms.unit / N * LOSS
+    loss = float(signed[layout.loss]) / terms.unit / N * LOSS
     columns: list[dict[str, dict[str, Tensor]]] = [{} for _ in kinds]
     for key, shape, place in layout.places():
         held = np.zeros(shape)
         for kind, w in zip(kinds, weights, strict=True):
             if key in kind.shapes:
                 held[_corner(kind.shapes[key])] += w
-        sums = np.asarray(signed[place].reshape(shape) / terms.unit)  # 0-d where the tensor is
+        unit = terms.change_unit if is_change(key) else terms.unit
+        sums = np.asarray(signed[place].reshape(shape) / unit)  # 0-d where the tensor is
         mean = torch.from_numpy(sums) / torch.from_numpy(np.where(held > 0, held, 1))
         for kind, found in zip(kinds, columns, strict=True):
             if key in kind.shapes:
@@ -176,11 +208,22 @@ def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(0, n) for n in shape)
 
 
-def _integers(x: Tensor, n: int, what: str, terms: Terms) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    if not bool((x.abs() <= terms.range).all()):  # NaN is not, either
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _within(x: Tensor, range: float) -> bool:
+    return bool((x.abs() <= range).all())  # NaN is not, either
+
+
+def _integers(x: Tensor, n: int, what: str, terms: Terms) -> Integers:
+    if not _within(x, terms.range):
         raise UpdateError.public(
             f"{what} holds a value that is not finite or outside of +-secure.clipping-range = "
             f"{terms.range:g}: nothing was sent; raise secure.clipping-range, or lower train.lr"
         )
-    found: np.ndarray[Any, np.dtype[np.int64]] = np.rint(x.double().numpy() * n * terms.unit)
-    return found.astype(np.int64)
+    return _rounded(x, n, terms.unit)
+
+
+def _rounded(x: Tensor, n: int, unit: float) -> Integers:
+    found: Integers = np.rint(x.double().numpy() * n * unit).astype(np.int64)
+    return found

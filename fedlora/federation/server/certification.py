@@ -28,7 +28,8 @@ class Certification:
 
     def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:
         self.found = None
-        measure(self.setting, self.session, run, round.number, run.state)
+        if not self.setting.config.secure.aggregation:  # there the probes are agreed on first
+            measure(self.setting, self.session, run, round.number, run.state)
 
     def uploads(
         self, uploads: Iterator[Upload], run: Saved, round: Round, received: Received
@@ -46,14 +47,18 @@ class Certification:
         came = sorted(received.certificates.items())  # sums are the same whoever was first
         starts = {i: (n, x) for i, (n, x, _) in came if i in received.clients}
         summed, model = received.summed, setting.model
+        witnesses = {-1: summed[0]} if summed else witnesses_of(config, received)
+        errors: tuple[float, float] = summed[1] if summed else (0.0, 0.0)
+        if received.uncertified:
+            witnesses = {}
         self.found = session.certifier.close(
             round.number,
             starts,
-            {-1: summed[0]} if summed else witnesses_of(config, received),
+            witnesses,
             top_ranks(clients(setting, before)),
             cuts(setting, before),
             silent_of(config, received),
-            quantised(model, summed[1], summed[0].start, summed[2]) if summed else {},
+            quantised(model, *errors, summed[0].start, summed[2]) if summed else {},
         )
         session.certifier.forget([f.round.number for f in session.flights.of.values()])
         if config.proof.enforce:
@@ -118,4 +123,6 @@ def silent_of(config: Config, received: Received) -> list[str]:
         found.append("client-level privacy: the mean is clipped and noised")
     if received.verdict and received.verdict.method == "norm-bound" and received.verdict.factors:
         found.append("robust.method = 'norm-bound': changes were shortened factor by factor")
+    if received.uncertified:
+        found.append(received.uncertified)
     return found

@@ -109,9 +109,12 @@ class Certifier:
     promise: Promise
     before: dict[int, tuple[Numbers, Sizes]] = field(default_factory=dict)
     """By the round of asking: the model that its clients were sent."""
+    agreed: dict[int, str] = field(default_factory=dict)
+    """By round: the key that the members of a sum agreed on."""
 
     def key(self, round: int) -> str:
-        return key_of(self.config.run.seed, round, bool(self.config.round.buffer))
+        drawn = key_of(self.config.run.seed, round, bool(self.config.round.buffer))
+        return self.agreed.get(round, drawn)
 
     def open(self, round: int, cuts: Sequence[int]) -> None:
         """Measure the model that is loaded: what this round's clients are sent."""
@@ -120,6 +123,7 @@ class Certifier:
     def forget(self, needed: Sequence[int]) -> None:
         """Keep the rounds of which somebody is still training, and no others."""
         self.before = {n: x for n, x in self.before.items() if n in needed}
+        self.agreed = {n: x for n, x in self.agreed.items() if n in needed}
 
     def _measured(self, round: int, cuts: Sequence[int]) -> tuple[Numbers, Sizes]:
         model = self.model

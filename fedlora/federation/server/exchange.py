@@ -81,8 +81,10 @@ class Received:
     certificates: dict[int, tuple[int, Any, Any]] = field(default_factory=dict)
     """By client: the round it was asked in, and its numbers at the start and at the end."""
     summed: Any = None
-    """Of a secure aggregation: (the mean change of all of them, the error of any of its numbers,
-    what they were divided by)."""
+    """Of a secure aggregation: (the mean change of all of them, the errors of any of the factors'
+    and of the certificate's numbers, what the latter were divided by)."""
+    uncertified: str = ""
+    """Why its sum has no certificate, where it has none."""
     secure: Mapping[str, Any] | None = None
     """The outcome of a secure aggregation."""
     diverged: set[int] = field(default_factory=set)

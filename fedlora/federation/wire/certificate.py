@@ -42,6 +42,11 @@ WITHIN = "certificate/"
 """How a difference is named among the other tensors of a masked vector."""
 
 
+def is_change(key: tuple[str, str]) -> bool:
+    """Is (column, name) a difference of the certificate's, and no tensor that is trained?"""
+    return key[0] == "other" and key[1].startswith(WITHIN)
+
+
 def masked_shapes(names: Iterable[str]) -> dict[tuple[str, str], tuple[int, ...]]:
     """What a client adds to its vector, as `wire.Shapes`."""
     return {("other", WITHIN + name): (K,) for name in names}

@@ -59,6 +59,14 @@ def init(
         bool, typer.Option(help="Nodes keep the model in memory between messages.")
     ] = True,
     days: Annotated[float, typer.Option(help="How long the server's certificate is valid.")] = 365,
+    one_host_trial: Annotated[
+        bool,
+        typer.Option(
+            "--one-host-trial",
+            help="Make all nodes' keys here: then who makes them can "
+            "be each node. Else each node makes its own.",
+        ),
+    ] = False,
 ) -> None:
     """Write a deployment's directory: keys, certificates, scripts, units, the app."""
     from fedlora.config.reader import parse_overrides
@@ -73,11 +81,13 @@ def init(
     plan = write(
         Wanted(
             directory, clients, experiment, parse_overrides(set_ or []), host, each,
-            not insecure, not shared_data, worker, days,
+            not insecure, not shared_data, worker, days, one_host_trial,
         )
     )  # fmt: skip
     typer.echo(f"wrote {plan.directory}; its README.md says how to go on, for instance:")
     name = shlex.quote(str(directory))
+    if plan.secure and not plan.keys_here:
+        typer.echo(f"  on each node: fedlora node init {name}/nodes/node-0/node.toml")
     typer.echo(f"  fedlora deploy up {name} && fedlora deploy run {name}")
 
 

@@ -30,8 +30,9 @@ Results are in `server/runs/`. Change the experiment in `app/pyproject.toml` or 
 
 Make the directory with the server's name or address: `fedlora deploy init DIR --clients 2 --host
 server.example.org`. Then copy `server/` to the server as /opt/fedlora/server, and each
-`nodes/node-<i>/` to its machine as /opt/fedlora/node-<i>. A node's directory holds its private
-key: copy it to that machine only. `ca/` and `operator/` stay with you.
+`nodes/node-<i>/` to its machine as /opt/fedlora/node-<i>. `ca/` and `operator/` stay with you.
+
+{keys}
 
 On the server (the authority's key is not needed there):
 
@@ -44,7 +45,7 @@ From your machine, over `ssh -L {port}:127.0.0.1:{port} server`, since Control i
 server's loopback and nowhere else:
 
     export FLWR_HOME={directory}/operator
-    flwr supernode register {directory}/nodes/node-0/node.pub fedlora --name node-0    # once a node
+    flwr supernode register node.pub fedlora --name node-0    # once a node, the one it sent you
     flwr run {directory}/app fedlora --stream
     flwr list fedlora --format json        # the run's status; `flwr run` exits 0 either way
 
@@ -75,6 +76,20 @@ node.toml` what was asked and what left; `fedlora node rotate node.toml` makes i
 """
 
 
+HERE = """\
+**The keys of all nodes were made here, with --one-host-trial**, and you could be each of them:
+secure aggregation then holds against an honest but curious operator alone."""
+THERE = """\
+Each node makes its keys itself, and only the public halves leave it. On node 0's machine:
+
+    fedlora node init /opt/fedlora/node-0/node.toml       # node.key, member.key; sends nothing
+    fedlora node members add /opt/fedlora/node-0/node.toml 1 node-1-member.pub    # its own as 0
+
+`node.pub` goes to you, who register it. `member.pub` goes to the operators of the other nodes, by a
+way that the server has no hand in: a node believes no signature in a secure aggregation but of the
+keys on its list."""
+
+
 def readme(plan: Plan) -> str:
     """The text, with this deployment's paths and ports."""
     until = "**Plaintext, since it was made with --insecure: for trials on one host only.**\n"
@@ -83,4 +98,5 @@ def readme(plan: Plan) -> str:
         until = (
             f"The server's certificate ends on {day}; `fedlora deploy renew DIR` makes another.\n"
         )
-    return TEXT.format(clients=plan.clients, until=until, directory=plan.quoted, port=plan.port)
+    made = {"directory": plan.quoted, "port": plan.port, "keys": HERE if plan.keys_here else THERE}
+    return TEXT.format(clients=plan.clients, until=until, **made)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import ssl
@@ -39,6 +40,7 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
     Raises:
         DeployError: it did not come up in time; says where the logs are.
     """
+    check_keys(plan)
     until = time.monotonic() + timeout
     state = read_state(plan)
     if not (state and is_running(state["supervisor"])):
@@ -64,13 +66,29 @@ def register_all(plan: Plan, say: Say, timeout: float = 180.0) -> None:
     """Wait for the SuperLink, and make every node's key known to it.
 
     Raises:
-        DeployError: it did not answer in time, or refused one.
+        DeployError: it did not answer in time, or refused one; or a node has no key.
     """
+    check_keys(plan)
     plan.run_directory.mkdir(mode=0o700, exist_ok=True)
     _wait(lambda: healthy(plan), time.monotonic() + timeout, plan, "the SuperLink")
     with Operator(plan) as operator:
         register(plan, operator)
     say(f"{plan.clients} nodes registered")
+
+
+def check_keys(plan: Plan) -> None:
+    """Nothing, where every node here has its keys.
+
+    Raises:
+        DeployError: one has none; says how it gets them.
+    """
+    for i in range(plan.clients) if plan.secure else ():
+        if not (plan.node(i) / "node.key").exists():
+            raise DeployError(
+                f"node {i} has no keys: they are made on the node, `fedlora node init "
+                f"{shlex.quote(str(plan.node(i) / 'node.toml'))}`. For a trial in which all nodes "
+                "are on this host, make the deployment with `fedlora deploy init --one-host-trial`"
+            )
 
 
 def _supervise(plan: Plan) -> None:

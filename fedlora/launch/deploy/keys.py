@@ -1,7 +1,9 @@
 """Certificates and node keys.
 
 One authority signs one server certificate; nodes trust the authority alone. Each node signs its
-requests with an EC P-384 key of its own, whose public half is registered with the SuperLink.
+requests with an EC P-384 key of its own, whose public half is registered with the SuperLink; and
+what it says in a secure aggregation with an Ed25519 key, whose public half other nodes list. Both
+are made on the node, `own_keys`, and only the public halves leave it.
 """
 
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.errors import DeployError
@@ -71,9 +74,24 @@ def server_certificate(
     (directory / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
+def own_keys(directory: Path) -> list[str]:
+    """node.key and member.key with their public halves, where there are none; which were made."""
+    made = []
+    if not (directory / "node.key").exists():
+        node_key(directory)
+        made.append("node")
+    if not (directory / "member.key").exists():
+        _write_pair(directory, "member", Ed25519PrivateKey.generate())
+        made.append("member")
+    return made
+
+
 def node_key(directory: Path, name: str = "node") -> None:
     """node.key, and node.pub in OpenSSH's format, as `flwr supernode register` takes it."""
-    key = ec.generate_private_key(ec.SECP384R1())
+    _write_pair(directory, name, ec.generate_private_key(ec.SECP384R1()))
+
+
+def _write_pair(directory: Path, name: str, key: Key | Ed25519PrivateKey) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,

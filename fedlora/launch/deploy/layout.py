@@ -10,6 +10,7 @@ from typing import Any
 
 import tomli_w
 
+from fedlora.config.members import Members, public_key
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
 from fedlora.launch.deploy import containers, keys, policy_file, scripts
@@ -37,6 +38,8 @@ class Wanted:
     own_data: bool = True
     warm: bool = True
     days: float = 365.0
+    one_host_trial: bool = False
+    """Make every node's keys here. Else each node makes its own, whose public halves leave it."""
 
 
 def init(wanted: Wanted) -> Plan:
@@ -66,6 +69,7 @@ def init(wanted: Wanted) -> Plan:
         wanted.own_data and _expressible(config),
         wanted.warm,
         code=tuple(value for _, value in named(config)),
+        keys_here=wanted.one_host_trial,
         trust_remote_code=config.model.trust_remote_code,
     )
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,8 @@ def init(wanted: Wanted) -> Plan:
     _write_server(plan, wanted.days)
     for i in range(plan.clients):
         _write_node(plan, i, config)
+    if plan.secure and plan.keys_here:
+        _write_members(plan)
     _write_app(plan, config)
     _write_around(plan, config)
     plan.save()
@@ -178,7 +184,8 @@ def _write_node(plan: Plan, i: int, config: Config) -> None:
         (directory / name).mkdir(parents=True, exist_ok=True)
     directory.chmod(0o700)
     if plan.secure:
-        keys.node_key(directory)
+        if plan.keys_here:
+            keys.own_keys(directory)
         shutil.copy(plan.directory / "ca" / "ca.crt", directory)
     (directory / policy_file.NAME).write_text(policy_file.policy_text(plan, i, config))
     _script(directory / "env.sh", scripts.ENVIRONMENT)
@@ -190,6 +197,13 @@ def _write_node(plan: Plan, i: int, config: Config) -> None:
         _script(directory / "worker.sh", scripts.worker(i))
         text = scripts.unit(f"fedlora worker of node {i}", f"node-{i}", "worker.sh", 5, fixed)
         (directory / "fedlora-worker.service").write_text(text)
+
+
+def _write_members(plan: Plan) -> None:
+    """Each node's list of all nodes' public keys."""
+    each = {i: public_key((plan.node(i) / "member.pub").read_text()) for i in range(plan.clients)}
+    for i in each:
+        Members(each).save(plan.node(i) / policy_file.MEMBERS)
 
 
 def _write_app(plan: Plan, config: Config) -> None:

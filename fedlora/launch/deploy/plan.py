@@ -47,6 +47,8 @@ class Plan:
     """Seconds before a node that ended is started again; the SuperLink refuses it for 60."""
     code: tuple[str, ...] = ()
     """What of the user's own code a node may run, "py:package.module:function" each."""
+    keys_here: bool = True
+    """Were all nodes' keys made here, so that who made the deployment has them all?"""
     trust_remote_code: bool = False
     """May a node run code that comes with a model?"""
 

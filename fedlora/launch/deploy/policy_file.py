@@ -10,6 +10,7 @@ from fedlora.launch.deploy.plan import Plan
 from fedlora.strategies import STRATEGIES
 
 NAME = "node.toml"
+MEMBERS = "members.toml"
 HEAD = """\
 # What this node allows, whatever its server asks: docs/deploy/node-policy.md has every key.
 # It is yours; it is never sent, and it is read anew for every message.
@@ -51,7 +52,9 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
         },
     }
     if config.secure.aggregation:
-        tree["secure"] = {"require": True}
+        tree["secure"] = {"require": True, "colluding": config.secure.colluding}
+        if plan.secure:
+            tree["secure"]["members"] = MEMBERS
     if config.lora.modules_to_save:
         tree["limits"]["whole-modules"] = [*config.lora.modules_to_save]
     if config.strategy.name not in STRATEGIES:

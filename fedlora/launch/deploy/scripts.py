@@ -87,8 +87,11 @@ def worker(i: int) -> str:
     )
 
 
-NODES_OWN = ("node.key", "node.toml", "ca.crt", "env.sh", "node.sh", "worker.sh")
-"""What no process of a node has to write: its key, and what its operator allows."""
+NODES_OWN = (
+    "node.key", "member.key", "node.toml", "members.toml", "ca.crt", "env.sh", "node.sh",
+    "worker.sh",
+)  # fmt: skip
+"""What no process of a node has to write: its keys, and what its operator allows."""
 
 
 WATCHDOG = """\

@@ -285,18 +285,31 @@ def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator
     size = terms.bits // 8
     yield Finding(
         "ok",
-        f"secure aggregation: the server learns sums over {terms.threshold} to {K} clients; up to "
-        f"{K - terms.threshold} of {K} may drop out" + (
+        f"secure aggregation: the server learns sums over {terms.fewest} to {K} clients; up to "
+        f"{K - terms.fewest} of {K} may drop out" + (
             "" if terms.shares >= K else f" (of each client's {terms.shares} neighbours, "
             f"{terms.shares - terms.threshold})"
         ),
     )  # fmt: skip
     yield Finding(
         "ok",
-        f"secure aggregation costs 4 messages a client and round in place of 1, and up {numbers} "
+        f"secure aggregation costs 5 messages a client and round in place of 1, and up {numbers} "
         f"numbers of {size} bytes ({numbers * size / 1e3:.0f} kB), whatever wire.dtype; it moves "
         f"a mean over clients of {terms.weight if terms.weight == 1 else 100} examples by at most "
         f"{terms.error(K, K * min(terms.weight, 100)):.1g}",
+    )
+    if terms.ring:
+        yield Finding(
+            "note",
+            "secure aggregation on a ring (secure.num-shares) holds against an honest but curious "
+            "server alone: no stories are compared beyond a client's neighbours",
+            "against a server that lies set secure.num-shares = 0",
+        )
+    yield Finding(
+        "note",
+        f"secure aggregation: the server may have {terms.colluding} clients that help it "
+        "(secure.colluding); whose each key is the server says, and it is believed, where a node "
+        "has no list of members: docs/privacy/secure-aggregation.md",
     )
     yield Finding(
         "note",
