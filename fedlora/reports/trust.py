@@ -73,9 +73,9 @@ def _capped(run: RunFiles) -> Iterator[str]:
     times = run.config.get("round.count-bound", 4.0)
     for client, found in rounds.items():
         yield (
-            f"Its claim was above the bound: client {client} counted as {times:g} times the round's median in rounds "
-            f"{', '.join(found)}, and not as the examples that it claims: p_i is over the counts "
-            "as they counted."
+            f"A claim was above round.count-bound: client {client} counted as {times:g} times the "
+            f"round's median in rounds {', '.join(found)}, not as the examples that it claims, and "
+            "p_i is over the counts as they counted."
         )
 
 

@@ -1,6 +1,7 @@
 """What no honest client sends is refused by default, and leaves the run as if it had not come."""
 
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Context, Error, Message
 
+from client_app.app import app as client_app
 from fedlora.errors import RoundError
 from fedlora.federation.server import bounds
 from fedlora.federation.server.loop import FederatedLora
@@ -302,13 +304,47 @@ def test_without_the_cap_a_million_examples_own_the_model(settings: Settings) ->
     assert near < 0.01 * far
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "change"),
+    [
+        ("fedsa", "query.collect", {"strategy.fedsa.average-at-end": True}),
+        ("fedsb", "train.gradient", {"strategy.fedsb.init-from": "update-approx"}),
+    ],
+)
+def test_what_is_sent_beside_the_rounds_is_bounded_too(
+    settings: Settings, name: str, kind: str, change: dict[str, object]
+) -> None:
+    """Lengths and claims of what fedsa collects at the end, and fedsb begins with."""
+    given = settings(**quick(name, **FOUR, **change, **{"run.rounds": 1}))
+
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        i = context.node_config["partition-id"]
+        if message.metadata.message_type != kind or i not in (1, 2):
+            return reply
+        spoil = scaled(100.0) if i == 1 else metric("num-examples", 1_000_000)
+        found = spoil(message, reply, Bad(spoil))
+        assert found
+        return found
+
+    notes = Notes()
+
+    def listen(server: FederatedLora) -> None:
+        server.observer = notes
+        notes.client_failed = lambda i, why: notes.said.append(f"{i}: {why}")  # type: ignore[method-assign]
+
+    federate(given, app, listen)
+    assert any(re.match(r"1: the change of its .* has norm", x) for x in notes.said)
+    assert any("client 2 claims 1000000 examples and counts as" in x for x in notes.said)
+
+
 def distance(x: Ran, y: Ran) -> float:
     """Between the products of two runs' models."""
     a, b = (dense_adapter(r.directory / "adapter") for r in (x, y))
     return math.hypot(*(float(np.linalg.norm(a[m] - b[m])) for m in a))
 
 
-# -- what waits, and sums ---------------------------------------------------------------------------
+# -- what waits, and sums -------------------------------------------------------------------------
 
 
 def test_updates_that_wait_on_the_disk_are_the_same_bytes_and_leave_nothing(

@@ -1,7 +1,7 @@
 """What no honest client can send, by the length of its change; and a state that is no number.
 
     norm bound    a change above round.norm-bound times the round's median does not count
-    count bound   a claim of examples above round.count-bound times the round's median counts as that
+    count bound   examples above round.count-bound times the round's median count as so many
     sum bound     of a secure aggregation, where no single client can be judged
     finite        a state that holds NaN or Inf is never committed
 
@@ -174,6 +174,24 @@ def too_long(
                     "mean is over the others"
                 )
     return refused
+
+
+def within(setting: Setting, session: Session, uploads: Sequence[Upload]) -> list[Upload]:
+    """What clients send once, beside the rounds: those within the bounds, as they count.
+
+    The length is that of all that was sent.
+    """
+    config, tell = setting.config.round, session.observer
+    sizes = {u.client.id: moved(u.sent, Factors()) for u in uploads}
+    refused = too_long(sizes, config.norm_bound)
+    for i, reason in refused.items():
+        tell.client_failed(i, reason)
+    left = [u for u in uploads if u.client.id not in refused]
+    counts = {u.client.id: u.num_examples for u in left}
+    found = capped(counts, config.count_bound)
+    for i, n in sorted(found.items()):
+        tell.note(f"client {i} claims {counts[i]} examples and counts as {n}: round.count-bound")
+    return [replace(u, num_examples=found.get(u.client.id, u.num_examples)) for u in left]
 
 
 class SumBound:

@@ -1,4 +1,4 @@
-"""Clients that mean harm, for experiments: what they send lies within the bounds that are always on.
+"""Clients that mean harm, for experiments: what they send is within what is refused by default.
 
     flipped   what training changed, turned round and three times as long, head and all, and a
               claim of 1,600 examples
