@@ -425,6 +425,7 @@ def test_doctor_and_report_say_that_no_client_of_a_sum_is_bounded(
     [
         ({"clients.count": 2}, "no majority to judge by"),
         ({**FOUR, "round.norm-bound": 0.5}, "trains more than 0.5 times the steps"),
+        ({**FOUR, "round.count-bound": 0.5}, "training rows and will count as"),
     ],
 )
 def test_the_doctor_says_where_the_median_is_no_measure(

@@ -1,7 +1,7 @@
 """The stages around a strategy's aggregation, in their order.
 
-    bounds         whose change no honest client can have is left out; caps       by default
-                   on counts
+    bounds         whose change no honest client can have is left out; counts     by default
+                   are capped
     sum bound      the same of a sum, of which no part is known                   secure sums
     honesty        whose numbers are not its own is left out                      deployments
     screening      robust.method: which updates the strategy gets to see          if asked for
