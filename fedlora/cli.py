@@ -98,6 +98,7 @@ def compare(
         Path | None, typer.Option(help="Where; default: runs/compare/EXPERIMENT.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="The experiment's full size.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The experiment's smallest size.")] = False,
     workers: Annotated[int, typer.Option(help="Runs at a time; 0: one a core.", min=0)] = 0,
 ) -> None:
     """Run an experiment with many strategies and seeds, and write one table of them all.
@@ -106,6 +107,8 @@ def compare(
     """
     from fedlora.config.reader import parse_overrides
 
+    if full and quick:
+        raise typer.BadParameter("is one size, and --full another", param_hint="--quick")
     if equal not in ("rounds", "bytes"):
         raise typer.BadParameter("must be rounds or bytes", param_hint="--equal")
     try:
@@ -121,7 +124,7 @@ def compare(
 
     directory = grid(
         experiment, strategies, numbers, parse_overrides(set_ or []), equal, out, full,
-        workers or os.cpu_count() or 1,
+        workers or os.cpu_count() or 1, quick,
     )  # fmt: skip
     typer.echo((directory / "table.md").read_text())
     typer.echo(f"{directory}/table.csv, table.md, table.html")

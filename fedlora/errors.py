@@ -72,6 +72,10 @@ class RoundError(FedLoraError):
     """Too few clients answered. The last checkpoint is intact."""
 
 
+class NotFiniteError(RoundError):
+    """The model after a round holds NaN or Inf. Nothing of the round was committed."""
+
+
 class ClientMemoryError(FedLoraError):
     """A client's own memory of earlier rounds is gone or belongs to another run."""
 

@@ -258,6 +258,9 @@ class RoundConfig(Section):
     norm_bound: Annotated[float, Field(ge=0)] = 4.0
     """An update whose change is longer than so many times the round's median does not count:
     federation/server/bounds.py. 0: any."""
+    count_bound: Annotated[float, Field(ge=0)] = 4.0
+    """An update of more examples than so many times the round's median counts as that many. 0: as
+    it claims."""
     buffer: Annotated[int, Field(ge=0)] = 0
     """A round ends with so many updates, of whichever round's model:
     federation/server/asynchronous.py. 0: it waits for all that it asked."""

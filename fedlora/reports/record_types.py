@@ -63,6 +63,7 @@ class ClientRoundRecord(TypedDict, total=False):
 
     rank: int | None
     examples: Count | None
+    counted: Count | None
     seconds: Number
     train_loss: Number
     before: Scores
@@ -91,6 +92,20 @@ class SecureRecord(TypedDict, total=False):
     summed: Required[Count]
 
 
+class CappedRecord(TypedDict, total=False):
+    """A claim of examples that was above the bound, and what it counted as."""
+
+    examples: Count
+    counted: Count
+
+
+class BoundsRecord(TypedDict, total=False):
+    """On whom the bounds acted."""
+
+    refused: list[int]
+    capped: dict[ByClient, CappedRecord]
+
+
 class RoundRecord(TypedDict, total=False):
     """A line of rounds.jsonl."""
 
@@ -108,6 +123,8 @@ class RoundRecord(TypedDict, total=False):
     certificate: CertificateRecord | None
     virtual: VirtualRecord | None
     secure: SecureRecord | None
+    bounds: BoundsRecord | None
+    again: str | None
     loss_not_finite: list[int] | None
 
 

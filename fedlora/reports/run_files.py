@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import FedLoraError
+from fedlora.reports.line_digest import KEY, sealed, whole
 from fedlora.reports.outcome import Metric, Record, finite, judge, judged_by
 from fedlora.reports.record_types import (
     ClientRecord,
@@ -236,24 +237,36 @@ def client_seconds(run: RunFiles) -> dict[int, float]:
 
 
 def records(kind: type, path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; none where there is no file.
+    """The records of a file of JSON lines, without their digests; none where there is no file.
 
-    A last line that is no JSON was cut short by a kill, and is left out.
+    A last line that is no JSON was cut short by a kill, and is left out. Where lines have digests,
+    such a line has no end: one with an end is damaged like any other.
 
     Raises:
-        FedLoraError: another line is no JSON, or one is no such record; names file, line and key.
+        FedLoraError: another line is no JSON, is not what it was written as, or is no such record;
+            names file, line and key.
     """
     if not path.is_file():
         return
-    lines = [(n, x) for n, x in enumerate(path.read_bytes().split(b"\n"), 1) if x.strip()]
+    data = path.read_bytes()
+    lines = [(n, x) for n, x in enumerate(data.split(b"\n"), 1) if x.strip()]
+    digests = any(sealed(x) for _, x in lines)
     for number, line in lines:
+        last = number == lines[-1][0] and not (digests and data.endswith(b"\n"))
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as e:  # not JSON, or not UTF-8
-            if number == lines[-1][0]:
+            if last:
                 return
             raise FedLoraError(f"{path}, line {number}: not JSON: {e}") from None
-        yield checked(kind, found, f"{path}, line {number}")
+        if digests and not whole(line):
+            raise FedLoraError(
+                f"{path}, line {number}: damaged: its digest is of another text. Restore the file "
+                "from a copy, or remove the line, and the round is off the record"
+            )
+        record = checked(kind, found, f"{path}, line {number}")
+        record.pop(KEY, None)
+        yield record
 
 
 def _toml(path: Path) -> dict[str, Any]:

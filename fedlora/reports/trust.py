@@ -46,7 +46,8 @@ def proof(run: RunFiles) -> list[str]:
         f"random inputs, and compared it with {compared}. The largest relative deviation was "
         f"{relative(found.get('deviation'))}, in round {worst['round']}{where}.",
     ]
-    return [*told, *_judged(run, [r["proof"] for r in rounds], by_size(found.get("deviation")))]
+    judged = _judged(run, [r["proof"] for r in rounds], by_size(found.get("deviation")))
+    return [*told, *judged, *_capped(run)]
 
 
 def _judged(run: RunFiles, proofs: list[Record], worst: float) -> Iterator[str]:
@@ -61,6 +62,21 @@ def _judged(run: RunFiles, proofs: list[Record], worst: float) -> Iterator[str]:
     models = [p["model_deviation"] for p in proofs if p.get("model_deviation") is not None]
     if models:
         yield f"Measured through the loaded model itself, the largest was {tiny(max(models))}."
+
+
+def _capped(run: RunFiles) -> Iterator[str]:
+    """Whose claims of examples were too large, and in which rounds: its weight is another then."""
+    rounds: dict[str, list[str]] = {}
+    for r in run.rounds:
+        for client in (r.get("bounds") or {}).get("capped") or {}:
+            rounds.setdefault(client, []).append(str(r["round"]))
+    times = run.config.get("round.count-bound", 4.0)
+    for client, found in rounds.items():
+        yield (
+            f"A claim was above round.count-bound: client {client} counted as {times:g} times the "
+            f"round's median in rounds {', '.join(found)}, not as the examples that it claims, and "
+            "p_i is over the counts as they counted."
+        )
 
 
 def layers(run: RunFiles) -> Grid:

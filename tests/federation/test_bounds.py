@@ -1,6 +1,8 @@
 """What no honest client sends is refused by default, and leaves the run as if it had not come."""
 
 import math
+import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +12,18 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Context, Error, Message
 
+from client_app.app import app as client_app
 from fedlora.errors import RoundError
 from fedlora.federation.server import bounds
+from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.doctor import examine
 from fedlora.reports import run_files, trust
 from fedlora.strategies import STRATEGIES
-from tests.federation.test_bad_clients import Bad, Spoil, arrays, metric, poison
+from tests.federation.test_bad_clients import Bad, Spoil, arrays, metric, poison, reshape
+from tests.federation.test_federation import dense_adapter
+from tests.federation.test_hostile import Notes
 from tests.support.tiny_federation import Ran, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -64,6 +70,33 @@ def typed(name: str, value: float | None = None) -> Spoil:
     return spoil
 
 
+def only(column: str, value: float) -> Spoil:
+    """One number of the first tensor of this column."""
+
+    def spoil(_: Message, reply: Message, __: Bad) -> Message:
+        key = next(k for k in arrays(reply) if k.startswith(f"{column}/"))
+        old = arrays(reply)[key]
+        x = np.frombuffer(old.data, dtype=np.float32).copy()
+        x[-1] = value
+        arrays(reply)[key] = Array(old.dtype, old.shape, old.stype, x.tobytes())
+        return reply
+
+    return spoil
+
+
+def in_factors(times: float) -> Spoil:
+    """The same product: A so many times as large, and B as many times smaller."""
+
+    def spoil(_: Message, reply: Message, __: Bad) -> Message:
+        for key, old in list(arrays(reply).items()):
+            factor = {"A": times, "B": 1 / times}.get(key[0], 1.0)
+            x = np.frombuffer(old.data, dtype=np.float32) * np.float32(factor)
+            arrays(reply)[key] = Array(old.dtype, old.shape, old.stype, x.tobytes())
+        return reply
+
+    return spoil
+
+
 def silent(message: Message, *_: Any) -> Message:
     return Message(Error(7, "battery empty"), reply_to=message)
 
@@ -75,6 +108,13 @@ ATTACKS: dict[str, tuple[Spoil, str]] = {
     "float64 1e300": (typed("float64", 1e300), "type 'float64', must be 'float32'"),
     "bfloat16": (typed("bfloat16"), "type 'bfloat16', must be 'float32'"),
     "NaN": (poison(math.nan), "holds NaN or Inf"),
+    "infinity": (poison(-math.inf), "holds NaN or Inf"),
+    "NaN in the head alone": (only("other", math.nan), "holds NaN or Inf"),
+    "another shape": (reshape(lambda s: s[::-1]), "shape"),
+    "no examples": (metric("num-examples", -5), "must be a positive whole number"),
+    "a count that is no integer": (metric("num-examples", 2.0**62), "must be a positive whole"),
+    "a count that is NaN": (metric("num-examples", math.nan), "must be a positive whole"),
+    "NaN seconds": (metric("seconds", math.nan), "seconds = nan: must be a finite number"),
     "a thousand times": (scaled(1000.0), "round.norm-bound = 4 times the round's median"),
 }
 FOUR = {"clients.count": 4}
@@ -106,15 +146,18 @@ def test_the_run_with_an_attacker_is_the_run_without_it_byte_for_byte(settings: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attack", ["2**62 examples", "1e18", "a thousand times"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_so_it_is_under_every_strategy(settings: Settings, name: str, attack: str) -> None:
-    given = settings(**quick(name, **FOUR))
-    ran = spoilt(given, "attacked", ATTACKS[attack][0])
-    assert [r["accepted"] for r in ran.rounds[1:]] == [[0, 2, 3]] * 2
-    assert ran.adapter == spoilt(given, "without", silent).adapter
+def test_so_it_is_under_every_strategy(settings: Settings, name: str) -> None:
+    rounds = tuple(range(1, len(ATTACKS) + 1))
+    more = {"run.rounds": len(rounds), "round.quarantine-after": 0, **FOUR}
+    given = settings(**quick(name, **more, **{"lora.target-modules": "query"}))
+    ran = federate({**given, "run.name": "attacked"}, Bad(in_turn, rounds=rounds))
+    assert [r["accepted"] for r in ran.rounds[1:]] == [[0, 2, 3]] * len(rounds)
+    without = federate({**given, "run.name": "without"}, Bad(silent, rounds=rounds))
+    assert ran.adapter == without.adapter
 
 
+@pytest.mark.slow
 def test_without_the_bound_a_thousandfold_change_has_the_model(settings: Settings) -> None:
     """The counterexample: the default is what keeps it out."""
     given = settings(**quick("fedavg", **FOUR, **{"round.norm-bound": 0.0}))
@@ -171,16 +214,137 @@ def test_where_most_did_not_move_tensors_are_held_against_what_was_sent() -> Non
     assert sorted(bounds.too_long(found, 4.0)) == [3]
 
 
-def test_how_a_change_is_factored_does_not_matter(settings: Settings) -> None:
-    def turned(_: Message, reply: Message, __: Bad) -> Message:
-        for key, old in list(arrays(reply).items()):
-            factor = {"A": 1e3, "B": 1e-3}.get(key[0], 1.0)
-            x = np.frombuffer(old.data, dtype=np.float32) * np.float32(factor)
-            arrays(reply)[key] = Array(old.dtype, old.shape, old.stype, x.tobytes())
-        return reply
+def test_a_change_that_hides_in_its_factors_is_refused(settings: Settings) -> None:
+    """1000 A and B / 1000 change nothing, and would have the mean of the A."""
+    ran = spoilt(settings(**quick("fedavg", **FOUR)), "turned", in_factors(1e3))
+    assert [r["accepted"] for r in ran.rounds[1:]] == [[0, 2, 3]] * 2
+    assert "the change of its adapter's factors has norm" in ran.rounds[1]["failures"][0]["reason"]
 
-    ran = spoilt(settings(**quick("fedavg", **FOUR)), "turned", turned)
-    assert [r["accepted"] for r in ran.rounds[1:]] == [[0, 1, 2, 3]] * 2
+
+@pytest.mark.slow
+def test_by_its_product_alone_such_a_change_would_have_counted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counterexample: the model that it makes is no honest one."""
+    given = settings(**quick("fedavg", **FOUR))
+    without = spoilt(given, "without", silent)
+    monkeypatch.setattr(bounds, "WHAT", {"adapter": "adapter", "other": "other tensors"})
+    turned = spoilt(given, "turned", in_factors(1e3))
+    assert [r["accepted"] for r in turned.rounds[1:]] == [[0, 1, 2, 3]] * 2
+    assert size_of(turned) > 50 * size_of(without)
+
+
+def size_of(ran: Ran) -> float:
+    """The norm of the products of the model that a run ended with."""
+    found = dense_adapter(ran.directory / "adapter")
+    return math.hypot(*(float(np.linalg.norm(x)) for x in found.values()))
+
+
+# -- counts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        ([500, 500, 500, 1_000_000], {3: 2000}),
+        ([500, 500, 500, 1950], {}),  # 3.9 times the median is honest
+        ([500, 500, 500, 2001], {3: 2000}),
+        ([1, 1, 9], {2: 4}),
+        ([1, 9], {}),  # of two nobody can say which is the odd one
+        ([9], {}),
+        ([], {}),
+        ([1, 2**63, 2**63], {}),
+    ],
+)
+def test_a_count_above_four_times_the_median_counts_as_that(
+    counts: list[int], found: dict[int, int]
+) -> None:
+    assert bounds.capped(dict(enumerate(counts)), 4.0) == found
+    assert bounds.capped(dict(enumerate(counts)), 0.0) == {}
+    assert bounds.capped(dict(enumerate(counts)), 1e308) == {}
+
+
+def test_a_million_examples_count_as_four_times_the_median_and_all_say_so(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fedex promises (E), so its proof and its certificate are held against the capped weights."""
+    given = settings(**quick("fedex", **FOUR))
+    notes = Notes()
+
+    def listen(server: FederatedLora) -> None:
+        server.observer = notes
+
+    app = Bad(metric("num-examples", 1_000_000), rounds=BOTH)
+    ran = federate({**given, "run.name": "claims"}, app, listen)
+    for line in ran.rounds[1:]:
+        n = {i: c["examples"] for i, c in line["clients"].items()}
+        most = 4 * int(statistics.median(n.values()))
+        assert line["accepted"] == [0, 1, 2, 3]
+        assert line["bounds"]["capped"] == {"1": {"examples": 1_000_000, "counted": most}}
+        assert line["clients"]["1"]["counted"] == most
+        assert not [x for i, x in line["clients"].items() if i != "1" and "counted" in x]
+    said = [x for x in notes.said if "client 1 claims 1000000 examples and counts as" in x]
+    assert len(said) == 2
+    told = " ".join(trust.proof(run_files.read(ran.directory)))
+    assert "client 1 counted as 4 times the round's median in rounds 1, 2" in told
+    honest = spoilt(given, "honest", metric("num-examples", most))
+    assert honest.adapter == ran.adapter
+    assert not any("bounds" in line for line in honest.rounds)
+
+
+@pytest.mark.slow
+def test_without_the_cap_a_million_examples_own_the_model(settings: Settings) -> None:
+    """The counterexample: nothing is left of the others."""
+    given = settings(**quick("fedavg", **FOUR, **{"round.count-bound": 0.0}))
+    app = metric("num-examples", 1_000_000)
+    owned = spoilt(given, "owned", app)
+    alone = federate({**given, "run.name": "alone"}, Bad(silent, (0, 2, 3), BOTH))
+    mean = federate({**given, "run.name": "mean"})
+    near, far = distance(owned, alone), distance(mean, alone)
+    assert near < 0.01 * far
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "change"),
+    [
+        ("fedsa", "query.collect", {"strategy.fedsa.average-at-end": True}),
+        ("fedsb", "train.gradient", {"strategy.fedsb.init-from": "update-approx"}),
+    ],
+)
+def test_what_is_sent_beside_the_rounds_is_bounded_too(
+    settings: Settings, name: str, kind: str, change: dict[str, object]
+) -> None:
+    """Lengths and claims of what fedsa collects at the end, and fedsb begins with."""
+    given = settings(**quick(name, **FOUR, **change, **{"run.rounds": 1}))
+
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        i = context.node_config["partition-id"]
+        if message.metadata.message_type != kind or i not in (1, 2):
+            return reply
+        spoil = scaled(100.0) if i == 1 else metric("num-examples", 1_000_000)
+        found = spoil(message, reply, Bad(spoil))
+        assert found
+        return found
+
+    notes = Notes()
+
+    def listen(server: FederatedLora) -> None:
+        server.observer = notes
+        notes.client_failed = lambda i, why: notes.said.append(f"{i}: {why}")  # type: ignore[method-assign]
+
+    federate(given, app, listen)
+    assert any(re.match(r"1: the change of its .* has norm", x) for x in notes.said)
+    assert any("client 2 claims 1000000 examples and counts as" in x for x in notes.said)
+
+
+def distance(x: Ran, y: Ran) -> float:
+    """Between the products of two runs' models."""
+    a, b = (dense_adapter(r.directory / "adapter") for r in (x, y))
+    return math.hypot(*(float(np.linalg.norm(a[m] - b[m])) for m in a))
+
+
+# -- what waits, and sums -------------------------------------------------------------------------
 
 
 def test_updates_that_wait_on_the_disk_are_the_same_bytes_and_leave_nothing(
@@ -261,6 +425,7 @@ def test_doctor_and_report_say_that_no_client_of_a_sum_is_bounded(
     [
         ({"clients.count": 2}, "no majority to judge by"),
         ({**FOUR, "round.norm-bound": 0.5}, "trains more than 0.5 times the steps"),
+        ({**FOUR, "round.count-bound": 0.5}, "training rows and will count as"),
     ],
 )
 def test_the_doctor_says_where_the_median_is_no_measure(
@@ -282,6 +447,40 @@ def test_too_few_that_are_left_stop_the_run(settings: Settings) -> None:
     given = settings(**quick("fedavg", **FOUR, **{"round.min-replies": 4}))
     with pytest.raises(RoundError, match=r"3 updates were accepted.*round\.norm-bound"):
         spoilt(given, "attacked", scaled(1000.0))
+
+
+def test_where_a_bound_of_ones_own_let_them_through_the_round_goes_again_without_them(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no honest client sends makes the new state NaN: it is never committed."""
+    from fedlora.strategies.fedavg import FedAvg
+
+    aggregate, rounds = FedAvg.aggregate, []
+
+    def fragile(self: FedAvg, state: Any, uploads: Any, round: Any) -> Any:
+        after = aggregate(self, state, uploads, round)
+        rounds.append(round.number)
+        if max(float(B.abs().max()) for B in after.B.values()) > 5:
+            next(iter(after.B.values()))[0, 0] = math.nan
+        return after
+
+    monkeypatch.setattr(FedAvg, "aggregate", fragile)
+    given = settings(**quick("fedavg", **FOUR, **{"round.norm-bound": 0.0}))
+    notes = Notes()
+
+    def listen(server: FederatedLora) -> None:
+        server.observer = notes
+
+    app = Bad(scaled(1000.0), rounds=(1,))
+    ran = federate({**given, "run.name": "attacked"}, app, listen)
+    assert rounds == [1, 1, 2]
+    assert ran.rounds[1]["accepted"] == [0, 2, 3]
+    assert ran.rounds[1]["bounds"]["refused"] == [1]
+    assert "holds NaN or Inf" in ran.rounds[1]["again"]
+    assert any("It is played again" in x for x in notes.said)
+    assert "again" not in ran.rounds[2]
+    without = federate({**given, "run.name": "without"}, Bad(silent, rounds=(1,)))
+    assert ran.adapter == without.adapter
 
 
 def test_a_model_that_is_no_number_is_never_committed(

@@ -74,7 +74,7 @@ def test_without_a_limit_it_would_have_counted(settings: Settings) -> None:
 def test_an_honest_client_is_below_the_limit_whatever_its_factors_look_like(
     settings: Settings,
 ) -> None:
-    """A * 1000 with B / 1000 is the same update: only the product is judged."""
+    """A * 1000 with B / 1000 is the same update: round.max-norm judges the product alone."""
     import numpy as np
 
     def turned(_: Message, reply: Message, __: Bad) -> Message:
@@ -85,7 +85,7 @@ def test_an_honest_client_is_below_the_limit_whatever_its_factors_look_like(
             arrays(reply)[key] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=data)
         return reply
 
-    given_ = settings(**quick("fedavg", **{"round.max-norm": 100.0}))
+    given_ = settings(**quick("fedavg", **{"round.max-norm": 100.0, "round.norm-bound": 0.0}))
     assert federate(given_, Bad(turned, rounds=(2,))).rounds[2]["accepted"] == [0, 1, 2]
 
 

@@ -19,6 +19,7 @@ from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError, LostBaseError
 from fedlora.federation.client import memory
+from fedlora.reports import line_digest, report
 from tests.support.killing import plant
 from tests.support.tiny_federation import ROOT, Ran, federate, quick
 
@@ -188,6 +189,22 @@ def test_a_flipped_bit_in_the_last_checkpoint_costs_one_round(settings: Settings
     flip(sorted(Path(str(given["run.out"]), "run", "checkpoint").glob("round-*"))[-1])
     ran = federate(given)
     assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
+
+
+def test_a_flipped_bit_in_a_rounds_record_is_said_by_resume_and_report(settings: Settings) -> None:
+    """A number on record that is another one: still JSON, and no run's."""
+    given = interrupted(settings, "fedex")
+    path = Path(str(given["run.out"]), "run", "rounds.jsonl")
+    lines = path.read_bytes()
+    at = lines.index(b'"train_loss": ', lines.index(b"\n")) + len(b'"train_loss": ') + 2
+    path.write_bytes(lines[:at] + bytes([lines[at] ^ 1]) + lines[at + 1 :])
+    for act in (lambda: federate(given), lambda: report.write(path.parent, plots=False)):
+        with pytest.raises(FedLoraError, match=r"rounds\.jsonl, line 2: damaged: its digest"):
+            act()
+    path.write_bytes(lines)
+    ran = federate(given)
+    assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
+    assert all(line_digest.whole(x) for x in path.read_bytes().splitlines())
 
 
 def test_a_flipped_bit_in_a_clients_memory_is_said_and_not_trained_on(settings: Settings) -> None:

@@ -17,10 +17,11 @@ from fedlora.launch.experiment_file import load
 from fedlora.reports.html import interval
 from fedlora.strategies import STRATEGIES
 from tests.reports.test_report import change, make_run
+from tests.support.tiny_federation import Ran
 
 Settings = Callable[..., dict[str, object]]
 GRIDS = [
-    "many-clients", "mixed-ranks", "label-skew", "exact-vs-averaged", "bytes", "legend",
+    "many-clients", "mixed-ranks", "label-skew", "exact-vs-averaged", "bytes", "legend", "attacks",
 ]  # fmt: skip
 
 
@@ -44,8 +45,12 @@ def test_every_shipped_experiment_says_its_claim_and_every_cell_of_it_is_a_valid
         names = chosen(None, found)
         grid = cells(found, names, found.seeds, {}, Path("x"), full)
         assert len(grid) == len(names) * len(found.seeds) * len(found.variants)
-        configs = [load(found.path, cell.given) for cell in grid]
-        for cell, config in zip(grid, configs, strict=True):
+        for cell in grid:
+            if cell.strategy == "fedsa" and "robust.method" in cell.given:
+                with pytest.raises(ConfigError, match="fedsa keeps a factor on its clients"):
+                    load(found.path, cell.given)
+                continue
+            config = load(found.path, cell.given)
             assert (config.strategy.name, config.run.seed) == (cell.strategy, cell.seed)
 
 
@@ -120,6 +125,28 @@ def test_a_set_that_would_make_two_variants_one_is_refused(
         cells(found, ["ffa"], [0], {"clients.count": 5}, tmp_path, False)
 
 
+def test_the_quick_size_has_strategies_and_keys_of_its_own_and_one_seed() -> None:
+    found = Experiment.load("attacks").small()
+    assert chosen(None, found) == ["fedavg", "fedex"]
+    grid = cells(found, ["fedex"], found.seeds, {}, Path("x"), True)
+    assert [(c.seed, c.hostile) for c in grid] == [
+        (0, x) for x in ("", "", "flipped", "flipped", "labels", "labels")
+    ]
+    assert {load(found.path, c.given).data.limit for c in grid} == {1500}
+    with pytest.raises(ConfigError, match=r"--quick: bytes\.toml has no \[compare\.quick\]"):
+        Experiment.load("bytes").small()
+
+
+def test_an_attack_and_a_base_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('[compare.variants.v]\nhostile = "flip"\n')
+    with pytest.raises(ConfigError, match=r"variants\.v\.hostile: must be one of flipped, labels"):
+        Experiment.load(str(path))
+    path.write_text('[compare]\nbase = "w"\n[compare.variants.v]\n')
+    with pytest.raises(ConfigError, match=r"compare\.base = 'w': must be one of the variants"):
+        Experiment.load(str(path))
+
+
 # -- a whole grid ----------------------------------------------------------------------------------
 
 
@@ -187,6 +214,38 @@ def test_a_grid_writes_one_table_with_results_refusals_and_plots_and_goes_on_whe
     other = cells(found, ["fedex"], [0], {"train.lr": 0.1}, out, False)
     with pytest.raises(FedLoraError, match=r"another train\.lr .*another --out"):
         compare.run(found, other, 1, lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_variant_may_have_a_client_that_means_harm_and_is_held_against_one_without(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """fedex promises (E), and its certificate holds: the liar measures what it sends."""
+    path = experiment(
+        tmp_path, settings(**{
+            "run.rounds": 2, "train.steps": 2, "clients.count": 4, "round.norm-bound": 0.0,
+        }), strategies=["fedex"], seeds=[0], base="clean",
+        variants={"clean": {}, "flipped": {"hostile": "flipped"}, "labels": {"hostile": "labels"}},
+    )  # fmt: skip
+    out = tmp_path / "out"
+    compare.main(str(path), None, None, {}, "rounds", out, False, 1)
+    rounds = {
+        name: Ran(out / f"cells/{name}/fedex/seed-0").rounds
+        for name in ("clean", "flipped", "labels")
+    }
+    claims = {n: [r["clients"]["1"]["examples"] for r in found[1:]] for n, found in rounds.items()}
+    assert claims["flipped"] == [1600, 1600] != claims["clean"] == claims["labels"]
+    for found in rounds.values():
+        assert all(r["accepted"] == [0, 1, 2, 3] for r in found[1:])
+        assert all(r["certificate"]["excess"] <= 1 for r in found[1:])
+    ends = {n: found[-1]["evaluation"]["loss"] for n, found in rounds.items()}
+    assert len({*ends.values()}) == 3
+    assert ends["flipped"] > ends["clean"]
+    with (out / "table.csv").open() as f:
+        against = {r["variant"]: r["against_first"] for r in csv.DictReader(f)}
+    assert against["clean"] == ""
+    assert against["flipped"].startswith(("+", "-"))
+    assert "less clean's" in (out / "table.md").read_text()
 
 
 def test_equal_bytes_gives_each_strategy_the_rounds_that_its_bytes_allow(
@@ -300,6 +359,20 @@ def test_a_difference_is_taken_seed_by_seed_and_so_is_its_interval() -> None:
     assert better.against == "+2.0 +- 0.2"
     assert better.half is not None
     assert better.half > 0.2
+
+
+def test_with_a_base_a_difference_is_from_the_same_strategy_under_it() -> None:
+    found = [
+        Row("clean", "a", "exact", runs=[None, None], score=[0.5, 0.7]),
+        Row("clean", "b", "exact", runs=[None, None], score=[0.1, 0.1]),
+        Row("bad", "a", "exact", runs=[None, None], score=[0.4, 0.6]),
+        Row("bad", "b", "exact", runs=[None, None], score=[0.3, 0.3]),
+    ]
+    assert compared(found, "clean") == "clean"
+    assert [r.against for r in found] == ["", "", "-10.0 +- 0.0", "+20.0 +- 0.0"]
+    one = [Row("clean", "a", "", score=[0.5]), Row("bad", "a", "", score=[0.4])]
+    compared(one, "clean")
+    assert one[1].against == "-10.0"  # of one seed there is no interval
 
 
 def test_variants_of_one_strategy_are_compared_with_the_first_variant() -> None:

@@ -34,8 +34,8 @@ def directory(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     changes = {"evaluate.clients": True, "evaluate.every": 1, "devices.classes": "fast:1:100",
                "clients.count": 2}  # fmt: skip
     out = tmp_path_factory.mktemp("records")
-    found = federate(tiny_settings(tiny, out, "float32", **quick("fedex", **changes))).directory
-    lines = [json.loads(x) for x in (found / "rounds.jsonl").read_text().splitlines()]
+    ran = federate(tiny_settings(tiny, out, "float32", **quick("fedex", **changes)))
+    found, lines = ran.directory, ran.rounds
     lines[-1] |= {"secure": {"summed": 2}, "loss_not_finite": [1]}
     lines[-1]["failures"] = [{"client": 1, "reason": "late"}]
     (found / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

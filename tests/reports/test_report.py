@@ -21,7 +21,10 @@ from rich.console import Console
 from fedlora.errors import FedLoraError
 from fedlora.reports import report, units
 from fedlora.reports.axes import STYLE
+from fedlora.reports.line_digest import seal
 from fedlora.reports.plots import FIGURES
+from fedlora.reports.record_types import RoundRecord
+from fedlora.reports.run_files import records
 
 LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 MODULES = [
@@ -465,6 +468,36 @@ def test_a_run_killed_while_it_wrote_round_two_is_reported_as_it_stood(
     assert "latest accuracy" in page.text
     assert [row[0] for row in page.table("round")] == ["0", "1"]
     assert len(page.table("client")) == 8
+
+
+@pytest.mark.parametrize("bit", [1, 4])
+def test_a_flipped_bit_anywhere_in_a_line_is_seen(tmp_path: Path, bit: int) -> None:
+    """In the first line or the last, in its digest too; but for the very end, which a kill cuts."""
+    path = tmp_path / "rounds.jsonl"
+    given = [{"round": n, "strategy": "fedavg", "train_loss": 0.5 + n} for n in range(2)]
+    data = "".join(seal(json.dumps(x)) + "\n" for x in given).encode()
+    path.write_bytes(data)
+    assert [*records(RoundRecord, path)] == given
+    for at in range(len(data) - 1):
+        path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+        with pytest.raises(FedLoraError, match=r"rounds\.jsonl, line \d"):
+            list(records(RoundRecord, path))
+
+
+def test_a_run_of_before_has_no_digests_and_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    path.write_text('{"round": 0}\n{"round": 1}\n{"round": 2, "tra')
+    assert [r["round"] for r in records(RoundRecord, path)] == [0, 1]
+
+
+def test_a_last_line_that_was_cut_is_left_out_and_a_damaged_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    lines = [seal(json.dumps({"round": n})) for n in range(2)]
+    path.write_text(lines[0] + "\n" + lines[1][:20])
+    assert [r["round"] for r in records(RoundRecord, path)] == [0]
+    path.write_text(lines[0] + "\n" + lines[1][:20] + "\n")
+    with pytest.raises(FedLoraError, match="line 2: not JSON"):
+        list(records(RoundRecord, path))
 
 
 def test_what_the_summary_would_say_follows_from_the_rounds(normal: Path, tmp_path: Path) -> None:

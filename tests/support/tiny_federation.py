@@ -48,7 +48,8 @@ class Ran:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        return [json.loads(x) for x in (self.directory / "rounds.jsonl").read_text().splitlines()]
+        lines = [json.loads(x) for x in (self.directory / "rounds.jsonl").read_text().splitlines()]
+        return [{k: x for k, x in line.items() if k != "digest"} for line in lines]
 
     @property
     def summary(self) -> dict[str, Any]:

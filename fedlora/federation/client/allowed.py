@@ -246,7 +246,7 @@ IGNORED = frozenset(
     {
         "run.name", "run.out", "run.resume", "simulate.workers",
         "round.deadline", "round.wait-for-clients", "round.max-examples", "round.max-norm",
-        "round.norm-bound", "round.max-staleness", "round.staleness-exponent",
+        "round.norm-bound", "round.count-bound", "round.max-staleness", "round.staleness-exponent",
         "round.quarantine-after", "evaluate.every", "evaluate.baselines", "proof.probes",
         "proof.enforce", "output.keep-updates", "output.plots", "output.log",
         "output.metrics-port", "output.tracker", "ranks.shares", "ranks.per-core", "ranks.cap",

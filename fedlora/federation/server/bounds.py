@@ -1,18 +1,22 @@
 """What no honest client can send, by the length of its change; and a state that is no number.
 
     norm bound    a change above round.norm-bound times the round's median does not count
+    count bound   examples above round.count-bound times the round's median count as so many
     sum bound     of a secure aggregation, where no single client can be judged
     finite        a state that holds NaN or Inf is never committed
 
 The length of an adapter's change is that of s_i B_i A_i less what the client began with, over all
-modules, and never of A or B apart. Where a client keeps a factor to itself, or the form has no A
-and B, it is the length of what its tensors changed by. A head and whatever else trains beside is
-held against the others' heads.
+modules: how it is factored does not matter to it. Where a client keeps a factor to itself, or the
+form has no A and B, it is the length of what its tensors changed by. A head and whatever else
+trains beside is held against the others' heads. The tensors of the adapter as they are sent are
+held against the others' as well, since most strategies average A and B apart: k A and B / k are no
+change at all, and k = 1000 would have the mean of the A.
 
 The median is over all of the round's updates, and needs three: of two, nobody can say which is
 the odd one. Two or one, and a sum, are held against MOST times the norm of the weights that they
-change instead. Where the median is 0 most adapters did not move, as A does not while B is 0: then
-what the tensors themselves changed by is held against the norm of those that were sent.
+change instead, and their counts against round.max-examples alone. Where the median is 0 most
+adapters did not move, as A does not while B is 0: then what the tensors themselves changed by is
+held against the norm of those that were sent.
 """
 
 import math
@@ -29,7 +33,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedlora.errors import RoundError
+from fedlora.config.sections import RoundConfig
+from fedlora.errors import NotFiniteError, RoundError
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting
@@ -45,29 +50,32 @@ MAJORITY = 3
 """Updates from which on the median says what is usual."""
 IN_MEMORY = 64 * 2**20
 """Bytes of the updates that wait in memory until the median is known; the rest wait on the disk."""
-WHAT = {"adapter": "adapter", "other": "other tensors"}
+WHAT = {"adapter": "adapter", "tensors": "adapter's factors", "other": "other tensors"}
 
 Lengths = Mapping[str, float]
 """By "adapter" and "other": how long a client's change is. "tensors" and "sent", of the adapter's
 tensors as they travel: their change, and their norm before it."""
 
 
-class NormBound:
-    """The `Stage` that leaves out whose change is too long; it waits for all of the round's."""
+class ClientBounds:
+    """The `Stage` that leaves out whose change is too long, and caps counts.
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    It waits for all of the round's updates: each is held against their median.
+    """
+
+    def __init__(self, setting: Setting, session: Session, times: float) -> None:
+        """times: round.norm-bound, or what stands in for it."""
+        self.setting, self.session, self.times = setting, session, times
         self.found: dict[str, Any] = {}
         self._weight = cache(lambda: weight(setting))
 
     @staticmethod
     def applies(setting: Setting, session: Session) -> bool:
-        """Is there a bound, and are there single updates that nothing else bounds?
+        """Are there single updates, with lengths and counts that nothing else bounds?
 
-        Client-level privacy clips each update itself.
+        Client-level privacy clips each update itself, and counts each once.
         """
-        bound, secure = setting.config.round.norm_bound, setting.config.secure.aggregation
-        return bool(bound) and not secure and session.central is None
+        return not setting.config.secure.aggregation and session.central is None
 
     def open(self, run: Saved, cohort: Sequence[Client], round: Round) -> None:
         self.found = {}
@@ -75,30 +83,68 @@ class NormBound:
     def uploads(
         self, uploads: Iterator[Upload], run: Saved, round: Round, received: Received
     ) -> Iterator[Upload]:
-        """Those that count, once all are here: the median is over all of them."""
+        """Those that count, once all are here, as they count."""
         found: dict[int, Lengths] = {}
+        counts: dict[int, int] = {}
         room = WaitingRoom(self.setting.journal.directory)
         for upload in uploads:
-            found[upload.client.id] = lengths(self.setting, run.state, upload, round)
+            if self.times:
+                found[upload.client.id] = lengths(self.setting, run.state, upload, round)
+            counts[upload.client.id] = upload.num_examples
             room.take(upload)
             del upload
-        if refused := self._too_long(found):
+        refused = self._too_long(found)
+        if refused:
             self.found = {"refused": sorted(refused), "norms": found}
         for i, reason in refused.items():
             received.take_back(i, round, Refusal(FailureKind.OUT_OF_BOUNDS, reason))
-        return (u for u in room.leave() if u.client.id not in refused)
+            del counts[i]
+        capped = self._capped(counts, round, received)
+        return (
+            replace(u, num_examples=capped.get(u.client.id, u.num_examples))
+            for u in room.leave()
+            if u.client.id not in refused
+        )
 
     def close(self, before: Saved, after: Saved, round: Round, received: Received) -> Saved:
         return after
 
     def record(self) -> Mapping[str, Any]:
-        """Of a round in which somebody was left out: who, and all lengths."""
+        """Of a round in which a bound acted: on whom, and all lengths."""
         return {"bounds": self.found} if self.found else {}
 
     def _too_long(self, found: Mapping[int, Lengths]) -> dict[int, str]:
         few = len(found) < MAJORITY and plain(self.setting)
-        longest = MOST * self._weight() if few else math.inf
-        return too_long(found, self.setting.config.round.norm_bound, longest)
+        longest = MOST * self._weight() if few and found else math.inf
+        return too_long(found, self.times, longest)
+
+    def _capped(
+        self, counts: Mapping[int, int], round: Round, received: Received
+    ) -> Mapping[int, int]:
+        """The counts that are too large, as they count. Said to all: (E) has other weights."""
+        config = self.setting.config
+        if config.robust.method != "none":  # under which all weigh the same
+            return {}
+        found = capped(counts, config.round.count_bound)
+        for i, n in sorted(found.items()):
+            received.clients[i]["counted"] = n
+            self.session.observer.note(
+                f"round {round.number}: client {i} claims {counts[i]} examples and counts as {n}, "
+                f"round.count-bound = {config.round.count_bound:g} times the round's median: (E) "
+                "holds for the weights that count"
+            )
+        if found:
+            as_claimed = {i: {"examples": counts[i], "counted": n} for i, n in found.items()}
+            self.found = {**self.found, "capped": as_claimed}
+        return found
+
+
+def capped(counts: Mapping[int, int], times: float) -> dict[int, int]:
+    """By client whose count is above so many times their median: what it counts as."""
+    if not times or len(counts) < MAJORITY:
+        return {}
+    most = times * statistics.median(counts.values())
+    return {i: max(1, int(most)) for i, n in counts.items() if n > most}
 
 
 def too_long(
@@ -128,6 +174,24 @@ def too_long(
                     "mean is over the others"
                 )
     return refused
+
+
+def within(setting: Setting, session: Session, uploads: Sequence[Upload]) -> list[Upload]:
+    """What clients send once, beside the rounds: those within the bounds, as they count.
+
+    The length is that of all that was sent.
+    """
+    config, tell = setting.config.round, session.observer
+    sizes = {u.client.id: moved(u.sent, Factors()) for u in uploads}
+    refused = too_long(sizes, config.norm_bound)
+    for i, reason in refused.items():
+        tell.client_failed(i, reason)
+    left = [u for u in uploads if u.client.id not in refused]
+    counts = {u.client.id: u.num_examples for u in left}
+    found = capped(counts, config.count_bound)
+    for i, n in sorted(found.items()):
+        tell.note(f"client {i} claims {counts[i]} examples and counts as {n}: round.count-bound")
+    return [replace(u, num_examples=found.get(u.client.id, u.num_examples)) for u in left]
 
 
 class SumBound:
@@ -196,20 +260,30 @@ def check_finite(setting: Setting, run: Saved, round: Round) -> None:
     """Nothing, where every number of the model that is to be committed is finite.
 
     Raises:
-        RoundError: one is not. Whom to leave out cannot be told: each update was finite, and
-            within its bounds.
+        NotFiniteError: one is not.
     """
     effective = setting.strategy.effective(run.state)
     model = (effective.factors, [v.delta for v in effective.base[-1:]])
     for what, tree in (("model", model), ("server.optimizer's moments", run.moments)):
         for x in tensors(tree):
             if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-                raise RoundError(
+                raise NotFiniteError(
                     f"round {round.number}: the new {what} holds NaN or Inf, though every "
                     "update that counts is finite. Nothing of this round was committed; the state "
                     f"before it is in {kept(setting)}. Lower server.lr or train.lr, or set "
                     "round.norm-bound, and resume"
                 )
+
+
+def stricter(setting: Setting, session: Session) -> float:
+    """The norm bound under which a round goes again whose new state is not finite; 0: it does not.
+
+    It is the default one, where the run has a wider one or none. Where it held, no client stands
+    out; of a sum, or where each update is clipped, nobody could be named.
+    """
+    mine, usual = setting.config.round.norm_bound, RoundConfig().norm_bound
+    wider = not mine or mine > usual
+    return usual if wider and ClientBounds.applies(setting, session) else 0.0
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

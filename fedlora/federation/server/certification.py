@@ -13,7 +13,7 @@ from fedlora.config.reader import Config
 from fedlora.federation.server.certifier import Certificate
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.journal import Saved
-from fedlora.federation.server.run import Session, Setting, clients, cuts, load
+from fedlora.federation.server.run import Session, Setting, clients, counted, cuts, load
 from fedlora.federation.wire.messages import arrays_of
 from fedlora.strategies.base import Client, Round, Upload, top_ranks
 from fedlora.training.certificate import Numbers, Witness, quantised
@@ -100,19 +100,19 @@ def read(
 def witnesses_of(config: Config, received: Received) -> dict[int, Witness]:
     """The numbers of each client whose update counts, weighted as it counts.
 
-    Robust methods that leave clients out or weigh them, and a stale update's weight, are factors
-    of these.
+    Capped counts, robust methods that leave clients out or weigh them, and a stale update's
+    weight, are factors of these.
     """
     verdict, found = received.verdict, {}
     for i, (_, start, end) in sorted(received.certificates.items()):
         if i not in received.clients or (verdict and i in verdict.dropped):
             continue
-        weight = 1.0 if verdict else float(received.clients[i]["examples"])
+        weight = 1.0 if verdict else float(counted(received.clients[i]))
         if verdict and verdict.method == "median":
             weight = verdict.factors[i]
         late = (1 + received.stale.get(i, 0)) ** -config.round.staleness_exponent
-        counted = {name: start[name] + late * (x - start[name]) for name, x in end.items()}
-        found[i] = Witness(weight, start, counted if late != 1 else end)
+        brought = {name: start[name] + late * (x - start[name]) for name, x in end.items()}
+        found[i] = Witness(weight, start, brought if late != 1 else end)
     return found
 
 

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import FedLoraError, UpdateError
 from fedlora.federation.server.adapter import checked, hold, limited, write_card
-from fedlora.federation.server.bounds import check_finite, moved, too_long
+from fedlora.federation.server.bounds import check_finite, within
 from fedlora.federation.server.exchange import (
     Limits,
     check_count,
@@ -38,7 +38,6 @@ from fedlora.federation.wire.messages import (
     metrics_of,
     unpack_factors,
 )
-from fedlora.lora.adapter import Factors
 from fedlora.privacy.summary import summary as privacy
 from fedlora.reports.outcome import judge, said
 from fedlora.strategies.base import Client, CollectsAtEnd, Effective, Round, Upload, collects
@@ -100,11 +99,7 @@ def collect(
             uploads.append(read_kept(setting, run, reply, client(setting, run, i)))
         except FedLoraError as e:
             session.observer.client_failed(i, Refusal.of(e).reason)
-    lengths = {u.client.id: moved(u.sent, Factors()) for u in uploads}
-    refused = too_long(lengths, setting.config.round.norm_bound)
-    for i, reason in refused.items():
-        session.observer.client_failed(i, reason)
-    uploads = [u for u in uploads if u.client.id not in refused]
+    uploads = within(setting, session, uploads)
     if not uploads:
         return run
     uploads.sort(key=lambda u: u.client.id)

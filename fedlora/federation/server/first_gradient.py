@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlora.errors import FedLoraError, RoundError, UpdateError
+from fedlora.federation.server.bounds import within
 from fedlora.federation.server.exchange import Limits, check_count, error_of, exchange
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, client, message
@@ -80,6 +81,7 @@ def _phase(
             uploads.append(_read(setting, run, reply, {c.id for c in clients}, shapes))
         except FedLoraError as e:
             session.observer.client_failed(None, Refusal.of(e).reason)
+    uploads = within(setting, session, uploads)
     if not uploads:
         raise RoundError("no client sent its first gradient; nothing was begun")
     uploads.sort(key=lambda u: u.client.id)

@@ -21,6 +21,7 @@ from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.lora import tree_file
 from fedlora.lora.adapter import Delta
 from fedlora.lora.tree_format import Names
+from fedlora.reports.line_digest import seal
 from fedlora.reports.record_types import RoundRecord, checked
 from fedlora.reports.run_files import records
 from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
@@ -232,7 +233,7 @@ class Journal:
         try:
             tree_file.save(path, tree, notes)
             with self.rounds.open("a") as f:
-                f.write(line + "\n")
+                f.write(seal(line) + "\n")
         except OSError as e:
             raise CheckpointError(
                 f"round {round} could not be saved in {self.directory}: {e.strerror}. The "
@@ -263,7 +264,7 @@ class Journal:
 
     def lines(self) -> list[dict[str, Any]]:
         """The rounds on record, in order."""
-        return [json.loads(line) for line in self.rounds.read_text().splitlines()]
+        return [*records(RoundRecord, self.rounds)]
 
     def update(self, round: int, upload: Upload) -> None:
         """Keep one accepted update as the client sent it."""
@@ -339,7 +340,7 @@ class Journal:
     def _rewrite(self, last: dict[str, Any]) -> None:
         """Leave exactly the lines up to the checkpoint's round, its own line last."""
         lines = [x for x in records(RoundRecord, self.rounds) if x["round"] < last["round"]]
-        whole = "".join(json.dumps(line) + "\n" for line in [*lines, last])
+        whole = "".join(seal(json.dumps(line)) + "\n" for line in [*lines, last])
         tree_file.write_atomically(self.rounds, whole.encode())
 
 

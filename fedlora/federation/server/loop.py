@@ -25,9 +25,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedlora.config.reader import Config
-from fedlora.errors import BudgetSpent
+from fedlora.errors import BudgetSpent, NotFiniteError
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
-from fedlora.federation.server.bounds import check_finite
+from fedlora.federation.server.bounds import check_finite, stricter
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.journal import Member, Saved, state_types
@@ -89,9 +89,8 @@ class FederatedLora:
             self.session = Session.of(self.setting, observer)
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):
-                args = (self.setting, self.session, self.run, self.around, grid, number)
                 try:
-                    self.run, record = play_round(*args)
+                    self.run, record = self._play(grid, number)
                 except BudgetSpent as e:
                     stopped = f"before round {number}: {e}"
                     observer.note(f"stopped {stopped}")
@@ -119,10 +118,26 @@ class FederatedLora:
 
     def round(self, grid: Grid, number: int) -> Record:
         """Play one round by itself, once the run has begun; its line of rounds.jsonl."""
-        args = (self.setting, self.session, self.run, self.around, grid, number)
-        self.run, record = play_round(*args)
+        self.run, record = self._play(grid, number)
         self.session.observer.round_done(record)
         return record
+
+    def _play(self, grid: Grid, number: int) -> tuple[Saved, Record]:
+        """One round; where its new state is not finite, again without those who stand out.
+
+        Raises:
+            NotFiniteError: nobody does, or it is not finite without them either.
+        """
+        setting, session = self.setting, self.session
+        try:
+            return play_round(setting, session, self.run, self.around, grid, number)
+        except NotFiniteError as e:
+            if not (bound := stricter(setting, session)):
+                raise
+            again = f"{e}. It is played again from there, under round.norm-bound = {bound:g}"
+            session.observer.note(again)
+        around = stages(setting, session, bound)
+        return play_round(setting, session, self.run, around, grid, number, again)
 
 
 def _note(result: Result, number: int, record: Record) -> None:
@@ -175,8 +190,12 @@ def play_round(
     around: Sequence[Stage],
     grid: Grid,
     number: int,
+    again: str = "",
 ) -> tuple[Saved, Record]:
-    """One round, from sampling to checkpoint; the run after it, and its line of rounds.jsonl."""
+    """One round, from sampling to checkpoint; the run after it, and its line of rounds.jsonl.
+
+    again: why it is not the first attempt, for the record.
+    """
     begun = time.perf_counter()
     round, config = Round(number, setting.config.run.seed), setting.config
     run = gather(setting, session, run, grid)
@@ -193,6 +212,7 @@ def play_round(
     state = setting.strategy.aggregate(run.state, uploads, round) if some else run.state
     check_enough(setting, session, uploads, round, received, some)
     after, aggregated = replace(run, state=state), time.perf_counter()
+    check_finite(setting, after, round)  # first: a proof of it would fail for another reason
     for stage in around:
         after = stage.close(run, after, round, received)
     check_finite(setting, after, round)
@@ -202,6 +222,8 @@ def play_round(
     done = time.perf_counter()
     record = line(number, received, [c.id for c in cohort], scores)
     record["strategy"] = config.strategy.name
+    if again:
+        record["again"] = again
     for stage in around:
         record |= stage.record()
     after = credit(setting, session, after, received, base_number(setting, run.state))

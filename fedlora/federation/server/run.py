@@ -231,6 +231,12 @@ def told(setting: Setting, what: str, round: Round, received: Received) -> str:
 
 def weighted(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
     """The mean of what clients reported, weighted by examples; None where nobody did."""
-    told = [(r["examples"], r[key]) for r in rows if r.get(key) is not None]
+    told = [(counted(r), r[key]) for r in rows if r.get(key) is not None]
     total = sum(n for n, _ in told)
     return sum(n * x for n, x in told) / total if total else None
+
+
+def counted(facts: Mapping[str, Any]) -> int:
+    """The examples that a client counts as: what it claims, or the cap on that."""
+    n: int = facts.get("counted", facts["examples"])
+    return n

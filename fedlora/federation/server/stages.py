@@ -1,6 +1,7 @@
 """The stages around a strategy's aggregation, in their order.
 
-    norm bound     whose change no honest client can have is left out             by default
+    bounds         whose change no honest client can have is left out; counts     by default
+                   are capped
     sum bound      the same of a sum, of which no part is known                   secure sums
     honesty        whose numbers are not its own is left out                      deployments
     screening      robust.method: which updates the strategy gets to see          if asked for
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from fedlora.federation.server.bounds import NormBound, SumBound
+from fedlora.federation.server.bounds import ClientBounds, SumBound
 from fedlora.federation.server.certification import Certification
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.honesty import Honesty
@@ -48,11 +49,15 @@ class Stage(Protocol):
         """The stage's entries in the round's line of rounds.jsonl."""
 
 
-def stages(setting: Setting, session: Session) -> list[Stage]:
-    """The stages of this run, in their order."""
+def stages(setting: Setting, session: Session, stricter: float = 0.0) -> list[Stage]:
+    """The stages of this run, in their order.
+
+    stricter: the round.norm-bound of a round that is played again.
+    """
     config, found = setting.config, list[Stage]()
-    if NormBound.applies(setting, session):
-        found.append(NormBound(setting))
+    norm_bound = stricter or config.round.norm_bound
+    if ClientBounds.applies(setting, session) and (norm_bound or config.round.count_bound):
+        found.append(ClientBounds(setting, session, norm_bound))
     if config.secure.aggregation:
         found.append(SumBound(setting))
     if Honesty.applies(setting, session):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +12,12 @@ from fedlora.config.fields import Section
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import find, load
+from fedlora.launch.simulate.hostile import ATTACKS
 from fedlora.reports.record_types import SummaryRecord, record_in
 from fedlora.strategies import list_strategies
 
+BESIDE = ("set", "hostile")
+"""What a variant may say beside keys of the run."""
 SEARCH_SEED = 1000
 """Of the runs that choose [compare.search]; a grid has seeds of its own."""
 
@@ -32,6 +35,9 @@ class Experiment:
     variants: Mapping[str, Mapping[str, Any]]
     full: Mapping[str, Any]
     search: Mapping[str, Sequence[Any]]
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    """The variant that the others' scores are held against, strategy by strategy."""
 
     @classmethod
     def load(cls, name: str) -> "Experiment":
@@ -67,7 +73,21 @@ class Experiment:
             variants,
             table.get("full", {}),
             table.get("search", {}),
+            table.get("quick", {}),
+            table.get("base", ""),
         )
+
+    def small(self) -> "Experiment":
+        """The same at the size of [compare.quick], as its full size, of its strategies and a seed.
+
+        Raises:
+            ConfigError: it has no such size.
+        """
+        if not self.quick:
+            raise ConfigError([f"--quick: {self.path.name} has no [compare.quick]"])
+        keys = {k: v for k, v in self.quick.items() if k != "strategies"}
+        names = self.quick.get("strategies", self.strategies)
+        return replace(self, full=keys, strategies=names, seeds=self.seeds[:1])
 
 
 class CompareTable(Section):
@@ -78,6 +98,8 @@ class CompareTable(Section):
     set: dict[str, dict[str, Any]] = Field(default={})
     variants: dict[str, dict[str, Any]] = Field(default={})
     full: dict[str, Any] = Field(default={})
+    quick: dict[str, Any] = Field(default={})
+    base: str = Field(default="")
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
 
 
@@ -102,6 +124,12 @@ def _check_types(path: Path, table: Any) -> None:
         sets = changes.get("set", {})
         if not isinstance(sets, dict) or not all(isinstance(x, dict) for x in sets.values()):
             raise ConfigError([f"{path}: compare.variants.{name}.set: must be tables by strategy"])
+        if (attack := changes.get("hostile")) is not None and attack not in ATTACKS:
+            raise ConfigError(
+                [f"{path}: compare.variants.{name}.hostile: must be one of {', '.join(ATTACKS)}"]
+            )
+    if (base := table.get("base", "")) and base not in table.get("variants", {}):
+        raise ConfigError([f"{path}: compare.base = {base!r}: must be one of the variants"])
 
 
 @dataclass
@@ -117,6 +145,8 @@ class Cell:
     """Why it has no result, where it has none."""
     refused: bool = False
     """It cannot run as it is asked, as opposed to: it began, and died."""
+    hostile: str = ""
+    """What one of its clients does: launch/simulate/hostile.py."""
     searched: dict[str, Any] = field(default_factory=dict)
     """What `search` found best for its strategy and variant, of [compare.search]."""
 
@@ -181,7 +211,7 @@ def cells(
                 path = out / "cells" / (variant or "all") / name / f"seed-{seed}"
                 given = {
                     **(experiment.full if full else {}),
-                    **{key: value for key, value in changes.items() if key != "set"},
+                    **{key: value for key, value in changes.items() if key not in BESIDE},
                     **experiment.settings.get(name, {}),
                     **changes.get("set", {}).get(name, {}),
                     **overrides,
@@ -194,7 +224,8 @@ def cells(
                 }
                 if name != names[0] or variant != next(iter(experiment.variants)):
                     given["evaluate.baselines"] = False  # the first cell's are everyone's
-                grid.append(Cell(variant, name, seed, path, given))
+                attack = changes.get("hostile", "")
+                grid.append(Cell(variant, name, seed, path, given, hostile=attack))
     return grid
 
 
@@ -222,6 +253,6 @@ def trials(
                 "personalize.epochs": 0.0, "personalize.alone": False,
             }  # fmt: skip
             mine.append(
-                Cell(cell.variant, cell.strategy, SEARCH_SEED, path, given, searched=searched)
+                replace(cell, seed=SEARCH_SEED, directory=path, given=given, searched=searched)
             )
     return found

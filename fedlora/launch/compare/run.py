@@ -9,14 +9,19 @@ An experiment is a config file, and may say in its [compare] table what to compa
     [compare]
     strategies = ["fedavg", "ffa"]      what --strategies means by default
     seeds = [0, 1, 2]
+    base = "fifty"                      a variant: differences are from it, strategy by strategy
     [compare.set.ffa]                   keys of one strategy: its own learning rate, say
     "train.lr" = 0.02
     [compare.variants.fifty]            the whole grid once for each variant
     "clients.count" = 50
     [compare.variants.fifty.set.ffa]    keys of one strategy in it, over those above
     "train.lr" = 0.04
+    [compare.variants.poisoned]
+    hostile = "flipped"                 one client that means harm: launch/simulate/hostile.py
     [compare.full]                      keys of --full
     "data.limit" = 0
+    [compare.quick]                     keys of --quick, with strategies of its own, on one seed
+    strategies = ["ffa"]
     [compare.search]                    chosen for each strategy and variant from these
     "train.lr" = [0.001, 0.01]
 
@@ -191,6 +196,7 @@ def main(
     out: Path | None,
     full: bool,
     workers: int,
+    quick: bool = False,
 ) -> Path:
     """The whole command; the directory with table.csv, table.md and table.html.
 
@@ -198,16 +204,20 @@ def main(
         CompareError: cells began and died. The table is written, and says so too.
     """
     experiment = Experiment.load(name)
-    size = ("-full" if full else "") + ("-bytes" if equal == "bytes" else "")
+    size = ("-full" if full else "-quick" if quick else "") + ("-bytes" if equal == "bytes" else "")
+    experiment = experiment.small() if quick else experiment
     out = out or Path("runs", "compare", experiment.path.stem + size)
     names = chosen(strategies, experiment)
-    grid = cells(experiment, names, seeds or experiment.seeds, overrides, out, full)
+    grid = cells(experiment, names, seeds or experiment.seeds, overrides, out, full or quick)
     search(experiment, grid, overrides, out, workers)
     if equal == "bytes":
         equal_bytes(experiment, grid, workers)
     run(experiment, grid, workers)
     found = rows(grid)
-    write(out, experiment.path.stem, experiment.claim, found, _command(), experiment.search)
+    write(
+        out, experiment.path.stem, experiment.claim, found, _command(), experiment.search,
+        experiment.base,
+    )  # fmt: skip
     if all(c.refused for c in grid):
         raise ConfigError([*dict.fromkeys(c.reason for c in grid)])
     if died := [c for c in grid if not c.done and not c.refused]:
@@ -258,7 +268,7 @@ def _start(cell: Cell, experiment: Experiment) -> BaseProcess:
         path = cell.beside("toml")
         path.write_text(config.toml())
         (cell.directory / "rounds.jsonl").unlink(missing_ok=True)  # begun, without a checkpoint
-    given = (path, changes, str(cell.beside("log")))
+    given = (path, changes, str(cell.beside("log")), cell.hostile)
     process = _context().Process(target=_cell, args=given)
     process.start()
     return process
@@ -275,14 +285,14 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _cell(path: Path, changes: Mapping[str, Any], log: str) -> None:
+def _cell(path: Path, changes: Mapping[str, Any], log: str, attack: str) -> None:
     """One run, as `fedlora simulate --quiet` does it, with all it says in the log."""
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with guarded():
         try:
-            local(path, changes, quiet=True)
+            local(path, changes, quiet=True, attack=attack)
         except (ConfigError, StrategyError) as e:
             print(f"{type(e).__name__}: {e}", file=sys.stderr)
             sys.exit(REFUSAL)

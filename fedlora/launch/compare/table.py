@@ -33,26 +33,36 @@ def target_of(rows: Sequence[Row]) -> float | None:
     return 0.95 * min(means)
 
 
-def compared(rows: Sequence[Row]) -> str:
+def compared(rows: Sequence[Row], base: str = "") -> str:
     """Fill in each row's difference from the first of its variant, seed by seed; the first's name.
 
-    Where a variant has one strategy only, the difference is from the table's first row.
+    Where a variant has one strategy only, the difference is from the table's first row. With a
+    base, it is from the same strategy under that variant.
     """
     scored = [r for r in rows if r.score]
-    alone = len({r.variant for r in scored}) == len(scored)
+    alone = len({r.variant for r in scored}) == len(scored) and not base
     for r in scored:
-        first = next(x for x in scored if alone or x.variant == r.variant)
-        if r is not first and len(r.score) == len(first.score) > 1:
+        first = next((x for x in scored if _first(x, r, alone, base)), r)
+        if r is not first and len(r.score) == len(first.score) > (0 if base else 1):
             r.against = plus([a - b for a, b in zip(r.score, first.score, strict=True)], r.metric)
     if not scored or not any(r.against for r in scored):
         return ""
-    return scored[0].variant if alone else scored[0].strategy
+    return base or (scored[0].variant if alone else scored[0].strategy)
+
+
+def _first(x: Row, r: Row, alone: bool, base: str) -> bool:
+    """Is x what row r is held against, where it comes before all others of which that is so?"""
+    if base:
+        return (x.variant, x.strategy) == (base, r.strategy)
+    return alone or x.variant == r.variant
 
 
 def plus(differences: Sequence[float], metric: Metric) -> str:
     """ "+1.2 +- 0.8" of a share in points, or of a plain number."""
     unit, digits = (100, 1) if metric.share else (1, 3)
-    half = interval(differences) or 0.0
+    half = interval(differences)
+    if half is None:
+        return f"{unit * statistics.fmean(differences):+.{digits}f}"
     return f"{unit * statistics.fmean(differences):+.{digits}f} +- {unit * half:.{digits}f}"
 
 
@@ -83,11 +93,11 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str, Text]]:
     return [c for c in every if any(c[1] in r.numbers for r in rows)]
 
 
-def texts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def texts(rows: Sequence[Row], base: str = "") -> tuple[list[str], list[list[str]]]:
     """Head and body of the table, results only. The score of a run with warnings has the MARK."""
     shown, variants = columns(rows), any(r.variant for r in rows)
     metric = next((r.metric for r in rows if r.score), ACCURACY)
-    first = compared(rows)
+    first = compared(rows, base)
     keys = list({k: None for r in rows for k in r.searched})
     head = [*(["variant"] if variants else []), "strategy", "promise", *keys, "seeds", metric.title]
     head += [f"less {first}'s"] if first else []
@@ -135,21 +145,28 @@ def complete(rows: Sequence[Row]) -> float | None:
 
 
 def write(
-    out: Path, title: str, claim: str, rows: Sequence[Row], command: str, search: Search = NONE
+    out: Path,
+    title: str,
+    claim: str,
+    rows: Sequence[Row],
+    command: str,
+    search: Search = NONE,
+    base: str = "",
 ) -> None:
     """table.csv, table.md, table.html and plots/ in the directory."""
     from fedlora.launch.compare.plots import draw
 
     target = complete(rows)
-    compared(rows)
+    compared(rows, base)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.csv").write_text(as_csv(rows))
     drawn = draw(rows)
     (out / "plots").mkdir(exist_ok=True)
     for name, data in drawn.items():
         (out / "plots" / f"{name}.png").write_bytes(data)
-    (out / "table.md").write_text(as_markdown(title, claim, rows, command, target, search))
-    (out / "table.html").write_text(as_html(title, claim, rows, command, target, drawn, search))
+    (out / "table.md").write_text(as_markdown(title, claim, rows, command, target, search, base))
+    page = as_html(title, claim, rows, command, target, drawn, search, base)
+    (out / "table.html").write_text(page)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -176,9 +193,10 @@ def as_markdown(
     command: str,
     target: float | None,
     search: Search = NONE,
+    base: str = "",
 ) -> str:
     """The table as a Markdown page, with the claim and the command that made it."""
-    head, body = texts(rows)
+    head, body = texts(rows, base)
     lines = [f"# {title}", "", claim, "", f"    {command}", ""]
     lines += [*markdown(head, body), ""]
     if warned := marked(rows):
@@ -240,9 +258,10 @@ def as_html(
     target: float | None,
     plots: Mapping[str, bytes],
     search: Search = NONE,
+    base: str = "",
 ) -> str:
     """One self-contained HTML page."""
-    head, body = texts(rows)
+    head, body = texts(rows, base)
     return render(
         BODY, plots, title=title, claim=claim, command=command, head=head, body=body,
         notes=notes(rows, target, search), missing=without_result(rows), mark=MARK,

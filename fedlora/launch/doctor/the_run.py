@@ -21,7 +21,7 @@ from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Kind, Layout, kinds_of
 from fedlora.federation.server import asynchronous
-from fedlora.federation.server.bounds import MAJORITY, MOST
+from fedlora.federation.server.bounds import MAJORITY, MOST, capped
 from fedlora.federation.server.exchange import Schemas
 from fedlora.federation.server.journal import Journal, Member, check_place
 from fedlora.federation.server.planning import Planner
@@ -320,9 +320,14 @@ def _secure(config: Config, strategy: Any, state: Any, clients: Any) -> Iterator
 
 
 def _bounds(config: Config, clients: Sequence[Client], corpus: Corpus) -> Iterator[Finding]:
-    """Where round.norm-bound would judge without a majority, or judge honest clients."""
+    """Where the bounds would judge without a majority, or judge honest clients."""
     times, train = config.round.norm_bound, config.train
-    if not times or config.secure.aggregation or config.privacy.by_client:
+    if config.secure.aggregation or config.privacy.by_client:
+        return
+    rows = [len(corpus.client(c.id).train) for c in clients]
+    if config.robust.method == "none" and not config.privacy.on:
+        yield from _capped({c.id: r for c, r in zip(clients, rows, strict=True)}, config)
+    if not times:
         return
     n = config.clients.per_round or config.clients.count
     if n < MAJORITY:
@@ -331,7 +336,6 @@ def _bounds(config: Config, clients: Sequence[Client], corpus: Corpus) -> Iterat
             f"{n} client{'s' if n > 1 else ''} a round: round.norm-bound has no majority to judge "
             f"by, and refuses only a change of {MOST:g} times the weights' own norm",
         )
-    rows = [len(corpus.client(c.id).train) for c in clients]
     steps = [steps_in(r, train.batch_size, train.steps, train.epochs) for r in rows]
     usual = statistics.median(steps) if n >= MAJORITY and all(rows) else 0
     if usual and (many := [c.id for c, s in zip(clients, steps, strict=True) if s > times * usual]):
@@ -340,6 +344,18 @@ def _bounds(config: Config, clients: Sequence[Client], corpus: Corpus) -> Iterat
             f"client {', '.join(map(str, many[:5]))} trains more than {times:g} times the steps of "
             "the median client, so an honest change may be too long for round.norm-bound",
             "raise round.norm-bound, or set train.steps, which all clients share",
+        )
+
+
+def _capped(rows: Mapping[int, int], config: Config) -> Iterator[Finding]:
+    """Clients whose honest counts round.count-bound would cap."""
+    times = config.round.count_bound
+    for i, n in capped(rows, times).items():
+        yield Finding(
+            "note",
+            f"client {i} has {rows[i]} training rows and will count as {n}, round.count-bound = "
+            f"{times:g} times the median: (E) then holds for the weights that count",
+            "where its count is to be trusted, raise round.count-bound",
         )
 
 

@@ -74,8 +74,12 @@ def local(
     overrides: Mapping[str, Any],
     quiet: bool = False,
     observers: Sequence[Observer] = (),
+    attack: str = "",
 ) -> Path:
-    """Run on LocalGrid; the run's directory. A config is one that can run."""
+    """Run on LocalGrid; the run's directory. A config is one that can run.
+
+    attack: what its one hostile client does, of launch/simulate/hostile.py; empty: it has none.
+    """
     quiet_libraries()
     config = experiment if isinstance(experiment, Config) else load(experiment, overrides)
 
@@ -84,7 +88,11 @@ def local(
     from fedlora.launch.simulate.cards import grid_of
 
     directory = Path(config.run.out, config.run.name)
-    app = client_app(value for _, value in named(config))
+    app: Any = client_app(value for _, value in named(config))
+    if attack:
+        from fedlora.launch.simulate.hostile import hostile
+
+        app = hostile(app, attack)
     with (
         Silent() if quiet else Progress(config.run.rounds) as printer,
         _resumable(directory, printer),
