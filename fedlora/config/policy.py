@@ -87,8 +87,12 @@ class PrivacyPolicy(Section):
     """Differential privacy that a run must have. none: it may have any, or none."""
     max_epsilon: Annotated[float, Field(ge=0, le=200)] = 0.0
     """Spent on these rows by all runs together; a run without privacy is refused. 0: no limit."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """What epsilon is counted at on this node, whatever the run's is; below 1 over its rows."""
     max_delta: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The largest privacy.delta of a run. 0: no limit."""
+    unit: str = ""
+    """A column: all rows of one value, a person's, are one unit. Empty: each row is."""
     ledger: str = ""
     """Directory of the ledger; empty: with the memory."""
     metrics: Literal["never", "without-dp", "always"] = "without-dp"

@@ -18,7 +18,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import ClippedSum, poisson, rounded
 from fedlora.privacy.probe import Way
 from fedlora.privacy.summary import summary
-from fedlora.privacy.training import PrivacyPlan, private_fit
+from fedlora.privacy.training import Payments, PrivacyPlan, private_fit
 from tests.support.private_setting import Build, Setting
 
 N = 200_000
@@ -178,7 +178,7 @@ def fitted(s: Setting, tmp_path, round: int = 1, **changes: object):
     config = Config.read({**s.config.flat(), **changes})
     before = {p: p.detach().clone() for p in s.params}
     ledger = Ledger(tmp_path, "d")
-    fit = private_fit(s.model, s.rows, s.columns, config, round, 0, None, ledger)
+    fit = private_fit(s.model, s.rows, s.columns, config, round, 0, None, Payments(ledger))
     return fit, {p: (p.detach() - before[p]).double() for p in s.params}, ledger
 
 
