@@ -95,6 +95,9 @@ class PrivacyPolicy(Section):
     """A column: all rows of one value, a person's, are one unit. Empty: each row is."""
     ledger: str = ""
     """Directory of the ledger; empty: with the memory."""
+    keeper: str = ""
+    """The socket of `fedlora node keeper`, which alone writes ledger and record. Empty: the node's
+    own processes do."""
     metrics: Literal["never", "without-dp", "always"] = "without-dp"
     """When may counts, losses, scores and timings of this node be told? always: under DP, too, to a
     run that sets privacy.release-metrics."""
@@ -244,7 +247,12 @@ class Policy(Section):
             update={
                 "directory": there(self.directory),
                 "data": self.data.model_copy(update={"path": there(self.data.path)}),
-                "privacy": self.privacy.model_copy(update={"ledger": there(self.privacy.ledger)}),
+                "privacy": self.privacy.model_copy(
+                    update={
+                        "ledger": there(self.privacy.ledger),
+                        "keeper": there(self.privacy.keeper),
+                    }
+                ),
                 "model": self.model.model_copy(update={"allowed": models}),
             }
         )

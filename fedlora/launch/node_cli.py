@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.launch.node_file import NodeFile
+from fedlora.launch.node_keeper import keeper
 from fedlora.launch.node_ledger_cli import recover
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="A node's own policy, node.toml, and its record.", no_args_is_help=True)
 app.command()(recover)
+app.command()(keeper)
 
 
 @app.callback()

@@ -7,6 +7,7 @@
     ledger.py        what was spent, in a file that outlives the process and every run
     charges.py       its lines and their chain; ledger_before.py: those of the earlier format
     units.py         whose rows a charge is for
+    keeper.py        a ledger that another process keeps; keeper_socket.py: how it is asked
     training.py      the local loop under example-level DP
     central.py       client-level DP at the server
     probe.py         are a model's examples kept apart? measured before training

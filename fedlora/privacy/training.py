@@ -39,7 +39,8 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.charges import Charge
-from fedlora.privacy.ledger import Acknowledged, Ledger
+from fedlora.privacy.keeper import Payer
+from fedlora.privacy.ledger import Acknowledged
 from fedlora.privacy.mechanism import ClippedSum, poisson
 from fedlora.privacy.microbatch import microbatches, width_of
 from fedlora.privacy.per_example import Sink, kept_apart
@@ -107,7 +108,7 @@ def any_of(k: int, q: float) -> float:
 class Payments:
     """Where a client's rounds are paid for."""
 
-    ledger: Ledger
+    ledger: Payer
     units: Units | None = None
     """Of its training rows; None: any."""
     run: str = ""

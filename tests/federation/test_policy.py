@@ -458,6 +458,15 @@ def test_what_cannot_be_put_on_record_does_not_leave(
     assert "No space left" in reply.error.reason
 
 
+def test_without_its_keeper_a_node_does_nothing_and_says_so(
+    honest: Recorded, own: Callable[..., Path]
+) -> None:
+    reply = asked(honest, own(privacy={"keeper": "none.sock"}))
+    assert "fedlora node keeper node.toml" in reply.error.reason
+    assert "none.sock" not in reply.error.reason
+    assert not list((own().parent / "memory").rglob("checked.json")), "before anything was read"
+
+
 def test_the_record_is_only_ever_added_to(tmp_path: Path) -> None:
     book = tmp_path / "a" / "audit.jsonl"
     audit.append(book, "asked", kind="train")

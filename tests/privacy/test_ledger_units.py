@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
+from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import BudgetSpent, PrivacyError
 from fedlora.privacy import accounting, units
 from fedlora.privacy.accounting import Spend, epsilon
 from fedlora.privacy.charges import START, Charge, sealed
 from fedlora.privacy.ledger import Acknowledged, Ledger
-from fedlora.privacy.training import any_of
+from fedlora.privacy.training import PrivacyPlan, any_of
 from fedlora.privacy.units import Units
 from fedlora.training.data.corpus import load, load_node
 
@@ -191,6 +192,17 @@ def test_a_person_of_several_rows_is_charged_at_least_what_another_accountant_sa
     ours = epsilon([Spend(any_of(k, q), sigma / k, steps)], 1e-5)
     assert exact <= ours
     assert epsilon([Spend(q, sigma, steps)], 1e-5) < exact, "one row's is too low for a person"
+
+
+def test_noise_is_calibrated_to_all_rows_of_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of _quick
+    given = {"privacy.epsilon": 3.0, "privacy.sample-rate": 0.1, "train.steps": 5, "run.rounds": 2}
+    config = Config.read({"model.path": "m", "data.path": "d", **given})
+    one, three = (PrivacyPlan.of(config, 100, k) for k in (1, 3))
+    assert three.sigma > 2 * one.sigma
+    for plan in (one, three):
+        spend = plan.charge(config, "r", 1).spend
+        assert 2.9 < epsilon([spend, spend], config.privacy.delta) <= 3.0
 
 
 # -- what is kept, and who may change it -----------------------------------------------------------

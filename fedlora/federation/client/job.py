@@ -232,13 +232,16 @@ class ClientJob:
         config, job = self.config, self.job
         if not config.privacy.by_example:
             return fit
+        from fedlora.privacy.keeper import KeptLedger, Payer
         from fedlora.privacy.ledger import Acknowledged, Ledger
         from fedlora.privacy.training import Payments, private_fit
         from fedlora.privacy.units import Units
 
         units = Units.of(cache.client_rows(job.client, config, job.labels).train, config.data)
         root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
-        ledger = Ledger(root, opens=self.policy is None)
+        ledger: Payer = Ledger(root, opens=self.policy is None)
+        if self.policy and (place := self.policy.privacy.keeper):
+            ledger = KeptLedger(Path(place))
         known = Acknowledged(job.ledger, job.charges)
         return partial(private_fit, payments=Payments(ledger, units, job.token, known))
 
