@@ -87,10 +87,17 @@ class PrivacyPolicy(Section):
     """Differential privacy that a run must have. none: it may have any, or none."""
     max_epsilon: Annotated[float, Field(ge=0, le=200)] = 0.0
     """Spent on these rows by all runs together; a run without privacy is refused. 0: no limit."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """What epsilon is counted at on this node, whatever the run's is; below 1 over its rows."""
     max_delta: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The largest privacy.delta of a run. 0: no limit."""
+    unit: str = ""
+    """A column: all rows of one value, a person's, are one unit. Empty: each row is."""
     ledger: str = ""
     """Directory of the ledger; empty: with the memory."""
+    keeper: str = ""
+    """The socket of `fedlora node keeper`, which alone writes ledger and record. Empty: the node's
+    own processes do."""
     metrics: Literal["never", "without-dp", "always"] = "without-dp"
     """When may counts, losses, scores and timings of this node be told? always: under DP, too, to a
     run that sets privacy.release-metrics."""
@@ -244,7 +251,12 @@ class Policy(Section):
             update={
                 "directory": there(self.directory),
                 "data": self.data.model_copy(update={"path": there(self.data.path)}),
-                "privacy": self.privacy.model_copy(update={"ledger": there(self.privacy.ledger)}),
+                "privacy": self.privacy.model_copy(
+                    update={
+                        "ledger": there(self.privacy.ledger),
+                        "keeper": there(self.privacy.keeper),
+                    }
+                ),
                 "secure": self.secure.model_copy(
                     update={"members": there(self.secure.members), "key": there(self.secure.key)}
                 ),

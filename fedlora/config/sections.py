@@ -115,6 +115,9 @@ class DataConfig(Section):
     """For pathological."""
     natural_column: str = ""
     """For natural: each of its values is a client."""
+    unit_column: str = ""
+    """What one unit of example-level privacy is: all rows with one value of this column, one
+    person's; rows without a value are left out. Empty: each row, as read, is its own."""
     node_path: str = ""
     """A deployed node's own data file (usually from its node config); overrides the partition."""
 

@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedlora.launch.node_file import NodeFile
+from fedlora.launch.node_keeper import keeper
+from fedlora.launch.node_ledger_cli import recover
+
 if TYPE_CHECKING:
     from fedlora.config.policy import Policy
     from fedlora.config.reader import Config
 
 app = typer.Typer(help="A node's own policy, node.toml, and its record.", no_args_is_help=True)
-NodeFile = Annotated[Path, typer.Argument(help="The node's node.toml.", show_default=False)]
+app.command()(recover)
+app.command()(keeper)
 
 
 @app.callback()

@@ -4,7 +4,10 @@
     mechanism.py     clip, sum, noise
     chance.py        Gaussian noise and sampling from AES-CTR, keyed by the operating system
     accounting.py    epsilon of steps taken; the noise that a budget needs
-    ledger.py        what was spent, in a file that outlives the process
+    ledger.py        what was spent, in a file that outlives the process and every run
+    charges.py       its lines and their chain; ledger_before.py: those of the earlier format
+    units.py         whose rows a charge is for
+    keeper.py        a ledger that another process keeps; keeper_socket.py: how it is asked
     training.py      the local loop under example-level DP
     central.py       client-level DP at the server
     probe.py         are a model's examples kept apart? measured before training

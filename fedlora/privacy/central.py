@@ -43,8 +43,9 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
+from fedlora.privacy.charges import Charge
 from fedlora.privacy.delta import delta_problem
-from fedlora.privacy.ledger import Charge, Ledger
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import rounded
 from fedlora.strategies.base import Client, Round, Strategy, Upload
 from fedlora.strategies.probing import begun, factors, follows_the_mean, same, untrained, vector
@@ -139,7 +140,8 @@ class CentralPrivacy:
 
     def pay(self, run: str, round: int) -> None:
         """Charge the ledger for a round."""
-        self.epsilon = self.ledger.reserve(self._charge(run, round), self.config.privacy.epsilon)
+        budget = self.config.privacy.epsilon
+        self.epsilon = self.ledger.reserve(self._charge(run, round), budget).epsilon
 
     def afford(self) -> float:
         """The total epsilon with one more round, which is not charged.

@@ -13,7 +13,7 @@ def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, An
     if not p.on:
         return {}
     found: dict[str, Any] = {
-        "unit": "one example of one client" if p.by_example else "one client with all its examples",
+        "unit": _unit(config),
         "adjacency": "add or remove one unit",
         "budget": f"epsilon = {p.epsilon:g}" if p.epsilon else "none: epsilon is counted only",
         "delta": p.delta,
@@ -35,11 +35,22 @@ def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, An
         last |= {str(i): facts["privacy"] for i, facts in clients if facts.get("privacy")}
     for key in ("epsilon", "sigma", "q") if last else ():
         found[key] = {i: facts[key] for i, facts in last.items()}
+    deltas = {i: facts["delta"] for i, facts in last.items() if "delta" in facts}
+    if {*deltas.values()} - {p.delta}:  # a node counts at its own
+        found["delta"] = deltas
     spent = found.get("epsilon")
     by_client = isinstance(spent, Mapping)
     if spent is not None:
         found["epsilon"] = {i: _said(e) for i, e in spent.items()} if by_client else _said(spent)
     return found
+
+
+def _unit(config: Config) -> str:
+    if not config.privacy.by_example:
+        return "one client with all its examples"
+    if column := config.data.unit_column:
+        return f"all examples of one client with one value of {column}"
+    return "one example of one client"
 
 
 def _said(epsilon: float) -> float | str:

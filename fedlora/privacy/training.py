@@ -6,6 +6,11 @@
                 / (q n), plus the gradient of penalties   (they see no data: post-processing)
                 optimiser step
 
+A unit of data.unit-column may have k rows. In a step at least one of them is drawn with probability
+1 - (1 - q)^k, and all together move the sum by k C at most: noise sigma / k at that rate bounds it,
+since more rows drawn, or further apart, only tell more (Choquette-Choo et al., 2023,
+https://arxiv.org/abs/2310.15526, on mixtures of Gaussians). So it is charged, and calibrated.
+
 Formal guarantee
     What leaves after this round is a function of the noised sums of all rounds so far, whose
     epsilon is the ledger's. The server knows every setting, the number of examples n, and every
@@ -33,11 +38,14 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
 from fedlora.privacy.accounting import Spend, calibrate
 from fedlora.privacy.chance import Chance
-from fedlora.privacy.ledger import Charge, Ledger
+from fedlora.privacy.charges import Charge
+from fedlora.privacy.keeper import Payer
+from fedlora.privacy.ledger import Acknowledged
 from fedlora.privacy.mechanism import ClippedSum, poisson
 from fedlora.privacy.microbatch import microbatches, width_of
 from fedlora.privacy.per_example import Sink, kept_apart
 from fedlora.privacy.probe import Way, check_apart, steady
+from fedlora.privacy.units import Units
 from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Encoded
 from fedlora.training.devices import own_draws
@@ -62,9 +70,11 @@ class PrivacyPlan:
     sigma: float
     C: float
     delta: float
+    k: int = 1
+    """The most rows of one unit."""
 
     @classmethod
-    def of(cls, config: Config, n: int) -> "PrivacyPlan":
+    def of(cls, config: Config, n: int, k: int = 1) -> "PrivacyPlan":
         """For n examples; sigma calibrated over all rounds of the run where epsilon is given.
 
         Raises:
@@ -80,13 +90,30 @@ class PrivacyPlan:
         q = p.sample_rate or min(1.0, max(RATE, train.batch_size / n))
         steps = train.steps or max(1, round(train.epochs / q))
         planned = steps * config.run.rounds
-        sigma = p.noise_multiplier or calibrate(p.epsilon, p.delta, q, planned)
-        return cls(n, q, steps, sigma, p.clip_norm, p.delta)
+        sigma = p.noise_multiplier or k * calibrate(p.epsilon, p.delta, any_of(k, q), planned)
+        return cls(n, q, steps, sigma, p.clip_norm, p.delta, k)
 
     def charge(self, config: Config, run: str, round: int) -> Charge:
         noise = "reproducible" if config.privacy.insecure_reproducible_noise else "system"
-        spend = Spend(self.q, self.sigma, self.steps)
+        spend = Spend(any_of(self.k, self.q), self.sigma / self.k, self.steps)
         return Charge(spend, self.C, self.delta, run=run, round=round, noise=noise)
+
+
+def any_of(k: int, q: float) -> float:
+    """The chance that at least one of k rows is drawn."""
+    return 1 - (1 - q) ** k if k > 1 else q
+
+
+@dataclass(frozen=True, slots=True)
+class Payments:
+    """Where a client's rounds are paid for."""
+
+    ledger: Payer
+    units: Units | None = None
+    """Of its training rows; None: any."""
+    run: str = ""
+    acknowledged: Acknowledged | None = None
+    """What the server has of the ledger."""
 
 
 def private_fit(
@@ -97,16 +124,21 @@ def private_fit(
     round: int,
     client: int,
     penalty: Penalty | None,
-    ledger: Ledger,
-    run: str = "",
+    payments: Payments,
 ) -> Fit:
     """Train the model's loaded factors in place, under DP. `Fit.loss` is for this machine only."""
     begun = time.perf_counter()
-    plan = PrivacyPlan.of(config, len(encoded))
+    units = payments.units
+    plan = PrivacyPlan.of(config, len(encoded), units.most if units else 1)
     live = model.trainable(columns)
     check_apart(model, live)
     limits = [x for x in (config.privacy.epsilon, config.privacy.max_epsilon) if x]
-    spent = ledger.reserve(plan.charge(config, run, round), min(limits, default=0.0))
+    paid = payments.ledger.reserve(
+        plan.charge(config, payments.run, round),
+        min(limits, default=0.0),
+        units,
+        payments.acknowledged,
+    )
     params = tuple(p for ps in live.values() for p in ps.values())
     widths = {width_of(n, config.data.max_length) for n in encoded.lengths.tolist()}
     drawn = plan.q * plan.n
@@ -128,7 +160,8 @@ def private_fit(
                 model, encoded, chosen, params, optimizer, sink, plan, noise, config, ways, extra
             )
             total, seen = total + loss, seen + len(chosen)
-    facts = {"epsilon": spent, "sigma": plan.sigma, "q": plan.q, "delta": plan.delta}
+    facts = {"epsilon": paid.epsilon, "sigma": plan.sigma, "q": plan.q, "delta": plan.delta}
+    facts |= {"ledger": paid.ledger, "charges": paid.charges}
     mean = total / seen if seen else math.nan
     return Fit(mean, plan.steps, time.perf_counter() - begun, facts)
 

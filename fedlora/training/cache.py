@@ -74,7 +74,8 @@ def forget_model() -> None:
 
 def corpus(config: Config) -> Corpus:
     """The simulated federation's data, split as the config says."""
-    key = (config.data, config.model.task, config.clients.count, config.run.seed)
+    key = (config.data, config.model.task, config.clients.count, config.run.seed,
+           config.privacy.by_example)  # fmt: skip
     found: Corpus = _corpus((*key, identity(config)), *key)
     return found
 
@@ -96,7 +97,8 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
     """This client's rows: its part of the simulated federation, or its node's own file."""
     if config.data.node_path:
-        key = (config.data, config.model.task, labels, config.run.seed, client)
+        key = (config.data, config.model.task, labels, config.run.seed, client,
+               config.privacy.by_example)  # fmt: skip
         found: ClientRows = _node((*key, identity(config)), *key)
         return found
     return corpus(config).client(client)

@@ -1,6 +1,7 @@
 """A node's policy: the file, what it admits, its limits while a node works, and its record."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fedlora.cli import app
 from fedlora.config.policy import HoursPolicy, LimitsPolicy, Policy, keys
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, PolicyError
@@ -19,6 +22,7 @@ from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.job import Job
 from fedlora.federation.wire.same_machine import OWN_MACHINE
+from fedlora.privacy.ledger import Ledger
 from tests.conftest import tiny_settings
 from tests.support.tiny_federation import federate, quick
 from tests.support.under_policy import Recorded, asked, named, recorded, written
@@ -461,6 +465,15 @@ def test_what_cannot_be_put_on_record_does_not_leave(
     assert "No space left" in reply.error.reason
 
 
+def test_without_its_keeper_a_node_does_nothing_and_says_so(
+    honest: Recorded, own: Callable[..., Path]
+) -> None:
+    reply = asked(honest, own(privacy={"keeper": "none.sock"}))
+    assert "fedlora node keeper node.toml" in reply.error.reason
+    assert "none.sock" not in reply.error.reason
+    assert not list((own().parent / "memory").rglob("checked.json")), "before anything was read"
+
+
 def test_the_record_is_only_ever_added_to(tmp_path: Path) -> None:
     book = tmp_path / "a" / "audit.jsonl"
     audit.append(book, "asked", kind="train")
@@ -525,8 +538,9 @@ def test_without_a_policy_a_run_still_names_no_ledger_rows_or_memory_of_a_node(
 def test_the_ledger_is_one_whatever_a_run_does_to_the_rows(
     tiny: dict[str, str], tmp_path: Path
 ) -> None:
-    """Fault of old: a renamed label opened an empty ledger, and the limit was passed anew."""
-    privacy = {"level": "example", "max-epsilon": 3.0}
+    """Fault of old: a renamed label opened an empty ledger, and the limit was passed anew; and
+    a server's own delta made any number of rounds cheap."""
+    privacy = {"level": "example", "max-epsilon": 3.0, "delta": 1e-3}
     given = tiny_settings(tiny, tmp_path, "float32", "bert", **quick("fedavg", **{
         "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3, "run.rounds": 1,
         "train.optimizer": "sgd", "lora.layers": "-1"}))  # fmt: skip
@@ -541,16 +555,49 @@ def test_the_ledger_is_one_whatever_a_run_does_to_the_rows(
         more = {
             "data.map": f"animal=creature{n}", "data.limit": 20 + n, "data.label": "text",
             "privacy.ledger": f"{tmp_path}/fresh-{n}", "data.client-test-fraction": 0.1 + n / 100,
+            "run.name": f"fresh-{n}", "privacy.delta": 0.03,
+            "data.unit-column": "label" if n % 2 else "",
         }  # fmt: skip
         reply = asked(kept, nodes[0], config=more, records={"job": {"token": f"run-{n}"}})
         if reply.has_error():
             ended = reply.error.reason
             break
-        spent.append(dict(reply.content["metrics"])["privacy.epsilon"])
+        told = dict(reply.content["metrics"])
+        assert told["privacy.delta"] == 1e-3, "the node's, not the server's"
+        spent.append(told["privacy.epsilon"])
     assert "budget" in ended, spent
     assert spent == sorted(spent)
     assert 0 < spent[-1] <= 3.0
-    assert len([*(nodes[0].parent / "memory").rglob("ledgers/*.jsonl")]) == 1
+    (one,) = (nodes[0].parent / "memory").rglob("charges.jsonl")
+    assert len(Ledger(one.parents[2]).read().charges) >= len(spent) - 1
+
+
+def test_a_node_with_a_new_disk_trains_nothing_under_dp_until_its_operator_speaks(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    privacy = {"level": "example"}
+    given = tiny_settings(tiny, tmp_path, "float32", "bert", **quick("fedavg", **{
+        "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3, "run.rounds": 1,
+        "train.optimizer": "sgd", "lora.layers": "-1"}))  # fmt: skip
+    nodes = {
+        i: written(tmp_path / f"node-{i}", tiny["bert"], tiny["rows"], privacy=privacy)
+        for i in range(3)
+    }
+    kept = recorded(given, nodes)
+    memory = nodes[0].parent / "memory"
+    again = {"job": {"token": "another-run"}}
+    shutil.rmtree(memory)
+    reply = asked(kept, nodes[0], records=again)
+    assert "no privacy ledger" in reply.error.reason
+    assert "fedlora node recover" in reply.error.reason
+    assert not memory.exists() or not [*memory.rglob("round-*")]
+    line = ["node", "recover", str(nodes[0]), "--spent", "2.5"]
+    assert CliRunner().invoke(app, line).exit_code == 0
+    told = dict(asked(kept, nodes[0], records=again).content["metrics"])
+    assert told["privacy.epsilon"] > 2.5
+    known = {"job": {"ledger": int(told["privacy.ledger"]), "charges": 2, "token": "another-run"}}
+    reply = asked(kept, nodes[0], records=known)
+    assert reply.has_error(), "the server knows of two charges, and there is one"
 
 
 def test_time_is_not_lost_by_the_watch() -> None:

@@ -24,7 +24,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.federation.client.allowed import ALLOWED, IGNORED, OWN
-from fedlora.federation.client.job import NODES_LEDGER
 from fedlora.federation.client.oversight import REPLIES
 from fedlora.federation.wire.codes import Code
 from fedlora.privacy.ledger import Ledger
@@ -51,10 +50,10 @@ class Stage:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(Policy.load(self.policy).ledger, NODES_LEDGER)
+        return Ledger(Policy.load(self.policy).ledger)
 
     def epsilon(self) -> float:
-        return self.ledger.read().epsilon(DELTA)
+        return self.ledger.epsilon(DELTA)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +125,8 @@ def held(stage: Stage, kind: str, what: str, ask: Any) -> Message:
         reply = ask()
     assert not (found := outside(stage, kind, deeds)), f"{what}: {found}"
     assert stage.epsilon() >= before, what
-    ledgers = {p.name for p in stage.ledger.path.parent.glob("*.jsonl")}
-    assert ledgers == {f"{NODES_LEDGER}.jsonl"}, what
+    ledgers = {p.name for p in stage.ledger.directory.parent.iterdir()}
+    assert ledgers == {"node", "node.lock"}, what
     if reply.has_error():
         if reply.error.code == Code.NOT_ALLOWED:
             rows = [p for p in deeds.read if p == str(stage.allowed[2])]
@@ -191,7 +190,7 @@ def test_no_value_of_any_key_has_a_node_touch_what_its_policy_does_not_name(
 FIELDS = {
     "job": ["round", "token", "incarnation", "client", "modules", "ranks", "memory-round",
             "base-number", "fingerprint", "labels", "last-round", "cuts", "config", "code",
-            "microbatch", "changes"],
+            "microbatch", "ledger", "charges", "changes"],
     "download": ["scale-names", "scale-values", "trainable", "snapshots", "base", "block",
                  "penalty", "penalty-weight", "penalty-names", "penalty-keep"],
 }  # fmt: skip

@@ -11,7 +11,7 @@ from fedlora.launch.lab.inversion import embeddings, invert, pairs
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import calibrate
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.training import private_fit
+from fedlora.privacy.training import Payments, private_fit
 from fedlora.training.data.batches import collate
 from tests.support.private_setting import Build, Setting
 
@@ -87,7 +87,7 @@ def recall(settings: Build, tmp_path, column: str, sigma: float) -> tuple[float,
     p = s.live[column][QUERY]
     before = p.detach().clone()
     config = Config.read(s.config.flat())
-    private_fit(s.model, rows, s.columns, config, 1, 0, None, Ledger(tmp_path, "d"))
+    private_fit(s.model, rows, s.columns, config, 1, 0, None, Payments(Ledger(tmp_path)))
     change = p.detach() - before
     encoder = s.model.peft.base_model.model.bert.embeddings
     candidates = embeddings(encoder, 32, n + 2)

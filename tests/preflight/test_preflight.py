@@ -308,7 +308,7 @@ def test_a_budget_that_other_runs_have_spent_is_found_before_the_run_ends_at_it(
               "privacy.ledger": str(tmp_path / "shared")}  # fmt: skip
     federate(given_of(settings, "fedavg", "bert", shared))
     next_ = given_of(settings, "fedavg", "bert", {**shared, "run.name": "next"})
-    ledger = tmp_path / "shared" / "ledgers" / "clients.jsonl"
+    ledger = tmp_path / "shared" / "ledgers" / "clients" / "charges.jsonl"
     before = ledger.read_bytes()
     said = doctored(next_, tmp_path / "x.toml", capsys, monkeypatch)
     assert "the privacy budget is spent" in said

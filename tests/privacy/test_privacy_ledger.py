@@ -11,7 +11,9 @@ from fedlora.errors import BudgetSpent, PrivacyError, RoundError
 from fedlora.privacy import accounting
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.accounting import Spend, epsilon
-from fedlora.privacy.ledger import Charge, Ledger, fingerprint, read_ledger
+from fedlora.privacy.charges import Charge
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.statement import found
 from tests.support.private_setting import Build
 
 DELTA = 1e-3
@@ -26,16 +28,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_charges_compose_over_rounds_and_runs(tmp_path: Path) -> None:
     for run in ("a", "a", "b"):
-        last = Ledger(tmp_path, "d").reserve(Charge(CHARGE.spend, 0.3, DELTA, run=run))
-    assert last == epsilon([Spend(0.25, 2.0, 12)], DELTA)
-    assert Ledger(tmp_path, "other").read().charges == ()
+        last = Ledger(tmp_path).reserve(Charge(CHARGE.spend, 0.3, DELTA, run=run))
+    assert last.epsilon == epsilon([Spend(0.25, 2.0, 12)], DELTA)
+    assert last.charges == 1, "of run b"
 
 
 def test_a_budget_stops_before_it_is_exceeded(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, "d")
+    ledger = Ledger(tmp_path)
     budget = epsilon([Spend(0.25, 2.0, 8)], DELTA)
     for _ in range(2):
-        assert ledger.reserve(CHARGE, budget) <= budget
+        assert ledger.reserve(CHARGE, budget).epsilon <= budget
     size = ledger.path.stat().st_size
     with pytest.raises(BudgetSpent, match=r"budget is spent.*nothing was trained"):
         ledger.reserve(CHARGE, budget)
@@ -44,7 +46,7 @@ def test_a_budget_stops_before_it_is_exceeded(tmp_path: Path) -> None:
 
 def test_a_file_cut_at_any_byte_never_lowers_epsilon(tmp_path: Path) -> None:
     """Cut within the line being written: what was charged before stays, and the torn is charged."""
-    ledger = Ledger(tmp_path, "d")
+    ledger = Ledger(tmp_path)
     ledger.reserve(CHARGE)
     first, marker = ledger.path.read_bytes(), ledger.marker.read_bytes()
     ledger.reserve(CHARGE)
@@ -52,38 +54,39 @@ def test_a_file_cut_at_any_byte_never_lowers_epsilon(tmp_path: Path) -> None:
     for cut in {len(first) + 1, len(first) + 40, len(whole) - 2, len(whole) - 1}:
         ledger.path.write_bytes(whole[:cut])
         ledger.marker.write_bytes(marker)  # as it was before the second charge was whole
-        assert ledger.read().epsilon(DELTA) >= epsilon([Spend(0.25, 2.0, 8)], DELTA)
-        assert ledger.reserve(CHARGE) >= epsilon([Spend(0.25, 2.0, 12)], DELTA)
-        again = read_ledger(ledger.path)
+        assert ledger.epsilon(DELTA) >= epsilon([Spend(0.25, 2.0, 8)], DELTA)
+        assert ledger.reserve(CHARGE).epsilon >= epsilon([Spend(0.25, 2.0, 12)], DELTA)
+        again = ledger.read()
         assert (len(again.charges), again.torn) == (3, "")
         ledger.path.write_bytes(ledger.path.read_bytes()[:-7])  # torn once more
         ledger.marker.write_bytes(marker)
-        assert ledger.reserve(CHARGE) >= epsilon([Spend(0.25, 2.0, 16)], DELTA)
+        assert ledger.reserve(CHARGE).epsilon >= epsilon([Spend(0.25, 2.0, 16)], DELTA)
 
 
 def test_a_torn_line_costs_the_dearer_of_its_neighbours(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, "d")
+    ledger = Ledger(tmp_path)
     ledger.reserve(CHARGE)
     with ledger.path.open("a") as f:
         f.write('{"q": 0.')
     dear = Charge(Spend(0.5, 1.0, 9), 0.3, DELTA)
     want = epsilon([CHARGE.spend, dear.spend, dear.spend], DELTA)
-    assert ledger.reserve(dear) == want
-    assert ledger.read().epsilon(DELTA) == want
+    assert ledger.reserve(dear).epsilon == want
+    assert ledger.epsilon(DELTA) == want
 
 
-def test_a_known_data_set_without_its_ledger_is_not_trained_on(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, "d")
+@pytest.mark.parametrize("gone", ["charges.jsonl", "known.json", "key"])
+def test_a_ledger_of_which_a_part_is_gone_is_not_begun_anew(tmp_path: Path, gone: str) -> None:
+    ledger = Ledger(tmp_path)
     ledger.reserve(CHARGE)
-    ledger.path.unlink()
+    (ledger.directory / gone).unlink()
     with pytest.raises(PrivacyError, match="is gone") as caught:
         ledger.reserve(CHARGE)
     assert not isinstance(caught.value, BudgetSpent), "that ends a run as finished"
-    assert not ledger.path.exists()
+    assert not (ledger.directory / gone).exists()
 
 
 def test_an_older_copy_of_the_ledger_is_not_believed(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, "d")
+    ledger = Ledger(tmp_path)
     ledger.reserve(CHARGE)
     backup = ledger.path.read_bytes()
     ledger.reserve(CHARGE)
@@ -94,7 +97,7 @@ def test_an_older_copy_of_the_ledger_is_not_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["lower", "remove", "swap"])
 def test_a_changed_line_is_found(tmp_path: Path, harm: str) -> None:
-    ledger = Ledger(tmp_path, "d")
+    ledger = Ledger(tmp_path)
     for q in (0.1, 0.2, 0.3):
         ledger.reserve(Charge(Spend(q, 2.0, 4), 0.3, DELTA))
     lines = ledger.path.read_text().splitlines()
@@ -107,13 +110,6 @@ def test_a_changed_line_is_found(tmp_path: Path, harm: str) -> None:
     ledger.path.write_text("\n".join(lines) + "\n")
     with pytest.raises(PrivacyError, match="hash chain"):
         ledger.read()
-
-
-def test_a_data_set_is_known_by_its_rows_whatever_their_order() -> None:
-    rows = [("a", "x"), ("b", "y")]
-    assert fingerprint(rows) == fingerprint(rows[::-1])
-    assert fingerprint(rows) != fingerprint([("a", "y"), ("b", "x")])
-    assert fingerprint([("ab", "c")]) != fingerprint([("a", "bc")])
 
 
 def killed(where: str, ledger: Ledger) -> int:
@@ -132,12 +128,12 @@ def killed(where: str, ledger: Ledger) -> int:
 
 @pytest.mark.parametrize("where", ["before", "unmarked", "unsent"])
 def test_a_kill_at_any_point_leaves_all_that_was_sent_paid_for(tmp_path: Path, where: str) -> None:
-    ledger = Ledger(tmp_path, "d")
+    ledger = Ledger(tmp_path)
     ledger.reserve(CHARGE)
     assert killed(where, ledger) == -signal.SIGKILL
     paid = 4 if where == "before" else 8  # a charge on disk counts though nothing left
-    assert ledger.read().epsilon(DELTA) == epsilon([Spend(0.25, 2.0, paid)], DELTA)
-    assert ledger.reserve(CHARGE) == epsilon([Spend(0.25, 2.0, paid + 4)], DELTA)
+    assert ledger.epsilon(DELTA) == epsilon([Spend(0.25, 2.0, paid)], DELTA)
+    assert ledger.reserve(CHARGE).epsilon == epsilon([Spend(0.25, 2.0, paid + 4)], DELTA)
 
 
 # -- in a federation ---------------------------------------------------------------------------
@@ -179,21 +175,23 @@ def test_a_federation_reports_the_epsilon_of_its_ledgers(settings: Build, tmp_pa
         told = {"train_loss", "seconds", "train_seconds", "before", "after"}
         assert all(facts[key] is None for key in told)
         assert facts["examples"] == 1
-    files = list(Path(tmp_path).rglob("ledgers/*.jsonl"))
-    assert len(files) == 2
-    assert all(len(read_ledger(path).charges) == 2 for path in files)
+    (ledger,) = found(tmp_path)
+    assert len(ledger.read().charges) == 4
+    assert len({c.units for c in ledger.read().charges}) == 2
     summary = json.loads((server.setting.journal.directory / "summary.json").read_text())["privacy"]
     assert summary["epsilon"] == {i: f["privacy"]["epsilon"] for i, f in last.items()}
 
 
+@pytest.mark.parametrize(("seed", "steps"), [(0, 8), (5, 12)])
 def test_a_repeated_round_is_paid_for_again_and_two_runs_compose(
-    settings: Build, tmp_path: Path
+    settings: Build, tmp_path: Path, seed: int, steps: int
 ) -> None:
+    """Under another seed each client has rows of both clients of the first run."""
     shared = {**PRIVATE, "privacy.ledger": str(tmp_path / "shared")}
     run(settings("bert", **shared))
-    server = run(settings("bert", **shared, **{"run.name": "again"}))
+    server = run(settings("bert", **shared, **{"run.name": "again", "run.seed": seed}))
     spent = [f["privacy"]["epsilon"] for f in lines(server)[-1]["clients"].values()]
-    assert spent == pytest.approx([epsilon([Spend(0.25, 2.0, 8)], DELTA)] * 2)
+    assert spent == pytest.approx([epsilon([Spend(0.25, 2.0, steps)], DELTA)] * 2)
 
 
 def test_a_spent_budget_stops_the_client_with_its_reason(settings: Build, tmp_path: Path) -> None:
@@ -209,8 +207,7 @@ def test_a_spent_budget_stops_the_client_with_its_reason(settings: Build, tmp_pa
 def test_a_ledger_that_is_gone_stops_the_client(settings: Build, tmp_path: Path) -> None:
     given = {**PRIVATE, "privacy.ledger": str(tmp_path / "shared")}
     run(settings("bert", **given))
-    for path in (tmp_path / "shared" / "ledgers").glob("*.jsonl"):
-        os.unlink(path)
+    os.unlink(Ledger(tmp_path / "shared").path)
     with pytest.raises(RoundError, match="is gone"):
         run(settings("bert", **given, **{"run.name": "again"}))
 

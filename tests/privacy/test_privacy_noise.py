@@ -14,11 +14,12 @@ from fedlora.errors import ConfigError, PrivacyError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import NO_PRIVACY, Spend, calibrate, epsilon, in_words
 from fedlora.privacy.chance import Chance
+from fedlora.privacy.keeper import KeptLedger
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import ClippedSum, poisson, rounded
 from fedlora.privacy.probe import Way
 from fedlora.privacy.summary import summary
-from fedlora.privacy.training import PrivacyPlan, private_fit
+from fedlora.privacy.training import Payments, PrivacyPlan, private_fit
 from tests.support.private_setting import Build, Setting
 
 N = 200_000
@@ -184,7 +185,7 @@ def fitted(s: Setting, tmp_path, round: int = 1, **changes: object):
     config = Config.read({**s.config.flat(), **changes})
     before = {p: p.detach().clone() for p in s.params}
     ledger = Ledger(tmp_path, "d")
-    fit = private_fit(s.model, s.rows, s.columns, config, round, 0, None, ledger)
+    fit = private_fit(s.model, s.rows, s.columns, config, round, 0, None, Payments(ledger))
     return fit, {p: (p.detach() - before[p]).double() for p in s.params}, ledger
 
 
@@ -197,6 +198,30 @@ PRIVATE = {
     "train.grad-clip": 0.0,
     "train.steps": 1,
 }
+
+
+@pytest.mark.usefixtures("_quick")
+def test_no_example_is_looked_at_before_its_receipt(
+    settings: Build, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The charge is on disk when the model is first called; without a receipt it never is."""
+    import fedlora.privacy.training as training
+
+    s = Setting(settings("bert", **PRIVATE))
+    monkeypatch.setattr(training, "check_apart", lambda *_: None)  # of made-up examples
+    config = Config.read(s.config.flat())
+    ledger, charged = Ledger(tmp_path), []
+
+    def called(*_: object, **__: object) -> None:
+        charged.append(len(ledger.read().charges))
+        raise InterruptedError
+
+    s.model.peft.forward = called
+    gone = KeptLedger(tmp_path / "none.sock")
+    for payer, error in ((gone, PrivacyError), (ledger, InterruptedError)):
+        with pytest.raises(error):
+            private_fit(s.model, s.rows, s.columns, config, 1, 0, None, Payments(payer))
+    assert charged == [1]
 
 
 @pytest.mark.usefixtures("_quick")

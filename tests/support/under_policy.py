@@ -13,10 +13,12 @@ import tomli_w
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client_app.app import app as client_app
+from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError
 from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.launch.simulate.grid import LocalGrid
+from fedlora.privacy.ledger import Ledger
 from fedlora.training import cache
 from tests.support.tiny_federation import federate
 
@@ -35,6 +37,7 @@ def written(directory: Path, base: str, rows: str, **sections: Mapping[str, Any]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "node.toml"
     path.write_text(tomli_w.dumps(tree))
+    Ledger(Policy.load(path).ledger).begin()
     return path
 
 

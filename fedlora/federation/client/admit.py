@@ -190,7 +190,9 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
         "data.dedupe": d.dedupe,
         "data.client-test-fraction": d.client_test_fraction,
         "output.client-memory": str(policy.memory),
+        "data.unit-column": policy.privacy.unit,
         "privacy.ledger": str(policy.ledger),
+        "privacy.delta": policy.privacy.delta,
         "privacy.max-epsilon": policy.privacy.max_epsilon,
         "simulate.devices": policy.limits.devices,
         # read by a server alone; a client only has to know that there are such rows

@@ -107,11 +107,6 @@ def _never(_value: Any, _policy: Policy) -> str:
     return "must be left at its default"
 
 
-def _delta(value: Any, policy: Policy) -> str:
-    most = policy.privacy.max_delta or 1.0
-    return "" if 0 < value <= most else f"must be at most privacy.max-delta = {most:g}"
-
-
 COUNT, FRACTION, WEIGHT = _within(0, 1_000_000), _within(0, 1), _within(0, 1e6)
 OF_A_SHARED_CORPUS: Mapping[str, Rule] = {
     "data.path": _shared,
@@ -209,7 +204,6 @@ ALLOWED: Mapping[str, Rule] = {
     "privacy.epsilon": _within(0, 200),
     "privacy.noise-multiplier": WEIGHT,
     "privacy.clip-norm": WEIGHT,
-    "privacy.delta": _delta,
     "privacy.sample-rate": FRACTION,
     "privacy.microbatch": _limited(lambda p: p.limits.batch, "limits.batch"),
     "privacy.clip-quantile": FRACTION,
@@ -234,11 +228,11 @@ OWN = frozenset(
     f"data.{key}"
     for key in (
         "text", "label", "prompt", "response", "map", "separator", "encoding", "line-pattern",
-        "limit", "dedupe", "client-test-fraction", "node-path",
+        "limit", "dedupe", "client-test-fraction", "node-path", "unit-column",
     )
 ) | {
-    "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "simulate.devices",
-    "train.compile",
+    "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "privacy.delta",
+    "simulate.devices", "train.compile",
     "lora.calibration",
 }  # fmt: skip
 

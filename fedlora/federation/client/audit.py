@@ -5,9 +5,10 @@
     {"what": "refused",  "kind": "train", "error": "PolicyError", "reasons": ["train.steps: ..."]}
 
 One line a time, appended, and on the disk before a reply leaves: what cannot be put on record is
-not sent. A message that was asked and has no second line was lost with its process. Reasons hold
-values of the policy and of what was asked, never a word of a row. Whoever may write the file can
-change it: it is the node's own book, and no proof to others.
+not sent. Where the policy names a keeper, that process writes it, and no other can. A message that
+was asked and has no second line was lost with its process. Reasons hold values of the policy and of
+what was asked, never a word of a row. Whoever may write the file can change it: it is the node's
+own book, and no proof to others.
 """
 
 import hashlib
@@ -20,15 +21,29 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.policy import Policy
-from fedlora.errors import BundleError, FedLoraError, PolicyError
+from fedlora.errors import BundleError, FedLoraError, PolicyError, PrivacyError
 from fedlora.federation.wire.codes import cleaned
+from fedlora.privacy.keeper_socket import ask
 
 LOG = logging.getLogger("fedlora.node")
 
 MOST_REASONS = 20
 
 
-def append(path: Path, what: str, **more: Any) -> None:
+def put(policy: Policy, what: str, /, **more: Any) -> None:
+    """One line more, by the policy's keeper where there is one, on the disk when this returns.
+
+    Raises:
+        OSError: it could not be written.
+        PrivacyError: the keeper does not answer.
+    """
+    if policy.privacy.keeper:
+        ask(Path(policy.privacy.keeper), "append", {"what": what, "more": more})
+    else:
+        append(policy.audit, what, **more)
+
+
+def append(path: Path, what: str, /, **more: Any) -> None:
     """One line more, on the disk when this returns.
 
     Raises:
@@ -53,9 +68,9 @@ def refusal(policy: Policy, error: Exception, **about: Any) -> None:
     what = "refused" if isinstance(error, PolicyError | BundleError) else "failed"
     kept = {"error": type(error).__name__, "reasons": shown(reasons)}
     try:
-        append(policy.audit, what, **about, **kept)
-    except OSError as e:
-        LOG.error("%s cannot be written (%s): %s %s", policy.audit, e.strerror, about, kept)
+        put(policy, what, **about, **kept)
+    except (OSError, PrivacyError) as e:
+        LOG.error("%s cannot be written (%s): %s %s", policy.audit, e, about, kept)
 
 
 def read(path: Path) -> Iterator[Mapping[str, Any]]:

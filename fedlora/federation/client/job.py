@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from fedlora.federation.client import error_feedback, witness
 from fedlora.federation.client.admit import admit, check, check_terms
 from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
-from fedlora.federation.client.node_config import check_from_server
+from fedlora.federation.client.node_config import check_from_server, own_delta
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure.agreement import RoundName
 from fedlora.federation.secure.signing import public_half
@@ -44,9 +43,6 @@ from fedlora.training.evaluate import evaluate
 from fedlora.training.model.model import Model
 from fedlora.training.precision import computing
 from fedlora.training.train import Fit, fit, threads
-
-NODES_LEDGER = "node"
-"""The ledger's name where a node has a policy."""
 
 
 @dataclass(frozen=True)
@@ -245,19 +241,22 @@ class ClientJob:
         self.memory.add_checked(key)
 
     def trainer(self) -> Callable[..., Fit]:
-        """`train.fit`, or under example-level DP `private_fit` with this data set's ledger."""
+        """`train.fit`, or under example-level DP `private_fit` with this node's ledger."""
         config, job = self.config, self.job
         if not config.privacy.by_example:
             return fit
-        from fedlora.privacy.ledger import Ledger, fingerprint
-        from fedlora.privacy.training import private_fit
+        from fedlora.privacy.keeper import KeptLedger, Payer
+        from fedlora.privacy.ledger import Acknowledged, Ledger
+        from fedlora.privacy.training import Payments, private_fit
+        from fedlora.privacy.units import Units
 
-        raw = cache.client_rows(job.client, config, job.labels).train
-        data = fingerprint(zip_longest(raw.text, raw.label, raw.response, fillvalue=""))
-        if self.policy:  # one node, one data set: no choice of a run's opens another ledger
-            data = NODES_LEDGER
+        units = Units.of(cache.client_rows(job.client, config, job.labels).train, config.data)
         root = Path(config.privacy.ledger) if config.privacy.ledger else self.memory.root
-        return partial(private_fit, ledger=Ledger(root, data), run=job.token)
+        ledger: Payer = Ledger(root, opens=self.policy is None)
+        if self.policy and (place := self.policy.privacy.keeper):
+            ledger = KeptLedger(Path(place))
+        known = Acknowledged(job.ledger, job.charges)
+        return partial(private_fit, payments=Payments(ledger, units, job.token, known))
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Model, Factors]]:
@@ -310,12 +309,13 @@ def read_config(context: Context, job: Job, policy: Policy | None = None) -> Con
             check([("another client's number", f"{job.client}, this is {number_of(context)}")])
         return admit(policy, context.run_config, job)
     check_from_server(theirs, node)
-    own = {
+    own: dict[str, Any] = {
         "data.node-path": node.get("data-path"),
         **{f"data.{key}": node.get(key) for key in COLUMNS},
         "output.client-memory": node.get("memory"),
         "simulate.devices": node.get("devices"),
         "privacy.max-epsilon": float(node.get("max-epsilon", 0)),
+        "privacy.delta": own_delta(node),
         "secure.aggregation": node.get("secure-aggregation"),
     }
     given = {**shared, **{key: value for key, value in own.items() if value}}

@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from fedlora.config.possible import is_path_name
+from fedlora.config.privacy_sections import PrivacyConfig
 from fedlora.config.reader import Config
 from fedlora.config.sites import COLUMNS
 from fedlora.errors import ConfigError
@@ -30,6 +31,7 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "memory": TEXT,
     "devices": TEXT,
     "max-epsilon": NUMBER,
+    "delta": NUMBER,
     "secure-aggregation": (bool,),
     "worker-socket": TEXT,
     "policy": TEXT,
@@ -70,6 +72,16 @@ def _problems(given: Mapping[str, object]) -> Iterator[str]:
         yield f"node config, {OWN_MACHINE} = true: a node with a policy is no run's user's machine"
 
 
+def own_delta(given: Mapping[str, object]) -> float | None:
+    """At which a node without a policy counts epsilon; on the user's own machine as the run says.
+
+    Never a server's: with a delta near 1 any number of rounds would cost nothing.
+    """
+    if said := given.get("delta"):
+        return float(said)  # type: ignore[arg-type]
+    return None if is_own_machine(given) else PrivacyConfig().delta
+
+
 def check_from_server(config: Config, given: Mapping[str, object]) -> None:
     """Nothing, where what a server's config asks may be done here. On the user's own machine, all.
 
@@ -97,6 +109,11 @@ def check_from_server(config: Config, given: Mapping[str, object]) -> None:
             )
     if config.output.client_memory and not given.get("memory"):
         problems.append("output.client-memory: a node's own config names its memory, not a run")
+    if config.privacy.by_example and not given.get("memory"):
+        problems.append(
+            "privacy.level: this node's own config names no memory, in which its privacy ledger "
+            "would outlive a run's name; its operator sets memory there, or writes a policy"
+        )
     if not is_path_name(config.run.name):
         problems.append(
             "run.name: must be letters, digits, -, _ and . (128 at most, the first no dot) where "

@@ -55,7 +55,7 @@ def overseen(kind: str, message: Message, context: Context) -> Iterator[Leave]:
     about = {"kind": kind, "run": str(context.run_id), **_round(message)}
     try:
         found = audit.digest(Path(str(node["policy"])))
-        audit.append(policy.audit, "asked", **about, policy=found)
+        audit.put(policy, "asked", **about, policy=found)
         check_message(policy, kind, datetime.now())
         with watched(policy.limits):
             yield lambda content: _leave(policy, about, content)
@@ -80,7 +80,7 @@ def _leave(policy: Policy, about: Mapping[str, Any], content: RecordDict) -> Non
     told = dict(metrics) if isinstance(metrics, MetricRecord) else {}
     spent = {"epsilon": told["privacy.epsilon"]} if "privacy.epsilon" in told else {}
     numbers = {"metrics": sorted(told)} if told else {}
-    audit.append(policy.audit, "left", **about, bytes=size, records=names, **numbers, **spent)
+    audit.put(policy, "left", **about, bytes=size, records=names, **numbers, **spent)
 
 
 def _round(message: Message) -> dict[str, int]:

@@ -64,6 +64,10 @@ class Member:
     alone: Mapping[str, float] = field(default_factory=dict)
     microbatch: int = 0
     """What it has halved train.microbatch to, for want of memory; 0: it has not."""
+    ledger: int = 0
+    """The number of its privacy ledger."""
+    charges: int = 0
+    """Of this run, as its last accepted reply says: told back to it with every message."""
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,15 @@ def _credited(m: Member, facts: Mapping[str, Any], version: int) -> Member:
         first=m.first or facts["before"] or {},
         personal=facts["after"] or {},
         microbatch=facts.get("microbatch", m.microbatch),
+        ledger=_number(facts, "ledger") or m.ledger,
+        charges=_number(facts, "charges") or m.charges,
     )
+
+
+def _number(facts: Mapping[str, Any], key: str) -> int:
+    """What a client says of its privacy ledger; 0 of anything that is no whole number."""
+    x = (facts["privacy"] or {}).get(key, 0.0)
+    return int(x) if 0 < x < 2**31 else 0
 
 
 def evaluated(setting: Setting, number: int) -> dict[str, float] | None:

@@ -196,6 +196,8 @@ def message(
         config=config.identity(),
         changes=setting.changes,
         microbatch=member.microbatch,
+        ledger=member.ledger,
+        charges=member.charges,
     )
     content = RecordDict()
     lacks = client.id in session.lacking

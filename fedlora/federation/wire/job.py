@@ -39,6 +39,10 @@ class Job:
     """Keys that the server's config has otherwise than the run's."""
     microbatch: int = 0
     """What this client has halved train.microbatch to, in an earlier round; 0: it has not."""
+    ledger: int = 0
+    """The number of the client's privacy ledger, as it last said it; 0: it has not."""
+    charges: int = 0
+    """How many charges of this run that ledger had, by the last reply that was accepted."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -58,6 +62,7 @@ class Job:
                 "config": self.config,
                 **({"code": self.code} if self.code else {}),
                 **({"microbatch": self.microbatch} if self.microbatch else {}),
+                **({"ledger": self.ledger, "charges": self.charges} if self.charges else {}),
                 **({"changes": json.dumps(dict(self.changes))} if self.changes else {}),
             }
         )
@@ -93,7 +98,7 @@ class Job:
             x.get("code", ""),
             x["config"],
             json.loads(x.get("changes", "{}")),
-            whole(x, "microbatch") if "microbatch" in x else 0,
+            *(whole(x, key) if key in x else 0 for key in ("microbatch", "ledger", "charges")),
         )
 
 

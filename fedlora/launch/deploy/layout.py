@@ -19,6 +19,7 @@ from fedlora.launch.deploy.guide import readme
 from fedlora.launch.deploy.plan import CONNECTION, LOOPBACK, Plan, free_ports
 from fedlora.launch.experiment_file import load
 from fedlora.launch.shim import app_files
+from fedlora.privacy.ledger import Ledger
 from fedlora.training.user_code import named
 
 GATE_PORT = 9443
@@ -188,6 +189,7 @@ def _write_node(plan: Plan, i: int, config: Config) -> None:
             keys.own_keys(directory)
         shutil.copy(plan.directory / "ca" / "ca.crt", directory)
     (directory / policy_file.NAME).write_text(policy_file.policy_text(plan, i, config))
+    Ledger(directory / "memory").begin()
     _script(directory / "env.sh", scripts.ENVIRONMENT)
     _script(directory / "node.sh", scripts.node(plan, i))
     fixed = scripts.NODES_OWN

@@ -67,7 +67,8 @@ def _privacy(config: Config) -> dict[str, Any]:
     if not p.on:
         return {"level": "none"}
     metrics = {"metrics": "always"} if p.release_metrics else {}
-    return {"level": p.level, "max-delta": p.delta, **metrics}
+    unit = {"unit": config.data.unit_column} if config.data.unit_column else {}
+    return {"level": p.level, "delta": p.delta, "max-delta": p.delta, **unit, **metrics}
 
 
 def _patterned(config: Config) -> list[int]:

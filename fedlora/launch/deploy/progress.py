@@ -14,7 +14,8 @@ from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.supervise import is_running, read_state
 
 ONE_USER = (
-    "All of them run as one user, who can read each node's key and change its node.sh: a trial. "
+    "All of them run as one user, who can read each node's key and change its node.sh, its policy, "
+    "its ledger and its record: a trial. "
     "Elsewhere each node has a machine, or a user, of its own."
 )
 

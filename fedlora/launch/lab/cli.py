@@ -18,15 +18,14 @@ def ledger(
         Path, typer.Argument(help="A ledger, or a directory that has some.", show_default=False)
     ],
 ) -> None:
-    """Print what was spent of each data set's privacy, and the epsilon of all of it."""
+    """Print what was spent of the rows' privacy, and on which of them the most."""
     from fedlora.errors import PrivacyError
-    from fedlora.privacy.statement import statement
+    from fedlora.privacy.statement import found, statement
 
-    found = sorted(path.rglob("ledgers/*.jsonl")) if path.is_dir() else [path]
-    if not found or not found[0].exists():
+    if not (ledgers := found(path)):
         raise PrivacyError(f"{path}: no privacy ledger here")
-    for file in found:
-        statement(file)
+    for one in ledgers:
+        statement(one)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from fedlora.config.reader import Config
 from fedlora.federation.server.ranks import patterned
 from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.training import private_fit
+from fedlora.privacy.training import Payments, private_fit
 from fedlora.strategies.base import Client, Download, Round, Start, Upload, travelling
 from fedlora.training import cache
 from fedlora.training.data.batches import Encoded
@@ -113,7 +113,7 @@ def train(
         return
     with tempfile.TemporaryDirectory() as root:
         ledger = Ledger(Path(root), "audit")
-        private_fit(model, rows, columns, config, round, client, None, ledger)
+        private_fit(model, rows, columns, config, round, client, None, Payments(ledger))
 
 
 def pick(rows: Encoded, numbers: Tensor) -> Encoded:

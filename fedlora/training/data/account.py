@@ -186,8 +186,10 @@ class _Opened:
 class Book:
     """The rows of a run while they are read and split: see the top of this file."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: bool = False) -> None:
+        """units: are the rows' units of privacy asked for?"""
         self._opened: list[_Opened] = []
+        self.units = units
         self.renamed: set[str] = set()
         """The values that data.map renames, of those that were there."""
 

@@ -62,8 +62,10 @@ class Corpus:
         return self.clients[i]
 
 
-def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
+def load(data: DataConfig, task: Task, clients: int, seed: int, units: bool = False) -> Corpus:
     """The corpus of a run: the same for the same arguments, and no global RNG is touched.
+
+    units: with the unit of privacy of each row.
 
     With an empty `data.path` there is only the central test set of `data.test-path`, and every
     node brings its own rows (`load_node`).
@@ -71,7 +73,7 @@ def load(data: DataConfig, task: Task, clients: int, seed: int) -> Corpus:
     Raises:
         DataError: the source cannot be read, lacks a column, or cannot be split as asked.
     """
-    book = Book()
+    book = Book(units)
     if data.clients:
         return _from_sites(data, task, clients, seed, book)
     if is_code(data.path):
@@ -189,7 +191,12 @@ def _tell_unused(data: DataConfig, book: Book) -> None:
 
 
 def load_node(
-    data: DataConfig, task: Task, labels: Sequence[str], seed: int = 0, client: int = 0
+    data: DataConfig,
+    task: Task,
+    labels: Sequence[str],
+    seed: int = 0,
+    client: int = 0,
+    units: bool = False,
 ) -> ClientRows:
     """A deployed client's rows: `data.node-path` whole. `labels` is what the server sent.
 
@@ -199,7 +206,7 @@ def load_node(
     Raises:
         DataError: as in `load`, or the file has a label that the server does not know.
     """
-    book = Book()
+    book = Book(units)
     rows = _node_rows(data, task, labels, seed, client, book)
     account = replace(book.close(labels, Rows(), [rows]), repeats=repeats(Rows(), [rows]))
     _tell_unused(data, book)

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
+from fedlora.training.data import row_units
 from fedlora.training.data.account import EQUAL, UNMATCHED, Book, empty
 from fedlora.training.data.labels import as_label, check_map
 from fedlora.training.data.rows import Rows
@@ -113,11 +114,19 @@ def _rows_of(
     if key == "data.path" and data.partition == "natural":
         group = column(table, path, "data.natural-column", data.natural_column)
         needed.append(_Needed(data.natural_column, group))
+    units: tuple[bytes, ...] = ()
+    if book.units and data.unit_column:
+        who = column(table, path, "data.unit-column", data.unit_column)
+        needed.append(_Needed(data.unit_column, who))
+        units = row_units.by_value(who)
+    elif book.units:
+        units = row_units.by_row(table)
     numbers = book.read(path, [*table.lines, *table.unmatched], table.unit, table.notes)
     book.leave(UNMATCHED, numbers[len(table.lines) :])
     own = (renames.get(x, x) for x in map(as_label, classes(table, data.label)))
     rows = Rows(
         *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[: len(table.lines)]),
+        unit=units,
         classes=tuple(dict.fromkeys(own)),
     )
     rows = _whole(rows, needed, path, book)

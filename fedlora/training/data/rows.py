@@ -19,6 +19,8 @@ class Rows:
     """The value of `data.natural-column`, where that is the partition."""
     number: tuple[int, ...] = field(default=(), compare=False)
     """Of each row, over all that was read: see `fedlora.training.data.account`."""
+    unit: tuple[bytes, ...] = field(default=(), compare=False)
+    """The unit of privacy of each row, where that is asked for: see row_units.py."""
     classes: tuple[str, ...] = field(default=(), compare=False)
     """Not a column: the data's own numbered classes, in their order, where it has them."""
 
@@ -43,8 +45,8 @@ class Rows:
 
     @property
     def columns(self) -> tuple[tuple[Any, ...], ...]:
-        """text, label, response, group and number; each empty, or a value a row."""
-        return self.text, self.label, self.response, self.group, self.number
+        """text, label, response, group, number and unit; each empty, or a value a row."""
+        return self.text, self.label, self.response, self.group, self.number, self.unit
 
     @property
     def keys(self) -> list[str]:

@@ -1,0 +1,163 @@
+"""`fedlora node keeper`: the one process that writes a node's ledger and record.
+
+    fedlora node keeper /etc/fedlora/node.toml --user fedlora-node
+
+It runs under a user of its own, which owns the ledger's directory and audit.jsonl; the node's
+processes, under another, can neither write these nor the policy, where that is a third user's. It
+answers on the socket of privacy.keeper, to the users that it was told of alone (SO_PEERCRED), and
+knows three requests:
+
+    reserve    a charge; its delta and the limit of all runs are the policy's, whatever is asked
+    read       what was spent
+    append     a line of the record
+
+What it is told of a charge (q, sigma, steps, whose rows) is the node's word: a process of the node
+that lies can spend too little. It cannot take back what was charged.
+"""
+
+import math
+import os
+import pwd
+import signal
+import socket
+import socketserver
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedlora.launch.node_file import NodeFile
+
+PEER = "3i"
+"""pid, uid, gid: what SO_PEERCRED gives."""
+
+
+def keeper(
+    policy: NodeFile,
+    user: Annotated[
+        list[str],
+        typer.Option(help="A user, by name or number, whose processes may ask; repeatable."),
+    ],
+) -> None:
+    """Keep the node's ledger and record, under a user of its own, until it is ended."""
+    from fedlora.config.policy import Policy
+    from fedlora.errors import DeployError
+
+    if not (place := Policy.load(policy).privacy.keeper):
+        raise DeployError(f"{policy}: privacy.keeper names no socket; set it, and start this again")
+    allowed = {number_of(x) for x in user}
+    with Keeper(Path(place), policy, allowed) as serving:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        typer.echo(f"{place}: keeps the ledger and the record of {policy} for {', '.join(user)}")
+        if os.getuid() in allowed:
+            typer.echo("The users are one: a process of the node can write both by itself.")
+        serving.serve_forever()
+
+
+def number_of(user: str) -> int:
+    """Of a user by name or number.
+
+    Raises:
+        DeployError: there is none.
+    """
+    from fedlora.errors import DeployError
+
+    try:
+        return int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise DeployError(f"--user {user}: this machine has no such user") from None
+
+
+class Keeper(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Serves one socket, which it makes anew."""
+
+    daemon_threads = True
+
+    def __init__(self, place: Path, policy: Path, allowed: set[int]) -> None:
+        self.place, self.policy, self.allowed = place, policy, allowed
+        place.unlink(missing_ok=True)
+        super().__init__(str(place), _Request)
+        place.chmod(0o666)  # who may ask is looked at in each connection
+
+
+class _Request(socketserver.BaseRequestHandler):
+    server: Keeper
+
+    def handle(self) -> None:
+        from fedlora.errors import FedLoraError
+        from fedlora.privacy.keeper_socket import SECONDS, put, taken
+
+        there: socket.socket = self.request
+        there.settimeout(SECONDS)
+        try:
+            if peer(there) not in self.server.allowed:
+                put(there, {"refused": "this user may ask nothing of the keeper", "public": True})
+                return
+            put(there, answered(self.server.policy, there, taken(there)))
+        except FedLoraError as e:
+            put(there, {"refused": str(e), "kind": type(e).__name__, "public": e.may_leave})
+        except (KeyError, TypeError, ValueError) as e:
+            put(there, {"refused": f"no request that the keeper knows: {e!r}", "public": False})
+
+
+def peer(there: socket.socket) -> int:
+    """The user at the other end, by the system's word."""
+    size = struct.calcsize(PEER)
+    _, uid, _ = struct.unpack(PEER, there.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(uid)
+
+
+def answered(path: Path, there: socket.socket, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to a request, after what it asks for is on disk.
+
+    Raises:
+        FedLoraError: it is refused.
+        KeyError, TypeError, ValueError: it is none.
+    """
+    known: dict[str, Callable[..., dict[str, Any]]] = {
+        "reserve": _reserved,
+        "read": _read,
+        "append": _appended,
+    }
+    if asked["ask"] not in known:
+        raise ValueError(str(asked["ask"])[:40])
+    from fedlora.config.policy import Policy
+
+    return known[asked["ask"]](Policy.load(path), there, asked)
+
+
+def _reserved(policy: Any, there: socket.socket, asked: Mapping[str, Any]) -> dict[str, Any]:
+    from fedlora.privacy.charges import Charge
+    from fedlora.privacy.keeper import units_of
+    from fedlora.privacy.ledger import Acknowledged, Ledger
+    from fedlora.privacy.units import ALL
+
+    own: dict[str, Any] = {"delta": policy.privacy.delta, "units": ALL, "reading": ""}
+    charge = replace(Charge.read(dict(asked["charge"])), **own)
+    spend, budget = charge.spend, float(asked["budget"])
+    if not (0 <= spend.q <= 1 and 0 <= spend.sigma < math.inf and spend.steps > 0 and budget >= 0):
+        raise ValueError("a charge that is none")
+    limits = [x for x in (budget, policy.privacy.max_epsilon) if x]
+    known = Acknowledged(**asked["acknowledged"]) if "acknowledged" in asked else None
+    units = units_of(there, asked)
+    ledger = Ledger(policy.ledger, opens=False)
+    return {"receipt": asdict(ledger.reserve(charge, min(limits, default=0.0), units, known))}
+
+
+def _read(policy: Any, _: socket.socket, __: Mapping[str, Any]) -> dict[str, Any]:
+    from fedlora.privacy.ledger import Ledger
+
+    ledger, delta = Ledger(policy.ledger, opens=False), policy.privacy.delta
+    found = ledger.epsilon(delta)
+    return {"epsilon": found, "delta": delta, "charges": len(ledger.read().charges)}
+
+
+def _appended(policy: Any, _: socket.socket, asked: Mapping[str, Any]) -> dict[str, Any]:
+    from fedlora.federation.client import audit
+
+    more = {k: v for k, v in asked["more"].items() if k not in ("time", "what")}
+    audit.append(policy.audit, str(asked["what"]), **more)
+    return {"written": True}

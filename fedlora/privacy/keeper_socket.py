@@ -1,0 +1,80 @@
+"""One request to a node's keeper, and its answer, over a local Unix socket.
+
+Four bytes of length and JSON each way; one request a connection. No torch here: a node's record is
+written by processes that have none.
+"""
+
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import BudgetSpent, PrivacyError
+
+LONGEST = 2**20
+"""Bytes of a request or an answer, without what follows it."""
+SECONDS = 120.0
+"""For an answer: another process may hold the ledger's lock."""
+
+
+def ask(path: Path, what: str, more: Mapping[str, Any], data: bytes = b"") -> dict[str, Any]:
+    """The keeper's answer.
+
+    Raises:
+        BudgetSpent, PrivacyError: it refuses, or there is none.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX) as there:
+            there.settimeout(SECONDS)
+            there.connect(str(path))
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was read
+                put(there, {"ask": what, **more})
+                there.sendall(data)
+            answer = taken(there)
+    except (OSError, ValueError) as e:
+        raise PrivacyError.public(
+            "the keeper of this node's ledger and record does not answer, so nothing can be "
+            f"charged or put on record, and nothing is done ({type(e).__name__}); its operator "
+            "starts it: fedlora node keeper node.toml"
+        ) from e
+    if "refused" in answer:
+        kind = BudgetSpent if answer.get("kind") == "BudgetSpent" else PrivacyError
+        said = str(answer["refused"])
+        raise kind.public(said) if answer.get("public") is True else kind(said)
+    return answer
+
+
+def put(there: socket.socket, message: Mapping[str, Any]) -> None:
+    data = json.dumps(message).encode()
+    there.sendall(struct.pack(">I", len(data)) + data)
+
+
+def taken(there: socket.socket) -> dict[str, Any]:
+    """One message.
+
+    Raises:
+        ValueError: it is none, or too long.
+        OSError: the other end is gone.
+    """
+    (size,) = struct.unpack(">I", exactly(there, 4))
+    if size > LONGEST:
+        raise ValueError("a message that is too long")
+    found = json.loads(exactly(there, size))
+    if not isinstance(found, dict):
+        raise ValueError("a message that is none")
+    return found
+
+
+def exactly(there: socket.socket, size: int) -> bytes:
+    """So many bytes."""
+    parts, left = [], size
+    while left:
+        part = there.recv(min(left, 2**20))
+        if not part:
+            raise ConnectionError("the other end is gone")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
