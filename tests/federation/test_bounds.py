@@ -110,7 +110,7 @@ ATTACKS: dict[str, tuple[Spoil, str]] = {
     "NaN": (poison(math.nan), "holds NaN or Inf"),
     "infinity": (poison(-math.inf), "holds NaN or Inf"),
     "NaN in the head alone": (only("other", math.nan), "holds NaN or Inf"),
-    "another shape": (reshape(lambda s: s[::-1]), "shape"),
+    "another shape": (reshape(lambda s: (*s, 1)), "shape"),
     "no examples": (metric("num-examples", -5), "must be a positive whole number"),
     "a count that is no integer": (metric("num-examples", 2.0**62), "must be a positive whole"),
     "a count that is NaN": (metric("num-examples", math.nan), "must be a positive whole"),
