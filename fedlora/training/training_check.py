@@ -334,7 +334,7 @@ def _state(p: Tensor, wrapped: bool) -> float:
     Its version, which any writing counts up; but PEFT counts up that of a stack of experts in every
     forward, without writing, so of those the sum.
     """
-    return float(p.detach().sum(dtype=torch.float64)) if wrapped else p._version
+    return float(wide_on_host(p).sum()) if wrapped else p._version
 
 
 @contextmanager
