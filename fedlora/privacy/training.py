@@ -40,7 +40,7 @@ from fedlora.privacy.per_example import Sink, kept_apart
 from fedlora.privacy.probe import Way, check_apart, steady
 from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Encoded
-from fedlora.training.devices import own_draws
+from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import build_optimizer
 from fedlora.training.train import Fit, example_losses, extra_loss, learning_rate
