@@ -17,7 +17,8 @@ from fedlora.training.devices import HOST, is_host, module_of, on_host
 
 ROUNDED = ("erfinv", "erfinv_", "linalg_qr")
 """What a first weight goes through beside its draw that kernels round each in their way: truncated
-normal numbers, orthogonal columns. Sums and products of two numbers are the same everywhere."""
+normal numbers (by older versions of torch), orthogonal columns. A sum or product of two numbers is
+the same everywhere."""
 
 
 @contextlib.contextmanager

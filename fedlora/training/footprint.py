@@ -56,9 +56,8 @@ def footprint(model: Model, config: Config) -> Footprint:
         live = {p for ps in model.trainable(COLUMNS).values() for p in ps.values()}
         numbers = sum(p.numel() for p in live)
         frozen = sum(bytes_of(p) for p in model.peft.parameters() if p not in live)
-        _pass(
-            model, config, 1
-        )  # the first products also take what their library works in, for good
+        # not counted: a first product also takes what its library works in, for good
+        _pass(model, config, 1)
         one, two = (_pass(model, config, n) for n in (1, 2))
     for device in model.devices:
         release(device)
