@@ -233,7 +233,8 @@ def test_liger_gets_the_base_and_leaves_the_loss_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[object, object]] = []
-    monkeypatch.setattr(loading, "apply_liger_kernel", lambda *args: given.append(args))
+    kernel = "transformers.integrations.liger.apply_liger_kernel"
+    monkeypatch.setattr(kernel, lambda *args: given.append(args))
     model = Model(Config.read(settings("llama", **{"model.liger": True})))
     ((base, kernels),) = given
     assert base is model.peft.get_base_model()
