@@ -11,9 +11,18 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from shutil import which
 
+import torch
+
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
-from fedlora.training.devices import chosen, found, is_host
+from fedlora.training.devices import (
+    chosen,
+    compiles_with,
+    found,
+    has_kernels,
+    is_host,
+    repeats_draws,
+)
 from fedlora.training.user_code import is_code
 
 PROFILES = 8
@@ -29,6 +38,8 @@ class Need:
     install: str
     instead: str
     on_card: bool = False
+    kernels: str = ""
+    """What a kind of device may have no kernels for, as `devices` calls it."""
 
 
 def needs(config: Config) -> Iterator[Need]:
@@ -42,18 +53,27 @@ def needs(config: Config) -> Iterator[Need]:
     if optimizer.endswith(("8bit", "32bit")):
         what, paged = f"train.optimizer = {optimizer!r}", optimizer.startswith("paged")
         instead = "'adamw_8bit' or 'adamw'" if paged else "'adamw'"
-        yield Need(what, ("bitsandbytes",), "'fedlora[quantized]'", instead, paged)
+        kernels = "paged states" if paged else "8-bit states"
+        yield Need(what, ("bitsandbytes",), "'fedlora[quantized]'", instead, paged, kernels)
     if model.attention == "flash_attention_2":
         what = f"model.attention = {model.attention!r}"
-        yield Need(what, ("flash_attn", "kernels"), "flash-attn", "'sdpa'", on_card=True)
+        packages, name = ("flash_attn", "kernels"), "flash-attn"
+        yield Need(what, packages, name, "'sdpa'", on_card=True, kernels=name)
     if model.liger:
-        yield Need("model.liger = true", ("liger_kernel",), "liger-kernel", "false", on_card=True)
+        name = "liger-kernel"
+        yield Need("model.liger = true", ("liger_kernel",), name, "false", True, kernels=name)
 
 
 def problems(config: Config) -> Iterator[str]:
     """Each setting that this machine cannot serve, or that goes with another, and what to do."""
+    device = _device(config)
     for need in needs(config):
-        if need.on_card and _on_host(config):
+        if device and not has_kernels(device, need.kernels):
+            yield (
+                f"{need.what}: there are no kernels of {need.kernels} for this process's device, "
+                f"{device}; set it to {need.instead}"
+            )
+        elif need.on_card and _on_host(config):
             yield (
                 f"{need.what}: is for an accelerator, and this process computes on the host; set "
                 f"it to {need.instead}"
@@ -67,6 +87,13 @@ def problems(config: Config) -> Iterator[str]:
         yield (
             "model.attention = 'flash_attention_2': computes in 16 bits alone; set "
             "train.precision or model.dtype = 'bfloat16'"
+        )
+    dropout = config.lora.dropout > 0 or config.model.dropout != 0
+    if config.train.gradient_checkpointing and dropout and device and not repeats_draws(device):
+        yield (
+            f"train.gradient-checkpointing = true: on {device.type} torch draws other dropout when "
+            "a layer is computed again, so gradients would be wrong; set it to false, or "
+            "model.dropout = 0 and lora.dropout = 0"
         )
     if config.model.device_map != "none":
         yield from _spread(config)
@@ -103,12 +130,14 @@ def _compiled(config: Config) -> Iterator[str]:
     """What compiled layers need, and what they do not go with."""
     what = "train.compile = true"
     compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    here = any(which(name) for name in compilers if name) if _on_host(config) else (
-        bool(find_spec("triton"))
-    )  # fmt: skip
+    device = _device(config)
+    by = compiles_with(device) if device else "triton"
+    here = by != "triton" or bool(find_spec("triton"))
+    if by == "c++":
+        here = any(which(name) for name in compilers if name)
     if not here:
         yield (
-            f"{what}: on the host torch needs a C++ compiler such as g++, on an accelerator the "
+            f"{what}: on the host torch needs a C++ compiler such as g++, on most accelerators the "
             "package triton; install it, or set it to false"
         )
     if is_code(config.model.path):
@@ -142,12 +171,17 @@ def _count(asked: str) -> int:
         return 0
 
 
-def _on_host(config: Config) -> bool:
-    """Does this process compute on the host? A device that is not there is refused elsewhere."""
+def _device(config: Config) -> torch.device | None:
+    """What this process computes on; None where it is not there, which is refused elsewhere."""
     try:
-        return is_host(chosen(config.simulate.devices))
+        return chosen(config.simulate.devices)
     except ConfigError:
-        return False
+        return None
+
+
+def _on_host(config: Config) -> bool:
+    device = _device(config)
+    return device is not None and is_host(device)
 
 
 def _all_float32(config: Config) -> bool:

@@ -48,7 +48,7 @@ from fedlora.privacy.probe import Way, check_apart, steady
 from fedlora.privacy.units import Units
 from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Encoded
-from fedlora.training.devices import own_draws
+from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import build_optimizer
 from fedlora.training.train import Fit, example_losses, extra_loss, learning_rate

@@ -11,7 +11,7 @@ from fedlora.strategies.forms import fixed_rank
 from fedlora.training.data.batches import Encoded, encode
 from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
-from fedlora.training.devices import prepare, release
+from fedlora.training.devices import chosen, prepare, release
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.user_code import identity
@@ -46,8 +46,8 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
            config.train.prefix_cache, labels, config.ranks.policy, identity(config),
            config.simulate.devices, config.train.compile,
            fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
-    found: Model = _model(key, config, labels)
-    prepare(found.device, config.train.deterministic)
+    prepare(chosen(config.simulate.devices), config.train.deterministic)  # before it is loaded:
+    found: Model = _model(key, config, labels)  # what wraps a base may compute with it already
     return found
 
 

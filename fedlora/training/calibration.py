@@ -34,7 +34,9 @@ from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
 from fedlora.training.data.batches import Encoded, encode, eval_batches
 from fedlora.training.data.corpus import Corpus, load_calibration
-from fedlora.training.devices import host_draws, moved, wide_on_host
+from fedlora.training.devices import moved, wide_on_host
+from fedlora.training.draws import host_draws
+from fedlora.training.evaluate import at_once
 from fedlora.training.model.layers import initial
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.train import example_losses, threads
@@ -69,10 +71,10 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
 def _pairs(
     model: Model, whole: Client, config: Config, rows: Encoded
 ) -> Iterator[tuple[str, Pair]]:
-    size, init = config.evaluate.batch_size, config.lora.init
+    size, init = at_once(config), config.lora.init
     if init == "lora_ga":
         W = model.weights()
-        for m, G in gradients(model, rows, size).items():
+        for m, G in gradients(model, rows, config.train.microbatch or size).items():
             yield m, _from_gradient(W[m], G, whole, m)
         return
     for modules in _groups(model, [*whole.layers]):

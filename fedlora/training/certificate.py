@@ -309,7 +309,8 @@ def public_scales(model: Model, names: Iterable[str]) -> dict[str, float]:
     weights, others, found = model.weights(), model.live()["other"], {}
     for name in names:
         if name in weights:
-            found[name] = norm_of(weights[name]) + sum(weights[name].shape) ** 0.5
+            W = weights[name]
+            found[name] = norm_of(W) + sum(W.shape) ** 0.5
         elif name in others:
             found[name] = max(1.0, others[name].numel() ** 0.5)
         else:

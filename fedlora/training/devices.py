@@ -1,8 +1,6 @@
 """The devices that torch computes on: which there are, and all that is done differently on each.
 
     device = chosen(config.simulate.devices)     the host, or a card of this machine
-    with own_draws([device], seed): ...          dropout, from a stream of its own
-    with host_draws(device, seed): ...           first weights, the same on every device
 
 No other file of fedlora names a kind of device. What is inside `Model` lies on its device; what
 comes out of it, and all that servers, strategies, files and messages are made of, is on the host.
@@ -26,8 +24,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from fedlora.config import processes
 from fedlora.errors import ConfigError
@@ -48,7 +44,7 @@ def found(asked: str) -> list[torch.device]:
         ConfigError: it is no device of this machine.
     """
     here = torch.accelerator.current_accelerator()
-    count = _module(here).device_count() if here is not None else 0
+    count = module_of(here).device_count() if here is not None else 0
     if asked == HOST.type or (asked == AUTO and not count):
         return [HOST]
     kind, _, numbers = asked.partition(":")
@@ -57,6 +53,8 @@ def found(asked: str) -> list[torch.device]:
         what = f"this machine's accelerator is {own}"
         raise ConfigError([f"simulate.devices = {asked!r}: {what}; set it to {AUTO!r}"])
     wanted = [int(n) for n in numbers.split(",")] if numbers else [*range(count)]
+    if len({*wanted}) < len(wanted):
+        raise ConfigError([f"simulate.devices = {asked!r}: names a card twice; name each once"])
     if missing := [n for n in wanted if n >= count]:
         what = f"there is no {here.type}:{missing[0]}; they are numbered from 0 to {count - 1}"
         raise ConfigError([f"simulate.devices = {asked!r}: {what}"])
@@ -91,30 +89,43 @@ def prepare(device: torch.device, deterministic: bool) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # not as a warning: with that the fused attention's backward passes stay as they are
+    torch.use_deterministic_algorithms(deterministic)
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = str(int(deterministic))  # transformers asks it
     use(device)
+
+
+@contextlib.contextmanager
+def by_any_algorithm() -> Iterator[None]:
+    """Within it a card may compute by algorithms that give other bits each time."""
+    asked = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked)
 
 
 def use(device: torch.device | str) -> None:
     """Make a card the process's current one, so that no library begins with another."""
     device = torch.device(device)
-    if (choose := getattr(_module(device), "set_device", None)) is not None:
+    if (choose := getattr(module_of(device), "set_device", None)) is not None:
         choose(device)
 
 
 def workers(asked: int, devices: str, spread: bool = False) -> int:
     """Processes of a simulation in which clients train, the server's among them on a card.
 
-    On the host as `processes.workers` says. On cards 0 is one for each, 1 the server's alone, as
-    is a base that is spread over them.
+    On the host as `processes.workers` says; but beside a card each has a base of its own there, so
+    0 is one. On cards 0 is one for each, 1 the server's alone, as is a base that is spread over
+    them.
 
     Raises:
         ConfigError: more than there are devices: two on one card would be two bases there.
     """
     cards = found(devices)
     if is_host(cards[0]):
-        return processes.workers(asked)
+        return processes.workers(asked or int(is_beside_card()))
     if asked > len(cards):
         has = ", ".join(map(str, cards))
         what = f"one worker a device, and simulate.devices = {devices!r} has {len(cards)} ({has})"
@@ -135,7 +146,7 @@ def visible(cards: Sequence[torch.device]) -> dict[str, str]:
         ConfigError: they are some of a kind whose drivers, or Ray, have no variable for it.
     """
     kind = cards[0].type
-    count = _module(cards[0]).device_count()
+    count = module_of(cards[0]).device_count()
     if [card.index for card in cards] == [*range(count)]:
         return {}
     if kind != "cuda":
@@ -147,13 +158,30 @@ def visible(cards: Sequence[torch.device]) -> dict[str, str]:
     return {variable: ",".join(names[card.index or 0] for card in cards)}
 
 
-def check_fork() -> None:
-    """Raises ConfigError where this process has begun to compute on a card: its copy could not."""
+def fresh(asked: str, count: int) -> list[torch.device]:
+    """The devices of those of so many workers that must be processes of their own, started anew.
+
+    All but the server's on cards. All but it on the host too where the machine has a card: once a
+    process there has computed gradients, wherever, torch lets no copy of it compute any.
+    """
+    cards = found(asked)
+    if not is_host(cards[0]):
+        return cards[1:count]
+    return [HOST] * (count - 1) if is_beside_card() else []
+
+
+def is_beside_card() -> bool:
+    """Has this machine an accelerator?"""
     here = torch.accelerator.current_accelerator()
-    begun = getattr(_module(here), "is_initialized", None) if here is not None else None
-    if here is not None and begun is not None and begun():
-        what = f"{here.type} cannot be used in a copy of a process that has used it"
-        raise ConfigError([f"simulate.workers: {what}; set it to 1, or simulate.devices to 'cpu'"])
+    return here is not None and bool(module_of(here).device_count())
+
+
+def check_fork(key: str = "simulate.workers") -> None:
+    """Raises ConfigError on a machine with a card: a copy of this process may compute nothing."""
+    if is_beside_card():
+        here = torch.accelerator.current_accelerator()
+        what = f"this machine has an accelerator ({here}), and no copy of a process computes beside"
+        raise ConfigError([f"{key}: {what} one; set it to 1"])
 
 
 # -- what they are --------------------------------------------------------------------------------
@@ -169,7 +197,7 @@ class Memory:
 
 def name_of(device: torch.device) -> str:
     """What its maker calls it: "cuda:0 (NVIDIA H100 80GB HBM3)"."""
-    ask = None if is_host(device) else getattr(_module(device), "get_device_name", None)
+    ask = None if is_host(device) else getattr(module_of(device), "get_device_name", None)
     return f"{device} ({ask(device)})" if ask else str(device)
 
 
@@ -178,7 +206,7 @@ def memory_of(device: torch.device) -> Memory:
     if is_host(device):
         host = psutil.virtual_memory()
         return Memory(int(host.available), int(host.total))
-    module = _module(device)
+    module = module_of(device)
     if hasattr(module, "mem_get_info"):
         return Memory(*module.mem_get_info(device))
     total = int(module.recommended_max_memory())
@@ -187,32 +215,51 @@ def memory_of(device: torch.device) -> Memory:
 
 def lacks_bfloat16(device: torch.device) -> str | None:
     """Why a card does not multiply bfloat16 by itself; None where it does."""
-    ask = getattr(_module(device), "is_bf16_supported", None)
+    ask = getattr(module_of(device), "is_bf16_supported", None)
     if ask is None:
         return f"torch does not say whether {device.type} multiplies bfloat16"
     return None if ask(False) else f"{name_of(device)} does not multiply bfloat16"
 
 
+def counts_memory(device: torch.device) -> bool:
+    """Does torch count what tensors take of its memory at most? Not of the host, nor of Apple's."""
+    return not is_host(device) and hasattr(module_of(device), "max_memory_allocated")
+
+
 def most_used(device: torch.device) -> int:
-    """The most bytes of a card's memory that tensors had at once since `forget_most`; 0 of the
-    host and where torch does not count."""
-    ask = None if is_host(device) else getattr(_module(device), "max_memory_allocated", None)
-    return int(ask(device)) if ask else 0
+    """The most bytes of a card's memory that tensors had at once since `forget_most`; 0 where
+    torch does not count."""
+    return int(module_of(device).max_memory_allocated(device)) if counts_memory(device) else 0
 
 
 def forget_most(device: torch.device) -> None:
     """Count the most that is used from now on."""
-    if not is_host(device) and hasattr(_module(device), "reset_peak_memory_stats"):
-        _module(device).reset_peak_memory_stats(device)
+    if not is_host(device) and hasattr(module_of(device), "reset_peak_memory_stats"):
+        module_of(device).reset_peak_memory_stats(device)
 
 
 def release(device: torch.device) -> None:
     """Give the memory that torch holds back to the card, after it ran out or where it idles."""
     if not is_host(device):
-        _module(device).empty_cache()
+        module_of(device).empty_cache()
 
 
-def _module(device: torch.device) -> Any:
+WITHOUT = {"mps": ("8-bit states", "paged states", "flash-attn", "liger-kernel")}
+"""What has no kernels for a kind of device: docs/gpu.md says by which source."""
+
+
+def has_kernels(device: torch.device, what: str) -> bool:
+    """Has it kernels for this kind of device, as far as is known?"""
+    return what not in WITHOUT.get(device.type, ())
+
+
+def compiles_with(device: torch.device) -> str:
+    """What torch compiles layers by there: a C++ compiler, triton, or "": itself, on Apple's."""
+    return {HOST.type: "c++", "mps": ""}.get(device.type, "triton")
+
+
+def module_of(device: torch.device) -> Any:
+    """torch's own module of a kind of device, such as torch.cuda."""
     return torch.get_device_module(device.type)
 
 
@@ -230,9 +277,12 @@ def wide_on_host(x: Tensor) -> Tensor:
 
 
 def counts_wide(device: torch.device) -> bool:
-    """Has it float64? Apple's cards have none."""
+    """Has it float64? Apple's cards have none, nor have Intel's Arc, which say so themselves."""
     if is_host(device):
         return True
+    ask = getattr(module_of(device), "get_device_properties", None)
+    if (has := getattr(ask and ask(device), "has_fp64", None)) is not None:
+        return bool(has)
     try:
         torch.zeros((), dtype=torch.float64, device=device)
     except TypeError:
@@ -242,7 +292,24 @@ def counts_wide(device: torch.device) -> bool:
 
 def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on a device."""
-    return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}
+    return {k: sent(x, device) if isinstance(x, Tensor) else x for k, x in batch.items()}
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what it has to do before.
+
+    Not on Apple's: torch does not say that what is sent so has left the host when it is let go of.
+    """
+    return x.to(device, non_blocking=device.type != "mps")
+
+
+def repeats_draws(device: torch.device) -> bool:
+    """Does a checkpointed layer, computed again, draw what it drew before?
+
+    torch puts back the generators of devices whose module says whether they are initialised.
+    Apple's does not say.
+    """
+    return is_host(device) or hasattr(module_of(device), "_initialized")
 
 
 def norm_of(x: Tensor) -> float:
@@ -252,69 +319,6 @@ def norm_of(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
 
 
-# -- chance ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def own_draws(devices: Sequence[torch.device], seed: int) -> Iterator[None]:
-    """Within it, whatever is drawn on the devices or the host follows from the seed alone.
-
-    After it their generators are as before. A card's numbers are not the host's of the same seed.
-    """
-    cards = [device for device in devices if not is_host(device)]
-    kind = cards[0].type if cards else None
-    with torch.random.fork_rng(devices=[d.index or 0 for d in cards], device_type=kind):
-        torch.default_generator.manual_seed(seed)
-        for n, device in enumerate(cards):
-            _seed(device, seed + n)
-        yield
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed one card's generator, and no other's."""
-    module = _module(device)
-    if hasattr(module, "device"):  # a context that makes a card the current one
-        with module.device(device):
-            module.manual_seed(seed)
-    else:
-        module.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def host_draws(device: torch.device, seed: int) -> Iterator[None]:
-    """Within it, what is drawn on the device is drawn on the host and moved there.
-
-    So first weights are the same numbers on every device. After it the host's generator is as
-    before; the device's is not touched.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        with contextlib.nullcontext() if is_host(device) else _DrawnOnHost():  # type: ignore[no-untyped-call]
-            yield
-
-
-class _DrawnOnHost(TorchDispatchMode):
-    """Carries each random operation out on the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        given = next((x for x in args if isinstance(x, Tensor)), None)
-        device = kwargs.get("device") or (given.device if given is not None else HOST)
-        device = torch.device(device)
-        if is_host(device) or device.type == "meta":
-            return func(*args, **kwargs)
-        host_args, host_kwargs = tree_map_only(Tensor, on_host, (args, kwargs))
-        if "device" in host_kwargs:
-            host_kwargs = {**host_kwargs, "device": HOST}
-        drawn = func(*host_args, **host_kwargs)
-        if given is not None and func.__name__.split(".")[0].endswith("_"):
-            given.copy_(drawn)
-            return given
-        return tree_map_only(Tensor, lambda x: x.to(device), drawn)
-
-
 # -- time -----------------------------------------------------------------------------------------
 
 
@@ -322,7 +326,7 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if is_host(device):
         return
-    wait = _module(device).synchronize
+    wait = module_of(device).synchronize
     wait() if device.type == "mps" else wait(device)
 
 
@@ -354,7 +358,7 @@ class Stopwatch:
     def _mark(self) -> Any:
         if is_host(self.device):
             return time.perf_counter()
-        module = _module(self.device)
+        module = module_of(self.device)
         event = (getattr(module, "Event", None) or module.event.Event)(enable_timing=True)
         event.record()
         return event

@@ -11,7 +11,7 @@ from fedlora.errors import ModelError
 from fedlora.training import metrics
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, eval_batches, prompt_batches
 from fedlora.training.data.seam import end_mark
-from fedlora.training.devices import moved, on_host
+from fedlora.training.devices import moved, on_host, sent
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 from fedlora.training.train import own_losses, token_losses
@@ -82,7 +82,7 @@ def _language(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
     losses, tokens = [], []
     for batch in eval_batches(rows, at_once(config)):
         labels = batch.pop("labels")
-        losses.append(_losses(model, batch, labels.to(model.device)))
+        losses.append(_losses(model, batch, labels))
         tokens.append((labels[:, 1:] != IGNORE).sum(1))
     return metrics.language(on_host(torch.cat(losses)), torch.cat(tokens))
 
@@ -90,7 +90,7 @@ def _language(model: Model, rows: Encoded, config: Config) -> dict[str, float]:
 def _losses(model: Model, batch: Batch, labels: Tensor) -> Tensor:
     """Each example's loss, as it is trained."""
     if own := model.config.train.loss:
-        return own_losses(own, model.logits(batch), labels)
+        return own_losses(own, model.logits(batch), sent(labels, model.device))
     return token_losses(model, batch, labels)
 
 

@@ -4,8 +4,8 @@
     trained       factors and heads, their gradients and the optimiser's states
     activations   what a pass of the longest examples needs beside these: of one, of each more
 
-On a card the passes' peak is what torch counted there. On the host torch counts nothing: it is
-what the forward pass keeps for the backward pass, without what comes and goes.
+On a card the passes' peak is what torch counted there. On the host, and on Apple's cards, torch
+counts none: it is what the forward pass keeps for the backward pass, without what comes and goes.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.training.data.batches import Batch, collate, synthetic
-from fedlora.training.devices import forget_most, is_host, most_used, release
+from fedlora.training.devices import counts_memory, forget_most, most_used, release
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.model import Model
 from fedlora.training.model.quantized import bytes_of
@@ -56,7 +56,11 @@ def footprint(model: Model, config: Config) -> Footprint:
         live = {p for ps in model.trainable(COLUMNS).values() for p in ps.values()}
         numbers = sum(p.numel() for p in live)
         frozen = sum(bytes_of(p) for p in model.peft.parameters() if p not in live)
+        # not counted: a first product also takes what its library works in, for good
+        _pass(model, config, 1)
         one, two = (_pass(model, config, n) for n in (1, 2))
+    for device in model.devices:
+        release(device)
     trained = 8 * numbers + sum(state_bytes(p.numel(), config.train) for p in live)
     return Footprint(frozen, trained, one, max(0, two - one))
 
@@ -65,10 +69,11 @@ def _pass(model: Model, config: Config, n: int) -> int:
     """What n examples take."""
     batch = _longest(model, config, n)
     kept: dict[int, int] = {}
+    counted = all(map(counts_memory, model.devices))
     weights = {id(p) for p in model.peft.parameters()}
 
     def keep(x: Tensor) -> Tensor:
-        if is_host(x.device) and id(x) not in weights:
+        if not counted and id(x) not in weights:
             storage = x.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return x
@@ -83,8 +88,7 @@ def _pass(model: Model, config: Config, n: int) -> int:
         loss.backward()
     for p in model.peft.parameters():
         p.grad = None
-    on_cards = sum(map(most_used, model.devices)) - before
-    return sum(kept.values()) if is_host(model.device) else on_cards
+    return sum(map(most_used, model.devices)) - before if counted else sum(kept.values())
 
 
 def _longest(model: Model, config: Config, n: int) -> Batch:

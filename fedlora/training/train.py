@@ -23,7 +23,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
-from fedlora.training.devices import HOST, Stopwatch, on_host, own_draws
+from fedlora.training.devices import HOST, Stopwatch, on_host, sent
+from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
@@ -159,12 +160,13 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
 
     On the model's device, wherever the batch is.
     """
-    labels = batch["labels"].to(model.device)
+    labels = batch["labels"]
     inputs = {key: x for key, x in batch.items() if key != "labels"}
     with autocast(precision, model.device):
         if labels.ndim > 1 and not model.config.train.loss:
             return token_losses(model, inputs, labels)
         logits = model.logits(inputs)
+    labels = sent(labels, logits.device)
     if model.config.train.loss:
         return own_losses(model.config.train.loss, logits, labels)
     return cross_entropy(logits, labels, reduction="none")
@@ -187,19 +189,25 @@ def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_losses(model: Model, inputs: Batch, labels: Tensor) -> Tensor:
-    """The mean loss over each example's own labelled tokens, (batch,), in float32."""
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the next token's
+    """The mean loss over each example's own labelled tokens, (batch,), in float32.
+
+    Which tokens these are is found on the host, where labels are: a card would have to be waited
+    for.
+    """
+    targets = nn.functional.pad(on_host(labels)[:, 1:], (0, 1), value=IGNORE)  # the next token's
     scored = targets != IGNORE
     # under DP all of them: how many a product has must not depend on other examples
-    at = scored.new_ones(scored.shape) if model.config.privacy.by_example else scored
+    at = (scored | model.config.privacy.by_example).flatten().nonzero().flatten()
+    wanted, counts = targets.flatten()[at], scored.sum(1).clamp(min=1)
+    at, wanted, counts = (sent(x, model.device) for x in (at, wanted, counts))
     head = OutputHead.of(model.peft.get_base_model())
     if head and (states := head.states(model.run, inputs, at)):
-        found = head.losses(*states, targets[at])
+        found = head.losses(*states, wanted)
     else:
-        logits = model.logits(inputs)[at]
-        found = cross_entropy(logits, targets[at], reduction="none")
-    losses = found.new_zeros(targets.shape).masked_scatter(at, found)
-    return losses.sum(1) / scored.sum(1).clamp(min=1)
+        logits = model.logits(inputs).flatten(0, 1).index_select(0, at)
+        found = cross_entropy(logits, wanted, reduction="none")
+    losses = found.new_zeros(targets.numel()).index_copy(0, at, found)
+    return losses.view(targets.shape).sum(1) / counts
 
 
 def extra_loss(

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import Batch, Encoded, collate
-from fedlora.training.devices import own_draws, wide_on_host
+from fedlora.training.devices import OutOfMemory, by_any_algorithm, is_host, wide_on_host
+from fedlora.training.draws import own_draws
 from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
@@ -95,6 +97,43 @@ def check_training(
     Raises:
         TrainingCheckError: what is wrong, in a fixed text; what was measured is apart from it.
     """
+    asked = model, encoded, columns, config, round, client, penalty
+    try:
+        _check(*asked)
+    except RuntimeError as e:  # of torch; ours are none
+        if not isinstance(e, OutOfMemory) and _passes_by_any_algorithm(*asked):
+            raise TrainingCheckError(NOT_DETERMINISTIC, str(e).partition("\n")[0]) from e
+        raise
+
+
+NOT_DETERMINISTIC = (
+    "this model trains on its device only without torch's deterministic algorithms: one of its "
+    "operations has none there; set train.deterministic = false"
+)
+
+
+def _passes_by_any_algorithm(*asked: Any) -> bool:
+    """Does the same check pass where the device need not compute the same bits each time?"""
+    model, _, _, config, *_ = asked
+    if is_host(model.device) or not config.train.deterministic:
+        return False
+    with by_any_algorithm():
+        try:
+            _check(*asked)
+        except Exception:
+            return False
+    return True
+
+
+def _check(
+    model: Model,
+    encoded: Encoded,
+    columns: frozenset[str],
+    config: Config,
+    round: int,
+    client: int,
+    penalty: Penalty | None,
+) -> None:
     check_rows(encoded)
     numbers = chosen(encoded)
     batch = collate(encoded, numbers)
@@ -334,7 +373,7 @@ def _state(p: Tensor, wrapped: bool) -> float:
     Its version, which any writing counts up; but PEFT counts up that of a stack of experts in every
     forward, without writing, so of those the sum.
     """
-    return float(p.detach().sum(dtype=torch.float64)) if wrapped else p._version
+    return float(wide_on_host(p).sum()) if wrapped else p._version
 
 
 @contextmanager

@@ -226,18 +226,22 @@ def test_every_language_model(settings: Settings, cards: Cards, case: str) -> No
     compare(settings, case.split()[0].rstrip(","), **LANGUAGE[case])
 
 
+def mixture(name: str, root: Path) -> dict[str, object]:
+    """A mixture of experts, whose experts are trained."""
+    square = {"intermediate_size": 24} if name == "gpt-oss" else {}
+    path = write(name, root / name, num_experts=3, num_local_experts=3, num_experts_per_tok=2,
+                 **square)  # fmt: skip
+    return {"model.path": str(path), "lora.target-modules": "auto", "strategy.name": "fedex",
+            "lora.target-parameters": "experts.gate_up_proj,experts.down_proj",
+            "train.optimizer": "sgd", "train.lr": 0.1}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_experts_of_a_mixture(
     settings: Settings, cards: Cards, tmp_path: Path, name: str
 ) -> None:
-    square = {"intermediate_size": 24} if name == "gpt-oss" else {}
-    path = write(name, tmp_path / name, num_experts=3, num_local_experts=3, num_experts_per_tok=2,
-                 **square)  # fmt: skip
-    experts = {"lora.target-parameters": "experts.gate_up_proj,experts.down_proj"}
-    given = {"model.path": str(path), "lora.target-modules": "auto", "strategy.name": "fedex",
-             "train.optimizer": "sgd", "train.lr": 0.1}  # fmt: skip
-    compare(settings, "llama", **given, **experts)
+    compare(settings, "llama", **mixture(name, tmp_path))
 
 
 @pytest.mark.slow
@@ -249,6 +253,15 @@ def test_without_float64_nothing_changes(
 ) -> None:
     cards[1].float64 = False
     compare(settings, kind, **option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_needs_no_float64_on_its_card(
+    settings: Settings, cards: Cards, tmp_path: Path, name: str
+) -> None:
+    cards[1].float64 = False
+    compare(settings, "llama", **mixture(name, tmp_path))
 
 
 @pytest.mark.slow

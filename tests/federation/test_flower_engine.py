@@ -119,7 +119,7 @@ def test_one_card_of_two_is_one_in_the_string(settings: Settings, cards: list[Ca
 def test_some_of_the_cards_are_masked_in_the_variable_of_their_kind(
     settings: Settings, cards: list[Card], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerators, "_module", lambda _: Module)
+    monkeypatch.setattr(accelerators, "module_of", lambda _: Module)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     two = [torch.device("cuda", 0), torch.device("cuda", 1)]

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fedlora.federation.client import job
+from fedlora.config.reader import Config
+from fedlora.errors import DeviceMemoryError
+from fedlora.federation.client import attempts, job
 from fedlora.federation.server import setup
 from fedlora.training import devices, train
 from tests.federation.test_device_runs import SHORT, TWO, tensors, worst
@@ -196,3 +199,39 @@ def test_memory_is_given_back_before_the_second_attempt(
     federate(settings(**{**ROOMY, "run.rounds": 1}))
     first, second = used[1:3]
     assert second <= first * 1.02
+
+
+def test_what_the_first_attempt_held_is_let_go_of_whoever_keeps_the_error(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log or a debugger keeps it, and with it the frames; and torch's own is given back."""
+    released: list[str] = []
+    monkeypatch.setattr(attempts, "release", lambda card: released.append(str(card)))
+    work: Any = SimpleNamespace(config=Config.read(settings(**ROOMY)))
+    attempt, before, kept = attempts.Attempt(work, last=False), cards[1].used, list[Exception]()
+
+    def train() -> None:
+        held = torch.ones(1000, device=TWO)
+        raise devices.OutOfMemory(str(held.shape))
+
+    try:
+        train()
+    except devices.OutOfMemory as e:
+        kept.append(e)
+        held = cards[1].used - before
+        again = attempt.__exit__(type(e), e, e.__traceback__)
+    assert (held, again) == (4000, True)
+    assert kept[0].__traceback__
+    assert cards[1].used == before
+    assert released == [TWO]
+
+
+def test_a_server_out_of_memory_ends_the_run_with_what_to_do(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*_: Any) -> None:
+        raise devices.OutOfMemory("no room")
+
+    monkeypatch.setattr(setup, "check_first", evaluated)
+    with pytest.raises(DeviceMemoryError, match=r"the server: pretend:1.*evaluate\.batch-size"):
+        federate(settings(**ROOMY))

@@ -113,6 +113,19 @@ def base_of(given: Mapping[str, object]) -> int:
 
 
 @pytest.mark.slow
+def test_workers_on_the_host_beside_a_card_are_started_anew_in_the_bytes_of_one(
+    settings: Settings, log: Path
+) -> None:
+    """Twice in one process, whose copies could compute no gradients by then."""
+    host = {**SHORT, "simulate.devices": "cpu"}
+    one, _ = played(settings(**{**host, "simulate.workers": 1, "run.name": "one"}))
+    for name in ("first", "second"):
+        two, served = played(settings(**{**host, "simulate.workers": 2, "run.name": name}))
+        assert {*served} == {0, 1}, "both workers trained"
+        assert worst(tensors(one), tensors(two))[0] == -1.0
+
+
+@pytest.mark.slow
 def test_two_cards_end_in_the_bytes_of_one_with_one_base_on_each(
     settings: Settings, log: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from flwr.app import Message, RecordDict
 
 from fedlora import preflight
@@ -44,6 +45,7 @@ LEGEND = {"ranks.policy": "legend"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
 HOST = {"simulate.devices": "cpu"}
+APPLE = {"simulate.devices": "mps"}
 COMPILED = {"train.compile": True}
 SPREAD = {"model.device-map": "auto"}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
@@ -164,6 +166,8 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"model.quantization": "int8"}, "needs torchao, which is not installed"),
     ("fedavg", "bert", {"train.optimizer": "adamw_8bit"}, "or set it to 'adamw'"),
     ("fedavg", "bert", {**HOST, "train.optimizer": "paged_adamw_8bit"}, "to 'adamw_8bit' or 'adam"),
+    ("fedavg", "bert", {**APPLE, "train.optimizer": "adamw_8bit"}, "no kernels of 8-bit states"),
+    ("fedavg", "bert", {**APPLE, "train.gradient-checkpointing": True}, "draws other dropout"),
     ("fedavg", "bert", {**HOST, "model.attention": "flash_attention_2"}, "set it to 'sdpa'"),
     ("fedavg", "bert", {"model.attention": "flash_attention_2"}, "computes in 16 bits alone"),
     ("fedavg", "bert", {**HOST, "model.liger": True}, "model.liger = true: is for an accelerator"),
@@ -219,6 +223,10 @@ def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     """No package of an extra is here, whatever this machine has."""
     monkeypatch.setattr(hardware, "find_spec", lambda _: None)
     monkeypatch.setattr(hardware, "which", lambda _: None)
+    real = hardware.chosen
+    monkeypatch.setattr(
+        hardware, "chosen", lambda x: torch.device(x) if x == "mps" else real(x)
+    )  # as on a machine that has Apple's
 
 
 def given_of(settings: Settings, name: str, kind: str, changes: Changes) -> dict[str, object]:
@@ -315,6 +323,36 @@ def test_a_budget_that_other_runs_have_spent_is_found_before_the_run_ends_at_it(
     assert ledger.read_bytes() == before, "to ask costs nothing"
     assert "the privacy budget is spent" in str(federate(next_).summary)
     assert begun(next_) == []
+
+
+PAGED = {"train.optimizer": "paged_adamw_8bit"}
+FLASH = {"model.attention": "flash_attention_2", "train.precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"train.optimizer": "adamw_8bit"}, "8-bit states"),
+        (PAGED, "paged states"),
+        (FLASH, "flash-attn"),
+        ({"model.liger": True}, "liger-kernel"),
+        ({"model.quantization": "4bit"}, ""),
+        ({"model.dropout": 0.0, "train.gradient-checkpointing": True}, ""),
+        ({"train.compile": True}, ""),
+    ],
+)
+def test_what_apples_cards_have_no_kernels_for_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, changes: Changes, lacking: str
+) -> None:
+    """Whatever is installed; what they have kernels for is let run, compiled without triton."""
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None if name == "triton" else object())
+    config = Config.read({**NAMED, **APPLE, **changes})
+    said = [*hardware.problems(config)]
+    if lacking:
+        assert f"no kernels of {lacking} for this process's device, mps" in said[0]
+    assert len(said) == bool(lacking)
+    monkeypatch.setattr(hardware, "chosen", lambda _: torch.device("cuda"))
+    assert not [x for x in hardware.problems(config) if "no kernels" in x]
 
 
 def test_all_that_is_wrong_is_said_at_once_each_with_what_to_do() -> None:

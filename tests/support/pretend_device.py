@@ -27,7 +27,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +44,13 @@ BETWEEN = {aten.copy_.default, aten._to_copy.default}
 """Operations whose operands may lie on two devices."""
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 """Operations whose second operand, indices, may lie on the host."""
+
+OWN_ROUNDING = ("erfinv", "erfinv_", "linalg_qr")
+"""Operations whose last bit is not the host's, as in every maker's own kernels."""
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+SEARCHED = {aten.nonzero.default, aten.masked_select.default, aten.masked_scatter_backward.default}
+"""Operations whose results have as many numbers as a card has found."""
 
 
 class Lease:
@@ -64,9 +71,13 @@ class Card:
         self.index = self.place = index
         """Its number in this process, and in the machine."""
         self.generator = torch.Generator()
-        self.used = self.peak = 0
+        self.used = self.peak = self.reserved = 0
+        """`reserved` is what torch has of the card: what it let go of is not free to others."""
+        self.workspace = self.kept = 0
         self.limit: int | None = None
         self.float64 = True
+        self.says_float64 = False
+        """Does it say so itself, as Intel's cards do? Those raise a RuntimeError then."""
         self.total = 2**34
         self.leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
 
@@ -88,6 +99,13 @@ class Card:
                     f"of {self.limit} in use"
                 )
         self.peak = max(self.peak, self.used)
+        self.reserved = max(self.reserved, self.used)
+
+    def multiply(self) -> None:
+        """The first product takes what its library works in, as cuBLAS does, and keeps it."""
+        if self.workspace:
+            self.take(self.workspace)
+            self.workspace, self.kept = 0, self.workspace
 
     def lease(self, held: Tensor) -> Lease | None:
         """The bytes under a tensor: those of all tensors that share them."""
@@ -102,8 +120,9 @@ class Card:
 
 CARDS = [Card(i) for i in range(COUNT)]
 READ: Counter[str] = Counter()
-"""How often something waited for a card: "synchronize", "item", "to host". What a library other
-than torch asks for itself, as transformers does of a mask, is apart: "item (library)"."""
+"""How often something waited for a card: "synchronize", "item", "to host", "upload", "nonzero".
+What a library other than torch asks for itself, as transformers does of a mask, is apart: "item
+(library)"."""
 
 
 def waited(what: str) -> None:
@@ -138,7 +157,8 @@ class PretendTensor(torch.Tensor):
 
     def __init__(self, held: Tensor, card: Card) -> None:
         if held.dtype == torch.float64 and not card.float64:
-            raise TypeError(f"{card.device} has no float64")
+            kind = RuntimeError if card.says_float64 else TypeError
+            raise kind(f"{card.device} has no float64")
         self.held, self.card, self.lease = held, card, card.lease(held)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -149,6 +169,9 @@ class PretendTensor(torch.Tensor):
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         return self.numpy()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
@@ -223,15 +246,23 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs["device"] = torch.device("cpu")
     elif func is aten.copy_.default:
         card = args[0].card if isinstance(args[0], PretendTensor) else None
+        if card is not None and not isinstance(args[1], PretendTensor) and args[2:] != (True,):
+            waited("upload")  # not where it is non_blocking
     if card is None and mine and func in BETWEEN:
         waited("to host")
+    if card is not None and func.__name__.split(".")[0] in PRODUCTS:
+        card.multiply()
+    if func in SEARCHED or (func in INDEXED and any(x.dtype == torch.bool for x in operands[1:])):
+        waited("nonzero")  # how many there are decides the shape of what follows
     kwargs.pop("pin_memory", None)
     inner_args = each(args, held_by)
     inner_kwargs = {key: each(x, held_by) for key, x in kwargs.items()}
     if func is aten.histc.default and not inner_args[0].is_floating_point():
         counts = func(inner_args[0].float(), *inner_args[1:], **inner_kwargs)
         return PretendTensor(counts.to(inner_args[0].dtype), mine[0].card)  # the host counts floats
-    if card is not None and torch.Tag.nondeterministic_seeded in func.tags:
+    if func.__name__.split(".")[0] in OWN_ROUNDING:
+        out = each(func(*inner_args, **inner_kwargs), rounded)
+    elif card is not None and torch.Tag.nondeterministic_seeded in func.tags:
         with draws_of(card, inner_kwargs.get("generator")):
             out = func(*inner_args, **inner_kwargs)
     else:
@@ -247,6 +278,13 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if any(x.held.shape != x.shape for x in mine):
         raise NotImplementedError(f"{func} gives a tensor on a card another shape")
     return out
+
+
+def rounded(x: Tensor) -> Tensor:
+    """A result's last bit as the card's own kernel has it, in place."""
+    return (
+        x.copy_(torch.nextafter(x, torch.full_like(x, torch.inf))) if x.is_floating_point() else x
+    )
 
 
 def check_together(func: Any, args: Any, operands: list[Tensor], mine: list[PretendTensor]) -> None:
@@ -289,6 +327,9 @@ class Module:
 
     current = 0
     log: str | None = None
+
+    _initialized = True
+    """As torch.cuda and torch.xpu say it, and torch.mps does not."""
 
     present = False
     """Whether the machine has them: within `cards`."""
@@ -345,8 +386,15 @@ class Module:
         return f"Pretend accelerator {_index(device)}"
 
     @staticmethod
+    def get_device_properties(device: Any = None) -> Any:
+        card = CARDS[_index(device)]
+        return SimpleNamespace(has_fp64=card.float64) if card.says_float64 else SimpleNamespace()
+
+    @staticmethod
     def empty_cache() -> None:
         gc.collect()
+        for card in CARDS:
+            card.reserved = card.used
 
     @staticmethod
     def memory_allocated(device: Any = None) -> int:
@@ -365,7 +413,7 @@ class Module:
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         card = CARDS[_index(device)]
         total = card.limit or card.total
-        return total - card.used, total
+        return total - card.reserved, total
 
     @staticmethod
     def get_rng_state(device: Any = NAME) -> Tensor:
@@ -438,8 +486,10 @@ def cards() -> Iterator[list[Card]]:
     torch.clear_autocast_cache = lambda: (CASTS.clear(), forget())[1]
     Module.present = True
     for card in CARDS:
-        card.limit, card.peak, card.float64 = None, card.used, True
+        card.limit, card.peak, card.float64, card.says_float64 = None, card.used, True, False
         card.generator.manual_seed(card.index)
+        card.used -= card.kept
+        card.workspace, card.kept, card.reserved = 0, 0, card.used
     try:
         yield CARDS
     finally:
@@ -522,6 +572,8 @@ def _made(op: Any) -> Any:
 
 
 def _copied(x: Any, onto: Any, non_blocking: bool = False) -> Any:
+    if isinstance(onto, PretendTensor) and not isinstance(x, PretendTensor) and not non_blocking:
+        waited("upload")
     (onto.held if isinstance(onto, PretendTensor) else onto).copy_(
         x.held if isinstance(x, PretendTensor) else x
     )

@@ -1,21 +1,24 @@
 """Devices: which is chosen, what lies where, and the traps that a card sets."""
 
 import ast
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.lora.adapter import Pair
+from fedlora.preflight import hardware
 from fedlora.strategies.base import Client, Version
 from fedlora.training import cache, devices, train
 from fedlora.training.data.batches import Encoded, collate
-from fedlora.training.devices import HOST, chosen, found, host_draws, own_draws
+from fedlora.training.devices import HOST, chosen, found, on_host
+from fedlora.training.draws import host_draws, own_draws
 from fedlora.training.footprint import footprint
 from fedlora.training.model import loading
 from fedlora.training.model.model import Model
@@ -65,6 +68,12 @@ def off(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 # -- which ----------------------------------------------------------------------------------------
+
+
+def test_a_card_is_named_once(cards: Cards) -> None:
+    """Two workers on one card would be two bases there."""
+    with pytest.raises(ConfigError, match=r"simulate\.devices = 'pretend:1,1'.*twice"):
+        found("pretend:1,1")
 
 
 def test_auto_is_the_accelerator_where_there_is_one(cards: Cards) -> None:
@@ -188,6 +197,28 @@ def test_a_moving_bases_origin_is_not_on_the_card_twice(settings: Settings, card
         assert torch.equal(there.cpu(), host.adapted[m].get_base_layer().weight)
 
 
+def test_a_base_is_fetched_from_its_card_one_weight_at_a_time(
+    settings: Settings, cards: Cards
+) -> None:
+    """To ask for W0 copies nothing; each weight that is read is one copy, and is not kept."""
+    model, _, _ = ready(settings, TWO)
+    READ.clear()
+    weights = model.weights()
+    assert len(weights) == len([*weights]) == len(model.shapes)
+    assert "nothing" not in weights
+    assert not READ["to host"]
+    m = next(iter(weights))
+    assert m in weights
+    assert not READ["to host"]
+    assert weights[m].device == HOST
+    assert READ["to host"] == 1
+    before = cards[1].used
+    devices.forget_most(model.device)
+    model.change({m: torch.ones(model.shapes[m].k, 2, dtype=torch.float64)})
+    W = weights[m]
+    assert devices.most_used(model.device) - before < W.nbytes, "no second copy on the card"
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_changes_beside_a_bfloat16_base_are_there_once_and_cast_as_its_products_are(
     settings: Settings, cards: Cards, precision: str
@@ -219,6 +250,49 @@ def test_float64_goes_to_the_host_first(settings: Settings, cards: Cards) -> Non
     model.probe(x)
     check_training(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
     fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_a_card_without_float64_is_known_by_what_it_raises_or_says(
+    cards: Cards, says: bool
+) -> None:
+    """Apple's raise a TypeError, Intel's a RuntimeError, and say so beforehand."""
+    card = torch.device(TWO)
+    cards[1].says_float64 = says
+    assert devices.counts_wide(card)
+    cards[1].float64 = False
+    with pytest.raises(RuntimeError if says else TypeError):
+        torch.zeros(2, dtype=torch.float64, device=card)
+    assert not devices.counts_wide(card)
+
+
+def test_a_card_computes_as_asked_before_a_base_is_loaded(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA computes with the base's weights as it wraps them."""
+    torch.use_deterministic_algorithms(False)
+    seen: list[tuple[bool, int, str | None]] = []
+
+    def make(*_: Any) -> None:
+        exact = torch.are_deterministic_algorithms_enabled()
+        seen.append((exact, Module.current, os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+
+    monkeypatch.setattr(cache, "_model", cache._Once(make))
+    cache.model(Config.read(settings("bert", **{"simulate.devices": TWO})), ())
+    assert seen == [(True, 1, ":4096:8")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_pass_keeps_no_keys_and_values(settings: Settings, cards: Cards, kind: str) -> None:
+    model, rows, _ = ready(settings, TWO, kind)
+    outputs: list[Any] = []
+    body = model.peft.get_base_model().get_decoder()
+    body.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    batch = collate(rows, torch.arange(3))
+    train.example_losses(model, batch)
+    model.logits({key: x for key, x in batch.items() if key != "labels"})
+    assert len(outputs) > 1
+    assert all(x.get("past_key_values") is None for x in outputs)
 
 
 # -- chance ---------------------------------------------------------------------------------------
@@ -273,6 +347,51 @@ def test_host_draws_gives_the_hosts_numbers_on_a_card(cards: Cards) -> None:
             drawn.append([x.cpu(), torch.randn(2, device=device).cpu()])
             assert str(x.device) == device
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+def by_erfinv(x: Tensor) -> Tensor:
+    """Truncated normal numbers as older versions of torch draw them."""
+    return x.uniform_(-0.5, 0.5).erfinv_()
+
+
+@pytest.mark.parametrize("init", [by_erfinv, nn.init.trunc_normal_, nn.init.orthogonal_])
+def test_first_weights_are_not_rounded_by_a_cards_own_kernels(
+    cards: Cards, init: Callable[[Tensor], Tensor]
+) -> None:
+    made = []
+    for device in ("cpu", TWO):
+        with host_draws(torch.device(device), 5):
+            made.append(init(torch.empty(6, 4, device=device)).cpu())
+    assert torch.equal(*made)
+    with own_draws([torch.device(TWO)], 5):  # the card's kernels do round otherwise
+        x = torch.linspace(-0.5, 0.5, 9)
+        assert not torch.equal(x.to(TWO).erfinv_().cpu(), x.erfinv())
+
+
+def gradients_of(settings: Settings, checkpointing: bool) -> dict[str, Tensor]:
+    given = {"train.gradient-checkpointing": checkpointing, "lora.dropout": 0.3}
+    model, rows, config = ready(settings, TWO, "llama", **given)
+    live = model.trainable(frozenset({"A", "B"}))
+    with training(model, config, 1, 0):
+        train.example_losses(model, collate(rows, torch.arange(4))).sum().backward()
+    return {f"{c}/{n}": on_host(p.grad) for c, ps in live.items() for n, p in ps.items()
+            if p.grad is not None}  # fmt: skip
+
+
+def test_a_checkpointed_layer_draws_the_same_dropout_again_or_is_refused(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On cards whose module says that it is initialised; Apple's does not."""
+    given = settings("llama", **{**STILL, "simulate.devices": TWO, "lora.dropout": 0.3,
+                                 "train.gradient-checkpointing": True})  # fmt: skip
+    plain = gradients_of(settings, False)
+    assert off(plain, gradients_of(settings, True)) < 1e-6
+    assert not [*hardware.problems(Config.read(given))]
+    monkeypatch.delattr(Module, "_initialized")
+    assert off(plain, gradients_of(settings, True)) > 0.1
+    (said,) = hardware.problems(Config.read(given))
+    assert "torch draws other dropout" in said
+    assert not [*hardware.problems(Config.read({**given, "lora.dropout": 0.0}))]
 
 
 # -- precision ------------------------------------------------------------------------------------
@@ -339,6 +458,28 @@ def test_tf32_is_off_and_determinism_as_asked_whatever_others_set(
     ready(settings, TWO, **{"train.deterministic": deterministic})  # as each message does
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()  # else SDPA's is as it was
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_operation_without_a_deterministic_algorithm_is_an_error_that_names_the_setting(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    """Found by doing without, not by the words of the error: one that stays is given as it is."""
+    from fedlora.errors import TrainingCheckError
+
+    def entropy(*args: Any, **options: Any) -> Tensor:
+        if always or torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("words of a kernel")
+        return real(*args, **options)
+
+    real = train.cross_entropy
+    monkeypatch.setattr(train, "cross_entropy", entropy)
+    model, rows, config = ready(settings, TWO)
+    kind, words = (RuntimeError, "^words") if always else (TrainingCheckError, "deterministic = fa")
+    with pytest.raises(kind, match=words):
+        check_training(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_states_of_the_prefix_are_apart_by_device_and_precision(
@@ -364,15 +505,35 @@ def test_states_of_the_prefix_are_apart_by_device_and_precision(
 # -- time and memory ------------------------------------------------------------------------------
 
 
-def test_a_step_waits_for_nothing(settings: Settings, cards: Cards) -> None:
-    """What is read of a card does not grow with the steps: the losses are read once."""
-    reads = []
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_step_waits_for_nothing(settings: Settings, cards: Cards, kind: str) -> None:
+    """What waits for a card does not grow with the steps: the losses are read once, batches are
+    sent without a wait, and what is scored is found on the host."""
+    waits = []
     for n in (2, 5):
-        model, rows, config = ready(settings, TWO, **{"train.steps": n})
+        model, rows, config = ready(settings, TWO, kind, **{"train.steps": n})
         READ.clear()
         fit(model, rows, frozenset({"A", "B", "other"}), config, 1, 0)
-        reads.append(READ["item"] + READ["to host"] + READ["synchronize"])
-    assert reads[0] == reads[1] <= 4
+        waits.append({what: times for what, times in READ.items() if "library" not in what})
+    assert waits[0] == waits[1]
+    assert waits[0].get("upload", 0) == waits[0].get("nonzero", 0) == 0
+
+
+def test_the_pretend_card_counts_what_a_step_must_not_wait_for(cards: Cards) -> None:
+    READ.clear()
+    x = torch.ones(3).to(TWO)
+    assert READ == {"upload": 1}
+    _ = x[x > 0]
+    assert READ == {"upload": 1, "nonzero": 1}
+    torch.ones(3).to(TWO, non_blocking=True)
+    assert READ == {"upload": 1, "nonzero": 1}
+
+
+def test_a_proximal_term_is_the_hosts_on_a_card(settings: Settings, cards: Cards) -> None:
+    given = {"train.prox": 0.5, "train.optimizer": "sgd", "train.lr": 0.1}
+    here = trained(settings, "cpu", **given)
+    assert same(here, trained(settings, TWO, **given))
+    assert not same(here, trained(settings, "cpu", **{**given, "train.prox": 0.0}))
 
 
 def test_times_are_read_after_the_card_has_done_its_work(
@@ -452,6 +613,31 @@ def test_the_hosts_count_is_near_the_cards(settings: Settings, cards: Cards) -> 
     assert 0.5 * there.activations(8) < here.activations(8) <= 1.1 * there.activations(8)
 
 
+@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
+def test_where_torch_counts_no_peak_what_is_kept_is_counted(
+    settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As on Apple's cards: the host's figure, of the same pass, and not 0."""
+    model, _, config = ready(settings, TWO, kind)
+    counted = footprint(model, config)
+    monkeypatch.delattr(Module, "max_memory_allocated")
+    monkeypatch.delattr(Module, "reset_peak_memory_stats")
+    found = footprint(model, config)
+    assert (found.frozen, found.trained) == (counted.frozen, counted.trained)
+    assert 0.5 * counted.activations(8) < found.activations(8) <= 1.1 * counted.activations(8)
+
+
+@pytest.mark.slow
+def test_what_a_cards_library_works_in_is_no_examples(settings: Settings, cards: Cards) -> None:
+    """cuBLAS takes it at the first product and keeps it; what passes took is free afterwards."""
+    model, _, config = ready(settings, TWO)
+    without = footprint(model, config)
+    cards[1].workspace = 10**7
+    assert footprint(model, config) == without
+    assert cards[1].kept == 10**7
+    assert devices.memory_of(model.device).free == cards[1].total - cards[1].used
+
+
 # -- processes ------------------------------------------------------------------------------------
 
 
@@ -466,17 +652,22 @@ def test_one_worker_computes_on_a_card(cards: Cards) -> None:
     assert devices.workers(2, "cpu") == 2
 
 
-def test_a_process_that_has_used_a_card_is_not_copied(settings: Settings, cards: Cards) -> None:
+def test_no_process_is_copied_beside_a_card(settings: Settings, cards: Cards) -> None:
+    """torch lets no copy compute gradients once its parent has: workers are started anew."""
     from client_app.app import app
+    from fedlora.launch.simulate.cards import card_workers
     from fedlora.launch.simulate.grid import LocalGrid
 
-    held = torch.ones(3, device=TWO)
+    config = Config.read(settings(**{"simulate.devices": "cpu", "simulate.workers": 3}))
     with (
-        LocalGrid(app, 2, Config.read(settings()).flat(), workers=2) as grid,
+        LocalGrid(app, 2, config.flat(), workers=2) as grid,
         pytest.raises(ConfigError, match="copy of a process"),
     ):
         grid._hire(0)
-    del held
+    assert [x.device for x in card_workers(config)] == ["cpu", "cpu"]
+    assert [devices.workers(n, "cpu") for n in (0, 1, 3)] == [1, 1, 3]
+    Module.present = False
+    assert card_workers(config) == []
     devices.check_fork()
 
 
@@ -527,6 +718,9 @@ def test_doctor_says_what_a_client_needs_and_refuses_what_cannot_fit(
     (card, host) = fits(model, config, 0)
     assert (card.level, host.level) == ("ok", "ok")
     need = footprint(model, config)
+    room = 0.9 * (cards[1].total - cards[1].used) + need.frozen
+    clients = int((int(room) - need.frozen) // (need.of(8) - need.frozen))
+    assert f"or {clients} such clients beside one base" in card.what
     cards[1].limit = int((cards[1].used + need.trained + need.activations(3)) / 0.9)
     (card, _) = fits(model, config, 0)
     assert card.level == "problem"
@@ -537,3 +731,39 @@ def test_doctor_says_what_a_client_needs_and_refuses_what_cannot_fit(
     card = next(fits(model, config, 0))
     assert card.level == "problem"
     assert "smaller base" in card.do
+
+
+# -- the first gradient ---------------------------------------------------------------------------
+
+
+def test_first_gradients_keep_to_what_is_in_memory_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's of lora_ga, and a client's whose signs are asked for: parts add up."""
+    from fedlora.federation.client import first_gradient
+    from fedlora.training import calibration
+
+    seen: list[int] = []
+    real = train.example_losses
+
+    def losses(model: Model, batch: Any, *rest: Any) -> Tensor:
+        seen.append(len(batch["input_ids"]))
+        return real(model, batch, *rest)
+
+    for module in (first_gradient, calibration):
+        monkeypatch.setattr(module, "example_losses", losses)
+    found = []
+    for size in (0, 3):
+        seen.clear()
+        model, rows, config = ready(settings, "cpu", **{"train.microbatch": size})
+        config = config.model_copy(
+            update={"lora": config.lora.model_copy(update={"init": "lora_ga"})}
+        )
+        whole = Client(0, model.layers(dict.fromkeys(model.shapes, 3)))
+        signs = first_gradient.first_signs(model, rows, config)
+        pairs = dict(calibration._pairs(model, whole, config, rows))
+        assert max(seen) == (size or len(rows))
+        found.append((signs, pairs))
+    for m in found[0][0]:
+        assert float((found[0][0][m] == found[1][0][m]).float().mean()) > 0.99
+        torch.testing.assert_close(found[0][1][m].A, found[1][1][m].A, rtol=1e-2, atol=1e-2)

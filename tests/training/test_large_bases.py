@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.integrations import liger
 
 from fedlora.config.reader import Config
 from fedlora.privacy.per_example import kept_apart
@@ -234,7 +233,8 @@ def test_liger_gets_the_base_and_leaves_the_loss_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[object, object]] = []
-    monkeypatch.setattr(liger, "apply_liger_kernel", lambda *args: given.append(args))
+    kernel = "transformers.integrations.liger.apply_liger_kernel"
+    monkeypatch.setattr(kernel, lambda *args: given.append(args))
     model = Model(Config.read(settings("llama", **{"model.liger": True})))
     ((base, kernels),) = given
     assert base is model.peft.get_base_model()

@@ -22,7 +22,7 @@ from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import seeded
 from fedlora.training.data.batches import Encoded, batches
 from fedlora.training.model.model import Model
-from fedlora.training.train import example_losses
+from fedlora.training.train import example_losses, microbatches
 
 EXAMPLES = 256
 """A client's gradient is that of its first so many examples, in batches."""
@@ -57,9 +57,9 @@ def first_signs(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor
     seen = 0
     with model.base_gradients() as gradients:
         for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
-            losses = example_losses(model, batch)
-            losses.sum().backward()
-            seen += len(losses)
+            for part in microbatches(batch, config.train.microbatch):
+                example_losses(model, part).sum().backward()
+            seen += len(batch["input_ids"])
             if seen >= EXAMPLES:
                 break
         return {m: G.sign() for m, G in gradients().items()}

@@ -15,6 +15,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -25,7 +26,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedlora.config.reader import Config
-from fedlora.errors import BudgetSpent, NotFiniteError
+from fedlora.errors import BudgetSpent, DeviceMemoryError, NotFiniteError
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
 from fedlora.federation.server.bounds import check_finite, stricter
 from fedlora.federation.server.exchange import Received
@@ -52,8 +53,25 @@ from fedlora.reports.console import Observer, Silent
 from fedlora.reports.observers import watched
 from fedlora.strategies.base import Round, Upload, seeded
 from fedlora.training.begun_with import begun_with, check_begun_with
+from fedlora.training.devices import OutOfMemory, chosen, name_of
 
 Record = dict[str, Any]
+
+
+@contextmanager
+def enough_memory(config: Config) -> Iterator[None]:
+    """Raises DeviceMemoryError, with what to do, where the server's device runs out of memory.
+
+    A client that does so begins again with half, and its error is no end of the run.
+    """
+    try:
+        yield
+    except OutOfMemory as e:
+        raise DeviceMemoryError(
+            f"the server: {name_of(chosen(config.simulate.devices))} is out of memory in an "
+            "evaluation, a calibration or the check of its model; lower evaluate.batch-size, "
+            "train.microbatch or data.max-length, or use a smaller base"
+        ) from e
 
 
 class FederatedLora:
@@ -83,9 +101,10 @@ class FederatedLora:
             RoundError: fewer than round.min-replies answered; the checkpoint is intact. Where all
                 others say that their privacy budget is spent, the run ends in good order instead.
             ProofError: an aggregation that promises to be exact was not.
+            DeviceMemoryError: the server's own work does not fit on its device.
         """
         config, directory = self.setting.config, self.setting.journal.directory
-        with watched(self.observer, config, directory) as observer:
+        with enough_memory(config), watched(self.observer, config, directory) as observer:
             self.session = Session.of(self.setting, observer)
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):

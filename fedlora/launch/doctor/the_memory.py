@@ -8,7 +8,15 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.simulate.cards import card_workers, workers_of
-from fedlora.training.devices import HOST, OutOfMemory, found, is_host, memory_of, name_of
+from fedlora.training.devices import (
+    HOST,
+    OutOfMemory,
+    found,
+    fresh,
+    is_host,
+    memory_of,
+    name_of,
+)
 from fedlora.training.footprint import Footprint, footprint
 from fedlora.training.model.model import Model
 
@@ -56,7 +64,8 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
         alone = [[card] for card in found(config.simulate.devices)[:clients]]
         for cards in alone if len(model.devices) == 1 else [model.devices]:
             yield _on_cards(model, config, need, cards)
-    here = need.frozen + clients * (need.trained + need.activations(size))
+    bases = 1 + (len(fresh(config.simulate.devices, clients)) if is_host(model.device) else 0)
+    here = bases * need.frozen + clients * (need.trained + need.activations(size))
     total = (here if is_host(model.device) else 0) + 2 * in_flight + 5e8
     have = memory_of(HOST).free
     yield Finding(
@@ -85,7 +94,9 @@ def _on_cards(
     )
     most = need.fitting(free)
     if most >= size:
-        return Finding("ok", f"{said}; in one batch {most} examples would fit")
+        clients = (free - need.frozen) // max(1, need.trained + need.activations(size))
+        fit = f"in one batch {most} examples would fit, or {clients} such clients beside one base"
+        return Finding("ok", f"{said}; {fit} (one trains at a time)")
     if most:
         return Finding("problem", said, f"set train.microbatch = {most}")
     return Finding("problem", said, LESS)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from fedlora.config import processes
-
 app = typer.Typer(help="Privacy ledgers and audits.", no_args_is_help=True)
 
 
@@ -64,10 +62,11 @@ def audit(
     quiet_libraries()
     from fedlora.launch.lab.plan import Lab
     from fedlora.launch.lab.study import main
+    from fedlora.training import devices
 
     lab = Lab.load(
         config, parse_overrides(set_ or []),
         out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick,
         epsilons=budgets, strategies=names, seeds=numbers,
     )  # fmt: skip
-    main(lab, processes.workers(workers), shlex.join(["fedlora", *sys.argv[1:]]))
+    main(lab, devices.workers(workers, str(devices.HOST)), shlex.join(["fedlora", *sys.argv[1:]]))

@@ -26,6 +26,7 @@ from fedlora.launch.lab import attacks, utility
 from fedlora.launch.lab.plan import Lab, Measurement, Row
 from fedlora.lora.tree_file import write_atomically
 from fedlora.reports.units import duration
+from fedlora.training.devices import check_fork
 
 PARTS: Mapping[str, Callable[..., Row]] = {
     "canaries": attacks.canary,
@@ -88,6 +89,7 @@ def brief(row: Row, labels: Mapping[str, Any]) -> str:
 
 def _forked(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[str], None]) -> int:
     """A process of its own that works on the same measurements; its id."""
+    check_fork("--workers")
     pid = os.fork()
     if pid:
         return pid

@@ -2,9 +2,9 @@
 
     with grid_of(config, client_app) as grid: ...
 
-A worker on a card knows nothing of this process: the user's own code goes there by its names, and
-so does a strategy that a call registered. What has no name to import, an object or a function of
-the script that was started, is refused before anything is.
+A worker that is started anew knows nothing of this process: the user's own code goes there by its
+names, and so does a strategy that a call registered. What has no name to import, an object or a
+function of the script that was started, is refused before anything is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,17 +25,16 @@ MAIN = "py:__main__:"
 
 
 def card_workers(config: Config) -> list[CardWorker]:
-    """The workers of a simulation beside the server's process: one on each further card.
+    """The workers of a simulation that are started anew: one on each further card.
 
-    None on the host, where workers are forked.
+    None on the host, where workers are forked; but where the machine has a card, all but one.
 
     Raises:
         ConfigError: more workers are asked for than there are devices; or the user's own code is
             not to be had by a fresh process.
     """
-    count = workers_of(config)
-    cards = devices.found(config.simulate.devices)[1:count]
-    if not cards or devices.is_host(cards[0]):
+    cards = devices.fresh(config.simulate.devices, workers_of(config))
+    if not cards:
         return []
     code = dict(named(config))
     added = [*_added(config)]
@@ -81,7 +80,7 @@ def _only_here(code: Mapping[str, str]) -> Iterator[str]:
     for key, value in code.items():
         if is_live(value) or value.startswith(MAIN):
             yield (
-                f"{key}: this is known to this process alone, and the worker on another card is a "
+                f"{key}: this is known to this process alone, and each further worker is a "
                 "process of its own; put it into a module of its own and name a function of that, "
                 "or set simulate.workers = 1"
             )

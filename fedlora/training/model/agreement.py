@@ -1,5 +1,6 @@
 """What a model's files lack, or say twice: padding, vocabulary, labels. Made one, or refused."""
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -111,6 +112,15 @@ def positions(base: nn.Module) -> int | None:
         if isinstance(m, nn.Embedding) and re.search(r"(position\w*|wpe)$", name)
     ]
     return min(found, default=None)
+
+
+def unread(base: nn.Module) -> dict[str, Any]:
+    """What to ask of a forward pass so that it makes nothing that nobody reads.
+
+    A causal LM's body else keeps the keys and values of all layers for a next token.
+    """
+    takes = inspect.signature(base.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
 
 
 def pads_left(base: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fedlora.training.devices import HOST
+from fedlora.training.devices import HOST, wide_on_host
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.quantized import is_stored
 from fedlora.training.model.shape import Shape
@@ -20,7 +20,10 @@ def in_float64(layer: Any, shape: Shape) -> Any:
     if isinstance(layer, Expert):
         return layer  # computes in its inputs' dtype
     base, memo = layer.get_base_layer(), dict[int, Any]()
-    if is_stored(base.weight):
+    if not is_stored(base.weight):
+        wide = nn.Parameter(wide_on_host(base.weight), requires_grad=False)
+        memo[id(base.weight)] = wide  # over at once: not copied on a card first
+    else:
         memo[id(base)] = empty = nn.Linear(shape.k, shape.d, bias=False)
         nn.init.zeros_(empty.weight)
         empty._forward_hooks = base._forward_hooks

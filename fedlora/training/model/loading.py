@@ -24,7 +24,8 @@ from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
-from fedlora.training.devices import HOST, host_draws, is_host, on_host
+from fedlora.training.devices import HOST, is_host, on_host
+from fedlora.training.draws import host_draws
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted

@@ -27,9 +27,10 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Factors
 from fedlora.strategies.base import Client, Layer, Version, as_factors, seeded
 from fedlora.strategies.forms import CALIBRATED, FORMS, fixed_rank
-from fedlora.training.devices import host_draws, moved, on_host, used, wide_on_host
+from fedlora.training.devices import moved, on_host, used, wide_on_host
+from fedlora.training.draws import host_draws
 from fedlora.training.model import stacks
-from fedlora.training.model.agreement import agree, pads_left, positions
+from fedlora.training.model.agreement import agree, pads_left, positions, unread
 from fedlora.training.model.alora import offsets
 from fedlora.training.model.compiled import compile_layers
 from fedlora.training.model.expert import Expert, layer_at
@@ -74,7 +75,7 @@ class Model:
         self.rank = fixed_rank(config.lora.form, config.clients.ranks)
         self.shapes = find_layers(base, config)
         self.heads, self.stacks = head_names(base, config), stacks.stacks_of(self.shapes)
-        self._inner = inside_body(base, self.heads)
+        self._inner, self._unread = inside_body(base, self.heads), unread(base)
         check_ties(base, stacks.owners(self.shapes), self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
         self.prefix = Prefix.of(base, self.shapes, config)
@@ -131,8 +132,8 @@ class Model:
             if m in ranks
         }
 
-    def weights(self) -> dict[str, Tensor]:
-        """W0 of every adaptable module, (d, k), on the host; not copied where it lies that way."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """W0 of every adaptable module, (d, k), on the host; fetched from a card one at a time."""
         return self.base.weights()
 
     def init_factors(self, client: Client, seed: int, made: Adapter | None = None) -> Factors:
@@ -257,8 +258,8 @@ class Model:
 
     def run(self, **inputs: Any) -> Any:
         """One forward pass, on the model's device; gives what its own `forward` gives."""
-        if self.form.after:
-            inputs["alora_offsets"] = offsets(self, inputs["input_ids"])
+        after = {"alora_offsets": offsets(self, inputs["input_ids"])} if self.form.after else {}
+        inputs = self._unread | inputs | after
         if self.prefix:
             return self.prefix.run(self.peft, inputs)
         return self.peft(**moved(inputs, self.device))
@@ -300,19 +301,18 @@ class Model:
         y: Tensor = layer(x, alora_offsets=[1] * len(x)) if self.form.after else layer(x)
         return y
 
+    @torch.no_grad()
     def change(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """f(x): what the adapter adds to each module's output for columns x[m] (k, n), (d, n).
 
-        Through the modules themselves, in float64: rounding in them hides no wrong mean. Copies
-        one module at a time.
+        Through the modules themselves, in float64: rounding in them hides no wrong mean.
         """
         found = {}
-        with torch.no_grad():
-            for m, columns in x.items():
-                layer = self._wide(m)
-                whole = layer(columns.T)
-                layer.enable_adapters(False)
-                found[m] = (whole - layer(columns.T)).T
+        for m, columns in x.items():
+            layer = self._wide(m)
+            whole = layer(columns.T)
+            layer.enable_adapters(False)
+            found[m] = (whole - layer(columns.T)).T
         return found
 
     def _wide(self, m: str) -> Any:

@@ -13,7 +13,7 @@ same bits on every device; W0 of a weight that has moved is kept there, and nowh
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,25 @@ class Beside:
         return y
 
 
+class _Fetched(Mapping[str, Tensor]):
+    """Tensors by name, each fetched as it is asked for and not kept: never all of them at once."""
+
+    def __init__(self, names: Collection[str], fetch: Callable[[str], Tensor]) -> None:
+        self._names, self._fetch = names, fetch
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._fetch(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class MovingBase:
     """The base weights of the adapted modules, each (d, k) or, with fan_in_fan_out, (k, d)."""
 
@@ -73,13 +92,14 @@ class MovingBase:
         self._terms: dict[str, Beside] = {}
         self._at: tuple[str, int] = ("", 0)
 
-    def weights(self) -> dict[str, Tensor]:
-        """W0 of every module, (d, k), on the host; not copied where it lies that way."""
-        found = {}
-        for m, layer in self._layers.items():
-            W = on_host(self._origin[m] if m in self._origin else weight_of(layer))
-            found[m] = W.T if self._shapes[m].fan_in_fan_out else W
-        return found
+    def weights(self) -> Mapping[str, Tensor]:
+        """W0 of every module, (d, k), on the host; of a card's each is fetched as it is asked for,
+        and on the host none is copied."""
+        return _Fetched(self._layers, self._fetched)
+
+    def _fetched(self, m: str) -> Tensor:
+        W = on_host(self._origin[m] if m in self._origin else weight_of(self._layers[m]))
+        return W.T if self._shapes[m].fan_in_fan_out else W
 
     def device_of(self, m: str) -> torch.device:
         """Where a module lies: a base may be spread over several devices."""

@@ -1,6 +1,6 @@
 """The last step of a causal LM, apart: logits of a few tokens at a time, never of a whole batch.
 
-    states, output = head.states(run, inputs, scored)    (n, width), from one pass
+    states, output = head.states(run, inputs, at)        (n, width), from one pass
     head.losses(states, output, targets)                 (n,), through (part of n, vocabulary)
 
 The logits of 64 texts of 512 tokens and 128,000 words are 16.8 GB in float32, and their gradient
@@ -44,7 +44,7 @@ class OutputHead:
     def states(
         self, run: Callable[..., Any], inputs: Mapping[str, Any], at: Tensor
     ) -> tuple[Tensor, Any] | None:
-        """The body's last states at these of the places (b, t), (n, width), and its whole output.
+        """The body's last states at n of its b t places, (n, width), and its whole output.
 
         None of a model that computes without calling its body.
         """
@@ -54,7 +54,7 @@ class OutputHead:
             run(**inputs, logits_to_keep=1)
         finally:
             hook.remove()
-        return (found[-1][0][at], found[-1]) if found else None
+        return (found[-1][0].flatten(0, 1).index_select(0, at), found[-1]) if found else None
 
     def losses(self, states: Tensor, output: Any, targets: Tensor) -> Tensor:
         """The cross-entropy of each row of states (n, width) with its target (n,), in float32."""
