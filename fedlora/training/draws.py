@@ -28,8 +28,8 @@ def own_draws(devices: Sequence[torch.device], seed: int) -> Iterator[None]:
     After it their generators are as before. A card's numbers are not the host's of the same seed.
     """
     cards = [device for device in devices if not is_host(device)]
-    kind = cards[0].type if cards else None
-    with torch.random.fork_rng(devices=[d.index or 0 for d in cards], device_type=kind):
+    kind = {"device_type": cards[0].type} if cards else {}  # older torch takes no None
+    with torch.random.fork_rng(devices=[d.index or 0 for d in cards], **kind):
         torch.default_generator.manual_seed(seed)
         for n, device in enumerate(cards):
             _seed(device, seed + n)
