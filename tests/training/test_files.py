@@ -81,6 +81,10 @@ def test_excel_s_own_line_states_the_separator(tmp_path):
     assert len(rows_of(file)) == 12
     file.write_text("sep=;\n" + table(PAIRS, ";") + "short\n")
     assert "line 15 has 1" in refusal(file)
+    file.write_text("sep=;\n" + table(PAIRS, ";") + '"stray;a\n')
+    assert "line 15: a quotation mark there does not pair" in refusal(file)
+    file.write_text("sep=;\r" + table(PAIRS, ";").replace("\r\n", "\r"), newline="")
+    assert len(rows_of(file)) == 12
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
@@ -141,6 +145,61 @@ def test_two_stray_marks_swallow_no_rows(tmp_path):
     )
     (tmp_path / "rows.tsv").write_text("\n".join(x.replace(",", "\t") for x in lines) + "\n")
     assert len(rows_of(tmp_path / "rows.tsv")) == 12
+
+
+QUOTED = {
+    "comma": '"a, b and c",flu',
+    "lines": '"two\nlines",flu',
+    "letter": '"Dear A,\nhello",flu',
+}
+
+
+@pytest.mark.parametrize("elsewhere", QUOTED.values(), ids=QUOTED)
+@pytest.mark.parametrize("mark", ",;\t")
+@pytest.mark.parametrize("lines", [1, 30])
+def test_a_stray_pair_beside_cells_that_need_their_marks_swallows_no_rows(
+    tmp_path, elsewhere, mark, lines
+):
+    """The lines between two stray marks are rows each, and one row where the marks count."""
+    rows = [f"patient {i},{('flu', 'asthma', 'cold')[i % 3]}" for i in range(60)]
+    rows[2], rows[3] = '"a, b",flu', elsewhere
+    rows[10], rows[10 + lines] = '"5 ml at noon,flu', 'height 7",flu'
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["text,label", *rows]).replace(",", mark) + "\n")
+    first = 12 + elsewhere.count("\n")
+    assert f"line {first}: read with its quotation marks this row ends in line {first + lines}" in (
+        refusal(file)
+    )
+    rows[10], rows[10 + lines] = "5 ml at noon,flu", 'height 7",flu'
+    file.write_text("\n".join(["text,label", *rows]).replace(",", mark) + "\n")
+    assert len(rows_of(file)) == 60
+
+
+def test_a_stray_pair_between_texts_is_refused_when_long_and_told_of_when_short(tmp_path):
+    rows = [f"question {i},answer {i}" for i in range(60)]
+    rows[3] = '"a, b and c",an answer'
+    file = tmp_path / "rows.csv"
+    found = []
+    for last in (12, 40):
+        new = [*rows]
+        new[10], new[last] = f'"{rows[10]}', rows[last].replace(",", '",')
+        file.write_text("\n".join(["text,label", *new]) + "\n")
+        try:
+            notes = corpus_of(file, "causal-lm", response="label").account.sources[0].notes
+            found.append(notes[-1])
+        except DataError as e:
+            found.append(str(e))
+    told, refused = found
+    assert told == "1 rows of several lines, 1 of them of lines with 2 fields each, the first " \
+        "from 12 to 14"  # fmt: skip
+    assert "this row ends in line 42" in refused
+
+
+def test_a_letter_s_lines_are_one_cell_though_each_holds_one_separator(tmp_path):
+    letters = [(f"Dear Ann,\nit is {i}, and\nyours", "ab"[i % 2]) for i in range(6)]
+    letters += [(f"Dear Bob,\n{i} came", "ab"[i % 2]) for i in range(6)]
+    (tmp_path / "rows.csv").write_text(table([*letters, *PAIRS]))
+    assert set(letters) < set(zip(*rows_of(tmp_path / "rows.csv").columns[:2], strict=True))
 
 
 def test_a_row_of_several_lines_is_one_row_and_told_of(tmp_path):
