@@ -11,14 +11,18 @@ import tomli_w
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from fedlora import Run, check, export, simulate
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.launch.doctor import examine
 from fedlora.launch.doctor.the_run import experiment
+from fedlora.privacy.rehearsal import made_up
 from fedlora.training import cache
+from fedlora.training.data.batches import SYNTHETIC
+from fedlora.training.footprint import footprint
 from fedlora.training.model.agreement import positions
 from fedlora.training.model.gguf import converted_to
 from fedlora.training.model.heads import head_names, within
@@ -333,6 +337,43 @@ def test_a_model_whose_tokenizer_puts_no_end_mark_is_refused(
     write_tokenizer(Path(path))
     with pytest.raises(ModelError, match="reads its classes off the end mark"):
         simulate(given(settings, path))
+
+
+def with_language(path: str) -> str:
+    """The tokenizer ends a text with the end mark and a language's, as mBART's does."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [EOS] red", special_tokens=[("[EOS]", 2), ("red", 3)]
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_end_mark_may_stand_before_a_languages(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    config = Config.read(given(settings, with_language(made("bart"))))
+    model = cache._load_model(config, LABELS)
+    texts = ["red", "two up is where the dog", "cat left"]
+    with torch.no_grad():
+        batch = model.logits(model.tokenizer(texts, padding=True, return_tensors="pt"))
+        for text, row in zip(texts, batch, strict=True):
+            alone = model.logits(model.tokenizer([text], return_tensors="pt"))[0]
+            assert torch.allclose(row, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_what_it_takes_is_measured_of_a_model_that_looks_for_an_end_mark(
+    settings: Settings, made: Callable[..., str], name: str
+) -> None:
+    """Also where a language's mark stands behind it; and synthetic rows, DP's check, have one."""
+    path = with_language(made(name))
+    config = Config.read(given(settings, path) | {"data.max-length": 20})
+    model = cache._load_model(config, LABELS)
+    assert footprint(model, config).more > 0
+    rows = made_up(model)
+    assert rows.lengths.tolist() == [*SYNTHETIC]
+    assert all(ids[-2:].tolist() == [2, 3] for ids in rows.ids.split(rows.lengths.tolist()))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) ->
     if known is not None and tokenizer.pad_token_id is not None:
         known.pad_token_id = tokenizer.pad_token_id
     looks = getattr(known, "is_encoder_decoder", False) and config.task == "classification"
-    if looks and tokenizer("a")["input_ids"][-1:] != [getattr(known, "eos_token_id", None)]:
+    if looks and getattr(known, "eos_token_id", None) not in tokenizer("a")["input_ids"]:
         raise ModelError(
             f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "
             "puts none after a text; use the tokenizer that the model was trained with"
