@@ -18,7 +18,7 @@ from fedlora import Run, check, export, simulate
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.launch.doctor import examine
-from fedlora.launch.doctor.the_run import experiment
+from fedlora.launch.doctor.the_run import _model, experiment
 from fedlora.privacy.rehearsal import made_up
 from fedlora.training import cache
 from fedlora.training.data.batches import SYNTHETIC
@@ -30,7 +30,7 @@ from fedlora.training.model.layers import find_layers
 from fedlora.training.model.loading import load_base
 from fedlora.training.model.targets import left_out
 from tests.conftest import LABELS
-from tests.support.architectures import DECODERS, ENCODERS, write
+from tests.support.architectures import DECODERS, ENCODERS, FIXED_LENGTH, write
 
 Settings = Callable[..., dict[str, object]]
 
@@ -378,13 +378,18 @@ def test_what_it_takes_is_measured_of_a_model_that_looks_for_an_end_mark(
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("bert", 64), ("roberta", 63), ("gpt2", 64), ("bart", 64), ("llama", None), ("t5", None)],
+    [
+        *(("bert", 64), ("roberta", 63), ("gpt2", 64), ("bart", 64), ("llama", None), ("t5", None)),
+        *(("deberta-v2", 64), ("falcon", None), ("bloom", None), ("xlnet", None)),
+        *((name, 64) for name in FIXED_LENGTH),
+    ],
 )
 def test_texts_are_cut_where_a_models_positions_end(
     settings: Settings, made: Callable[..., str], name: str, most: int | None
 ) -> None:
-    config = Config.read(given(settings, made(name)) | {"data.max-length": 100})
-    model = cache._load_model(config, LABELS)
+    task = "causal-lm" if name in FIXED_LENGTH else "classification"  # CodeGen is no classifier
+    config = Config.read(given(settings, made(name), task) | {"data.max-length": 100})
+    model = cache._load_model(config, LABELS if task == "classification" else ())
     assert positions(model.peft.get_base_model()) == most
     assert model.longest(100) == (most or 100)
     ids = torch.full((1, model.longest(100)), 5)
@@ -395,3 +400,15 @@ def test_texts_are_cut_where_a_models_positions_end(
             .isfinite()
             .all()
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("gpt-j", "cut at 64 tokens"), ("llama", "beyond the 64 positions that"), ("falcon", "")],
+)
+def test_doctor_says_what_a_length_beyond_a_models_positions_comes_to(
+    settings: Settings, made: Callable[..., str], name: str, says: str
+) -> None:
+    config = Config.read(given(settings, made(name), "causal-lm") | {"data.max-length": 100})
+    found = [str(f) for f in _model(config, cache._load_model(config, ()))]
+    assert says in str(found) if says else "positions" not in str(found)

@@ -96,13 +96,20 @@ def _output_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:
 
 def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids a model knows: its embedding's rows; of one without, the tokenizer's."""
-    if hasattr(base, "get_input_embeddings"):
-        return int(base.get_input_embeddings().weight.shape[0])
-    return len(tokenizer)
+    try:
+        weight = getattr(base.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):  # hashes of characters have no such table
+        weight = None
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) else len(tokenizer)
+
+
+TRAINED_FOR = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What configs call the positions that a model was trained for."""
 
 
 def positions(base: nn.Module) -> int | None:
-    """The most tokens that a model has learned positions for; None where they are computed."""
+    """The most tokens that a model can read: those of its table of positions, learned or computed
+    once; None where it computes them as they come, as rotary ones."""
     found = [
         m.num_embeddings
         - getattr(m, "offset", 0)
@@ -110,7 +117,32 @@ def positions(base: nn.Module) -> int | None:
         for name, m in base.named_modules()
         if isinstance(m, nn.Embedding) and re.search(r"(position\w*|wpe)$", name)
     ]
+    said = trained_for(base)
+    if not found and said and (_has_table(base, said) or _sets_length(base)):
+        return said
     return min(found, default=None)
+
+
+def trained_for(base: nn.Module) -> int | None:
+    """The positions that a model's config states, whatever it can read."""
+    config = getattr(base, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [getattr(config, key, None) for key in TRAINED_FOR]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)
+
+
+def _has_table(base: nn.Module, length: int) -> bool:
+    """Is there a table of so many positions (GPT-J, CodeGen, CTRL)?"""
+    return any(
+        x.is_floating_point() and length in x.shape and re.search(r"pos", name.rpartition(".")[2])
+        for name, x in base.named_buffers()
+    )
+
+
+def _sets_length(base: nn.Module) -> bool:
+    """Does it compute a bias of its config's length in every pass, and no rotation (MPT)?"""
+    rotary = any(re.search(r"rot(ary|emb)", name) for name, _ in base.named_modules())
+    return hasattr(getattr(base, "config", None), "max_seq_len") and not rotary
 
 
 def pads_left(base: nn.Module) -> bool:
