@@ -54,6 +54,16 @@ FIXED_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Their positions are computed, and end all the same."""
 
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "canine": ("Canine", {**ENCODER, "num_hash_buckets": 32, "downsampling_rate": 2}),
+    "ibert": ("IBert", ENCODER),
+    "nystromformer": (
+        "Nystromformer",
+        {**ENCODER, "num_landmarks": 4, "segment_means_seq_len": 64},
+    ),
+}
+"""Hashes of characters for embeddings; linear maps of their own; one length of text alone."""
+
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", ENCODER),
     "roberta": ("Roberta", ENCODER),
@@ -97,8 +107,10 @@ SAVED_AS = {"gpt2": "GPT2LMHeadModel", "gemma3": "Gemma3ForCausalLM", "bart": "B
 
 def write(name: str, directory: Path, **changes: Any) -> Path:
     """A checkpoint of the architecture without a classifier's head, and its tokenizer."""
-    kind, given = {**ENCODERS, **DECODERS, **FIXED_LENGTH}[name]
-    causal = SAVED_AS.get(name, f"{kind}Model" if name in ENCODERS else f"{kind}ForCausalLM")
+    kind, given = {**ENCODERS, **DECODERS, **FIXED_LENGTH, **ODD}[name]
+    causal = SAVED_AS.get(
+        name, f"{kind}Model" if name in {**ENCODERS, **ODD} else f"{kind}ForCausalLM"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         config = getattr(transformers, f"{kind}Config")(**{**given, **changes})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,42 @@ def test_the_end_mark_may_stand_before_a_languages(
         for text, row in zip(texts, batch, strict=True):
             alone = model.logits(model.tokenizer([text], return_tensors="pt"))[0]
             assert torch.allclose(row, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nystromformer",
+            r"model\.path = .*its forward pass raises RuntimeError: .*\.py, line \d+",
+        ),
+        ("ibert", r"lora\.target-modules: this model has no linear module that PEFT adapts"),
+    ],
+)
+def test_what_a_models_own_code_raises_is_one_line_of_doctors_and_the_runs(
+    settings: Settings, made: Callable[..., str], name: str, says: str
+) -> None:
+    asked = given(settings, made(name)) | {"evaluate.baselines": False}
+    (problem,) = check(asked)
+    assert re.search(says, problem)
+    assert "\n" not in problem
+    with pytest.raises(ModelError, match=says):
+        simulate(asked)
+
+
+def test_a_model_that_transformers_has_no_classifier_of_is_named_by_its_kind(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    (problem,) = check(given(settings, made("codegen")))
+    assert problem.endswith("is a codegen, of which transformers has no sequence classifier")
+    (problem,) = check(given(settings, made("t5"), "causal-lm"))
+    assert problem.endswith("is a t5, of which transformers has no causal language model")
+
+
+def test_a_model_without_a_table_of_tokens_is_trained(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    assert not check(given(settings, made("canine")))
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])

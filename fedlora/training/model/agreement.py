@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.training.model.ties import input_embedding
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +97,8 @@ def _output_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:
 
 def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids a model knows: its embedding's rows; of one without, the tokenizer's."""
-    try:
-        weight = getattr(base.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):  # hashes of characters have no such table
-        weight = None
-    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) else len(tokenizer)
+    table = input_embedding(base)
+    return len(tokenizer) if table is None else int(table.weight.shape[0])
 
 
 TRAINED_FOR = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -125,7 +123,7 @@ def positions(base: nn.Module) -> int | None:
 
 def trained_for(base: nn.Module) -> int | None:
     """The positions that a model's config states, whatever it can read."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(config, key, None) for key in TRAINED_FOR]
     return min((n for n in found if isinstance(n, int) and n > 0), default=None)
