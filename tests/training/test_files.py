@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -428,6 +429,88 @@ def test_labels_alike_but_for_case_or_space_are_named_and_mapped(tmp_path):
     assert 'data.map = ["BENIN=Benin"]' in message
     assert corpus_of(file, map=("BENIN=Benin",)).labels == ("Benin", "Togo")
     assert corpus_of(file, labels=("Togo", "Benin", "BENIN")).labels == ("Togo", "Benin", "BENIN")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "listed"),
+    [
+        ("flu", "flu\u200b", r"flu\u200b"),
+        ("flu", "\u200eflu", r"\u200eflu"),
+        ("flu", "flu\a", r"flu\u0007"),
+        ("covid-19", "covid\u201119", None),
+        ("covid-19", "covid\u201319", None),
+        ("crohn's", "crohn\u2019s", None),
+        ("type 1", "type_1", None),
+        ("type 1", "type\u00a01", r"type\u00a01"),
+        ("-1", "\u22121", None),
+        ("1", "+1", None),
+        ("5%", "5 %", None),
+    ],
+)
+def test_labels_that_look_the_same_are_named_and_the_map_that_is_printed_mends_them(
+    tmp_path, one, other, listed
+):
+    file = labelled(tmp_path / "rows.csv", [one, other, "cold", one] * 5)
+    message = refusal(file)
+    assert f'"{one}" (10 rows), "{listed or other}" (5 rows)' in message
+    (printed,) = tomllib.loads("map = [" + message.split("data.map = [")[1].split("]")[0] + "]")[
+        "map"
+    ]
+    assert corpus_of(file, map=(printed,)).labels == tuple(sorted((one, "cold")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["Benin", "B\u00e9nin", "Togo"], 'the labels "Benin", "B\u00e9nin" differ in accents'),
+        (["flu", "flu.", "cold"], 'the labels "flu", "flu." differ in accents or punctuation'),
+        (["'flu'", "'cold'"], "quotation marks are a part of the label 'cold'"),
+        ([*map(str, range(12)), "NA"], 'all labels are numbers but "NA"'),
+        (["+", "-", "?"], ""),
+        (["+1", "-1", "0"], ""),
+        (["<5", ">5"], ""),
+    ],
+)
+def test_labels_that_may_be_a_mistake_are_noted(tmp_path, labels, says):
+    corpus = corpus_of(labelled(tmp_path / "rows.csv", labels * 3))
+    found = corpus.account.warnings()
+    assert says in found[0] if says else not found
+    assert not corpus_of(tmp_path / "rows.csv", labels=corpus.labels).account.warnings()
+
+
+def test_signed_numbers_and_percentages_are_numbers_and_one_without_a_number_is_last(tmp_path):
+    assert in_order(["+1", "\u22122", "0", "-1"]) == ("\u22122", "-1", "0", "+1")
+    assert in_order(["100%", "5%", "10 %"]) == ("5%", "10 %", "100%")
+    assert in_order(["NA", "10", "9", "1"]) == ("1", "9", "10", "NA")
+    assert in_order(["10", "9", "low", "high"]) == ("10", "9", "high", "low")
+    file = labelled(tmp_path / "rows.csv", [f"{i % 9}.5%" for i in range(60)])
+    assert "9 values from 0.5% to 8.5%, which are no classes" in refusal(file)
+
+
+def test_a_header_is_found_by_what_is_seen_of_it(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(table().replace("label", "label\u200b").replace("text,", "\u200etext,"))
+    assert len(rows_of(file)) == 12
+    lines = "".join(json.dumps({"text": t, "la\u200bbel": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    assert r'did you mean "la\u200bbel"' in refusal(tmp_path / "rows.jsonl")
+
+
+def test_the_clients_of_a_column_are_told_apart_as_labels_are(tmp_path):
+    def of(*sites: str) -> Path:
+        rows = [f"t{i},{'ab'[i % 2]},{sites[i % len(sites)]}" for i in range(40)]
+        (tmp_path / "rows.csv").write_text("\n".join(["text,label,site", *rows]) + "\n")
+        return tmp_path / "rows.csv"
+
+    def clients(file: Path, n: int) -> Corpus:
+        how = {"partition": "natural", "natural_column": "site", "test_size": 0}
+        return load(DataConfig(path=str(file), **how), "classification", n, 0)
+
+    found = clients(of("Benin", "Benin ", "Togo", "nan"), 2)
+    assert [len(c.train) + len(c.test) for c in found.clients] == [20, 10]
+    assert found.account.sources[0].left[0].rows == 10
+    with pytest.raises(DataError, match=r'nearly the same.*"Benin" \(20 rows\), "BENIN"'):
+        clients(of("Benin", "BENIN", "Togo", "Benin"), 2)
 
 
 def test_a_label_that_data_labels_lacks_is_refused_with_the_one_it_nearly_is(tmp_path):

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
+from fedlora.training.data.written import trimmed
+
 SEPARATORS = (",", ";", "\t", "|")
 NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
 SAMPLE = 200
@@ -180,7 +182,7 @@ def _sniffed(text: str, asked: Sequence[str], usual: str) -> str:
             return (0.0,)
         if not rows:
             return (0.0,)
-        header = [name.strip() for name in rows[0]]
+        header = [trimmed(name) for name in rows[0]]
         alike = sum(len(row) == len(header) for row in rows) / len(rows)
         return sum(name in header for name in asked), len(header) > 1, alike, len(header)
 
@@ -188,8 +190,9 @@ def _sniffed(text: str, asked: Sequence[str], usual: str) -> str:
 
 
 def _names(header: Sequence[str]) -> list[str]:
-    """The header's names without the space around them; "column 3" for one that is empty."""
-    names = [name.strip() or f"column {i}" for i, name in enumerate(header, 1)]
+    """The header's names without the space, and what is not seen, around them; "column 3" for one
+    that is empty."""
+    names = [trimmed(name) or f"column {i}" for i, name in enumerate(header, 1)]
     if double := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"its header has the column {min(double)!r} twice; rename one")
     return names

@@ -9,7 +9,7 @@ from datasets import Dataset
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.account import EQUAL, UNMATCHED, Book, empty
-from fedlora.training.data.labels import as_label, check_map
+from fedlora.training.data.labels import as_label, check_clients, check_map
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, classes, column, prompts, read
 from fedlora.training.user_code import called, find
@@ -111,7 +111,10 @@ def _rows_of(
     if own_map:
         check_map(renames, renames.keys() & set(mapped), mapped, own_map)
     if key == "data.path" and data.partition == "natural":
-        group = column(table, path, "data.natural-column", data.natural_column)
+        group = [
+            as_label(x) for x in column(table, path, "data.natural-column", data.natural_column)
+        ]
+        check_clients([x for x in group if x], data)
         needed.append(_Needed(data.natural_column, group))
     numbers = book.read(path, [*table.lines, *table.unmatched], table.unit, table.notes)
     book.leave(UNMATCHED, numbers[len(table.lines) :])

@@ -43,6 +43,7 @@ from fedlora.training.data.delimited import read_delimited
 from fedlora.training.data.files import KINDS, TEXTS, decoded, kind_of, matched, unpacked
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
+from fedlora.training.data.written import shown
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
     """
     if name not in table.names:
         near = difflib.get_close_matches(name, table.names, n=1, cutoff=0.5)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
+        hint = f'; did you mean "{shown(near[0])}"?' if near else ""
         raise DataError(
             f'{key} = "{name}": {where} has no such column, only {quoted(table.names)}{hint}'
         )
@@ -173,8 +174,9 @@ def _in_prompt(prompt: str) -> list[str]:
 
 def quoted(names: Iterable[str]) -> str:
     """The distinct names, sorted, for a message: the first eight of many."""
-    shown = sorted(set(names))
-    return ", ".join(f'"{name}"' for name in shown[:8]) + (", ..." if len(shown) > 8 else "")
+    every = sorted(set(names))
+    listed = ", ".join(f'"{shown(name)}"' for name in every[:8])
+    return listed + (", ..." if len(every) > 8 else "")
 
 
 def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], Any]:
