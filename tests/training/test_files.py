@@ -203,6 +203,22 @@ def test_a_letter_s_lines_are_one_cell_though_each_holds_one_separator(tmp_path)
     assert set(letters) < set(zip(*rows_of(tmp_path / "rows.csv").columns[:2], strict=True))
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_that_were_put_together_have_one_header(tmp_path, mark, end):
+    file = tmp_path / "rows.csv"
+    parts = [mark + table(PAIRS[:5]), mark + table(PAIRS[5:]), mark + table(PAIRS[:0])]
+    file.write_text("".join(parts).replace("\r\n", end), newline="")
+    corpus = corpus_of(file)
+    assert corpus.labels == ("a", "b")
+    (left,) = corpus.account.sources[0].left
+    assert (left.why, left.rows, left.first) == ("that repeat the header", 2, (7, 15))
+    assert corpus.account.sources[0].read == 14
+    lines = "".join(mark + json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    assert sorted(rows_of(tmp_path / "rows.jsonl").text) == sorted(t for t, _ in PAIRS)
+
+
 def test_a_row_of_several_lines_is_one_row_and_told_of(tmp_path):
     pairs = [*PAIRS, ("Dear doctor,\n\nwe saw, and\nwrote.\n", "a"), ("last", "b")]
     (tmp_path / "rows.csv").write_text(table(pairs))

@@ -23,6 +23,7 @@ SHOWN = 5
 EQUAL = "equal to an earlier row"
 ELSEWHERE = "equal to a row of another source"
 UNMATCHED = "that data.line-pattern does not match"
+HEADER = "that repeat the header"
 LIMITED = "beyond data.limit"
 TESTED = "also in the central test"
 OWN_TEST = "also in the client's own test"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora.errors import DataError
 from fedlora.training.data.corpus import Rows
-from fedlora.training.data.seam import pieces
+from fedlora.training.data.seam import pieces, put_behind
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask, labels (and token_type_ids where the tokenizer gives them)."""
@@ -117,15 +117,6 @@ def synthetic(
         classes=labels if classes else None,
         prompts=None if classes else torch.ones(n, dtype=torch.long),
     )
-
-
-def put_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer itself puts behind every text."""
-    whole: list[int] = tokenizer("a")["input_ids"]
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ends = range(len(whole), len(bare) - 1, -1)
-    end = next((n for n in ends if whole[n - len(bare) : n] == bare), len(whole))
-    return whole[end:]
 
 
 def steps_in(rows: int, batch_size: int, steps: int = 0, epochs: float = 1.0) -> int:

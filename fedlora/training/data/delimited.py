@@ -37,6 +37,8 @@ class Delimited(NamedTuple):
     columns: dict[str, list[str | None]]
     lines: list[int]
     notes: tuple[str, ...]
+    headers: list[int]
+    """Lines that repeat the header, as where files were put together: no rows."""
 
 
 class _Row(NamedTuple):
@@ -67,11 +69,13 @@ def read_delimited(
     header, *rows = rows
     names = _names(header.cells)
     _check_lengths(rows, len(names), mark)
+    again = [row for row in rows if len(names) > 1 and row.cells == header.cells]
+    rows = [row for row in rows if row not in again] if again else rows
     columns: dict[str, list[str | None]] = {
         name: [row.cells[i] for row in rows] for i, name in enumerate(names)
     }
     said = f"separator {NAMES.get(mark, mark)}" + ("" if given else ", found")
-    return Delimited(columns, [row.line for row in rows], (said, *notes))
+    return Delimited(columns, [row.line for row in rows], (said, *notes), [r.line for r in again])
 
 
 @contextmanager

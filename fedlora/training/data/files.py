@@ -45,6 +45,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Byte-order marks; a longer one before one that it begins with."""
+LATER_MARK = re.compile("(^|[\r\n])\ufeff+")
+"""A byte-order mark at the beginning of a line: where files were put together."""
 
 
 def unpacked(place: Path) -> tuple[str, bytes]:
@@ -93,7 +95,7 @@ def _of_zip(content: bytes) -> tuple[str, bytes]:
 
 
 def decoded(content: bytes, encoding: str) -> tuple[str, str]:
-    """A file's text without its byte-order mark, and its encoding: by its mark, else as given.
+    """A file's text without its byte-order marks, and its encoding: by its mark, else as given.
 
     Raises:
         ValueError: a byte is not of that encoding; says in which line.
@@ -113,7 +115,7 @@ def decoded(content: bytes, encoding: str) -> tuple[str, str]:
         ) from None
     if "\0" in text[:1000]:
         raise ValueError(f"it is not {found}: set data.encoding (utf-16-le or utf-16-be?)")
-    return text.removeprefix("\ufeff"), found
+    return LATER_MARK.sub(r"\1", text), found
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training.data.account import EQUAL, UNMATCHED, Book, empty
+from fedlora.training.data.account import EQUAL, HEADER, UNMATCHED, Book, empty
 from fedlora.training.data.labels import as_label, check_clients, check_map
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, classes, column, prompts, read
@@ -116,11 +116,14 @@ def _rows_of(
         ]
         check_clients([x for x in group if x], data)
         needed.append(_Needed(data.natural_column, group))
-    numbers = book.read(path, [*table.lines, *table.unmatched], table.unit, table.notes)
-    book.leave(UNMATCHED, numbers[len(table.lines) :])
+    beside = [*table.unmatched, *table.headers]
+    numbers = book.read(path, [*table.lines, *beside], table.unit, table.notes)
+    read, matched = len(table.lines), len(table.lines) + len(table.unmatched)
+    book.leave(UNMATCHED, numbers[read:matched])
+    book.leave(HEADER, numbers[matched:])
     own = (renames.get(x, x) for x in map(as_label, classes(table, data.label)))
     rows = Rows(
-        *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[: len(table.lines)]),
+        *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[:read]),
         classes=tuple(dict.fromkeys(own)),
     )
     rows = _whole(rows, needed, path, book)

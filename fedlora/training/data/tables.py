@@ -59,6 +59,8 @@ class Table:
     """What `lines` counts: "line" or "row"."""
     unmatched: Sequence[int] = ()
     """Lines that data.line-pattern does not match, which are no rows of it."""
+    headers: Sequence[int] = ()
+    """Lines that repeat the header, which are no rows either."""
     notes: tuple[str, ...] = ()
     """How it was read."""
     lists: frozenset[str] = frozenset()
@@ -238,7 +240,8 @@ def _file(place: Path, data: DataConfig) -> Table:
         mark = "\t" if data.separator == "tab" else data.separator
         usual = "\t" if kind == ".tsv" else ","
         cells = read_delimited(text, mark, _asked(data), usual)
-        return Table(_texts(cells.columns), cells.lines, "line", notes=(*cells.notes, *said))
+        table = Table(_texts(cells.columns), cells.lines, "line", headers=cells.headers)
+        return replace(table, notes=(*cells.notes, *said))
     return _text(text, place, data, said)
 
 
@@ -289,7 +292,10 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
     cells = concatenate_datasets([table.cells for table in tables])
     lists = frozenset[str]().union(*(table.lists for table in tables))
     notes = dict.fromkeys(note for table in tables for note in table.notes)
-    return Table(cells, range(1, len(cells) + 1), "row", (), (f"{len(files)} files", *notes), lists)
+    if again := sum(len(table.headers) for table in tables):
+        notes |= {f"{again} lines that repeat the header left out": None}
+    said = (f"{len(files)} files", *notes)
+    return Table(cells, range(1, len(cells) + 1), "row", notes=said, lists=lists)
 
 
 def _of_split(place: Path, split: str) -> Path | None:
@@ -327,4 +333,4 @@ def _text(text: str, place: Path, data: DataConfig, said: tuple[str, ...]) -> Ta
             "%s: %d of %d lines do not match data.line-pattern and are left out, the first is %r",
             *(place, len(others), len(others) + len(lines), others[0][1]),
         )
-    return Table(_texts(columns), lines, "line", [n for n, _ in others], said)
+    return Table(_texts(columns), lines, "line", [n for n, _ in others], notes=said)
