@@ -265,8 +265,27 @@ def test_a_byte_that_is_not_of_the_encoding_is_told_by_its_line(tmp_path):
     file.write_bytes(table([*PAIRS[:3], ("na\u00efve", "a"), *PAIRS]).encode("cp1252"))
     assert "line 5: byte 0xef is not utf-8; set data.encoding" in refusal(file)
     assert "na\u00efve" in rows_of(file, encoding="cp1252").text
-    file.write_bytes(table().encode("utf-16-le"))
-    assert "utf-16" in refusal(file)
+    for text in (table(), table([("na\u00efve", "a"), *PAIRS])):
+        file.write_bytes(text.encode("utf-16-le"))
+        assert "utf-16" in refusal(file)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_an_encoding_under_which_letters_would_be_two_is_refused(tmp_path, encoding):
+    file = tmp_path / "rows.csv"
+    file.write_text(table([("na\u00efve", "a"), *PAIRS]), encoding="utf-8")
+    assert 'set data.encoding = "utf-8"' in refusal(file, encoding=encoding)
+    file.write_bytes(table([("na\u00efve", "a"), *PAIRS]).encode(encoding))
+    assert "na\u00efve" in rows_of(file, encoding=encoding).text
+    file.write_text(table())
+    assert len(rows_of(file, encoding=encoding)) == 12
+
+
+@pytest.mark.parametrize("suffix", ["ndjson", "jsonlines"])
+def test_json_lines_have_other_suffixes_too(tmp_path, suffix):
+    lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / f"rows.{suffix}").write_text(lines)
+    assert len(rows_of(tmp_path / f"rows.{suffix}")) == 12
 
 
 def zipped(content: bytes, name: str, at: Path) -> None:
@@ -289,6 +308,10 @@ def test_a_compressed_file_is_read_as_what_it_holds(
 def test_an_archive_holds_one_file(tmp_path):
     lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
     zipped(lines.encode(), "inner/rows.jsonl", tmp_path / "rows.zip")
+    assert len(rows_of(tmp_path / "rows.zip")) == 12
+    with zipfile.ZipFile(tmp_path / "rows.zip", "a") as archive:
+        archive.writestr("__MACOSX/inner/._rows.jsonl", "x")
+        archive.writestr("inner/.DS_Store", "x")
     assert len(rows_of(tmp_path / "rows.zip")) == 12
     with zipfile.ZipFile(tmp_path / "rows.zip", "a") as archive:
         archive.writestr("more.jsonl", lines)
@@ -365,6 +388,37 @@ def test_nested_columns_go_by_dotted_names(tmp_path, kind):
     said = rows_of(file, "causal-lm", prompt="{id}: {meta.body.text}", response="meta.label")
     assert "3: text 3" in said.text
     assert 'did you mean "meta.label"' in refusal(file, text="meta.body.text", label="meta.lable")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [{"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}, {"data": [{"text": "a"}]}],
+)
+def test_one_object_of_columns_is_refused_with_what_to_write(tmp_path, whole):
+    (tmp_path / "rows.json").write_text(json.dumps(whole))
+    assert "write one object a row" in refusal(tmp_path / "rows.json")
+
+
+def test_a_name_that_is_an_object_s_too_is_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+
+    def written(*rows: object) -> Path:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows * 6))
+        return file
+
+    mixed = [{"text": "t", "label": "a"}, {"text": "u", "label": {"name": "b"}}]
+    assert "'label' is an object in line 2 and none in line 1" in refusal(written(*mixed))
+    double = {"text": "t", "label": "a", "meta.label": "b", "meta": {"label": "a"}}
+    assert "line 1: 'meta.label' is there as a name and within an object" in refusal(
+        written(double)
+    )
+    rows = [{"text": f"t{i}", "meta": {"label": "ab"[i % 2]} if i else None} for i in range(9)]
+    assert len(rows_of(written(*rows), label="meta.label")) == 48
+    table = pyarrow.Table.from_pylist([double] * 9)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "'meta.label' is there as a name and within a struct" in refusal(
+        tmp_path / "rows.parquet"
+    )
 
 
 @pytest.mark.parametrize("column", [[b"\x00\xff"] * 12, [["a", "b"]] * 12])

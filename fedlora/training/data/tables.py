@@ -6,6 +6,7 @@ are text as it is written: "01" is no number and "NA" is not missing. Null, NaN 
 
 import difflib
 import glob
+import json
 import logging
 import math
 import re
@@ -40,7 +41,7 @@ from pyarrow import parquet
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.delimited import read_delimited
-from fedlora.training.data.files import KINDS, TEXTS, decoded, kind_of, matched, unpacked
+from fedlora.training.data.files import JSON, KINDS, TEXTS, decoded, kind_of, matched, unpacked
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 from fedlora.training.data.written import shown
@@ -72,6 +73,8 @@ class Table:
     def of(cls, cells: Dataset) -> "Table":
         """A data set, whose rows are counted. A column of structs gives columns "meta.label"."""
         if any(isinstance(feature, dict) for feature in cells.features.values()):
+            if double := [n for n in cells.features if "." in n and _inside(cells.features, n)]:
+                raise ValueError(f"{double[0]!r} is there as a name and within a struct")
             cells = cells.flatten()
         return cls(cells, range(1, len(cells) + 1))
 
@@ -82,6 +85,14 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.cells)
+
+
+def _inside(features: Mapping[str, Any], name: str) -> bool:
+    """Has a column of structs a field of this dotted name?"""
+    found: Any = features
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found is not None
 
 
 def read(data: DataConfig, key: str, path: str) -> Table:
@@ -233,7 +244,7 @@ def _file(place: Path, data: DataConfig) -> Table:
     said = () if encoding == "utf-8" else (f"encoding {encoding}",)
     if encoding != data.encoding:
         said = (f"encoding {encoding} by its byte-order mark",)
-    if kind in (".jsonl", ".json"):
+    if kind in JSON:
         found = read_json(text)
         return Table(_texts(found.columns), found.lines, found.unit, notes=said, lists=found.lists)
     if kind in (".csv", ".tsv") or data.separator:
@@ -259,13 +270,31 @@ def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
             for f in found.schema
         ]
         cells = Dataset(found.cast(pyarrow.schema(plain)))
+        for name, numbered in _numbered(schema.metadata or {}):
+            cells = cells.cast_column(name, numbered) if name in names else cells
     ordered = {}
     for column in schema:
         if pyarrow.types.is_dictionary(column.type) and column.type.ordered:
             found = parquet.read_table(place, columns=[column.name])[column.name]
             values = found.unify_dictionaries().chunk(0).dictionary if len(found) else []
             ordered[column.name] = tuple(str(value) for value in values)
-    return replace(Table.of(cells), ordered=ordered)
+    lost = [n for n in _ordered_by_pandas(schema.metadata or {}) if n in names and n not in ordered]
+    notes = [f"the order of {name}'s categories is not in the file: data.labels" for name in lost]
+    return replace(Table.of(cells), ordered=ordered, notes=tuple(notes))
+
+
+def _numbered(metadata: Mapping[bytes, bytes]) -> Iterator[tuple[str, ClassLabel]]:
+    """The columns that `datasets` wrote as numbered classes."""
+    said = json.loads(metadata.get(b"huggingface", b"{}"))
+    for name, feature in said.get("info", {}).get("features", {}).items():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            yield name, ClassLabel(names=feature["names"])
+
+
+def _ordered_by_pandas(metadata: Mapping[bytes, bytes]) -> list[str]:
+    """The columns that pandas had as ordered categories; of numbers, Parquet keeps no order."""
+    columns = json.loads(metadata.get(b"pandas", b"{}")).get("columns", [])
+    return [c["name"] for c in columns if (c.get("metadata") or {}).get("ordered")]
 
 
 def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
