@@ -635,3 +635,24 @@ def test_a_directory_s_file_of_the_split_is_read_as_it_is_written(tmp_path):
     (tmp_path / "test.csv").write_text(table([(f"u{i}", f"0{i % 2}") for i in range(4)]))
     assert set(rows_of(tmp_path).label) == {"00", "01"}
     assert set(rows_of(tmp_path, split="test").text) == {"u0", "u1", "u2", "u3"}
+
+
+def test_a_directory_s_files_that_are_not_read_are_named(tmp_path, caplog):
+    (tmp_path / "train.csv").write_text(table())
+    (tmp_path / "test.csv").write_text(table())
+    assert len(rows_of(tmp_path)) == 12
+    assert not caplog.messages
+    (tmp_path / "train_extra.csv").write_text(table())
+    assert len(rows_of(tmp_path)) == 12
+    assert "train_extra.csv: not read" in caplog.messages[0]
+    lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / "train.jsonl").write_text(lines)
+    assert "holds train.csv and train.jsonl: name the file itself" in refusal(tmp_path)
+
+
+def test_a_directory_of_two_kinds_of_files_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text(table())
+    pandas.DataFrame(PAIRS, columns=["text", "label"]).to_parquet(tmp_path / "b.parquet")
+    message = refusal(tmp_path)
+    assert "a.csv" in message
+    assert "b.parquet" in message

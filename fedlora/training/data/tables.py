@@ -202,6 +202,7 @@ def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], A
     if any((place / f"{name}.json").exists() for name in ("dataset_info", "dataset_dict", "state")):
         return partial(load_from_disk, str(place), keep_in_memory=True)
     if one := _of_split(place, data.split):
+        _say_unread(place, [one])
         return partial(_file, one, data)
     if place.is_dir():
         return partial(_directory, place, data, key, cache)
@@ -309,7 +310,9 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
     if len(names) > 1 and data.subset not in names:
         raise DataError(f'{key} = "{place}": set data.subset to one of {quoted(names)}')
     builder = load_dataset_builder(str(place), data.subset or None, cache_dir=cache)
-    files = [Path(f) for f in (builder.config.data_files or {}).get(data.split, ())]
+    every = {split: [Path(f) for f in x] for split, x in (builder.config.data_files or {}).items()}
+    files = every.get(data.split, [])
+    _say_unread(place, [f for x in every.values() for f in x])
     if not files or any(kind_of(file) not in TEXTS for file in files):
         how = {"cache_dir": cache, "keep_in_memory": True}
         return load_dataset(str(place), data.subset or None, **how)
@@ -328,9 +331,40 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
 
 
 def _of_split(place: Path, split: str) -> Path | None:
-    """The one text file of a directory that is named for the split, "train.csv"; else none."""
-    found = [p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS]
-    return found[0] if len(found) == 1 else None
+    """The one text file of a directory that is named for the split, "train.csv"; else none.
+
+    Raises:
+        DataError: several are.
+    """
+    found = sorted(p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS)
+    if len(found) > 1:
+        names = " and ".join(p.name for p in found)
+        raise DataError(f'"{place}" holds {names}: name the file itself, or leave one')
+    return found[0] if found else None
+
+
+OTHER_SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval)([-._]\d.*)?\.")
+
+
+def _say_unread(place: Path, files: Sequence[Path]) -> None:
+    """Log the tables of a directory that are none of the files that are read.
+
+    Raises:
+        DataError: they are as many as those.
+    """
+    known = {f.resolve() for f in files}
+    kinds = (*TEXTS, ".parquet")
+    others = sorted(
+        p.name
+        for p in place.iterdir()
+        if kind_of(p) in kinds and kind_of(p) != ".json" and p.resolve() not in known
+        if not OTHER_SPLITS.match(p.name)
+    )
+    if others and len(others) >= len(known) and not any(OTHER_SPLITS.match(f.name) for f in files):
+        names = " and ".join([files[0].name, *others[:5]]) if files else ", ".join(others[:5])
+        raise DataError(f'"{place}" holds {names}, of which one kind would be read: name the file')
+    if others:
+        log.warning("%s: %s: not read, in no split of it", place, ", ".join(others[:8]))
 
 
 def _texts(columns: Mapping[str, Sequence[str | None]]) -> Dataset:
