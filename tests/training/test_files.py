@@ -84,6 +84,9 @@ def test_excel_s_own_line_states_the_separator(tmp_path):
     assert "line 15 has 1" in refusal(file)
     file.write_text("sep=;\n" + table(PAIRS, ";") + '"stray;a\n')
     assert "line 15: a quotation mark there does not pair" in refusal(file)
+    file.write_text(table(PAIRS, "^"))
+    assert "set data.separator" in refusal(file)
+    assert len(rows_of(file, separator="^")) == 12
     file.write_text("sep=;\r" + table(PAIRS, ";").replace("\r\n", "\r"), newline="")
     assert len(rows_of(file)) == 12
 
@@ -364,6 +367,7 @@ def test_json_lines_and_a_json_list_hold_the_same_rows(rows):
         ("[1, 2]", "line 3: must be an object"),
         ('{"text": "a", "text": "b", "label": "a"}', "line 3: 'text' is there twice"),
         ("[" * 100_000, "line 3"),
+        ('{"text": "bad \\ud83d", "label": "a"}', "line 3: half of a surrogate pair"),
     ],
 )
 def test_a_line_that_is_no_object_is_refused_by_its_number(tmp_path, line, says):
@@ -656,3 +660,15 @@ def test_a_directory_of_two_kinds_of_files_is_refused(tmp_path):
     message = refusal(tmp_path)
     assert "a.csv" in message
     assert "b.parquet" in message
+
+
+def test_a_parquet_file_without_rows_or_with_a_name_twice_is_told_of(tmp_path):
+    none = pyarrow.table(
+        {"text": pyarrow.array([], "string"), "label": pyarrow.array([], "string")}
+    )
+    pyarrow.parquet.write_table(none, tmp_path / "rows.parquet")
+    assert "it has no rows" in refusal(tmp_path / "rows.parquet")
+    columns = [pyarrow.array(["a", "b"])] * 3
+    double = pyarrow.Table.from_arrays(columns, ["text", "label", "label"])
+    pyarrow.parquet.write_table(double, tmp_path / "rows.parquet")
+    assert "the column 'label' twice" in refusal(tmp_path / "rows.parquet")

@@ -38,6 +38,12 @@ def read_json(text: str) -> JsonRows:
     for number, row in zip(numbers, found, strict=True):
         if not isinstance(row, dict):
             raise ValueError(f"{unit} {number}: must be an object with the columns, is {row!r:.40}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{unit} {number}: half of a surrogate pair, as \\ud83d alone, is no letter"
+            ) from None
     if len(found) == 1 and found[0] and all(map(_is_column, found[0].values())):
         first = next(iter(found[0]))
         raise ValueError(

@@ -6,7 +6,6 @@ are text as it is written: "01" is no number and "NA" is not missing. Null, NaN 
 
 import difflib
 import glob
-import json
 import logging
 import math
 import re
@@ -44,6 +43,7 @@ from fedlora.training.data.delimited import read_delimited
 from fedlora.training.data.files import JSON, KINDS, TEXTS, decoded, kind_of, matched, unpacked
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
+from fedlora.training.data.parquet_schema import numbered, ordered_by_pandas, schema_of
 from fedlora.training.data.written import shown
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,8 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
     if name not in table.names:
         near = difflib.get_close_matches(name, table.names, n=1, cutoff=0.5)
         hint = f'; did you mean "{shown(near[0])}"?' if near else ""
+        if len(table.names) == 1 and name in table.names[0]:
+            hint += "; if another separator parts them set data.separator"
         raise DataError(
             f'{key} = "{name}": {where} has no such column, only {quoted(table.names)}{hint}'
         )
@@ -259,7 +261,7 @@ def _file(place: Path, data: DataConfig) -> Table:
 
 def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
     """A Parquet file, without its columns of types that a data set has no equivalent for."""
-    schema = parquet.read_schema(place)
+    schema = schema_of(place)
     none = pyarrow.types.is_map, pyarrow.types.is_fixed_size_binary
     names = [column.name for column in schema if not any(is_(column.type) for is_ in none)]
     if len(names) == len(schema):
@@ -271,31 +273,17 @@ def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
             for f in found.schema
         ]
         cells = Dataset(found.cast(pyarrow.schema(plain)))
-        for name, numbered in _numbered(schema.metadata or {}):
-            cells = cells.cast_column(name, numbered) if name in names else cells
+        for name, kind in numbered(schema.metadata or {}):
+            cells = cells.cast_column(name, kind) if name in names else cells
     ordered = {}
     for column in schema:
         if pyarrow.types.is_dictionary(column.type) and column.type.ordered:
             found = parquet.read_table(place, columns=[column.name])[column.name]
             values = found.unify_dictionaries().chunk(0).dictionary if len(found) else []
             ordered[column.name] = tuple(str(value) for value in values)
-    lost = [n for n in _ordered_by_pandas(schema.metadata or {}) if n in names and n not in ordered]
+    lost = [n for n in ordered_by_pandas(schema.metadata or {}) if n in names and n not in ordered]
     notes = [f"the order of {name}'s categories is not in the file: data.labels" for name in lost]
     return replace(Table.of(cells), ordered=ordered, notes=tuple(notes))
-
-
-def _numbered(metadata: Mapping[bytes, bytes]) -> Iterator[tuple[str, ClassLabel]]:
-    """The columns that `datasets` wrote as numbered classes."""
-    said = json.loads(metadata.get(b"huggingface", b"{}"))
-    for name, feature in said.get("info", {}).get("features", {}).items():
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            yield name, ClassLabel(names=feature["names"])
-
-
-def _ordered_by_pandas(metadata: Mapping[bytes, bytes]) -> list[str]:
-    """The columns that pandas had as ordered categories; of numbers, Parquet keeps no order."""
-    columns = json.loads(metadata.get(b"pandas", b"{}")).get("columns", [])
-    return [c["name"] for c in columns if (c.get("metadata") or {}).get("ordered")]
 
 
 def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:

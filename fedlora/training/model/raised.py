@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 from fedlora.errors import FedLoraError, ModelError
 from fedlora.training.devices import OutOfMemory
@@ -30,5 +31,4 @@ def named(what: str) -> Iterator[None]:
 
 def in_short(error: Exception) -> str:
     """An error's kind and the first sentences of its text, in one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:SHOWN]}{'...' * (len(said) > SHOWN)}"
+    return f"{type(error).__name__}: {shorten(str(error), SHOWN, placeholder=' ...')}"
