@@ -1,6 +1,7 @@
 """Prints a command's error to the user in one paragraph, without a traceback."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,10 @@ def guarded() -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Give a process that was started with closed streams empty ones.
+    """Give a process that was started with closed streams empty ones, and let all be printed.
 
-    Else the next file that it opens would be taken for its output.
+    Else the next file that it opens would be taken for its output; and a label that the terminal's
+    encoding lacks would end the command.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -48,6 +50,9 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # what their encoding lacks is written as an escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _check_here() -> None:

@@ -1,5 +1,6 @@
 """A command starts in whatever state its caller left: closed streams, a removed directory."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -50,3 +51,15 @@ def test_no_backend_of_the_caller_s_stops_a_figure(
         done = python("import matplotlib", environment=os.environ)
     assert done.returncode == 0, done.stderr
     assert sys.stdout is not None
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_an_output_s_encoding_lacks_is_printed_as_an_escape(
+    monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="cp1252") as out:
+        monkeypatch.setattr(sys, stream, out)
+        with guarded():
+            print("caf\u00e9 \u4f60", file=getattr(sys, stream), flush=True)
+        assert written.getvalue() == b"caf\xe9 \\u4f60" + os.linesep.encode()

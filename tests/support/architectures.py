@@ -43,6 +43,27 @@ OPT = {"vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attenti
 EXPERTS = {**DECODER, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
            "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}  # fmt: skip
 
+FIXED_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-j": ("GPTJ", {**GPT2, "rotary_dim": 4}),
+    "codegen": ("CodeGen", {**GPT2, "n_head": 4, "rotary_dim": 4}),
+    "ctrl": ("CTRL", {**GPT2, "dff": 40}),
+    "mpt": (
+        "Mpt",
+        {"vocab_size": 32, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+    ),
+}
+"""Their positions are computed, and end all the same."""
+
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "canine": ("Canine", {**ENCODER, "num_hash_buckets": 32, "downsampling_rate": 2}),
+    "ibert": ("IBert", ENCODER),
+    "nystromformer": (
+        "Nystromformer",
+        {**ENCODER, "num_landmarks": 4, "segment_means_seq_len": 64},
+    ),
+}
+"""Hashes of characters for embeddings; linear maps of their own; one length of text alone."""
+
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", ENCODER),
     "roberta": ("Roberta", ENCODER),
@@ -81,13 +102,15 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", FALCON),
 }
 SAVED_AS = {"gpt2": "GPT2LMHeadModel", "gemma3": "Gemma3ForCausalLM", "bart": "BartModel",
-            "t5": "T5Model"}  # fmt: skip
+            "t5": "T5Model", "ctrl": "CTRLLMHeadModel"}  # fmt: skip
 
 
 def write(name: str, directory: Path, **changes: Any) -> Path:
     """A checkpoint of the architecture without a classifier's head, and its tokenizer."""
-    kind, given = {**ENCODERS, **DECODERS}[name]
-    causal = SAVED_AS.get(name, f"{kind}ForCausalLM" if name in DECODERS else f"{kind}Model")
+    kind, given = {**ENCODERS, **DECODERS, **FIXED_LENGTH, **ODD}[name]
+    causal = SAVED_AS.get(
+        name, f"{kind}Model" if name in {**ENCODERS, **ODD} else f"{kind}ForCausalLM"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         config = getattr(transformers, f"{kind}Config")(**{**given, **changes})

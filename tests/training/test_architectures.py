@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import tomli_w
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from fedlora import Run, check, export, simulate
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.launch.doctor import examine
-from fedlora.launch.doctor.the_run import experiment
+from fedlora.launch.doctor.the_run import _model, experiment
+from fedlora.privacy.rehearsal import made_up
 from fedlora.training import cache
+from fedlora.training.data.batches import SYNTHETIC
+from fedlora.training.footprint import footprint
 from fedlora.training.model.agreement import positions
 from fedlora.training.model.gguf import converted_to
 from fedlora.training.model.heads import head_names, within
@@ -26,7 +31,7 @@ from fedlora.training.model.layers import find_layers
 from fedlora.training.model.loading import load_base
 from fedlora.training.model.targets import left_out
 from tests.conftest import LABELS
-from tests.support.architectures import DECODERS, ENCODERS, write
+from tests.support.architectures import DECODERS, ENCODERS, FIXED_LENGTH, write
 
 Settings = Callable[..., dict[str, object]]
 
@@ -335,15 +340,93 @@ def test_a_model_whose_tokenizer_puts_no_end_mark_is_refused(
         simulate(given(settings, path))
 
 
+def with_language(path: str) -> str:
+    """The tokenizer ends a text with the end mark and a language's, as mBART's does."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [EOS] red", special_tokens=[("[EOS]", 2), ("red", 3)]
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_end_mark_may_stand_before_a_languages(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    config = Config.read(given(settings, with_language(made("bart"))))
+    model = cache._load_model(config, LABELS)
+    texts = ["red", "two up is where the dog", "cat left"]
+    with torch.no_grad():
+        batch = model.logits(model.tokenizer(texts, padding=True, return_tensors="pt"))
+        for text, row in zip(texts, batch, strict=True):
+            alone = model.logits(model.tokenizer([text], return_tensors="pt"))[0]
+            assert torch.allclose(row, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nystromformer",
+            r"model\.path = .*its forward pass raises RuntimeError: .*\.py, line \d+",
+        ),
+        ("ibert", r"lora\.target-modules: this model has no linear module that PEFT adapts"),
+    ],
+)
+def test_what_a_models_own_code_raises_is_one_line_of_doctors_and_the_runs(
+    settings: Settings, made: Callable[..., str], name: str, says: str
+) -> None:
+    asked = given(settings, made(name)) | {"evaluate.baselines": False}
+    (problem,) = check(asked)
+    assert re.search(says, problem)
+    assert "\n" not in problem
+    with pytest.raises(ModelError, match=says):
+        simulate(asked)
+
+
+def test_a_model_that_transformers_has_no_classifier_of_is_named_by_its_kind(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    (problem,) = check(given(settings, made("codegen")))
+    assert problem.endswith("is a codegen, of which transformers has no sequence classifier")
+    (problem,) = check(given(settings, made("t5"), "causal-lm"))
+    assert problem.endswith("is a t5, of which transformers has no causal language model")
+
+
+def test_a_model_without_a_table_of_tokens_is_trained(
+    settings: Settings, made: Callable[..., str]
+) -> None:
+    assert not check(given(settings, made("canine")))
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_what_it_takes_is_measured_of_a_model_that_looks_for_an_end_mark(
+    settings: Settings, made: Callable[..., str], name: str
+) -> None:
+    """Also where a language's mark stands behind it; and synthetic rows, DP's check, have one."""
+    path = with_language(made(name))
+    config = Config.read(given(settings, path) | {"data.max-length": 20})
+    model = cache._load_model(config, LABELS)
+    assert footprint(model, config).more > 0
+    rows = made_up(model)
+    assert rows.lengths.tolist() == [*SYNTHETIC]
+    assert all(ids[-2:].tolist() == [2, 3] for ids in rows.ids.split(rows.lengths.tolist()))
+
+
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("bert", 64), ("roberta", 63), ("gpt2", 64), ("bart", 64), ("llama", None), ("t5", None)],
+    [
+        *(("bert", 64), ("roberta", 63), ("gpt2", 64), ("bart", 64), ("llama", None), ("t5", None)),
+        *(("deberta-v2", 64), ("falcon", None), ("bloom", None), ("xlnet", None)),
+        *((name, 64) for name in FIXED_LENGTH),
+    ],
 )
 def test_texts_are_cut_where_a_models_positions_end(
     settings: Settings, made: Callable[..., str], name: str, most: int | None
 ) -> None:
-    config = Config.read(given(settings, made(name)) | {"data.max-length": 100})
-    model = cache._load_model(config, LABELS)
+    task = "causal-lm" if name in FIXED_LENGTH else "classification"  # CodeGen is no classifier
+    config = Config.read(given(settings, made(name), task) | {"data.max-length": 100})
+    model = cache._load_model(config, LABELS if task == "classification" else ())
     assert positions(model.peft.get_base_model()) == most
     assert model.longest(100) == (most or 100)
     ids = torch.full((1, model.longest(100)), 5)
@@ -354,3 +437,15 @@ def test_texts_are_cut_where_a_models_positions_end(
             .isfinite()
             .all()
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("gpt-j", "cut at 64 tokens"), ("llama", "beyond the 64 positions that"), ("falcon", "")],
+)
+def test_doctor_says_what_a_length_beyond_a_models_positions_comes_to(
+    settings: Settings, made: Callable[..., str], name: str, says: str
+) -> None:
+    config = Config.read(given(settings, made(name), "causal-lm") | {"data.max-length": 100})
+    found = [str(f) for f in _model(config, cache._load_model(config, ()))]
+    assert says in str(found) if says else "positions" not in str(found)

@@ -81,6 +81,27 @@ def test_ordered_categories_keep_their_order_and_others_are_by_the_alphabet(tmp_
     assert classes(table, "text") == ()
 
 
+@pytest.mark.parametrize("beside", ["map", "fixed"])
+def test_numbered_classes_keep_their_order_beside_a_column_that_is_left_out(
+    tmp_path: Path, beside: str
+):
+    numbered(9).to_parquet(tmp_path / "a.parquet")
+    whole = pa.parquet.read_table(tmp_path / "a.parquet")
+    odd = {"map": pa.array([[("a", 1)]] * 9, pa.map_("string", "int64")),
+           "fixed": pa.array([b"ab"] * 9, pa.binary(2))}[beside]  # fmt: skip
+    pa.parquet.write_table(whole.append_column("odd", odd), tmp_path / "b.parquet")
+    assert corpus_of(tmp_path / "b.parquet").labels == corpus_of(tmp_path / "a.parquet").labels
+    assert corpus_of(tmp_path / "b.parquet").labels[0] == "zeta"
+
+
+def test_an_order_of_numbers_that_parquet_does_not_keep_is_said(tmp_path: Path):
+    label = pd.Categorical([3, 1, 2] * 10, [3, 1, 2], ordered=True)
+    frame = pd.DataFrame({"text": [f"t{i}" for i in range(30)], "label": label})
+    frame.to_parquet(tmp_path / "a.parquet")
+    (source,) = corpus_of(tmp_path / "a.parquet").account.sources
+    assert source.notes == ("the order of label's categories is not in the file: data.labels",)
+
+
 # -- directories ------------------------------------------------------------------------------
 
 FEATURES = Features(

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_excel_s_own_line_states_the_separator(tmp_path):
     assert len(rows_of(file)) == 12
     file.write_text("sep=;\n" + table(PAIRS, ";") + "short\n")
     assert "line 15 has 1" in refusal(file)
+    file.write_text("sep=;\n" + table(PAIRS, ";") + '"stray;a\n')
+    assert "line 15: a quotation mark there does not pair" in refusal(file)
+    file.write_text(table(PAIRS, "^"))
+    assert "set data.separator" in refusal(file)
+    assert len(rows_of(file, separator="^")) == 12
+    file.write_text("sep=;\r" + table(PAIRS, ";").replace("\r\n", "\r"), newline="")
+    assert len(rows_of(file)) == 12
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
@@ -143,6 +151,77 @@ def test_two_stray_marks_swallow_no_rows(tmp_path):
     assert len(rows_of(tmp_path / "rows.tsv")) == 12
 
 
+QUOTED = {
+    "comma": '"a, b and c",flu',
+    "lines": '"two\nlines",flu',
+    "letter": '"Dear A,\nhello",flu',
+}
+
+
+@pytest.mark.parametrize("elsewhere", QUOTED.values(), ids=QUOTED)
+@pytest.mark.parametrize("mark", ",;\t")
+@pytest.mark.parametrize("lines", [1, 30])
+def test_a_stray_pair_beside_cells_that_need_their_marks_swallows_no_rows(
+    tmp_path, elsewhere, mark, lines
+):
+    """The lines between two stray marks are rows each, and one row where the marks count."""
+    rows = [f"patient {i},{('flu', 'asthma', 'cold')[i % 3]}" for i in range(60)]
+    rows[2], rows[3] = '"a, b",flu', elsewhere
+    rows[10], rows[10 + lines] = '"5 ml at noon,flu', 'height 7",flu'
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["text,label", *rows]).replace(",", mark) + "\n")
+    first = 12 + elsewhere.count("\n")
+    assert f"line {first}: read with its quotation marks this row ends in line {first + lines}" in (
+        refusal(file)
+    )
+    rows[10], rows[10 + lines] = "5 ml at noon,flu", 'height 7",flu'
+    file.write_text("\n".join(["text,label", *rows]).replace(",", mark) + "\n")
+    assert len(rows_of(file)) == 60
+
+
+def test_a_stray_pair_between_texts_is_refused_when_long_and_told_of_when_short(tmp_path):
+    rows = [f"question {i},answer {i}" for i in range(60)]
+    rows[3] = '"a, b and c",an answer'
+    file = tmp_path / "rows.csv"
+    found = []
+    for last in (12, 40):
+        new = [*rows]
+        new[10], new[last] = f'"{rows[10]}', rows[last].replace(",", '",')
+        file.write_text("\n".join(["text,label", *new]) + "\n")
+        try:
+            notes = corpus_of(file, "causal-lm", response="label").account.sources[0].notes
+            found.append(notes[-1])
+        except DataError as e:
+            found.append(str(e))
+    told, refused = found
+    assert told == "1 rows of several lines, 1 of them of lines with 2 fields each, the first " \
+        "from 12 to 14"  # fmt: skip
+    assert "this row ends in line 42" in refused
+
+
+def test_a_letter_s_lines_are_one_cell_though_each_holds_one_separator(tmp_path):
+    letters = [(f"Dear Ann,\nit is {i}, and\nyours", "ab"[i % 2]) for i in range(6)]
+    letters += [(f"Dear Bob,\n{i} came", "ab"[i % 2]) for i in range(6)]
+    (tmp_path / "rows.csv").write_text(table([*letters, *PAIRS]))
+    assert set(letters) < set(zip(*rows_of(tmp_path / "rows.csv").columns[:2], strict=True))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_that_were_put_together_have_one_header(tmp_path, mark, end):
+    file = tmp_path / "rows.csv"
+    parts = [mark + table(PAIRS[:5]), mark + table(PAIRS[5:]), mark + table(PAIRS[:0])]
+    file.write_text("".join(parts).replace("\r\n", end), newline="")
+    corpus = corpus_of(file)
+    assert corpus.labels == ("a", "b")
+    (left,) = corpus.account.sources[0].left
+    assert (left.why, left.rows, left.first) == ("that repeat the header", 2, (7, 15))
+    assert corpus.account.sources[0].read == 14
+    lines = "".join(mark + json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    assert sorted(rows_of(tmp_path / "rows.jsonl").text) == sorted(t for t, _ in PAIRS)
+
+
 def test_a_row_of_several_lines_is_one_row_and_told_of(tmp_path):
     pairs = [*PAIRS, ("Dear doctor,\n\nwe saw, and\nwrote.\n", "a"), ("last", "b")]
     (tmp_path / "rows.csv").write_text(table(pairs))
@@ -189,8 +268,27 @@ def test_a_byte_that_is_not_of_the_encoding_is_told_by_its_line(tmp_path):
     file.write_bytes(table([*PAIRS[:3], ("na\u00efve", "a"), *PAIRS]).encode("cp1252"))
     assert "line 5: byte 0xef is not utf-8; set data.encoding" in refusal(file)
     assert "na\u00efve" in rows_of(file, encoding="cp1252").text
-    file.write_bytes(table().encode("utf-16-le"))
-    assert "utf-16" in refusal(file)
+    for text in (table(), table([("na\u00efve", "a"), *PAIRS])):
+        file.write_bytes(text.encode("utf-16-le"))
+        assert "utf-16" in refusal(file)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_an_encoding_under_which_letters_would_be_two_is_refused(tmp_path, encoding):
+    file = tmp_path / "rows.csv"
+    file.write_text(table([("na\u00efve", "a"), *PAIRS]), encoding="utf-8")
+    assert 'set data.encoding = "utf-8"' in refusal(file, encoding=encoding)
+    file.write_bytes(table([("na\u00efve", "a"), *PAIRS]).encode(encoding))
+    assert "na\u00efve" in rows_of(file, encoding=encoding).text
+    file.write_text(table())
+    assert len(rows_of(file, encoding=encoding)) == 12
+
+
+@pytest.mark.parametrize("suffix", ["ndjson", "jsonlines"])
+def test_json_lines_have_other_suffixes_too(tmp_path, suffix):
+    lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / f"rows.{suffix}").write_text(lines)
+    assert len(rows_of(tmp_path / f"rows.{suffix}")) == 12
 
 
 def zipped(content: bytes, name: str, at: Path) -> None:
@@ -213,6 +311,10 @@ def test_a_compressed_file_is_read_as_what_it_holds(
 def test_an_archive_holds_one_file(tmp_path):
     lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
     zipped(lines.encode(), "inner/rows.jsonl", tmp_path / "rows.zip")
+    assert len(rows_of(tmp_path / "rows.zip")) == 12
+    with zipfile.ZipFile(tmp_path / "rows.zip", "a") as archive:
+        archive.writestr("__MACOSX/inner/._rows.jsonl", "x")
+        archive.writestr("inner/.DS_Store", "x")
     assert len(rows_of(tmp_path / "rows.zip")) == 12
     with zipfile.ZipFile(tmp_path / "rows.zip", "a") as archive:
         archive.writestr("more.jsonl", lines)
@@ -265,6 +367,7 @@ def test_json_lines_and_a_json_list_hold_the_same_rows(rows):
         ("[1, 2]", "line 3: must be an object"),
         ('{"text": "a", "text": "b", "label": "a"}', "line 3: 'text' is there twice"),
         ("[" * 100_000, "line 3"),
+        ('{"text": "bad \\ud83d", "label": "a"}', "line 3: half of a surrogate pair"),
     ],
 )
 def test_a_line_that_is_no_object_is_refused_by_its_number(tmp_path, line, says):
@@ -289,6 +392,37 @@ def test_nested_columns_go_by_dotted_names(tmp_path, kind):
     said = rows_of(file, "causal-lm", prompt="{id}: {meta.body.text}", response="meta.label")
     assert "3: text 3" in said.text
     assert 'did you mean "meta.label"' in refusal(file, text="meta.body.text", label="meta.lable")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [{"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}, {"data": [{"text": "a"}]}],
+)
+def test_one_object_of_columns_is_refused_with_what_to_write(tmp_path, whole):
+    (tmp_path / "rows.json").write_text(json.dumps(whole))
+    assert "write one object a row" in refusal(tmp_path / "rows.json")
+
+
+def test_a_name_that_is_an_object_s_too_is_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+
+    def written(*rows: object) -> Path:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows * 6))
+        return file
+
+    mixed = [{"text": "t", "label": "a"}, {"text": "u", "label": {"name": "b"}}]
+    assert "'label' is an object in line 2 and none in line 1" in refusal(written(*mixed))
+    double = {"text": "t", "label": "a", "meta.label": "b", "meta": {"label": "a"}}
+    assert "line 1: 'meta.label' is there as a name and within an object" in refusal(
+        written(double)
+    )
+    rows = [{"text": f"t{i}", "meta": {"label": "ab"[i % 2]} if i else None} for i in range(9)]
+    assert len(rows_of(written(*rows), label="meta.label")) == 48
+    table = pyarrow.Table.from_pylist([double] * 9)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "'meta.label' is there as a name and within a struct" in refusal(
+        tmp_path / "rows.parquet"
+    )
 
 
 @pytest.mark.parametrize("column", [[b"\x00\xff"] * 12, [["a", "b"]] * 12])
@@ -371,6 +505,88 @@ def test_labels_alike_but_for_case_or_space_are_named_and_mapped(tmp_path):
     assert corpus_of(file, labels=("Togo", "Benin", "BENIN")).labels == ("Togo", "Benin", "BENIN")
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "listed"),
+    [
+        ("flu", "flu\u200b", r"flu\u200b"),
+        ("flu", "\u200eflu", r"\u200eflu"),
+        ("flu", "flu\a", r"flu\u0007"),
+        ("covid-19", "covid\u201119", None),
+        ("covid-19", "covid\u201319", None),
+        ("crohn's", "crohn\u2019s", None),
+        ("type 1", "type_1", None),
+        ("type 1", "type\u00a01", r"type\u00a01"),
+        ("-1", "\u22121", None),
+        ("1", "+1", None),
+        ("5%", "5 %", None),
+    ],
+)
+def test_labels_that_look_the_same_are_named_and_the_map_that_is_printed_mends_them(
+    tmp_path, one, other, listed
+):
+    file = labelled(tmp_path / "rows.csv", [one, other, "cold", one] * 5)
+    message = refusal(file)
+    assert f'"{one}" (10 rows), "{listed or other}" (5 rows)' in message
+    (printed,) = tomllib.loads("map = [" + message.split("data.map = [")[1].split("]")[0] + "]")[
+        "map"
+    ]
+    assert corpus_of(file, map=(printed,)).labels == tuple(sorted((one, "cold")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["Benin", "B\u00e9nin", "Togo"], 'the labels "Benin", "B\u00e9nin" differ in accents'),
+        (["flu", "flu.", "cold"], 'the labels "flu", "flu." differ in accents or punctuation'),
+        (["'flu'", "'cold'"], "quotation marks are a part of the label 'cold'"),
+        ([*map(str, range(12)), "NA"], 'all labels are numbers but "NA"'),
+        (["+", "-", "?"], ""),
+        (["+1", "-1", "0"], ""),
+        (["<5", ">5"], ""),
+    ],
+)
+def test_labels_that_may_be_a_mistake_are_noted(tmp_path, labels, says):
+    corpus = corpus_of(labelled(tmp_path / "rows.csv", labels * 3))
+    found = corpus.account.warnings()
+    assert says in found[0] if says else not found
+    assert not corpus_of(tmp_path / "rows.csv", labels=corpus.labels).account.warnings()
+
+
+def test_signed_numbers_and_percentages_are_numbers_and_one_without_a_number_is_last(tmp_path):
+    assert in_order(["+1", "\u22122", "0", "-1"]) == ("\u22122", "-1", "0", "+1")
+    assert in_order(["100%", "5%", "10 %"]) == ("5%", "10 %", "100%")
+    assert in_order(["NA", "10", "9", "1"]) == ("1", "9", "10", "NA")
+    assert in_order(["10", "9", "low", "high"]) == ("10", "9", "high", "low")
+    file = labelled(tmp_path / "rows.csv", [f"{i % 9}.5%" for i in range(60)])
+    assert "9 values from 0.5% to 8.5%, which are no classes" in refusal(file)
+
+
+def test_a_header_is_found_by_what_is_seen_of_it(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(table().replace("label", "label\u200b").replace("text,", "\u200etext,"))
+    assert len(rows_of(file)) == 12
+    lines = "".join(json.dumps({"text": t, "la\u200bbel": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    assert r'did you mean "la\u200bbel"' in refusal(tmp_path / "rows.jsonl")
+
+
+def test_the_clients_of_a_column_are_told_apart_as_labels_are(tmp_path):
+    def of(*sites: str) -> Path:
+        rows = [f"t{i},{'ab'[i % 2]},{sites[i % len(sites)]}" for i in range(40)]
+        (tmp_path / "rows.csv").write_text("\n".join(["text,label,site", *rows]) + "\n")
+        return tmp_path / "rows.csv"
+
+    def clients(file: Path, n: int) -> Corpus:
+        how = {"partition": "natural", "natural_column": "site", "test_size": 0}
+        return load(DataConfig(path=str(file), **how), "classification", n, 0)
+
+    found = clients(of("Benin", "Benin ", "Togo", "nan"), 2)
+    assert [len(c.train) + len(c.test) for c in found.clients] == [20, 10]
+    assert found.account.sources[0].left[0].rows == 10
+    with pytest.raises(DataError, match=r'nearly the same.*"Benin" \(20 rows\), "BENIN"'):
+        clients(of("Benin", "BENIN", "Togo", "Benin"), 2)
+
+
 def test_a_label_that_data_labels_lacks_is_refused_with_the_one_it_nearly_is(tmp_path):
     file = labelled(tmp_path / "rows.csv", ["yes", "no", "YES"] * 5)
     message = refusal(file, labels=("no", "yes"))
@@ -423,3 +639,36 @@ def test_a_directory_s_file_of_the_split_is_read_as_it_is_written(tmp_path):
     (tmp_path / "test.csv").write_text(table([(f"u{i}", f"0{i % 2}") for i in range(4)]))
     assert set(rows_of(tmp_path).label) == {"00", "01"}
     assert set(rows_of(tmp_path, split="test").text) == {"u0", "u1", "u2", "u3"}
+
+
+def test_a_directory_s_files_that_are_not_read_are_named(tmp_path, caplog):
+    (tmp_path / "train.csv").write_text(table())
+    (tmp_path / "test.csv").write_text(table())
+    assert len(rows_of(tmp_path)) == 12
+    assert not caplog.messages
+    (tmp_path / "train_extra.csv").write_text(table())
+    assert len(rows_of(tmp_path)) == 12
+    assert "train_extra.csv: not read" in caplog.messages[0]
+    lines = "".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in PAIRS)
+    (tmp_path / "train.jsonl").write_text(lines)
+    assert "holds train.csv and train.jsonl: name the file itself" in refusal(tmp_path)
+
+
+def test_a_directory_of_two_kinds_of_files_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text(table())
+    pandas.DataFrame(PAIRS, columns=["text", "label"]).to_parquet(tmp_path / "b.parquet")
+    message = refusal(tmp_path)
+    assert "a.csv" in message
+    assert "b.parquet" in message
+
+
+def test_a_parquet_file_without_rows_or_with_a_name_twice_is_told_of(tmp_path):
+    none = pyarrow.table(
+        {"text": pyarrow.array([], "string"), "label": pyarrow.array([], "string")}
+    )
+    pyarrow.parquet.write_table(none, tmp_path / "rows.parquet")
+    assert "it has no rows" in refusal(tmp_path / "rows.parquet")
+    columns = [pyarrow.array(["a", "b"])] * 3
+    double = pyarrow.Table.from_arrays(columns, ["text", "label", "label"])
+    pyarrow.parquet.write_table(double, tmp_path / "rows.parquet")
+    assert "the column 'label' twice" in refusal(tmp_path / "rows.parquet")

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import settings as tried
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fedlora.config.reader import Config
@@ -180,6 +181,21 @@ def test_a_response_that_quotes_the_mark_is_not_cut_there() -> None:
     )
     tokens = made.convert_ids_to_tokens(one(made, "say", "a<|end|>b", chat=True).response)
     assert tokens == ["a", "<|end|>", "b", "<|end|>"]
+
+
+@pytest.mark.parametrize("behind", ["", " </s>", " </s> e"])
+def test_a_prompt_that_ends_with_the_end_mark_keeps_it(behind: str) -> None:
+    """What is taken off a text's end is what the tokenizer itself puts there, and no more."""
+    made = tokenizer("byte-bpe")
+    special = [(t, made.convert_tokens_to_ids(t)) for t in ("</s>", "e")]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A{behind}", special_tokens=special
+    )
+    for prompt in ("say</s>", "say", "</s>"):
+        found = one(made, prompt, " yes")
+        assert found.prompt == made(prompt, add_special_tokens=False)["input_ids"]
+        assert read(made, found.response) == " yes</s>"
+    assert read(made, one(made, "say", " yes</s>").response) == " yes</s>"
 
 
 def test_a_tokenizer_without_an_end_has_none() -> None:

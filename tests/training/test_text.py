@@ -1,6 +1,7 @@
 """Token ids, prompt masks and batches."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fedlora.config.sections import ModelConfig
 from fedlora.errors import DataError
 from fedlora.training.data.batches import (
     IGNORE,
@@ -24,6 +26,7 @@ from fedlora.training.data.batches import (
     steps_in,
 )
 from fedlora.training.data.corpus import Rows
+from fedlora.training.model.loading import load_tokenizer
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[EOS]", "[BOS]", "[UNK]", "<user>", "<model>"]
@@ -296,3 +299,14 @@ def test_evaluation_takes_all_once_and_finds_the_way_back(lengths, size):
     assert seen[order.argsort()].tolist() == list(range(len(lengths)))
     widths = [batch["input_ids"].shape[1] for batch in found]
     assert widths == sorted(widths, reverse=True)
+
+
+def test_a_long_text_is_cut_at_its_end_whatever_side_the_tokenizers_file_says(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    made = PreTrainedTokenizerFast.from_pretrained(tiny["bert"], truncation_side="left")
+    made.save_pretrained(str(tmp_path))
+    loaded = load_tokenizer(ModelConfig(path=str(tmp_path), task="classification"))
+    rows = Rows(("red green blue",), ("a",))
+    ids = encode(rows, loaded, ("a", "b"), max_length=2).ids.tolist()
+    assert loaded.convert_ids_to_tokens(ids) == ["red", "green"]

@@ -44,6 +44,7 @@ from fedlora.training.data.batches import steps_in
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.devices import is_host
+from fedlora.training.model.agreement import trained_for
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import Model
 from fedlora.training.model.stacks import owners
@@ -201,6 +202,11 @@ def _model(config: Config, model: Model) -> Iterator[Finding]:
     if (longest := model.longest(config.data.max_length)) < config.data.max_length:
         text = f"texts are cut at {longest} tokens, which the model has positions for"
         yield Finding("note", text, f"data.max-length is {config.data.max_length}")
+    elif (known := trained_for(base)) and longest > known:
+        text = (
+            f"data.max-length = {longest} is beyond the {known} positions that the model's config"
+        )
+        yield Finding("note", f"{text} states: it can read such texts, and was not trained on any")
 
 
 def _experts(base: Any, model: Model) -> Iterator[Finding]:

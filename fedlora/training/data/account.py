@@ -23,6 +23,7 @@ SHOWN = 5
 EQUAL = "equal to an earlier row"
 ELSEWHERE = "equal to a row of another source"
 UNMATCHED = "that data.line-pattern does not match"
+HEADER = "that repeat the header"
 LIMITED = "beyond data.limit"
 TESTED = "also in the central test"
 OWN_TEST = "also in the client's own test"
@@ -76,6 +77,8 @@ class Account:
     """Of data.labels: those that no row has, before any limit or split."""
     sites: tuple[str, ...] = ()
     """By client: its own source, where data.clients names them."""
+    doubts: tuple[str, ...] = ()
+    """What is odd about the labels, in words."""
 
     @property
     def untrained(self) -> list[str]:
@@ -94,7 +97,7 @@ class Account:
         """What speaks against a run on these rows."""
         none = ", ".join(f'"{name}"' for name in self.unmatched[:8])
         told = [f"data.labels names {none}, and no row has it."] if none else []
-        return [*told, *self._lost()]
+        return [*told, *self.doubts, *self._lost()]
 
     def _lost(self) -> list[str]:
         if not (lost := self.untrained):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora.errors import DataError
 from fedlora.training.data.corpus import Rows
-from fedlora.training.data.seam import pieces
+from fedlora.training.data.seam import pieces, put_behind
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask, labels (and token_type_ids where the tokenizer gives them)."""
@@ -91,7 +91,9 @@ def synthetic(
     """A few examples of random token ids, none of them special: nobody's rows.
 
     `classes` is the number of labels; 0 for causal-lm, of which all but the first token is scored.
-    Each example has one of the lengths, and then `ends` and one token more, where there are any.
+    Each example has one of the lengths, and then `ends` and one token more, where there are any. Of
+    a classification it ends with the end mark of a tokenizer that ends every text: an
+    encoder-decoder reads the class off that.
     """
     generator = torch.Generator().manual_seed(seed)
     known = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
@@ -101,7 +103,9 @@ def synthetic(
         return words[torch.randint(len(words), (n,), generator=generator)].tolist()
 
     end = [*ends, *drawn(1)] if ends else []
-    ids, starts = _flat([[*drawn(n), *end] for n in lengths])
+    mark = put_behind(tokenizer) if classes else []
+    mark = mark if tokenizer.eos_token_id in mark else []
+    ids, starts = _flat([[*drawn(n), *end][: n + len(end) - len(mark)] + mark for n in lengths])
     n, pad = len(lengths), tokenizer.pad_token_id
     pad = tokenizer.eos_token_id or 0 if pad is None else pad
     labels = torch.randint(max(classes, 1), (n,), generator=generator)

@@ -25,7 +25,7 @@ from fedlora.training.data.account import (
     repeats,
     without,
 )
-from fedlora.training.data.labels import check_labels, check_map, labels_of
+from fedlora.training.data.labels import check_labels, check_map, doubts, labels_of
 from fedlora.training.data.partition import partition
 from fedlora.training.data.reading import Task as Task
 from fedlora.training.data.reading import distinct, mapped_of, pairs_of, rows_at, rows_by_code
@@ -109,7 +109,8 @@ def _closed(
     own = tuple(with_each_label(clients, labels))
     account = book.close(labels, test, own, there)
     unmatched = account.absent if data.labels else ()
-    account = replace(account, repeats=repeats(test, own), unmatched=unmatched)
+    odd = () if data.labels else doubts(labels)
+    account = replace(account, repeats=repeats(test, own), unmatched=unmatched, doubts=odd)
     for warning in account.warnings():
         log.warning("%s", warning)
     return Corpus(labels, test, own, account, book)

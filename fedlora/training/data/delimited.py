@@ -6,22 +6,29 @@ separator   data.separator; else the first line "sep=;" of Excel; else the one o
 row         must have as many fields as the header: else it is refused, with its line
 quotation   a cell in quotation marks may hold separators and line ends. Where marks do not pair,
             or reading them as such joins lines that are whole rows by themselves, they are
-            letters in a TSV whose every line has all fields, and an error elsewhere
+            letters in a TSV whose every line has all fields, and an error elsewhere. Each row of
+            several lines is judged by itself: its lines are rows where they have all fields and
+            the very values of a column that has few, or are too many for chance
 """
 
 import csv
 import io
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
+from fedlora.training.data.written import trimmed
+
 SEPARATORS = (",", ";", "\t", "|")
 NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
 SAMPLE = 200
 """Rows by which the separator is found."""
+MANY = 8
+"""Lines with all fields, one after the other, that no text in a single cell has by chance."""
 
 
 class Delimited(NamedTuple):
@@ -30,6 +37,8 @@ class Delimited(NamedTuple):
     columns: dict[str, list[str | None]]
     lines: list[int]
     notes: tuple[str, ...]
+    headers: list[int]
+    """Lines that repeat the header, as where files were put together: no rows."""
 
 
 class _Row(NamedTuple):
@@ -49,8 +58,8 @@ def read_delimited(
     Raises:
         ValueError: it has no header, or rows of another length, or stray quotation marks.
     """
-    stated = re.match(r"sep=(.)\r?\n", text)
-    skipped, body = (1, text[stated.end() :]) if stated else (0, text)
+    stated = re.match(r"sep=(.)(\r\n|\r|\n)", text)
+    body = text[stated.start(2) :] if stated else text  # its line stays, as a blank one
     given = separator or (stated[1] if stated else "")
     with _any_size():
         mark = given or _sniffed(body, asked, usual)
@@ -59,12 +68,14 @@ def read_delimited(
         raise ValueError("it has no header line")
     header, *rows = rows
     names = _names(header.cells)
-    _check_lengths(rows, len(names), mark, skipped)
+    _check_lengths(rows, len(names), mark)
+    again = [row for row in rows if len(names) > 1 and row.cells == header.cells]
+    rows = [row for row in rows if row not in again] if again else rows
     columns: dict[str, list[str | None]] = {
         name: [row.cells[i] for row in rows] for i, name in enumerate(names)
     }
     said = f"separator {NAMES.get(mark, mark)}" + ("" if given else ", found")
-    return Delimited(columns, [row.line + skipped for row in rows], (said, *notes))
+    return Delimited(columns, [row.line for row in rows], (said, *notes), [r.line for r in again])
 
 
 @contextmanager
@@ -113,20 +124,54 @@ def _rows(text: str, mark: str) -> tuple[list[_Row], tuple[str, ...]]:
         return rows, ()
     plain = list(_parsed(text, mark, csv.QUOTE_NONE))
     width = len(plain[0].cells) if plain else 0
-    if width > 1 and all(len(row.cells) == width for row in plain):
-        if mark == "\t":
-            return plain, ("its quotation marks are read as letters",)
-        if not stray:
-            raise ValueError(
-                f"line {joined[0].line}: read with its quotation marks this row ends in line "
-                f"{joined[0].last}, though every line has all {width} fields by itself; double "
-                'each mark that is part of a text, as in "he said ""no""", or write JSONL'
-            )
+    whole = width > 1 and all(len(row.cells) == width for row in plain)
+    if whole and mark == "\t":
+        return plain, ("its quotation marks are read as letters",)
     if stray:
         raise stray
-    first = joined[0]
-    return rows, (
-        f"{len(joined)} rows of several lines, the first from {first.line} to {first.last}",
+    return rows, (_told_of(rows, joined, plain, whole),)
+
+
+def _told_of(
+    rows: Sequence[_Row], joined: Sequence[_Row], plain: Sequence[_Row], whole: bool
+) -> str:
+    """A note on the rows of several lines.
+
+    Raises:
+        ValueError: a pair of stray marks made one of them.
+    """
+    width, starts = len(rows[0].cells), [row.line for row in plain]
+    known = _few_values(rows, width)
+    doubtful = []
+    for row in joined:
+        lines = plain[bisect_left(starts, row.line) : bisect_right(starts, row.last)]
+        if any(len(x.cells) != width for x in lines) or len(lines) < 2:
+            continue
+        like = (sum(x.cells[i] in values for x in lines) - 1 for i, values in known.items())
+        if len(lines) >= MANY or any(2 * n >= len(lines) - 1 for n in like):
+            raise ValueError(_joins(row, width))
+        doubtful.append(row)
+    if whole and doubtful and not known:
+        raise ValueError(_joins(doubtful[0], width))
+    first = (doubtful or joined)[0]
+    of_rows = f", {len(doubtful)} of them of lines with {width} fields each" if doubtful else ""
+    return (
+        f"{len(joined)} rows of several lines{of_rows}, the first from {first.line} to {first.last}"
+    )
+
+
+def _few_values(rows: Sequence[_Row], width: int) -> dict[int, set[str]]:
+    """The columns of labels and their kind, by their place, with the values of one-line rows."""
+    single = [row.cells for row in rows[1:] if row.last == row.line and len(row.cells) == width]
+    values = {i: {cells[i] for cells in single} - {""} for i in range(width)}
+    return {i: x for i, x in values.items() if 0 < 2 * len(x) <= len(single)}
+
+
+def _joins(row: _Row, width: int) -> str:
+    return (
+        f"line {row.line}: read with its quotation marks this row ends in line {row.last}, though "
+        f"each of these lines has all {width} fields by itself; double each mark that is part of a "
+        'text, as in "he said ""no""", or write JSONL'
     )
 
 
@@ -141,7 +186,7 @@ def _sniffed(text: str, asked: Sequence[str], usual: str) -> str:
             return (0.0,)
         if not rows:
             return (0.0,)
-        header = [name.strip() for name in rows[0]]
+        header = [trimmed(name) for name in rows[0]]
         alike = sum(len(row) == len(header) for row in rows) / len(rows)
         return sum(name in header for name in asked), len(header) > 1, alike, len(header)
 
@@ -149,17 +194,18 @@ def _sniffed(text: str, asked: Sequence[str], usual: str) -> str:
 
 
 def _names(header: Sequence[str]) -> list[str]:
-    """The header's names without the space around them; "column 3" for one that is empty."""
-    names = [name.strip() or f"column {i}" for i, name in enumerate(header, 1)]
+    """The header's names without the space, and what is not seen, around them; "column 3" for one
+    that is empty."""
+    names = [trimmed(name) or f"column {i}" for i, name in enumerate(header, 1)]
     if double := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"its header has the column {min(double)!r} twice; rename one")
     return names
 
 
-def _check_lengths(rows: Sequence[_Row], width: int, mark: str, skipped: int) -> None:
+def _check_lengths(rows: Sequence[_Row], width: int, mark: str) -> None:
     wrong = [row for row in rows if len(row.cells) != width]
     if wrong:
-        places = ", ".join(f"line {r.line + skipped} has {len(r.cells)}" for r in wrong[:5])
+        places = ", ".join(f"line {r.line} has {len(r.cells)}" for r in wrong[:5])
         more = ", ..." if len(wrong) > 5 else ""
         raise ValueError(
             f"{len(wrong)} of {len(rows)} rows do not have the header's {width} fields: {places}"

@@ -21,7 +21,8 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".bz2": bz2.decompress,
 }
-TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+JSON = (".jsonl", ".json", ".ndjson", ".jsonlines")
+TEXTS = (*JSON, ".csv", ".tsv")
 KINDS = (*TEXTS, ".txt", ".parquet", ".zip")
 """Suffixes of files of rows."""
 OTHERS = {
@@ -45,6 +46,10 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Byte-order marks; a longer one before one that it begins with."""
+ONE_BYTE = ("latin-1", "latin1", "iso-8859-1", "iso-8859-15", "cp1252", "windows-1252")
+"""Encodings of one byte a letter, in which any file decodes."""
+LATER_MARK = re.compile("(^|[\r\n])\ufeff+")
+"""A byte-order mark at the beginning of a line: where files were put together."""
 
 
 def unpacked(place: Path) -> tuple[str, bytes]:
@@ -83,7 +88,7 @@ def _damage() -> Iterator[None]:
 
 def _of_zip(content: bytes) -> tuple[str, bytes]:
     with _damage(), zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = [n for n in archive.namelist() if not n.endswith("/") and "__MACOSX" not in n]
+        names = [n for n in archive.namelist() if _is_rows(n)]
         found = [archive.read(name) for name in names[:1]]
     if len(names) != 1:
         raise ValueError(
@@ -92,8 +97,14 @@ def _of_zip(content: bytes) -> tuple[str, bytes]:
     return Path(names[0]).suffix.lower(), found[0]
 
 
+def _is_rows(name: str) -> bool:
+    """Is it no directory, and nothing that a Mac's Finder put there?"""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not name.endswith("/") and not hidden
+
+
 def decoded(content: bytes, encoding: str) -> tuple[str, str]:
-    """A file's text without its byte-order mark, and its encoding: by its mark, else as given.
+    """A file's text without its byte-order marks, and its encoding: by its mark, else as given.
 
     Raises:
         ValueError: a byte is not of that encoding; says in which line.
@@ -103,6 +114,13 @@ def decoded(content: bytes, encoding: str) -> tuple[str, str]:
         if content.startswith(start):
             raise ValueError(f"it is no text but {what}")
     found = next((name for mark, name in MARKS.items() if content.startswith(mark)), encoding)
+    if found.lower().replace("_", "-") in ONE_BYTE and _is_utf_8(content):
+        raise ValueError(
+            f"data.encoding is {found}, and the whole file is UTF-8 with letters of several bytes: "
+            'set data.encoding = "utf-8"'
+        )
+    if found.lower().startswith("utf-8") and b"\0" in content[:1000]:
+        raise ValueError(f"it is not {found}: set data.encoding (utf-16-le or utf-16-be?)")
     try:
         text = content.decode(found)
     except UnicodeDecodeError as e:
@@ -113,7 +131,16 @@ def decoded(content: bytes, encoding: str) -> tuple[str, str]:
         ) from None
     if "\0" in text[:1000]:
         raise ValueError(f"it is not {found}: set data.encoding (utf-16-le or utf-16-be?)")
-    return text.removeprefix("\ufeff"), found
+    return LATER_MARK.sub(r"\1", text), found
+
+
+def _is_utf_8(content: bytes) -> bool:
+    """Is it UTF-8, and more than ASCII? A text of another encoding is so by no chance."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return not content.isascii()
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

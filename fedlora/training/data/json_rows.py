@@ -38,8 +38,27 @@ def read_json(text: str) -> JsonRows:
     for number, row in zip(numbers, found, strict=True):
         if not isinstance(row, dict):
             raise ValueError(f"{unit} {number}: must be an object with the columns, is {row!r:.40}")
-    columns, lists = _columns(found)
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{unit} {number}: half of a surrogate pair, as \\ud83d alone, is no letter"
+            ) from None
+    if len(found) == 1 and found[0] and all(map(_is_column, found[0].values())):
+        first = next(iter(found[0]))
+        raise ValueError(
+            f"{unit} 1: it is one object, of columns or a list of rows under {first!r}; "
+            "write one object a row (pandas: orient='records', lines=True)"
+        )
+    columns, lists = _columns(found, [f"{unit} {n}" for n in numbers])
     return JsonRows(columns, numbers, unit, lists)
+
+
+def _is_column(value: Any) -> bool:
+    """Is it a column by its rows' numbers, or a list of rows?"""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdigit() for key in value)
+    return isinstance(value, list) and all(isinstance(x, dict) for x in value)
 
 
 def _loads(text: str) -> Any:
@@ -62,25 +81,44 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _columns(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]], places: Sequence[str]
 ) -> tuple[dict[str, list[str | None]], frozenset[str]]:
+    """places: where each row stands, for a message."""
     columns: dict[str, list[str | None]] = {}
     lists: set[str] = set()
+    objects: dict[str, int] = {}
     for i, row in enumerate(rows):
-        for name, value in _flat(row):
+        flat = _flat(row, objects, i)
+        if len({name for name, _ in flat}) < len(flat):
+            names = [name for name, _ in flat]
+            double = max(names, key=names.count)
+            raise ValueError(f"{places[i]}: {double!r} is there as a name and within an object")
+        for name, value in flat:
             if isinstance(value, list):
                 lists.add(name)
             if name not in columns:
                 columns[name] = [None] * len(rows)
             columns[name][i] = _text(value)
+    for name in objects.keys() & columns.keys():
+        if (other := next((i for i, x in enumerate(columns[name]) if x is not None), None)) is None:
+            del columns[name]  # an object that is null in some rows
+        else:
+            raise ValueError(
+                f"{name!r} is an object in {places[objects[name]]} and none in {places[other]}: "
+                "write it alike in all rows"
+            )
     return columns, frozenset(lists)
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(
+    row: Mapping[str, Any], objects: dict[str, int], at: int, prefix: str = ""
+) -> list[tuple[str, Any]]:
+    """The row's values by dotted names; `objects` gets the names of objects, and the first row."""
     found = []
     for name, value in row.items():
         if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}.")
+            objects.setdefault(f"{prefix}{name}", at)
+            found += _flat(value, objects, at, f"{prefix}{name}.")
         else:
             found.append((f"{prefix}{name}", value))
     return found

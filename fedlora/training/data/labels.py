@@ -1,20 +1,24 @@
 """The labels of a classification: which there are, and in which order."""
 
 import difflib
-import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from decimal import Decimal
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import quoted
-
-WHOLE = re.compile(r"-?\d+(\.0*)?")
-NUMBER = re.compile(r"-?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d{1,3})?")
+from fedlora.training.data.written import (
+    NUMBER,
+    WHOLE,
+    alike,
+    folded,
+    near,
+    shown,
+    size,
+    told,
+    trimmed,
+)
 
 
 def as_label(value: str) -> str:
@@ -23,7 +27,7 @@ def as_label(value: str) -> str:
     A NaN that went through a text file is no class. "NA", "None" and "null" are labels.
     """
     stripped = value.strip()
-    return "" if stripped.casefold() == "nan" else stripped
+    return "" if stripped.casefold() == "nan" or not trimmed(stripped) else stripped
 
 
 def labels_of(rows: Rows, data: DataConfig) -> tuple[str, ...]:
@@ -53,15 +57,36 @@ def labels_of(rows: Rows, data: DataConfig) -> tuple[str, ...]:
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels: numbers in their order, else as texts."""
+    """The distinct labels: numbers by their size, with those few that are none behind them; else as
+    texts."""
     found = set(labels)
-    numbers = all(NUMBER.fullmatch(x) for x in found)
-    return tuple(sorted(found, key=lambda x: (_size(x), x)) if numbers else sorted(found))
+    others = _no_numbers(found)
+    if 4 * len(others) > len(found):
+        return tuple(sorted(found))
+    numbers = sorted(found - others, key=lambda x: (size(x), x))
+    return (*numbers, *sorted(others))
 
 
-def _size(number: str) -> Decimal:
-    """Of a number with a point, or with a comma as some languages write it."""
-    return Decimal(number.replace(",", "."))
+def _no_numbers(labels: Collection[str]) -> set[str]:
+    return {x for x in labels if not NUMBER.fullmatch(x)}
+
+
+def doubts(labels: Sequence[str]) -> tuple[str, ...]:
+    """What a user should look at before labels like these are trained on."""
+    found = []
+    for names in alike(labels)[:5]:
+        pair = ", ".join(f'"{shown(x)}"' for x in names)
+        found.append(f"the labels {pair} differ in accents or punctuation alone (data.map).")
+    marked = [x for x in labels if len(x) > 2 and folded(x)[:1] == folded(x)[-1:] in ("'", '"')]
+    if marked:
+        found.append(f"quotation marks are a part of the label {marked[0]} (data.map).")
+    others = _no_numbers(labels)
+    if others and 4 * len(others) <= len(labels):
+        found.append(
+            f"all labels are numbers but {quoted(others)}: a class of its own, behind them; where "
+            "it stands for none, leave its rows out."
+        )
+    return tuple(found)
 
 
 def _check_stated(rows: Rows, data: DataConfig) -> None:
@@ -86,27 +111,31 @@ def _check_numbers(labels: Sequence[str], data: DataConfig) -> None:
 
 
 def _check_near(rows: Rows, data: DataConfig) -> None:
-    """No two labels may differ in case, inner space or form of writing alone."""
+    """No two labels may differ in case, space, dashes, marks or form of writing alone."""
     count = Counter(rows.label)
-    alike: dict[str, list[str]] = {}
-    for name in count:
-        alike.setdefault(_folded(name), []).append(name)
-    near = [sorted(names, key=lambda x: (-count[x], len(x), x)) for names in alike.values()]
-    near = sorted(names for names in near if len(names) > 1)
-    if near:
-        told = "; ".join(", ".join(f'"{x}" ({count[x]} rows)' for x in names) for names in near[:5])
-        pairs = [f"{x}={names[0]}" for names in near[:5] for x in names[1:]]
+    if groups := near(count):
+        pairs = [shown(f"{x}={names[0]}") for names in groups[:5] for x in names[1:]]
+        mend = ", ".join(f'"{pair}"' for pair in pairs)
         raise DataError(
-            f'data.label = "{data.label}" has labels that are nearly the same: {told}. '
-            f"data.map = {json.dumps(pairs, ensure_ascii=False)} brings them together; to keep "
+            f'data.label = "{data.label}" has labels that are nearly the same: '
+            f"{told(groups, count)}. data.map = [{mend}] brings them together; to keep "
             "them apart state all labels in data.labels"
         )
 
 
-def _folded(name: str) -> str:
-    if NUMBER.fullmatch(name):
-        return str(_size(name).normalize())
-    return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
+def check_clients(values: Sequence[str], data: DataConfig) -> None:
+    """No two values of data.natural-column, each a client, may be nearly the same.
+
+    Raises:
+        DataError: they are.
+    """
+    count = Counter(values)
+    if groups := near(count):
+        raise DataError(
+            f'data.natural-column = "{data.natural_column}" has values that are nearly the same, '
+            f"and would be clients each: {told(groups, count)}; write them alike, or name a "
+            "column whose values differ"
+        )
 
 
 def check_map(
@@ -123,12 +152,12 @@ def check_map(
     if not unused:
         return
     count = Counter(values)
-    near = [x for x in count if _folded(x) == _folded(unused[0])]
-    near += difflib.get_close_matches(unused[0], count.keys() - set(near), n=3, cutoff=0.75)
-    told = ", ".join(f'"{x}" ({count[x]} rows)' for x in near)
+    close = [x for x in count if folded(x) == folded(unused[0])]
+    close += difflib.get_close_matches(unused[0], count.keys() - set(close), n=3, cutoff=0.75)
+    listed = ", ".join(f'"{shown(x)}" ({count[x]} rows)' for x in close)
     raise DataError(
-        f'{key}: "{unused[0]}" is no value of that column; '
-        + (f"near it is {told}; " if near else "")
+        f'{key}: "{shown(unused[0])}" is no value of that column; '
+        + (f"near it is {listed}; " if close else "")
         + f"it has {quoted(values)}"
     )
 
@@ -142,11 +171,10 @@ def check_labels(rows: Rows, labels: Sequence[str], path: str, whose: str = "the
     unknown = Counter(label for label in rows.label if label not in set(labels))
     if labels and unknown:
         name, count = unknown.most_common(1)[0]
-        near = [x for x in labels if _folded(x) == _folded(name)]
-        mend = (
-            f'rename it with data.map = ["{name}={near[0]}"]' if near else "rename it with data.map"
-        )
+        close = [x for x in labels if folded(x) == folded(name)]
+        mend = "rename it with data.map"
+        mend += f' = ["{shown(name)}={close[0]}"]' if close else ""
         raise DataError(
-            f'{path} has the label "{name}" in {count} rows, which {whose} does not know: '
+            f'{path} has the label "{shown(name)}" in {count} rows, which {whose} does not know: '
             f"it has {quoted(labels)}; {mend}, or leave those rows out"
         )

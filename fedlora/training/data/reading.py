@@ -9,8 +9,8 @@ from datasets import Dataset
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data import row_units
-from fedlora.training.data.account import EQUAL, UNMATCHED, Book, empty
-from fedlora.training.data.labels import as_label, check_map
+from fedlora.training.data.account import EQUAL, HEADER, UNMATCHED, Book, empty
+from fedlora.training.data.labels import as_label, check_clients, check_map
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, classes, column, prompts, read
 from fedlora.training.user_code import called, find
@@ -112,7 +112,10 @@ def _rows_of(
     if own_map:
         check_map(renames, renames.keys() & set(mapped), mapped, own_map)
     if key == "data.path" and data.partition == "natural":
-        group = column(table, path, "data.natural-column", data.natural_column)
+        group = [
+            as_label(x) for x in column(table, path, "data.natural-column", data.natural_column)
+        ]
+        check_clients([x for x in group if x], data)
         needed.append(_Needed(data.natural_column, group))
     units: tuple[bytes, ...] = ()
     if book.units and data.unit_column:
@@ -121,11 +124,14 @@ def _rows_of(
         units = row_units.by_value(who)
     elif book.units:
         units = row_units.by_row(table)
-    numbers = book.read(path, [*table.lines, *table.unmatched], table.unit, table.notes)
-    book.leave(UNMATCHED, numbers[len(table.lines) :])
+    beside = [*table.unmatched, *table.headers]
+    numbers = book.read(path, [*table.lines, *beside], table.unit, table.notes)
+    read, matched = len(table.lines), len(table.lines) + len(table.unmatched)
+    book.leave(UNMATCHED, numbers[read:matched])
+    book.leave(HEADER, numbers[matched:])
     own = (renames.get(x, x) for x in map(as_label, classes(table, data.label)))
     rows = Rows(
-        *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[: len(table.lines)]),
+        *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[:read]),
         unit=units,
         classes=tuple(dict.fromkeys(own)),
     )

@@ -51,8 +51,9 @@ def pieces(
     options = {"add_special_tokens": not chat_template, "verbose": False}
     asked = tokenizer(list(prompts), **options)["input_ids"]
     said = tokenizer(list(wholes), **options)["input_ids"]
+    added = 0 if chat_template else len(_ending(tokenizer))
     for (prompt, whole), before, ids in zip(texts, asked, said, strict=True):
-        before, ids = _unended(before, tokenizer), _unended(ids, tokenizer)
+        before, ids = before[: len(before) - added], ids[: len(ids) - added]
         straddled = ids[: len(before)] != before
         response = ids[len(before) :]
         if straddled:
@@ -87,17 +88,29 @@ def _mark(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> tuple[int 
 
 
 def _ended(response: list[int], mark: int | None, marks: int) -> list[int]:
-    """The response up to its end mark, which is put there where the template does not."""
+    """The response up to its end mark, which is put there where nothing else did."""
     if mark is None:
+        return response
+    if not marks and response[-1:] == [mark]:
         return response
     at = [i for i, token in enumerate(response) if token == mark]
     return response[: at[-marks] + 1] if marks and len(at) >= marks else [*response, mark]
 
 
-def _unended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without the end mark of a tokenizer that ends every text."""
-    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    return ids[:-1] if len(ids) > 1 and ids[-1] is not None and ids[-1] in ends else ids
+def put_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer itself puts behind every text."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ends = range(len(whole), len(bare) - 1, -1)
+    end = next((n for n in ends if whole[n - len(bare) : n] == bare), len(whole))
+    return whole[end:]
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The same, of a tokenizer that ends every text with an end mark; of others none."""
+    behind = put_behind(tokenizer)
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return behind if ends.intersection(behind) else []
 
 
 def _continuation(

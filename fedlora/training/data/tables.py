@@ -40,9 +40,11 @@ from pyarrow import parquet
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.delimited import read_delimited
-from fedlora.training.data.files import KINDS, TEXTS, decoded, kind_of, matched, unpacked
+from fedlora.training.data.files import JSON, KINDS, TEXTS, decoded, kind_of, matched, unpacked
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
+from fedlora.training.data.parquet_schema import numbered, ordered_by_pandas, schema_of
+from fedlora.training.data.written import shown
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Table:
     """What `lines` counts: "line" or "row"."""
     unmatched: Sequence[int] = ()
     """Lines that data.line-pattern does not match, which are no rows of it."""
+    headers: Sequence[int] = ()
+    """Lines that repeat the header, which are no rows either."""
     notes: tuple[str, ...] = ()
     """How it was read."""
     lists: frozenset[str] = frozenset()
@@ -69,6 +73,8 @@ class Table:
     def of(cls, cells: Dataset) -> "Table":
         """A data set, whose rows are counted. A column of structs gives columns "meta.label"."""
         if any(isinstance(feature, dict) for feature in cells.features.values()):
+            if double := [n for n in cells.features if "." in n and _inside(cells.features, n)]:
+                raise ValueError(f"{double[0]!r} is there as a name and within a struct")
             cells = cells.flatten()
         return cls(cells, range(1, len(cells) + 1))
 
@@ -79,6 +85,14 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.cells)
+
+
+def _inside(features: Mapping[str, Any], name: str) -> bool:
+    """Has a column of structs a field of this dotted name?"""
+    found: Any = features
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found is not None
 
 
 def read(data: DataConfig, key: str, path: str) -> Table:
@@ -111,7 +125,9 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
     """
     if name not in table.names:
         near = difflib.get_close_matches(name, table.names, n=1, cutoff=0.5)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
+        hint = f'; did you mean "{shown(near[0])}"?' if near else ""
+        if len(table.names) == 1 and name in table.names[0]:
+            hint += "; if another separator parts them set data.separator"
         raise DataError(
             f'{key} = "{name}": {where} has no such column, only {quoted(table.names)}{hint}'
         )
@@ -173,8 +189,9 @@ def _in_prompt(prompt: str) -> list[str]:
 
 def quoted(names: Iterable[str]) -> str:
     """The distinct names, sorted, for a message: the first eight of many."""
-    shown = sorted(set(names))
-    return ", ".join(f'"{name}"' for name in shown[:8]) + (", ..." if len(shown) > 8 else "")
+    every = sorted(set(names))
+    listed = ", ".join(f'"{shown(name)}"' for name in every[:8])
+    return listed + (", ..." if len(every) > 8 else "")
 
 
 def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], Any]:
@@ -187,6 +204,7 @@ def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], A
     if any((place / f"{name}.json").exists() for name in ("dataset_info", "dataset_dict", "state")):
         return partial(load_from_disk, str(place), keep_in_memory=True)
     if one := _of_split(place, data.split):
+        _say_unread(place, [one])
         return partial(_file, one, data)
     if place.is_dir():
         return partial(_directory, place, data, key, cache)
@@ -229,20 +247,21 @@ def _file(place: Path, data: DataConfig) -> Table:
     said = () if encoding == "utf-8" else (f"encoding {encoding}",)
     if encoding != data.encoding:
         said = (f"encoding {encoding} by its byte-order mark",)
-    if kind in (".jsonl", ".json"):
+    if kind in JSON:
         found = read_json(text)
         return Table(_texts(found.columns), found.lines, found.unit, notes=said, lists=found.lists)
     if kind in (".csv", ".tsv") or data.separator:
         mark = "\t" if data.separator == "tab" else data.separator
         usual = "\t" if kind == ".tsv" else ","
         cells = read_delimited(text, mark, _asked(data), usual)
-        return Table(_texts(cells.columns), cells.lines, "line", notes=(*cells.notes, *said))
+        table = Table(_texts(cells.columns), cells.lines, "line", headers=cells.headers)
+        return replace(table, notes=(*cells.notes, *said))
     return _text(text, place, data, said)
 
 
 def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
     """A Parquet file, without its columns of types that a data set has no equivalent for."""
-    schema = parquet.read_schema(place)
+    schema = schema_of(place)
     none = pyarrow.types.is_map, pyarrow.types.is_fixed_size_binary
     names = [column.name for column in schema if not any(is_(column.type) for is_ in none)]
     if len(names) == len(schema):
@@ -254,13 +273,17 @@ def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
             for f in found.schema
         ]
         cells = Dataset(found.cast(pyarrow.schema(plain)))
+        for name, kind in numbered(schema.metadata or {}):
+            cells = cells.cast_column(name, kind) if name in names else cells
     ordered = {}
     for column in schema:
         if pyarrow.types.is_dictionary(column.type) and column.type.ordered:
             found = parquet.read_table(place, columns=[column.name])[column.name]
             values = found.unify_dictionaries().chunk(0).dictionary if len(found) else []
             ordered[column.name] = tuple(str(value) for value in values)
-    return replace(Table.of(cells), ordered=ordered)
+    lost = [n for n in ordered_by_pandas(schema.metadata or {}) if n in names and n not in ordered]
+    notes = [f"the order of {name}'s categories is not in the file: data.labels" for name in lost]
+    return replace(Table.of(cells), ordered=ordered, notes=tuple(notes))
 
 
 def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
@@ -275,7 +298,9 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
     if len(names) > 1 and data.subset not in names:
         raise DataError(f'{key} = "{place}": set data.subset to one of {quoted(names)}')
     builder = load_dataset_builder(str(place), data.subset or None, cache_dir=cache)
-    files = [Path(f) for f in (builder.config.data_files or {}).get(data.split, ())]
+    every = {split: [Path(f) for f in x] for split, x in (builder.config.data_files or {}).items()}
+    files = every.get(data.split, [])
+    _say_unread(place, [f for x in every.values() for f in x])
     if not files or any(kind_of(file) not in TEXTS for file in files):
         how = {"cache_dir": cache, "keep_in_memory": True}
         return load_dataset(str(place), data.subset or None, **how)
@@ -287,13 +312,47 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
     cells = concatenate_datasets([table.cells for table in tables])
     lists = frozenset[str]().union(*(table.lists for table in tables))
     notes = dict.fromkeys(note for table in tables for note in table.notes)
-    return Table(cells, range(1, len(cells) + 1), "row", (), (f"{len(files)} files", *notes), lists)
+    if again := sum(len(table.headers) for table in tables):
+        notes |= {f"{again} lines that repeat the header left out": None}
+    said = (f"{len(files)} files", *notes)
+    return Table(cells, range(1, len(cells) + 1), "row", notes=said, lists=lists)
 
 
 def _of_split(place: Path, split: str) -> Path | None:
-    """The one text file of a directory that is named for the split, "train.csv"; else none."""
-    found = [p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS]
-    return found[0] if len(found) == 1 else None
+    """The one text file of a directory that is named for the split, "train.csv"; else none.
+
+    Raises:
+        DataError: several are.
+    """
+    found = sorted(p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS)
+    if len(found) > 1:
+        names = " and ".join(p.name for p in found)
+        raise DataError(f'"{place}" holds {names}: name the file itself, or leave one')
+    return found[0] if found else None
+
+
+OTHER_SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval)([-._]\d.*)?\.")
+
+
+def _say_unread(place: Path, files: Sequence[Path]) -> None:
+    """Log the tables of a directory that are none of the files that are read.
+
+    Raises:
+        DataError: they are as many as those.
+    """
+    known = {f.resolve() for f in files}
+    kinds = (*TEXTS, ".parquet")
+    others = sorted(
+        p.name
+        for p in place.iterdir()
+        if kind_of(p) in kinds and kind_of(p) != ".json" and p.resolve() not in known
+        if not OTHER_SPLITS.match(p.name)
+    )
+    if others and len(others) >= len(known) and not any(OTHER_SPLITS.match(f.name) for f in files):
+        names = " and ".join([files[0].name, *others[:5]]) if files else ", ".join(others[:5])
+        raise DataError(f'"{place}" holds {names}, of which one kind would be read: name the file')
+    if others:
+        log.warning("%s: %s: not read, in no split of it", place, ", ".join(others[:8]))
 
 
 def _texts(columns: Mapping[str, Sequence[str | None]]) -> Dataset:
@@ -325,4 +384,4 @@ def _text(text: str, place: Path, data: DataConfig, said: tuple[str, ...]) -> Ta
             "%s: %d of %d lines do not match data.line-pattern and are left out, the first is %r",
             *(place, len(others), len(others) + len(lines), others[0][1]),
         )
-    return Table(_texts(columns), lines, "line", [n for n, _ in others], said)
+    return Table(_texts(columns), lines, "line", [n for n, _ in others], notes=said)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.training.model.ties import input_embedding
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) ->
     if known is not None and tokenizer.pad_token_id is not None:
         known.pad_token_id = tokenizer.pad_token_id
     looks = getattr(known, "is_encoder_decoder", False) and config.task == "classification"
-    if looks and tokenizer("a")["input_ids"][-1:] != [getattr(known, "eos_token_id", None)]:
+    if looks and getattr(known, "eos_token_id", None) not in tokenizer("a")["input_ids"]:
         raise ModelError(
             f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "
             "puts none after a text; use the tokenizer that the model was trained with"
@@ -97,13 +98,17 @@ def _output_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:
 
 def vocabulary(base: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids a model knows: its embedding's rows; of one without, the tokenizer's."""
-    if hasattr(base, "get_input_embeddings"):
-        return int(base.get_input_embeddings().weight.shape[0])
-    return len(tokenizer)
+    table = input_embedding(base)
+    return len(tokenizer) if table is None else int(table.weight.shape[0])
+
+
+TRAINED_FOR = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What configs call the positions that a model was trained for."""
 
 
 def positions(base: nn.Module) -> int | None:
-    """The most tokens that a model has learned positions for; None where they are computed."""
+    """The most tokens that a model can read: those of its table of positions, learned or computed
+    once; None where it computes them as they come, as rotary ones."""
     found = [
         m.num_embeddings
         - getattr(m, "offset", 0)
@@ -111,6 +116,9 @@ def positions(base: nn.Module) -> int | None:
         for name, m in base.named_modules()
         if isinstance(m, nn.Embedding) and re.search(r"(position\w*|wpe)$", name)
     ]
+    said = trained_for(base)
+    if not found and said and (_has_table(base, said) or _sets_length(base)):
+        return said
     return min(found, default=None)
 
 
@@ -121,6 +129,28 @@ def unread(base: nn.Module) -> dict[str, Any]:
     """
     takes = inspect.signature(base.forward).parameters
     return {"use_cache": False} if "use_cache" in takes else {}
+
+
+def trained_for(base: nn.Module) -> int | None:
+    """The positions that a model's config states, whatever it can read."""
+    config: Any = getattr(base, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [getattr(config, key, None) for key in TRAINED_FOR]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)
+
+
+def _has_table(base: nn.Module, length: int) -> bool:
+    """Is there a table of so many positions (GPT-J, CodeGen, CTRL)?"""
+    return any(
+        x.is_floating_point() and length in x.shape and re.search(r"pos", name.rpartition(".")[2])
+        for name, x in base.named_buffers()
+    )
+
+
+def _sets_length(base: nn.Module) -> bool:
+    """Does it compute a bias of its config's length in every pass, and no rotation (MPT)?"""
+    rotary = any(re.search(r"rot(ary|emb)", name) for name, _ in base.named_modules())
+    return hasattr(getattr(base, "config", None), "max_seq_len") and not rotary
 
 
 def pads_left(base: nn.Module) -> bool:

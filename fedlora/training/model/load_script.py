@@ -94,7 +94,8 @@ def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> li
     stored = in_python(config.model.quantization)[0]
     options += [f"quantization_config={stored}"] if stored else []
     made = [f"model = {auto}.from_pretrained(", *(f"    {x}," for x in options), ")"]
-    return [*made, "model.config.pad_token_id = tokenizer.pad_token_id"]
+    why = "the base may have none, and its padding would be read" if labels else "as in training"
+    return [*made, f"model.config.pad_token_id = tokenizer.pad_token_id  # {why}"]
 
 
 def _own(config: Config, labels: Sequence[str], merged: bool) -> list[str]:

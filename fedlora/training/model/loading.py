@@ -21,15 +21,16 @@ from transformers import (
 )
 
 from fedlora.config.sections import ModelConfig
-from fedlora.errors import ModelError
+from fedlora.errors import FedLoraError, ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
-from fedlora.training.devices import HOST, is_host, on_host
+from fedlora.training.devices import HOST, OutOfMemory, is_host, on_host
 from fedlora.training.draws import host_draws
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
 from fedlora.training.model.quantized import asked_for, plain
+from fedlora.training.model.raised import in_short
 from fedlora.training.model.spread import connect, device_map
 from fedlora.training.user_code import called, is_code, is_live
 
@@ -50,12 +51,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=config.trust_remote_code,
             **({"gguf_file": gguf} if gguf else {}),
         )
-    except (OSError, ValueError) as e:
+    except Exception as e:
         raise _not_loaded(config, (), path, e) from e
     return _padding(tokenizer)
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With a token to pad with, and cutting long texts at their end, whatever its file says."""
+    tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -100,7 +103,9 @@ def load_base(
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
                 model = _whole(AutoModelForSequenceClassification, path, options, devices)
-        except (OSError, ValueError, RuntimeError) as e:
+        except (FedLoraError, OutOfMemory):
+            raise
+        except Exception as e:
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
         if config.liger:
@@ -127,12 +132,15 @@ def _not_loaded(
     config: ModelConfig, labels: Sequence[str], path: str, error: Exception
 ) -> ModelError:
     """The error of a model that does not load, with what it is instead where that can be told."""
-    why = f"model.path = {config.path!r} does not load: {error}"
+    why = f"model.path = {config.path!r} does not load: {in_short(error)}"
     if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
         why = (
             f"model.path = {config.path!r} is an adapter, not a model; name the base that it was "
             "trained on, or merge it into that first (fedlora export --as merged)"
         )
+    elif kind := _lacking(config, path):
+        what = "causal language model" if config.task == "causal-lm" else "sequence classifier"
+        why = f"model.path = {config.path!r} is a {kind}, of which transformers has no {what}"
     elif isinstance(error, RuntimeError) and labels:
         known = _label_names(path, config)
         if len(known) != len(labels):
@@ -142,6 +150,18 @@ def _not_loaded(
                 "or name the base that it was trained from"
             )
     return ModelError(why)
+
+
+def _lacking(config: ModelConfig, path: str) -> str:
+    """The kind of a model that transformers knows, and has no class of for this task; else ""."""
+    auto: Any = AutoModelForCausalLM
+    if config.task == "classification":
+        auto = AutoModel if config.pooling == "mean" else AutoModelForSequenceClassification
+    try:
+        known = AutoConfig.from_pretrained(path, revision=config.revision or None)
+    except Exception:  # what it was is the error at hand, or code of its own
+        return ""
+    return "" if type(known) in auto._model_mapping.keys() else str(known.model_type)  # noqa: SIM118
 
 
 def _whole(cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]) -> Any:

@@ -49,6 +49,7 @@ from fedlora.training.model.loading import (
 )
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.prefix_cache import Prefix
+from fedlora.training.model.raised import named
 from fedlora.training.model.ties import check_ties
 from fedlora.training.model.whole import in_float32, inside_body
 
@@ -257,12 +258,13 @@ class Model:
         return logits_of(self.run(**inputs)).float()
 
     def run(self, **inputs: Any) -> Any:
-        """One forward pass, on the model's device; gives what its own `forward` gives."""
+        """One forward pass, on the model's device: what its `forward` gives, or a ModelError."""
         after = {"alora_offsets": offsets(self, inputs["input_ids"])} if self.form.after else {}
         inputs = self._unread | inputs | after
-        if self.prefix:
-            return self.prefix.run(self.peft, inputs)
-        return self.peft(**moved(inputs, self.device))
+        with named(f"model.path = {self.config.model.path!r}: its forward pass"):
+            if self.prefix:
+                return self.prefix.run(self.peft, inputs)
+            return self.peft(**moved(inputs, self.device))
 
     # -- the base ---------------------------------------------------------------------------
 
@@ -375,13 +377,10 @@ class Model:
             # PEFT looks for these keys among modules alone, and uses them for experts too
             warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
             if isinstance(base, PeftModel):
-                base.add_adapter(name, peft_config)
-                model = base
+                (model := base).add_adapter(name, peft_config)
             else:
-                try:
+                with named(f"lora.form = {self.config.lora.form!r}: PEFT"):
                     model = get_peft_model(base, peft_config, adapter_name=name)
-                except (ValueError, TypeError) as e:
-                    raise ModelError(f"lora.form = {self.config.lora.form!r}: {e}") from e
                 check_targets(self.shapes, model.get_base_model())
         in_float32(model, name, self._inner)
         self._profiles[tuple(sorted(ranks.items()))] = name

@@ -26,10 +26,16 @@ def targeted(base: nn.Module, linear: Iterable[str], targets: Sequence[str]) -> 
     Raises:
         ModelError: a target, or "auto", matches nothing; the names that would are listed.
     """
+    output = getattr(base, "get_output_embeddings", lambda: None)()
     linear = [*linear]
+    within_reach = [n for n in linear if base.get_submodule(n) is not output]
+    if not within_reach:
+        raise ModelError(
+            f"lora.target-modules: this model has no linear module that PEFT adapts{_bare(base)}; "
+            "its weights are in modules of a kind of their own"
+        )
     if targets == ("all-linear",):
-        output = getattr(base, "get_output_embeddings", lambda: None)()
-        return [n for n in linear if base.get_submodule(n) is not output]
+        return within_reach
     if targets == ("auto",):
         if found := _by_peft(base, linear) or _in_attention(base, linear):
             return found

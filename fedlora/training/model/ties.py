@@ -51,10 +51,19 @@ def say_apart(base: Any) -> None:
         base.all_tied_weights_keys = {}  # what transformers 5 leaves out when it saves
 
 
+def input_embedding(base: Any) -> Any:
+    """The module with a row for each token id; None where ids go another way: hashes, bytes."""
+    try:
+        found = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), torch.Tensor) else None
+
+
 def _embeddings(base: Any) -> list[nn.Module]:
-    if not hasattr(base, "get_output_embeddings") or not hasattr(base, "get_input_embeddings"):
+    if not hasattr(base, "get_output_embeddings"):
         return []
-    return [x for x in (base.get_input_embeddings(), base.get_output_embeddings()) if x is not None]
+    return [x for x in (input_embedding(base), base.get_output_embeddings()) if x is not None]
 
 
 def _shared(base: nn.Module, changed: Iterable[str]) -> list[str]:
