@@ -111,7 +111,11 @@ def test_it_installs_one_package(contents: set[str]) -> None:
 def test_it_has_every_module_the_experiments_and_the_types(contents: set[str]) -> None:
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fedlora").rglob("*.py")}
     experiments = {f"fedlora/simulations/experiments/{name}.toml" for name in shipped()}
-    wanted = modules | experiments | {"fedlora/py.typed", "fedlora/simulations/README.md"}
+    wanted = (
+        modules
+        | experiments
+        | {"fedlora/py.typed", "fedlora/constraints.txt", "fedlora/simulations/README.md"}
+    )
     assert len(experiments) > 5
     assert {n for n in contents if n.startswith("fedlora/")} == wanted
 

@@ -109,7 +109,9 @@ class FederatedLora:
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):
                 try:
-                    self.run, record = self._play(grid, number)
+                    self.run, record = play_round(
+                        self.setting, self.session, self.run, self.around, grid, number
+                    )
                 except BudgetSpent as e:
                     stopped = f"before round {number}: {e}"
                     observer.note(f"stopped {stopped}")
@@ -137,26 +139,11 @@ class FederatedLora:
 
     def round(self, grid: Grid, number: int) -> Record:
         """Play one round by itself, once the run has begun; its line of rounds.jsonl."""
-        self.run, record = self._play(grid, number)
+        self.run, record = play_round(
+            self.setting, self.session, self.run, self.around, grid, number
+        )
         self.session.observer.round_done(record)
         return record
-
-    def _play(self, grid: Grid, number: int) -> tuple[Saved, Record]:
-        """One round; where its new state is not finite, again without those who stand out.
-
-        Raises:
-            NotFiniteError: nobody does, or it is not finite without them either.
-        """
-        setting, session = self.setting, self.session
-        try:
-            return play_round(setting, session, self.run, self.around, grid, number)
-        except NotFiniteError as e:
-            if not (bound := stricter(setting, session)):
-                raise
-            again = f"{e}. It is played again from there, under round.norm-bound = {bound:g}"
-            session.observer.note(again)
-        around = stages(setting, session, bound)
-        return play_round(setting, session, self.run, around, grid, number, again)
 
 
 def _note(result: Result, number: int, record: Record) -> None:
@@ -213,7 +200,12 @@ def play_round(
 ) -> tuple[Saved, Record]:
     """One round, from sampling to checkpoint; the run after it, and its line of rounds.jsonl.
 
+    Where the new state is not finite, it goes again without those who stand out, once.
+
     again: why it is not the first attempt, for the record.
+
+    Raises:
+        NotFiniteError: nobody stands out, or it is not finite without them either.
     """
     begun = time.perf_counter()
     round, config = Round(number, setting.config.run.seed), setting.config
@@ -231,10 +223,18 @@ def play_round(
     state = setting.strategy.aggregate(run.state, uploads, round) if some else run.state
     check_enough(setting, session, uploads, round, received, some)
     after, aggregated = replace(run, state=state), time.perf_counter()
-    check_finite(setting, after, round)  # first: a proof of it would fail for another reason
-    for stage in around:
-        after = stage.close(run, after, round, received)
-    check_finite(setting, after, round)
+    try:
+        check_finite(setting, after, round)  # first: a proof of it would fail for another reason
+        for stage in around:
+            after = stage.close(run, after, round, received)
+        check_finite(setting, after, round)
+    except NotFiniteError as e:
+        if again or not (bound := stricter(setting, session)):
+            raise
+        again = f"{e}. It is played again from there, under round.norm-bound = {bound:g}"
+        session.observer.note(again)
+        around = stages(setting, session, bound)
+        return play_round(setting, session, run, around, grid, number, again)
     closed = time.perf_counter()
     load(setting, session, after, after.state)
     scores = evaluated(setting, number)
