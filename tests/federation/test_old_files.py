@@ -179,7 +179,7 @@ NAMES = {
     "Saved": "token state members baselines seconds clock moments clip base_offset buffer",
     "Member": "id rank memory_round last_round base_version rounds failures offences bytes_down "
     "bytes_up examples first personal final plan timing cap personalized alone "
-    "microbatch",
+    "microbatch ledger charges",
     "fedex.State": "factors base",
     "flora.State": "other base",
     "hetlora.State": "factors ranks",

@@ -158,7 +158,8 @@ def test_workers_on_cards_are_as_many_as_asked_and_as_there_are(
 
     assert on("auto", 0) == on("pretend:0,1", 2) == ["pretend:1"]
     assert on("pretend:1,0", 0) == ["pretend:0"]
-    assert on("auto", 1) == on("pretend:1", 0) == on("cpu", 2) == []
+    assert on("auto", 1) == on("pretend:1", 0) == []
+    assert on("cpu", 2) == ["cpu"], "no copy of a process computes beside a card"
     with pytest.raises(ConfigError, match=r"simulate\.workers = 3: one worker a device"):
         on("auto", 3)
 

@@ -214,11 +214,11 @@ def test_no_example_is_looked_at_before_its_receipt(
 
     def called(*_: object, **__: object) -> None:
         charged.append(len(ledger.read().charges))
-        raise InterruptedError
+        raise KeyboardInterrupt
 
     s.model.peft.forward = called
     gone = KeptLedger(tmp_path / "none.sock")
-    for payer, error in ((gone, PrivacyError), (ledger, InterruptedError)):
+    for payer, error in ((gone, PrivacyError), (ledger, KeyboardInterrupt)):
         with pytest.raises(error):
             private_fit(s.model, s.rows, s.columns, config, 1, 0, None, Payments(payer))
     assert charged == [1]

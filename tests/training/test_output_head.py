@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
+from fedlora.errors import ModelError
 from fedlora.strategies.base import Client
 from fedlora.training import cache
 from fedlora.training.data.batches import IGNORE
@@ -132,7 +133,7 @@ def test_a_head_that_fails_leaves_the_body_as_it_was(settings: Settings, tmp_pat
         raise RuntimeError("stopped")
 
     hook = base.lm_head.register_forward_pre_hook(stop)
-    with pytest.raises(RuntimeError, match="stopped"):
+    with pytest.raises(ModelError, match="stopped"):
         example_losses(model, BATCH)
     hook.remove()
     assert torch.equal(model.logits({k: x for k, x in BATCH.items() if k != "labels"}), before)

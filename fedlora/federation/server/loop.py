@@ -200,12 +200,8 @@ def play_round(
 ) -> tuple[Saved, Record]:
     """One round, from sampling to checkpoint; the run after it, and its line of rounds.jsonl.
 
-    Where the new state is not finite, it goes again without those who stand out, once.
-
-    again: why it is not the first attempt, for the record.
-
-    Raises:
-        NotFiniteError: nobody stands out, or it is not finite without them either.
+    again: why it is not the first attempt, for the record. Else `play_again` follows one whose new
+    state is not finite.
     """
     begun = time.perf_counter()
     round, config = Round(number, setting.config.run.seed), setting.config
@@ -229,12 +225,9 @@ def play_round(
             after = stage.close(run, after, round, received)
         check_finite(setting, after, round)
     except NotFiniteError as e:
-        if again or not (bound := stricter(setting, session)):
+        if again:
             raise
-        again = f"{e}. It is played again from there, under round.norm-bound = {bound:g}"
-        session.observer.note(again)
-        around = stages(setting, session, bound)
-        return play_round(setting, session, run, around, grid, number, again)
+        return play_again(setting, session, run, grid, number, e)
     closed = time.perf_counter()
     load(setting, session, after, after.state)
     scores = evaluated(setting, number)
@@ -255,6 +248,22 @@ def play_round(
     }
     commit(setting, session, after, number, record)
     return after, record
+
+
+def play_again(
+    setting: Setting, session: Session, run: Saved, grid: Grid, number: int, why: NotFiniteError
+) -> tuple[Saved, Record]:
+    """A round whose new state is not finite, from its beginning, without those who stand out.
+
+    Raises:
+        NotFiniteError: nobody does, or it is not finite without them either.
+    """
+    if not (bound := stricter(setting, session)):
+        raise why
+    again = f"{why}. It is played again from there, under round.norm-bound = {bound:g}"
+    session.observer.note(again)
+    around = stages(setting, session, bound)
+    return play_round(setting, session, run, around, grid, number, again)
 
 
 def gather(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:

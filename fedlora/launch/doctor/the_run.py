@@ -203,10 +203,8 @@ def _model(config: Config, model: Model) -> Iterator[Finding]:
         text = f"texts are cut at {longest} tokens, which the model has positions for"
         yield Finding("note", text, f"data.max-length is {config.data.max_length}")
     elif (known := trained_for(base)) and longest > known:
-        text = (
-            f"data.max-length = {longest} is beyond the {known} positions that the model's config"
-        )
-        yield Finding("note", f"{text} states: it can read such texts, and was not trained on any")
+        text = f"data.max-length = {longest} is beyond the {known} positions of the model's config"
+        yield Finding("note", f"{text}: it can read such texts, and was not trained on any")
 
 
 def _experts(base: Any, model: Model) -> Iterator[Finding]:

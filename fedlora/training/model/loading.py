@@ -24,7 +24,7 @@ from fedlora.config.sections import ModelConfig
 from fedlora.errors import FedLoraError, ModelError
 from fedlora.strategies.base import seeded
 from fedlora.training.data.locate import locate
-from fedlora.training.devices import HOST, OutOfMemory, is_host, on_host
+from fedlora.training.devices import HOST, is_host, on_host
 from fedlora.training.draws import host_draws
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
@@ -103,7 +103,7 @@ def load_base(
                 options |= {"num_labels": len(labels), "id2label": names}
                 options["label2id"] = {label: i for i, label in names.items()}
                 model = _whole(AutoModelForSequenceClassification, path, options, devices)
-        except (FedLoraError, OutOfMemory):
+        except FedLoraError:
             raise
         except Exception as e:
             raise _not_loaded(config, labels, path, e) from e
