@@ -441,7 +441,7 @@ def test_texts_are_cut_where_a_models_positions_end(
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("gpt-j", "cut at 64 tokens"), ("llama", "beyond the 64 positions that"), ("falcon", "")],
+    [("gpt-j", "cut at 64 tokens"), ("llama", "beyond the 64 positions of"), ("falcon", "")],
 )
 def test_doctor_says_what_a_length_beyond_a_models_positions_comes_to(
     settings: Settings, made: Callable[..., str], name: str, says: str
