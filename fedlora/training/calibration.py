@@ -34,7 +34,7 @@ from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
 from fedlora.training.data.batches import Encoded, encode, eval_batches
 from fedlora.training.data.corpus import Corpus, load_calibration
-from fedlora.training.devices import moved, wide_on_host
+from fedlora.training.devices import HOST, moved, wide_on_host
 from fedlora.training.draws import host_draws
 from fedlora.training.evaluate import at_once
 from fedlora.training.model.layers import initial
@@ -63,7 +63,7 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
     encoded = replace(encoded, left=model.pads_left)
     model.rebase("calibration", [])
     seed = seeded(config.run.seed, 0, 0, "calibration").initial_seed()
-    with host_draws(model.device, seed), threads(config.train.threads):
+    with host_draws(HOST, seed), threads(config.train.threads):  # PEFT's code works on the host
         made = dict(_pairs(model, whole, config, encoded))
     return model.init_factors(whole, config.run.seed, {m: made[m] for m in whole.layers})
 

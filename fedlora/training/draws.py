@@ -51,7 +51,8 @@ def host_draws(device: torch.device, seed: int) -> Iterator[None]:
     """Within it, what is drawn on the device is drawn on the host and moved there.
 
     So first weights are the same numbers on every device. After it the host's generator is as
-    before; the device's is not touched.
+    before; the device's is not touched. No place for a pass of the model: torch counts attention
+    among what draws, and the host has not a card's kernels of it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -64,7 +65,8 @@ class _DrawnOnHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _by_the_host(func):
+        name = func.__name__.split(".")[0]
+        if torch.Tag.nondeterministic_seeded not in func.tags and name not in ROUNDED:
             return func(*args, **kwargs)
         given = next((x for x in args if isinstance(x, Tensor)), None)
         device = kwargs.get("device") or (given.device if given is not None else HOST)
@@ -75,15 +77,7 @@ class _DrawnOnHost(TorchDispatchMode):
         if "device" in host_kwargs:
             host_kwargs = {**host_kwargs, "device": HOST}
         drawn = func(*host_args, **host_kwargs)
-        if given is not None and func.__name__.split(".")[0].endswith("_"):
+        if given is not None and name.endswith("_"):
             given.copy_(drawn)
             return given
         return tree_map_only(Tensor, lambda x: x.to(device), drawn)
-
-
-def _by_the_host(func: Any) -> bool:
-    """Is it carried out on the host? Not attention, which a card has kernels of its own for and
-    which draws nothing but in training."""
-    name = func.__name__.split(".")[0]
-    draws = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name
-    return draws or name in ROUNDED

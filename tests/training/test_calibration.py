@@ -24,7 +24,7 @@ from fedlora.launch.export import export_run
 from fedlora.lora.adapter import Factors
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Start
-from fedlora.training import calibration
+from fedlora.training import calibration, draws
 from fedlora.training.data import corpus as data
 from fedlora.training.data.batches import Encoded, collate, encode
 from fedlora.training.data.corpus import Rows
@@ -337,3 +337,28 @@ def test_a_resumed_run_needs_no_calibration_rows_and_has_the_same_bits(
     rows.unlink()
     resumed = federate({**config, "run.resume": True})
     assert resumed.adapter == whole.adapter
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_on_a_card_it_begins_as_on_the_host_and_sends_no_pass_there(
+    settings: Settings, public: str, init: str, cards: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's attention counts as a draw, and the host has not its kernels."""
+    host, card = (
+        {"model.attention": "eager", "simulate.devices": device} for device in ("cpu", "pretend:1")
+    )
+    here = begun(Config.read(given(settings, public, init, **host)))
+    sent: list[str] = []
+    carried = draws._DrawnOnHost.__torch_dispatch__
+
+    def noted(self: Any, func: Any, *rest: Any) -> Any:
+        sent.append(func.__name__)
+        return carried(self, func, *rest)
+
+    monkeypatch.setattr(draws._DrawnOnHost, "__torch_dispatch__", noted)
+    there = begun(Config.read(given(settings, public, init, **card)))
+    assert "randn.default" in sent or "normal_.default" in sent, "first weights are drawn there"
+    assert not {"mm.default", "addmm.default", "bmm.default"} & {*sent}
+    for m, A in here[2].A.items():
+        assert torch.equal(A, there[2].A[m])
+        assert torch.equal(here[2].B[m], there[2].B[m])
