@@ -95,7 +95,8 @@ def test_example_counts_do_not_weigh(tmp_path: Path) -> None:
 
 def test_noise_has_the_std_of_the_clip_that_clipped(tmp_path: Path) -> None:
     for quantile in (0.0, 0.5):
-        central = private(tmp_path / str(quantile), **{"clip-quantile": quantile})
+        fast = {"clip-quantile": quantile, "clip-rate": 5.0}  # the next C is another by far
+        central = private(tmp_path / str(quantile), **fast)
         C = central.C
         draws = torch.cat([mean(replace(central, C=C), []) for _ in range(200)])
         want = central.z_sum * C / 4
@@ -108,6 +109,32 @@ def test_sum_and_count_together_cost_what_the_noise_multiplier_says(tmp_path: Pa
     both = central.z_sum**-2 + (2 * central.s_b) ** -2
     assert both**-0.5 == pytest.approx(central.z)
     assert central.z_sum > central.z
+
+
+def test_the_count_of_unclipped_clients_has_the_noise_that_is_paid_for(tmp_path: Path) -> None:
+    central = private(tmp_path, **{"clip-quantile": 0.5})
+    uploads, found = [sent(central, i, 0.2) for i in range(4)], []
+    for _ in range(400):
+        again = replace(central)
+        mean(again, uploads)
+        found.append(again.unclipped)
+    half = 4 / math.sqrt(len(found))
+    std = central.s_b / central.m
+    assert abs(sum(found) / len(found) - 1.0) < half * std
+    assert abs(float(torch.tensor(found).std()) / std - 1) < half / math.sqrt(2)
+
+
+def test_a_fixed_cohort_claims_no_amplification(tmp_path: Path) -> None:
+    """Nobody but the server draws it, from run.seed."""
+    given = {"privacy.level": "client", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3,
+             "run.out": str(tmp_path), "clients.count": 4, "clients.per-round": 2}  # fmt: skip
+    for rate, q, m in ((0.0, 1.0, 2.0), (0.25, 0.25, 1.0)):
+        flat = {**given, "privacy.sample-rate": rate, "run.name": str(rate)}
+        flat |= {"clients.per-round": 0} if rate else {}
+        central = CentralPrivacy.of(Config.read(flat))
+        assert (central.q, central.m) == (q, m)
+        central.pay("run", 1)
+        assert [c.spend for c in central.ledger.read().charges] == [Spend(q, 1.0, 1)]
 
 
 @pytest.mark.parametrize("start", [0.05, 1.0, 20.0])

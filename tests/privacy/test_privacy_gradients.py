@@ -1,6 +1,7 @@
 """Per-example gradients against the slow way, and what they refuse."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fedlora.errors import PrivacyError
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.mechanism import ClippedSum, poisson
 from fedlora.privacy.microbatch import microbatches
-from fedlora.privacy.per_example import clipping, kept_apart
+from fedlora.privacy.per_example import Dense, Outer, Sink, clipping, kept_apart
 from fedlora.privacy.probe import check_apart
 from fedlora.training.train import example_losses
 from tests.support.private_setting import Build, Setting, norm
@@ -179,6 +180,14 @@ def test_a_non_finite_example_counts_as_zero(settings: Build, poison: float) -> 
     assert moved <= 0.1 * (1 + 1e-6) if poison == 1e30 else moved < 1e-6
 
 
+def test_an_infinite_number_in_a_gradient_counts_as_zero_and_spoils_no_other() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    G = torch.tensor([[1.0, math.inf], [3.0, 4.0], [math.nan, 0.0]])
+    clipped = ClippedSum((p,), 100.0)
+    clipped.add({p: Dense(G)})
+    assert clipped.total[p].tolist() == [3.0, 4.0]
+
+
 def test_bf16_gradients_are_clipped_by_the_norm_of_what_is_summed(settings: Build) -> None:
     s = Setting(settings("bert"), torch.float32)
     s.precision = "bfloat16"
@@ -228,6 +237,15 @@ def test_a_parameter_without_a_gradient_is_an_error_not_a_zero(bert: Setting) ->
     query = bert.model.peft.base_model.model.bert.encoder.layer[1].attention.self.query
     query.forward = query.base_layer.forward
     assert "no per-example gradient" in refusal(bert)
+
+
+def test_rows_that_are_not_the_examples_are_an_error() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    for gradient in (Dense(torch.ones(3, 2)), Outer(torch.ones(3, 1), torch.ones(3, 2))):
+        sink = Sink(frozenset([p]))
+        sink.put(p, gradient)
+        with pytest.raises(PrivacyError, match="3 rows for 2 examples"):
+            sink.take(2)
 
 
 def test_a_weight_used_outside_its_module_is_an_error(bert: Setting) -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from fedlora import preflight
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError, PrivacyError
+from fedlora.errors import BudgetSpent, ConfigError, PrivacyError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import NO_PRIVACY, Spend, calibrate, epsilon, in_words
 from fedlora.privacy.chance import Chance
@@ -289,6 +289,17 @@ def test_each_step_draws_its_own_sample_from_the_system_and_is_paid_for(
     assert len(set(samples)) > 12
     assert samples[:8] != samples[8:]
     assert drawn[:8] != drawn[8:]
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("smaller", ["privacy.epsilon", "privacy.max-epsilon"])
+def test_of_the_runs_limit_and_the_nodes_the_smaller_holds(
+    settings: Build, tmp_path, smaller: str
+) -> None:
+    s = Setting(settings("bert", **PRIVATE))
+    limits = {"privacy.epsilon": 100.0, "privacy.max-epsilon": 100.0, smaller: 1e-3}
+    with pytest.raises(BudgetSpent, match=r"limit of 0\.001"):
+        fitted(s, tmp_path, **limits)
 
 
 @pytest.mark.usefixtures("_quick")

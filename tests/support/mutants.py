@@ -119,7 +119,8 @@ def failing(there: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 def sound(there: Path, listed: Sequence[Mutant]) -> str:
     """What fails without any slip; empty where nothing does."""
-    status, said = failing(there, sorted({test for m in listed for test in m.tests}))
+    every = sorted({test for m in listed for test in m.tests})
+    status, said = failing(there, ["-n", str(WORKERS), *every])
     return said if status else ""
 
 
