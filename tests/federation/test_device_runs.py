@@ -133,9 +133,10 @@ def worst(here: dict[str, Tensor], there: dict[str, Tensor]) -> tuple[float, str
 
 
 def near(here: Any, there: Any, rel: float) -> bool:
-    """Do two records say the same, numbers to `rel`?"""
+    """Do two records say the same, numbers to `rel`? A ledger's mark is of a secret of its own."""
     if isinstance(here, dict):
-        return here.keys() == there.keys() and all(near(here[k], there[k], rel) for k in here)
+        told = here.keys() - {"ledger"}
+        return here.keys() == there.keys() and all(near(here[k], there[k], rel) for k in told)
     if isinstance(here, list):
         return len(here) == len(there) and all(map(near, here, there, [rel] * len(here)))
     if isinstance(here, float) and isinstance(there, float):
