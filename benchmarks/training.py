@@ -318,7 +318,7 @@ def batched(quick: bool) -> Iterator[Row]:
 def _side_by_side(model: Model, clients: int) -> Iterator[None]:
     """Each adapted layer applies the n-th client's own factors to the n-th part of the batch."""
     undo = []
-    for layer in (model.adapted[m] for m in model._on()):
+    for layer in (model.adapted[m] for m in model.held()):
         A = layer.lora_A[model.active].weight.detach().expand(clients, -1, -1).clone()
         B = layer.lora_B[model.active].weight.detach().expand(clients, -1, -1).clone()
         A.requires_grad_(), B.requires_grad_()

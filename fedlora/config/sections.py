@@ -213,7 +213,7 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(gt=0)] = 16
     microbatch: Annotated[int, Field(ge=0)] = 0
     """Of a batch, examples in memory at once; 0: all. Out of memory, a client halves its own."""
-    lr: Annotated[float, Field(ge=0)] = 0.0
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """0: 2e-3. Under example-level DP: 3 over privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2
     with adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -335,7 +335,7 @@ class PersonalizeConfig(Section):
 
     epochs: Annotated[float, Field(ge=0)] = 0.0
     """Fine-tune the final model for so many epochs and evaluate it; 0: do not."""
-    lr: Annotated[float, Field(ge=0)] = 0.0
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Learning rate of that; 0: train.lr."""
     alone: bool = False
     """Train each client by itself as well, with the budget of the whole run, to compare with."""

@@ -17,7 +17,6 @@ that lies can spend too little. It cannot take back what was charged.
 
 import math
 import os
-import pwd
 import signal
 import socket
 import socketserver
@@ -66,6 +65,8 @@ def number_of(user: str) -> int:
     from fedlora.errors import DeployError
 
     try:
+        import pwd  # no such module on Windows
+
         return int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
     except KeyError:
         raise DeployError(f"--user {user}: this machine has no such user") from None

@@ -161,7 +161,7 @@ def _lacking(config: ModelConfig, path: str) -> str:
         known = AutoConfig.from_pretrained(path, revision=config.revision or None)
     except Exception:  # what it was is the error at hand, or code of its own
         return ""
-    return "" if type(known) in auto._model_mapping.keys() else str(known.model_type)  # noqa: SIM118
+    return "" if type(known) in auto._model_mapping else str(known.model_type)
 
 
 def _whole(cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]) -> Any:
