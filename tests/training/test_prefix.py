@@ -7,7 +7,7 @@ import torch
 
 from fedlora.config.reader import Config
 from fedlora.strategies.base import Client, seeded
-from fedlora.training.data.batches import Encoded, batches, encode
+from fedlora.training.data.batches import Encoded, batches, collate, encode
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import GROUP, WIDTH, ahead
 from fedlora.training.train import fit
@@ -53,6 +53,25 @@ def test_what_was_forgotten_comes_back_to_the_same_bits(settings: Settings, kind
     distinct = len({tuple(rows.ids[a:b].tolist()) for a, b in rows.starts.unfold(0, 2, 1)})
     assert roomy.prefix.computed == distinct, "once each, however often it is needed"
     assert tight.prefix.computed > distinct
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_batch_may_be_wider_than_its_longest_example(settings: Settings, kind: str) -> None:
+    """As a private micro-batch is."""
+    plain, rows, _ = ready(settings, kind)
+    cached, _, _ = ready(settings, kind, **{"train.prefix-cache": 64})
+    assert cached.prefix
+    numbers = rows.lengths.argsort()[:3]
+    longest = int(rows.lengths[numbers].max())
+    batch = collate(rows, numbers, longest + 5)
+    batch.pop("labels")
+    there = batch["attention_mask"].bool()
+    with torch.no_grad():
+        found, want = cached.logits(batch), plain.logits(batch)
+    assert found.shape == want.shape
+    if found.ndim == 3:
+        found, want = found[there], want[there]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("room", [2**20, 3000, 0])

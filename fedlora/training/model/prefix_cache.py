@@ -76,7 +76,9 @@ class Prefix:
         found = self._computed(model, dict(rows))
         states = [found[key] if key in found else self._kept[key] for key, _ in rows]
         self._keep({key: x for (key, _), x in zip(rows, states, strict=True)})
-        hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (b, t, width)
+        hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)
+        more = inputs["input_ids"].shape[1] - hidden.shape[1]  # of a batch wider than its longest
+        hidden = nn.functional.pad(hidden, (0, 0, 0, more))  # (b, t, width)
         with self._given(hidden):
             return model(**moved(inputs, self.device))
 
