@@ -1,13 +1,14 @@
 """`fedlora node`: what a node's operator asks of the node's own policy and record."""
 
 import json
+import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedlora.launch.node_file import NodeFile
-from fedlora.launch.node_keeper import keeper
 from fedlora.launch.node_ledger_cli import recover
 
 if TYPE_CHECKING:
@@ -16,12 +17,30 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="A node's own policy, node.toml, and its record.", no_args_is_help=True)
 app.command()(recover)
-app.command()(keeper)
 
 
 @app.callback()
 def own() -> None:
     """A node's own policy, node.toml, and its record."""
+
+
+@app.command()
+def keeper(
+    policy: NodeFile,
+    user: Annotated[
+        list[str],
+        typer.Option(help="A user, by name or number, whose processes may ask; repeatable."),
+    ],
+) -> None:
+    """Keep the node's ledger and record, under a user of its own, until it is ended."""
+    from fedlora.errors import DeployError
+
+    if not hasattr(socket, "SO_PEERCRED"):
+        text = f"a keeper needs Unix sockets that say whose they are, which {sys.platform} has not"
+        raise DeployError(f"{text}: run the node on Linux")
+    from fedlora.launch.node_keeper import keep
+
+    keep(policy, user)
 
 
 @app.command()

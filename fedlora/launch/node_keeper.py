@@ -17,31 +17,28 @@ that lies can spend too little. It cannot take back what was charged.
 
 import math
 import os
+import pwd
 import signal
 import socket
 import socketserver
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-
-from fedlora.launch.node_file import NodeFile
 
 PEER = "3i"
 """pid, uid, gid: what SO_PEERCRED gives."""
 
 
-def keeper(
-    policy: NodeFile,
-    user: Annotated[
-        list[str],
-        typer.Option(help="A user, by name or number, whose processes may ask; repeatable."),
-    ],
-) -> None:
-    """Keep the node's ledger and record, under a user of its own, until it is ended."""
+def keep(policy: Path, user: Sequence[str]) -> None:
+    """Keep the ledger and the record of a policy for these users, until it is ended.
+
+    Raises:
+        DeployError: the policy names no socket, or there is no such user.
+    """
     from fedlora.config.policy import Policy
     from fedlora.errors import DeployError
 
@@ -65,8 +62,6 @@ def number_of(user: str) -> int:
     from fedlora.errors import DeployError
 
     try:
-        import pwd  # no such module on Windows
-
         return int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
     except KeyError:
         raise DeployError(f"--user {user}: this machine has no such user") from None

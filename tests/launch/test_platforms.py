@@ -15,12 +15,15 @@ from tests.support.tiny_federation import ROOT, quick
 Settings = Callable[..., dict[str, object]]
 
 WINDOWS = """
-import os, shutil, sys
+import os, shutil, socket, socketserver, sys
 shutil._use_fd_functions = False
 for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp"):
     vars(os).pop(name, None)
 for module in ("fcntl", "pwd", "grp"):
     sys.modules[module] = None
+vars(socket).pop("SO_PEERCRED", None)  # psutil's part for Linux needs AF_UNIX
+for name in [n for n in vars(socketserver) if "Unix" in n]:
+    del vars(socketserver)[name]
 opened = os.open
 def no_directories(path, *rest, **options):
     if os.path.isdir(path):
@@ -68,6 +71,8 @@ def test_without_fork_fcntl_and_unix_sockets_a_simulation_runs_in_one_process(mi
     done = fedlora(mine.parent, "deploy", "init", "there", "--clients", "2", before=WINDOWS)
     assert done.returncode == 1
     assert done.stderr.startswith("DeployError: fedlora deploy needs Unix sockets")
+    done = fedlora(mine.parent, "node", "keeper", mine.name, "--user", "0", before=WINDOWS)
+    assert done.stderr.startswith("DeployError: a keeper needs Unix sockets")
     assert not Path(mine.parent, "there").exists()
 
 
