@@ -282,7 +282,7 @@ class Ledger:
         ledger = Ledger(self.root, new.name)
         (ledger.directory / "units").mkdir(mode=0o700)
         _write_key(new / "key")
-        first: dict[str, Any] = {"opened": secrets.randbelow(2**31 - 1) + 1, "time": now()}
+        first: dict[str, Any] = {"opened": _drawn_number(), "time": now()}
         first |= {"recovered": spent} if recovered else {}
         first |= {"before-it": self.before.heads()}
         ledger._append(Contents(), first)
@@ -316,6 +316,11 @@ class Ledger:
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.directory.with_suffix(".lock")):
             yield
+
+
+def _drawn_number() -> int:
+    """Of ten digits and 31 bits: a message that names it is as long whatever was drawn."""
+    return 10**9 + secrets.randbelow(2**31 - 10**9)
 
 
 def _write_key(path: Path) -> None:

@@ -33,6 +33,18 @@ def test_charges_compose_over_rounds_and_runs(tmp_path: Path) -> None:
     assert last.charges == 1, "of run b"
 
 
+def test_a_message_is_as_long_whichever_ledger_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At both ends of what can be drawn; and never more than the server takes for a number."""
+    for name, least in (("low", True), ("high", False)):
+        draw = (lambda n: 0) if least else (lambda n: n - 1)
+        monkeypatch.setattr("secrets.randbelow", draw)
+        number = Ledger(tmp_path / name).reserve(CHARGE).ledger
+        assert len(str(number)) == 10
+        assert number < 2**31
+
+
 def test_a_budget_stops_before_it_is_exceeded(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     budget = epsilon([Spend(0.25, 2.0, 8)], DELTA)
