@@ -114,6 +114,8 @@ class SecurePolicy(Section):
     """The least secure.reconstruction-threshold: the fewest clients of a sum."""
     colluding: Annotated[int, Field(ge=0)] = 1
     """Clients that may help the server; the larger of this and a run's secure.colluding holds."""
+    max_rounds: Annotated[int, Field(ge=0)] = 0
+    """Of which a masked update may leave, of all runs together. 0: no limit."""
     members: str = ""
     """The file of the members' public keys, "members.toml"; empty: the server says whose each key
     is."""

@@ -102,6 +102,8 @@ def init(policy: NodeFile) -> None:
     if not place.is_dir():
         raise DeployError(f"{place} is no directory: name the node.toml of this node")
     made = keys.own_keys(place)
+    if "member" in made and policy.exists():
+        _first_book(policy)
     for name, whose in (
         ("node", "the server's operator, who registers it: flwr supernode register"),
         ("member", "the operators of the other nodes, not by way of the server: "
@@ -110,6 +112,17 @@ def init(policy: NodeFile) -> None:
         state = "is new" if name in made else "was there"
         typer.echo(f"{place / name}.pub {state}; it is for {whose}")
     typer.echo(f"{place / 'node.key'} and {place / 'member.key'} stay on this machine")
+
+
+def _first_book(policy: Path) -> None:
+    """Of a node whose key is new: where it has no count of secure rounds, its disk may be new."""
+    from fedlora.config.policy import Policy
+    from fedlora.federation.client.secure_book import SecureBook
+
+    read = Policy.load(policy)
+    book = SecureBook(read.ledger)
+    if not read.privacy.keeper and not book.path.exists():
+        book.recover(0)
 
 
 members = typer.Typer(help="Whose signatures this node believes in a sum.", no_args_is_help=True)

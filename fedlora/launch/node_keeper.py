@@ -5,11 +5,12 @@
 It runs under a user of its own, which owns the ledger's directory and audit.jsonl; the node's
 processes, under another, can neither write these nor the policy, where that is a third user's. It
 answers on the socket of privacy.keeper, to the users that it was told of alone (SO_PEERCRED), and
-knows three requests:
+knows four requests:
 
     reserve    a charge; its delta and the limit of all runs are the policy's, whatever is asked
     read       what was spent
     append     a line of the record
+    secure     may the node take part in a secure round, and count one
 
 What it is told of a charge (q, sigma, steps, whose rows) is the node's word: a process of the node
 that lies can spend too little. It cannot take back what was charged.
@@ -83,7 +84,7 @@ class _Request(socketserver.BaseRequestHandler):
     server: Keeper
 
     def handle(self) -> None:
-        from fedlora.errors import FedLoraError
+        from fedlora.errors import FedLoraError, PolicyError
         from fedlora.privacy.keeper_socket import SECONDS, put, taken
 
         there: socket.socket = self.request
@@ -94,7 +95,9 @@ class _Request(socketserver.BaseRequestHandler):
                 return
             put(there, answered(self.server.policy, there, taken(there)))
         except FedLoraError as e:
-            put(there, {"refused": str(e), "kind": type(e).__name__, "public": e.may_leave})
+            said = {"kind": type(e).__name__, "public": e.may_leave}
+            reasons = [*e.reasons] if isinstance(e, PolicyError) else []
+            put(there, {"refused": str(e), "reasons": reasons, **said})
         except (KeyError, TypeError, ValueError) as e:
             put(there, {"refused": f"no request that the keeper knows: {e!r}", "public": False})
 
@@ -117,6 +120,7 @@ def answered(path: Path, there: socket.socket, asked: Mapping[str, Any]) -> dict
         "reserve": _reserved,
         "read": _read,
         "append": _appended,
+        "secure": _secure,
     }
     if asked["ask"] not in known:
         raise ValueError(str(asked["ask"])[:40])
@@ -157,3 +161,13 @@ def _appended(policy: Any, _: socket.socket, asked: Mapping[str, Any]) -> dict[s
     more = {k: v for k, v in asked["more"].items() if k not in ("time", "what")}
     audit.append(policy.audit, str(asked["what"]), **more)
     return {"written": True}
+
+
+def _secure(policy: Any, _: socket.socket, asked: Mapping[str, Any]) -> dict[str, Any]:
+    from fedlora.federation.client.secure_book import STEPS, SecureBook
+
+    since, step = asked["since"], asked["step"]
+    if type(since) is not int or step not in STEPS:
+        raise ValueError("not a secure round")
+    book, limit = SecureBook(policy.ledger), policy.secure.max_rounds
+    return {"rounds": book.enter(since, limit, step)}

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import BudgetSpent, PrivacyError
+from fedlora.errors import BudgetSpent, PolicyError, PrivacyError
 
 LONGEST = 2**20
 """Bytes of a request or an answer, without what follows it."""
@@ -24,7 +24,7 @@ def ask(path: Path, what: str, more: Mapping[str, Any], data: bytes = b"") -> di
     """The keeper's answer.
 
     Raises:
-        BudgetSpent, PrivacyError: it refuses, or there is none.
+        BudgetSpent, PolicyError, PrivacyError: it refuses, or there is none.
     """
     try:
         with socket.socket(socket.AF_UNIX) as there:
@@ -41,8 +41,10 @@ def ask(path: Path, what: str, more: Mapping[str, Any], data: bytes = b"") -> di
             "starts it: fedlora node keeper node.toml"
         ) from e
     if "refused" in answer:
-        kind = BudgetSpent if answer.get("kind") == "BudgetSpent" else PrivacyError
         said = str(answer["refused"])
+        if answer.get("kind") == "PolicyError":
+            raise PolicyError(said, [str(x) for x in answer.get("reasons", [])])
+        kind = BudgetSpent if answer.get("kind") == "BudgetSpent" else PrivacyError
         raise kind.public(said) if answer.get("public") is True else kind(said)
     return answer
 

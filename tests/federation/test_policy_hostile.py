@@ -190,7 +190,7 @@ def test_no_value_of_any_key_has_a_node_touch_what_its_policy_does_not_name(
 FIELDS = {
     "job": ["round", "token", "incarnation", "client", "modules", "ranks", "memory-round",
             "base-number", "fingerprint", "labels", "last-round", "cuts", "config", "code",
-            "microbatch", "ledger", "charges", "changes"],
+            "microbatch", "ledger", "charges", "since", "changes"],
     "download": ["scale-names", "scale-values", "trainable", "snapshots", "base", "block",
                  "penalty", "penalty-weight", "penalty-names", "penalty-keep"],
 }  # fmt: skip

@@ -89,11 +89,16 @@ class Refused(Exception):  # noqa: N818  no error of the test
 
 
 class LyingServer:
-    def __init__(self, told: Recorded, colluders: Collection[int] = ()) -> None:
+    def __init__(
+        self, told: Recorded, colluders: Collection[int] = (), since: int | None = None
+    ) -> None:
+        """since: when it says that it began; 0: it does not say; by default when it began."""
         self.told, self.colluders = told, set(colluders)
         self.incarnation = f"lies-{next(STARTS)}"
         first = Agreement.read(str(told.first["setup", 0].config_records["secagg"]["agreement"]))
-        self.agreement = replace(first, name=replace(first.name, incarnation=self.incarnation))
+        self.since = first.name.since if since is None else since
+        start = {"incarnation": self.incarnation, "since": self.since}
+        self.agreement = replace(first, name=replace(first.name, **start))
         self.ids = sorted(first.table.kinds)
         self.keys: dict[int, RoundKeys] = {}
         self._kept: dict[int, Path] = {}
@@ -107,7 +112,10 @@ class LyingServer:
             Refused: it is an error.
         """
         content = copy.deepcopy(self.told.first[kind, i])
-        job = {**content.config_records["job"], "incarnation": self.incarnation}
+        start = {"incarnation": self.incarnation, "since": self.since}
+        job = {**content.config_records["job"], **start}
+        if not self.since:
+            del job["since"]
         content["job"], content["secagg"] = ConfigRecord(job), ConfigRecord(asked)
         message = Message(content, 1000 + i, f"train.secagg_{kind}", ttl=60.0)
         with self.told.as_trained():

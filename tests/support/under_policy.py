@@ -16,6 +16,7 @@ from client_app.app import app as client_app
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError
+from fedlora.federation.client.secure_book import SecureBook
 from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.launch.simulate.grid import LocalGrid
 from fedlora.privacy.ledger import Ledger
@@ -38,6 +39,7 @@ def written(directory: Path, base: str, rows: str, **sections: Mapping[str, Any]
     path = directory / "node.toml"
     path.write_text(tomli_w.dumps(tree))
     Ledger(Policy.load(path).ledger).begin()
+    SecureBook(Policy.load(path).ledger).begin()
     return path
 
 

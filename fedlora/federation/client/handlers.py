@@ -164,6 +164,7 @@ def secagg_setup(message: Message, context: Context) -> RecordDict:
     from fedlora.federation.secure.agreement import Agreement
 
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
+    work.enter_secure_round("begin")
     keys = work.secure_client().setup(Agreement.read(str(asked["agreement"])), work.terms)
     return work.reply({"secagg": ConfigRecord({"keys": [*keys]})})
 
@@ -198,7 +199,9 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))
     kind = masker.kind(same_shapes(folded(sent)), work.download.trainable)
     layout = agreement.table.layout
-    x = masker.masked(encode(sent, n, loss, kind, layout, agreement.terms))
+    vector = encode(sent, n, loss, kind, layout, agreement.terms)
+    work.enter_secure_round("count")
+    x = masker.masked(vector)
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}
     if not work.job.cuts:  # what follows from what the server sent; not with a B of one's own

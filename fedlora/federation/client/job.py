@@ -20,7 +20,7 @@ from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.config.sites import COLUMNS
 from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckError
-from fedlora.federation.client import error_feedback, witness
+from fedlora.federation.client import error_feedback, secure_book, witness
 from fedlora.federation.client.admit import admit, check, check_terms
 from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
@@ -173,7 +173,8 @@ class ClientJob:
                 "secure.aggregation is off on this client, and on at the server"
             )
         job = self.job
-        name = RoundName(job.config, job.token, job.round, job.incarnation)
+        name = RoundName(job.config, job.token, job.round, job.incarnation, job.since)
+        self.enter_secure_round("stage")
         own, directory = self.policy.secure if self.policy else None, self.memory.own / "secure"
         together = own.colluding + 2 if own else 0
         if own is None or not own.members:  # the server says whose each key is
@@ -181,6 +182,15 @@ class ClientJob:
         identity, members = private_key(Path(own.key)), Members.load(Path(own.members))
         members.check(job.client, public_half(identity))
         return SecureClient(directory, job.client, name, identity, members, together)
+
+    def enter_secure_round(self, step: secure_book.Step) -> None:
+        """This step is on the node's disk, where it counts, when this returns.
+
+        Raises:
+            PolicyError: the policy allows no more rounds, or none of this start of the server.
+        """
+        if self.policy:
+            secure_book.enter(self.policy, self.job.since, step)
 
     @contextmanager
     def local_round(self) -> Iterator[LocalRound]:

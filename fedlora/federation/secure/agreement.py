@@ -106,6 +106,8 @@ class RoundName:
     run: str
     round: int
     incarnation: str
+    since: int = 0
+    """When that start of the server began, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class Agreement:
                 )
             found = cls(
                 RoundName(str(name["config"]), str(name["run"]), int(name["round"]),
-                          str(name["incarnation"])),
+                          str(name["incarnation"]), int(name["since"])),
                 Terms(**{f.name: _number(terms[f.name]) for f in fields(Terms)}),
                 MemberTable.of(table),
                 {int(i): tuple((str(a), str(b)) for a, b in parts) for i, parts in sent},
@@ -162,7 +164,7 @@ class Agreement:
         Of all but the names of the run and of its server's start, which chance draws: a run that
         is repeated measures the same numbers.
         """
-        again = replace(self, name=replace(self.name, run="", incarnation=""))
+        again = replace(self, name=replace(self.name, run="", incarnation="", since=0))
         return f"certificate/{again.digest().hex()}"
 
     def check(self, me: int, name: RoundName, terms: Terms, together: int = 0) -> None:

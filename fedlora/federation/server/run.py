@@ -101,6 +101,8 @@ class Session:
     summable: set[Any] = field(default_factory=set)
     """What secure aggregation was found to go with."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    since: int = field(default_factory=lambda: int(time.time()))
+    """When this incarnation began, in seconds since 1970."""
     started_at: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -198,6 +200,7 @@ def message(
         microbatch=member.microbatch,
         ledger=member.ledger,
         charges=member.charges,
+        since=session.since if config.secure.aggregation else 0,
     )
     content = RecordDict()
     lacks = client.id in session.lacking

@@ -94,8 +94,8 @@ class SecureCohort:
                 f"and {unlike[1]} different models of one form, and clients take part only where "
                 "all are sent the same"
             )
-        incarnation = session.incarnation
-        name = RoundName(setting.config.identity(), run.token, round.number, incarnation)
+        start = session.incarnation, session.since
+        name = RoundName(setting.config.identity(), run.token, round.number, *start)
         return Agreement(name, self.terms, table, sent)
 
     def _check(self, setting: Setting, session: Session, run: Saved, round: Round) -> None:

@@ -1,7 +1,7 @@
 """The job: what the server tells a client with every message, beside the download."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ class Job:
     """The number of the client's privacy ledger, as it last said it; 0: it has not."""
     charges: int = 0
     """How many charges of this run that ledger had, by the last reply that was accepted."""
+    since: int = 0
+    """When this start of the server began, in seconds since 1970; with secure aggregation alone."""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(
@@ -63,6 +65,7 @@ class Job:
                 **({"code": self.code} if self.code else {}),
                 **({"microbatch": self.microbatch} if self.microbatch else {}),
                 **({"ledger": self.ledger, "charges": self.charges} if self.charges else {}),
+                **({"since": self.since} if self.since else {}),
                 **({"changes": json.dumps(dict(self.changes))} if self.changes else {}),
             }
         )
@@ -98,7 +101,7 @@ class Job:
             x.get("code", ""),
             x["config"],
             json.loads(x.get("changes", "{}")),
-            *(whole(x, key) if key in x else 0 for key in ("microbatch", "ledger", "charges")),
+            *_later(x),
         )
 
 
@@ -112,3 +115,12 @@ def job_of(content: RecordDict) -> Job:
         return Job.read(configs_of(content, "job"))
     except (KeyError, TypeError, ValueError) as e:
         raise WireError(f"the message has no job that can be read: {e!r}") from None
+
+
+def _later(x: Mapping[str, Any]) -> Iterator[int]:
+    """The numbers of a job that an earlier one has not, each 0 where it is not said."""
+    for key in ("microbatch", "ledger", "charges"):
+        yield whole(x, key) if key in x else 0
+    if type(since := x.get("since", 0)) is not int or not 0 <= since < 2**53:
+        raise WireError("the job's since: must be whole seconds since 1970")
+    yield since

@@ -13,6 +13,7 @@ import tomli_w
 from fedlora.config.members import Members, public_key
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
+from fedlora.federation.client.secure_book import SecureBook
 from fedlora.launch.deploy import containers, keys, policy_file, scripts
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.guide import readme
@@ -190,6 +191,7 @@ def _write_node(plan: Plan, i: int, config: Config) -> None:
         shutil.copy(plan.directory / "ca" / "ca.crt", directory)
     (directory / policy_file.NAME).write_text(policy_file.policy_text(plan, i, config))
     Ledger(directory / "memory").begin()
+    SecureBook(directory / "memory").begin()
     _script(directory / "env.sh", scripts.ENVIRONMENT)
     _script(directory / "node.sh", scripts.node(plan, i))
     fixed = scripts.NODES_OWN
