@@ -7,8 +7,9 @@ The key is the ledger's own, so who cannot read it can neither change a line nor
 
 Edge cases
     a line cut short         it opens nothing; the next record says so, and pays for it
-    a file without a key     of the earlier format: its hashes are SHA-256 of the line, and a charge
-                             in it is of any units
+    a file without a key     of the earlier format: its hashes are SHA-256 of the line
+    a line that lacks a      what it says is in `OLDER`: dearer and of more clients, never less
+    newer name
 """
 
 import functools
@@ -26,6 +27,9 @@ from fedlora.privacy.units import ALL
 from fedlora.version import __version__
 
 START = "0" * 64
+ANY_CLIENT = -1
+OLDER: dict[str, Any] = {"units": ALL, "reading": "", "client": ANY_CLIENT}
+"""What a line says that was written before these names were: of any units, and of any client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Charge:
     """The name of the set of units; ALL: any."""
     reading: str = ""
     """What those units are: see `Units.reading`."""
+    client: int = ANY_CLIENT
+    """Who trained. It is counted by, and never composed by: see `count`."""
 
     def record(self) -> dict[str, Any]:
         return {
@@ -61,12 +67,14 @@ class Charge:
             "noise": self.noise,
             "units": self.units,
             "reading": self.reading,
+            "client": self.client,
             "code": code_version(),
             "time": now(),
         }
 
     @classmethod
     def read(cls, x: dict[str, Any]) -> "Charge":
+        x = {**OLDER, **x}
         return cls(
             Spend(float(x["q"]), float(x["sigma"]), int(x["steps"])),
             float(x["clip"]),
@@ -76,8 +84,9 @@ class Charge:
             x["run"],
             int(x["round"]),
             x["noise"],
-            x.get("units", ALL),
-            x.get("reading", ""),
+            x["units"],
+            x["reading"],
+            int(x["client"]),
         )
 
 
@@ -100,11 +109,18 @@ class Contents:
             return self.charges
         return (*self.charges, dearest(near))
 
+    def count(self, run: str, client: int) -> int:
+        """This client's charges of a run, and those that may be its. Clients of one ledger count
+        apart, so what each is told does not depend on which of them was first."""
+        of = {client, ANY_CLIENT}
+        mine = (c for c in self.charges if c.run == run)
+        return sum(client == ANY_CLIENT or c.client in of for c in mine)
+
 
 def dearest(near: list[Charge]) -> Charge:
     """What a torn line may have been, whoever's rows it was for."""
     found = max(near, key=lambda c: epsilon([c.spend], near[-1].delta))
-    return replace(found, units=ALL, reading="")
+    return replace(found, units=ALL, reading="", client=ANY_CLIENT)
 
 
 def read_ledger(path: Path, key: bytes = b"") -> Contents:

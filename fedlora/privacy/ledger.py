@@ -25,8 +25,8 @@ Edge cases
     shorter than the marker says       PrivacyError: restore it; never a fresh start
     a line changed or taken out        PrivacyError: the hash chain is broken
     a set of units gone or changed     its charges are of any units: dearer, never cheaper
-    fewer charges of this run than
-    the server has acknowledged        PrivacyError: the disk was rolled back; what a server says
+    fewer charges of this run and
+    client than were acknowledged      PrivacyError: the disk was rolled back; what a server says
                                        can refuse, and never lower what is charged
     two processes at once              a lock on the file; the second reads what the first wrote
     a charge of the earlier format     is of any units
@@ -72,7 +72,8 @@ RESTORE = (
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """What the server has of this ledger: which it is, and how many charges of its run it knows."""
+    """What the server has of this ledger: which it is, and how many charges of its run, and of
+    this client, it knows."""
 
     ledger: int = 0
     charges: int = 0
@@ -87,7 +88,7 @@ class Receipt:
     ledger: int
     """The ledger's own number, by chance; another one after a recovery."""
     charges: int
-    """Of this run."""
+    """Of this run, and of this client where several share the ledger."""
 
 
 class Ledger:
@@ -172,8 +173,8 @@ class Ledger:
         with self._locked():
             self._begun()
             contents = self.read(charge)
-            run = [c for c in contents.charges if c.run == charge.run]
-            self._check(acknowledged, contents, len(run))
+            paid = contents.count(charge.run, charge.client)
+            self._check(acknowledged, contents, paid)
             if units:
                 name = sets.save(self.sets, units.keyed(self._key()))
                 charge = replace(charge, units=name, reading=units.reading)
@@ -181,7 +182,7 @@ class Ledger:
             if contents.torn:
                 contents = self._heal(contents, charge)
             self._append(contents, charge.record())
-        return Receipt(after, contents.opening["opened"], len(run) + 1)
+        return Receipt(after, contents.opening["opened"], paid + 1)
 
     def begin(self) -> None:
         """Begin the ledger, at zero, where there is none: once in a node's life."""
@@ -225,15 +226,15 @@ class Ledger:
             )
         return after
 
-    def _check(self, acknowledged: Acknowledged | None, contents: Contents, run: int) -> None:
+    def _check(self, acknowledged: Acknowledged | None, contents: Contents, paid: int) -> None:
         if not acknowledged or not acknowledged.charges:
             return
         here = contents.opening["opened"] == acknowledged.ledger
-        if here and run < acknowledged.charges:
+        if here and paid < acknowledged.charges:
             raise PrivacyError(
                 f"the privacy ledger {self.path} is older than what the server knows of: it has "
-                f"{run} charges of this run, and {acknowledged.charges} were acknowledged; restore "
-                "the newest copy"
+                f"{paid} charges of this run, and {acknowledged.charges} were acknowledged; "
+                "restore the newest copy"
             )
         if not here and "recovered" not in contents.opening:
             raise PrivacyError(

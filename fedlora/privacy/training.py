@@ -93,10 +93,10 @@ class PrivacyPlan:
         sigma = p.noise_multiplier or k * calibrate(p.epsilon, p.delta, any_of(k, q), planned)
         return cls(n, q, steps, sigma, p.clip_norm, p.delta, k)
 
-    def charge(self, config: Config, run: str, round: int) -> Charge:
+    def charge(self, config: Config, run: str, round: int, client: int) -> Charge:
         noise = "reproducible" if config.privacy.insecure_reproducible_noise else "system"
         spend = Spend(any_of(self.k, self.q), self.sigma / self.k, self.steps)
-        return Charge(spend, self.C, self.delta, run=run, round=round, noise=noise)
+        return Charge(spend, self.C, self.delta, run=run, round=round, noise=noise, client=client)
 
 
 def any_of(k: int, q: float) -> float:
@@ -134,7 +134,7 @@ def private_fit(
     check_apart(model, live)
     limits = [x for x in (config.privacy.epsilon, config.privacy.max_epsilon) if x]
     paid = payments.ledger.reserve(
-        plan.charge(config, payments.run, round),
+        plan.charge(config, payments.run, round, client),
         min(limits, default=0.0),
         units,
         payments.acknowledged,

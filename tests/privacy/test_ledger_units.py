@@ -7,6 +7,7 @@ import json
 import random
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedlora.config.sections import DataConfig
 from fedlora.errors import BudgetSpent, PrivacyError
 from fedlora.privacy import accounting, units
 from fedlora.privacy.accounting import Spend, epsilon
-from fedlora.privacy.charges import START, Charge, sealed
+from fedlora.privacy.charges import OLDER, START, Charge, sealed
 from fedlora.privacy.ledger import Acknowledged, Ledger
 from fedlora.privacy.training import PrivacyPlan, any_of
 from fedlora.privacy.units import Units
@@ -201,7 +202,7 @@ def test_noise_is_calibrated_to_all_rows_of_a_person(monkeypatch: pytest.MonkeyP
     one, three = (PrivacyPlan.of(config, 100, k) for k in (1, 3))
     assert three.sigma > 2 * one.sigma
     for plan in (one, three):
-        spend = plan.charge(config, "r", 1).spend
+        spend = plan.charge(config, "r", 1, 0).spend
         assert 2.9 < epsilon([spend, spend], config.privacy.delta) <= 3.0
 
 
@@ -270,6 +271,28 @@ def test_what_the_server_has_acknowledged_refuses_and_never_lowers(tmp_path: Pat
         ledger.reserve(CHARGE, acknowledged=Acknowledged(first.ledger + 1, 1))
 
 
+def test_clients_of_one_ledger_are_told_the_same_whoever_was_first(tmp_path: Path) -> None:
+    """Each its own count, which the next message acknowledges; composed is the whole ledger."""
+    parts = shards(tmp_path / "rows.jsonl", rows(), seed=0)
+    told = []
+    for order in ((0, 1), (1, 0)):
+        ledger = Ledger(tmp_path / f"{order}")
+        said: dict[tuple[int, int], tuple[int, float]] = {}
+        for round in (1, 2):
+            for client in order:
+                charge = replace(CHARGE, round=round, client=client)
+                known = Acknowledged(ledger.read().opening["opened"], round - 1) if said else None
+                paid = ledger.reserve(charge, 0.0, parts[client], known)
+                said[round, client] = (paid.charges, paid.epsilon)
+        told.append(json.dumps([said[key] for key in sorted(said)]))
+        everything = ledger.reserve(replace(CHARGE, client=2))
+        assert (everything.charges, everything.epsilon) == (1, times(5))
+        with pytest.raises(PrivacyError, match="it has 2 charges of this run"):
+            ledger.reserve(replace(CHARGE, client=0), 0.0, parts[0], Acknowledged(paid.ledger, 3))
+    assert told[0] == told[1]
+    assert json.loads(told[0]) == [[1, times(1)]] * 2 + [[2, times(2)]] * 2
+
+
 def test_a_disk_that_was_rolled_back_is_not_found_by_a_server_that_does_not_know(
     tmp_path: Path,
 ) -> None:
@@ -331,7 +354,8 @@ def before(tmp_path: Path) -> Path:
     path = tmp_path / "ledgers" / "0123abcd.jsonl"
     for n in (1, 2):
         record = CHARGE.record()
-        del record["units"], record["reading"]
+        for name in OLDER:
+            del record[name]
         line, head = sealed({**record, "n": n, "before": head})
         with path.open("a") as f:
             f.write(line + "\n")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from fedlora.errors import BudgetSpent, PrivacyError, RoundError
 from fedlora.privacy import accounting
 from fedlora.privacy import ledger as ledgers
 from fedlora.privacy.accounting import Spend, epsilon
-from fedlora.privacy.charges import Charge
-from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.charges import OLDER, Charge
+from fedlora.privacy.ledger import Acknowledged, Ledger
 from fedlora.privacy.statement import found
 from tests.support.private_setting import Build
 
@@ -31,6 +32,22 @@ def test_charges_compose_over_rounds_and_runs(tmp_path: Path) -> None:
         last = Ledger(tmp_path).reserve(Charge(CHARGE.spend, 0.3, DELTA, run=run))
     assert last.epsilon == epsilon([Spend(0.25, 2.0, 12)], DELTA)
     assert last.charges == 1, "of run b"
+
+
+def test_a_line_that_names_no_client_counts_as_everyones(tmp_path: Path) -> None:
+    """A run that goes on over an older ledger, where the server was told the count of all."""
+    ledger = Ledger(tmp_path)
+    ledger.reserve(CHARGE)  # to begin it
+    for _ in range(3):
+        record = CHARGE.record()
+        for name in OLDER:
+            del record[name]
+        ledger._append(ledger.read(), record)
+    known = Acknowledged(ledger.read().opening["opened"], 4)
+    for client in (0, 1):
+        paid = ledger.reserve(replace(CHARGE, client=client), acknowledged=known)
+        assert paid.charges == 5
+    assert paid.epsilon == epsilon([Spend(0.25, 2.0, 24)], DELTA)
 
 
 def test_a_message_is_as_long_whichever_ledger_it_names(
