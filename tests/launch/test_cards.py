@@ -339,8 +339,16 @@ def test_a_base_in_the_wrong_place_is_seen(
     assert {*served} == {0, 1}
     with pytest.raises(AssertionError, match="server's card" if "card" in slip else "one base"):
         check_places(log, base_of(given))
+    if slip == "two bases there":
+        assert CARDS[0].used < 2 * base_of(given), "and not here"
 
 
 def on_the_servers_card(worker: CardWorker) -> WorkerProcess:
     told = replace(worker, device="pretend:0")
     return WorkerProcess.spawn(MODULE, asdict(told))
+
+
+def test_the_slip_of_two_bases_is_planted_in_no_process_of_the_tests() -> None:
+    from tests.support import two_bases
+
+    assert cache._model.make is not two_bases._twice

@@ -57,11 +57,12 @@ class Lease:
     """Some bytes of a card, given back when the last tensor that has them is gone."""
 
     def __init__(self, card: "Card", size: int) -> None:
-        self.card, self.size = card, size
+        self.card, self.size, self.count = card, size, card.count
         card.take(size)
 
     def __del__(self) -> None:
-        self.card.used -= self.size
+        if self.count == self.card.count:
+            self.card.used -= self.size
 
 
 class Card:
@@ -73,6 +74,8 @@ class Card:
         self.generator = torch.Generator()
         self.used = self.peak = self.reserved = 0
         """`reserved` is what torch has of the card: what it let go of is not free to others."""
+        self.count = 0
+        """Which count of bytes is under way: see `count_anew`."""
         self.workspace = self.kept = 0
         self.limit: int | None = None
         self.float64 = True
@@ -88,6 +91,13 @@ class Card:
     def seed(self, seed: int) -> None:
         """The numbers that follow are those of any card with this seed, and not the host's."""
         self.generator.manual_seed(seed ^ 0x5EED)
+
+    def count_anew(self) -> None:
+        """As if nothing lay here. What does, as the tensors that the trace of a failed test holds,
+        is of no later test's count, and takes nothing from it when it goes."""
+        self.count += 1
+        self.leases = weakref.WeakValueDictionary()
+        self.used = self.peak = self.reserved = self.workspace = self.kept = 0
 
     def take(self, size: int) -> None:
         self.used += size
@@ -486,10 +496,9 @@ def cards() -> Iterator[list[Card]]:
     torch.clear_autocast_cache = lambda: (CASTS.clear(), forget())[1]
     Module.present = True
     for card in CARDS:
-        card.limit, card.peak, card.float64, card.says_float64 = None, card.used, True, False
+        card.count_anew()
+        card.limit, card.float64, card.says_float64 = None, True, False
         card.generator.manual_seed(card.index)
-        card.used -= card.kept
-        card.workspace, card.kept, card.reserved = 0, 0, card.used
     try:
         yield CARDS
     finally:

@@ -1,10 +1,15 @@
-"""A planted slip: where this is imported, each model is loaded twice, and both are kept."""
+"""A planted slip: a card's worker that imports this loads each model twice, and keeps both.
 
+Any other process is left as it is: what the tests' own kept here would be in later tests' counts.
+"""
+
+import sys
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedlora.launch.simulate.workers import MODULE
 from fedlora.training import cache
 
 _kept: list[Any] = []
@@ -16,7 +21,8 @@ def _twice(*args: Any) -> Any:
     return _load(*args)
 
 
-if cache._model.value is None:  # the process of a worker, which has none yet
+started_as = getattr(sys.modules["__main__"], "__spec__", None)
+if started_as and started_as.name == MODULE:
     cache._model.make = _twice
 
 

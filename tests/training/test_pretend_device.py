@@ -162,3 +162,20 @@ def test_nothing_is_left_when_a_model_goes(cards: Cards) -> None:
     gc.collect()
     assert gone() is None
     assert CARDS[0].used == 0
+
+
+def test_what_an_earlier_test_left_is_in_no_later_count(cards: Cards) -> None:
+    """As the trace of a failed test holds its tensors, and lets go of them whenever it likes."""
+    left = torch.ones(1000, device=ONE)
+    assert CARDS[0].used == 4000
+    CARDS[0].count_anew()
+    assert (CARDS[0].used, CARDS[0].peak) == (0, 0)
+    mine = torch.ones(50, device=ONE)
+    del left
+    gc.collect()
+    assert CARDS[0].used == 200, "what goes of the earlier is not taken from this"
+    view = mine[10:]
+    assert CARDS[0].used == 200
+    del mine, view
+    gc.collect()
+    assert CARDS[0].used == 0
