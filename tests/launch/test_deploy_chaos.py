@@ -22,7 +22,7 @@ from fedlora.launch.deploy.supervise import read_state
 from fedlora.privacy.ledger import Ledger
 from tests.federation.test_faults import same_replies
 from tests.support.chaos import endure
-from tests.support.deployment import adapter, experiment, mortal, prepared, ran, rounds
+from tests.support.deployment import adapter, experiment, mortal, prepared, ran, rounds, unruled
 from tests.support.relay import Relay
 from tests.support.tiny_federation import Ran
 
@@ -125,7 +125,10 @@ class Storm:
 
 @pytest.fixture
 def exposed(tiny, tmp_path: Path) -> Iterator[tuple[Plan, list[Relay]]]:
-    """A deployment each of whose nodes reaches the server through a relay of its own."""
+    """A deployment each of whose nodes reaches the server through a relay of its own.
+
+    Without policies, since the bytes at the end are compared with a second run's.
+    """
     from tests.conftest import tiny_settings
 
     given = tiny_settings(
@@ -151,6 +154,7 @@ def exposed(tiny, tmp_path: Path) -> Iterator[tuple[Plan, list[Relay]]]:
         with (plan.node(i) / "env.sh").open("a") as f:
             f.write(f"export FEDLORA_SUPERLINK=127.0.0.1:{relay.port}\n")
     mortal(plan)
+    unruled(plan)
     host.up(plan, print, timeout=300.0)
     yield plan, relays
     host.down(plan, print)

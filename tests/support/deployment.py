@@ -38,6 +38,16 @@ def mortal(plan: Plan) -> Path:
     return order
 
 
+def unruled(plan: Plan) -> None:
+    """Have its nodes name no policy: a run's noise that can be drawn again passes none."""
+    for i in range(plan.clients):
+        script = plan.node(i) / "node.sh"
+        text = script.read_text()
+        ruled = 'policy=\\"$PWD/node.toml\\"'
+        assert text.count(ruled) == 1
+        script.write_text(text.replace(ruled, 'memory=\\"$PWD/memory\\"'))
+
+
 def ran(plan: Plan, overrides: dict[str, Any] | None = None, during=None) -> tuple[str, Path]:
     """Run to the end; the status and the results. `during(directory)` is called all the while."""
     with Operator(plan) as operator:
