@@ -158,16 +158,39 @@ def tiny_settings(
 @pytest.fixture
 def cards():
     """Two pretend accelerators, which this machine has for the length of the test."""
+    from tests.support import pretend_device
+
+    if os.environ.get(TEST_CARD, pretend_device.NAME).split(":")[0] != pretend_device.NAME:
+        pytest.skip(f"of the pretend cards alone, and {TEST_CARD} names a real one")
+    with pretend_device.cards() as found:
+        yield found
+        forget_cards()
+
+
+TEST_CARD = "FEDLORA_TEST_CARD"
+"""In the environment: a card of this machine, "cuda:0", for tests that ask for `card`."""
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest):
+    """The name of a card that this machine has for the length of the test: a real one where
+    FEDLORA_TEST_CARD names it, else a pretend one."""
+    given = os.environ.get(TEST_CARD, "pretend:1")
+    if given.startswith("pretend:"):
+        request.getfixturevalue("cards")
+    yield given
+    forget_cards()
+
+
+def forget_cards() -> None:
+    """Let go of what the caches keep of a test on a card."""
     import gc
 
     from fedlora.training import cache
-    from tests.support import pretend_device
 
-    with pretend_device.cards() as found:
-        yield found
-        cache._model.key = cache._model.value = None  # what is kept of the test is on a card
-        cache.encoded.cache_clear()
-        gc.collect()
+    cache._model.key = cache._model.value = None
+    cache.encoded.cache_clear()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
