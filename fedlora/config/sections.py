@@ -6,12 +6,13 @@ docs/use/configuration.md is written from this file.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
 from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # under its old place
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
 from fedlora.config.sites import SEPARATOR, Sites
+from fedlora.config.task_names import known
 from fedlora.moved import attribute_of
 
 CODE = r"^(py:[^:]+:[^:]+)?$"
@@ -39,7 +40,8 @@ class ModelConfig(Section):
     "py:package.module:function", a function of yours: docs/use/python.md."""
     tokenizer: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: Annotated[str, AfterValidator(known)] = "classification"
+    """classification, multi-label, regression, causal-lm, or one registered: docs/use/tasks.md."""
     pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
     and a zero-initialised linear head. auto: default, and mean under example-level DP."""
@@ -80,7 +82,12 @@ class DataConfig(Section):
     subset: str = ""
     """Which configuration of a hub data set that has several."""
     text: str = "text"
+    text_pair: str = ""
+    """A second column of text, where a label is of a pair of texts."""
     label: str = "label"
+    """The column of what is to be predicted: a class, a list of labels, a number."""
+    label_separator: str = ""
+    """For multi-label, where a cell is one text and no JSON list: what stands between labels."""
     prompt: str = ""
     """For causal-lm: the prompt column, or a template with {column} names. Empty: no prompt."""
     response: str = "response"

@@ -51,7 +51,7 @@ def problems(target: str, model: Model, rank: int) -> Iterator[str]:
         return
     instead = "--for peft writes it for PEFT"
     instead += "" if merging else ", --for merged writes whole weights"
-    if config.model.task != "causal-lm":
+    if not model.task.generates:
         yield f"{target} serves adapters of language models, and this is a classifier; {instead}"
     elif is_code(config.model.path):
         yield f"{target} does not know a model of your own code; {instead}"

@@ -62,7 +62,7 @@ def _long_texts(config: Config) -> Iterator[str]:
     data, windows = config.data, "data.long-texts = 'windows'"
     if data.long_texts != "windows":
         return
-    if config.model.task == "classification":
+    if config.model.task != "causal-lm":
         yield (
             f"{windows}: a label is of a whole text, and no part need show it; set 'cut', or write "
             "the parts that have the label as rows"

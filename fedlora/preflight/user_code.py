@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from fedlora.config.reader import Config
 from fedlora.training import user_code
+from fedlora.training.tasks import task_of
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -11,10 +12,10 @@ def problems(config: Config) -> Iterator[str]:
     yield from _live(config)
     if user_code.is_code(config.model.path):
         yield from _model(config)
-    answers = config.evaluate.generate_tokens or config.model.task == "classification"
+    answers = config.evaluate.generate_tokens or not task_of(config.model.task).generates
     if config.evaluate.metrics and not answers:
         yield (
-            "evaluate.metrics: for causal-lm it compares generated answers, and "
+            f"evaluate.metrics: for {config.model.task} it compares generated answers, and "
             "evaluate.generate-tokens = 0; set that to the tokens of an answer"
         )
 

@@ -50,7 +50,7 @@ class Part:
             mask[kept] = 1
             found["attention_mask"][-1] = mask
             found["input_ids"][-1, mask == 0] = encoded.pad
-            if found["labels"].ndim > 1:
+            if found["labels"].shape == found["input_ids"].shape and encoded.targets is None:
                 found["labels"][-1] = IGNORE
         return found
 

@@ -25,7 +25,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
 from fedlora.privacy.microbatch import Part, size_of
 from fedlora.privacy.per_example import Dense, Gradient, kept_apart
-from fedlora.training.data.batches import Batch, Encoded, collate, synthetic
+from fedlora.training.data.batches import Batch, Encoded, collate
 from fedlora.training.devices import wide_on_host
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live
@@ -159,7 +159,7 @@ def _probe(model: Model, live: Live) -> None:
 
 def _rows(model: Model, lengths: Sequence[int]) -> Encoded:
     """Made-up examples of these lengths, padded as the model's own are."""
-    rows = synthetic(model.tokenizer, len(model.labels), lengths=lengths)
+    rows = model.task.made_up(model.tokenizer, model.labels, lengths)
     return replace(rows, left=model.pads_left)
 
 

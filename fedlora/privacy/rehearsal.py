@@ -23,7 +23,7 @@ from fedlora.privacy.per_example import kept_apart
 from fedlora.privacy.probe import Way, check_apart
 from fedlora.privacy.training import PrivacyPlan, Ways, private_step
 from fedlora.strategies.base import Client, Download, Round, State, Strategy, whole_download
-from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, synthetic
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded
 from fedlora.training.devices import wide_on_host
 from fedlora.training.loss_check import check_losses, check_rows
 from fedlora.training.model.alora import invocation
@@ -64,7 +64,7 @@ def check_before_training(
     args = (download.trainable, config, round, client, download.penalty)
     if config.privacy.by_example:
         if rows is not None:
-            check_rows(rows)
+            check_rows(rows, model.task)
         check_private(model, download, config, round, client)
     else:
         check_training(model, made_up(model) if rows is None else rows, *args)
@@ -97,7 +97,7 @@ def made_up(model: Model) -> Encoded:
     """Rows of random token ids of this model's tokenizer."""
     config = model.config
     ends = invocation(config.model, config.lora.invocation) if model.form.after else []
-    return synthetic(model.tokenizer, len(model.labels), ends)
+    return model.task.made_up(model.tokenizer, model.labels, ends=ends)
 
 
 def check_private(

@@ -48,7 +48,12 @@ def check_begun_with(was: Mapping[str, str], now: Mapping[str, str], run: object
 
 def digest_of_rows(parts: Iterable[Rows]) -> str:
     """Of every row of every part, in order."""
-    return _digest(json.dumps([part.text, part.label, part.response, part.group]) for part in parts)
+
+    def columns(part: Rows) -> list[tuple[str, ...]]:
+        more = [x for x in (part.second, part.target) if x]  # older runs knew none of these
+        return [part.text, part.label, part.response, part.group, *more]
+
+    return _digest(json.dumps(columns(part)) for part in parts)
 
 
 PROBES = (

@@ -8,12 +8,13 @@ from typing import Any
 
 from fedlora.config.reader import Config
 from fedlora.strategies.forms import fixed_rank
-from fedlora.training.data.batches import Encoded, encode
+from fedlora.training.data.batches import Encoded
 from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.devices import chosen, prepare, release
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
+from fedlora.training.tasks import task_of
 from fedlora.training.user_code import identity
 
 
@@ -74,7 +75,7 @@ def forget_model() -> None:
 
 def corpus(config: Config) -> Corpus:
     """The simulated federation's data, split as the config says."""
-    key = (config.data, config.model.task, config.clients.count, config.run.seed,
+    key = (config.data, task_of(config.model.task), config.clients.count, config.run.seed,
            config.privacy.by_example)  # fmt: skip
     found: Corpus = _corpus((*key, identity(config)), *key)
     return found
@@ -88,16 +89,15 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
     else:
         rows = getattr(client_rows(client, config, labels), part)
     loaded = model(config, labels)
-    d = config.data
-    how = loaded.longest(d.max_length), d.chat_template, d.long_texts == "windows"
-    found = encode(rows, loaded.tokenizer, labels, *how)
+    longest = loaded.longest(config.data.max_length)
+    found = loaded.task.encode(rows, loaded.tokenizer, labels, config.data, longest)
     return replace(found, left=loaded.pads_left)
 
 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
     """This client's rows: its part of the simulated federation, or its node's own file."""
     if config.data.node_path:
-        key = (config.data, config.model.task, labels, config.run.seed, client,
+        key = (config.data, task_of(config.model.task), labels, config.run.seed, client,
                config.privacy.by_example)  # fmt: skip
         found: ClientRows = _node((*key, identity(config)), *key)
         return found

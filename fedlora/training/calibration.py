@@ -32,13 +32,13 @@ from fedlora.errors import ModelError
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
-from fedlora.training.data.batches import Encoded, encode, eval_batches
+from fedlora.training.data.batches import Encoded, eval_batches
 from fedlora.training.data.corpus import Corpus, load_calibration
 from fedlora.training.devices import HOST, moved, wide_on_host
 from fedlora.training.draws import host_draws
-from fedlora.training.evaluate import at_once
 from fedlora.training.model.layers import initial
 from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.tasks.outputs import at_once
 from fedlora.training.train import example_losses, threads
 
 ROOM = 2**30
@@ -57,9 +57,9 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
     init, d = config.lora.init, config.data
     if init not in CALIBRATED:
         return model.init_factors(whole, config.run.seed)
-    rows = load_calibration(d, config.model.task, config.lora.calibration, corpus)
-    how = model.longest(d.max_length), d.chat_template, d.long_texts == "windows"
-    encoded = encode(rows, model.tokenizer, corpus.labels, *how)
+    rows = load_calibration(d, model.task, config.lora.calibration, corpus)
+    longest = model.longest(d.max_length)
+    encoded = model.task.encode(rows, model.tokenizer, corpus.labels, d, longest)
     encoded = replace(encoded, left=model.pads_left)
     model.rebase("calibration", [])
     seed = seeded(config.run.seed, 0, 0, "calibration").initial_seed()

@@ -1,19 +1,18 @@
 """Features of the frozen model, for the baseline that trains a head only."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
+from fedlora.training.data.rows import Rows
 from fedlora.training.devices import moved, on_host
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 
 
 @torch.no_grad()
-def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: int = 128) -> Tensor:
-    """What the model's head sees of each text, (n, width), with the adapters off; on the host.
+def frozen_features(model: Model, rows: Rows, config: Config, batch: int = 128) -> Tensor:
+    """What the model's head sees of each row, (n, width), with the adapters off; on the host.
 
     Of a head that takes the states of all tokens, their mean over the real ones.
     """
@@ -21,13 +20,14 @@ def frozen_features(model: Model, texts: Sequence[str], config: Config, batch: i
     seen: list[Tensor] = []
     precision = config.train.precision
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(on_host(inputs[0]).float()))
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(range(len(rows)), key=lambda i: len(rows.text[i]))
     try:
         with model.peft.disable_adapter(), autocast(precision, model.device):
             for start in range(0, len(order), batch):
-                part = [texts[i] for i in order[start : start + batch]]
+                part = rows.select(order[start : start + batch])
                 given = model.tokenizer(
-                    part,
+                    list(part.text),
+                    list(part.second) or None,
                     padding=True,
                     truncation=True,
                     max_length=model.longest(config.data.max_length),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
-from fedlora.training.data.batches import Batch, collate, synthetic
+from fedlora.training.data.batches import Batch, collate
 from fedlora.training.devices import counts_memory, forget_most, most_used, release
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.model import Model
@@ -94,8 +94,9 @@ def _pass(model: Model, config: Config, n: int) -> int:
 def _longest(model: Model, config: Config, n: int) -> Batch:
     """A batch of n examples of as many tokens as an example of this config can have."""
     ends = invocation(config.model, config.lora.invocation) if model.form.after else []
-    rows = synthetic(model.tokenizer, len(model.labels), ends)
+    rows = model.task.made_up(model.tokenizer, model.labels, ends=ends)
     one = collate(rows, torch.tensor([len(rows) - 1]))
     length = model.longest(config.data.max_length)
-    wide = {k: x.repeat(1, length)[:, -length:] for k, x in one.items() if x.ndim > 1}
+    shape = one["input_ids"].shape
+    wide = {k: x.repeat(1, length)[:, -length:] for k, x in one.items() if x.shape == shape}
     return {k: wide.get(k, x).repeat(n, *[1] * (x.ndim - 1)) for k, x in one.items()}

@@ -97,7 +97,7 @@ def _save_whole(model: Model, base: Any, effective: Effective, directory: Path) 
     if is_code(model.config.model.path) and not hasattr(base, "save_pretrained"):
         save_model(base, str(directory / WEIGHTS))
     else:
-        if model.config.model.task == "causal-lm":
+        if model.task.generates:
             stop_where_trained(base, model)
         base.save_pretrained(str(directory))
     model.tokenizer.save_pretrained(str(directory))

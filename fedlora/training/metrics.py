@@ -1,10 +1,11 @@
-"""Scores of predictions: accuracy, macro F1 and loss; perplexity and exact match.
+"""Scores of predictions: accuracy, F1 and loss; correlations; perplexity and exact match.
 
 Edge cases: no rows score nan, which no comparison can mistake for a result.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,36 @@ def scores(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     occurs = true + said > 0
     f1 = 2 * hits[occurs].double() / (true + said)[occurs]
     return {"accuracy": hits.sum().item() / len(labels), "macro_f1": f1.mean().item()}
+
+
+def several(said: Any, wanted: Any) -> dict[str, float]:
+    """accuracy (rows of which every label is right), micro_f1 and macro_f1, of (n, labels) of 0, 1.
+
+    A label that no row has and none is given counts 0 in macro_f1, as scikit-learn's does.
+    """
+    from sklearn.metrics import accuracy_score, f1_score  # a second to import
+
+    if not len(wanted):
+        return dict.fromkeys(("accuracy", "micro_f1", "macro_f1"), math.nan)
+    found = {f"{how}_f1": float(f1_score(wanted, said, average=how, zero_division=0))
+             for how in ("micro", "macro")}  # fmt: skip
+    return {"accuracy": float(accuracy_score(wanted, said)), **found}
+
+
+def numbers(said: Tensor, wanted: Tensor) -> dict[str, float]:
+    """loss (mean square), mae, pearson and spearman of predicted numbers, each (n,) in float64.
+
+    A correlation is nan where all of either are equal, or one is no finite number.
+    """
+    from scipy.stats import pearsonr, spearmanr  # a second to import
+
+    gap = said - wanted
+    found = {"loss": gap.square().mean().item(), "mae": gap.abs().mean().item()}
+    varied = len(said) > 1 and bool(said.isfinite().all())
+    varied = varied and all(bool(x.max() > x.min()) for x in (said, wanted))
+    for name, of in (("pearson", pearsonr), ("spearman", spearmanr)):
+        found[name] = float(of(said.numpy(), wanted.numpy()).statistic) if varied else math.nan
+    return found
 
 
 def language(losses: Tensor, tokens: Tensor) -> dict[str, float]:

@@ -4,8 +4,8 @@
         loss = mean over the batch of each example's loss
         step
 
-One example's loss is the mean over its own tokens (causal LM) or its cross-entropy (classifier),
-so what one example adds never depends on another's length.
+One example's loss is the task's (fedlora/training/tasks); of tokens it is the mean over its own, so
+what one example adds never depends on another's length.
 """
 
 import math
@@ -17,20 +17,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
-from fedlora.errors import ModelError
 from fedlora.strategies.base import Penalty, seeded
-from fedlora.training.data.batches import IGNORE, Batch, Encoded, batches
+from fedlora.training.data.batches import Batch, Encoded, batches
 from fedlora.training.devices import HOST, Stopwatch, on_host, sent
 from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
-from fedlora.training.model.output_head import OutputHead
 from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.precision import autocast, scaler
-from fedlora.training.user_code import find
+from fedlora.training.tasks.outputs import own_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,54 +157,13 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
 
     On the model's device, wherever the batch is.
     """
-    labels = batch["labels"]
+    if not (own := model.config.train.loss):
+        with autocast(precision, model.device):
+            return model.task.losses(model, batch).float()
     inputs = {key: x for key, x in batch.items() if key != "labels"}
     with autocast(precision, model.device):
-        if labels.ndim > 1 and not model.config.train.loss:
-            return token_losses(model, inputs, labels)
         logits = model.logits(inputs)
-    labels = sent(labels, logits.device)
-    if model.config.train.loss:
-        return own_losses(model.config.train.loss, logits, labels)
-    return cross_entropy(logits, labels, reduction="none")
-
-
-def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Each example's loss by the user's own function, from float32 logits and labels, (batch,).
-
-    Raises:
-        ModelError: it gives something else.
-    """
-    losses = find("train.loss", name)(logits, labels)
-    if not isinstance(losses, Tensor) or losses.shape != labels.shape[:1]:
-        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ModelError(
-            f"train.loss = {name!r}: it gives {given}, must be a tensor of one loss an example, "
-            f"{tuple(labels.shape[:1])}: not their mean, which privacy could not bound"
-        )
-    return losses.float()
-
-
-def token_losses(model: Model, inputs: Batch, labels: Tensor) -> Tensor:
-    """The mean loss over each example's own labelled tokens, (batch,), in float32.
-
-    Which tokens these are is found on the host, where labels are: a card would have to be waited
-    for.
-    """
-    targets = nn.functional.pad(on_host(labels)[:, 1:], (0, 1), value=IGNORE)  # the next token's
-    scored = targets != IGNORE
-    # under DP all of them: how many a product has must not depend on other examples
-    at = (scored | model.config.privacy.by_example).flatten().nonzero().flatten()
-    wanted, counts = targets.flatten()[at], scored.sum(1).clamp(min=1)
-    at, wanted, counts = (sent(x, model.device) for x in (at, wanted, counts))
-    head = OutputHead.of(model.peft.get_base_model())
-    if head and (states := head.states(model.run, inputs, at)):
-        found = head.losses(*states, wanted)
-    else:
-        logits = model.logits(inputs).flatten(0, 1).index_select(0, at)
-        found = cross_entropy(logits, wanted, reduction="none")
-    losses = found.new_zeros(targets.numel()).index_copy(0, at, found)
-    return losses.view(targets.shape).sum(1) / counts
+    return own_losses(own, logits, sent(batch["labels"], logits.device))
 
 
 def extra_loss(

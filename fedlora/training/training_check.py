@@ -34,7 +34,7 @@ from fedlora.strategies.base import Penalty, seeded
 from fedlora.training.data.batches import Batch, Encoded, collate
 from fedlora.training.devices import OutOfMemory, by_any_algorithm, is_host, wide_on_host
 from fedlora.training.draws import own_draws
-from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen, scored
+from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live, build_optimizer
@@ -134,13 +134,13 @@ def _check(
     client: int,
     penalty: Penalty | None,
 ) -> None:
-    check_rows(encoded)
-    numbers = chosen(encoded)
+    check_rows(encoded, model.task)
+    numbers = chosen(encoded, model.task)
     batch = collate(encoded, numbers)
     with untouched(model):
         live = model.trainable(columns)
         perturb(model, config.run.seed)
-        check_labels(batch, scored(encoded)[numbers])
+        check_labels(batch, model.task.scored(encoded)[numbers], model.task)
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, penalty)

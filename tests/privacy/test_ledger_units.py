@@ -24,7 +24,7 @@ from fedlora.privacy.charges import OLDER, START, Charge, sealed
 from fedlora.privacy.ledger import Acknowledged, Ledger
 from fedlora.privacy.training import PrivacyPlan, any_of
 from fedlora.privacy.units import Units
-from fedlora.training.data.corpus import load, load_node
+from tests.support.by_task import load, load_node
 
 DELTA = 1e-3
 SPEND = Spend(0.25, 2.0, 4)

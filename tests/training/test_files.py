@@ -23,10 +23,11 @@ from pyarrow import csv as pyarrow_csv
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import ConfigError, DataError
-from fedlora.training.data.corpus import Corpus, Rows, load
+from fedlora.training.data.corpus import Corpus, Rows
 from fedlora.training.data.delimited import read_delimited
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.labels import in_order
+from tests.support.by_task import load
 
 PAIRS = [(f"text {i}", "ab"[i % 2]) for i in range(12)]
 

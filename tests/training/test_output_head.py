@@ -14,7 +14,7 @@ from fedlora.strategies.base import Client
 from fedlora.training import cache
 from fedlora.training.data.batches import IGNORE
 from fedlora.training.model.model import Model
-from fedlora.training.model.output_head import OutputHead
+from fedlora.training.output_head import OutputHead
 from fedlora.training.train import example_losses
 from tests.conftest import LABELS
 from tests.support.architectures import DECODERS, write
@@ -74,7 +74,7 @@ def test_losses_and_gradients_are_those_of_all_logits(
     model = loaded(settings, write(name, tmp_path))
     head = OutputHead.of(model.peft.get_base_model())
     assert head, "this architecture would compute all logits"
-    monkeypatch.setattr("fedlora.training.model.output_head.PART", rows * 4 * head.vocabulary)
+    monkeypatch.setattr("fedlora.training.output_head.PART", rows * 4 * head.vocabulary)
     want, slopes = defined(model)
     given = example_losses(model, BATCH)
     given.sum().backward()
@@ -90,7 +90,7 @@ def test_no_more_than_a_part_of_the_scored_tokens_has_logits_at_once(
 ) -> None:
     model = loaded(settings, write("llama", tmp_path))
     base: Any = model.peft.get_base_model()
-    monkeypatch.setattr("fedlora.training.model.output_head.PART", 2 * 4 * base.config.vocab_size)
+    monkeypatch.setattr("fedlora.training.output_head.PART", 2 * 4 * base.config.vocab_size)
     seen: list[int] = []
     base.lm_head.register_forward_hook(lambda *call: seen.append(call[-1][..., 0].numel()))
     example_losses(model, BATCH).sum().backward()

@@ -7,10 +7,11 @@ import torch
 
 from fedlora.config.reader import Config
 from fedlora.strategies.base import Client, seeded
-from fedlora.training.data.batches import Encoded, batches, collate, encode
+from fedlora.training.data.batches import Encoded, batches, collate
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import GROUP, WIDTH, ahead
 from fedlora.training.train import fit
+from tests.support.by_task import encode
 from tests.support.tiny_federation import federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -18,7 +19,7 @@ LAST = {"lora.layers": "-1", "model.dropout": 0.0}
 
 
 def ready(settings: Settings, kind: str, **changes: object) -> tuple[Model, Encoded, Config]:
-    from fedlora.training.data.corpus import load
+    from tests.support.by_task import load
 
     config = Config.read(settings(kind, **{**LAST, **changes}))
     corpus = load(config.data, config.model.task, 1, 0)

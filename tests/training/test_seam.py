@@ -20,10 +20,10 @@ from fedlora.config.reader import Config
 from fedlora.errors import DataError
 from fedlora.launch.doctor.the_run import experiment
 from fedlora.training import cache
-from fedlora.training.data.batches import encode
 from fedlora.training.data.corpus import Rows
 from fedlora.training.data.seam import Pieces, end_mark, pieces
 from fedlora.training.evaluate import _answered, generation
+from tests.support.by_task import encode
 
 CORPUS = [
     "Question: is it so? Answer: yes", "Answer: no\nAnswer: yes and no", "2++3 = 5, 2+3 = 5",

@@ -8,7 +8,8 @@ import pytest
 from fedlora import preflight
 from fedlora.config.reader import Config, parse_overrides
 from fedlora.errors import ConfigError, DataError
-from fedlora.training.data.corpus import Corpus, load
+from fedlora.training.data.corpus import Corpus
+from tests.support.by_task import load
 
 NOTES = {
     "flu": "Fieber und Husten, seit {} Tagen; Grippe",

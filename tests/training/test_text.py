@@ -19,7 +19,6 @@ from fedlora.training.data.batches import (
     Encoded,
     batches,
     collate,
-    encode,
     eval_batches,
     eval_order,
     prompt_batches,
@@ -27,6 +26,7 @@ from fedlora.training.data.batches import (
 )
 from fedlora.training.data.corpus import Rows
 from fedlora.training.model.loading import load_tokenizer
+from tests.support.by_task import encode
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[EOS]", "[BOS]", "[UNK]", "<user>", "<model>"]

@@ -1,7 +1,7 @@
 """What comes before round 1: meeting the clients, the first state, baselines and round 0."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -170,22 +170,14 @@ def _within(A: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def _baselines(setting: Setting, session: Session) -> dict[str, Mapping[str, float]]:
-    from fedlora.training import baselines  # scikit-learn takes a second to import
     from fedlora.training.features import frozen_features
 
     corpus, config, model = setting.corpus, setting.config, setting.model
-    trainable = any(len(c.train) for c in corpus.clients) and len(corpus.test)
-    if config.model.task != "classification" or not trainable:
+    if not (any(len(c.train) for c in corpus.clients) and len(corpus.test)):
         return {}
-    wanted: dict[str, Callable[[], Mapping[str, float]]] = {
-        "majority class": lambda: baselines.majority(corpus),
-        "TF-IDF + logistic regression": lambda: baselines.tfidf(corpus),
-        "trained head only": lambda: baselines.trained_head(
-            corpus, lambda texts: frozen_features(model, texts, config)
-        ),
-    }
-    if not model.heads:
-        del wanted["trained head only"]  # a model of the user's own that names none
+    # a model of the user's own may name no head
+    features = (lambda rows: frozen_features(model, rows, config)) if model.heads else None
+    wanted = model.task.baselines(corpus, features)
     found = {}
     for name, compute in wanted.items():
         found[name] = compute()

@@ -125,15 +125,13 @@ def _expressible(config: Config) -> bool:
 def _write_rows(plan: Plan, config: Config) -> None:
     """Each node's part of the experiment's data, as files of its own for it to replace."""
     from fedlora.training import cache
+    from fedlora.training.tasks import task_of
 
-    corpus, d = cache.corpus(config), config.data
+    corpus = cache.corpus(config)
     for i in range(plan.clients):
         rows = corpus.client(i)
         for name, part in (("train", rows.train), ("test", rows.test)):
-            columns = {d.text if config.model.task == "classification" else d.prompt: part.text}
-            columns |= {d.label: part.label}
-            if config.model.task == "causal-lm":
-                columns[d.response] = part.response
+            columns = task_of(config.model.task).written(part, config.data)
             full = {k: v for k, v in columns.items() if k and v}
             table = zip(*full.values(), strict=True)
             lines = [json.dumps(dict(zip(full, row, strict=True))) + "\n" for row in table]

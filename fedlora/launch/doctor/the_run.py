@@ -223,7 +223,7 @@ def _experts(base: Any, model: Model) -> Iterator[Finding]:
 
 def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding]:
     """Where a language model learns to stop, and where prompt and response share a token."""
-    if config.model.task != "causal-lm":
+    if not model.task.generates:
         return
     mark = end_mark(model.tokenizer, config.data.chat_template)
     if mark is None:

@@ -118,18 +118,7 @@ def train(
 
 def pick(rows: Encoded, numbers: Tensor) -> Encoded:
     """These examples of the rows, in this order."""
-    spans = [torch.arange(int(rows.starts[i]), int(rows.starts[i + 1])) for i in numbers.tolist()]
-    tokens = torch.cat(spans)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), rows.lengths[numbers].cumsum(0)])
-    return replace(
-        rows,
-        ids=rows.ids[tokens],
-        starts=starts,
-        rows=rows.rows[numbers],
-        classes=None if rows.classes is None else rows.classes[numbers],
-        prompts=None if rows.prompts is None else rows.prompts[numbers],
-        types=None if rows.types is None else rows.types[tokens],
-    )
+    return rows.select(numbers)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:

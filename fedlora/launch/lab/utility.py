@@ -103,7 +103,7 @@ class Features:
         from fedlora.training.features import frozen_features
 
         model = cache.model(self.config, self.corpus.labels)
-        x = torch.nn.functional.normalize(frozen_features(model, rows.text, self.config))
+        x = torch.nn.functional.normalize(frozen_features(model, rows, self.config))
         y = torch.tensor([self.names[label] for label in rows.label])
         return torch.cat([x, torch.ones(len(x), 1)], 1), y
 

@@ -1,21 +1,18 @@
-"""Rows as token ids, and token ids as batches.
+"""Examples as token ids with what is to be learned of each, and batches of them.
 
-A causal-lm row is a prompt and a response (fedlora/training/data/seam.py). The loss is on the
-response alone, its end mark included; with no prompt and no bos the first token is context only.
+How rows become examples is the task's affair: `fedlora.training.tasks`.
 """
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedlora.errors import DataError
-from fedlora.training.data.corpus import Rows
-from fedlora.training.data.seam import pieces, put_behind
+from fedlora.training.data.seam import put_behind
 
 Batch = dict[str, Tensor]
 """input_ids, attention_mask, labels (and token_type_ids where the tokenizer gives them)."""
@@ -26,23 +23,28 @@ IGNORE = -100
 POOL = 8
 """Batches that are drawn together and sorted by length, so that a batch has little padding."""
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Tokenised rows of n examples and t tokens in all, one after the other without padding."""
+    """n examples of t tokens in all, one after the other without padding.
+
+    What is to be learned is one of `classes`, `targets`, `marks` and, from there on, `prompts`.
+    """
 
     ids: Tensor  # (t,) int32
     starts: Tensor  # (n + 1,) where each example starts, and t
     rows: Tensor  # (n,) the row each example is of: some have none, and with windows several
     pad: int
-    classes: Tensor | None = None  # (n,) label index of a classification
-    prompts: Tensor | None = None  # (n,) prompt tokens of a causal-lm example
+    classes: Tensor | None = None  # (n,) index of the label
+    targets: Tensor | None = None  # (n, ...) numbers, float32
+    marks: Tensor | None = None  # (t,) int32, each token's label; IGNORE where it has none
+    prompts: Tensor | None = None  # (n,) tokens before those that are scored
     types: Tensor | None = None  # (t,) token_type_ids
     left: bool = False  # whether batches are padded on the left
     straddled: int = 0
-    """Of causal-lm: examples in whose whole text a token would lie on both sides of the seam."""
+    """Examples in whose whole text a token would lie on both sides of the seam."""
+    other: "Encoded | None" = None
+    """A second sequence of each example: the rejected answer of a pair, a decoder's labels."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,29 +54,23 @@ class Encoded:
         """Tokens of each example, (n,)."""
         return self.starts.diff()
 
+    @property
+    def widths(self) -> Tensor:
+        """Tokens that each example is padded to when it is alone, (n,): of its longer sequence."""
+        return self.lengths if self.other is None else self.lengths.maximum(self.other.lengths)
 
-def encode(
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    max_length: int,
-    chat_template: bool = False,
-    windows: bool = False,
-) -> Encoded:
-    """The rows as token ids: for classification where there are label names, else for causal-lm.
-
-    A text of more than max_length tokens is cut at its end. So is a response, but never a prompt:
-    a row whose prompt leaves no room for its response is left out, and counted in the log. With
-    windows, what is cut off are further examples of the row: see `stretches`.
-
-    Raises:
-        DataError: no row has room for its response, or there is no chat template to send it by.
-    """
-    pad = tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id or 0 if pad is None else pad
-    if labels:
-        return _classification(rows, tokenizer, labels, max_length, pad)
-    return _causal(rows, tokenizer, max_length, chat_template, pad, windows)
+    def select(self, numbers: Tensor) -> "Encoded":
+        """These examples, in this order."""
+        spans = [torch.arange(*self.starts[i : i + 2].tolist()) for i in numbers.tolist()]
+        tokens = torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+        starts = torch.tensor([0, *(len(span) for span in spans)]).cumsum(0)
+        by: dict[str, Any] = {"starts": starts, "ids": self.ids[tokens]}
+        for name in ("types", "marks"):
+            by[name] = None if (x := getattr(self, name)) is None else x[tokens]
+        for name in ("rows", "classes", "targets", "prompts"):
+            by[name] = None if (x := getattr(self, name)) is None else x[numbers]
+        by["other"] = None if self.other is None else self.other.select(numbers)
+        return replace(self, **by)
 
 
 SYNTHETIC = (3, 5, 6, 8)
@@ -105,9 +101,8 @@ def synthetic(
     end = [*ends, *drawn(1)] if ends else []
     mark = put_behind(tokenizer) if classes else []
     mark = mark if tokenizer.eos_token_id in mark else []
-    ids, starts = _flat([[*drawn(n), *end][: n + len(end) - len(mark)] + mark for n in lengths])
-    n, pad = len(lengths), tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id or 0 if pad is None else pad
+    ids, starts = flat([[*drawn(n), *end][: n + len(end) - len(mark)] + mark for n in lengths])
+    n, pad = len(lengths), pad_of(tokenizer)
     labels = torch.randint(max(classes, 1), (n,), generator=generator)
     return Encoded(
         ids,
@@ -172,12 +167,37 @@ def prompt_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Tensor, 
 def collate(encoded: Encoded, numbers: Tensor, width: int = 0) -> Batch:
     """The examples of these numbers as one batch, (b, t), padded to `width`; 0: to the longest."""
     batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left, width)
+    if encoded.other is not None:
+        other = collate(encoded.other, numbers, width)
+        batch |= {f"other_{key}": x for key, x in other.items()}
     if encoded.classes is not None:
         return {**batch, "labels": encoded.classes[numbers]}
+    if encoded.targets is not None:
+        return {**batch, "labels": encoded.targets[numbers]}
+    mask = batch["attention_mask"].bool()
+    if encoded.marks is not None:
+        return {**batch, "labels": _marked(encoded, numbers, mask)}
     assert encoded.prompts is not None
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    scored = mask.bool() & (torch.arange(ids.shape[1]) >= encoded.prompts[numbers, None])
+    ids = batch["input_ids"]
+    scored = mask & (torch.arange(ids.shape[1]) >= encoded.prompts[numbers, None])
     return {**batch, "labels": ids.where(scored, IGNORE)}
+
+
+def _marked(encoded: Encoded, numbers: Tensor, mask: Tensor) -> Tensor:
+    """Each token's label, (b, t): IGNORE in the padding of the mask."""
+    assert encoded.marks is not None
+    labels = torch.full(mask.shape, IGNORE)
+    spans = [encoded.marks[slice(*encoded.starts[n : n + 2].tolist())] for n in numbers.tolist()]
+    labels[mask] = torch.cat(spans).long() if spans else labels[mask]
+    return labels
+
+
+def alone(batch: Batch, i: int) -> Batch:
+    """Example i in a batch of its own, without padding."""
+    there = batch["attention_mask"][i].bool()
+    shape = batch["attention_mask"].shape
+    tokens = {k for k, x in batch.items() if x.shape == shape and not x.is_floating_point()}
+    return {key: x[i : i + 1, there] if key in tokens else x[i : i + 1] for key, x in batch.items()}
 
 
 def _padded(
@@ -204,88 +224,14 @@ def _epoch(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list
     return [found[i] for i in torch.randperm(len(found), generator=generator)]
 
 
-def _classification(
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    max_length: int,
-    pad: int,
-) -> Encoded:
-    index = {label: i for i, label in enumerate(labels)}
-    found = tokenizer(list(rows.text), truncation=True, max_length=max_length) if len(rows) else {}
-    every = found.get("input_ids", [])
-    kept = [i for i, ids in enumerate(every) if ids]
-    _tell(
-        len(rows),
-        len(kept),
-        {"have a text of which the tokenizer makes no token": len(rows) - len(kept)},
-    )
-    classes = torch.tensor([index[rows.label[i]] for i in kept], dtype=torch.long)
-    ids, starts = _flat([every[i] for i in kept])
-    types = None
-    if "token_type_ids" in found:
-        types = _flat([found["token_type_ids"][i] for i in kept])[0]
-    return Encoded(
-        ids, starts, torch.tensor(kept, dtype=torch.long), pad, classes=classes, types=types
-    )
-
-
-def _causal(
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    chat_template: bool,
-    pad: int,
-    windows: bool,
-) -> Encoded:
-    ids: list[Sequence[int]] = []
-    prompts: list[int] = []
-    kept: list[int] = []
-    long = straddled = 0
-    for i, row in enumerate(pieces(rows, tokenizer, chat_template)):
-        long += len(row.prompt) >= max_length
-        if len(row.prompt) < max_length and row.response:
-            whole, count = row.prompt + row.response, len(ids)
-            ids += stretches(whole, max_length) if windows else [whole[:max_length]]
-            prompts += [len(row.prompt), *[1] * (len(ids) - count - 1)]
-            kept += [i] * (len(ids) - count)
-            straddled += row.straddled
-    full = f"have a prompt of data.max-length = {max_length} tokens or more: raise it"
-    left = len(rows) - len(set(kept))
-    _tell(len(rows), len(rows) - left, {full: long, UNWRITTEN: left - long})
-    flat, starts = _flat(ids)
-    lengths = torch.tensor(prompts, dtype=torch.long)
-    numbers = torch.tensor(kept, dtype=torch.long)
-    return Encoded(flat, starts, numbers, pad, prompts=lengths, straddled=straddled)
-
-
-def stretches(ids: Sequence[int], size: int) -> list[Sequence[int]]:
-    """A long text's ids in examples of `size` at most, each begun with the last id of the one
-    before, which is its context alone: so each id but the text's first is predicted once."""
-    starts = range(size - 1, len(ids) - 1, size - 1)
-    return [ids[:size], *(ids[at : at + size] for at in starts)]
-
-
-UNWRITTEN = (
-    "have a response that this tokenizer cannot write behind their prompt: end the prompt before a "
-    "space or a line's end"
-)
-
-
-def _tell(rows: int, kept: int, left: Mapping[str, int]) -> None:
-    """Log how many rows were left out, by the reason.
-
-    Raises:
-        DataError: all of them.
-    """
-    for reason, n in left.items():
-        if n and not kept:
-            raise DataError(f"{n} of {rows} rows {reason}")
-        if n:
-            log.warning("%d of %d rows %s; they are left out", n, rows, reason)
-
-
-def _flat(ragged: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def flat(ragged: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """ids (t,) and starts (n + 1,) of an `Encoded`, of each example's ids."""
     lengths = torch.tensor([0, *map(len, ragged)], dtype=torch.long)
-    flat = [token for ids in ragged for token in ids]
-    return torch.tensor(flat, dtype=torch.int32), lengths.cumsum(0)
+    ids = [token for ids in ragged for token in ids]
+    return torch.tensor(ids, dtype=torch.int32), lengths.cumsum(0)
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that fills batches up."""
+    pad = tokenizer.pad_token_id
+    return int((tokenizer.eos_token_id or 0) if pad is None else pad)

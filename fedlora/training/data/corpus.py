@@ -25,10 +25,9 @@ from fedlora.training.data.account import (
     repeats,
     without,
 )
-from fedlora.training.data.labels import check_labels, check_map, doubts, labels_of
+from fedlora.training.data.labels import check_labels, check_map, doubts
 from fedlora.training.data.partition import partition
-from fedlora.training.data.reading import Task as Task
-from fedlora.training.data.reading import distinct, mapped_of, pairs_of, rows_at, rows_by_code
+from fedlora.training.data.reading import Reader, distinct, pairs_of, rows_at, rows_by_code
 from fedlora.training.data.rows import ClientRows as ClientRows
 from fedlora.training.data.rows import Rows as Rows
 from fedlora.training.data.sites import sites_of
@@ -41,10 +40,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """All that a run reads: the sorted label names, the central test set, and every client."""
+    """All that a run reads: the label names, the central test set, and every client."""
 
     labels: tuple[str, ...]
-    """Empty for causal-lm."""
+    """The names that the task chooses from, in order; empty where it chooses from none."""
     test: Rows
     clients: tuple[ClientRows, ...]
     account: Account = field(default_factory=Account)
@@ -62,7 +61,7 @@ class Corpus:
         return self.clients[i]
 
 
-def load(data: DataConfig, task: Task, clients: int, seed: int, units: bool = False) -> Corpus:
+def load(data: DataConfig, task: Reader, clients: int, seed: int, units: bool = False) -> Corpus:
     """The corpus of a run: the same for the same arguments, and no global RNG is touched.
 
     units: with the unit of privacy of each row.
@@ -82,11 +81,11 @@ def load(data: DataConfig, task: Task, clients: int, seed: int, units: bool = Fa
         raise DataError("data.path is empty: name the data, or at least a data.test-path")
     if not data.path:
         test = rows_at(data, "data.test-path", data.test_path, task, book)
-        labels = labels_of(test, data) if task == "classification" else ()
+        labels = task.labels(test, data)
         _tell_unused(data, book)
         return _closed(data, labels, test, [], book)
     rows = rows_at(data, "data.path", data.path, task, book)
-    labels = labels_of(rows, data) if task == "classification" else ()
+    labels = task.labels(rows, data)
     pool = limited(rows, data, labels, seed, book)
     given = _given_test(data, task, labels, book)
     test, pool = central(pool, given, data, labels, seed, book)
@@ -116,16 +115,16 @@ def _closed(
     return Corpus(labels, test, own, account, book)
 
 
-def _given_test(data: DataConfig, task: Task, labels: Sequence[str], book: Book) -> Rows | None:
+def _given_test(data: DataConfig, task: Reader, labels: Sequence[str], book: Book) -> Rows | None:
     """The rows of data.test-path, where it is set."""
     if not data.test_path:
         return None
     rows = rows_at(data, "data.test-path", data.test_path, task, book)
-    check_labels(rows, labels, data.test_path)
+    check_labels(task.names(rows), labels, data.test_path)
     return rows
 
 
-def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -> Corpus:
+def _from_sites(data: DataConfig, task: Reader, clients: int, seed: int, book: Book) -> Corpus:
     """The corpus of data.clients: each client has its own site's rows, and no other's.
 
     Where data.test-path is the central test and no row is there twice, the rows of each are those
@@ -142,12 +141,12 @@ def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Boo
         key = f"data.clients[{i}]"
         own_map = f"{key}.map" if site.data.map != data.map else ""
         rows = rows_at(site.data, key, site.path, task, book, own_map)
-        check_labels(rows, data.labels, site.path, "data.labels")
+        check_labels(task.names(rows), data.labels, site.path, "data.labels")
         parts.append(replace(rows, group=(str(i),) * len(rows)))
     rows = Rows.joined(parts)
     if any(site.data.map == data.map for site in sites):
-        check_map(pairs_of(data), book.renamed, mapped_of(rows, task), "data.map")
-    labels = labels_of(rows, data) if task == "classification" else ()
+        check_map(pairs_of(data), book.renamed, task.mapped(rows), "data.map")
+    labels = task.labels(rows, data)
     pool = distinct(rows, ELSEWHERE, book) if data.dedupe else rows
     pool = limited(pool, data, labels, seed, book)
     given = _given_test(data, task, labels, book)
@@ -167,7 +166,7 @@ def _from_sites(data: DataConfig, task: Task, clients: int, seed: int, book: Boo
     return replace(found, account=account)
 
 
-def _called(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -> Corpus:
+def _called(data: DataConfig, task: Reader, clients: int, seed: int, book: Book) -> Corpus:
     """The corpus of the user's own function: each client's rows, and those of the central test."""
     given = (data, "data.path", data.path)
     test, *parts = (rows_by_code(*given, i, task, book) for i in (None, *range(clients)))
@@ -179,8 +178,8 @@ def _called(data: DataConfig, task: Task, clients: int, seed: int, book: Book) -
             "give None other rows, or set data.dedupe = false"
         )
     whole = Rows.joined([test, *parts])
-    check_map(pairs_of(data), book.renamed, mapped_of(whole, task), "data.map")
-    labels = labels_of(whole, data) if task == "classification" else ()
+    check_map(pairs_of(data), book.renamed, task.mapped(whole), "data.map")
+    labels = task.labels(whole, data)
     own = [of_client(p, data, seed, i) for i, p in enumerate(parts)]
     return _closed(data, labels, test, own, book, set(whole.label))
 
@@ -193,7 +192,7 @@ def _tell_unused(data: DataConfig, book: Book) -> None:
 
 def load_node(
     data: DataConfig,
-    task: Task,
+    task: Reader,
     labels: Sequence[str],
     seed: int = 0,
     client: int = 0,
@@ -216,11 +215,11 @@ def load_node(
 
 
 def _node_rows(
-    data: DataConfig, task: Task, labels: Sequence[str], seed: int, client: int, book: Book
+    data: DataConfig, task: Reader, labels: Sequence[str], seed: int, client: int, book: Book
 ) -> ClientRows:
     if is_code(data.node_path):
         rows = rows_by_code(data, "data.node-path", data.node_path, client, task, book)
-        check_labels(rows, labels, data.node_path)
+        check_labels(task.names(rows), labels, data.node_path)
         return of_client(rows, data, seed, client)
     split = [Path(data.node_path, f"{name}.jsonl") for name in ("train", "test")]
     if split[0].is_file():
@@ -228,7 +227,7 @@ def _node_rows(
         for path in split:
             there = path.is_file() and path.stat().st_size > 0
             part = rows_at(data, "data.node-path", str(path), task, book) if there else Rows()
-            check_labels(part, labels, str(path))
+            check_labels(task.names(part), labels, str(path))
             parts.append(part)
         train, test = parts
         if data.dedupe:
@@ -238,18 +237,18 @@ def _node_rows(
         return ClientRows(train, test)
     rows = rows_at(data, "data.node-path", data.node_path, task, book)
     rows = limited(rows, data, labels, seed, book)
-    check_labels(rows, labels, data.node_path)
+    check_labels(task.names(rows), labels, data.node_path)
     return of_client(rows, data, seed, 0)
 
 
-def load_calibration(data: DataConfig, task: Task, path: str, corpus: Corpus) -> Rows:
+def load_calibration(data: DataConfig, task: Reader, path: str, corpus: Corpus) -> Rows:
     """The rows of lora.calibration: none of the corpus's own, as far as this process can tell.
 
     Raises:
         DataError: as in `load`, or a row is a client's or the central test set's too.
     """
     rows = rows_at(data, "lora.calibration", path, task, Book())
-    check_labels(rows, corpus.labels, path)
+    check_labels(task.names(rows), corpus.labels, path)
     parts = [corpus.test, *(part for c in corpus.clients for part in (c.train, c.test))]
     known = {key for part in parts for key in part.keys}
     if also := [text for text, key in zip(rows.text, rows.keys, strict=True) if key in known]:

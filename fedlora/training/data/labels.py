@@ -1,4 +1,4 @@
-"""The labels of a classification: which there are, and in which order."""
+"""The labels of a task that chooses from names: which there are, and in which order."""
 
 import difflib
 from collections import Counter
@@ -39,14 +39,14 @@ def labels_of(rows: Rows, data: DataConfig) -> tuple[str, ...]:
             case or space alone; or a row has one that data.labels lacks.
     """
     if data.labels:
-        _check_stated(rows, data)
+        _check_stated(rows.label, data)
         return data.labels
     if rows.classes:
         labels = rows.classes
     else:
         labels = in_order(rows.label)
         _check_numbers(labels, data)
-        _check_near(rows, data)
+        _check_near(rows.label, data)
     there = len(set(rows.label))
     if there < 2 or 2 * there > len(rows):
         raise DataError(
@@ -54,6 +54,25 @@ def labels_of(rows: Rows, data: DataConfig) -> tuple[str, ...]:
             f"no classification: {quoted(rows.label)}"
         )
     return labels
+
+
+def names_of(rows: Rows, names: Sequence[str], data: DataConfig) -> tuple[str, ...]:
+    """The names to choose from where a row has several of them, or none, in the order of
+    `labels_of`. names: of all rows.
+
+    Raises:
+        DataError: there is none, or some differ in case or space alone, or a row has one that
+            data.labels lacks.
+    """
+    if data.labels:
+        _check_stated(names, data)
+        return data.labels
+    found = rows.classes or in_order(names)
+    if not found:
+        raise DataError(f'data.label = "{data.label}" has no name in any of its {len(rows)} rows')
+    if not rows.classes:
+        _check_near(names, data)
+    return found
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -89,10 +108,10 @@ def doubts(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_stated(rows: Rows, data: DataConfig) -> None:
+def _check_stated(names: Iterable[str], data: DataConfig) -> None:
     if len(set(data.labels)) < len(data.labels) or len(data.labels) < 2:
         raise DataError(f"data.labels = {quoted(data.labels)}: must be two or more, each once")
-    check_labels(rows, data.labels, source_of(data), "data.labels")
+    check_labels(names, data.labels, source_of(data), "data.labels")
 
 
 def source_of(data: DataConfig) -> str:
@@ -110,9 +129,9 @@ def _check_numbers(labels: Sequence[str], data: DataConfig) -> None:
         )
 
 
-def _check_near(rows: Rows, data: DataConfig) -> None:
+def _check_near(names: Iterable[str], data: DataConfig) -> None:
     """No two labels may differ in case, space, dashes, marks or form of writing alone."""
-    count = Counter(rows.label)
+    count = Counter(names)
     if groups := near(count):
         pairs = [shown(f"{x}={names[0]}") for names in groups[:5] for x in names[1:]]
         mend = ", ".join(f'"{pair}"' for pair in pairs)
@@ -162,13 +181,16 @@ def check_map(
     )
 
 
-def check_labels(rows: Rows, labels: Sequence[str], path: str, whose: str = "the run") -> None:
-    """Check that a source has no labels but those of the run.
+def check_labels(
+    names: Iterable[str], labels: Sequence[str], path: str, whose: str = "the run"
+) -> None:
+    """Check that a source has no labels but those of the run. names: the label of each row.
 
     Raises:
         DataError: it has; names the most common, and the label that it nearly is.
     """
-    unknown = Counter(label for label in rows.label if label not in set(labels))
+    known = set(labels)
+    unknown = Counter(name for name in names if name not in known)
     if labels and unknown:
         name, count = unknown.most_common(1)[0]
         close = [x for x in labels if folded(x) == folded(name)]

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from datasets import Dataset
 
@@ -12,16 +13,57 @@ from fedlora.training.data import row_units
 from fedlora.training.data.account import EQUAL, HEADER, UNMATCHED, Book, empty
 from fedlora.training.data.labels import as_label, check_clients, check_map
 from fedlora.training.data.rows import Rows
-from fedlora.training.data.tables import Table, classes, column, prompts, read
+from fedlora.training.data.tables import Table, classes, column, read
 from fedlora.training.user_code import called, find
-
-Task = Literal["classification", "causal-lm"]
 
 log = logging.getLogger(__name__)
 
 
+class Needed(NamedTuple):
+    """A column that no row may lack."""
+
+    name: str
+    values: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a task takes of a table: columns of `Rows`, each empty or a value a row."""
+
+    text: Sequence[str]
+    label: Sequence[str] = ()
+    response: Sequence[str] = ()
+    second: Sequence[str] = ()
+    target: Sequence[str] = ()
+    needed: Sequence[Needed] = ()
+    mapped: Sequence[str] = ()
+    """The values that data.map renames, as they are in the table."""
+
+
+class Reader(Protocol):
+    """How a task reads rows: the first part of `fedlora.training.tasks.base.Task`."""
+
+    def read(
+        self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
+    ) -> Columns:
+        """The columns that the task takes, with the values of data.map renamed."""
+        ...
+
+    def labels(self, rows: Rows, data: DataConfig) -> tuple[str, ...]:
+        """The names to choose from, in order; none where the task chooses from no names."""
+        ...
+
+    def names(self, rows: Rows) -> Sequence[str]:
+        """Those names that the rows have, each as often as they have it."""
+        ...
+
+    def mapped(self, rows: Rows) -> Sequence[str]:
+        """The values that data.map renames, after it did."""
+        ...
+
+
 def rows_at(
-    data: DataConfig, key: str, path: str, task: Task, book: Book, own_map: str = ""
+    data: DataConfig, key: str, path: str, task: Reader, book: Book, own_map: str = ""
 ) -> Rows:
     """The distinct rows of the source at `path`, the value of the config's `key`.
 
@@ -37,7 +79,7 @@ def rows_at(
 
 
 def rows_by_code(
-    data: DataConfig, key: str, name: str, client: int | None, task: Task, book: Book
+    data: DataConfig, key: str, name: str, client: int | None, task: Reader, book: Book
 ) -> Rows:
     """What the user's function gives for a client, or for None: the central test rows.
 
@@ -59,7 +101,7 @@ def distinct(rows: Rows, reason: str, book: Book) -> Rows:
     other: list[int] = []
     for i, key in enumerate(rows.keys):
         if (first := seen.setdefault(key, i)) != i:
-            alike = not rows.label or rows.label[first] == rows.label[i]
+            alike = all(x[first] == x[i] for x in (rows.label, rows.target) if x)
             (equal if alike else other).append(rows.number[i])
     book.leave(reason, equal)
     book.leave(f"{reason}, with another label", other)
@@ -71,56 +113,32 @@ def pairs_of(data: DataConfig) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in data.map)
 
 
-def mapped_of(rows: Rows, task: Task) -> Sequence[str]:
-    """The values that data.map renames, after it did."""
-    return rows.label if task == "classification" else rows.response
-
-
-class _Needed(NamedTuple):
-    """A column that no row may lack."""
-
-    name: str
-    values: list[str]
-
-
 def _rows_of(
     table: Table,
     data: DataConfig,
     key: str,
     path: str,
-    task: Task,
+    task: Reader,
     book: Book,
     own_map: str = "",
 ) -> Rows:
     """The distinct, whole rows of a table that `path` names."""
     renames = pairs_of(data)
-    label, response, group = [], [], []
-    if task == "classification" or data.label in table.names:
-        label = [as_label(x) for x in column(table, path, "data.label", data.label)]
-    if task == "classification":
-        text = column(table, path, "data.text", data.text)
-        mapped = label
-        label = [renames.get(x, x) for x in mapped]
-        needed = [_Needed(data.text, text), _Needed(data.label, label)]
-    else:
-        text = prompts(table, path, data.prompt)
-        mapped = column(table, path, "data.response", data.response)
-        response = [renames.get(x, x) for x in mapped]
-        needed = [_Needed(data.prompt, text)] if data.prompt else []
-        needed.append(_Needed(data.response, response))
-    book.renamed |= renames.keys() & set(mapped)
+    found, group = task.read(table, path, data, renames), list[str]()
+    needed = list(found.needed)
+    book.renamed |= (used := renames.keys() & set(found.mapped))
     if own_map:
-        check_map(renames, renames.keys() & set(mapped), mapped, own_map)
+        check_map(renames, used, found.mapped, own_map)
     if key == "data.path" and data.partition == "natural":
         group = [
             as_label(x) for x in column(table, path, "data.natural-column", data.natural_column)
         ]
         check_clients([x for x in group if x], data)
-        needed.append(_Needed(data.natural_column, group))
+        needed.append(Needed(data.natural_column, group))
     units: tuple[bytes, ...] = ()
     if book.units and data.unit_column:
         who = column(table, path, "data.unit-column", data.unit_column)
-        needed.append(_Needed(data.unit_column, who))
+        needed.append(Needed(data.unit_column, who))
         units = row_units.by_value(who)
     elif book.units:
         units = row_units.by_row(table)
@@ -131,7 +149,13 @@ def _rows_of(
     book.leave(HEADER, numbers[matched:])
     own = (renames.get(x, x) for x in map(as_label, classes(table, data.label)))
     rows = Rows(
-        *(tuple(text), tuple(label), tuple(response), tuple(group), numbers[:read]),
+        text=tuple(found.text),
+        label=tuple(found.label),
+        response=tuple(found.response),
+        group=tuple(group),
+        second=tuple(found.second),
+        target=tuple(found.target),
+        number=numbers[:read],
         unit=units,
         classes=tuple(dict.fromkeys(own)),
     )
@@ -139,7 +163,7 @@ def _rows_of(
     return distinct(rows, EQUAL, book) if data.dedupe else rows
 
 
-def _whole(rows: Rows, needed: Iterable[_Needed], path: str, book: Book) -> Rows:
+def _whole(rows: Rows, needed: Iterable[Needed], path: str, book: Book) -> Rows:
     """The rows that have something in each needed column."""
     left: set[int] = set()
     for name, values in needed:

@@ -1,4 +1,4 @@
-"""Rows in memory: texts, each with its label or response, and the number that it was read under."""
+"""Rows in memory: texts, each with what is to be learned of it, and its number in the book."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,16 +7,24 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Texts, each with its label or response. A selection shares the strings of the whole."""
+    """Texts, each with its label, response or target. A selection shares the strings of the whole.
+
+    Which columns there are is the task's affair (`fedlora.training.tasks`).
+    """
 
     text: tuple[str, ...] = ()
-    """The text; for causal-lm the prompt, "" where there is none."""
+    """The text; or the prompt, "" where there is none."""
     label: tuple[str, ...] = ()
-    """The label's name. Empty where causal-lm data has no label column."""
+    """One class's name, by which rows are dealt out and drawn. Empty where the data has none."""
     response: tuple[str, ...] = ()
-    """For causal-lm."""
+    """What is to be written behind the prompt."""
     group: tuple[str, ...] = ()
     """The value of `data.natural-column`, where that is the partition."""
+    second: tuple[str, ...] = ()
+    """A second text that belongs to the first: the other of a pair."""
+    target: tuple[str, ...] = ()
+    """What is to be learned where it is neither one class nor a response: a number, a list of names
+    (`written`)."""
     number: tuple[int, ...] = field(default=(), compare=False)
     """Of each row, over all that was read: see `fedlora.training.data.account`."""
     unit: tuple[bytes, ...] = field(default=(), compare=False)
@@ -45,13 +53,14 @@ class Rows:
 
     @property
     def columns(self) -> tuple[tuple[Any, ...], ...]:
-        """text, label, response, group, number and unit; each empty, or a value a row."""
-        return self.text, self.label, self.response, self.group, self.number, self.unit
+        """Every column in the order of the fields; each empty, or a value a row."""
+        texts = self.text, self.label, self.response, self.group, self.second, self.target
+        return *texts, self.number, self.unit
 
     @property
     def keys(self) -> list[str]:
-        """What makes a row distinct, case and space apart: text, or prompt and response."""
-        parts = [column for column in (self.text, self.response) if any(column)]
+        """What makes a row distinct, case and space apart: its text or texts, and its response."""
+        parts = [column for column in (self.text, self.second, self.response) if any(column)]
         texts = zip(*parts, strict=True) if parts else ()
         return ["\n".join(" ".join(x.split()).casefold() for x in row) for row in texts]
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.training.model.ties import input_embedding
+from fedlora.training.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,10 @@ def check_complete(model: Any, config: ModelConfig) -> None:
     missing = model.newly_drawn
     named = dict(model.named_parameters())
     drawn = sum(named[key].numel() for key in missing if key in named)
-    if 2 * drawn > sum(p.numel() for p in named.values()) or (
-        missing and config.task == "causal-lm"
-    ):
+    task = task_of(config.task)
+    if 2 * drawn > sum(p.numel() for p in named.values()) or (missing and not task.headed):
         kind = type(model).__name__
-        what = "causal language model" if config.task == "causal-lm" else kind
+        what = kind if task.headed else task.what
         raise ModelError(
             f"model.path = {config.path!r} lacks {missing[0]} and {len(missing) - 1} more tensors "
             f"of a {kind}: it is no {what}; choose a checkpoint of one, or another model.task"
@@ -52,7 +52,7 @@ def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) ->
     known = getattr(base, "config", None)
     if known is not None and tokenizer.pad_token_id is not None:
         known.pad_token_id = tokenizer.pad_token_id
-    looks = getattr(known, "is_encoder_decoder", False) and config.task == "classification"
+    looks = getattr(known, "is_encoder_decoder", False) and task_of(config.task).pooled
     if looks and getattr(known, "eos_token_id", None) not in tokenizer("a")["input_ids"]:
         raise ModelError(
             f"model.path = {config.path!r} reads its classes off the end mark, and its tokenizer "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
+from fedlora.training.tasks import task_of
 
 KNOWN = ("classifier", "score")
 """What a head is called in a model that is none of transformers'."""
@@ -25,7 +26,7 @@ def head_names(base: nn.Module, config: Config) -> list[str]:
     Raises:
         ModelError: lora.modules-to-save names none of the model's modules.
     """
-    found = [*_heads(base)] if config.model.task == "classification" else []
+    found = [*_heads(base)] if task_of(config.model.task).headed else []
     named = [name for name, _ in base.named_modules()]
     for target in config.lora.modules_to_save:
         matching = [n for n in named if n == target or n.endswith(f".{target}")]

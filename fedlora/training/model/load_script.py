@@ -10,6 +10,7 @@ from fedlora.config.reader import Config
 from fedlora.training.data.locate import locate
 from fedlora.training.model.gguf import converted
 from fedlora.training.model.quantized import in_python
+from fedlora.training.tasks import task_of
 from fedlora.training.user_code import PREFIX, is_code, is_live
 
 MEAN = """
@@ -29,16 +30,6 @@ def logits(batch):
     with torch.no_grad():
         found = model(**batch)
     return getattr(found, "logits", found)
-"""
-CLASSIFY = """
-batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
-for row in logits(batch).softmax(-1):
-    print(LABELS[int(row.argmax())], float(row.max()))
-"""
-GENERATE = """
-batch = tokenizer(["a prompt"], return_tensors="pt")
-found = model.generate(**batch, do_sample=False, max_new_tokens=32, eos_token_id=END)
-print(tokenizer.decode(found[0]))
 """
 
 
@@ -61,11 +52,9 @@ def load_script(
     And a second piece, to go behind the first, that uses them. The first is run in the export's
     own directory. end: the token that a language model was trained to end with.
     """
-    mean = config.model.task == "classification" and config.model.pooling == "mean"
-    causal = config.model.task == "causal-lm"
-    auto = "AutoModel" if mean else "AutoModelForCausalLM" if causal else (
-        "AutoModelForSequenceClassification"
-    )  # fmt: skip
+    task = task_of(config.model.task)
+    mean = task.pooled and config.model.pooling == "mean"
+    auto = "AutoModel" if mean else task.auto
     code = is_code(config.model.path)
     lines = ["import torch"]
     lines += ["from peft import PeftModel"] if not merged else []
@@ -79,15 +68,15 @@ def load_script(
     lines += [] if merged else ["model = PeftModel.from_pretrained(model, HERE)"]
     lines += ['head = load_file(f"{HERE}/classifier.safetensors")'] if mean else []
     lines += ["model.eval()", ""]
-    use = CLASSIFY if labels else GENERATE.replace("END", repr(end))
-    return "\n".join(lines) + (MEAN if mean else DIRECT), use.lstrip()
+    return "\n".join(lines) + (MEAN if mean else DIRECT), task.script(end).lstrip()
 
 
 def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> list[str]:
     where = "HERE" if merged else repr(base_of(config))
     options = [where, f"dtype=torch.{config.model.dtype}"]
-    if labels and auto == "AutoModelForSequenceClassification":
-        options += [f"num_labels={len(labels)}"]
+    told = {} if auto == "AutoModel" else task_of(config.model.task).options(labels)
+    if "num_labels" in told:
+        options += [f"num_labels={told['num_labels']}"]
     if config.model.revision and not merged:
         options += [f"revision={config.model.revision!r}"]
     options += ["trust_remote_code=True"] if config.model.trust_remote_code else []

@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlora.config.sections import ModelConfig
 from fedlora.errors import FedLoraError, ModelError
@@ -32,6 +25,7 @@ from fedlora.training.model.gguf import converted
 from fedlora.training.model.quantized import asked_for, plain
 from fedlora.training.model.raised import in_short
 from fedlora.training.model.spread import connect, device_map
+from fedlora.training.tasks import task_of
 from fedlora.training.user_code import called, is_code, is_live
 
 WITHOUT_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -75,7 +69,7 @@ def load_base(
     Raises:
         ModelError: it is not there, or is no model of this task.
     """
-    device = devices[0]
+    device, task = devices[0], task_of(config.task)
     if is_code(config.path):
         return _frozen(_own(config, labels, seed).to(device), config)
     path, gguf = _source(config)
@@ -94,15 +88,9 @@ def load_base(
         options["device_map"] = {"": device}
     with host_draws(device, seeded(seed, 0, 0, "head").initial_seed()):
         try:
-            if config.task == "causal-lm":
-                model = _whole(AutoModelForCausalLM, path, options, devices)
-            elif config.pooling == "mean":
-                model = _whole(AutoModel, path, options, devices)
-            else:
-                names = dict(enumerate(labels))
-                options |= {"num_labels": len(labels), "id2label": names}
-                options["label2id"] = {label: i for i, label in names.items()}
-                model = _whole(AutoModelForSequenceClassification, path, options, devices)
+            if not _averaged(config):
+                options |= task.options(labels)
+            model = _whole(_auto(config), path, options, devices)
         except FedLoraError:
             raise
         except Exception as e:
@@ -112,12 +100,22 @@ def load_base(
             from transformers.integrations.liger import apply_liger_kernel
 
             apply_liger_kernel(model, WITHOUT_LOSS)
-        if config.task == "classification" and config.pooling == "mean":
-            model = MeanPooled(model, labels)
+        if _averaged(config):
+            model = MeanPooled(model, task.options(labels)["num_labels"])
             model.classifier.to(device)
-        elif config.task == "classification":
+        elif task.headed and labels:
             labelled_as(model, lambda: _label_names(path, config), labels)
     return _frozen(model, config)
+
+
+def _averaged(config: ModelConfig) -> bool:
+    """Is the head one of ours, on the mean over a text's tokens?"""
+    return config.pooling == "mean" and task_of(config.task).pooled
+
+
+def _auto(config: ModelConfig) -> Any:
+    """transformers' class that loads the model."""
+    return getattr(transformers, "AutoModel" if _averaged(config) else task_of(config.task).auto)
 
 
 def _label_names(path: str, config: ModelConfig) -> tuple[str, ...]:
@@ -139,7 +137,7 @@ def _not_loaded(
             "trained on, or merge it into that first (fedlora export --as merged)"
         )
     elif kind := _lacking(config, path):
-        what = "causal language model" if config.task == "causal-lm" else "sequence classifier"
+        what = task_of(config.task).what
         why = f"model.path = {config.path!r} is a {kind}, of which transformers has no {what}"
     elif isinstance(error, RuntimeError) and labels:
         known = _label_names(path, config)
@@ -154,14 +152,11 @@ def _not_loaded(
 
 def _lacking(config: ModelConfig, path: str) -> str:
     """The kind of a model that transformers knows, and has no class of for this task; else ""."""
-    auto: Any = AutoModelForCausalLM
-    if config.task == "classification":
-        auto = AutoModel if config.pooling == "mean" else AutoModelForSequenceClassification
     try:
         known = AutoConfig.from_pretrained(path, revision=config.revision or None)
     except Exception:  # what it was is the error at hand, or code of its own
         return ""
-    return "" if type(known) in auto._model_mapping else str(known.model_type)
+    return "" if type(known) in _auto(config)._model_mapping else str(known.model_type)
 
 
 def _whole(cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]) -> Any:
@@ -213,14 +208,14 @@ class MeanPooled(nn.Module):
     """PEFT takes a model that does not say for one that checkpoints, and makes its embeddings ask
     for a gradient: every frozen layer below the first adapter would pay for a backward pass."""
 
-    def __init__(self, encoder: PreTrainedModel, labels: Sequence[str]) -> None:
+    def __init__(self, encoder: PreTrainedModel, outputs: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.config = encoder.config
         for name in STORED_HOW:
             if hasattr(encoder, name):
                 setattr(self, name, getattr(encoder, name))
-        self.classifier = nn.Linear(encoder.config.hidden_size, len(labels), dtype=encoder.dtype)
+        self.classifier = nn.Linear(encoder.config.hidden_size, outputs, dtype=encoder.dtype)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 

@@ -25,6 +25,7 @@ from fedlora.training.devices import on_host
 from fedlora.training.model.layers import adapter_config
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.model.stacks import alike, packed
+from fedlora.training.tasks import task_of
 from fedlora.training.user_code import is_code
 
 ENCODER = "encoder."
@@ -179,6 +180,6 @@ def save_head(effective: Effective, directory: Path) -> None:
 def _task_type(config: Config) -> str | None:
     if is_code(config.model.path):
         return None  # PEFT's tasks ask for a transformers config
-    if config.model.task == "causal-lm":
-        return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if config.model.pooling == "mean" else "SEQ_CLS"
+    task = task_of(config.model.task)
+    mean = task.pooled and config.model.pooling == "mean"
+    return "FEATURE_EXTRACTION" if mean else task.peft or None

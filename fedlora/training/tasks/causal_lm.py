@@ -1,0 +1,249 @@
+"""The next token of a text: all of it, or of a response behind its prompt.
+
+    loss of an example     the mean of -log p(token | those before) over its own scored tokens
+    scores                 loss (nats a token, every token of all examples once) and perplexity;
+                           exact_match of greedy answers where there are prompts
+
+An example's loss is a mean over its own tokens, so that what one adds to a step never depends on
+another's length: in training every example counts once, in the scores every token.
+
+A row is a prompt and a response (data/seam.py); the loss is on the response alone, its end mark
+included. With no prompt and no bos the first token is context only. Reads data.response and
+data.prompt; data.label where the data has it, for splits alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fedlora.config.reader import Config
+from fedlora.config.sections import DataConfig
+from fedlora.training import metrics
+from fedlora.training.data.batches import (
+    IGNORE,
+    SYNTHETIC,
+    Batch,
+    Encoded,
+    eval_batches,
+    flat,
+    pad_of,
+    prompt_batches,
+    synthetic,
+)
+from fedlora.training.data.corpus import Corpus
+from fedlora.training.data.labels import as_label
+from fedlora.training.data.rows import Rows
+from fedlora.training.data.seam import end_mark, pieces
+from fedlora.training.data.tables import Table, column, prompts
+from fedlora.training.devices import moved, on_host, sent, wide_on_host
+from fedlora.training.output_head import OutputHead
+from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
+from fedlora.training.tasks.outputs import at_once, own_losses, own_scores
+from fedlora.training.tasks.texts import tell
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """See the top of this file."""
+
+    name = "causal-lm"
+    auto = "AutoModelForCausalLM"
+    what = "causal language model"
+    peft = "CAUSAL_LM"
+    hub = "text-generation"
+    headed = pooled = False
+    generates = shifted = True
+
+    def read(
+        self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
+    ) -> Columns:
+        label = list[str]()
+        if data.label in table.names:
+            label = [as_label(x) for x in column(table, where, "data.label", data.label)]
+        text = prompts(table, where, data.prompt)
+        read = column(table, where, "data.response", data.response)
+        response = [renames.get(x, x) for x in read]
+        needed = [Needed(data.prompt, text)] if data.prompt else []
+        needed.append(Needed(data.response, response))
+        return Columns(text, label, response, needed=needed, mapped=read)
+
+    def labels(self, rows: Rows, data: DataConfig) -> tuple[str, ...]:
+        return ()
+
+    def names(self, rows: Rows) -> Sequence[str]:
+        return ()
+
+    def mapped(self, rows: Rows) -> Sequence[str]:
+        return rows.response
+
+    def written(self, rows: Rows, data: DataConfig) -> Mapping[str, Sequence[str]]:
+        return {data.prompt: rows.text, data.label: rows.label, data.response: rows.response}
+
+    def encode(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        data: DataConfig,
+        longest: int,
+    ) -> Encoded:
+        """A response is cut at its end, but never a prompt: a row whose prompt leaves no room for
+        its response is left out. With data.long-texts = "windows" what is cut off are further
+        examples of the row: see `stretches`."""
+        ids: list[Sequence[int]] = []
+        asked: list[int] = []
+        kept: list[int] = []
+        long = straddled = 0
+        for i, row in enumerate(pieces(rows, tokenizer, data.chat_template)):
+            long += len(row.prompt) >= longest
+            if len(row.prompt) < longest and row.response:
+                whole, count = row.prompt + row.response, len(ids)
+                cut = data.long_texts != "windows"
+                ids += [whole[:longest]] if cut else stretches(whole, longest)
+                asked += [len(row.prompt), *[1] * (len(ids) - count - 1)]
+                kept += [i] * (len(ids) - count)
+                straddled += row.straddled
+        full = f"have a prompt of data.max-length = {longest} tokens or more: raise it"
+        left = len(rows) - len(set(kept))
+        tell(len(rows), len(rows) - left, {full: long, UNWRITTEN: left - long})
+        tokens, starts = flat(ids)
+        lengths = torch.tensor(asked, dtype=torch.long)
+        numbers = torch.tensor(kept, dtype=torch.long)
+        pad = pad_of(tokenizer)
+        return Encoded(tokens, starts, numbers, pad, prompts=lengths, straddled=straddled)
+
+    def made_up(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        lengths: Sequence[int] = SYNTHETIC,
+        ends: Sequence[int] = (),
+    ) -> Encoded:
+        return synthetic(tokenizer, 0, ends, lengths=lengths)
+
+    def losses(self, net: Net, batch: Batch) -> Tensor:
+        inputs = {key: x for key, x in batch.items() if key != "labels"}
+        return token_losses(net, inputs, batch["labels"])
+
+    def defined(self, net: Net, batch: Batch) -> Tensor:
+        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        found = list[Tensor]()
+        for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
+            at = [t for t in range(1, len(y)) if y[t] != IGNORE]
+            found.append(torch.stack([z[t - 1].logsumexp(0) - z[t - 1, y[t]] for t in at]).mean())
+        return torch.stack(found)
+
+    def scored(self, encoded: Encoded) -> Tensor:
+        assert encoded.prompts is not None
+        return (encoded.lengths - encoded.prompts.clamp(min=1)).clamp(min=0)
+
+    def score(self, net: Net, rows: Encoded, config: Config, generate: bool) -> Scores:
+        losses, tokens = [], []
+        for batch in eval_batches(rows, at_once(config)):
+            labels = batch.pop("labels")
+            losses.append(_losses(net, batch, labels))
+            tokens.append((labels[:, 1:] != IGNORE).sum(1))
+        found = metrics.language(on_host(torch.cat(losses)), torch.cat(tokens))
+        if generate and config.data.prompt and config.evaluate.generate_tokens:
+            answers, responses = answered(net, rows, config)
+            found["exact_match"] = metrics.exact_match(answers, responses)
+            found |= own_scores(config, answers, responses)
+        return found
+
+    def baselines(
+        self, corpus: Corpus, features: Features | None
+    ) -> Mapping[str, Callable[[], Scores]]:
+        return {}
+
+    def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
+        return {}
+
+    def script(self, end: int | None) -> str:
+        return f"""
+batch = tokenizer(["a prompt"], return_tensors="pt")
+found = model.generate(**batch, do_sample=False, max_new_tokens=32, eos_token_id={end!r})
+print(tokenizer.decode(found[0]))
+"""
+
+
+UNWRITTEN = (
+    "have a response that this tokenizer cannot write behind their prompt: end the prompt before a "
+    "space or a line's end"
+)
+
+
+def stretches(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    """A long text's ids in examples of `size` at most, each begun with the last id of the one
+    before, which is its context alone: so each id but the text's first is predicted once."""
+    starts = range(size - 1, len(ids) - 1, size - 1)
+    return [ids[:size], *(ids[at : at + size] for at in starts)]
+
+
+def token_losses(net: Net, inputs: Batch, labels: Tensor) -> Tensor:
+    """The mean loss over each example's own labelled tokens, (b,), in float32.
+
+    Which tokens these are is found on the host, where labels are: a card would have to be waited
+    for.
+    """
+    targets = nn.functional.pad(on_host(labels)[:, 1:], (0, 1), value=IGNORE)  # the next token's
+    scored = targets != IGNORE
+    # under DP all of them: how many a product has must not depend on other examples
+    at = (scored | net.config.privacy.by_example).flatten().nonzero().flatten()
+    wanted, counts = targets.flatten()[at], scored.sum(1).clamp(min=1)
+    at, wanted, counts = (sent(x, net.device) for x in (at, wanted, counts))
+    head = OutputHead.of(net.peft.get_base_model())
+    if head and (states := head.states(net.run, inputs, at)):
+        found = head.losses(*states, wanted)
+    else:
+        logits = net.logits(inputs).flatten(0, 1).index_select(0, at)
+        found = cross_entropy(logits, wanted, reduction="none")
+    losses = found.new_zeros(targets.numel()).index_copy(0, at, found)
+    return losses.view(targets.shape).sum(1) / counts
+
+
+def _losses(net: Net, batch: Batch, labels: Tensor) -> Tensor:
+    """Each example's loss, as it is trained."""
+    if own := net.config.train.loss:
+        return own_losses(own, net.logits(batch), sent(labels, net.device))
+    return token_losses(net, batch, labels)
+
+
+# -- answers --------------------------------------------------------------------------------------
+
+
+def answered(net: Net, rows: Encoded, config: Config) -> tuple[list[str], list[str]]:
+    """What the model answers each prompt, greedily, and what it should."""
+    responses, how = _responses(net, rows), greedy(net.tokenizer, config)
+    answers: dict[int, str] = {}
+    net.peft.get_base_model().generation_config = net.peft.generation_config = how
+    for numbers, batch in prompt_batches(rows, at_once(config)):
+        width = batch["input_ids"].shape[1]
+        out: Tensor = on_host(net.peft.generate(**moved(batch, net.device)))
+        texts = net.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        answers |= dict(zip(numbers.tolist(), texts, strict=True))
+    return [answers[n] for n in range(len(rows))], responses
+
+
+def greedy(tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConfig:
+    """How answers are generated, whatever the base's own files ask for: the most likely token each
+    time, up to the end mark that was trained, evaluate.generate-tokens at most."""
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=config.evaluate.generate_tokens,
+        eos_token_id=end_mark(tokenizer, config.data.chat_template),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _responses(net: Net, rows: Encoded) -> list[str]:
+    """What each example should be answered, from its own tokens after the prompt."""
+    assert rows.prompts is not None
+    starts, ends = rows.starts[:-1] + rows.prompts, rows.starts[1:]
+    ids = [rows.ids[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
+    texts: list[str] = net.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
