@@ -62,7 +62,9 @@ class DataPolicy(Section):
     """For trials, in place of path: data.path, data.test-path or data.clients of a run, in the
     run's words, of which this node takes its part."""
     text: str = ROWS.text
+    text_pair: str = ROWS.text_pair
     label: str = ROWS.label
+    label_separator: str = ROWS.label_separator
     prompt: str = ROWS.prompt
     response: str = ROWS.response
     map: Renames = ROWS.map

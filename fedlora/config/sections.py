@@ -68,8 +68,9 @@ class DataConfig(Section):
     .bz2 or .zip as well), a directory of `datasets`, a hub id, "pkg:", or
     "py:package.module:function" that returns a client's rows, of None the central test rows."""
     clients: Sites = ()
-    """In place of path and partition: a table a client (path, text, label, prompt, response, map,
-    separator, encoding, rank), or a directory or a pattern ("sites/*.csv") of one file a client."""
+    """In place of path and partition: a table a client (path, text, text-pair, label,
+    label-separator, prompt, response, map, separator, encoding, rank), or a directory or a pattern
+    ("sites/*.csv") of one file a client."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ""

@@ -26,7 +26,9 @@ class SiteConfig(Section):
     path: Annotated[str, Field(min_length=1)]
     """A file, as data.path; or a directory or a pattern ("sites/*.csv"): each file a client."""
     text: str = ""
+    text_pair: str = ""
     label: str = ""
+    label_separator: str = ""
     prompt: str = ""
     response: str = ""
     map: Renames = ()
@@ -36,7 +38,10 @@ class SiteConfig(Section):
     """Its adapter's; 0: as clients.ranks has it."""
 
 
-COLUMNS = ("text", "label", "prompt", "response", "map", "separator", "encoding")
+COLUMNS = (
+    "text", "text_pair", "label", "label_separator", "prompt", "response", "map", "separator",
+    "encoding",
+)  # fmt: skip
 """The keys of a site that stand in for those of the same name in data: on a node as well."""
 
 

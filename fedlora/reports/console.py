@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from fedlora.reports.units import clock, duration, number, percent, size, tiny
+from fedlora.reports.outcome import EXACT_MATCH, JUDGED_BY, PERPLEXITY
+from fedlora.reports.units import clock, duration, number, size, tiny
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -277,8 +278,6 @@ def _scores(metrics: Mapping[str, Any]) -> str:
 
 def _headline(metrics: Mapping[str, Any] | None) -> str:
     found = metrics or {}
-    shares = {"accuracy": "accuracy", "exact_match": "exact match"}
-    parts = [f"{t} {percent(found[k])}" for k, t in shares.items() if found.get(k) is not None]
-    if found.get("perplexity") is not None:
-        parts.insert(0, f"perplexity {number(found['perplexity'])}")
-    return "  ".join(parts)
+    shown = (PERPLEXITY, *(m for m in JUDGED_BY if m.more), EXACT_MATCH)
+    told = [f"{m.title} {m.text(found[m.key])}" for m in shown if found.get(m.key) is not None]
+    return "  ".join(told)

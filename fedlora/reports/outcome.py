@@ -29,19 +29,32 @@ class Metric:
     key: str
     title: str
     share: bool
-    """Between 0 and 1, written as a percentage; more is better. Else less is better."""
+    """Between 0 and 1, written as a percentage; more is better."""
+    rising: bool = False
+    """Of what is no share: is more better?"""
 
     def text(self, value: float | None) -> str:
         return percent(value) if self.share else number(value)
 
+    @property
+    def more(self) -> bool:
+        """Is more better?"""
+        return self.share or self.rising
+
     def better(self, value: float, other: float) -> bool:
-        return value > other if self.share else value < other
+        return value > other if self.more else value < other
 
 
 ACCURACY = Metric("accuracy", "accuracy", share=True)
 EXACT_MATCH = Metric("exact_match", "exact match", share=True)
+F1 = Metric("f1", "entity F1", share=True)
+PEARSON = Metric("pearson", "Pearson correlation", share=False, rising=True)
+ROUGE_L = Metric("rouge_l", "ROUGE-L", share=True)
 PERPLEXITY = Metric("perplexity", "perplexity", share=False)
 LOSS = Metric("loss", "loss", share=False)
+
+JUDGED_BY = (ACCURACY, F1, PEARSON, ROUGE_L, PERPLEXITY)
+"""A run is judged by the first of these that anything of it has; else by the loss."""
 
 FLOORS = ("majority class", "trained head only")
 """The baselines that cost no federation: a model that is not above them has learned nothing."""
@@ -79,8 +92,8 @@ def said(warnings: Sequence[str]) -> str:
 
 
 def judged_by(scores: Sequence[Record | None]) -> Metric:
-    """Accuracy where anything has one, else perplexity, else loss."""
-    for metric in (ACCURACY, PERPLEXITY):
+    """The first of JUDGED_BY that anything has, else the loss."""
+    for metric in JUDGED_BY:
         if any(metric.key in found for found in scores if found):
             return metric
     return LOSS

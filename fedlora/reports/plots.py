@@ -40,7 +40,7 @@ from fedlora.reports.axes import (
     tall,
     with_legend,
 )
-from fedlora.reports.outcome import ACCURACY, EXACT_MATCH, PERPLEXITY, Metric, finite
+from fedlora.reports.outcome import ACCURACY, EXACT_MATCH, JUDGED_BY, PERPLEXITY, Metric, finite
 from fedlora.reports.run_files import RunFiles
 from fedlora.reports.units import clock
 
@@ -61,7 +61,8 @@ def draw(run: RunFiles) -> dict[str, bytes]:
 
 def accuracy(run: RunFiles) -> Figure | None:
     """The central test's score by round, with the baselines as lines to beat."""
-    series = {metric: evaluated(run, metric.key) for metric in (ACCURACY, EXACT_MATCH)}
+    every = (*(m for m in JUDGED_BY if m.more), EXACT_MATCH)
+    series = {metric: evaluated(run, metric.key) for metric in every}
     metric = next((m for m in series if series[m]), None)
     if metric is None:
         return None
@@ -70,8 +71,9 @@ def accuracy(run: RunFiles) -> Figure | None:
     if metric is ACCURACY:
         line(ax, evaluated(run, "macro_f1"), BLUE, "test macro F1", linestyle=":", linewidth=1.4)
     baselines(ax, run, metric)
-    ax.set_ylim(0, 1.02 if ax.get_ylim()[1] > 0.6 else None)
-    ax.yaxis.set_major_formatter(FuncFormatter(share))
+    if metric.share:
+        ax.set_ylim(0, 1.02 if ax.get_ylim()[1] > 0.6 else None)
+        ax.yaxis.set_major_formatter(FuncFormatter(share))
     by_round(ax)
     return with_legend(figure, ax)
 
@@ -131,7 +133,7 @@ _TIMES = {
 def _standing(found: Mapping[str, float | None], metric: Metric) -> tuple[bool, float]:
     """Best final model first; clients without one come last."""
     value = next((v for v in map(found.get, ("final", "personal", "first")) if v is not None), 0.0)
-    return found["final"] is None, -value if metric.share else value
+    return found["final"] is None, -value if metric.more else value
 
 
 def data(run: RunFiles) -> Figure | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fedlora.errors import FedLoraError
 from fedlora.reports.line_digest import KEY, sealed, whole
-from fedlora.reports.outcome import Metric, Record, finite, judge, judged_by
+from fedlora.reports.outcome import LOSS, PERPLEXITY, Metric, Record, finite, judge, judged_by
 from fedlora.reports.record_types import (
     ClientRecord,
     RoundRecord,
@@ -71,7 +71,7 @@ class RunFiles:
         key = self.metric.key
         scored = [c for c in self.clients if finite(c.get("final"), key) is not None]
         ordered = sorted(scored, key=lambda c: float(c["final"][key]))
-        return (ordered[0] if self.metric.share else ordered[-1]) if ordered else None
+        return (ordered[0] if self.metric.more else ordered[-1]) if ordered else None
 
 
 def read(run_dir: Path) -> RunFiles:
@@ -188,16 +188,18 @@ def _largest(values: Iterable[float | None]) -> float | None:
 
 
 def _best(evaluated: Iterable[Record]) -> Record | None:
-    """The evaluation of highest accuracy, or of lowest loss where there is none."""
+    """The best evaluation by what the run is judged by, the first of equal ones.
+
+    By the loss in place of perplexity: it is finite for longer.
+    """
+    every = list(evaluated)
+    metric = judged_by([r["evaluation"] for r in every])
+    metric = LOSS if metric is PERPLEXITY else metric
     best: tuple[float, Record] | None = None
-    for r in evaluated:
-        found = r["evaluation"]
-        loss = finite(found, "loss")
-        score = (
-            finite(found, "accuracy") if "accuracy" in found else None if loss is None else -loss
-        )
-        if score is not None and (best is None or score > best[0]):
-            best = (score, {"round": r["round"], **found})
+    for r in every:
+        score = finite(r["evaluation"], metric.key)
+        if score is not None and (best is None or metric.better(score, best[0])):
+            best = (score, {"round": r["round"], **r["evaluation"]})
     return best[1] if best else None
 
 

@@ -28,6 +28,14 @@ COLUMNS = {
     "macro_f1": ("macro F1", True),
     "perplexity": ("perplexity", False),
     "exact_match": ("exact match", True),
+    "micro_f1": ("micro F1", True),
+    "f1": ("entity F1", True),
+    "strict_f1": ("strict F1", True),
+    "pearson": ("Pearson", False),
+    "spearman": ("Spearman", False),
+    "mae": ("mean error", False),
+    "rouge_l": ("ROUGE-L", True),
+    "margin": ("margin", False),
 }
 """The metrics of an evaluation: title, and whether it is a share."""
 
@@ -139,7 +147,7 @@ def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
     known = run.baselines()
     if not known:
         return None
-    name = (max if run.metric.share else min)(known, key=known.__getitem__)
+    name = (max if run.metric.more else min)(known, key=known.__getitem__)
     return name, known[name]
 
 
@@ -157,7 +165,7 @@ def bars(run: RunFiles) -> list[Bar]:
         return []
     values[f"{run.summary['strategy']}, final model", True] = final
     longest = max(*values.values(), 1.0 if metric.share else 0.0) or 1.0
-    ordered = sorted(values.items(), key=lambda item: item[1], reverse=metric.share)
+    ordered = sorted(values.items(), key=lambda item: item[1], reverse=metric.more)
     return [
         Bar(name, metric.text(value), round(100 * value / longest, 2), ours)
         for (name, ours), value in ordered

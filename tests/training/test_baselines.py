@@ -47,11 +47,11 @@ def test_tfidf_reads_all_clients_words():
 def test_a_trained_head_knows_the_features_alone():
     federation = corpus(rows(*"abc" * 8), rows(*"cab" * 8), test=rows(*"abcabc"))
 
-    def letters(texts):
-        return torch.tensor([[float(t[0] == label) for label in LABELS] for t in texts])
+    def letters(rows):
+        return torch.tensor([[float(t[0] == label) for label in LABELS] for t in rows.text])
 
-    def nothing(texts):
-        return torch.ones(len(texts), 2)
+    def nothing(rows):
+        return torch.ones(len(rows), 2)
 
     assert trained_head(federation, letters)["accuracy"] == 1.0
     assert trained_head(federation, nothing)["accuracy"] == pytest.approx(1 / 3)
@@ -65,8 +65,8 @@ def test_the_baselines_of_trec_take_seconds():
 
     vectors = torch.randn(4096, 384, generator=torch.Generator().manual_seed(0))
 
-    def mean_of_words(texts):
-        words = [[zlib.crc32(word.encode()) % 4096 for word in text.split()] for text in texts]
+    def mean_of_words(rows):
+        words = [[zlib.crc32(word.encode()) % 4096 for word in text.split()] for text in rows.text]
         return torch.stack([vectors[numbers].mean(0) for numbers in words])
 
     assert 0.6 < trained_head(trec, mean_of_words)["accuracy"] < 0.8

@@ -22,7 +22,8 @@ from fedlora.launch.doctor.the_run import experiment
 from fedlora.training import cache
 from fedlora.training.data.corpus import Rows
 from fedlora.training.data.seam import Pieces, end_mark, pieces
-from fedlora.training.evaluate import _answered, generation
+from fedlora.training.evaluate import generation
+from fedlora.training.tasks.causal_lm import answered
 from tests.support.by_task import encode
 
 CORPUS = [
@@ -229,7 +230,7 @@ def test_answers_are_greedy_whatever_the_bases_own_generation_settings_are(
     rows = encode(
         Rows(("red two", "the dog", "up"), response=("a", "b", "c")), model.tokenizer, (), 30
     )
-    answers, _ = _answered(model, rows, config)
+    answers, _ = answered(model, rows, config)
     for prompt, answer in zip(("red two", "the dog", "up"), answers, strict=True):
         ids = model.tokenizer(prompt)["input_ids"]
         start = len(ids)

@@ -19,6 +19,7 @@ from fedlora.training import cache, loss_check, train, training_check
 from fedlora.training.data import batches
 from fedlora.training.data.batches import IGNORE, Encoded
 from fedlora.training.model.model import Model
+from fedlora.training.tasks import causal_lm
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -255,13 +256,13 @@ def halved_gradients(patch: Patch, s: Loaded) -> None:
 def mean_over_all_tokens(patch: Patch, s: Loaded) -> None:
     """The loss is divided by the batch's width in place of the example's own tokens."""
 
-    real = train.token_losses
+    real = causal_lm.token_losses
 
     def token_losses(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
         own = (labels[:, 1:] != IGNORE).sum(1)
         return real(model, inputs, labels) * own / labels[:, 1:].shape[1]
 
-    patch.setattr(train, "token_losses", token_losses)
+    patch.setattr(causal_lm, "token_losses", token_losses)
 
 
 def attention_unmasked(patch: Patch, s: Loaded) -> None:
@@ -388,10 +389,10 @@ def test_rows_without_anything_to_learn_are_named_in_a_fixed_text(settings: Sett
     rows = s.rows
     bare = Encoded(rows.ids, rows.starts, rows.rows, rows.pad, prompts=rows.lengths)
     with pytest.raises(TrainingCheckError, match="every label is ignored"):
-        loss_check.check_rows(bare)
+        loss_check.check_rows(bare, s.model.task)
     none = Encoded(rows.ids[:0], rows.starts[:1], rows.rows[:0], rows.pad, prompts=rows.starts[:0])
     with pytest.raises(TrainingCheckError, match="no rows"):
-        loss_check.check_rows(none)
+        loss_check.check_rows(none, s.model.task)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant")

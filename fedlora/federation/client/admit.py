@@ -179,7 +179,9 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
     d = policy.data
     own: dict[str, Any] = {
         "data.text": d.text,
+        "data.text-pair": d.text_pair,
         "data.label": d.label,
+        "data.label-separator": d.label_separator,
         "data.prompt": d.prompt,
         "data.response": d.response,
         "data.map": flat_list(d.map),

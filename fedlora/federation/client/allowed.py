@@ -227,8 +227,8 @@ ALLOWED: Mapping[str, Rule] = {
 OWN = frozenset(
     f"data.{key}"
     for key in (
-        "text", "label", "prompt", "response", "map", "separator", "encoding", "line-pattern",
-        "limit", "dedupe", "client-test-fraction", "node-path", "unit-column",
+        "text", "text-pair", "label", "label-separator", "prompt", "response", "map", "separator",
+        "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction", "node-path", "unit-column",
     )
 ) | {
     "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "privacy.delta",

@@ -39,7 +39,7 @@ from fedlora.federation.wire.messages import (
     unpack_factors,
 )
 from fedlora.privacy.summary import summary as privacy
-from fedlora.reports.outcome import judge, said
+from fedlora.reports.outcome import LOSS, PERPLEXITY, judge, judged_by, said
 from fedlora.strategies.base import Client, CollectsAtEnd, Effective, Round, Upload, collects
 from fedlora.training.data.corpus import describe
 from fedlora.training.evaluate import generation
@@ -167,12 +167,14 @@ def _answers(
 
 
 def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
-    """The clients' mean accuracy (or loss, where they have none), and of the worst tenth of them.
+    """The clients' mean of what the run is judged by, and that of the worst tenth of them.
 
     A tenth is at least one client. None where no client was scored.
     """
-    key = "accuracy" if any("accuracy" in s for s in scores) else "loss"
-    found = sorted((s[key] for s in scores if key in s), reverse=key == "loss")
+    metric = judged_by(scores)
+    metric = LOSS if metric is PERPLEXITY else metric
+    key = metric.key
+    found = sorted((s[key] for s in scores if key in s), reverse=not metric.more)
     if not found:
         return None
     worst = found[: math.ceil(len(found) / 10)]

@@ -24,6 +24,7 @@ from fedlora.launch.deploy.plan import CONNECTION, Plan
 from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import end, is_running, read_state, state_file
 from fedlora.launch.deploy.watch import check_alone
+from fedlora.reports.outcome import judged_by
 
 Say = Callable[[str], None]
 PATIENCE = 300.0
@@ -327,7 +328,7 @@ def told(record: Mapping[str, Any]) -> str:
     parts = [f"round {record['round']}"]
     if record.get("train_loss") is not None:
         parts.append(f"train loss {record['train_loss']:.4f}")
-    parts += [f"{k} {scores[k]:.4f}" for k in ("accuracy", "loss") if k in scores]
+    parts += [f"{k} {scores[k]:.4f}" for k in (judged_by([scores]).key, "loss") if k in scores]
     parts.append(f"{len(record['accepted'])} of {len(record['cohort'])} replies")
     parts += [f"client {f['client']}: {f['reason']}" for f in record["failures"]]
     parts.append(f"{record['seconds']['total']:.1f} s")

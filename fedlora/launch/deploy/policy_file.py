@@ -28,7 +28,8 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
     kinds += ["collect"] if needs.collect_at_end else []
     kinds += ["secagg"] if config.secure.aggregation else []
     columns: dict[str, Any] = {
-        "text": d.text, "label": d.label, "prompt": d.prompt, "response": d.response,
+        "text": d.text, "text-pair": d.text_pair, "label": d.label,
+        "label-separator": d.label_separator, "prompt": d.prompt, "response": d.response,
         "map": [*d.map], "separator": d.separator, "encoding": d.encoding,
         "line-pattern": d.line_pattern, "limit": d.limit, "dedupe": d.dedupe,
         "client-test-fraction": d.client_test_fraction,
