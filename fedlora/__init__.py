@@ -27,6 +27,7 @@ PUBLIC = {
     "make_client_app": "fedlora.launch.client_app",
     "open_run": "fedlora.launch.run",
     "register_strategy": "fedlora.strategies",
+    "register_task": "fedlora.training.tasks",
     "simulate": "fedlora.launch.simulate.run",
 }
 """Each public name and the module that it is in."""
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from fedlora.reports.console import Observer
     from fedlora.strategies import list_strategies, register_strategy
     from fedlora.strategies.base import Strategy
+    from fedlora.training.tasks import register_task
 
 __all__ = [
     "Config",
@@ -59,6 +61,7 @@ __all__ = [
     "make_client_app",
     "open_run",
     "register_strategy",
+    "register_task",
     "simulate",
 ]
 

@@ -13,9 +13,9 @@ The values under DP are the ones found with simulations/experiments/privacy.toml
 what was tried; docs/results/privacy.md says what they are worth. Whatever an experiment sets stays.
 """
 
-from fedlora.config import task_names
 from fedlora.config.privacy_sections import PrivacyConfig
 from fedlora.config.sections import LoraConfig, ModelConfig, TrainConfig
+from fedlora.config.task_names import kind_of
 
 AUTO = "auto"
 
@@ -37,7 +37,7 @@ def resolve_defaults(
     pooling, layers = model.pooling, lora.layers
     if pooling == AUTO:
         own = model.path.startswith("py:")  # a whole model, with a head
-        mean = private and model.task in task_names.POOLED and not own
+        mean = private and kind_of(model.task).pooled and not own
         pooling = "mean" if mean else "default"
     if layers == (AUTO,):
         layers = ("-1",) if private else ()

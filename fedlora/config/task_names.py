@@ -1,27 +1,43 @@
-"""The names that model.task may have. What they mean is in fedlora/training/tasks."""
+"""The names that model.task may have, and what must be known of each before anything is imported.
 
+What they mean is in fedlora/training/tasks.
+"""
+
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 GROUP = "fedlora.tasks"
 
-POOLED = {"classification", "multi-label", "regression"}
-"""Of these one output stands for a whole text: model.pooling = "mean" can make it."""
 
-NAMES = dict.fromkeys(("classification", "multi-label", "regression", "causal-lm"))
-"""In the order of the documentation. What is registered comes behind."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Of a task: the attributes of the same names in `fedlora.training.tasks.base.Task`."""
+
+    pooled: bool
+    headed: bool
+    generates: bool
 
 
-def add(name: str, pooled: bool) -> None:
-    """Make one more name known: `fedlora.training.tasks.register_task`."""
-    NAMES[name] = None
-    if pooled:
-        POOLED.add(name)
+PER_TEXT = Kind(pooled=True, headed=True, generates=False)
+
+KINDS: dict[str, Kind] = {
+    "classification": PER_TEXT,
+    "multi-label": PER_TEXT,
+    "regression": PER_TEXT,
+    "causal-lm": Kind(pooled=False, headed=False, generates=True),
+}
+"""Every name, in the order of the documentation. `register_task` adds to it."""
 
 
 def offered() -> tuple[EntryPoint, ...]:
     """The tasks that installed packages offer, none of them loaded."""
     return tuple(entry_points(group=GROUP))
+
+
+def kind_of(name: str) -> Kind:
+    """Its kind; of one that a package offers and nobody has loaded yet, that with most to it."""
+    return KINDS.get(name, Kind(pooled=True, headed=True, generates=True))
 
 
 def known(value: Any) -> Any:
@@ -30,6 +46,6 @@ def known(value: Any) -> Any:
     Raises:
         ValueError: it is none.
     """
-    if value not in NAMES and value not in (names := [point.name for point in offered()]):
-        raise ValueError(f"must be one of {', '.join(map(repr, [*NAMES, *names]))}")
+    if value not in KINDS and value not in (names := [point.name for point in offered()]):
+        raise ValueError(f"must be one of {', '.join(map(repr, [*KINDS, *names]))}")
     return value

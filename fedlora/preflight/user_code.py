@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
 from fedlora.training import user_code
-from fedlora.training.tasks import task_of
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -12,7 +12,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _live(config)
     if user_code.is_code(config.model.path):
         yield from _model(config)
-    answers = config.evaluate.generate_tokens or not task_of(config.model.task).generates
+    answers = config.evaluate.generate_tokens or not kind_of(config.model.task).generates
     if config.evaluate.metrics and not answers:
         yield (
             f"evaluate.metrics: for {config.model.task} it compares generated answers, and "

@@ -160,6 +160,11 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"model.path": "py:a:b"}, "has no tokenizer beside it"),
     ("fedavg", "bert", {"model.path": "py:a:b", "model.quantization": "4bit"}, "as it is to be"),
     ("fedavg", "bert", {"model.path": "py:a:b", "model.pooling": "mean"}, "has its head already"),
+    ("fedavg", "gpt2", {"model.pooling": "mean"}, "one output a text"),
+    ("fedavg", "gpt2", {"data.text-pair": "b"}, "data.text-pair with model.task"),
+    ("fedavg", "bert", {"data.label-separator": "|"}, "is read by multi-label alone"),
+    ("fedavg", "bert", {"model.task": "regression", "data.map": "a=b"}, "it renames labels"),
+    ("fedavg", "gpt2", {"data.labels": "a,b"}, "it chooses from no labels"),
     ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
     # what needs a card, or a package that is not here
     ("fedavg", "bert", {"model.quantization": "4bit"}, "needs bitsandbytes, which is not install"),

@@ -303,7 +303,11 @@ FAULTS: dict[str, tuple[Callable[[Patch, Loaded], None], str, str]] = {
     "detached loss": (detached_loss, CLASSIFIER, "hangs on no trained tensor"),
     "a copy computes": (a_copy_computes, CLASSIFIER, "does not follow|no gradient"),
     "gradients scaled": (halved_gradients, LANGUAGE, "the loss does not follow A"),
-    "loss over all tokens": (mean_over_all_tokens, LANGUAGE, "its own scored tokens"),
+    "loss over all tokens": (
+        mean_over_all_tokens,
+        LANGUAGE,
+        "not what model.task .*defines",
+    ),
     "attention unmasked": (attention_unmasked, CLASSIFIER, "what else is in its batch"),
     "remembered too long": (remembered_too_long, CLASSIFIER, "the loss does not follow"),
 }

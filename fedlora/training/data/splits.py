@@ -58,7 +58,7 @@ def limited(rows: Rows, data: DataConfig, labels: Sequence[str], seed: int, book
     if not 0 < data.limit < len(rows):
         return rows
     drawn, rest = _drawn(rows, data.limit, seeded(seed, 0, 0, "data.limit"))
-    if labels:
+    if labels and rows.label:
         keep_each_label(rows.label, drawn, rest)
     return book.keep(LIMITED, rows, drawn)
 
@@ -81,7 +81,7 @@ def central(
             f"{'distinct ' if data.dedupe else ''}rows of {source_of(data)}"
         )
     test, rest = _drawn(pool, data.test_size, generator)
-    if labels:
+    if labels and pool.label:
         keep_each_label(pool.label, rest, test)
     return pool.select(test), pool.select(rest)
 

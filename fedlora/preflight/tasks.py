@@ -1,0 +1,28 @@
+"""Settings that conflict with what the task is: fedlora/training/tasks."""
+
+from collections.abc import Iterator
+
+from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Each combination that cannot run, and what to do instead."""
+    name, data = config.model.task, config.data
+    task = kind_of(name)
+    if config.model.pooling == "mean" and not task.pooled:
+        yield (
+            f"model.pooling = 'mean' with model.task = {name!r}: it is of tasks with one output a "
+            "text; leave it at 'auto'"
+        )
+    if data.text_pair and not task.pooled:
+        yield (
+            f"data.text-pair with model.task = {name!r}: is read by tasks with one output a text "
+            "or pair; leave it out"
+        )
+    if data.label_separator and name != "multi-label":
+        yield f"data.label-separator with model.task = {name!r}: is read by multi-label alone"
+    if name == "regression" and data.map:
+        yield "data.map with model.task = 'regression': it renames labels, and numbers are none"
+    if data.labels and not task.headed:
+        yield f"data.labels with model.task = {name!r}: it chooses from no labels; leave it out"

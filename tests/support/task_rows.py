@@ -1,0 +1,76 @@
+"""A tiny federation for each task: made-up rows and the settings that read them.
+
+A new task is a line in MADE; the contract in tests/training/test_every_task.py then asks it all.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import CUES, LABELS, WORDS
+
+Row = Mapping[str, Any]
+ROWS = 90
+
+
+def words(chance: random.Random, n: int) -> str:
+    """A text of two to six words, and two that no other row has."""
+    found = [chance.choice(WORDS) for _ in range(chance.randint(2, 6))]
+    return " ".join([*found, WORDS[n % 18], WORDS[n // 18]])
+
+
+def classes(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        label = LABELS[n % 3]
+        yield {"text": f"{chance.choice(CUES[label])} {words(chance, n)}", "label": label}
+
+
+def pairs(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        first, other = chance.choice(WORDS), chance.choice(WORDS)
+        second = first if n % 2 else other
+        label = "same" if first == second else "other"
+        yield {"text": f"{first} {words(chance, n)}", "second": second, "label": label}
+
+
+def several(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        labels = [label for label in LABELS if chance.random() < 0.5]
+        cues = [chance.choice(CUES[label]) for label in labels]
+        yield {"text": " ".join([*cues, words(chance, n)]), "label": labels}
+
+
+def numbers(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        text = words(chance, n)
+        yield {"text": text, "label": sum(w in CUES["colour"] for w in text.split()) + 0.5}
+
+
+def answers(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        label = LABELS[n % 3]
+        text = f"{chance.choice(CUES[label])} {words(chance, n)}"
+        yield {"text": text, "response": f" {label}"}
+
+
+MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row]] = {
+    "classification": ("classification", "bert", classes, {}),
+    "pairs": ("classification", "bert", pairs, {"data.text-pair": "second"}),
+    "multi-label": ("multi-label", "bert", several, {}),
+    "regression": ("regression", "bert", numbers, {}),
+    "causal-lm": ("causal-lm", "gpt2", answers, {"data.prompt": "text"}),
+}
+"""By name of the case: the task, the model's kind, its rows, and what else is to be set."""
+
+
+def task_settings(
+    settings: Callable[..., dict[str, object]], case: str, directory: Path, **changes: object
+) -> dict[str, object]:
+    """The settings of a run of this case, its rows in a file of the directory."""
+    task, kind, rows, more = MADE[case]
+    path = directory / f"{case}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(random.Random(5))))
+    given = {"model.task": task, "data.path": str(path), "data.prompt": "", **more}
+    return settings(kind, **{**given, **changes})
