@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fedlora.errors import ConfigError
 from fedlora.federation.server.proof import Target, probes, prove
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
-from fedlora.launch.simulate.teacher import EXAMPLES, SIZES, Task, make_task
+from fedlora.launch.simulate.teacher import EXAMPLES, SIZES, Teacher, make_task
 from fedlora.lora.adapter import Factors, Pair, dense, kaiming
 from fedlora.lora.lowrank import accumulate
 from fedlora.strategies import list_strategies
@@ -123,7 +123,7 @@ def compare(
 def play(
     name: str,
     strategy: Any,
-    task: Task,
+    task: Teacher,
     clients: Sequence[Client],
     rounds: int,
     steps: int,
@@ -166,7 +166,7 @@ def play(
     return done
 
 
-def begin(strategy: Any, task: Task, clients: Sequence[Client], seed: int) -> Any:
+def begin(strategy: Any, task: Teacher, clients: Sequence[Client], seed: int) -> Any:
     """The strategy's first state, as the server makes it."""
     ranks = top_ranks(clients)
     A = {m: kaiming(ranks[m], k, seeded(seed, 0, 0, m)).double() for m, (_, k) in SIZES.items()}
@@ -185,7 +185,7 @@ def begin(strategy: Any, task: Task, clients: Sequence[Client], seed: int) -> An
 def visit(
     strategy: Any,
     state: Any,
-    task: Task,
+    task: Teacher,
     client: Client,
     place: Place,
     round: Round,
@@ -210,7 +210,7 @@ def visit(
 def descend(
     loaded: Factors,
     download: Any,
-    task: Task,
+    task: Teacher,
     client: int,
     base: Mapping[str, Tensor],
     steps: int,
@@ -245,7 +245,7 @@ def descend(
 def _gradients(
     scale: Mapping[str, float],
     live: Mapping[str, Mapping[str, nn.Parameter]],
-    task: Task,
+    task: Teacher,
     client: int,
     base: Mapping[str, Tensor],
     block: int,

@@ -15,7 +15,7 @@ NOISE = 0.1
 
 
 @dataclass(frozen=True)
-class Task:
+class Teacher:
     """The clients' data as second moments, which is all that a squared loss needs."""
 
     W0: Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class Task:
         return self.everywhere(best)
 
 
-def make_task(seed: int, h: float) -> Task:
+def make_task(seed: int, h: float) -> Teacher:
     """Teachers and data; h = 0 gives all clients one teacher."""
     W0, common, xx, yx, yy = {}, {}, [], [], []
     for m, (d, k) in SIZES.items():
@@ -67,7 +67,7 @@ def make_task(seed: int, h: float) -> Task:
         xx.append(moments[0])
         yx.append(moments[1])
         yy.append(square)
-    return Task(W0, xx, yx, yy)
+    return Teacher(W0, xx, yx, yy)
 
 
 def _noise(size: Sequence[int], seed: int, client: int, purpose: str) -> Tensor:

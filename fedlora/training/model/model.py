@@ -52,7 +52,7 @@ from fedlora.training.model.prefix_cache import Prefix
 from fedlora.training.model.raised import named
 from fedlora.training.model.ties import check_ties
 from fedlora.training.model.whole import in_float32, inside_body
-from fedlora.training.tasks import Task, task_of
+from fedlora.training.tasks import task_of
 
 PREFIX = "base_model.model."
 KEPT_PROFILES = 8
@@ -67,8 +67,7 @@ class Model:
         self.labels = tuple(labels)
         self.devices = used(config.simulate.devices, config.model.device_map != "none")
         self.device = self.devices[0]
-        self.task: Task = task_of(config.model.task)
-        self.tokenizer = load_tokenizer(config.model)
+        self.task, self.tokenizer = task_of(config.model.task), load_tokenizer(config.model)
         base = load_base(config.model, self.labels, config.run.seed, self.devices)
         agree(base, self.tokenizer, config.model)
         self._positions, self.pads_left = positions(base), pads_left(base)
