@@ -11,7 +11,7 @@ GROUP = "fedlora.tasks"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TaskKind:
     """Of a task: the attributes of the same names in `fedlora.training.tasks.base.Task`."""
 
     pooled: bool
@@ -19,13 +19,13 @@ class Kind:
     generates: bool
 
 
-PER_TEXT = Kind(pooled=True, headed=True, generates=False)
+PER_TEXT = TaskKind(pooled=True, headed=True, generates=False)
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, TaskKind] = {
     "classification": PER_TEXT,
     "multi-label": PER_TEXT,
     "regression": PER_TEXT,
-    "causal-lm": Kind(pooled=False, headed=False, generates=True),
+    "causal-lm": TaskKind(pooled=False, headed=False, generates=True),
 }
 """Every name, in the order of the documentation. `register_task` adds to it."""
 
@@ -35,9 +35,9 @@ def offered() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=GROUP))
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> TaskKind:
     """Its kind; of one that a package offers and nobody has loaded yet, that with most to it."""
-    return KINDS.get(name, Kind(pooled=True, headed=True, generates=True))
+    return KINDS.get(name, TaskKind(pooled=True, headed=True, generates=True))
 
 
 def known(value: Any) -> Any:

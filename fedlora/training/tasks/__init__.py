@@ -52,7 +52,7 @@ def register_task(cls: type[Any]) -> None:
         raise ConfigError([f"the task {name!r}: its name is taken by {there.__qualname__}"])
     if name not in TASKS:
         _added[str(name)] = cls
-        task_names.KINDS[str(name)] = task_names.Kind(cls.pooled, cls.headed, cls.generates)
+        task_names.KINDS[str(name)] = task_names.TaskKind(cls.pooled, cls.headed, cls.generates)
 
 
 def task_of(name: str) -> Task:
