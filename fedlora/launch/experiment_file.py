@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import preflight
+from fedlora.config.older import missing
 from fedlora.config.reader import Config
+from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError
 
 BESIDE = ("compare", "audit")
@@ -89,6 +91,16 @@ def _dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping)
         flat |= _dotted(value, f"{before}{key}.") if inner else {f"{before}{key}": value}
     return flat
+
+
+def meant(path: Path | str) -> dict[str, Any]:
+    """What the config that a run wrote means by the keys it lacks: config/older.py."""
+    return missing(_dotted(read_toml(path)[0]))
+
+
+def of_run(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config that a run wrote, whatever was the default of a key that it lacks."""
+    return parse(path, {**meant(path), **(overrides or {})})
 
 
 def parse(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:

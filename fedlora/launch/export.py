@@ -15,7 +15,7 @@ from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.adapter import checked, hold, write_card
 from fedlora.federation.server.journal import Journal, Member, Saved, state_types
 from fedlora.federation.server.ranks import patterned
-from fedlora.launch.experiment_file import parse
+from fedlora.launch.experiment_file import of_run
 from fedlora.launch.export_directory import check_place, placed
 from fedlora.launch.export_targets import (
     ONE_RANK,
@@ -109,7 +109,7 @@ def opened(run: Path) -> Opened:
         CheckpointError: the run has no checkpoint, or its files are no longer those that it began
             with.
     """
-    config = parse(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
+    config = of_run(run / "config.toml", {"run.out": str(run.parent), "run.name": run.name})
     if not config.model.path:
         raise CheckpointError(f"{run / 'config.toml'} is damaged: it names no model.path")
     strategy = config.build_strategy()

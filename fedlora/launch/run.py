@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config.reader import Config
-from fedlora.launch.experiment_file import parse
+from fedlora.launch.experiment_file import of_run
 from fedlora.reports.run_files import RunFiles, read
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Run:
         """What the run was started with."""
         at = self.directory
         at = at.resolve() if at.name in ("", "..") else at
-        return parse(at / "config.toml", {"run.out": str(at.parent), "run.name": at.name})
+        return of_run(at / "config.toml", {"run.out": str(at.parent), "run.name": at.name})
 
     @property
     def rounds(self) -> "pandas.DataFrame":

@@ -14,11 +14,12 @@ Deviation from (E): none. V^T spans the rows of the old A where Bbar has full ra
 is the gauge that B is trained in, not the space.
 Costs, a layer and client: up r_i d; down r_i (d + k), and (r - r_i)(d + k) for a fold.
 
-Differs from the paper: p_i in place of a uniform mean; ranks may differ; SVD of the small core.
+Differs from the paper: see "Differs" of docs/strategies/fedsvd.md, point by point.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import compress, extend, rescale
@@ -41,6 +42,9 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSVD:
+    head: Literal["trained", "frozen"] = "trained"
+    """frozen: as in the authors' code, where the classifier stays as it was drawn."""
+
     def needs(self) -> Needs:
         return Needs(own_gauge=True)
 
@@ -60,8 +64,9 @@ class FedSVD:
     def download(self, state: Factors, client: Client, round: Round) -> Download:
         whole = state.adapter()
         pairs = {m: narrow(whole[m], layer) for m, layer in client.layers.items()}
+        columns = {"B"} if self.head == "frozen" else {"B", "other"}
         return Download(
-            as_factors(pairs, state.other), frozenset({"B", "other"}), fold=rest(whole, client)
+            as_factors(pairs, state.other), frozenset(columns), fold=rest(whole, client)
         )
 
     def aggregate(self, state: Factors, uploads: Iterable[Upload], round: Round) -> Factors:

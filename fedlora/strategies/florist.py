@@ -54,8 +54,8 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRIST:
-    energy: float = 0.95
-    """Share of the squared singular values that is kept; 1 keeps all."""
+    energy: float = 0.9
+    """Share of the squared singular values that is kept; 1 keeps all. The authors' value in use."""
 
     def needs(self) -> Needs:
         return Needs(own_gauge=True)

@@ -5,7 +5,8 @@ EMNLP 2024, https://arxiv.org/abs/2401.06432
 
     to client i    A[:r_i], B[:, :r_i]
     client i       trains f_i + lambda ||B_i[:, g r_i:]|| ||A_i[g r_i:]||      g = gamma
-    prune          r_i <- g r_i where that tail's product shrank in training
+    prune          rho_i <- g rho_i where that tail's product shrank in training
+                   r_i = ceil(rho_i), with rho_i = r_i at first
     server         A, B = sum_i w_i pad(A_i), sum_i w_i pad((s_i / s) B_i)
                    w_i = ||s_i B_i A_i||_F / sum_j ||s_j B_j A_j||_F
 
@@ -16,14 +17,12 @@ Costs, a layer and client: up r_i (d + k), down r_i (d + k).
 
 Source: no code was published. The weights are read off a figure, the penalty is that of the
 FlexLoRA repository's baseline, and the test for pruning is recalled, not checked.
-Differs from the paper: a rank that no client of the cohort holds stays, and one that all have
-pruned keeps its row of A with B = 0, so that neither is dead for good; the server makes the prune
-test, on what it sent and what came back, so that a client needs no memory and its pruned ranks
-travel up once more; scales are folded into B; weights are taken by module.
+Differs from the paper: see "Differs" of docs/strategies/hetlora.md, point by point.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
@@ -49,6 +48,8 @@ class State:
     factors: Factors
     ranks: Mapping[int, Mapping[str, int]]
     """What is left of a client's ranks, by client and module."""
+    real: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """rho_i, of which `ranks` are the next whole numbers; what is not there was not pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,9 @@ class HetLoRA:
     penalty: float = 1e-3
     """Weight lambda of the tail in the client's loss."""
     normalize: Literal["none", "hits"] = "none"
+    rounding: Literal["real", "down"] = "real"
+    """real: gamma is kept to over several prunings. down: int(gamma r) ranks are left of r, so each
+    pruning takes one at least."""
 
     def needs(self) -> Needs:
         return Needs()
@@ -70,9 +74,17 @@ class HetLoRA:
         if not 0 < self.gamma <= 1:
             yield f"hetlora.gamma = {self.gamma}: must be in (0, 1]; use 1 to keep every rank"
 
-    def keep(self, rank: int) -> int:
-        """The ranks left after pruning once."""
+    def keep(self, rank: float) -> int:
+        """Where the tail begins that is penalised, and looked at before ranks are shed."""
         return max(1, int(self.gamma * rank))
+
+    def shed(self, rank: float) -> float:
+        """What is left of a real number of ranks after pruning once; its ceiling is in use."""
+        return float(self.keep(rank)) if self.rounding == "down" else max(1.0, self.gamma * rank)
+
+    def real(self, state: State, client: int, m: str, rank: int) -> float:
+        """rho_i of a module that the client holds at this rank."""
+        return state.real.get(client, {}).get(m, float(rank))
 
     # -- server -------------------------------------------------------------------------------
 
@@ -88,7 +100,8 @@ class HetLoRA:
 
     def download(self, state: State, client: Client, round: Round) -> Download:
         pairs = self.pairs(state, client)
-        penalty = Penalty("tail", self.penalty, {m: self.keep(p.rank) for m, p in pairs.items()})
+        tails = {m: self.keep(self.real(state, client.id, m, p.rank)) for m, p in pairs.items()}
+        penalty = Penalty("tail", self.penalty, tails)
         return Download(
             as_factors(pairs, state.factors.other),
             frozenset({"A", "B", "other"}),
@@ -96,13 +109,16 @@ class HetLoRA:
         )
 
     def aggregate(self, state: State, uploads: Iterable[Upload], round: Round) -> State:
-        ranks = dict(state.ranks)
+        ranks, real = dict(state.ranks), dict(state.real)
 
         def pruned() -> Iterator[Upload]:
             for u in uploads:
-                before, pairs = self.pairs(state, u.client), u.sent.adapter()
-                left = {m: self._left(before[m], pair) for m, pair in pairs.items()}
-                ranks[u.client.id] = {**ranks.get(u.client.id, {}), **left}
+                before, pairs, i = self.pairs(state, u.client), u.sent.adapter(), u.client.id
+                rho = {m: self.real(state, i, m, pair.rank) for m, pair in pairs.items()}
+                rho = {m: self._left(before[m], pair, rho[m]) for m, pair in pairs.items()}
+                left = {m: math.ceil(x) for m, x in rho.items()}
+                real[i] = {**real.get(i, {}), **rho}
+                ranks[i] = {**ranks.get(i, {}), **left}
                 A = {m: pair.A[: left[m]] for m, pair in pairs.items()}
                 B = {m: pair.B[:, : left[m]] for m, pair in pairs.items()}
                 yield replace(u, sent=replace(u.sent, A=A, B=B))
@@ -115,15 +131,15 @@ class HetLoRA:
         B = {m: x.clone() for m, x in factors.B.items()}
         for m, x in B.items():
             x[:, max(left.get(m, 0) for left in ranks.values()) :] = 0  # pruned by all
-        return State(replace(factors, B=B), ranks)
+        return State(replace(factors, B=B), ranks, real)
 
-    def _left(self, before: Pair, after: Pair) -> int:
-        g = self.keep(after.rank)
+    def _left(self, before: Pair, after: Pair, rho: float) -> float:
+        g = self.keep(rho)
 
         def tail(p: Pair) -> float:
             return float(wide(p.B)[:, g:].norm() * wide(p.A)[g:].norm())
 
-        return g if tail(after) < tail(before) else after.rank
+        return self.shed(rho) if tail(after) < tail(before) else rho
 
     def trained(self, state: State, upload: Upload, round: Round) -> Adapter:
         return upload.sent.adapter()

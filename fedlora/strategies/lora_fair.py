@@ -13,14 +13,14 @@ Refinement", ICCV 2025, https://arxiv.org/abs/2411.14961
 
 lambda = lambda_rel trace(G) / r makes it scale-free; lambda -> inf is FedAvg, lambda -> 0 leaves
 dW (I - P) with P the projection on the rows of Abar. `mode` = "cosine" is the paper's form,
-1 - cos; it sees no magnitude, so it can leave a wrong one.
+1 - cos of the whole matrices; "cosine-columns" is that of public code, 1 - the mean of the cosines
+of their k columns. Both see no magnitude, so they can leave a wrong one.
 
 Deviation from (E): the part of dW that no B can reach with Abar; less than FedAvg's.
 Costs, a layer and client: up r (d + k), down r (d + k).
 
 Source: a third party's re-implementation and a paper note; the authors' code was not read.
-Differs from the paper: the closed form; the cosine form is solved by a fixed point in place of
-1000 steps of SGD, with ||D|| squared and in units of ||Bbar Abar||.
+Differs from the paper: see "Differs" of docs/strategies/lora-fair.md, point by point.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,8 +47,8 @@ from fedlora.strategies.base import (
 )
 from fedlora.strategies.mixed import by_module
 
-STEPS = 30
-"""Iterations of the cosine form."""
+STEPS, STEPS_BY_COLUMN = 30, 300
+"""Iterations of the cosine forms, at most."""
 
 
 def ridge(T: Tensor, B: Tensor, G: Tensor, lambda_rel: float) -> Tensor:
@@ -84,11 +84,47 @@ def cosine(T: Tensor, B: Tensor, G: Tensor, size: Tensor, lam: float) -> Tensor:
     return D
 
 
+def cosine_columns(whole: Pair, A: Tensor, B: Tensor, lam: float) -> Tensor:
+    """D (d, r) of 1 - mean_j cos(dW[:, j], ((Bbar + D) Abar)[:, j]) + lam ||D||^2, D in units of
+    ||Bbar Abar||; `whole` is dW in factors.
+
+    A column of dW that is zero has no direction and is left out. With a_j the columns of Abar, w_j
+    those of dW and c_j their cosines, the gradient is zero where, for pull = 2 lam k,
+
+        X (sum_j c_j / |X a_j|^2 a_j a_j^T + pull) = sum_j w_j a_j^T / (|w_j| |X a_j|) + pull Bbar
+
+    Iterated on the lengths and cosines, with the columns of c_j < 0 on the right, through the
+    factors: no d x k matrix is formed.
+    """
+    U, V = wide(whole.B) * whole.scale, wide(whole.A)  # (d, R), (R, k)
+    unit = norm(Pair(A, B))
+    sizes = ((U.T @ U @ V) * V).sum(0).clamp(min=0).sqrt()  # (k), of dW's columns
+    seen = sizes > sizes.max() * torch.finfo(sizes.dtype).eps
+    if not (unit > 0 and seen.any()):
+        return torch.zeros_like(B)
+    a, v, X0 = A[:, seen], V[:, seen] / sizes[seen], B / unit
+    X, pull = X0, 2 * lam * a.shape[1]
+    for _ in range(STEPS_BY_COLUMN):
+        lengths = ((X.T @ X @ a) * a).sum(0).clamp(min=torch.finfo(a.dtype).tiny).sqrt()
+        c = ((X.T @ U @ v) * a).sum(0) / lengths
+        towards, away = (a * (x.clamp(min=0) / lengths**2) @ a.T for x in (c, -c))
+        right = U @ ((v / lengths) @ a.T) + pull * X0 + X @ away
+        stiff = towards + pull * torch.eye(len(a), dtype=a.dtype)
+        moved: Tensor = torch.linalg.solve(stiff, right, left=False)
+        along = (moved * X0).sum()  # cos sees no magnitude, so lam ||D||^2 alone sets it
+        moved = moved * (along / moved.square().sum()) if along > 0 else moved
+        settled = (moved - X).norm() <= 4 * torch.finfo(a.dtype).eps * X.norm()
+        X = moved
+        if settled:
+            break
+    return (X - X0) * unit
+
+
 @dataclass(frozen=True, slots=True)
 class LoRAFair:
-    mode: Literal["ridge", "cosine"] = "ridge"
+    mode: Literal["ridge", "cosine", "cosine-columns"] = "ridge"
     lambda_rel: float = 0.01
-    """Weight of ||D||^2: relative to trace(G) / r in "ridge", the paper's lambda in "cosine"."""
+    """Weight of ||D||^2: relative to trace(G) / r in "ridge", the paper's lambda in the others."""
 
     def needs(self) -> Needs:
         return Needs(equal_ranks=True)
@@ -129,7 +165,10 @@ class LoRAFair:
         G = A @ A.T
         if self.mode == "ridge":
             return ridge(T, B, G, self.lambda_rel)
-        return cosine(T, B, G, norm(stack(pairs, p)) / s, self.lambda_rel)
+        whole = stack(pairs, p)
+        if self.mode == "cosine-columns":
+            return cosine_columns(whole, A, B, self.lambda_rel)
+        return cosine(T, B, G, norm(whole) / s, self.lambda_rel)
 
     def trained(self, state: Factors, upload: Upload, round: Round) -> Adapter:
         return upload.sent.adapter()

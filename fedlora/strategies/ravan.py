@@ -11,19 +11,30 @@ In the terms of `Factors`: B = [B_1 .. B_h], A = [A_1; ..; A_h], and R = diag(H_
 which only the blocks train and travel, as (h, b, b). The rank is r = h b, for the traffic of a
 Fed-SB of rank r / sqrt(h). All bases are random and orthonormal, across heads too; H = 0 at first.
 
-A client of r_i < r trains the leading r_i / b heads; the others are folded into its base for the
-round and count as unchanged in the average.
+A client of r_i < r trains h_i = r_i / b of the heads; the others are folded into its base for the
+round. Which, in each module and round (`choice`):
 
-Deviation from (E): none, since the model is linear in H.
-Costs, a layer and client: up r_i b, down r_i b, and r_i (d + k) once; (r - r_i)(d + k) for a fold.
+    "random"    h_i of them, drawn
+    "weight"    those of the largest ||H_j||_F, equal ones drawn
+    "leading"   the first
+
+`average` = "all" counts a head as unchanged on the clients that did not train it; "trained" is the
+paper's mean, over those that did: W_j = sum of n_i over the clients that trained head j,
+
+    H_j = sum_i n_i (s_i / s) H_ij / W_j
+
+Deviation from (E): none with "all", since the model is linear in H; with "trained" (W / W_j - 1) of
+what head j changed by, none where all train all heads.
+Costs, a layer and client: up r_i b, down r_i b, and r_i (d + k) once; where r_i < r, for the fold
+(r - r_i)(d + k), and unless `choice` is "leading" r_i (d + k) again each round.
 
 Source: abstract and notes, not the authors' code.
-Differs from the paper: its scalar a head is part of H (it sends s_j H_j, so the product is all
-that is shared); p_i in place of uniform.
+Differs from the paper: see "Differs" of docs/strategies/ravan.md, point by point.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +57,7 @@ from fedlora.strategies.base import (
     seeded,
     too_high,
 )
+from fedlora.strategies.mixed import others
 
 
 def spread(H: Tensor) -> Tensor:
@@ -61,25 +73,45 @@ def heads(R: Tensor, b: int) -> Tensor:
     return torch.stack([R[j : j + b, j : j + b] for j in range(0, len(R), b)])
 
 
-def completed(state: Factors, upload: Upload, m: str) -> Tensor:
-    """H (h, b, b) at the state's scale, with the leading heads that the client trained."""
-    H = upload.sent.R[m]
-    whole = wide(state.R[m]).clone()
-    whole[: len(H)] = wide(H) * (upload.sent.scale[m] / state.scale[m])
-    return whole
+def rows(heads: Tensor, b: int) -> Tensor:
+    """The ranks of these heads: rows of A, columns of B."""
+    ranks: Tensor = (heads[:, None] * b + torch.arange(b)).flatten()
+    return ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Ravan:
     head_rank: int = 4
     """Rank b of one head; the number of heads follows from a client's rank."""
+    choice: Literal["random", "weight", "leading"] = "random"
+    """Which heads a client trains that has not the rank for all."""
+    average: Literal["all", "trained"] = "all"
+    """A head's mean: over all clients, or as in the paper over those that trained it."""
 
     def needs(self) -> Needs:
         return Needs(client_memory=True, beside_factors=True)
 
     @property
     def promise(self) -> Promise:
-        return "exact"
+        return "exact" if self.average == "all" else "approximate"
+
+    def chosen(self, state: Factors, client: Client, round: Round, m: str) -> Tensor:
+        """The heads that the client trains, in ascending order."""
+        H, h = state.R[m], client.layers[m].rank // self.head_rank
+        if self.choice == "leading" or h == len(H):
+            return torch.arange(h)
+        drawn = torch.randperm(len(H), generator=round.generator(client.id, f"ravan/{m}"))
+        if self.choice == "weight":
+            sizes = wide(H).flatten(1).norm(dim=1)
+            drawn = drawn[sizes[drawn].argsort(descending=True, stable=True)]
+        return drawn[:h].sort().values
+
+    def completed(self, state: Factors, upload: Upload, round: Round, m: str) -> Tensor:
+        """H (h, b, b) at the state's scale, with the heads that the client trained."""
+        H, mine = upload.sent.R[m], self.chosen(state, upload.client, round, m)
+        trained = wide(H) * (upload.sent.scale[m] / state.scale[m])
+        whole: Tensor = wide(state.R[m]).index_copy(0, mine, trained.to(wide(state.R[m])))
+        return whole
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
         if gap := too_high(clients):
@@ -105,25 +137,42 @@ class Ravan:
     def download(self, state: Factors, client: Client, round: Round) -> Download:
         A, B, R, fold = {}, {}, {}, {}
         for m, x in client.layers.items():
-            h, r = x.rank // self.head_rank, state.A[m].shape[0]
-            R[m] = state.R[m][:h] * (state.scale[m] / x.scale)
-            if x.rank < r:
-                B_left = state.B[m][:, x.rank :] @ spread(state.R[m][h:])
-                fold[m] = Pair(state.A[m][x.rank :], B_left, state.scale[m])
-            if not client.has_memory:
-                A[m], B[m] = state.A[m][: x.rank], state.B[m][:, : x.rank]
+            whole, mine = state.R[m], self.chosen(state, client, round, m)
+            ranks, rest = rows(mine, self.head_rank), others(len(whole), mine)
+            R[m] = whole[mine] * (state.scale[m] / x.scale)
+            if len(rest):
+                left = rows(rest, self.head_rank)
+                B_left = state.B[m][:, left] @ spread(whole[rest])
+                fold[m] = Pair(state.A[m][left], B_left, state.scale[m])
+            if not client.has_memory or (len(rest) and self.choice != "leading"):
+                A[m], B[m] = state.A[m][ranks], state.B[m][:, ranks]
         send = Factors(scales(client), A, B, R, state.other)
         return Download(send, frozenset({"R", "other"}), fold=fold, block=self.head_rank)
 
     def aggregate(self, state: Factors, uploads: Iterable[Upload], round: Round) -> Factors:
+        held: dict[str, Tensor] = {}  # by module: n_i of all, then of those that trained head j
+
         def whole(u: Upload) -> Upload:
-            R = {m: completed(state, u, m) for m in u.sent.R}
+            for m in u.sent.R:
+                mine = self.chosen(state, u.client, round, m)
+                n = held.setdefault(m, torch.zeros(1 + len(state.R[m]), dtype=torch.float64))
+                n[0] += u.num_examples
+                n[1 + mine] += u.num_examples
+            R = {m: self.completed(state, u, round, m) for m in u.sent.R}
             return replace(u, sent=replace(u.sent, R=R, scale=state.scale))
 
-        return mean((whole(u) for u in uploads), state)
+        after = mean((whole(u) for u in uploads), state)
+        if self.average == "all":
+            return after
+        R = dict(after.R)
+        for m, n in held.items():
+            old, new = wide(state.R[m]), wide(R[m])
+            ratio = torch.where(n[1:] > 0, n[0] / n[1:].clamp(min=1), 1).to(new)[:, None, None]
+            R[m] = (old + ratio * (new - old)).to(R[m])
+        return replace(after, R=R)
 
     def trained(self, state: Factors, upload: Upload, round: Round) -> Adapter:
-        R = {m: spread(completed(state, upload, m)) for m in upload.sent.R}
+        R = {m: spread(self.completed(state, upload, round, m)) for m in upload.sent.R}
         return {m: Pair(state.A[m], wide(state.B[m]) @ R[m], state.scale[m]) for m in R}
 
     def effective(self, state: Factors, client: Client | None = None) -> Effective:

@@ -182,7 +182,7 @@ NAMES = {
     "microbatch ledger charges",
     "fedex.State": "factors base",
     "flora.State": "other base",
-    "hetlora.State": "factors ranks",
+    "hetlora.State": "factors ranks real",
     "flexlora.State": "mean fresh other",
     "raflora.State": "mean fresh other",
     "florist.State": "mean fresh other",

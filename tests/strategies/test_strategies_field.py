@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.frlora import FRLoRA
 from fedlora.strategies.hetlora import HetLoRA
 from fedlora.strategies.lora_a2 import LoRAA2, selection
-from fedlora.strategies.lora_fair import LoRAFair, cosine, ridge
+from fedlora.strategies.lora_fair import LoRAFair, cosine, cosine_columns, ridge
 from fedlora.strategies.raflora import RaFLoRA
 from fedlora.strategies.ravan import Ravan, heads, spread
 from fedlora.strategies.rolora import RoLoRA
@@ -100,7 +101,7 @@ def test_hetlora_keeps_the_ranks_that_no_one_in_the_cohort_holds() -> None:
 
 
 def test_a_rank_that_every_hetlora_client_pruned_leaves_the_model_and_can_come_back() -> None:
-    strategy, clients = HetLoRA(gamma=0.7), make_clients([5, 5])
+    strategy, clients = HetLoRA(gamma=0.7, rounding="down"), make_clients([5, 5])
     *_, played = play(strategy, clients, [(0, 1)])
     sent = [strategy.download(played.after, c, Round(2, SEED)).send for c in clients]
     shrunk = [replace(x, B={m: B / 2 for m, B in x.B.items()}) for x in sent]
@@ -112,7 +113,7 @@ def test_a_rank_that_every_hetlora_client_pruned_leaves_the_model_and_can_come_b
 
 
 def test_a_hetlora_client_sheds_the_ranks_whose_product_shrank_and_no_others() -> None:
-    strategy, clients = HetLoRA(gamma=0.7), make_clients([5, 5])
+    strategy, clients = HetLoRA(gamma=0.7, rounding="down"), make_clients([5, 5])
     *_, played = play(strategy, clients, [(0, 1)])
     state, round = played.after, Round(2, SEED)
     sent = [strategy.download(state, c, round).send for c in clients]
@@ -136,8 +137,42 @@ def test_a_hetlora_client_sheds_the_ranks_whose_product_shrank_and_no_others() -
     assert all(A.shape[0] > keep for m, A in one.send.A.items() if m != SQUARE)
 
 
+def shrinking(strategy: HetLoRA, rank: int, rounds: int) -> list[int]:
+    """The ranks a client has left, where the product of its tail shrinks in every round."""
+    (client,) = make_clients([rank])[:1]
+    start = make_start([client])
+    state = strategy.init(replace(start, factors=replace(start.factors, B={
+        m: noise(B.shape, 0, 0, m) for m, B in start.factors.B.items()
+    })))  # fmt: skip
+    left = []
+    for number in range(1, rounds + 1):
+        sent = strategy.download(state, client, Round(number, SEED)).send
+        half = replace(sent, B={m: B / 2 for m, B in sent.B.items()})
+        state = strategy.aggregate(state, [Upload(client, half, 1)], Round(number, SEED))
+        left.append(state.ranks[client.id][SQUARE])
+    return left
+
+
+@pytest.mark.parametrize("gamma", [0.99, 0.9, 0.7])
+def test_a_hetlora_client_keeps_gamma_to_the_n_of_its_ranks(gamma: float) -> None:
+    """By the slow definition: the rank is real, and its ceiling is in use."""
+    rho, want = float(make_clients([16])[0].layers[SQUARE].rank), []
+    for _ in range(10):
+        rho = max(1.0, gamma * rho)
+        want.append(int(np.ceil(rho)))
+    assert shrinking(HetLoRA(gamma=gamma), 16, 10) == want
+
+
+def test_hetlora_at_its_defaults_does_not_shed_a_rank_at_each_pruning() -> None:
+    """.99 is a hundredth of the ranks, not one of them: rounding down had lost 10 of 16."""
+    rank = make_clients([16])[0].layers[SQUARE].rank
+    assert shrinking(HetLoRA(), 16, 10)[-1] >= 0.9 * rank
+    assert shrinking(HetLoRA(rounding="down"), 16, 10)[-1] == rank - 10
+
+
 def test_a_hetlora_client_never_sheds_its_last_rank() -> None:
     assert [HetLoRA().keep(r) for r in (1, 2, 8, 100, 200)] == [1, 1, 7, 99, 198]
+    assert shrinking(HetLoRA(gamma=0.1), 3, 4)[-1] == 1
 
 
 def test_hetlora_without_pruning_asks_for_no_penalty() -> None:
@@ -314,7 +349,44 @@ def test_lora_fair_by_cosine_turns_towards_the_mean() -> None:
         assert torch.cosine_similarity(ours, true, 0) > torch.cosine_similarity(theirs, true, 0)
 
 
-@pytest.mark.parametrize("mode", ["ridge", "cosine"])
+def mean_cosine(X: Tensor, dW: Tensor) -> Tensor:
+    """Of the columns, dense: what the factored form must equal."""
+    return torch.nn.functional.cosine_similarity(X, dW, dim=0).mean()
+
+
+def test_the_correction_by_columns_has_no_gradient_left_in_the_dense_loss() -> None:
+    d, k, r, lam = 9, 11, 4, 0.01
+    A, B = noise((r, k), 0, 0, "A"), noise((d, r), 0, 0, "B")
+    near = [
+        Pair(A + 0.5 * noise((r, k), 0, i, "A"), B + 0.5 * noise((d, r), 0, i, "B"), 0.5)
+        for i in range(1, 4)
+    ]
+    whole = stack(near, [0.5, 0.3, 0.2])
+    D = cosine_columns(whole, A, B, lam)
+    unit = (B @ A).norm()
+
+    def loss(D: Tensor) -> Tensor:
+        return 1 - mean_cosine((B + D) @ A, whole.delta()) + lam * (D / unit).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(D.requires_grad_()), D)
+    assert gradient.norm() * unit < 1e-9
+    assert loss(D) < loss(torch.zeros_like(D))
+    other = cosine(whole.delta() @ A.T, B, A @ A.T, whole.delta().norm(), lam)
+    assert loss(D) < loss(other) - 1e-4  # the cosine of the whole matrix is another question
+
+
+def test_the_correction_by_columns_leaves_out_columns_without_a_direction() -> None:
+    A, B = noise((3, 7), 0, 0, "A"), noise((5, 3), 0, 0, "B")
+    V = noise((4, 7), 0, 0, "V")
+    V[:, 2] = 0
+    D = cosine_columns(Pair(V, noise((5, 4), 0, 0, "U")), A, B, 0.01)
+    assert D.isfinite().all()
+    assert D.any()
+    zero(cosine_columns(Pair(0 * V, noise((5, 4), 0, 0, "U")), A, B, 0.01))
+    zero(cosine_columns(Pair(V, noise((5, 4), 0, 0, "U")), A, 0 * B, 0.01))
+
+
+@pytest.mark.parametrize("mode", ["ridge", "cosine", "cosine-columns"])
 def test_lora_fair_corrects_nothing_where_fedavg_is_exact(mode: str) -> None:
     strategy = LoRAFair(mode=mode)  # type: ignore[arg-type]
     played = last(strategy, EQUAL, 1)
@@ -469,7 +541,77 @@ def test_frlora_takes_the_principal_part_out_of_the_base_once() -> None:
         zero(change + state.factors.adapter()[m].delta())
 
 
+def test_fedsvd_with_a_frozen_head_leaves_it_as_it_was() -> None:
+    frozen, trained = FedSVD(head="frozen"), FedSVD()
+    for strategy, still in ((frozen, True), (trained, False)):
+        played = last(strategy, EQUAL)
+        first = make_start(EQUAL).factors.other
+        same = [torch.equal(first[name], x) for name, x in played.after.other.items()]
+        assert same
+        assert all(x == still for x in same)
+        assert all(bool(u.sent.other) != still for u in played.uploads)
+
+
 # -- ravan -------------------------------------------------------------------------------------
+
+
+CHOICES = ("random", "weight", "leading")
+
+
+def heads_by_hand(strategy: Ravan, played: Played, m: str) -> Any:
+    """Each head's mean over the clients that trained it, in plain NumPy."""
+    old = played.before.R[m].numpy()
+    total, weight = np.zeros_like(old), np.zeros(len(old))
+    for u in played.uploads:
+        mine = strategy.chosen(played.before, u.client, played.round, m).tolist()
+        ratio = u.sent.scale[m] / played.before.scale[m]
+        for j, H in zip(mine, u.sent.R[m].numpy(), strict=True):
+            total[j] += u.num_examples * ratio * H
+            weight[j] += u.num_examples
+    there = weight > 0
+    return np.where(there[:, None, None], total / np.where(there, weight, 1)[:, None, None], old)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_ravans_mean_of_a_head_is_over_the_clients_that_trained_it(choice: Any) -> None:
+    strategy = Ravan(choice=choice, average="trained")
+    *_, played = play(strategy, EVEN_MIXED, [ALL, ALL, (0, 1)])
+    for m in MODULES:
+        want = heads_by_hand(strategy, played, m)
+        zero(played.after.R[m] - torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("average", ["all", "trained"])
+def test_ravan_is_exact_however_heads_are_chosen_unless_its_mean_is_the_papers(
+    choice: Any, average: Any
+) -> None:
+    strategy = Ravan(choice=choice, average=average)
+    gaps = [deviation(strategy, x) for x in play(strategy, EVEN_MIXED, [ALL, (0, 1), ALL])]
+    assert (max(gaps) < 1e-12) == (average == "all") == (strategy.promise == "exact")
+    assert max(deviation(strategy, x) for x in play(strategy, EVEN, [ALL, (0, 1)])) < 1e-12
+
+
+def test_a_narrow_ravan_client_gets_to_train_every_head_but_by_the_leading_choice() -> None:
+    client = min(EVEN_MIXED, key=lambda c: c.layers[SQUARE].rank)
+    met: dict[str, set[int]] = {choice: set() for choice in CHOICES}
+    for choice in CHOICES:
+        strategy = Ravan(choice=choice)
+        for played in play(strategy, EVEN_MIXED, [ALL] * 12):
+            mine = strategy.chosen(played.before, client, played.round, SQUARE)
+            assert len(mine) == client.layers[SQUARE].rank // 4
+            met[choice] |= set(mine.tolist())
+    every = set(range(len(played.after.R[SQUARE])))
+    assert met["random"] == every > met["leading"]
+
+
+def test_ravan_by_weight_takes_the_largest_heads() -> None:
+    strategy = Ravan(choice="weight")
+    played = last(strategy, EVEN_MIXED)
+    client = min(EVEN_MIXED, key=lambda c: c.layers[SQUARE].rank)
+    sizes = np.linalg.norm(played.after.R[SQUARE].numpy().reshape(-1, 16), axis=1)
+    mine = strategy.chosen(played.after, client, Round(3, SEED), SQUARE).tolist()
+    assert mine == sorted(np.argsort(-sizes)[: len(mine)].tolist())
 
 
 @pytest.mark.parametrize("clients", [EVEN, EVEN_MIXED], ids=["even", "mixed"])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.config.older import kept, missing, of_strategy
 from fedlora.config.reader import NOT_THE_EXPERIMENT, Config
 from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.lora import tree_file
@@ -197,6 +198,12 @@ class Journal:
         self._write_config()
         return number, tree
 
+    def kept(self) -> list[str]:
+        """A line for each older rule that this run keeps: config/older.py."""
+        begun = self._begun_with()
+        name = self.config.strategy.name
+        return [*kept(begun[0], Config().flat(), name)] if begun else []
+
     def last(self, *types: type) -> tuple[Any, dict[str, str]] | None:
         """The newest whole checkpoint, one of the first type, and its notes; None: there is none.
 
@@ -322,12 +329,15 @@ class Journal:
         if (begun := self._begun_with()) is None:
             return
         begun_with, code = begun
-        was = {**Config().flat(), **begun_with}  # a key is new with the value that it had before
+        was = {**Config().flat(), **missing(begun_with), **begun_with}
         now = self.config.flat()
+        mine = ("", self.config.strategy.name)  # another strategy's options change nothing
         changed = [
             f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
             for key in {**was, **now}
-            if was.get(key) != now.get(key) and not key.startswith(NOT_THE_EXPERIMENT)
+            if was.get(key) != now.get(key)
+            and not key.startswith(NOT_THE_EXPERIMENT)
+            and of_strategy(key) in mine
         ]
         if self.config.train.lr_schedule == "constant":  # more rounds change no earlier one
             changed = [c for c in changed if not c.startswith("run.rounds:")]

@@ -169,7 +169,8 @@ def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
     here = begun_with(setting.model, setting.corpus)
     if saved:
         check_begun_with(journal.begun_with(), here, journal.directory)
-        session.observer.note(f"resuming {journal.directory} after round {done}")
+        for line_ in (f"resuming {journal.directory} after round {done}", *journal.kept()):
+            session.observer.note(line_)
     else:
         journal.keep_begun_with(here)
     return done, run

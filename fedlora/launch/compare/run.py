@@ -51,13 +51,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from fedlora.config.older import of_strategy
 from fedlora.config.processes import can_fork
 from fedlora.config.reader import NOT_THE_EXPERIMENT
 from fedlora.errors import CompareError, ConfigError, FedLoraError, StrategyError
 from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 from fedlora.launch.compare.row import Row, row
 from fedlora.launch.compare.table import MARK, write
-from fedlora.launch.experiment_file import load, parse
+from fedlora.launch.experiment_file import load, of_run
 from fedlora.launch.guard import guarded
 from fedlora.launch.simulate.run import local, resumed
 from fedlora.reports.console import printable
@@ -245,10 +246,11 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
         cell.reason, cell.refused = "; ".join(e.problems), True
         return True
     if (cell.directory / "config.toml").exists():
-        was = parse(cell.directory / "config.toml").flat()
+        was = of_run(cell.directory / "config.toml").flat()
         differ = [
             key for key, value in config.flat().items()
             if was[key] != value and not key.startswith(NOT_THE_EXPERIMENT)
+            and of_strategy(key) in ("", cell.strategy)
         ]  # fmt: skip
         if differ:
             raise FedLoraError(

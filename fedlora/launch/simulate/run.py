@@ -19,7 +19,7 @@ from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, RoundError
 from fedlora.federation.wire.same_machine import SIMULATED
-from fedlora.launch.experiment_file import load, unchecked
+from fedlora.launch.experiment_file import load, meant, unchecked
 from fedlora.launch.run import Run
 from fedlora.launch.shim import shim
 from fedlora.reports import report
@@ -112,7 +112,8 @@ def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
     path = directory / "config.toml"
     if not os.path.isfile(path):  # a name of any length
         raise ConfigError([f"{path}: no such file, so no run to go on with"])
-    return path, {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
+    where = {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
+    return path, {**meant(path), **where}
 
 
 @contextmanager
