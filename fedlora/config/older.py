@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MEANT: Mapping[str, bool | int | float | str] = {
+    "strategy.fedsb.signs": "clients",
     "strategy.fedsvd.head": "trained",
     "strategy.hetlora.rounding": "down",
     "strategy.ravan.average": "all",

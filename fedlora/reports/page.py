@@ -223,6 +223,7 @@ _RESULTS = """
 <div class="figures gap">{{ figure("accuracy") }}{{ figure("loss") }}</div>
 
 <h2 id="rounds">Rounds</h2>
+{% for text in start %}<p>{{ text }}</p>{% endfor %}
 {% if rounds.rows %}{{ grid(rounds) }}{% else %}<p>No round was finished.</p>{% endif %}
 <div class="figures gap">{{ figure("bytes") }}{{ figure("timeline") }}</div>
 

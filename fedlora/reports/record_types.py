@@ -106,6 +106,14 @@ class BoundsRecord(TypedDict, total=False):
     capped: dict[ByClient, CappedRecord]
 
 
+class StartRecord(TypedDict, total=False):
+    """How good a start is that was made from data, weights or a gradient."""
+
+    made_from: str
+    lines: list[str]
+    modules: dict[str, Numbers]
+
+
 class RoundRecord(TypedDict, total=False):
     """A line of rounds.jsonl."""
 
@@ -124,6 +132,7 @@ class RoundRecord(TypedDict, total=False):
     virtual: VirtualRecord | None
     secure: SecureRecord | None
     bounds: BoundsRecord | None
+    start: StartRecord | None
     again: str | None
     loss_not_finite: list[int] | None
 

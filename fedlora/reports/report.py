@@ -66,6 +66,7 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         proof=trust.proof(run),
         layers=trust.layers(run),
         certificate=list(certificate.certificate(run)),
+        start=[text for r in run.rounds[:1] for text in (r.get("start") or {}).get("lines", ())],
         starts=certificate.starts(run),
         silent=certificate.silent(run),
         modules=trust.modules(run),

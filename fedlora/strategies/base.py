@@ -46,8 +46,9 @@ class Needs:
     client_memory: bool = False
     """Clients keep a part of what they trained, and their next round builds on it."""
     moving_base: bool = False
-    first_gradient: bool = False
-    """Clients send a sketch of their first gradient's sign before round 1: BeginsFromGradient."""
+    first_gradient: Literal["", "pooled", "clients"] = ""
+    """BeginsFromGradient, with the sign of the pooled gradient or the mean of clients' signs."""
+    first_rate: bool = False  # which comes times the rate of a run's first step, under a warm-up
     collect_at_end: bool = False
     """After the last round clients send once what they kept: CollectsAtEnd."""
     beside_factors: bool = False
@@ -198,7 +199,7 @@ class BeginsFromGradient(Protocol[State]):
     """Needed beside Strategy where `needs().first_gradient`."""
 
     def from_gradient(self, state: State, mean: Adapter) -> State:
-        """The first state, of `init`'s and sum_i p_i sign(G_i) of the clients' first gradients."""
+        """The first state, of `init`'s and the clients' first gradients: see `Needs`."""
 
 
 @runtime_checkable

@@ -11,8 +11,12 @@ Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency an
 
     "orthogonal"      random orthonormal rows of A and columns of B, R = 0
     "svd-w0"          B = U_r, A = V_r^T of W0, R = 0 (LoRA-XS, https://arxiv.org/abs/2405.17604)
-    "update-approx"   U S V^T = svd(-eta mean_i sign(first gradient of i)): B = U_r, A = V_r^T,
-                      R = S_r / s, so that the model starts one first Adam step from W0
+    "update-approx"   U S V^T = svd(-eta M), M = sign(sum_i p_i G_i) of the clients' gradients G_i
+                      at W0: B = U_r, A = V_r^T, R = S_r / s, so that the model starts one first
+                      Adam step from W0 (LoRA-SB, https://arxiv.org/abs/2411.19557)
+
+eta = 0 is the authors': the rate of a run's first step where it grows over .02 of its steps to
+train.lr. `signs` = "clients" takes M = sum_i p_i sign(G_i), of which only thin sketches travel.
 
 A client of r_i < r trains the leading block R[:r_i, :r_i]; what the others add is folded into
 its base for the round, and counts as unchanged in the average.
@@ -21,9 +25,7 @@ Deviation from (E): none, since s B R A is linear in R.
 Costs, a layer and client: up r_i^2, down r_i^2, and r_i (d + k) once; 2 (r - r_i)(d + k) for a
 fold, which is far more than r^2: narrow clients cost Fed-SB its point.
 
-Differs from the paper: p_i in place of a uniform mean; S is divided by s; full SVD in float32 at
-least in place of a randomised one in bf16; the first gradient comes from the clients; "svd-w0"
-leaves LoRA-XS's S out of B, so that both frozen factors are orthonormal.
+Differs from the paper: see "Differs" of docs/strategies/fedsb.md, point by point.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -70,14 +72,19 @@ def outside(state: Factors, m: str, r: int) -> Pair:
 @dataclass(frozen=True, slots=True)
 class FedSB:
     init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "orthogonal"
-    eta: float = 1e-4
-    """Size of the first step that "update-approx" imitates: the learning rate after warm-up."""
+    eta: float = 0.0
+    """Size of the first step that "update-approx" imitates; 0: the rate of the run's first step
+    under the authors' warm-up."""
+    signs: Literal["pooled", "clients"] = "pooled"
+    """Of "update-approx": the sign of the clients' mean gradient, or the mean of their signs."""
 
     def needs(self) -> Needs:
+        begins = self.init_from == "update-approx"
         return Needs(
             client_memory=True,
             beside_factors=True,
-            first_gradient=self.init_from == "update-approx",
+            first_gradient=self.signs if begins else "",
+            first_rate=begins and self.eta == 0,
         )
 
     @property
@@ -103,11 +110,11 @@ class FedSB:
         return replace(start.factors, A=A, B=B, R=R)
 
     def from_gradient(self, state: Factors, mean: Adapter) -> Factors:
-        """The state begun from the mean over clients of the sign of their first gradient."""
+        """The state one step of this sign from W0."""
         A, B, R = dict(state.A), dict(state.B), dict(state.R)
         for m, mean_sign in mean.items():
             old, r = A[m], A[m].shape[0]
-            U, S, Vh = svd(replace(mean_sign, scale=-self.eta * mean_sign.scale))
+            U, S, Vh = svd(replace(mean_sign, scale=-(self.eta or 1.0) * mean_sign.scale))
             found = min(r, len(S))
             A[m] = complement(Vh[:found].T, wide(A[m]).T, r).T.contiguous().to(old)
             B[m] = complement(U[:, :found], wide(B[m]), r).to(old)

@@ -301,7 +301,7 @@ def a_state_comes_back_from_a_checkpoint_bit_for_bit(strategy: Any, directory: P
 
 def a_strategy_has_the_methods_of_what_it_needs(strategy: Any) -> None:
     """A strategy has the methods of what it needs."""
-    assert (begins(strategy) is strategy) == strategy.needs().first_gradient
+    assert (begins(strategy) is strategy) == bool(strategy.needs().first_gradient)
     assert (collects(strategy) is strategy) == strategy.needs().collect_at_end
 
 

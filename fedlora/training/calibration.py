@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.lora.adapter import Factors, Pair
+from fedlora.lora.start_quality import Quality, of_matrix, quality
 from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
 from fedlora.training.data.batches import Encoded, eval_batches
@@ -37,6 +38,7 @@ from fedlora.training.data.corpus import Corpus, load_calibration
 from fedlora.training.devices import HOST, moved, wide_on_host
 from fedlora.training.draws import host_draws
 from fedlora.training.model.layers import initial
+from fedlora.training.model.loftq import nf4
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.tasks.outputs import at_once
 from fedlora.training.train import example_losses, threads
@@ -45,18 +47,27 @@ ROOM = 2**30
 """Bytes of second moments at once; more modules than fit take another pass over the rows."""
 
 
-def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -> Factors:
+def first_factors(
+    model: Model,
+    whole: Client,
+    config: Config,
+    corpus: Corpus,
+    found: dict[str, Quality] | None = None,
+) -> Factors:
     """What the run begins with: `Model.init_factors`, from calibration rows where init needs them.
 
-    Leaves the model on W0.
+    Leaves the model on W0. found: takes how good the start is, by module.
 
     Raises:
         DataError: lora.calibration cannot be read, or has rows of a client or of the test set.
         ModelError: what the rows show of a module is too little for its rank.
     """
     init, d = config.lora.init, config.data
+    found = {} if found is None else found
     if init not in CALIBRATED:
-        return model.init_factors(whole, config.run.seed)
+        factors = model.init_factors(whole, config.run.seed)
+        found |= _of_rounding(model, factors) if init == "loftq" else {}
+        return factors
     rows = load_calibration(d, model.task, config.lora.calibration, corpus)
     longest = model.longest(d.max_length)
     encoded = model.task.encode(rows, model.tokenizer, corpus.labels, d, longest)
@@ -64,17 +75,18 @@ def first_factors(model: Model, whole: Client, config: Config, corpus: Corpus) -
     model.rebase("calibration", [])
     seed = seeded(config.run.seed, 0, 0, "calibration").initial_seed()
     with host_draws(HOST, seed), threads(config.train.threads):  # PEFT's code works on the host
-        made = dict(_pairs(model, whole, config, encoded))
+        made = dict(_pairs(model, whole, config, encoded, found))
     return model.init_factors(whole, config.run.seed, {m: made[m] for m in whole.layers})
 
 
 def _pairs(
-    model: Model, whole: Client, config: Config, rows: Encoded
+    model: Model, whole: Client, config: Config, rows: Encoded, found: dict[str, Quality]
 ) -> Iterator[tuple[str, Pair]]:
     size, init = at_once(config), config.lora.init
     if init == "lora_ga":
         W = model.weights()
         for m, G in gradients(model, rows, config.train.microbatch or size).items():
+            found[m] = of_matrix(G, 2 * whole.layers[m].rank)
             yield m, _from_gradient(W[m], G, whole, m)
         return
     for modules in _groups(model, [*whole.layers]):
@@ -86,9 +98,25 @@ def _pairs(
                     "more rows, or lower clients.ranks"
                 )
             if init == "eva":
-                yield m, _principal(second / n - torch.outer(mean, mean) / n**2, layer)
+                C = second / n - torch.outer(mean, mean) / n**2
+                sizes = torch.linalg.eigvalsh(C).flip(0).clamp(min=0).sqrt()
+                found[m] = quality(sizes, layer.rank)
+                yield m, _principal(C, layer)
             else:
-                yield m, _oriented(model.weights()[m], second, layer)
+                W0 = model.weights()[m]
+                found[m] = of_matrix(W0.double() @ second, layer.rank)
+                yield m, _oriented(W0, second, layer)
+
+
+def _of_rounding(model: Model, factors: Factors) -> dict[str, Quality]:
+    """Of LoftQ: how much of what rounding W0 to 4 bits loses its pairs give back.
+
+    Of a float base; what a base held in 4 bits has lost is not at hand here.
+    """
+    if model.config.model.quantization != "none":
+        return {}
+    W = model.weights()
+    return {m: of_matrix(W[m].float() - nf4(W[m]), len(A)) for m, A in factors.A.items()}
 
 
 def _principal(covariance: Tensor, layer: Any) -> Pair:

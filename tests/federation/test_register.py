@@ -157,7 +157,7 @@ def test_a_class_put_into_the_dict_itself_is_told_as_well(monkeypatch: pytest.Mo
 def test_a_need_without_its_method_is_a_problem_of_the_config(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cls = without(Mine, needs=lambda self: Needs(first_gradient=self.far == 2))
+    cls = without(Mine, needs=lambda self: Needs(first_gradient="clients" if self.far == 2 else ""))
     monkeypatch.setitem(STRATEGIES, "old", cls)
     Config.read({"strategy.name": "old"}).build_strategy()
     with pytest.raises(ConfigError, match="says first_gradient, and Old has no from_gradient"):

@@ -279,7 +279,7 @@ def test_fedsb_svd_w0_spans_the_leading_directions_of_w0() -> None:
 @pytest.mark.parametrize("sketch_rank", [2, 9])
 def test_fedsb_update_approx_starts_one_step_from_w0(sketch_rank: int) -> None:
     strategy = FedSB(init_from="update-approx", eta=0.03)
-    assert strategy.needs().first_gradient
+    assert strategy.needs().first_gradient == "pooled"
     assert not FedSB().needs().first_gradient
     state = strategy.init(make_start(EQUAL))
     gradient: Adapter = {m: seeded_pair(m, 5, sketch_rank) for m in MODULES}

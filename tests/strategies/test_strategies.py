@@ -226,4 +226,4 @@ class Says:
 def test_a_need_without_its_method_is_refused(ask: Any) -> None:
     assert ask(Says(Needs())) is None
     with pytest.raises(StrategyError, match=r"Says.needs\(\) says .*, and Says has no f"):
-        ask(Says(Needs(first_gradient=True, collect_at_end=True)))
+        ask(Says(Needs(first_gradient="pooled", collect_at_end=True)))

@@ -760,8 +760,9 @@ def test_first_gradients_keep_to_what_is_in_memory_at_once(
             update={"lora": config.lora.model_copy(update={"init": "lora_ga"})}
         )
         whole = Client(0, model.layers(dict.fromkeys(model.shapes, 3)))
-        signs = first_gradient.first_signs(model, rows, config)
-        pairs = dict(calibration._pairs(model, whole, config, rows))
+        found_here = first_gradient.first_gradient(model, rows, config)
+        signs = {m: G.sign() for m, G in found_here.items()}
+        pairs = dict(calibration._pairs(model, whole, config, rows, {}))
         assert max(seen) == (size or len(rows))
         found.append((signs, pairs))
     for m in found[0][0]:

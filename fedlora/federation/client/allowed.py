@@ -164,6 +164,7 @@ ALLOWED: Mapping[str, Rule] = {
     "strategy.fedsa.average-at-end": _typed,
     "strategy.fedsb.init-from": _typed,
     "strategy.fedsb.eta": WEIGHT,
+    "strategy.fedsb.signs": _typed,
     "strategy.fslora.normalize": _typed,
     "strategy.hetlora.gamma": WEIGHT,
     "strategy.hetlora.penalty": WEIGHT,

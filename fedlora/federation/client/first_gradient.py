@@ -1,15 +1,26 @@
-"""A client's answers to the two phases that find sum_i p_i sign(G_i): see server/first_gradient.py.
+"""A client's answers while the first gradient is found: see server/first_gradient.py.
 
-1  Omega (k, w), the same on every client     Y_i = sign(G_i) Omega
-2  Q (d, w) from the server                   Z_i = Q^T sign(G_i)
+    asked for     what comes              the answer, by module
+    gradient      nothing                 G_i (d, k)
+    signs         nothing                 sign(G_i) Omega (d, w), Omega the same on every client
+                  Q (d, w)                Q^T sign(G_i) (w, k)
+                  V (w, k)                sign(G_i) V^T (d, w)
+
+G_i is the loss's mean gradient at W0 over the client's first EXAMPLES rows.
+
+Where the head begins at zero (model.pooling = "mean") every gradient below it is exactly zero. So
+the gradient is then taken at a head that was trained first: it alone, by AdamW at train.lr, in one
+pass over the same rows. It is put back to the last bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from flwr.app import MetricRecord, RecordDict
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from fedlora.config.reader import Config
 from fedlora.federation.wire.messages import (
@@ -34,15 +45,20 @@ def omega(k: int, width: int, m: str, seed: int) -> Tensor:
 
 
 def sketch(model: Model, rows: Encoded, config: Config, asked: RecordDict) -> RecordDict:
-    """A client's answer to either phase."""
+    """A client's answer to any phase."""
     settings: Mapping[str, Any] = configs_of(asked, "sketch")
     widths = dict(zip(settings["modules"], settings["widths"], strict=True))
-    Q = unpack_factors(arrays_of(asked, "send"), {}).B
-    signs = first_signs(model, rows, config)
-    found = {}
-    for m, M in signs.items():
-        probe = omega(M.shape[1], widths[m], m, config.run.seed)
-        found[m] = Q[m].T @ M if Q else M @ probe
+    came = unpack_factors(arrays_of(asked, "send"), {})
+    G = first_gradient(model, rows, config)
+    if settings.get("what", "signs") == "gradient":
+        found = G
+    elif came.B:
+        found = {m: came.B[m].T @ M.sign() for m, M in G.items()}
+    elif came.A:
+        found = {m: M.sign() @ came.A[m].T for m, M in G.items()}
+    else:
+        seed = config.run.seed
+        found = {m: M.sign() @ omega(M.shape[1], widths[m], m, seed) for m, M in G.items()}
     return RecordDict(
         {
             "sent": pack_factors(Factors(A=found), "float32"),
@@ -51,15 +67,67 @@ def sketch(model: Model, rows: Encoded, config: Config, asked: RecordDict) -> Re
     )
 
 
-def first_signs(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor]:
-    """sign(G) (d, k) of the untouched base, by module."""
-    generator = seeded(config.run.seed, 0, 0, "first gradient")
+def first_gradient(model: Model, rows: Encoded, config: Config) -> dict[str, Tensor]:
+    """The mean of the loss's gradient over the first rows, (d, k), by module, at W0."""
     seen = 0
-    with model.base_gradients() as gradients:
-        for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
+    with model.base_gradients() as gradients, trained_heads(model, rows, config):
+        for batch in first_batches(rows, config):
             for part in microbatches(batch, config.train.microbatch):
                 example_losses(model, part).sum().backward()
             seen += len(batch["input_ids"])
-            if seen >= EXAMPLES:
-                break
-        return {m: G.sign() for m, G in gradients().items()}
+        return {m: G.float() / seen for m, G in gradients().items()}
+
+
+def first_batches(rows: Encoded, config: Config) -> Iterator[Any]:
+    """The batches that the gradient is of."""
+    generator = seeded(config.run.seed, 0, 0, "first gradient")
+    seen = 0
+    for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
+        yield batch
+        seen += len(batch["input_ids"])
+        if seen >= EXAMPLES:
+            return
+
+
+def heads_as_loaded(model: Model) -> list[nn.Parameter]:
+    """The heads' own parameters, which act while adapters are off."""
+    wrappers = [x for x in model.peft.modules() if isinstance(x, ModulesToSaveWrapper)]
+    return [p for w in wrappers for p in w.original_module.parameters()]
+
+
+@contextmanager
+def trained_heads(model: Model, rows: Encoded, config: Config) -> Iterator[None]:
+    """Within it, a head that begins at zero is one that was trained; after it, its old bits.
+
+    In the context of `Model.base_gradients`, whose gathering it leaves as it found it.
+    """
+    heads = heads_as_loaded(model)
+    if all(bool(p.any()) for p in heads if p.ndim > 1):
+        yield
+        return
+    before = [p.detach().clone() for p in heads]
+    asked = [p.requires_grad for p in heads]
+    others = [p for p in model.peft.parameters() if p.requires_grad]
+    try:
+        for p in others:
+            p.requires_grad_(False)
+        for p in heads:
+            p.requires_grad_(True)
+        optimizer = torch.optim.AdamW(heads, config.train.lr)
+        for batch in first_batches(rows, config):
+            for part in microbatches(batch, config.train.microbatch):
+                example_losses(model, part).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        for p, asks in zip(heads, asked, strict=True):
+            p.requires_grad_(asks)
+            p.grad = None
+        for p in others:
+            p.requires_grad_(True)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old, asks in zip(heads, before, asked, strict=True):
+                p.copy_(old)
+                p.requires_grad_(asks)
+                p.grad = None

@@ -183,6 +183,7 @@ def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tu
     load(setting, session, run, run.state)
     record = line(0, session.received(), [], evaluated(setting, 0))
     record |= {"strategy": setting.config.strategy.name, "proof": None, "certificate": None}
+    record |= {"start": session.start} if session.start else {}
     if session.central:
         record["privacy"] = session.central.record()
     record["seconds"] = {"total": time.perf_counter() - begun}

@@ -100,6 +100,8 @@ class Session:
     """Who said that it lacks what moved its base, and has not answered since."""
     summable: set[Any] = field(default_factory=set)
     """What secure aggregation was found to go with."""
+    start: Mapping[str, Any] | None = None
+    """How good a start is that was made from data, weights or a gradient: lora/start_quality.py."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     since: int = field(default_factory=lambda: int(time.time()))
     """When this incarnation began, in seconds since 1970."""

@@ -12,11 +12,13 @@ from fedlora.config.reader import Config
 from fedlora.errors import RoundError, StrategyError
 from fedlora.federation.server.admission import problems as problems_of
 from fedlora.federation.server.exchange import POLL
-from fedlora.federation.server.first_gradient import survey
+from fedlora.federation.server.first_gradient import first_rate, survey
 from fedlora.federation.server.journal import Member, Saved, check_kept
 from fedlora.federation.server.proof import Target, kinds, outputs, probes
 from fedlora.federation.server.run import Session, Setting, client, clients, load
+from fedlora.lora import start_quality
 from fedlora.lora.adapter import Factors
+from fedlora.lora.start_quality import Quality
 from fedlora.privacy.rehearsal import check_first
 from fedlora.strategies.base import Client, Round, Start, Strategy, begins, whole_download
 from fedlora.training import cache
@@ -101,7 +103,9 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     config, strategy, model = setting.config, setting.strategy, setting.model
     everyone = clients(setting, run)
     whole = Client(-1, model.layers(setting.planner.widest([*run.members.values()])))
-    factors = first_factors(model, whole, config, setting.corpus)
+    made: dict[str, Quality] = {}
+    factors = first_factors(model, whole, config, setting.corpus, made)
+    tell(session, f"lora.init = {config.lora.init!r}", made)
     start = Start(factors, everyone, model.weights(), config.run.seed)
     base_offset = taken_out(config, factors, model.weights())
     run = replace(run, state=strategy.init(start), base_offset=base_offset)
@@ -109,12 +113,23 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
         check_begins(config, strategy, run.state, everyone, factors)
     if beginner := begins(strategy):
         found = survey(setting, session, run, grid, everyone)
-        run = replace(run, state=beginner.from_gradient(run.state, found))
+        rate = first_rate(config, found.steps) if strategy.needs().first_rate else 1.0
+        step = {m: replace(p, scale=rate * p.scale) for m, p in found.mean.items()}
+        tell(session, f"{config.strategy.name}, the first gradient", found.quality)
+        run = replace(run, state=beginner.from_gradient(run.state, step))
     check_kept(strategy, run.state)
     if config.evaluate.baselines:
         run = replace(run, baselines=_baselines(setting, session))
     check_model(setting, session, run, 1)
     return run
+
+
+def tell(session: Session, what: str, found: Mapping[str, Quality]) -> None:
+    """Say how good a start is, and keep it for round 0's line."""
+    if found:
+        session.start = start_quality.record(what, found)
+        for line in start_quality.lines(what, found):
+            session.observer.note(line)
 
 
 def check_model(setting: Setting, session: Session, run: Saved, round: int) -> None:
