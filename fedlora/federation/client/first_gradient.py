@@ -116,7 +116,7 @@ def trained_heads(model: Model, rows: Encoded, config: Config) -> Iterator[None]
         optimizer = torch.optim.AdamW(heads, config.train.lr)
         for batch in first_batches(rows, config):
             for part in microbatches(batch, config.train.microbatch):
-                example_losses(model, part).sum().backward()  # type: ignore[no-untyped-call]
+                example_losses(model, part).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         for p, asks in zip(heads, asked, strict=True):
