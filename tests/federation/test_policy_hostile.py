@@ -133,7 +133,7 @@ def held(stage: Stage, kind: str, what: str, ask: Any) -> Message:
             assert not rows, f"{what}: refused, and rows were read"
         assert str(stage.secret.parent) not in reply.error.reason, what
     else:
-        assert {*reply.content} <= REPLIES[kind], what
+        assert {*reply.content} <= REPLIES[kind.rpartition(".")[2]], what
     return reply
 
 
