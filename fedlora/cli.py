@@ -166,20 +166,12 @@ def strategies() -> None:
 @app.command()
 def forms() -> None:
     """List the adapter forms: what trains, and which strategies average it, and how exactly."""
-    from rich.console import Console
-    from rich.table import Table
+    import shutil
 
-    from fedlora.strategies import forms as known
+    from fedlora.reports.forms_list import lines
 
-    table = Table(*known.HEADINGS, title="Adapter forms")
-    for row in known.rows():
-        table.add_row(*row)
-    Console().print(table)
-    Console().print("lora.init: " + "; ".join(f"{n}: {text}" for n, text in known.INITS.items()))
-    Console().print(
-        "Not here: " + ", ".join(sorted({*known.LEFT_OUT, *known.INITS_LEFT_OUT})) + "; "
-        "naming one says why and what to use."
-    )
+    for line in lines(shutil.get_terminal_size().columns):
+        typer.echo(line)
 
 
 @app.command()

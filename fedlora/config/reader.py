@@ -43,7 +43,7 @@ from fedlora.config.sites import flat_sites
 from fedlora.config.strategies import strategy_options, strategy_section, strategy_tables
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError, StrategyError
-from fedlora.strategies import Strategy, list_strategies, registry
+from fedlora.strategies import Strategy, forms, list_strategies, registry
 
 Scalar = bool | int | float | str
 
@@ -164,16 +164,18 @@ class Config(Section):
         return tomli_w.dumps(tree)
 
     def build_strategy(self) -> Strategy[Any]:
-        """The strategy that the config names, with its options.
+        """The strategy that the config names, with its options, as it runs the config's form.
 
         Raises:
             ConfigError: it lacks a method, say one that it says it needs with these options.
         """
         name: str = self.strategy.name
         try:
-            return registry.build(list_strategies()[name], strategy_options(self.strategy))
+            built = registry.build(list_strategies()[name], strategy_options(self.strategy))
         except StrategyError as e:
             raise ConfigError([f"strategy.name = {name!r}: {e}"]) from None
+        form = forms.FORMS.get(self.lora.form)  # no such form: preflight says so
+        return forms.for_form(form, built) if form else built
 
 
 def where_to_mend(path: Path | str) -> str:

@@ -228,17 +228,23 @@ def _written(
     effective, model, lora = of.effective(client), of.model, of.config.lora
     adapter, truncation, rounding = None, 0.0, 0.0
     merged, one_rank = target == "merged", target in ONE_RANK
-    if lora.form in ("lora", "alora"):
-        whole = peft_directory.total(effective)
+    plain = peft_directory.as_lora(model, effective)
+    if lora.form in ("lora", "alora") or (model.form.own and not rank):
+        whole = peft_directory.total(plain)
         adapter, truncation = peft_directory.fitted(whole, most(target, rank), one_rank)
     elif rank:
         raise ModelError(f"lora.form = {lora.form!r}: it has no rank to cut; leave --rank out")
     if merged:
-        by_pairs = adapter if lora.form == "lora" else None
-        rounding = save_merged(model, effective, by_pairs, directory)
+        by_pairs = adapter if lora.form == "lora" or model.form.own else None
+        rounding = save_merged(model, plain, by_pairs, directory)
     else:
         peft_directory.save_peft(model, effective, directory, adapter)
     write_card(run, directory, model, [], merged, client)
+    if truncation and model.form.own:
+        raise ModelError(
+            f"lora.form = {lora.form!r}: its change is of a higher rank than {target} takes; "
+            "export it as peft or merged"
+        )
     if truncation:
         assert adapter is not None
         want = of.logits_of_adapter(adapter, effective.factors)

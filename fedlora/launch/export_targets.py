@@ -55,7 +55,7 @@ def problems(target: str, model: Model, rank: int) -> Iterator[str]:
         yield f"{target} serves adapters of language models, and this is a classifier; {instead}"
     elif is_code(config.model.path):
         yield f"{target} does not know a model of your own code; {instead}"
-    elif config.lora.form != "lora":
+    elif config.lora.form != "lora" and not model.form.own:  # own ones are written as LoRA
         yield f"{target} loads plain LoRA, and lora.form = {config.lora.form!r}; {instead}"
     elif model.heads:
         yield (

@@ -58,6 +58,9 @@ class Needs:
     algebra: Literal["products", "sides", "tensors"] = "products"
     """What it computes with. products: the products B A and their ranks. sides: A's and B's side
     each by itself, whatever is between them. tensors: a mean of anything (see forms.py)."""
+    others: Literal["averaged", "kept"] = "averaged"
+    """What becomes of every trained tensor that is no factor: the mean over the clients that
+    replied, or each client's own."""
 
 
 @dataclass(frozen=True, slots=True)

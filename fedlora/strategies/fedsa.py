@@ -49,7 +49,12 @@ class FedSA:
     """After the last round ask each client once for its B and head, to export one model."""
 
     def needs(self) -> Needs:
-        return Needs(client_memory=True, algebra="sides", collect_at_end=self.average_at_end)
+        return Needs(
+            client_memory=True,
+            algebra="sides",
+            others="kept",
+            collect_at_end=self.average_at_end,
+        )
 
     @property
     def promise(self) -> Promise:

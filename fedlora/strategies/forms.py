@@ -11,10 +11,11 @@ of (the base, random projections, masks, locations) is frozen and equal on every
 What a strategy computes decides what it can run (`Needs.algebra`):
 
     factors       LoRA's A (r, k) and B (d, r): the change is s B A, so any strategy
-    vectors       VeRA's d (r) and b (out): the change is (B0 * b d^T) A0, linear in the product of
-                  a row b and a column d. So VeRA is LoRA of rank 1 between frozen projections, and
-                  strategies that average each side by itself run it: d is their A, b their B
-    tensors       anything else: only a strategy that averages whatever trains
+    sides         two tensors, in either of which the change is linear, with all else between and
+                  around them frozen. VeRA's are d (r) and b (out): its change is (B0 * b d^T) A0.
+                  Strategies that average each side by itself run it: d is their A, b their B
+    tensors       anything else. A linear form is exact under every strategy that averages what is
+                  no factor (`Needs.others`); others only go with one that averages whatever trains
 
 `problem` says why a strategy cannot run a form; what else of a form cannot be, and says so before
 anything runs, is fedlora/preflight/forms.py. docs/extend/forms.md is `table()`.
@@ -24,26 +25,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedlora.lora.forms import OWN
+from fedlora.lora.forms.base import OwnForm
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Promise, Strategy
+from fedlora.strategies.without_factors import WithoutFactors
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One of PEFT's adapter forms, and how it goes with averaging."""
+    """An adapter form, PEFT's or one of fedlora/lora/forms, and how it goes with averaging."""
 
     change: str
     """f, as its paper writes it."""
-    kind: Literal["factors", "vectors", "tensors"]
+    kind: Literal["factors", "sides", "tensors"]
     law: Literal["linear", "multilinear", "not linear"]
-    config: str
-    """PEFT's class."""
+    config: str = ""
+    """PEFT's class; none where the form is this library's own."""
     size: str = ""
-    """Which of PEFT's settings clients.ranks gives; none: the form has one size only."""
+    """Which setting clients.ranks gives; none: the form has one size only."""
     after: bool = False
     """It acts on a row's tokens from an invocation on, and not on those before."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ from PEFT's, so that training starts from W0."""
+    own: type[OwnForm] | None = None
+    """The form itself, where it is none of PEFT's."""
+
+
+def _own(name: str, change: str, kind: Literal["sides", "tensors"], law: Any) -> dict[str, Form]:
+    return {name: Form(change, kind, law, size="r", own=OWN[name])}
 
 
 FORMS: dict[str, Form] = {
@@ -52,7 +62,7 @@ FORMS: dict[str, Form] = {
                  "not linear", "LoraConfig", "r"),
     "alora": Form("s B A x from the invocation's tokens on, 0 before", "factors", "multilinear",
                   "LoraConfig", "r", after=True),
-    "vera": Form("diag(b) B0 diag(d) A0 x", "vectors", "multilinear", "VeraConfig", "r"),
+    "vera": Form("diag(b) B0 diag(d) A0 x", "sides", "multilinear", "VeraConfig", "r"),
     "randlora": Form("sum_j B_j diag(l_j) A0 diag(g_j) x", "tensors", "multilinear",
                      "RandLoraConfig", "r"),
     "gralora": Form("s B_ij A_ij on each of n x n blocks", "tensors", "multilinear",
@@ -84,6 +94,9 @@ FORMS: dict[str, Form] = {
                    "DeloraConfig", "r"),
     "vblora": Form("B A x, both mixed from a bank by softmax", "tensors", "not linear",
                    "VBLoRAConfig", "r"),
+    **_own("lora-xs", "s B R A x, R between the leading SVD of W0", "tensors", "linear"),
+    **_own("pmss", "s C M R x, M between columns and rows of W0", "tensors", "linear"),
+    **_own("paca", "s D x_J, J some of W0's columns", "tensors", "linear"),
 }  # fmt: skip
 
 ON_QUANTISED = (
@@ -96,8 +109,6 @@ read W0, and what PEFT makes of a quantised one differs by form and by device.""
 LEFT_OUT: dict[str, str] = {
     "adalora": "each client would prune ranks by its own importance scores; use lora.rank-pattern "
     "for ranks by module, ranks.policy = 'legend' or strategy.name = 'lora-a2', which choose them",
-    "lora-xs": "its r x r core between frozen factors is a strategy's: use strategy.name = 'fedsb' "
-    "with strategy.fedsb.init-from = 'svd-w0'",
     "lora-fa": "freezing A is a strategy's: use strategy.name = 'ffa'",
     "lora+": "it is an optimiser's setting: use train.lr-ratio-b",
     "rslora": "it is lora's scale: use lora.use-rslora = true",
@@ -167,11 +178,15 @@ def problem(form: Form, strategy: Strategy[Any]) -> str | None:
     algebra = strategy.needs().algebra
     name = type(strategy).__name__
     if form.kind == "tensors" and algebra != "tensors":
-        return f"{name} is about LoRA's A and B, and this form has none; use fedavg"
-    if form.kind == "vectors" and algebra == "products":
+        if form.law != "linear":
+            return f"{name} is about LoRA's A and B, and this form has none; use fedavg"
+        if strategy.needs().others == "kept":
+            return f"{name} shares LoRA's A alone, and this form has none; use fedavg or fedex"
+        return None
+    if form.kind == "sides" and algebra == "products":
         return (
-            f"{name} recombines the ranks of B A, and this form has two vectors between frozen "
-            "projections; use fedavg, ffa, rolora or fedsa"
+            f"{name} recombines the ranks of B A, and this form has two tensors between frozen "
+            "parts; use fedavg, ffa, rolora or fedsa"
         )
     if form.after and strategy.needs().moving_base:
         return (
@@ -199,6 +214,13 @@ def guarantee(form: Form, strategy: Strategy[Any]) -> Promise:
     if form.kind != "tensors":
         return strategy.promise
     return "exact" if form.law == "linear" else "approximate"
+
+
+def for_form(form: Form, strategy: Strategy[Any]) -> Strategy[Any]:
+    """The strategy as it runs the form: without its factors, where the form has none."""
+    if form.kind != "tensors" or strategy.needs().algebra == "tensors" or problem(form, strategy):
+        return strategy
+    return WithoutFactors(strategy)
 
 
 ONE_RANK = (
@@ -236,23 +258,28 @@ def verdicts(form: Form) -> dict[Promise | Literal["refused"], list[str]]:
     return found
 
 
-def rows() -> list[tuple[str, str, str, str, str, str, str]]:
-    """Name, change, law, what clients.ranks is, and strategies: exact, approximate, refused."""
-    found: list[tuple[str, str, str, str, str, str, str]] = []
+def shortly(names: Sequence[str]) -> str:
+    """These strategies; where they are most of them, all but the others."""
+    left = [s for s in STRATEGIES if s not in names]
+    if len(left) < len(STRATEGIES) // 3:
+        return f"all but {', '.join(left)}" if left else "all"
+    return ", ".join(names) or "-"
+
+
+def rows() -> list[tuple[str, ...]]:
+    """Name, change, law, what clients.ranks is, and strategies: exact, shared, approximate."""
+    found: list[tuple[str, ...]] = []
     for name, form in FORMS.items():
         v = verdicts(form)
-        exact = ", ".join([*v["exact"], *(f"{s} (of what is shared)" for s in v["shared"])])
-        refused = ", ".join(v["refused"])
-        if len(v["refused"]) > len(STRATEGIES) // 2:
-            refused = "all others"
-        found.append(
-            (name, form.change, form.law, form.size or "-", exact or "-",
-             ", ".join(v["approximate"]) or "-", refused or "-")
-        )  # fmt: skip
+        kinds = (shortly(v[promise]) for promise in ("exact", "shared", "approximate"))
+        found.append((name, form.change, form.law, form.size or "-", *kinds))
     return found
 
 
-HEADINGS = ("form", "f(x)", "in what trains", "clients.ranks is", "exact", "logged", "refused")
+HEADINGS = (
+    "form", "f(x)", "in what trains", "clients.ranks is", "exact", "exact, of what is shared",
+    "logged",
+)  # fmt: skip
 
 
 def table() -> str:

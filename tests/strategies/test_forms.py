@@ -150,7 +150,7 @@ def as_pairs(strategy: Any, state: Any, upload: Upload, round: Round) -> Any:
 def test_a_form_under_a_strategy_is_averaged_as_promised_or_refused(
     settings: Settings, form: str, name: str
 ) -> None:
-    strategy: Any = STRATEGIES[name]()
+    strategy: Any = forms.for_form(FORMS[form], STRATEGIES[name]())
     if forms.problem(FORMS[form], strategy):
         with pytest.raises(ConfigError, match=rf"lora.form = '{form}' with .*{name}.*; use \w+"):
             preflight.read(given(settings, form, name))
@@ -389,9 +389,14 @@ def test_the_generator_writes_the_table_anew_and_nothing_else() -> None:
 
 
 def test_the_command_prints_every_form() -> None:
-    done = CliRunner().invoke(get_command(app), ["forms"], env={"COLUMNS": "200"})
-    assert done.exit_code == 0
-    assert all(name in done.output for name in FORMS)
+    """In the width of the terminal, with no word cut."""
+    for columns in (80, 200):
+        done = CliRunner().invoke(get_command(app), ["forms"], env={"COLUMNS": str(columns)})
+        assert done.exit_code == 0
+        found = done.output.splitlines()
+        assert max(map(len, found)) <= columns
+        words = {word.strip(",;:") for line in found for word in line.split()}
+        assert {*FORMS, *forms.INITS, *STRATEGIES} <= words
 
 
 # -- whole federations --------------------------------------------------------------------------

@@ -104,6 +104,7 @@ OLDER = {
 def state_types(strategy: Strategy[Any]) -> list[type]:
     """The types a strategy's state may be made of: the base log's, those its own file knows, and
     those it was registered with."""
+    strategy = getattr(strategy, "inner", strategy)  # see WithoutFactors
     known = vars(sys.modules[type(strategy).__module__]).values()
     named = [t for t in known if isinstance(t, type)]
     return [Version, BaseLog, Client, Layer, Moments, *named, *states_of(strategy)]

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config, parse_overrides
 from fedlora.errors import ConfigError, ModelError
 from fedlora.lora.adapter import Delta, Factors, Pair
+from fedlora.lora.forms.base import OwnForm
 from fedlora.strategies.base import Layer
 from fedlora.strategies.forms import FORMS, Form, moves_base
 from fedlora.training.model import loftq
 from fedlora.training.model.alora import invocation
 from fedlora.training.model.heads import head_names, within
+from fedlora.training.model.own_tuner import OwnFormConfig
 from fedlora.training.model.shape import Shape
 from fedlora.training.model.stacks import ranks_of_stacks
 from fedlora.training.model.targets import stacks_named, targeted
@@ -197,6 +199,8 @@ def form_config(
     Raises:
         ConfigError: lora.options names what the form has not.
     """
+    if form.own:
+        return own_config(config, form.own, modules, size, heads)
     lora, cls = config.lora, getattr(peft, form.config)
     known = {f.name for f in fields(cls)}
     wanted: dict[str, Any] = dict.fromkeys(ALPHAS, lora.alpha)
@@ -222,3 +226,34 @@ def form_config(
         )
     except (TypeError, ValueError) as e:
         raise ConfigError([f"lora.form = {lora.form!r}: {e}"]) from e
+
+
+def own_config(
+    config: Config, own: type[OwnForm], modules: Mapping[str, int], size: int, heads: Sequence[str]
+) -> OwnFormConfig:
+    """The same of a form of this library's own, whose options are its fields.
+
+    Raises:
+        ConfigError: lora.options names what it has not, or a value that it cannot have.
+    """
+    lora, options = config.lora, parse_overrides([*config.lora.options])
+    known: Any = own  # a dataclass
+    names = [f.name for f in fields(known)]
+    for key, value in options.items():
+        if key not in names:
+            has = f"it has {', '.join(names)}" if names else "it has none"
+            raise ConfigError([f"lora.options: {lora.form} has no {key!r}; {has}"])
+        default = getattr(own(), key)
+        if type(value) is not type(default):
+            must = type(default).__name__
+            raise ConfigError([f"lora.options: {lora.form}'s {key} = {value!r}: must be {must}"])
+    return OwnFormConfig(
+        form=lora.form,
+        r=size,
+        alpha=lora.alpha,
+        seed=config.run.seed,
+        form_dropout=lora.dropout,
+        options=options,
+        target_modules=list(modules),
+        modules_to_save=[*heads] or None,
+    )

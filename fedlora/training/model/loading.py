@@ -257,12 +257,15 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def fingerprint(tensors: Mapping[str, Tensor], before: str = "") -> str:
-    """A digest over samples of every tensor: differs when any tensor was made differently."""
+def fingerprint(tensors: Mapping[str, Tensor], before: str = "", whole: bool = False) -> str:
+    """A digest over samples of every tensor: differs when any tensor was made differently.
+
+    whole: over every number, where they were computed and not read from one file.
+    """
     digest = hashlib.sha256(before.encode())
     for name, p in tensors.items():
         flat = plain(p).reshape(-1)
-        step = max(1, flat.numel() // 64)
+        step = 1 if whole else max(1, flat.numel() // 64)
         sample = on_host(flat[::step]).float().contiguous()
         digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -275,8 +278,9 @@ def frozen_tensors(m: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
     """
     for name, value in [*vars(layer).items(), *layer.named_children()]:
         if name not in ("base_layer", "delora_w_norm") and isinstance(value, Mapping | BufferDict):
-            found = value.items()
-            yield from ((f"{m}.{name}", x) for _, x in found if type(x) is Tensor and x.ndim)
+            found = [(key, x) for key, x in value.items() if type(x) is Tensor and x.ndim]
+            several = len(found) > 1  # else the key is the adapter's name
+            yield from ((f"{m}.{name}.{key}" if several else f"{m}.{name}", x) for key, x in found)
 
 
 def _source(config: ModelConfig) -> tuple[str, str]:

@@ -48,6 +48,7 @@ from fedlora.training.model.loading import (
     without_input_gradients,
 )
 from fedlora.training.model.moving_base import MovingBase, beside
+from fedlora.training.model.own_tuner import OwnFormLayer, layer_of, trained_beside
 from fedlora.training.model.prefix_cache import Prefix
 from fedlora.training.model.raised import named
 from fedlora.training.model.ties import check_ties
@@ -91,14 +92,14 @@ class Model:
         self.adapted: dict[str, Any] = {
             m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }
-        self._tensors = self._own_tensors() if self.form.kind == "tensors" else {}
+        self._tensors = trained_beside(self) if self.rank else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
         self.base = MovingBase(self.adapted, self.shapes, beside(config.model))
         self._scale: Mapping[str, float] = {}
         if self.rank:
             frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
-            self._fingerprint = fingerprint(frozen, self._fingerprint)
+            self._fingerprint = fingerprint(frozen, self._fingerprint, bool(self.form.own))
             self._first = self.read()
 
     def longest(self, wanted: int) -> int:
@@ -115,15 +116,15 @@ class Model:
     def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
         """The client's layers at these ranks, each with alpha's scale; under legend one for all.
 
-        VeRA's are of rank 1, between its projections; other forms have a size and no ranks.
+        Those of a form of two sides have these sides' sizes; other forms have a size and no ranks.
 
         Raises:
             ModelError: experts of one parameter are to differ in rank.
         """
         lora = self.config.lora
         stacks.ranks_of_stacks(ranks, self.shapes)
-        if self.form.kind == "vectors":
-            return {m: Layer(self.shapes[m].d, self.rank, 1, 1.0) for m in ranks}
+        if self.form.kind == "sides":
+            return {m: layer_of(*self.sides(m)) for m in ranks}
         if self.rank:
             return {m: Layer(self.shapes[m].d, self.shapes[m].k, self.rank, 1.0) for m in ranks}
         top = max(ranks.values(), default=0) if self.config.ranks.policy == "legend" else 0
@@ -323,14 +324,14 @@ class Model:
 
     def held(self) -> list[str]:
         """The modules whose A and B side the active adapter has."""
-        if self.form.kind == "vectors":
+        if self.form.kind == "sides":
             return [*self.adapted]
         if self.rank:
             return []
         return [m for m, x in self.adapted.items() if self.active in x.lora_A]
 
     def sides(self, m: str) -> tuple[Tensor, Tensor]:
-        """A (r, k) and B (d, r) of a module; or VeRA's vectors in their place, (r) and (d)."""
+        """A (r, k) and B (d, r) of a module, or a form's two sides; VeRA's are (r) and (d)."""
         x = self.adapted[m]
         return x.sides(self.active) if isinstance(x, Expert) else self._whole_sides(m)
 
@@ -339,19 +340,11 @@ class Model:
         x = self.adapted[m]
         if isinstance(x, Expert):
             return x.packed(self.active)
-        if self.form.kind == "vectors":
+        if isinstance(x, OwnFormLayer):
+            return x.both_sides()
+        if self.form.kind == "sides":
             return x.vera_lambda_d[self.active], x.vera_lambda_b[self.active]
         return x.lora_A[self.active].weight, x.lora_B[self.active].weight
-
-    def _own_tensors(self) -> dict[str, nn.Parameter]:
-        """What trains of a form without sides, by its name in PEFT's files."""
-        return {
-            ".".join(
-                part for part in name.removeprefix(PREFIX).split(".") if part != self.active
-            ): p
-            for name, p in self.peft.named_parameters()
-            if p.requires_grad and "modules_to_save" not in name
-        }
 
     def _other(self) -> dict[str, nn.Parameter]:
         """Trained tensors that are no LoRA factor: heads, magnitudes, by their plain names."""

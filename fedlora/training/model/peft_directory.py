@@ -19,7 +19,7 @@ from fedlora.config.reader import Config
 from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import compress, norm, pad, stack, svd
 from fedlora.lora.tree_file import write_atomically, write_tensors
-from fedlora.strategies.base import Effective, Version
+from fedlora.strategies.base import Effective, Version, as_factors
 from fedlora.training.data.locate import locate
 from fedlora.training.devices import on_host
 from fedlora.training.model.layers import adapter_config
@@ -100,15 +100,18 @@ def save_peft(
     The scale is folded into B, so alpha = r on every module. `adapter` takes the place of the
     whole change, where it was made to fit.
     """
-    if model.form.kind != "factors":
+    if model.form.kind != "factors" and not model.form.own:
         _save_form(model, effective, directory)
         return
+    effective = as_lora(model, effective)
     adapter = total(effective) if adapter is None else adapter
     cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
     adapter = {m[cut:]: p for m, p in alike(adapter, model.shapes, True).items()}
     shapes = {m[cut:]: replace(s, stack=s.stack[cut:]) for m, s in model.shapes.items()}
     ranks = {m: p.rank for m, p in adapter.items()}
-    config = adapter_config(model.config, shapes, ranks, [] if cut else model.heads)
+    plain = model.config.lora.model_copy(update={"form": "lora"} if model.form.own else {})
+    plain_config = model.config.model_copy(update={"lora": plain})
+    config = adapter_config(plain_config, shapes, ranks, [] if cut else model.heads)
     top = config.r
     config.lora_alpha = top
     config.alpha_pattern = dict(config.rank_pattern)
@@ -126,6 +129,22 @@ def save_peft(
     other = {name: x for name, x in effective.factors.other.items() if not _of_head(name, cut)}
     tensors |= {PREFIX + name[cut:]: x for name, x in other.items()}
     _write(model, config, tensors, effective, directory)
+
+
+def as_lora(model: Model, effective: Effective) -> Effective:
+    """The same model in LoRA's factors, of a form of this library's own; another as it is.
+
+    Leaves the model holding it.
+    """
+    if not model.form.own:
+        return effective
+    model.load(effective.factors)
+    with torch.no_grad():
+        pairs = {m: model.adapted[m].pair() for m in model.shapes}
+    made = {m: Pair(on_host(p.A).clone(), on_host(p.B).clone(), p.scale) for m, p in pairs.items()}
+    own = {n for n in effective.factors.other if any(n.startswith(f"{m}.") for m in model.shapes)}
+    other = {n: x for n, x in effective.factors.other.items() if n not in own}
+    return Effective((), as_factors(made, other))
 
 
 def _save_form(model: Model, effective: Effective, directory: Path) -> None:
