@@ -78,7 +78,7 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         W = wide_on_host(base.weight.detach())
         W = W.T if self.fan_in_fan_out else W  # (d, k)
         self._made_for(W, config, path, base.weight.device)
-        self.set_adapter([adapter])
+        BaseTunerLayer.set_adapter(self, [adapter])
 
     def _made_for(self, W: Tensor, config: OwnFormConfig, path: str, device: Any) -> None:
         drawn = [seeded(config.seed, 0, 0, f"form/{what}/{path}") for what in ("frozen", "first")]
