@@ -49,8 +49,7 @@ class Needs:
     first_gradient: Literal["", "pooled", "clients"] = ""
     """BeginsFromGradient, with the sign of the pooled gradient or the mean of clients' signs."""
     first_rate: bool = False  # which comes times the rate of a run's first step, under a warm-up
-    collect_at_end: bool = False
-    """After the last round clients send once what they kept: CollectsAtEnd."""
+    collect_at_end: bool = False  # after the last round, once, what clients kept: CollectsAtEnd
     beside_factors: bool = False
     """Even at equal ranks: a core between A and B, or ranks folded into a client's base."""
     own_gauge: bool = False
@@ -58,9 +57,7 @@ class Needs:
     algebra: Literal["products", "sides", "tensors"] = "products"
     """What it computes with. products: the products B A and their ranks. sides: A's and B's side
     each by itself, whatever is between them. tensors: a mean of anything (see forms.py)."""
-    others: Literal["averaged", "kept"] = "averaged"
-    """What becomes of every trained tensor that is no factor: the mean over the clients that
-    replied, or each client's own."""
+    others: Literal["averaged", "kept"] = "averaged"  # every trained tensor that is no factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +362,7 @@ def whole_download(
 ) -> Download:
     """The strategy's download, with what the client does not adapt folded into its base.
 
-    Else a client of fewer modules would train on a model that lacks the others' changes.
+    Else a client of fewer modules would train on a model that lacks others' changes.
     """
     came = strategy.download(state, client, round)
     if not fold_absent:

@@ -29,6 +29,7 @@ from fedlora.strategies.base import Client, Layer, Strategy, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.registry import states_of
 from fedlora.strategies.server_optimizers import Moments
+from fedlora.strategies.without_factors import WithoutFactors
 from fedlora.training import user_code
 
 KEPT_CHECKPOINTS = 2
@@ -104,7 +105,7 @@ OLDER = {
 def state_types(strategy: Strategy[Any]) -> list[type]:
     """The types a strategy's state may be made of: the base log's, those its own file knows, and
     those it was registered with."""
-    strategy = getattr(strategy, "inner", strategy)  # see WithoutFactors
+    strategy = strategy.inner if isinstance(strategy, WithoutFactors) else strategy
     known = vars(sys.modules[type(strategy).__module__]).values()
     named = [t for t in known if isinstance(t, type)]
     return [Version, BaseLog, Client, Layer, Moments, *named, *states_of(strategy)]
