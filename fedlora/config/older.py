@@ -16,6 +16,7 @@ MEANT: Mapping[str, bool | int | float | str] = {
     "strategy.fedsb.signs": "clients",
     "strategy.fedsvd.head": "trained",
     "strategy.hetlora.rounding": "down",
+    "strategy.lora-a2.choice": "server-0.1",
     "strategy.ravan.average": "all",
     "strategy.ravan.choice": "leading",
 }

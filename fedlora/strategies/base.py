@@ -50,10 +50,10 @@ class Needs:
     """BeginsFromGradient, with the sign of the pooled gradient or the mean of clients' signs."""
     first_rate: bool = False  # which comes times the rate of a run's first step, under a warm-up
     collect_at_end: bool = False  # after the last round, once, what clients kept: CollectsAtEnd
+    client_choice: bool = False  # clients choose the ranks that they send: see chosen.py
     beside_factors: bool = False
     """Even at equal ranks: a core between A and B, or ranks folded into a client's base."""
-    own_gauge: bool = False
-    """It refactors the model each round, so the factors of two rounds do not subtract."""
+    own_gauge: bool = False  # it refactors the model, so factors of two rounds do not subtract
     algebra: Literal["products", "sides", "tensors"] = "products"
     """What it computes with. products: the products B A and their ranks. sides: A's and B's side
     each by itself, whatever is between them. tensors: a mean of anything (see forms.py)."""

@@ -4,25 +4,28 @@ Koo, Jang and Ok, "Towards Robust and Efficient Federated Low-Rank Adaptation wi
 Clients", ACL 2025, https://arxiv.org/abs/2410.22815
 
     score      S_ij = ||dB_ij A_j||_F in a round that trains B, ||B_j dA_ij||_F in one that trains A
-    select     I_i: the k_i ranks of highest S_ij
-    client i   odd rounds train B[:, I_i], even rounds A[I_i]; sends those
+    select     I_i: the k_i N ranks of highest S_ij, of the r N of all N modules together
+    client i   odd rounds train B, even rounds A; sends the columns or rows of I_i
     server     B[:, j] += p_i s_i / s dB_ij,  or  A[j] += p_i dA_ij,  for j in I_i
 
-The ranks not selected are folded into the client's base for the round, so it starts from the
-whole model; they count as unchanged in the average.
+`choice` = "client", as in the paper: a client trains all r ranks, scores them by what it trained,
+and of its update only the chosen ranks count. "server": it trains k_i ranks of each module alone,
+chosen by the server by what it last sent; ranks that it has not yet trained come first, in a round
+that trains A those with B = 0 last, since they cannot move. The others are folded into its base.
+
+Either way a rank that was not chosen counts as unchanged in the average.
 
 Deviation from (E): none: what is not trained is common, and s B A is linear in the other.
-Costs, a layer and client: up k_i d or k_i k in turn; down r (d + k), selection and fold together.
+Costs, a layer and client: up k_i d or k_i k in turn, on average over layers; down r (d + k).
 
-Source: reconstructed from the abstract and part of the text. In the paper a client scores all r
-ranks by training them, masks its own update, and spends its ranks across modules.
-Differs from the paper: the server scores, by what the client last sent, with ranks it has not
-yet trained first; a client has k_i ranks in each module.
+Source: the paper's section on the method, not the authors' code.
+Differs from the paper: see "Differs" of docs/strategies/lora-a2.md, point by point.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +43,7 @@ from fedlora.strategies.base import (
     Upload,
     as_factors,
 )
+from fedlora.strategies.chosen import Chosen
 from fedlora.strategies.mixed import mean_ranks, others
 
 
@@ -50,11 +54,20 @@ class State:
     """S_i (r,) by client and module; infinite for a rank it has not yet trained."""
 
 
-def selection(state: State, client: Client, round: Round, m: str) -> Tensor:
-    """I_i, in ascending order; equal scores are drawn."""
+def trains_b(round: Round) -> bool:
+    return round.number % 2 == 1
+
+
+def selection(state: State, client: Client, round: Round, m: str, *, mended: bool = True) -> Tensor:
+    """I_i of the server's choice, in ascending order; equal scores are drawn.
+
+    mended: in a round that trains A, ranks with B = 0 come last.
+    """
     r = state.factors.A[m].shape[0]
     scores = state.scores.get(client.id, {}).get(m)
     scores = torch.full((r,), math.inf) if scores is None else scores
+    if mended and not trains_b(round):
+        scores = torch.where(state.factors.B[m].any(dim=0), scores, -1)
     drawn = torch.randperm(r, generator=round.generator(client.id, f"lora-a2/{m}"))
     best = scores[drawn].argsort(descending=True, stable=True)
     return drawn[best[: client.layers[m].rank]].sort().values
@@ -62,8 +75,20 @@ def selection(state: State, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoRAA2:
+    choice: Literal["client", "server", "server-0.1"] = "client"
+    """Who chooses a client's ranks. server-0.1: with the fault that a rank first met in a round
+    that trains A, while its B was 0, was never met again; for runs that began with it."""
+
     def needs(self) -> Needs:
-        return Needs(beside_factors=True)
+        return Needs(beside_factors=True, client_choice=self.choice == "client")
+
+    def _mine(self, state: State, client: Client, round: Round, m: str) -> Tensor:
+        """The ranks of a module in a client's upload, as the server has it."""
+        if self.choice == "client":  # completed
+            return torch.arange(state.factors.A[m].shape[0])
+        if self.choice == "server":
+            return selection(state, client, round, m)
+        return selection(state, client, round, m, mended=False)
 
     @property
     def promise(self) -> Promise:
@@ -79,11 +104,11 @@ class LoRAA2:
 
     def download(self, state: State, client: Client, round: Round) -> Download:
         whole = state.factors.adapter()
-        mine = {m: selection(state, client, round, m) for m in client.layers}
+        mine = {m: self._mine(state, client, round, m) for m in client.layers}
         left = {m: others(whole[m].rank, I) for m, I in mine.items()}
         return Download(
             as_factors({m: pick(whole[m], I) for m, I in mine.items()}, state.factors.other),
-            frozenset({"B" if round.number % 2 else "A", "other"}),
+            frozenset({"B" if trains_b(round) else "A", "other"}),
             fold={m: pick(whole[m], J) for m, J in left.items() if len(J)},
         )
 
@@ -91,10 +116,13 @@ class LoRAA2:
         scores = dict(state.scores)
 
         def rows(u: Upload, m: str) -> Tensor:
-            return selection(state, u.client, round, m)
+            return self._mine(state, u.client, round, m)
 
         def scored() -> Iterator[Upload]:
             for u in uploads:
+                if self.choice == "client":
+                    yield u
+                    continue
                 new = {m: self._scores(state, u, round, m) for m in {**u.sent.A, **u.sent.B}}
                 scores[u.client.id] = {**scores.get(u.client.id, {}), **new}
                 yield u
@@ -103,7 +131,7 @@ class LoRAA2:
         return State(factors, scores)
 
     def _scores(self, state: State, u: Upload, round: Round, m: str) -> Tensor:
-        I, whole = selection(state, u.client, round, m), state.factors.adapter()[m]
+        I, whole = self._mine(state, u.client, round, m), state.factors.adapter()[m]
         old = pick(whole, I)
         A, B = wide(old.A), wide(old.B)
         if m in u.sent.B:
@@ -112,11 +140,14 @@ class LoRAA2:
             moved = B.norm(dim=0) * (wide(u.sent.A[m]) - A).norm(dim=1)
         known = state.scores.get(u.client.id, {}).get(m)
         known = torch.full((whole.rank,), math.inf) if known is None else known
-        return known.index_copy(0, I, (whole.scale * moved).float())
+        moved = (whole.scale * moved).float()
+        if self.choice == "server" and m in u.sent.A:  # what could not move says nothing
+            moved = torch.where(B.any(dim=0), moved, known[I])
+        return known.index_copy(0, I, moved)
 
     def _pair(self, state: State, u: Upload, round: Round, m: str) -> Pair:
         """The trained ranks, the frozen factor with them, at the scale they were sent down at."""
-        frozen = pick(state.factors.adapter()[m], selection(state, u.client, round, m))
+        frozen = pick(state.factors.adapter()[m], self._mine(state, u.client, round, m))
         return Pair(u.sent.A.get(m, frozen.A), u.sent.B.get(m, frozen.B), frozen.scale)
 
     def trained(self, state: State, upload: Upload, round: Round) -> Adapter:
@@ -125,7 +156,7 @@ class LoRAA2:
             m: extend(
                 self._pair(state, upload, round, m),
                 whole[m],
-                selection(state, upload.client, round, m),
+                self._mine(state, upload.client, round, m),
             )
             for m in {**upload.sent.A, **upload.sent.B}
         }
@@ -137,6 +168,21 @@ class LoRAA2:
 
     def start(self, download: Download, kept: Factors, client: Client, round: Round) -> Factors:
         return download.send
+
+    def choose(self, begun: Factors, trained: Factors, budget: int) -> Chosen:
+        """I_i by module, the ranks that changed the model most; of equal ones the first."""
+        scores = {}
+        for m, A in begun.A.items():
+            A0, B0 = wide(A), wide(begun.B[m])
+            dA, dB = wide(trained.A[m]) - A0, wide(trained.B[m]) - B0
+            moved = dB.norm(dim=0) * A0.norm(dim=1) + B0.norm(dim=0) * dA.norm(dim=1)
+            scores[m] = begun.scale[m] * moved
+        flat = torch.cat([*scores.values()])
+        best = flat.argsort(descending=True, stable=True)[:budget]
+        of = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True)
+        parts = of.split([len(x) for x in scores.values()])
+        found = {m: part.nonzero().flatten() for m, part in zip(scores, parts, strict=True)}
+        return {m: mine for m, mine in found.items() if len(mine)}
 
     def upload(self, trained: Factors, kept: Factors) -> tuple[Factors, Factors]:
         return trained, kept

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 from fedlora.errors import StrategyError
 from fedlora.strategies.base import Needs, Promise, Strategy, begins, collects
+from fedlora.strategies.chosen import chooses
 
 GROUP = "fedlora.strategies"
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -96,6 +97,7 @@ def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]
     strategy = cls(**options)
     begins(strategy)
     collects(strategy)
+    chooses(strategy)
     return strategy
 
 

@@ -26,6 +26,7 @@ from fedlora.strategies.base import (
     seeded,
     travelling,
 )
+from fedlora.strategies.chosen import Chosen, chooses, completed, masked, picked
 
 MODULES = {"layers.0.q_proj": (41, 41), "layers.0.k_proj": (53, 31), "layers.1.down": (37, 67)}
 SQUARE = "layers.0.q_proj"
@@ -168,6 +169,11 @@ def visit(
         for m, pair in adapter.items():
             model[m] = accumulate(model.get(m), pair)
     trained = perturb(loaded, download, client, round)
+    chosen: Chosen = {}
+    if chooser := chooses(strategy):
+        budget = sum(x.rank for x in client.layers.values())
+        chosen = chooser.choose(loaded, trained, budget)
+        trained = masked(loaded, trained, chosen)
     sent, site.kept = strategy.upload(trained, site.kept)
     sent = travelling(sent, download.trainable)
     site.has_memory = True
@@ -177,7 +183,9 @@ def visit(
     for v in download.base:
         down["base"] += sum(numel(delta) for delta in v.delta.values())
     down["fold"] = sum(numel(pair) for pair in download.fold.values())
-    up = {c: sum(x.numel() for col, _, x in sent.items() if col == c) for c in COLUMNS}
+    leaves = picked(sent, chosen) if chosen else sent
+    up = {c: sum(x.numel() for col, _, x in leaves.items() if col == c) for c in COLUMNS}
+    sent = completed(leaves, chosen, download.send) if chosen else sent
     return Visit(Upload(client, clone(sent), EXAMPLES[client.id]), model, down, up)
 
 

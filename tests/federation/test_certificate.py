@@ -22,7 +22,7 @@ from fedlora.federation.wire.certificate import is_change
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.lowrank import extend, wide
 from fedlora.strategies import STRATEGIES, fedex, fedsb, lora_a2, ravan
-from fedlora.strategies.base import Client, Upload, Version
+from fedlora.strategies.base import Client, Round, Upload, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
@@ -80,12 +80,12 @@ def fedsb_scale(patch: Patch) -> None:
 
 
 def ravan_scale(patch: Patch) -> None:
-    def completed(state: Factors, upload: Upload, m: str) -> Tensor:
-        H, whole = upload.sent.R[m], wide(state.R[m]).clone()
-        whole[: len(H)] = wide(H)
+    def completed(self: Any, state: Factors, upload: Upload, round: Round, m: str) -> Tensor:
+        whole = wide(state.R[m]).clone()
+        whole[self.chosen(state, upload.client, round, m)] = wide(upload.sent.R[m])
         return whole
 
-    patch.setattr(ravan, "completed", completed)
+    patch.setattr(ravan.Ravan, "completed", completed)
 
 
 def on_clients(patch: Patch, planted: Callable[[Any], Any]) -> None:
@@ -167,7 +167,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str, dict[str, object], int]] =
     "scale not folded, fedsb": (fedsb_scale, "fedsb", {}, 1),
     "scale not folded, ravan": (ravan_scale, "ravan", {}, 1),
     "the server's alpha / r, ffa": (ffa_scale, "ffa", {}, 1),
-    "other ranks, lora-a2": (other_ranks, "lora-a2", {}, 1),
+    "other ranks, lora-a2": (other_ranks, "lora-a2", {"strategy.lora-a2.choice": "server"}, 1),
     "newest base change only, fedex": (newest_change_only, "fedex", {}, 3),
     "newest residual only, fedex": (newest_residual_only, "fedex",
                                     {"clients.per-round": 2, "run.rounds": 5}, 3),

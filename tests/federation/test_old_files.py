@@ -114,6 +114,14 @@ def test_an_old_run_goes_on_to_where_the_old_code_took_it(name: str, old: Path) 
     load(newest, *types_of(read(old / name).config["strategy.name"]))
 
 
+def test_a_resumed_run_says_which_older_rule_it_keeps(old: Path) -> None:
+    said = " ".join(fedlora("simulate", "--resume", "lora-a2", "--workers", "1").split())
+    assert "strategy.lora-a2.choice = 'server-0.1': this run began before there was the key" in said
+    assert read(old / "lora-a2").config["strategy.lora-a2.choice"] == "server-0.1"
+    again = fedlora("simulate", "--resume", "fedex", "--workers", "1")
+    assert "began before there was the key" not in again
+
+
 @pytest.mark.parametrize("way", ["peft", "merged"])
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_is_exported(name: str, way: str, old: Path) -> None:

@@ -347,7 +347,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], Any, Sequence[Client]]] = [
     (unweighted, FedSVD(), EQUAL),
     (both_factors_trained, RoLoRA(), EQUAL),
     (both_factors_trained, LoRAA2(), EQUAL),
-    (ranks_of_another_client, LoRAA2(), MIXED),
+    (ranks_of_another_client, LoRAA2(choice="server"), MIXED),
     (missing_ranks_as_zero, RoLoRA(), MIXED),
     (fold_forgotten, FLoRIST(energy=1.0), MIXED),
     (heads_mixed_up, Ravan(), EVEN),

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from fedlora.errors import StrategyError
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.lowrank import stack
-from fedlora.strategies.base import Round, Upload, shares
+from fedlora.strategies.base import Client, Round, Upload, shares
 from fedlora.strategies.fed_plora import FedPLoRA
 from fedlora.strategies.fed_plora import selection as plora_selection
 from fedlora.strategies.fedavg import FedAvg
@@ -38,13 +38,16 @@ from tests.support.strategy_federation import (
     SEED,
     SQUARE,
     Played,
+    Site,
     base_change,
     deviation,
     make_clients,
     make_start,
     model_change,
     noise,
+    perturb,
     play,
+    visit,
 )
 
 ALL = (0, 1, 2, 3)
@@ -422,7 +425,7 @@ def test_lora_a2_with_all_ranks_is_rolora() -> None:
 def test_lora_a2_tries_every_rank_and_then_takes_those_that_move_most() -> None:
     clients, m = make_clients([2, 6]), SQUARE
     tried: set[int] = set()
-    for played in play(LoRAA2(), clients, [(0, 1)] * 5):
+    for played in play(LoRAA2(choice="server"), clients, [(0, 1)] * 5):
         I = selection(played.before, clients[0], played.round, m).tolist()
         scores = played.before.scores.get(0, {}).get(m)
         if len(tried) < 6:
@@ -434,7 +437,7 @@ def test_lora_a2_tries_every_rank_and_then_takes_those_that_move_most() -> None:
 
 
 def test_a_lora_a2_score_is_the_norm_of_what_the_rank_changed() -> None:
-    *_, played = play(LoRAA2(), make_clients([2, 6]), [(0, 1)] * 2)
+    *_, played = play(LoRAA2(choice="server"), make_clients([2, 6]), [(0, 1)] * 2)
     u, m = played.uploads[0], SQUARE
     whole = played.before.factors.adapter()[m]
     for j, row in zip(
@@ -442,6 +445,74 @@ def test_a_lora_a2_score_is_the_norm_of_what_the_rank_changed() -> None:
     ):
         moved = whole.scale * torch.outer(whole.B[:, j], row - whole.A[j])
         assert_close(played.after.scores[0][m][j].double(), moved.norm(), rtol=1e-6, atol=1e-9)
+
+
+def by_hand(state: Any, client: Client, round: Round, trained: Factors) -> dict[str, list[int]]:
+    """The paper's choice in plain NumPy: every rank's part of dW, the largest over all modules."""
+    scores = []
+    for m, layer in client.layers.items():
+        A, B, s = (getattr(state.factors, x)[m] for x in ("A", "B", "scale"))
+        for j in range(len(A)):
+            before = s * np.outer(B[:, j].numpy(), A[j].numpy())
+            if round.number % 2:
+                after = s * np.outer(trained.B[m][:, j].numpy(), A[j].numpy())
+            else:
+                after = s * np.outer(B[:, j].numpy(), trained.A[m][j].numpy())
+            scores.append((-np.linalg.norm(after - before), m, j))
+        del layer
+    budget = sum(x.rank for x in client.layers.values())
+    found: dict[str, list[int]] = {}
+    for _, m, j in sorted(scores)[:budget]:
+        found.setdefault(m, []).append(j)
+    return {m: sorted(js) for m, js in found.items()}
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_a_lora_a2_client_sends_what_the_papers_score_chooses_over_all_modules(
+    rounds: int,
+) -> None:
+    """Its upload is the update of all ranks, masked."""
+    strategy, clients = LoRAA2(), make_clients([2, 6])
+    *_, played = play(strategy, clients, [(0, 1)] * rounds)
+    narrow, state = clients[0], played.before
+    download = strategy.download(state, narrow, played.round)
+    trained = perturb(download.send, download, narrow, played.round)
+    want = by_hand(state, narrow, played.round, trained)
+    column = "B" if played.round.number % 2 else "A"
+    u = played.uploads[0]
+    for m in MODULES:
+        old = getattr(state.factors, column)[m].numpy()
+        new, sent = (getattr(x, column)[m].numpy() for x in (trained, u.sent))
+        mask = np.isin(np.arange(len(state.factors.A[m])), want.get(m, []))
+        mask = mask[None, :] if column == "B" else mask[:, None]
+        zero(torch.from_numpy(sent - np.where(mask, new, old)))
+    assert played.visits[0].sent_up[column] < played.visits[1].sent_up[column]
+
+
+def test_lora_a2s_choice_spends_a_clients_ranks_where_they_move_most() -> None:
+    """The counterexample to a fixed number a module: all of the budget can go to one."""
+    start = make_start(make_clients([6]))
+    begun = start.factors
+    grown = {m: B + (1.0 if m == SQUARE else 1e-3) for m, B in begun.B.items()}
+    chosen = LoRAA2().choose(begun, replace(begun, B=grown), 4)
+    assert {m: len(x) for m, x in chosen.items()} == {SQUARE: 4}
+
+
+def test_a_rank_that_lora_a2_met_while_its_b_was_zero_is_met_again() -> None:
+    """In a round that trains A it cannot move; a score of 0 for that would end it for good."""
+    clients, m = make_clients([2, 6])[:1], SQUARE
+    for choice, again in (("server", True), ("server-0.1", False)):
+        strategy = LoRAA2(choice=choice)
+        start = make_start(make_clients([2, 6]))
+        state = strategy.init(start)
+        met: list[set[int]] = []
+        for number in range(1, 9):
+            round = Round(number, SEED)
+            (v,) = [visit(strategy, state, clients[0], Site(), round)]
+            met.append(set(strategy._mine(state, clients[0], round, m).tolist()))
+            state = strategy.aggregate(state, [v.upload], round)
+        moving = [x for number, x in enumerate(met, start=1) if number % 2]
+        assert (set().union(*moving) == set(range(6))) == again, choice
 
 
 # -- fedsvd ------------------------------------------------------------------------------------

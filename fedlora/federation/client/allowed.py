@@ -173,6 +173,7 @@ ALLOWED: Mapping[str, Rule] = {
     "strategy.flexlora.max-rank": COUNT,
     "strategy.raflora.max-rank": COUNT,
     "strategy.florist.energy": FRACTION,
+    "strategy.lora-a2.choice": _typed,
     "strategy.lora-fair.mode": _typed,
     "strategy.lora-fair.lambda-rel": WEIGHT,
     "strategy.fedsvd.head": _typed,

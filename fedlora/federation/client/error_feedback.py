@@ -33,7 +33,7 @@ def send(
     if dtype not in LEVELS:
         return pack_factors(sent, dtype)
     generator = Round(job.round, config.run.seed).generator(job.client, "wire")
-    still = not strategy.needs().moving_base and not config.privacy.by_client
+    still = _still(strategy) and not config.privacy.by_client
     if not (config.wire.error_feedback and still):
         return pack_factors(sent, dtype, generator)
     whole = _sum(sent, memory.lost(job.last_round), 1.0)
@@ -46,10 +46,15 @@ def carried(
     trained: Factors, strategy: Strategy[Any], memory: ClientMemory, config: Config, job: Job
 ) -> Factors | None:
     """The trained factors plus what `send` will add to them; None where it adds nothing."""
-    still = not strategy.needs().moving_base and not config.privacy.by_client
+    still = _still(strategy) and not config.privacy.by_client
     if config.wire.dtype not in LEVELS or not (config.wire.error_feedback and still):
         return None
     return _sum(trained, memory.lost(job.last_round), 1.0)
+
+
+def _still(strategy: Strategy[Any]) -> bool:
+    """Does what a client sends in one round add up with what it sends in another?"""
+    return not (strategy.needs().moving_base or strategy.needs().client_choice)
 
 
 def _sum(x: Factors, y: Factors, sign: float) -> Factors:

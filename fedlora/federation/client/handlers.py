@@ -36,6 +36,7 @@ from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
 from fedlora.federation.wire.messages import (
     configs_of,
+    pack_chosen,
     pack_factors,
     seq,
 )
@@ -91,6 +92,8 @@ def train(message: Message, context: Context, job: type[ClientJob] = ClientJob) 
         "metrics": MetricRecord(metrics),
         "certificate": pack_numbers(*done.numbers),
     }
+    if done.chosen is not None:
+        records["chosen"] = pack_chosen(done.chosen)
     return work.reply(records, done.keeps)
 
 

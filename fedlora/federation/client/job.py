@@ -34,6 +34,7 @@ from fedlora.federation.wire.messages import unpack_download, unpack_pairs
 from fedlora.lora.adapter import Delta, Factors
 from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
+from fedlora.strategies.chosen import Chosen, chooses, masked, picked
 from fedlora.strategies.forms import moves_base
 from fedlora.training import cache, user_code
 from fedlora.training.begun_with import digest_of_rows
@@ -56,6 +57,8 @@ class Trained:
     scores: Mapping[str, float]
     numbers: tuple[Numbers, Numbers]
     """The certificate's, at the start and at the end."""
+    chosen: Chosen | None = None
+    """Which ranks `sent` has, where the client chooses them."""
 
 
 @dataclass
@@ -205,7 +208,8 @@ class ClientJob:
         rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
-            begun = self.numbers(model)
+            begun, chooser = self.numbers(model), chooses(self.strategy)
+            before, chosen = model.read() if chooser else Factors(), None
             self.check(model, rows)
             judged = config.evaluate.clients and self.may_report_metrics
             if judged:
@@ -218,15 +222,20 @@ class ClientJob:
             if judged:
                 scores |= named("after", evaluate(model, test, config))
             trained = model.read()
+            if chooser:
+                chosen = chooser.choose(before, trained, sum(job.ranks.values()))
+                trained = masked(before, trained, chosen)
+                model.load(trained, self.download.block)
             if whole := error_feedback.carried(trained, self.strategy, self.memory, config, job):
                 model.load(whole, self.download.block)
             numbers = begun, self.numbers(model)
         whole, keep = self.strategy.upload(trained, kept)
         sent = travelling(whole, self.download.trainable)
+        sent = sent if chosen is None else picked(sent, chosen)
         keeps = any(True for _ in keep.items())
         if keeps:
             self.memory.remember(job.round, keep)
-        local.done = Trained(sent, keeps, len(rows), local.outcome, scores, numbers)
+        local.done = Trained(sent, keeps, len(rows), local.outcome, scores, numbers, chosen)
 
     def numbers(self, model: Model) -> Numbers:
         """The certificate's numbers of the model as it is now."""

@@ -33,6 +33,8 @@ def unsummable(
     from fedlora.strategies.base import seeded
     from fedlora.strategies.probing import factors, outputs, untrained, vector
 
+    if strategy.needs().client_choice:  # no two would send the same ranks
+        return _needs_each(strategy)
     g = seeded(round.seed, round.number, 0, "secure")
     layout, total = Layout.over([k.shapes for k in kinds]), None
     uploads: list[Upload] = []
@@ -59,10 +61,15 @@ def unsummable(
     same = all(_close(used[m], got[m]) for m in used)
     if same and (strategy.needs().own_gauge or _alike(each, once)):
         return ""
+    return _needs_each(strategy)
+
+
+def _needs_each(strategy: "Strategy[Any]") -> str:
     return (
         f"secure.aggregation: {type(strategy).__name__} needs each client's own update (its "
         "product B_i A_i, its norm, or the ranks it chose), and of these clients the server "
-        "learns sums only; use ffa, fedsb, rolora, fedsvd or ravan, which are exact from sums, "
+        "learns sums only; use ffa, fedsb, rolora or fedsvd, which are exact from sums, ravan with "
+        "strategy.ravan.choice = 'leading', "
         "fedsa, or with one rank for all fedavg or frlora"
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.config.reader import Config
@@ -23,10 +23,12 @@ from fedlora.federation.wire.messages import (
     configs_of,
     count_bytes,
     metrics_of,
+    unpack_chosen,
     unpack_factors,
 )
 from fedlora.lora.adapter import Factors
 from fedlora.lora.lowrank import norm
+from fedlora.strategies import chosen
 from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
 
 POLL, SLOWEST_POLL = 0.05, 1.0
@@ -184,8 +186,12 @@ def read_reply(
     schema: tuple[Shapes, Mapping[str, float]],
     received: Received,
     limits: Limits,
+    begun: Factors | None = None,
 ) -> tuple[Upload, dict[str, Any]]:
     """A reply to a train message, decoded, with what it says of itself.
+
+    begun: what the client was sent, where it chooses which ranks of it to send back; the others
+    are completed from it.
 
     A training loss that is no finite number is noted in `received` first: where training diverged
     the factors are none either, and the reply is refused.
@@ -206,10 +212,37 @@ def read_reply(
     if not math.isfinite(metrics.get("loss", 0.0)):
         received.diverged.add(client.id)
     shapes, scale = schema
-    sent = unpack_factors(record, scale, shapes, limits.dtype)
+    if begun is None:
+        sent = unpack_factors(record, scale, shapes, limits.dtype)
+    else:
+        sent = _with_unchosen(content, record, client, schema, limits.dtype, begun)
     return Upload(client, sent, n), facts_of(
         client, round, bool(keeps), metrics, count_bytes(content)
     )
+
+
+def _with_unchosen(
+    content: RecordDict,
+    record: ArrayRecord,
+    client: Client,
+    schema: tuple[Shapes, Mapping[str, float]],
+    dtype: str,
+    begun: Factors,
+) -> Factors:
+    """The factors of all ranks, of those that the client chose and sent.
+
+    Raises:
+        UpdateError, WireError: what is wrong with its choice, or with what it sent.
+    """
+    shapes, scale = schema
+    try:
+        said = unpack_chosen(configs_of(content, "chosen"))
+    except KeyError as e:
+        raise UpdateError(f"the reply lacks {e}: which ranks it sends") from None
+    budget = sum(layer.rank for layer in client.layers.values())
+    mine = chosen.check(said, {m: len(A) for m, A in begun.A.items()}, budget)
+    sent = unpack_factors(record, scale, chosen.narrowed(shapes, mine), dtype)
+    return chosen.completed(sent, mine, begun)
 
 
 def check_count(n: Any, limits: Limits) -> None:

@@ -115,7 +115,10 @@ def read(
     try:
         schema = session.schemas.of(state, client, base_number(setting, run.state), round)
         limits = Limits.of(setting.config)
-        upload, facts = read_reply(reply, client, round, run.token, schema, received, limits)
+        strategy, begun = setting.strategy, None
+        if strategy.needs().client_choice:
+            begun = strategy.download(state, client, round).send
+        upload, facts = read_reply(reply, client, round, run.token, schema, received, limits, begun)
         check_norm(setting.strategy, state, upload, round, setting.config.round.max_norm)
         facts["certificate"] = certification.read(
             setting, session, run, reply.content, upload, round

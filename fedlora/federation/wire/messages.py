@@ -129,6 +129,29 @@ def unpack_factors(
     return Factors(scale, **columns)
 
 
+def pack_chosen(chosen: Mapping[str, Tensor]) -> ConfigRecord:
+    """The ranks that a client chose, by module."""
+    ranks = [j for mine in chosen.values() for j in mine.tolist()]
+    counts = [len(mine) for mine in chosen.values()]
+    return ConfigRecord({"modules": list(chosen), "counts": counts, "ranks": ranks})
+
+
+def unpack_chosen(record: Mapping[str, Any]) -> dict[str, list[int]]:
+    """What `pack_chosen` packed, as it came: nothing in it was checked but its form.
+
+    Raises:
+        WireError: it has another form.
+    """
+    modules, counts, ranks = (record[key] for key in ("modules", "counts", "ranks"))
+    if not all(isinstance(x, list) for x in (modules, counts, ranks)):
+        raise WireError("the ranks that it chose: must be lists")
+    whole = all(isinstance(n, int) and n >= 0 for n in counts) and len(counts) == len(modules)
+    if not whole or sum(counts) != len(ranks) or len(set(modules)) != len(modules):
+        raise WireError("the ranks that it chose: counts and ranks do not fit")
+    parts = iter(ranks)
+    return {m: [next(parts) for _ in range(n)] for m, n in zip(modules, counts, strict=True)}
+
+
 def _check_dtype(array: Array, key: str, dtype: str) -> None:
     """Raises WireError where an array is not of the type in which `pack` sends it."""
     want = "float32" if dtype in LEVELS and len(array.shape) < 2 else dtype

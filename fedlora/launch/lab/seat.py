@@ -21,6 +21,7 @@ from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.training import Payments, private_fit
 from fedlora.strategies.base import Client, Download, Round, Start, Upload, travelling
+from fedlora.strategies.chosen import chooses, masked
 from fedlora.training import cache
 from fedlora.training.data.batches import Encoded
 from fedlora.training.model.model import Model
@@ -87,9 +88,12 @@ class Seat:
 
     def send(self, i: int, rows: Encoded, config: Config) -> tuple[Factors, Factors]:
         """One client's round on these rows by this config: what it sends, and what it keeps."""
-        with self.received(i) as (came, _):
+        with self.received(i) as (came, began):
             train(self.model, rows, came.trainable, config, self.number, i)
             trained = self.model.read()
+        if chooser := chooses(self.strategy):
+            budget = sum(x.rank for x in self.client(i).layers.values())
+            trained = masked(began, trained, chooser.choose(began, trained, budget))
         sent, keep = self.strategy.upload(trained, self.kept.get(i, Factors()))
         return travelling(sent, came.trainable), keep
 

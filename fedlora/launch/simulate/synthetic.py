@@ -47,6 +47,7 @@ from fedlora.strategies.base import (
     travelling,
     whole_download,
 )
+from fedlora.strategies.chosen import Chosen, chooses, masked, picked
 from fedlora.training.train import extra_loss, threads
 
 RATES = (0.01, 0.03, 0.1)
@@ -199,11 +200,16 @@ def visit(
     loaded = _double(strategy.start(download, place.kept, me, round))
     base = _with(place.base, download.fold)
     trained = descend(loaded, download, task, client.id, base, steps, rate)
+    chosen: Chosen | None = None
+    if chooser := chooses(strategy):
+        chosen = chooser.choose(loaded, trained, sum(x.rank for x in me.layers.values()))
+        trained = masked(loaded, trained, chosen)
     sent, place.kept = strategy.upload(trained, place.kept)
     sent = travelling(sent, download.trainable)
     place.has_memory = True
+    leaves = sent if chosen is None else picked(sent, chosen)
     down = count_bytes(pack_download(download, "float32"))
-    up = count_bytes(RecordDict({"sent": pack_factors(sent, "float32")}))
+    up = count_bytes(RecordDict({"sent": pack_factors(leaves, "float32")}))
     return Upload(client, sent, EXAMPLES[client.id]), down, up
 
 
