@@ -67,6 +67,7 @@ class DataPolicy(Section):
     label_separator: str = ROWS.label_separator
     prompt: str = ROWS.prompt
     response: str = ROWS.response
+    rejected: str = ROWS.rejected
     map: Renames = ROWS.map
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ROWS.separator
     encoding: str = ROWS.encoding

@@ -41,7 +41,7 @@ class ModelConfig(Section):
     tokenizer: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
     task: Annotated[str, AfterValidator(known)] = "classification"
-    """classification, multi-label, regression, causal-lm, or one registered: docs/use/tasks.md."""
+    """classification, multi-label, regression, causal-lm, preference, ...: docs/use/tasks.md."""
     pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
     and a zero-initialised linear head. auto: default, and mean under example-level DP."""
@@ -69,8 +69,8 @@ class DataConfig(Section):
     "py:package.module:function" that returns a client's rows, of None the central test rows."""
     clients: Sites = ()
     """In place of path and partition: a table a client (path, text, text-pair, label,
-    label-separator, prompt, response, map, separator, encoding, rank), or a directory or a pattern
-    ("sites/*.csv") of one file a client."""
+    label-separator, prompt, response, rejected, map, separator, encoding, rank), or a directory or
+    a pattern ("sites/*.csv") of one file a client."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
@@ -92,7 +92,9 @@ class DataConfig(Section):
     prompt: str = ""
     """For causal-lm: the prompt column, or a template with {column} names. Empty: no prompt."""
     response: str = "response"
-    """For causal-lm: the column whose tokens are trained and scored."""
+    """For causal-lm: the column whose tokens are trained and scored; for preference the chosen."""
+    rejected: str = "rejected"
+    """For preference: the column of the answer that is not preferred."""
     labels: Names = ()
     """The labels of a classification, in order. Empty: the data's own numbered classes, else those
     that there are, numbers by size and texts by the alphabet."""
@@ -226,6 +228,8 @@ class TrainConfig(Section):
     with adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Over the rounds: the rate of round t, constant within it."""
+    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
+    """For preference: how far the policy may go from the untouched model; small is far."""
     lr_ratio_b: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """LoRA+: B's rate over A's."""
     optimizer: Literal[

@@ -31,6 +31,7 @@ class SiteConfig(Section):
     label_separator: str = ""
     prompt: str = ""
     response: str = ""
+    rejected: str = ""
     map: Renames = ()
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
     encoding: str = ""
@@ -39,8 +40,8 @@ class SiteConfig(Section):
 
 
 COLUMNS = (
-    "text", "text_pair", "label", "label_separator", "prompt", "response", "map", "separator",
-    "encoding",
+    "text", "text_pair", "label", "label_separator", "prompt", "response", "rejected", "map",
+    "separator", "encoding",
 )  # fmt: skip
 """The keys of a site that stand in for those of the same name in data: on a node as well."""
 

@@ -17,15 +17,17 @@ class TaskKind:
     pooled: bool
     headed: bool
     generates: bool
+    answers: bool
 
 
-PER_TEXT = TaskKind(pooled=True, headed=True, generates=False)
+PER_TEXT = TaskKind(pooled=True, headed=True, generates=False, answers=False)
 
 KINDS: dict[str, TaskKind] = {
     "classification": PER_TEXT,
     "multi-label": PER_TEXT,
     "regression": PER_TEXT,
-    "causal-lm": TaskKind(pooled=False, headed=False, generates=True),
+    "causal-lm": TaskKind(pooled=False, headed=False, generates=True, answers=True),
+    "preference": TaskKind(pooled=False, headed=False, generates=True, answers=False),
 }
 """Every name, in the order of the documentation. `register_task` adds to it."""
 
@@ -37,7 +39,7 @@ def offered() -> tuple[EntryPoint, ...]:
 
 def kind_of(name: str) -> TaskKind:
     """Its kind; of one that a package offers and nobody has loaded yet, that with most to it."""
-    return KINDS.get(name, TaskKind(pooled=True, headed=True, generates=True))
+    return KINDS.get(name, TaskKind(pooled=True, headed=True, generates=True, answers=True))
 
 
 def known(value: Any) -> Any:

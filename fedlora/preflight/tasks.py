@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from fedlora.config.reader import Config
+from fedlora.config.sections import DataConfig
 from fedlora.config.task_names import kind_of
 
 
@@ -24,5 +25,23 @@ def problems(config: Config) -> Iterator[str]:
         yield f"data.label-separator with model.task = {name!r}: is read by multi-label alone"
     if name == "regression" and data.map:
         yield "data.map with model.task = 'regression': it renames labels, and numbers are none"
+    if name == "preference":
+        yield from _preference(config)
+    elif config.data.rejected != DataConfig().rejected:
+        yield f"data.rejected with model.task = {name!r}: is read by preference alone"
     if data.labels and not task.headed:
         yield f"data.labels with model.task = {name!r}: it chooses from no labels; leave it out"
+
+
+def _preference(config: Config) -> Iterator[str]:
+    if not config.data.prompt:
+        yield "data.prompt is empty: model.task = 'preference' compares answers to a prompt"
+    if config.train.loss:
+        yield "train.loss with model.task = 'preference': its loss is of two answers; leave it out"
+    if config.evaluate.metrics:
+        yield (
+            "evaluate.metrics with model.task = 'preference': nothing is generated to compare; "
+            "leave it out"
+        )
+    if config.data.map:
+        yield "data.map with model.task = 'preference': it renames labels, and there are none"

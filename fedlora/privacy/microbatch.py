@@ -1,6 +1,6 @@
 """Micro-batches in which no example's numbers depend on which others were sampled.
 
-    for part in microbatches(chosen, encoded.lengths, size, most):
+    for part in microbatches(chosen, encoded.widths, size, most):
         batch = part.batch(encoded)             (size(part.width), part.width)
 
 A product's order of summation depends on its shape, and a kernel on whether anything is masked at
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.training.data.batches import IGNORE, Batch, Encoded, collate
+from fedlora.training.data.batches import IGNORE, OTHER, Batch, Encoded, collate
 
 NARROWEST = 8
 """Tokens of the narrowest width. The others are its doubles, and those by three quarters, up to
@@ -45,13 +45,14 @@ class Part:
         """The examples and what fills up, (size, width)."""
         found = collate(encoded, self.numbers, self.width)
         if self.full and len(self.numbers) > 1:
-            kept = -1 if encoded.left else 0
-            mask = torch.zeros_like(found["attention_mask"][-1])
-            mask[kept] = 1
-            found["attention_mask"][-1] = mask
-            found["input_ids"][-1, mask == 0] = encoded.pad
-            if found["labels"].shape == found["input_ids"].shape and encoded.targets is None:
-                found["labels"][-1] = IGNORE
+            for name in ("", OTHER) if encoded.other is not None else ("",):
+                mask = torch.zeros_like(found[f"{name}attention_mask"][-1])
+                mask[-1 if encoded.left else 0] = 1
+                found[f"{name}attention_mask"][-1] = mask
+                found[f"{name}input_ids"][-1, mask == 0] = encoded.pad
+                labels = found.get(f"{name}labels")
+                if labels is not None and labels.ndim > 1 and not labels.is_floating_point():
+                    labels[-1] = IGNORE
         return found
 
 

@@ -107,7 +107,7 @@ def check_private(
     rows = made_up(model)
     width = max(SYNTHETIC)
     every = torch.arange(len(rows))
-    (part,) = microbatches(every, rows.lengths, lambda _: len(rows) + 1, width)
+    (part,) = microbatches(every, rows.widths, lambda _: len(rows) + 1, width)
     batch = {key: x[: part.real] for key, x in part.batch(rows).items()}
     ways = {width: Way(len(rows) + 1, config.train.precision)}
     train = config.train.model_copy(update={"grad_clip": 0.0, "batch_size": len(rows)})

@@ -140,7 +140,7 @@ def private_fit(
         payments.acknowledged,
     )
     params = tuple(p for ps in live.values() for p in ps.values())
-    widths = {width_of(n, config.data.max_length) for n in encoded.lengths.tolist()}
+    widths = {width_of(n, config.data.max_length) for n in encoded.widths.tolist()}
     drawn = plan.q * plan.n
     ways = {width: steady(model, live, config, width, drawn) for width in sorted(widths)}
     received = {p: p.detach().clone() for p in params}
@@ -209,7 +209,7 @@ def clipped_sum(
     """The gradients of the chosen examples, clipped to C and summed; and their losses' sum."""
     clipped = ClippedSum(params, C)
     loss, most = 0.0, config.data.max_length
-    for part in microbatches(chosen, encoded.lengths, lambda w: ways[w].size, most):
+    for part in microbatches(chosen, encoded.widths, lambda w: ways[w].size, most):
         losses = example_losses(model, part.batch(encoded), ways[part.width].precision)
         losses.sum().backward()
         clipped.add(sink.take(len(part.numbers)), part.real)

@@ -4,6 +4,7 @@ import functools
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedlora.config.reader import Config
@@ -14,6 +15,7 @@ from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.devices import chosen, prepare, release
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
+from fedlora.training.references import referred
 from fedlora.training.tasks import task_of
 from fedlora.training.user_code import identity
 
@@ -91,7 +93,16 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
     loaded = model(config, labels)
     longest = loaded.longest(config.data.max_length)
     found = loaded.task.encode(rows, loaded.tokenizer, labels, config.data, longest)
-    return replace(found, left=loaded.pads_left)
+    return referred(loaded, replace(found, left=loaded.pads_left), config, _kept(part, config))
+
+
+def _kept(part: str, config: Config) -> Path | None:
+    """Where what is computed once of these rows is kept: the server's, or the clients' own. Nowhere
+    before there is a run."""
+    run, own = Path(config.run.out, config.run.name), config.output.client_memory
+    if own and part != "central":
+        return Path(own)
+    return (run if part == "central" else run / "clients") if run.exists() else None
 
 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:

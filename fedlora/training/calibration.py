@@ -40,6 +40,7 @@ from fedlora.training.draws import host_draws
 from fedlora.training.model.layers import initial
 from fedlora.training.model.loftq import nf4
 from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.references import referred
 from fedlora.training.tasks.outputs import at_once
 from fedlora.training.train import example_losses, threads
 
@@ -72,6 +73,7 @@ def first_factors(
     longest = model.longest(d.max_length)
     encoded = model.task.encode(rows, model.tokenizer, corpus.labels, d, longest)
     encoded = replace(encoded, left=model.pads_left)
+    encoded = referred(model, encoded, config, None)
     model.rebase("calibration", [])
     seed = seeded(config.run.seed, 0, 0, "calibration").initial_seed()
     with host_draws(HOST, seed), threads(config.train.threads):  # PEFT's code works on the host

@@ -30,7 +30,7 @@ def evaluate(
 
 def generation(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any] | None:
     """How answers are generated, for the record; None where none are."""
-    if not task_of(config.model.task).generates or not config.evaluate.generate_tokens:
+    if not task_of(config.model.task).answers or not config.evaluate.generate_tokens:
         return None
     mark = end_mark(tokenizer, config.data.chat_template)
     stop = None if mark is None else str(tokenizer.convert_ids_to_tokens(mark))

@@ -97,6 +97,6 @@ def _longest(model: Model, config: Config, n: int) -> Batch:
     rows = model.task.made_up(model.tokenizer, model.labels, ends=ends)
     one = collate(rows, torch.tensor([len(rows) - 1]))
     length = model.longest(config.data.max_length)
-    shape = one["input_ids"].shape
-    wide = {k: x.repeat(1, length)[:, -length:] for k, x in one.items() if x.shape == shape}
+    tokens = {k: x for k, x in one.items() if x.ndim > 1 and not x.is_floating_point()}
+    wide = {k: x.repeat(1, length)[:, -length:] for k, x in tokens.items()}
     return {k: wide.get(k, x).repeat(n, *[1] * (x.ndim - 1)) for k, x in one.items()}

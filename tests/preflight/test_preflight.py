@@ -39,6 +39,7 @@ ALORA = {"lora.form": "alora", "lora.invocation": "is", "clients.ranks": "3"}
 CENTRAL = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
 DP = {"privacy.epsilon": 3.0}
 NAMED = {"model.path": "m", "data.path": "d"}
+PREFERENCE = {"model.task": "preference", "data.prompt": "text"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 PLAIN = {"data.prompt": "", "data.long-texts": "windows"}
 LEGEND = {"ranks.policy": "legend"}
@@ -165,6 +166,11 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"data.label-separator": "|"}, "is read by multi-label alone"),
     ("fedavg", "bert", {"model.task": "regression", "data.map": "a=b"}, "it renames labels"),
     ("fedavg", "gpt2", {"data.labels": "a,b"}, "it chooses from no labels"),
+    ("fedavg", "gpt2", {"data.rejected": "b"}, "is read by preference alone"),
+    ("fedavg", "gpt2", {**PREFERENCE, "data.prompt": ""}, "compares answers to a prompt"),
+    ("fedavg", "gpt2", {**PREFERENCE, "train.loss": "py:a:b"}, "its loss is of two answers"),
+    ("fedavg", "gpt2", {**PREFERENCE, "evaluate.metrics": "py:a:b"}, "nothing is generated"),
+    ("fedavg", "gpt2", {**PREFERENCE, "data.map": "a=b"}, "it renames labels, and there are none"),
     ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
     # what needs a card, or a package that is not here
     ("fedavg", "bert", {"model.quantization": "4bit"}, "needs bitsandbytes, which is not install"),

@@ -55,12 +55,26 @@ def answers(chance: random.Random) -> Iterator[Row]:
         yield {"text": text, "response": f" {label}"}
 
 
+def preferences(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        label, other = LABELS[n % 3], LABELS[(n + chance.randint(1, 2)) % 3]
+        text = f"{chance.choice(CUES[label])} {words(chance, n)}"
+        longer = f" {label}{' two' * chance.randint(0, 2)}"
+        yield {"text": text, "chosen": longer, "rejected": f" {other}"}
+
+
 MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row]] = {
     "classification": ("classification", "bert", classes, {}),
     "pairs": ("classification", "bert", pairs, {"data.text-pair": "second"}),
     "multi-label": ("multi-label", "bert", several, {}),
     "regression": ("regression", "bert", numbers, {}),
     "causal-lm": ("causal-lm", "gpt2", answers, {"data.prompt": "text"}),
+    "preference": (
+        "preference",
+        "gpt2",
+        preferences,
+        {"data.prompt": "text", "data.response": "chosen"},
+    ),
 }
 """By name of the case: the task, the model's kind, its rows, and what else is to be set."""
 

@@ -184,6 +184,7 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
         "data.label-separator": d.label_separator,
         "data.prompt": d.prompt,
         "data.response": d.response,
+        "data.rejected": d.rejected,
         "data.map": flat_list(d.map),
         "data.separator": d.separator,
         "data.encoding": d.encoding,

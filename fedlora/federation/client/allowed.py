@@ -188,6 +188,7 @@ ALLOWED: Mapping[str, Rule] = {
     "train.lr": WEIGHT,
     "train.lr-schedule": _typed,
     "train.lr-ratio-b": WEIGHT,
+    "train.dpo-beta": WEIGHT,
     "train.optimizer": _typed,
     "train.momentum": _within(-1, 1),
     "train.weight-decay": WEIGHT,
@@ -233,8 +234,8 @@ ALLOWED: Mapping[str, Rule] = {
 OWN = frozenset(
     f"data.{key}"
     for key in (
-        "text", "text-pair", "label", "label-separator", "prompt", "response", "map", "separator",
-        "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction", "node-path",
+        "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected", "map",
+        "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction", "node-path",
         "unit-column",
     )
 ) | {

@@ -20,6 +20,9 @@ Batch = dict[str, Tensor]
 IGNORE = -100
 """The label of a token that is not scored."""
 
+OTHER = "other_"
+"""What the tensors of an example's second sequence are called by, before the usual name."""
+
 POOL = 8
 """Batches that are drawn together and sorted by length, so that a batch has little padding."""
 
@@ -28,7 +31,8 @@ POOL = 8
 class Encoded:
     """n examples of t tokens in all, one after the other without padding.
 
-    What is to be learned is one of `classes`, `targets`, `marks` and, from there on, `prompts`.
+    What is to be learned is one of `classes`, `targets`, `marks` and, from there on, `prompts`;
+    beside prompts, `targets` are what the untouched model makes of the example.
     """
 
     ids: Tensor  # (t,) int32
@@ -169,11 +173,13 @@ def collate(encoded: Encoded, numbers: Tensor, width: int = 0) -> Batch:
     batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left, width)
     if encoded.other is not None:
         other = collate(encoded.other, numbers, width)
-        batch |= {f"other_{key}": x for key, x in other.items()}
+        batch |= {f"{OTHER}{key}": x for key, x in other.items()}
     if encoded.classes is not None:
         return {**batch, "labels": encoded.classes[numbers]}
-    if encoded.targets is not None:
+    if encoded.targets is not None and encoded.prompts is None:
         return {**batch, "labels": encoded.targets[numbers]}
+    if encoded.targets is not None:
+        batch["reference"] = encoded.targets[numbers]
     mask = batch["attention_mask"].bool()
     if encoded.marks is not None:
         return {**batch, "labels": _marked(encoded, numbers, mask)}
@@ -194,10 +200,18 @@ def _marked(encoded: Encoded, numbers: Tensor, mask: Tensor) -> Tensor:
 
 def alone(batch: Batch, i: int) -> Batch:
     """Example i in a batch of its own, without padding."""
-    there = batch["attention_mask"][i].bool()
-    shape = batch["attention_mask"].shape
-    tokens = {k for k, x in batch.items() if x.shape == shape and not x.is_floating_point()}
-    return {key: x[i : i + 1, there] if key in tokens else x[i : i + 1] for key, x in batch.items()}
+    found = {}
+    for key, x in batch.items():
+        mask = batch[f"{OTHER}attention_mask" if key.startswith(OTHER) else "attention_mask"]
+        tokens = x.shape == mask.shape and not x.is_floating_point()
+        found[key] = x[i : i + 1, mask[i].bool()] if tokens else x[i : i + 1]
+    return found
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The first and the other sequence of each example, as batches of their own."""
+    other = {k.removeprefix(OTHER): x for k, x in batch.items() if k.startswith(OTHER)}
+    return {k: x for k, x in batch.items() if k in other}, other
 
 
 def _padded(

@@ -152,6 +152,24 @@ class MovingBase:
             self._set_weight(m, self._shift.get(m))
         self._at = (token, target)
 
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Within it every weight is W0; after it, the base has its old bits.
+
+        Not within `folded`.
+        """
+        touched = {*self._shift, *self._start, *self._terms}
+        was = self._shift, self._log, self._start
+        try:
+            self._shift, self._log, self._start = {}, BaseLog(), {}
+            for m in touched:
+                self._set_weight(m, None)
+            yield
+        finally:
+            self._shift, self._log, self._start = was
+            for m in touched:
+                self._set_weight(m, self._shift.get(m))
+
     def _take(self, version: Version) -> None:
         if self.beside:  # by the log's own rule, so that all who took the same hold the same bits
             version = replace(version, delta={m: together(x) for m, x in version.delta.items()})

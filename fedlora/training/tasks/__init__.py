@@ -16,6 +16,7 @@ from fedlora.training.tasks.base import Task
 from fedlora.training.tasks.causal_lm import CausalLM
 from fedlora.training.tasks.classification import Classification
 from fedlora.training.tasks.multi_label import MultiLabel
+from fedlora.training.tasks.preference import Preference
 from fedlora.training.tasks.regression import Regression
 
 TASKS: dict[str, type[Task]] = {
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     "multi-label": MultiLabel,
     "regression": Regression,
     "causal-lm": CausalLM,
+    "preference": Preference,
 }
 
 _added: dict[str, type[Task]] = {}
@@ -52,7 +54,9 @@ def register_task(cls: type[Any]) -> None:
         raise ConfigError([f"the task {name!r}: its name is taken by {there.__qualname__}"])
     if name not in TASKS:
         _added[str(name)] = cls
-        task_names.KINDS[str(name)] = task_names.TaskKind(cls.pooled, cls.headed, cls.generates)
+        task_names.KINDS[str(name)] = task_names.TaskKind(
+            cls.pooled, cls.headed, cls.generates, cls.answers
+        )
 
 
 def task_of(name: str) -> Task:

@@ -72,7 +72,9 @@ class Task(Protocol):
     pooled: bool
     """Does one output stand for a whole text, so that model.pooling = "mean" can make it?"""
     generates: bool
-    """Are answers generated, so that evaluate.generate-tokens counts?"""
+    """Does the model write text, and so learns where to end?"""
+    answers: bool
+    """Are answers generated to be scored, so that evaluate.generate-tokens counts?"""
     shifted: bool
     """Is each token's label said by the output one place before it? Then the first has none."""
 
@@ -158,4 +160,14 @@ class Task(Protocol):
 
     def script(self, end: int | None) -> str:
         """Lines of Python that use an export, behind those that load it: model/load_script.py."""
+        ...
+
+
+@runtime_checkable
+class Referring(Protocol):
+    """A task whose loss compares with the untouched model: training/references.py."""
+
+    def refer(self, net: Net, batch: Batch) -> Tensor:
+        """What the untouched model makes of each example, (b, n), float32, on the host: it comes
+        back as batch["reference"]."""
         ...

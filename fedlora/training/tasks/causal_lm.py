@@ -57,7 +57,7 @@ class CausalLM:
     peft = "CAUSAL_LM"
     hub = "text-generation"
     headed = pooled = False
-    generates = shifted = True
+    answers = generates = shifted = True
 
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
@@ -185,7 +185,14 @@ def stretches(ids: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def token_losses(net: Net, inputs: Batch, labels: Tensor) -> Tensor:
-    """The mean loss over each example's own labelled tokens, (b,), in float32.
+    """The mean loss over each example's own labelled tokens, (b,), in float32."""
+    sums, counts = token_sums(net, inputs, labels)
+    return sums / counts
+
+
+def token_sums(net: Net, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of -log p over each example's own labelled tokens, (b,), and their number, at least
+    1.
 
     Which tokens these are is found on the host, where labels are: a card would have to be waited
     for.
@@ -203,7 +210,7 @@ def token_losses(net: Net, inputs: Batch, labels: Tensor) -> Tensor:
         logits = net.logits(inputs).flatten(0, 1).index_select(0, at)
         found = cross_entropy(logits, wanted, reduction="none")
     losses = found.new_zeros(targets.numel()).index_copy(0, at, found)
-    return losses.view(targets.shape).sum(1) / counts
+    return losses.view(targets.shape).sum(1), counts
 
 
 def _losses(net: Net, batch: Batch, labels: Tensor) -> Tensor:

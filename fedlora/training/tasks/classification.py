@@ -39,7 +39,7 @@ class Classification:
     peft = "SEQ_CLS"
     hub = "text-classification"
     headed = pooled = True
-    generates = shifted = False
+    answers = generates = shifted = False
 
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]

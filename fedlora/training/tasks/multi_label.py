@@ -45,7 +45,7 @@ class MultiLabel:
     peft = "SEQ_CLS"
     hub = "text-classification"
     headed = pooled = True
-    generates = shifted = False
+    answers = generates = shifted = False
 
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
