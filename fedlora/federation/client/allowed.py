@@ -235,8 +235,8 @@ OWN = frozenset(
     f"data.{key}"
     for key in (
         "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected", "map",
-        "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction", "node-path",
-        "unit-column",
+        "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction",
+        "node-path", "unit-column",
     )
 ) | {
     "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "privacy.delta",
