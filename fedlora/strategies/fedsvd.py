@@ -14,7 +14,7 @@ Deviation from (E): none. V^T spans the rows of the old A where Bbar has full ra
 is the gauge that B is trained in, not the space.
 Costs, a layer and client: up r_i d; down r_i (d + k), and (r - r_i)(d + k) for a fold.
 
-Differs from the paper: see "Differs" of docs/strategies/fedsvd.md, point by point.
+Differs from the paper: the head trains by default; p_i; mixed ranks; SVD of the core.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

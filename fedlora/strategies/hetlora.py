@@ -17,7 +17,8 @@ Costs, a layer and client: up r_i (d + k), down r_i (d + k).
 
 Source: no code was published. The weights are read off a figure, the penalty is that of the
 FlexLoRA repository's baseline, and the test for pruning is recalled, not checked.
-Differs from the paper: see "Differs" of docs/strategies/hetlora.md, point by point.
+Differs from the paper: rounding of gamma r; ranks no one holds; where the prune test is made;
+folded scales.
 """
 
 import math

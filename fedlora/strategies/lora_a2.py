@@ -19,7 +19,8 @@ Deviation from (E): none: what is not trained is common, and s B A is linear in 
 Costs, a layer and client: up k_i d or k_i k in turn, on average over layers; down r (d + k).
 
 Source: the paper's section on the method, not the authors' code.
-Differs from the paper: see "Differs" of docs/strategies/lora-a2.md, point by point.
+Differs from the paper: one rate for A and B; one pass of training; folded scales; p_i; the
+server's choice.
 """
 
 import math

@@ -20,7 +20,7 @@ Deviation from (E): the part of dW that no B can reach with Abar; less than FedA
 Costs, a layer and client: up r (d + k), down r (d + k).
 
 Source: a third party's re-implementation and a paper note; the authors' code was not read.
-Differs from the paper: see "Differs" of docs/strategies/lora-fair.md, point by point.
+Differs from the paper: the ridge form; a fixed point for SGD; lambda's units; folded scales; p_i.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

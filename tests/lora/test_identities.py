@@ -314,6 +314,23 @@ def test_fslora_sketches_are_unbiased() -> None:
     zero(sum(sketched) / len(subsets) - s * B @ A)
 
 
+def test_a_sketchs_variance_falls_with_the_rank_as_the_theory_says() -> None:
+    """Over all sets: (r / k - 1) (r sum_j |X_j|^2 - |X|^2) / (r - 1), X_j what rank j makes."""
+    r, s = 5, 1.7
+    A, B = noise((r, 7), 0, 0, "A"), noise((9, r), 0, 0, "B")
+    whole = s * B @ A
+    each = sum(float((s * torch.outer(B[:, j], A[j])).square().sum()) for j in range(r))
+    met = []
+    for k_i in range(1, r + 1):
+        subsets = list(itertools.combinations(range(r), k_i))
+        gaps = [Pair(A[list(I)], B[:, list(I)], s * r / k_i).delta() - whole for I in subsets]
+        met.append(sum(float(x.square().sum()) for x in gaps) / len(subsets))
+        want = (r / k_i - 1) * (r * each - float(whole.square().sum())) / (r - 1)
+        assert met[-1] == pytest.approx(want, rel=1e-9, abs=1e-9)
+    assert met == sorted(met, reverse=True)
+    assert met[-1] < 1e-9
+
+
 def test_an_fslora_client_trains_the_sketched_model_and_its_gradients() -> None:
     state = FSLoRA().init(make_start(MIXED))
     round, client, m = Round(1, SEED), MIXED[0], SQUARE
