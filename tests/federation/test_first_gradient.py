@@ -134,6 +134,17 @@ def test_a_head_of_zeros_is_trained_for_the_gradient_and_put_back(
     assert ran.rounds[-1]["round"] == 1
 
 
+def test_a_head_of_zeros_that_nobody_trains_is_refused(settings: Settings) -> None:
+    """The loss would stand still at log(classes), round after round."""
+    frozen = {"strategy.fedsvd.head": "frozen", "model.pooling": "mean"}
+    drawn_head = {"model.pooling": "default", "run.name": "drawn"}
+    with pytest.raises(StrategyError, match=r"weight begins at zero and is not trained"):
+        federate(settings(**quick("fedsvd", **frozen)))
+    drawn = federate(settings(**quick("fedsvd", **{**frozen, **drawn_head})))
+    first, last = (drawn.rounds[i]["train_loss"] for i in (1, 2))
+    assert first != last
+
+
 def test_where_no_gradient_reaches_a_module_the_run_is_refused(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

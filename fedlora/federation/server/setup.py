@@ -111,6 +111,7 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     run = replace(run, state=strategy.init(start), base_offset=base_offset)
     if factors.adapter() and config.lora.init != "default":
         check_begins(config, strategy, run.state, everyone, factors)
+    check_head(strategy, run.state, everyone, factors, Round(1, config.run.seed))
     if beginner := begins(strategy):
         found = survey(setting, session, run, grid, everyone)
         rate = first_rate(config, found.steps) if strategy.needs().first_rate else 1.0
@@ -175,6 +176,24 @@ def check_begins(
                     "these where ranks differ, so clients would not start from the base model; use "
                     "fedavg, ffa, fedex or rolora, or lora.init = 'default'"
                 )
+
+
+def check_head(
+    strategy: Strategy[Any], state: Any, clients: Sequence[Client], factors: Factors, round: Round
+) -> None:
+    """A head that nobody trains must not be zero: no gradient would pass it.
+
+    Raises:
+        StrategyError: it is, so nothing could be learned.
+    """
+    trained = strategy.download(state, clients[0], round).trainable
+    zero = [name for name, x in factors.other.items() if x.ndim > 1 and not bool(x.any())]
+    if zero and "other" not in trained:
+        raise StrategyError(
+            f"{zero[0]} begins at zero and is not trained, so no gradient passes it and nothing "
+            "would be learned; use a head that is drawn (model.pooling = 'default'), or train it "
+            "(strategy.fedsvd.head = 'trained')"
+        )
 
 
 def _within(A: torch.Tensor, whole: torch.Tensor) -> bool:

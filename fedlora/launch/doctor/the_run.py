@@ -25,7 +25,7 @@ from fedlora.federation.server.bounds import MAJORITY, MOST, capped
 from fedlora.federation.server.exchange import Schemas
 from fedlora.federation.server.journal import Journal, Member, check_place
 from fedlora.federation.server.planning import Planner
-from fedlora.federation.server.setup import check_begins
+from fedlora.federation.server.setup import check_begins, check_head
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import crew, fits
@@ -108,8 +108,7 @@ def _begun(
 
     The model is left on the base that clients begin on.
     """
-    whole = Client(-1, model.layers(widest))
-    factors = first_factors(model, whole, config, corpus)
+    factors = first_factors(model, Client(-1, model.layers(widest)), config, corpus)
     state = strategy.init(Start(factors, clients, model.weights(), config.run.seed))
     base_offset = taken_out(config, factors, model.weights())
     model.rebase("doctor", strategy.effective(state).base, base_offset)
@@ -122,6 +121,7 @@ def measured(
     """What the run finds before anything is sent, by measuring its strategy on its own state."""
     round = Round(1, config.run.seed)
     try:
+        check_head(strategy, state, clients, factors, round)
         if factors.adapter() and config.lora.init != "default":
             check_begins(config, strategy, state, clients, factors)
         if private := central.CentralPrivacy.of(config):
