@@ -10,7 +10,7 @@ from fedlora.launch.deploy import host
 from fedlora.launch.deploy.layout import Wanted, init
 from fedlora.launch.deploy.plan import Plan
 from tests.conftest import write_tokenizer
-from tests.support.deployment import ran, rounds
+from tests.support.deployment import bring_up, ran, rounds
 from tests.support.relay import Relay
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def counted(tiny, tmp_path: Path, monkeypatch) -> Iterator[tuple[Plan, Relay]]:
     plan = init(wanted)
     proxy = Relay(plan.port)
     monkeypatch.setitem(os.environ, "FEDLORA_SUPERLINK", f"127.0.0.1:{proxy.port}")
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     yield plan, proxy
     host.down(plan, print)
     proxy.close()

@@ -22,7 +22,16 @@ from fedlora.launch.deploy.supervise import read_state
 from fedlora.privacy.ledger import Ledger
 from tests.federation.test_faults import same_replies
 from tests.support.chaos import endure
-from tests.support.deployment import adapter, experiment, mortal, prepared, ran, rounds, unruled
+from tests.support.deployment import (
+    adapter,
+    bring_up,
+    experiment,
+    mortal,
+    prepared,
+    ran,
+    rounds,
+    unruled,
+)
 from tests.support.relay import Relay
 from tests.support.tiny_federation import Ran
 
@@ -155,7 +164,7 @@ def exposed(tiny, tmp_path: Path) -> Iterator[tuple[Plan, list[Relay]]]:
             f.write(f"export FEDLORA_SUPERLINK=127.0.0.1:{relay.port}\n")
     mortal(plan)
     unruled(plan)
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     yield plan, relays
     host.down(plan, print)
     for relay in relays:

@@ -19,7 +19,7 @@ from fedlora.launch.deploy import host, scripts
 from fedlora.launch.deploy.layout import Wanted, init
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan, free_ports
-from tests.support.deployment import adapter, prepared, ran, simulated
+from tests.support.deployment import adapter, bring_up, prepared, ran, simulated
 
 pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx here")
 
@@ -159,7 +159,7 @@ def test_a_deployment_whose_nodes_come_through_nginx_ends_in_the_bytes_of_local_
         script.write_text(text.replace(plan.fleet_address, f"localhost:{gate}"))
     far = replace(plan, gate_port=gate)
     with nginx(far):
-        host.up(plan, print, timeout=300.0)
+        bring_up(plan)
         try:
             with Operator(plan):
                 assert asked(far, "/v1/control/list-runs")[0] == 403

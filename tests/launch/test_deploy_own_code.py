@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.launch.deploy import host
-from tests.support.deployment import prepared, ran, rounds
+from tests.support.deployment import bring_up, prepared, ran, rounds
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def test_a_loss_of_ones_own_runs_where_the_nodes_config_names_it(
         shutil.copy(tmp_path / "mine.py", directory)
     cold = plan.node(1) / "node.sh"
     cold.write_text(cold.read_text().replace(' worker-socket=\\"worker.sock\\"', ""))
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     try:
         status, results = ran(plan)
         assert status == "finished:completed"

@@ -20,7 +20,7 @@ from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import Plan, free_ports
 from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import end, read_state
-from tests.support.deployment import adapter, mortal, prepared, ran, rounds, simulated
+from tests.support.deployment import adapter, bring_up, mortal, prepared, ran, rounds, simulated
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def deployed(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
     given = tiny_settings(tiny, root, "float32", "bert", **{"run.rounds": 2})
     plan = prepared(root / "dep", given, 4)
     mortal(plan)
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     yield plan
     host.down(plan, print)
 

@@ -14,7 +14,7 @@ from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.progress import nodes
 from fedlora.launch.deploy.supervise import read_state
-from tests.support.deployment import brought_up, prepared, ran
+from tests.support.deployment import bring_up, brought_up, prepared, ran
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_real_node_works_on_under_its_new_key(tiny, tmp_path: Path) -> None:
     try:
         ids, first = host.registered(plan), read_state(plan)["children"]["node-0"]["pid"]
         rotated(plan)
-        host.up(plan, print, timeout=300.0)
+        bring_up(plan)
         now = host.registered(plan)
         assert now["node-0"] != ids["node-0"]
         assert now["node-1"] == ids["node-1"]

@@ -8,7 +8,7 @@ import tomli_w
 
 from fedlora.launch.deploy import host
 from tests.conftest import tiny_settings
-from tests.support.deployment import adapter, experiment, prepared, ran, rounds
+from tests.support.deployment import adapter, bring_up, experiment, prepared, ran, rounds
 from tests.support.tiny_federation import federate, quick
 from tests.training.test_sites import NOTES, hospital
 
@@ -32,7 +32,7 @@ def test_two_nodes_with_files_of_their_own_end_in_the_simulation_s_bytes(
         policy["model"]["rank"] = site.get("rank", policy["model"]["rank"])
         policy["data"] = {key: value for key, value in site.items() if key != "rank"}
         path.write_text(tomli_w.dumps(policy))
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     try:
         status, results = ran(plan)
         assert status == "finished:completed"

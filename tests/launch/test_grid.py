@@ -7,13 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedlora.federation.wire.codes import FailureKind, kind_of
 from fedlora.launch.simulate.grid import FIRST_NODE, LocalGrid
+from fedlora.training.train import threads
 
 
 def echo(message: Message, context: Context) -> Message:
@@ -241,3 +244,32 @@ def test_send_and_receive_returns_what_it_has_at_the_timeout() -> None:
         replies = list(grid.send_and_receive([ask(0), ask(1, sleep=5)], timeout=0.5))
         assert [told(r, "node") for r in replies] == [FIRST_NODE]
         assert time.monotonic() - begun < 3
+
+
+def products(message: Message, context: Context) -> Message:
+    """Says how many threads this process has after products in float32 and under autocast."""
+    n = int(message.content.config_records["asked"]["threads"])  # type: ignore[arg-type]
+    x = torch.ones(512, 512, requires_grad=True)
+    with threads(n):
+        for low in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                (x @ x).sum().backward()
+    there = psutil.Process().num_threads()
+    told = {"node": context.node_id, "pid": os.getpid(), "threads": there}
+    return Message(RecordDict({"told": ConfigRecord(told)}), reply_to=message)
+
+
+def test_a_forked_worker_has_the_threads_of_its_client_alone_under_autocast_too() -> None:
+    """By the system's count, and whatever the process that was copied was set to."""
+    counting = ClientApp()
+    counting.query()(products)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for asked in (1, 2):  # two are a counterexample: they would be seen
+            with within(60), LocalGrid(counting, 4, {}, 2) as grid:
+                replies = list(grid.send_and_receive([ask(i, threads=asked) for i in range(4)]))
+            assert os.getpid() not in {told(r, "pid") for r in replies}
+            assert {told(r, "threads") for r in replies} == {asked}
+    finally:
+        torch.set_num_threads(before)

@@ -20,7 +20,7 @@ from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.supervise import read_state
 from fedlora.version import __version__
 from tests.support.bundles import built, changed
-from tests.support.deployment import prepared, ran, rounds
+from tests.support.deployment import bring_up, prepared, ran, rounds
 from tests.support.tiny_federation import ROOT
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def deployed(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
         f.write(f'export PYTHONPATH="{SUPPORT}:${{PYTHONPATH:-}}"\n')
     cold = plan.node(1) / "node.sh"
     cold.write_text(cold.read_text().replace(' worker-socket=\\"worker.sock\\"', ""))
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     yield plan
     host.down(plan, print)
 

@@ -21,8 +21,19 @@ def prepared(directory: Path, given: dict[str, Any], clients: int, **wanted: Any
 
 def brought_up(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
     plan = prepared(directory, given, clients, **wanted)
-    host.up(plan, print, timeout=300.0)
+    bring_up(plan)
     return plan
+
+
+def bring_up(plan: Plan) -> None:
+    """Up; where that fails its processes' last words are printed, and none of them is left."""
+    try:
+        host.up(plan, print, timeout=300.0)
+    except BaseException:
+        for log in sorted(plan.run_directory.glob("*.log")):
+            print(f"--- {log.name}\n{log.read_text()[-2000:]}")
+        host.down(plan, print)
+        raise
 
 
 def mortal(plan: Plan) -> Path:
