@@ -24,6 +24,7 @@ from fedlora.strategies.forms import (
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Why the config's form, initialisation and base cannot run, and what to do instead."""
     lora = config.lora
+    yield from _rule(config)
     yield from _init(lora.init, lora.form)
     yield from _calibration(config)
     if lora.form not in FORMS:
@@ -78,6 +79,36 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
         )
     if lora.use_rslora:
         yield f"lora.use-rslora = true: is the scale of LoRA's factors; {lora.form} has none"
+
+
+def _rule(config: Config) -> Iterator[str]:
+    train, rule = config.train, config.train.rule
+    if rule == "plain":
+        return
+    if config.lora.form != "lora" or config.lora.target_parameters:
+        yield (
+            f"train.rule = {rule!r}: is of LoRA's A and B of a module; use lora.form = 'lora' "
+            "without lora.target-parameters, or train.rule = 'plain'"
+        )
+    if config.privacy.by_example:
+        yield (
+            f"train.rule = {rule!r} with privacy.level = 'example': its private step has a loop of "
+            "its own; use train.rule = 'plain'"
+        )
+    if train.precision == "float16" and rule in ("coto", "dylora"):
+        yield (
+            f"train.rule = {rule!r} with train.precision = 'float16': a step whose gradients "
+            "overflow is left out, and with it what the rule puts back; use 'bfloat16'"
+        )
+    if rule == "preconditioned" and (train.lr_ratio_b != 1 or train.optimizer not in PLAIN):
+        yield (
+            "train.rule = 'preconditioned': PEFT makes its optimiser with one rate for all; use "
+            f"train.lr-ratio-b = 1 and train.optimizer = {' or '.join(PLAIN)}"
+        )
+
+
+PLAIN = ("auto", "adamw", "sgd")
+"""torch's own optimisers."""
 
 
 def _invocation(config: Config, form: Form) -> Iterator[str]:

@@ -50,10 +50,18 @@ class Form:
     """Settings that differ from PEFT's, so that training starts from W0."""
     own: type[OwnForm] | None = None
     """The form itself, where it is none of PEFT's."""
+    beside: bool = False
+    """More trains than its two sides."""
 
 
-def _own(name: str, change: str, kind: Literal["sides", "tensors"], law: Any) -> dict[str, Form]:
-    return {name: Form(change, kind, law, size="r", own=OWN[name])}
+def _own(
+    name: str,
+    change: str,
+    kind: Literal["sides", "tensors"],
+    law: Literal["linear", "multilinear"],
+    beside: bool = False,
+) -> dict[str, Form]:
+    return {name: Form(change, kind, law, size="r", own=OWN[name], beside=beside)}
 
 
 FORMS: dict[str, Form] = {
@@ -97,6 +105,15 @@ FORMS: dict[str, Form] = {
     **_own("lora-xs", "s B R A x, R between the leading SVD of W0", "tensors", "linear"),
     **_own("pmss", "s C M R x, M between columns and rows of W0", "tensors", "linear"),
     **_own("paca", "s D x_J, J some of W0's columns", "tensors", "linear"),
+    **_own("loldu", "P L D diag(z) U x, of W0 = P L D U", "tensors", "linear"),
+    **_own("losia", "M x_J in rows I, where W0 is largest", "tensors", "linear"),
+    **_own("smt", "M_b x_J(b) in rows I(b), over the largest blocks", "tensors", "linear"),
+    **_own("melora", "s diag(B_1..B_n) diag(A_1..A_n) x", "sides", "multilinear"),
+    **_own("moslora", "s B M A x", "sides", "multilinear", beside=True),
+    **_own("lora-mini", "s B0 B A A0 x, outer factors drawn", "sides", "multilinear"),
+    **_own("nora", "s B0 B A A0 x, outer factors of W0's SVD", "sides", "multilinear"),
+    **_own("lotr", "s B G_l A x, A and B of all layers", "tensors", "multilinear"),
+    **_own("msplora", "s (B A + B_l A_l) x, A and B of all layers", "tensors", "multilinear"),
 }  # fmt: skip
 
 ON_QUANTISED = (
@@ -187,6 +204,11 @@ def problem(form: Form, strategy: Strategy[Any]) -> str | None:
         return (
             f"{name} recombines the ranks of B A, and this form has two tensors between frozen "
             "parts; use fedavg, ffa, rolora or fedsa"
+        )
+    if form.beside and strategy.promise == "exact":
+        return (
+            f"{name} is exact because one side stands still, and of this form more trains than its "
+            "two sides; use fedavg, which logs the deviation, or fedsa"
         )
     if form.after and strategy.needs().moving_base:
         return (

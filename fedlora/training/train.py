@@ -27,6 +27,7 @@ from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.precision import autocast, scaler
+from fedlora.training.rules import with_rule
 from fedlora.training.tasks.outputs import own_losses
 
 
@@ -62,13 +63,14 @@ def fit(
     begun = time.perf_counter()
     live = model.trainable(columns)
     optimizer = build_optimizer(live, config.train, learning_rate(config, round))
+    ruled = with_rule(optimizer, model, live, config, round, client)
     generator = seeded(config.run.seed, round, client, "batches")
     train = config.train
     drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
     watch, sums = Stopwatch(model.device), list[Tensor]()
     seen = tokens = 0
     with training(model, config, round, client):
-        for step in steps(model, drawn, live, optimizer, config, penalty, watch):
+        for step in steps(model, drawn, live, ruled, config, penalty, watch):
             sums.append(step.losses.sum())
             seen += len(step.losses)
             tokens += step.tokens

@@ -40,7 +40,13 @@ from tests.support.doc_tables import load
 from tests.support.tiny_federation import ROOT, federate, quick
 
 Settings = Callable[..., dict[str, object]]
-OPTIONS = {"supertuning": "sparsity=0.9", "vblora": "num_vectors=8,vector_length=4"}
+OPTIONS = {
+    "supertuning": "sparsity=0.9",
+    "vblora": "num_vectors=8,vector_length=4",
+    "smt": "block=4",
+    "lora-mini": "width=8",
+    "nora": "width=8",
+}
 INVOCATION = "what is"
 RANK, SEED, EXAMPLES = 4, 3, (10, 31, 7)
 BOUND = 1e-6  # of what float32 tensors hold, seen through layers in float64

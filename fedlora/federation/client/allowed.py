@@ -190,6 +190,7 @@ ALLOWED: Mapping[str, Rule] = {
     "train.lr-ratio-b": WEIGHT,
     "train.dpo-beta": WEIGHT,
     "train.optimizer": _typed,
+    "train.rule": _typed,
     "train.momentum": _within(-1, 1),
     "train.weight-decay": WEIGHT,
     "train.grad-clip": WEIGHT,

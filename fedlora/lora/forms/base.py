@@ -53,7 +53,7 @@ class OwnForm(Protocol):
         """
 
     def first(self, d: int, k: int, r: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """What trains, as it begins."""
+        """What trains, as it begins. A tensor called shared_* is one of all layers of its size."""
 
     def pair(self, theta: Tensors, frozen: Tensors) -> tuple[Tensor, Tensor]:
         """A (R, k) and B (d, R) of the change B A, in theta's dtype."""

@@ -32,6 +32,9 @@ from fedlora.training.model.quantized import is_stored
 
 NAME = "FEDLORA"
 
+Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
+"""What several layers share, by name and size."""
+
 
 @dataclass
 class OwnFormConfig(PeftConfig):  # type: ignore[misc]
@@ -58,7 +61,12 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     other_param_names = ("form_frozen", "form_dropout")
 
     def __init__(
-        self, base_layer: nn.Module, adapter: str, config: OwnFormConfig, path: str
+        self,
+        base_layer: nn.Module,
+        adapter: str,
+        config: OwnFormConfig,
+        path: str,
+        shared: Shared | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -77,16 +85,22 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             raise ValueError("its frozen parts are of W0, which may not be quantised")
         W = wide_on_host(base.weight.detach())
         W = W.T if self.fan_in_fan_out else W  # (d, k)
-        self._made_for(W, config, path, base.weight.device)
+        self._made_for(W, config, path, base.weight.device, {} if shared is None else shared)
         BaseTunerLayer.set_adapter(self, [adapter])
 
-    def _made_for(self, W: Tensor, config: OwnFormConfig, path: str, device: Any) -> None:
+    def _made_for(
+        self, W: Tensor, config: OwnFormConfig, path: str, device: Any, shared: Shared
+    ) -> None:
         drawn = [seeded(config.seed, 0, 0, f"form/{what}/{path}") for what in ("frozen", "first")]
         for name, x in self.own.frozen(W, config.r, drawn[0]).items():
             self.form_frozen[name] = (x.float() if x.is_floating_point() else x).to(device)
         d, k = W.shape
         theta = self.own.first(d, k, config.r, drawn[1])
-        params = {n: nn.Parameter(x.float().to(device)) for n, x in theta.items()}
+        params = {}
+        for name, x in theta.items():
+            made = nn.Parameter(x.float().contiguous().to(device))
+            at = (name, tuple(x.shape))
+            params[name] = shared.setdefault(at, made) if name.startswith("shared_") else made
         self.form_theta[self.adapter] = nn.ParameterDict(params)
 
     def theta(self) -> dict[str, nn.Parameter]:
@@ -96,7 +110,9 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def pair(self) -> Pair:
         """The change as LoRA's pair, A (R, k) and B (d, R), with the form's scale."""
-        A, B = self.own.pair(self.theta(), dict(self.form_frozen.items()))
+        base: Any = self.base_layer
+        theta = {n: p.to(base.weight.device) for n, p in self.theta().items()}
+        A, B = self.own.pair(theta, dict(self.form_frozen.items()))
         return Pair(A, B, self.form_scale)
 
     def both_sides(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -132,7 +148,8 @@ class OwnFormModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
-        new = OwnFormLayer(target, adapter_name, peft_config, current_key)
+        shared: Shared = self.__dict__.setdefault("shared", {})
+        new = OwnFormLayer(target, adapter_name, peft_config, current_key, shared)
         self._replace_module(parent, target_name, new, target)
 
 
