@@ -404,6 +404,7 @@ def test_rows_without_anything_to_learn_are_named_in_a_fixed_text(settings: Sett
 def test_every_form_that_is_healthy_passes(settings: Settings, form: str, precision: str) -> None:
     ranks = "4" if FORMS[form].size else "4,8,16"
     changes = {"lora.form": form, "strategy.name": "fedavg", "clients.ranks": ranks}
+    changes |= {"lora.options": "width=8"} if form == "nora" else {}
     loaded(settings, "bert", precision, **changes).check()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.errors import ModelError
 from fedlora.lora.adapter import Pair
 from fedlora.lora.forms import OWN
 from fedlora.lora.forms.base import OwnForm
@@ -149,7 +150,11 @@ class OwnFormModel(BaseTuner):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         shared: Shared = self.__dict__.setdefault("shared", {})
-        new = OwnFormLayer(target, adapter_name, peft_config, current_key, shared)
+        try:
+            new = OwnFormLayer(target, adapter_name, peft_config, current_key, shared)
+        except ValueError as e:
+            form = peft_config.form
+            raise ModelError(f"lora.form = {form!r}: of {current_key}, {e}") from e
         self._replace_module(parent, target_name, new, target)
 
 
