@@ -13,11 +13,11 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.lab.plan import Lab, LabSize
 from fedlora.launch.lab.seat import Seat, joined, pick
-from fedlora.launch.lab.study import main
+from fedlora.launch.lab.study import PARTS, main
 from fedlora.training import cache
 from tests.support.private_setting import Build
 
-TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000)
+TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000, 60, 20)
 
 
 def experiment(tmp_path: Path, settings: Build, **table: object) -> Path:
@@ -60,7 +60,7 @@ def test_the_lab_measures_every_part_and_goes_on_where_it_was(
     lab = Lab.load(path, {}, tmp_path / "out")
     lab.size = TINY
     page = main(lab, 1, "fedlora privacy audit tiny.toml")
-    for part in ("canaries", "probe", "inversion", "shadows", "seat", "utility"):
+    for part in PARTS:
         rows = lab.rows(part)
         assert rows, part
         assert len(rows) == sum(m.part == part for m in lab.measurements())

@@ -5,7 +5,7 @@ Each yields the rows of one table, one at a time. What an attack is, and its sou
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlora import preflight
 from fedlora.config.reader import Config
+from fedlora.launch.lab import one_run
 from fedlora.launch.lab.canaries import CASES, SHARP, audited
 from fedlora.launch.lab.inversion import embeddings, invert, pairs
 from fedlora.launch.lab.membership import alignment, confidence, half_width, lira, telling
@@ -24,6 +25,8 @@ from fedlora.strategies.base import seeded
 from fedlora.training import cache
 from fedlora.training.data.batches import Encoded
 from fedlora.training.train import threads
+
+HOLDS, FAILS = "holds", "FAILS"
 
 SECURE = importlib.util.find_spec("fedlora.federation.secure") is not None
 """Secure aggregation: where it is there, the lab also attacks the sum, which is all it shows."""
@@ -38,9 +41,9 @@ def shadows(lab: Lab, epsilon: float) -> Row:
     Every model trains on a random half of a pool, so that members are few and the attack strong.
     """
     lab_size, config = lab.size, lab.at(lab.strategies[0], epsilon)
-    pool = _pool(lab, lab_size.pool)
+    pool = rows_of(lab, lab_size.pool)
     half = len(pool) // 2
-    config = _at_once(config, half, lab_size.memorise)
+    config = at_once(config, half, lab_size.memorise)
     seat = Seat(config, 1)
     phi, is_in = [], []
     for k in range(lab_size.shadows):
@@ -74,7 +77,7 @@ def _told(phi: Tensor, is_in: Tensor) -> Row:
     return row
 
 
-def _at_once(config: Config, n: int, epochs: float) -> Config:
+def at_once(config: Config, n: int, epochs: float) -> Config:
     """All the run's steps in one round; without privacy, epochs enough to learn rows by heart."""
     changes: dict[str, Any] = {"run.rounds": 1}
     if config.privacy.on:
@@ -94,9 +97,9 @@ def server_seat(lab: Lab, rows: int, strategy: str, epsilon: float) -> Row:
     clear = lab.at(strategy, 0.0)
     K, trials = 3, lab.size.trials
     shares = trials * K * 2 + K
-    everyone = _pool(lab, shares * rows)
+    everyone = rows_of(lab, shares * rows)
     n = len(everyone) // shares
-    config = _one_round(lab.at(strategy, epsilon), n)
+    config = one_round(lab.at(strategy, epsilon), n)
     parts = [pick(everyone, x) for x in torch.arange(n * shares).split(n)]
     with threads(config.train.threads):
         seat = Seat(clear, K)
@@ -141,18 +144,21 @@ def added(changes: list[Change]) -> Change:
     }
 
 
-def _one_round(config: Config, n: int) -> Config:
-    """The run's noise for a client of n rows, with no budget that one round could run out of."""
+def one_round(config: Config, n: int, more: Mapping[str, Any] | None = None) -> Config:
+    """The run's noise for a client of n rows, with no budget that one round could run out of.
+
+    more: keys that come last.
+    """
     changes: dict[str, Any] = {"train.lr-schedule": "constant"}
     if config.privacy.on:
         sigma = PrivacyPlan.of(config, n).sigma
         changes |= {"privacy.epsilon": 0.0, "privacy.noise-multiplier": sigma}
-    return preflight.read({**config.flat(), **changes})
+    return preflight.read({**config.flat(), **changes, **(more or {})})
 
 
-def _pool(lab: Lab, n: int) -> Encoded:
+def rows_of(lab: Lab, n: int, config: Config | None = None) -> Encoded:
     """At most n training rows of all clients together, in an order of the lab's own."""
-    config = lab.config
+    config = config or lab.config
     labels = cache.corpus(config).labels
     rows = joined([cache.encoded("train", i, config, labels) for i in range(config.clients.count)])
     order = torch.randperm(len(rows), generator=seeded(config.run.seed, 0, 0, "pool"))
@@ -168,7 +174,30 @@ def canary(lab: Lab, mechanism: str, epsilon: float) -> Row:
     case = CASES[mechanism]
     found = audited(case, epsilon, delta, lab.size.canaries or m)
     flagged, expected = ("yes" if x else "no" for x in (found > epsilon, case.broken))
-    return {"epsilon measured": found, "flagged": flagged, "must be": expected}
+    blind = case.broken and found <= epsilon and not lab.size.canaries  # few tell no bug
+    verdict = FAILS if blind or (found > epsilon and not case.broken) else HOLDS
+    return {"epsilon measured": found, "flagged": flagged, "must be": expected, "verdict": verdict}
+
+
+def whole_run(lab: Lab, view: str, epsilon: float) -> Row:
+    """Does a federated run show more than its clients claim? `one_run.py`."""
+    size, config = lab.size, lab.whole(epsilon)
+    fixed = one_run.Fixed(size.planted, size.guesses, size.confidence)
+    claim, made = one_run.audited(config, view, fixed)
+    bound = made.bound(config.privacy.delta, size.confidence)
+    row: Row = {"epsilon claimed": claim, "epsilon measured, at least": bound}
+    row |= {"right guesses": f"{made.right} of {made.r}", "canaries": made.m}
+    return {**row, "verdict": FAILS if bound > claim else HOLDS}
+
+
+def power(lab: Lab, view: str, epsilon: float) -> Row:
+    """What that audit would measure of a run whose epsilon is this; simulated."""
+    size, config = lab.size, lab.at(lab.strategies[0], epsilon)
+    fixed = one_run.Fixed(size.planted, size.guesses, size.confidence)
+    rows = len(cache.client_rows(0, config, cache.corpus(config).labels).train)
+    n = rows + size.planted // (2 * config.clients.count)
+    median, low = one_run.power(config, n, epsilon, view, fixed)
+    return {"bound, median of 200": median, "bound, in 9 of 10 at least": low}
 
 
 # -- inversion ------------------------------------------------------------------------------------
@@ -180,12 +209,12 @@ def inversion(lab: Lab, strategy: str, rank: int) -> Row:
     The worst case the strategy allows: the first query layer adapted, one example, one SGD step,
     in a round after the first so that B is not zero. The best of the columns that were sent.
     """
-    config = _open_layer(lab.at(strategy, 0.0), rank)
-    rows = _pool(lab, 10_000)
+    config = open_layer(lab.at(strategy, 0.0), rank)
+    rows = rows_of(lab, 10_000)
     order = (rows.lengths - lab.size.tokens).abs().argsort(stable=True)
     with threads(config.train.threads):
         seat = Seat(config)
-        encoder = _encoder(seat.model)
+        encoder = encoder_of(seat.model)
         if encoder is None:
             return {}
         warm = order[3:].split((len(order) - 3) // 3)
@@ -193,7 +222,7 @@ def inversion(lab: Lab, strategy: str, rank: int) -> Row:
         sentences = [pick(rows, order[i : i + 1]) for i in range(3)]
         row: Row = {"tokens": int(sentences[0].lengths[0]), "sent": ""}
         for epsilon in lab.epsilons:
-            step = _one_step(lab, strategy, epsilon, config, len(rows) // 3)
+            step = one_step(lab, strategy, epsilon, config, len(rows) // 3)
             changes = [seat.change(i, seat.send(i, sentences[i], step)[0]) for i in range(3)]
             row["sent"] = ", ".join(c for c in changes[0] if c != "other")
             name = f"epsilon {epsilon:g}" if epsilon else "no DP"
@@ -222,7 +251,7 @@ def _recall(seat: Seat, encoder: Any, change: Change, sentences: list[Encoded]) 
     return max(found)
 
 
-def _open_layer(config: Config, rank: int) -> Config:
+def open_layer(config: Config, rank: int) -> Config:
     """The same run with its adapters where inputs can be listed: each token at each position."""
     changes = {"lora.layers": "0", "lora.target-modules": "query", "clients.ranks": str(rank),
                "train.optimizer": "sgd", "train.lr": 1.0, "train.precision": "float32",
@@ -231,7 +260,7 @@ def _open_layer(config: Config, rank: int) -> Config:
     return preflight.read({**config.flat(), **changes})
 
 
-def _one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -> Config:
+def one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -> Config:
     """One full-batch step of rate 1; under DP at the noise of the lab's whole run."""
     changes: dict[str, Any] = {"train.steps": 1, "train.batch-size": 1, "train.grad-clip": 0.0}
     if epsilon:
@@ -244,7 +273,7 @@ def _one_step(lab: Lab, strategy: str, epsilon: float, config: Config, n: int) -
     return preflight.read({**config.flat(), **changes})
 
 
-def _encoder(model: Any) -> Any:
+def encoder_of(model: Any) -> Any:
     """The embedding layer of an encoder of BERT's kind; None for others."""
     inner = model.peft.base_model.model
     for name in ("encoder", "bert"):

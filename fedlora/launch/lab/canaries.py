@@ -1,28 +1,26 @@
 """A measured lower bound on epsilon: many canaries in one run, and how many are told apart.
 
 Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", 2023,
-https://arxiv.org/abs/2305.08846, theorem 5.2 and algorithm 1
+https://arxiv.org/abs/2305.08846, algorithm 1; the bound is `bound.py`'s
 
-    each of m canaries is in the data with probability 1/2; the attacker guesses for the k highest
-    scores "in" and for the k lowest "out"; of its r = 2k guesses v are right
-    under (epsilon, delta)-DP,  P[right >= v] <= P[Binomial(r, e^eps / (1 + e^eps)) >= v] + O(delta)
+    each of m canaries is in the data with probability 1/2; the attacker guesses for the highest
+    scores "in" and for the lowest "out"
 
 Formal guarantee
-    A mechanism that is (epsilon, delta)-DP exceeds its epsilon here with probability `p` at most.
+    A mechanism that is (epsilon, delta)-DP exceeds its epsilon here with probability 0.05 at most.
     The other way round nothing is proved: a small bound is no privacy. It sees missing clipping and
     noise that is too small by half; 10 % too little noise is for the test of its deviation.
 
 The number of guesses is fixed beforehand: the best of several would overstate the bound.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlora.launch.lab.bound import Guesses
 from fedlora.privacy.accounting import calibrate
 from fedlora.privacy.chance import Chance
 from fedlora.privacy.mechanism import ClippedSum
@@ -159,37 +157,10 @@ def audited(case: Case, epsilon: float, delta: float, m: int) -> float:
 # -- the bound ------------------------------------------------------------------------------------
 
 
-def lower_bound(scores: Tensor, is_in: Tensor, delta: float, p: float = 0.05) -> float:
-    """The epsilon below which these scores tell the canaries apart too well, at confidence 1 - p.
-
-    Edge cases: 0 where guessing is no better than chance allows; at most 60.
-    """
-    m = len(scores)
-    k = max(1, int(m * FRACTION))
-    order = scores.argsort(descending=True)
-    right = int(is_in[order[:k]].sum()) + int((~is_in[order[-k:]]).sum())
-    if _chance_of(m, 2 * k, right, 0.0, delta) > p:
-        return 0.0
-    low, high = 0.0, 60.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if _chance_of(m, 2 * k, right, middle, delta) < p:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _chance_of(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
-    """At most this probability of v right guesses of r under (epsilon, delta)-DP."""
-    from scipy.stats import binom
-
-    q = 1 / (1 + math.exp(-epsilon))
-    beta = float(binom.sf(v - 1, r, q))
-    i = np.arange(1, v + 1)
-    sums = np.cumsum(binom.pmf(v - i, r, q))
-    alpha = max(0.0, float((sums / i).max())) if v else 0.0
-    return min(beta + 2 * m * alpha * delta, 1.0)
+def lower_bound(scores: Tensor, is_in: Tensor, delta: float) -> float:
+    """The epsilon below which these scores tell the canaries apart too well, at 95 %."""
+    r = 2 * max(1, int(len(scores) * FRACTION))
+    return Guesses.made(scores, is_in, r).bound(delta)
 
 
 def _canaries(params: Sequence[nn.Parameter], is_in: Tensor, length: float) -> Gradients:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +31,14 @@ def ledger(
 def audit(
     config: Annotated[
         Path,
-        typer.Argument(help="A file (TOML), or a shipped experiment's name.", show_default=False),
+        typer.Argument(
+            help="A file (TOML), a shipped experiment's name, or a run's directory.",
+            show_default=False,
+        ),
     ],
+    attack: Annotated[
+        str | None, typer.Option(help="Only these, by name: a,b. Default: all of them.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="Override a key: --set run.rounds=5")
     ] = None,
@@ -44,11 +51,15 @@ def audit(
         Path | None, typer.Option(help="Where; default: runs/privacy/EXPERIMENT.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test of every part.")] = False,
+    canaries: Annotated[int, typer.Option(help="Of a whole run; 0: 1000.")] = 0,
+    guesses: Annotated[int, typer.Option(help="About these canaries; 0: 200.")] = 0,
+    confidence: Annotated[float, typer.Option(help="Of a whole run's bound; 0: 0.95.")] = 0.0,
     workers: Annotated[int, typer.Option(help="Measurements at a time; 0: one a core.")] = 0,
 ) -> None:
     """Measure what an experiment's privacy costs, and attack it; one HTML report.
 
-    Stopped, the same command goes on where it was.
+    Stopped, the same command goes on where it was. Exit code 1 where what was measured refutes what
+    a run or a mechanism claims.
     """
     from fedlora.config.reader import parse_overrides
     from fedlora.training.quiet import quiet_libraries
@@ -58,15 +69,28 @@ def audit(
         numbers = [int(x) for x in seeds.split(",")] if seeds else None
     except ValueError:
         raise typer.BadParameter("must be numbers: 0,8,1", param_hint="--epsilons") from None
-    names = strategies.replace(" ", "").split(",") if strategies else None
+    if not 0 <= confidence < 1:
+        raise typer.BadParameter("must be below 1, as 0.95", param_hint="--confidence")
+    if canaries < 0 or not 0 <= guesses <= (canaries or 1000):
+        raise typer.BadParameter("must be at most the canaries", param_hint="--guesses")
     quiet_libraries()
     from fedlora.launch.lab.plan import Lab
-    from fedlora.launch.lab.study import main
+    from fedlora.launch.lab.study import PARTS, main
     from fedlora.training import devices
 
+    names, only = (x.replace(" ", "").split(",") if x else [] for x in (strategies, attack))
+    if unknown := sorted({*only} - {*PARTS}):
+        raise typer.BadParameter(f"{unknown[0]}: none of {', '.join(PARTS)}", param_hint="--attack")
     lab = Lab.load(
         config, parse_overrides(set_ or []),
-        out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick,
-        epsilons=budgets, strategies=names, seeds=numbers,
+        out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick, only,
+        epsilons=budgets, strategies=names or None, seeds=numbers,
     )  # fmt: skip
+    size = lab.size
+    lab.size = replace(
+        size,
+        planted=canaries or size.planted,
+        guesses=guesses or min(size.guesses, canaries or size.guesses),
+        confidence=confidence or size.confidence,
+    )
     main(lab, devices.workers(workers, str(devices.HOST)), shlex.join(["fedlora", *sys.argv[1:]]))

@@ -137,6 +137,17 @@ def inversions(lab: Lab) -> Table:
     ]  # fmt: skip
 
 
+def plain(lab: Lab, part: str) -> Table:
+    """A part's rows as they were measured."""
+    rows = lab.rows(part)
+    heads = [k for k in dict.fromkeys(k for r in rows for k in r) if k != "seconds"]
+
+    def cell(x: Any) -> str:
+        return f"{x:.2f}" if isinstance(x, float) and not x.is_integer() else str(x)
+
+    return heads, [[cell(r.get(k, "")) for k in heads] for r in rows]
+
+
 # -- plots ----------------------------------------------------------------------------------------
 
 
@@ -269,7 +280,7 @@ def plot_inversions(lab: Lab) -> Figure | None:
 
 # -- the page -------------------------------------------------------------------------------------
 
-PARTS: Mapping[str, tuple[str, str, Callable[..., Table], Callable[..., Figure | None]]] = {
+PARTS: Mapping[str, tuple[str, str, Callable[..., Table], Callable[..., Figure | None] | None]] = {
     "utility": (
         "Utility",
         "Test accuracy in percent after the whole run, by strategy and budget; with several seeds "
@@ -285,6 +296,19 @@ PARTS: Mapping[str, tuple[str, str, Callable[..., Table], Callable[..., Figure |
         "the claim where the bound is sharpest: k right guesses of k prove no more than "
         "log(k / 3), so at a large epsilon half the noise cannot be told.",
         epsilons, plot_epsilons,
+    ),
+    "one-run": (
+        "A whole federated run",
+        "The clients of a federation have canaries among their rows, each by a fair coin; the "
+        "server reads every update (rounds) or the final model alone (final). How many canaries, "
+        "how many guesses and at what confidence is on disk before the run. The run fails where "
+        "the lower bound on epsilon is above what its clients claimed.",
+        partial(plain, part="one-run"), None,
+    ),
+    "power": (
+        "What that audit can find",
+        "The bound on a run whose epsilon is this, simulated: a claim below it would be refuted.",
+        partial(plain, part="power"), None,
     ),
     "models": (
         "Membership, from models",
@@ -332,7 +356,8 @@ def write(lab: Lab, command: str) -> Path:
     """privacy.html, privacy.md and plots/ of what has been measured so far."""
     parts = [(k, title, note, table(lab)) for k, (title, note, table, _) in PARTS.items()]
     parts = [p for p in parts if p[3][1]]
-    plots = drawn({key: partial(draw, lab) for key, (_, _, _, draw) in PARTS.items()})
+    draws = {key: partial(draw, lab) for key, (_, _, _, draw) in PARTS.items() if draw}
+    plots = drawn(draws)
     for key, png in plots.items():
         write_atomically(lab.out / "plots" / f"{key}.png", png)
     title = f"Privacy lab: {lab.config.run.name}"

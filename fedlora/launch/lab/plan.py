@@ -33,7 +33,8 @@ from fedlora.strategies import list_strategies
 
 Row = dict[str, Any]
 
-KEYS = {"epsilons", "strategies", "seeds", "open", "at", "set", "quick"}
+AXES = ("epsilons", "strategies", "seeds")
+KEYS = {*AXES, "open", "at", "set", "quick"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,14 @@ class LabSize:
     ranks: Sequence[int] = (4, 16, 64)
     canaries: int = 0
     """0: as many as tell every planted bug."""
+    planted: int = 1000
+    """Canaries of a whole run, and of these"""
+    guesses: int = 200
+    """are guessed about, in or out."""
+    confidence: float = 0.95
 
 
-QUICK = LabSize(40, 4, 2.0, (4,), 1, 9, (16,), 2000)
+QUICK = LabSize(40, 4, 2.0, (4,), 1, 9, (16,), 2000, 400, 80)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,10 @@ class Lab:
     table: Mapping[str, Any] = field(default_factory=dict)
     """[audit], for what depends on strategy and budget."""
     size: LabSize = LabSize()
+    only: Sequence[str] = ()
+    """Attacks by name; none: all."""
+    own: bool = False
+    """Of one run as it is: its strategy, seed and noise."""
 
     @classmethod
     def load(
@@ -91,13 +101,19 @@ class Lab:
         overrides: Mapping[str, Any],
         out: Path,
         quick: bool = False,
+        only: Sequence[str] = (),
         **chosen: Sequence[Any] | None,
     ) -> "Lab":
         """By the experiment's file or name, with `chosen` epsilons, strategies, seeds for its own.
 
+        Of a run's directory its own config, whose epsilon, strategy and seed are then all. only:
+        attacks by name.
+
         Raises:
             ConfigError: the file or its [audit] table is wrong, or there is no such strategy.
         """
+        if own := Path(path, "config.toml").is_file():
+            path = Path(path, "config.toml")
         path = find(path)
         config = load(path, overrides)
         table = tomllib.loads(path.read_text()).get("audit", {})
@@ -105,8 +121,8 @@ class Lab:
             raise ConfigError([f"{path}: audit.{wrong[0]}: must be one of {sorted(KEYS)}"])
         if quick:
             config = preflight.read({**config.flat(), **table.get("quick", {}), **overrides})
-        found = {k: chosen.get(k) or table.get(k) or getattr(cls, k) for k in
-                 ("epsilons", "strategies", "seeds")}  # fmt: skip
+        its = cls.axes(config) if own else {k: getattr(cls, k) for k in AXES}
+        found = {k: chosen.get(k) or table.get(k) or its[k] for k in AXES}
         if unknown := [s for s in found["strategies"] if s not in list_strategies()]:
             raise ConfigError(
                 [f"--strategies: {unknown[0]} is none of {', '.join(list_strategies())}"]
@@ -116,11 +132,24 @@ class Lab:
             found["epsilons"] = [
                 found["epsilons"][i] for i in sorted({0, len(found["epsilons"]) - 1})
             ]
-        lab = cls(config, out, **found, table=table, size=QUICK if quick else LabSize())
+        size = QUICK if quick else LabSize()
+        lab = cls(config, out, **found, table=table, size=size, only=only, own=own)
         for strategy in lab.strategies:  # all that is wrong with them is said before anything runs
             for epsilon in lab.epsilons:
                 lab.at(strategy, epsilon)
         return lab
+
+    @staticmethod
+    def axes(config: Config) -> dict[str, Sequence[Any]]:
+        """The one budget, strategy and seed of a run."""
+        values = config.privacy.epsilon, config.strategy.name, config.run.seed
+        return {k: [v] for k, v in zip(AXES, values, strict=True)}
+
+    def whole(self, epsilon: float) -> Config:
+        """The run that is audited as a whole: a run's own config as it is, else by budget."""
+        found, given = self.at(self.strategies[0], epsilon).flat(), self.config.flat()
+        kept = ("privacy.noise-multiplier", "clients.ranks") if self.own else ()
+        return preflight.read({**found, **{key: given[key] for key in kept}})
 
     def at(self, strategy: str, epsilon: float, seed: int | None = None) -> Config:
         """The experiment with this strategy and budget, in a run of its own."""
@@ -139,6 +168,8 @@ class Lab:
             "evaluate.clients": False,
             "output.plots": False,
             "simulate.workers": 1,
+            "privacy.ledger": "",  # an attack is paid for by nobody's budget
+            "output.client-memory": "",
         }
         if len(set(self.config.clients.ranks)) > 1:
             changes["clients.ranks"] = str(max(self.config.clients.ranks))
@@ -153,11 +184,21 @@ class Lab:
                  for x in mechanisms(self.epsilons)]  # fmt: skip
         if self.config.model.task == "classification":
             found += grid("probe", seed=self.seeds, epsilon=self.epsilons)
+        found += grid("one-run", view=("rounds", "final"), epsilon=self.claims())
+        found += grid("power", view=("rounds", "final"), epsilon=(1.0, 4.0, 8.0))
         found += grid("inversion", strategy=self.strategies, rank=self.size.ranks)
         found += grid("shadows", epsilon=self.epsilons)
         found += grid("seat", rows=self.size.rows, **small)
         runs = grid("utility", seed=self.seeds, **small)
         return found + sorted(runs, key=self._loads)
+
+    def chosen(self) -> list[Measurement]:
+        """Those of the attacks that are asked for."""
+        return [m for m in self.measurements() if not self.only or m.part in self.only]
+
+    def claims(self) -> Sequence[float]:
+        """The budgets that a whole run is audited at."""
+        return self.epsilons if self.own else [e for e in self.epsilons if e]
 
     def _loads(self, measurement: Measurement) -> tuple[int, str]:
         """What of a run's config makes it load another model."""

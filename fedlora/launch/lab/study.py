@@ -6,6 +6,7 @@
     utility      accuracy by strategy and epsilon, beside a linear probe under the same epsilon
     membership   LiRA-lite and the loss threshold on models; the server's seat on single updates
     canaries     a measured lower bound on epsilon, and the same with bugs planted
+    one-run      the same of a whole federated run, and what it would find
     inversion    how much of a sentence one upload gives away, by strategy, rank and budget
 
 Each measurement is a row in a file of its own, OUT/rows/NAME.json, so what is done is not done
@@ -21,8 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import FedLoraError
+from fedlora.errors import FedLoraError, PrivacyError
 from fedlora.launch.lab import attacks, utility
+from fedlora.launch.lab.attacks import FAILS
 from fedlora.launch.lab.plan import Lab, Measurement, Row
 from fedlora.lora.tree_file import write_atomically
 from fedlora.reports.units import duration
@@ -30,6 +32,8 @@ from fedlora.training.devices import check_fork
 
 PARTS: Mapping[str, Callable[..., Row]] = {
     "canaries": attacks.canary,
+    "one-run": attacks.whole_run,
+    "power": attacks.power,
     "probe": utility.probe,
     "inversion": attacks.inversion,
     "shadows": attacks.shadows,
@@ -47,7 +51,7 @@ def run(lab: Lab, workers: int = 1, say: Callable[[str], None] = print) -> None:
             measured; everything else has been.
     """
     lab.open()
-    measurements = lab.measurements()
+    measurements = lab.chosen()
     todo = [m for m in measurements if lab.row(m) is None]
     if len(todo) < len(measurements):
         say(f"{len(measurements) - len(todo)} of {len(measurements)} measurements are done already")
@@ -84,7 +88,8 @@ def _work(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[st
 def brief(row: Row, labels: Mapping[str, Any]) -> str:
     """A row's first numbers, for its progress line."""
     numbers = [(k, v) for k, v in row.items() if isinstance(v, float) and k not in labels]
-    return ", ".join(f"{k} {v:.3g}" for k, v in numbers[:3] if k != "seconds")
+    said = [f"{k} {v:.3g}" for k, v in numbers[:3] if k != "seconds"]
+    return ", ".join([*said, *([str(row["verdict"])] if "verdict" in row else [])])
 
 
 def _forked(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[str], None]) -> int:
@@ -104,8 +109,17 @@ def _forked(lab: Lab, todo: Sequence[Measurement], claims: Path, say: Callable[[
         os._exit(status)
 
 
+def failed(lab: Lab) -> list[str]:
+    """The measurements that show that something claims more than holds."""
+    return [m.name for m in lab.measurements() if (lab.row(m) or {}).get("verdict") == FAILS]
+
+
 def main(lab: Lab, workers: int, command: str) -> Path:
-    """The whole command; its report's path. However it ends, the report has what was measured."""
+    """The whole command; its report's path. However it ends, the report has what was measured.
+
+    Raises:
+        PrivacyError: what was measured refutes a claim.
+    """
     from fedlora.launch.lab.page import write
 
     def say(text: str) -> None:
@@ -120,4 +134,8 @@ def main(lab: Lab, workers: int, command: str) -> Path:
         if (lab.out / "rows").exists():
             page = write(lab, command)
             say(f"report: {page}")
+    if wrong := failed(lab):
+        raise PrivacyError(
+            f"refuted: {', '.join(wrong)}; what was claimed and what was measured is in {page}"
+        )
     return page
