@@ -165,6 +165,15 @@ def test_the_command_fails_where_a_bug_refutes_the_claim(
     assert command(tmp_path, settings).exit_code == 1  # what was found stays
 
 
+def test_sizes_that_cannot_be_are_errors_that_say_so(tmp_path: Path, settings: Build) -> None:
+    wrong = (["--guesses", "601"], ["--guesses", "-2"], ["--canaries", "-1"])
+    for options in (*wrong, ["--confidence", "1"], ["--confidence", "-1"]):
+        done = command(tmp_path, settings, *options)
+        assert isinstance(done.exception, ConfigError)
+        assert options[0].removeprefix("--ca") in str(done.exception)
+    assert not (tmp_path / "audit").exists()
+
+
 def test_an_attack_that_is_not_there_is_named(tmp_path: Path, settings: Build) -> None:
     done = command(tmp_path, settings, "--attack", "one-rum")
     assert done.exit_code == 2

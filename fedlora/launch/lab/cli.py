@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,10 +68,6 @@ def audit(
         numbers = [int(x) for x in seeds.split(",")] if seeds else None
     except ValueError:
         raise typer.BadParameter("must be numbers: 0,8,1", param_hint="--epsilons") from None
-    if not 0 <= confidence < 1:
-        raise typer.BadParameter("must be below 1, as 0.95", param_hint="--confidence")
-    if canaries < 0 or not 0 <= guesses <= (canaries or 1000):
-        raise typer.BadParameter("must be at most the canaries", param_hint="--guesses")
     quiet_libraries()
     from fedlora.launch.lab.plan import Lab
     from fedlora.launch.lab.study import PARTS, main
@@ -86,11 +81,5 @@ def audit(
         out or Path("runs", "privacy", config.stem + ("-quick" if quick else "")), quick, only,
         epsilons=budgets, strategies=names or None, seeds=numbers,
     )  # fmt: skip
-    size = lab.size
-    lab.size = replace(
-        size,
-        planted=canaries or size.planted,
-        guesses=guesses or min(size.guesses, canaries or size.guesses),
-        confidence=confidence or size.confidence,
-    )
+    lab.size = lab.size.sized(canaries, guesses, confidence)
     main(lab, devices.workers(workers, str(devices.HOST)), shlex.join(["fedlora", *sys.argv[1:]]))

@@ -19,7 +19,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,23 @@ class LabSize:
     guesses: int = 200
     """are guessed about, in or out."""
     confidence: float = 0.95
+
+    def sized(self, canaries: int, guesses: int, confidence: float) -> "LabSize":
+        """The same with these of a whole run's audit; 0: its own.
+
+        Raises:
+            ConfigError: there are fewer canaries than guesses, or the confidence is none.
+        """
+        m, p = canaries or self.planted, confidence or self.confidence
+        r = guesses or min(self.guesses, m)
+        wrong = []
+        if not 2 <= r <= m:
+            wrong.append(f"--guesses {r}: must be 2 to the {m} canaries")
+        if not 0 < p < 1:
+            wrong.append(f"--confidence {p:g}: must be between 0 and 1, as 0.95")
+        if wrong:
+            raise ConfigError(wrong, "These are options of the command.")
+        return replace(self, planted=m, guesses=r, confidence=p)
 
 
 QUICK = LabSize(40, 4, 2.0, (4,), 1, 9, (16,), 2000, 400, 80)
