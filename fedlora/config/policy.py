@@ -68,6 +68,7 @@ class DataPolicy(Section):
     prompt: str = ROWS.prompt
     response: str = ROWS.response
     rejected: str = ROWS.rejected
+    messages: str = ROWS.messages
     map: Renames = ROWS.map
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ROWS.separator
     encoding: str = ROWS.encoding

@@ -69,8 +69,8 @@ class DataConfig(Section):
     "py:package.module:function" that returns a client's rows, of None the central test rows."""
     clients: Sites = ()
     """In place of path and partition: a table a client (path, text, text-pair, label,
-    label-separator, prompt, response, rejected, map, separator, encoding, rank), or a directory or
-    a pattern ("sites/*.csv") of one file a client."""
+    label-separator, prompt, response, rejected, messages, map, separator, encoding, rank), or a
+    directory or a pattern ("sites/*.csv") of one file a client."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
     """For text files: a regular expression over each line whose named groups are the columns."""
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
@@ -95,6 +95,9 @@ class DataConfig(Section):
     """For causal-lm: the column whose tokens are trained and scored; for preference the chosen."""
     rejected: str = "rejected"
     """For preference: the column of the answer that is not preferred."""
+    messages: str = ""
+    """For causal-lm, in place of prompt and response: the column of conversations, each a list of
+    messages of a role and a content. Through the chat template; the assistant's are trained."""
     labels: Names = ()
     """The labels of a classification, in order. Empty: the data's own numbered classes, else those
     that there are, numbers by size and texts by the alphabet."""
@@ -130,6 +133,11 @@ class DataConfig(Section):
     person's; rows without a value are left out. Empty: each row, as read, is its own."""
     node_path: str = ""
     """A deployed node's own data file (usually from its node config); overrides the partition."""
+
+    @property
+    def chats(self) -> bool:
+        """Do rows go through the tokenizer's chat template?"""
+        return self.chat_template or bool(self.messages)
 
 
 class ClientsConfig(Section):

@@ -32,6 +32,7 @@ class SiteConfig(Section):
     prompt: str = ""
     response: str = ""
     rejected: str = ""
+    messages: str = ""
     map: Renames = ()
     separator: Annotated[str, Field(pattern=SEPARATOR)] = ""
     encoding: str = ""
@@ -40,8 +41,8 @@ class SiteConfig(Section):
 
 
 COLUMNS = (
-    "text", "text_pair", "label", "label_separator", "prompt", "response", "rejected", "map",
-    "separator", "encoding",
+    "text", "text_pair", "label", "label_separator", "prompt", "response", "rejected", "messages",
+    "map", "separator", "encoding",
 )  # fmt: skip
 """The keys of a site that stand in for those of the same name in data: on a node as well."""
 

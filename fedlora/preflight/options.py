@@ -67,10 +67,10 @@ def _long_texts(config: Config) -> Iterator[str]:
             f"{windows}: a label is of a whole text, and no part need show it; set 'cut', or write "
             "the parts that have the label as rows"
         )
-    elif data.prompt or data.chat_template or any(site.prompt for site in data.clients):
+    elif data.prompt or data.chats or any(site.prompt for site in data.clients):
         yield (
             f"{windows}: a response is learned behind its prompt, and a later part of it would "
-            "have none; leave out data.prompt and data.chat-template, or set 'cut'"
+            "have none; leave out data.prompt, data.chat-template and data.messages, or set 'cut'"
         )
     if config.privacy.by_example:
         yield (

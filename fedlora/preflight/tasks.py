@@ -29,6 +29,13 @@ def problems(config: Config) -> Iterator[str]:
         yield from _preference(config)
     elif config.data.rejected != DataConfig().rejected:
         yield f"data.rejected with model.task = {name!r}: is read by preference alone"
+    if data.messages and name != "causal-lm":
+        yield f"data.messages with model.task = {name!r}: is read by causal-lm alone"
+    elif data.messages and (data.prompt or data.map):
+        yield (
+            "data.messages with data.prompt or data.map: a conversation has its own prompts and "
+            "answers; leave them out"
+        )
     if data.labels and not task.headed:
         yield f"data.labels with model.task = {name!r}: it chooses from no labels; leave it out"
 

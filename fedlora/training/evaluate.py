@@ -32,6 +32,6 @@ def generation(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, 
     """How answers are generated, for the record; None where none are."""
     if not task_of(config.model.task).answers or not config.evaluate.generate_tokens:
         return None
-    mark = end_mark(tokenizer, config.data.chat_template)
+    mark = end_mark(tokenizer, config.data.chats)
     stop = None if mark is None else str(tokenizer.convert_ids_to_tokens(mark))
     return {"greedy": True, "tokens": config.evaluate.generate_tokens, "stops_at": stop}

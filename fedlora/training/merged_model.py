@@ -108,7 +108,7 @@ def stop_where_trained(base: Any, model: Model) -> None:
 
     A shortest length, a forced last token or another end mark of the base's would overrule it.
     """
-    end = end_mark(model.tokenizer, model.config.data.chat_template)
+    end = end_mark(model.tokenizer, model.config.data.chats)
     if end is None or getattr(base, "generation_config", None) is None:
         return
     settings = base.generation_config = copy.deepcopy(base.generation_config)

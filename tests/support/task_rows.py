@@ -5,6 +5,7 @@ A new task is a line in MADE; the contract in tests/training/test_every_task.py 
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def answers(chance: random.Random) -> Iterator[Row]:
         yield {"text": text, "response": f" {label}"}
 
 
+def chats(chance: random.Random) -> Iterator[Row]:
+    for n in range(ROWS):
+        turns = [{"role": "user", "content": words(chance, n)}]
+        for k in range(chance.randint(1, 2)):
+            label = LABELS[(n + k) % 3]
+            said = {"role": "user", "content": f"{chance.choice(CUES[label])} is the"}
+            turns += [*([said] if k else []), {"role": "assistant", "content": label}]
+        yield {"messages": turns}
+
+
 def preferences(chance: random.Random) -> Iterator[Row]:
     for n in range(ROWS):
         label, other = LABELS[n % 3], LABELS[(n + chance.randint(1, 2)) % 3]
@@ -69,6 +80,7 @@ MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row
     "multi-label": ("multi-label", "bert", several, {}),
     "regression": ("regression", "bert", numbers, {}),
     "causal-lm": ("causal-lm", "gpt2", answers, {"data.prompt": "text"}),
+    "chat": ("causal-lm", "gpt2", chats, {"data.messages": "messages"}),
     "preference": (
         "preference",
         "gpt2",
@@ -87,4 +99,16 @@ def task_settings(
     path = directory / f"{case}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(random.Random(5))))
     given = {"model.task": task, "data.path": str(path), "data.prompt": "", **more}
+    if "data.messages" in more:
+        model = directory / "with-template"
+        shutil.copytree(str(settings(kind)["model.path"]), model, dirs_exist_ok=True)
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+        given["model.path"] = str(model)
     return settings(kind, **{**given, **changes})
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'what' if m.role == 'user' else 'is' }} {{ m.content }} [EOS] "
+    "{% endfor %}{% if add_generation_prompt %}is{% endif %}"
+)
+"""A chat template of words that the tiny tokenizer knows."""

@@ -185,6 +185,7 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
         "data.prompt": d.prompt,
         "data.response": d.response,
         "data.rejected": d.rejected,
+        "data.messages": d.messages,
         "data.map": flat_list(d.map),
         "data.separator": d.separator,
         "data.encoding": d.encoding,

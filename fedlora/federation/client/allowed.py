@@ -235,7 +235,8 @@ ALLOWED: Mapping[str, Rule] = {
 OWN = frozenset(
     f"data.{key}"
     for key in (
-        "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected", "map",
+        "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected",
+        "messages", "map",
         "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction",
         "node-path", "unit-column",
     )

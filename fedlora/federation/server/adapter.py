@@ -53,7 +53,7 @@ def write_card(
     checked: sentences on how it was checked, with the figures.
     """
     config = model.config
-    mark = end_mark(model.tokenizer, config.data.chat_template) if not model.labels else None
+    mark = end_mark(model.tokenizer, config.data.chats) if not model.labels else None
     script, use = load_script(config, model.labels, merged, mark)
     facts = CardFacts(
         base=base_of(config),

@@ -30,7 +30,7 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
     columns: dict[str, Any] = {
         "text": d.text, "text-pair": d.text_pair, "label": d.label,
         "label-separator": d.label_separator, "prompt": d.prompt, "response": d.response,
-        "rejected": d.rejected,
+        "rejected": d.rejected, "messages": d.messages,
         "map": [*d.map], "separator": d.separator, "encoding": d.encoding,
         "line-pattern": d.line_pattern, "limit": d.limit, "dedupe": d.dedupe,
         "client-test-fraction": d.client_test_fraction,

@@ -9,9 +9,11 @@ another's length: in training every example counts once, in the scores every tok
 
 A row is a prompt and a response (data/seam.py); the loss is on the response alone, its end mark
 included. With no prompt and no bos the first token is context only. Reads data.response and
-data.prompt; data.label where the data has it, for splits alone.
+data.prompt, or data.messages, conversations of which every turn of the assistant is scored
+(data/chat.py); data.label where the data has it, for splits alone.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +37,8 @@ from fedlora.training.data.batches import (
     prompt_batches,
     synthetic,
 )
+from fedlora.training.data.chat import conversations, turned
+from fedlora.training.data.chat import read as read_messages
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
@@ -65,6 +69,9 @@ class CausalLM:
         label = list[str]()
         if data.label in table.names:
             label = [as_label(x) for x in column(table, where, "data.label", data.label)]
+        if data.messages:
+            text = conversations(table, where, data.messages)
+            return Columns(text, label, needed=[Needed(data.messages, text)])
         text = prompts(table, where, data.prompt)
         read = column(table, where, "data.response", data.response)
         response = [renames.get(x, x) for x in read]
@@ -82,6 +89,8 @@ class CausalLM:
         return rows.response
 
     def written(self, rows: Rows, data: DataConfig) -> Mapping[str, Sequence[str]]:
+        if data.messages:
+            return {data.messages: rows.text, data.label: rows.label}
         return {data.prompt: rows.text, data.label: rows.label, data.response: rows.response}
 
     def encode(
@@ -95,6 +104,8 @@ class CausalLM:
         """A response is cut at its end, but never a prompt: a row whose prompt leaves no room for
         its response is left out. With data.long-texts = "windows" what is cut off are further
         examples of the row: see `stretches`."""
+        if data.messages:
+            return _conversations(rows, tokenizer, longest)
         ids: list[Sequence[int]] = []
         asked: list[int] = []
         kept: list[int] = []
@@ -139,6 +150,11 @@ class CausalLM:
         return torch.stack(found)
 
     def scored(self, encoded: Encoded) -> Tensor:
+        if encoded.marks is not None:
+            marked = (encoded.marks != IGNORE).long()
+            marked[encoded.starts[:-1]] = 0  # nothing predicts a first token
+            ends = torch.cat([marked.new_zeros(1), marked.cumsum(0)])
+            return ends[encoded.starts].diff()
         assert encoded.prompts is not None
         return (encoded.lengths - encoded.prompts.clamp(min=1)).clamp(min=0)
 
@@ -149,7 +165,8 @@ class CausalLM:
             losses.append(_losses(net, batch, labels))
             tokens.append((labels[:, 1:] != IGNORE).sum(1))
         found = metrics.language(on_host(torch.cat(losses)), torch.cat(tokens))
-        if generate and config.data.prompt and config.evaluate.generate_tokens:
+        asks = config.data.prompt or config.data.messages
+        if generate and asks and config.evaluate.generate_tokens:
             answers, responses = answered(net, rows, config)
             found["exact_match"] = metrics.exact_match(answers, responses)
             found |= own_scores(config, answers, responses)
@@ -169,6 +186,29 @@ batch = tokenizer(["a prompt"], return_tensors="pt")
 found = model.generate(**batch, do_sample=False, max_new_tokens=32, eos_token_id={end!r})
 print(tokenizer.decode(found[0]))
 """
+
+
+def _conversations(rows: Rows, tokenizer: PreTrainedTokenizerBase, longest: int) -> Encoded:
+    """Whole conversations, cut at their end, of which the assistant's words are marked."""
+    ids, marks = list[list[int]](), list[list[int]]()
+    asked, kept, left = list[int](), list[int](), Counter[str]()
+    for i, text in enumerate(rows.text):
+        found = turned(read_messages(text), tokenizer)
+        if isinstance(found, str):
+            left[found] += 1
+        elif not any(found.trained[1:longest]):
+            left[f"have no word of the assistant in data.max-length = {longest} tokens"] += 1
+        else:
+            ids.append(found.ids[:longest])
+            every = zip(ids[-1], found.trained, strict=False)
+            marks.append([x if trained else IGNORE for x, trained in every])
+            asked.append(min(found.asked, longest - 1))
+            kept.append(i)
+    tell(len(rows), len(kept), left)
+    tokens, starts = flat(ids)
+    numbers, lengths = (torch.tensor(x, dtype=torch.long) for x in (kept, asked))
+    pad = pad_of(tokenizer)
+    return Encoded(tokens, starts, numbers, pad, marks=flat(marks)[0], prompts=lengths)
 
 
 UNWRITTEN = (
@@ -242,7 +282,7 @@ def greedy(tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConf
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=config.evaluate.generate_tokens,
-        eos_token_id=end_mark(tokenizer, config.data.chat_template),
+        eos_token_id=end_mark(tokenizer, config.data.chats),
         pad_token_id=tokenizer.pad_token_id,
     )
 
