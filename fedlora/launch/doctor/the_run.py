@@ -225,17 +225,15 @@ def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding
     """Where a language model learns to stop, and where prompt and response share a token."""
     if not model.task.generates:
         return
-    mark = end_mark(model.tokenizer, config.data.chats)
-    if mark is None:
+    if (mark := end_mark(model.tokenizer, config.data.chats)) is None:
         hint = "name a model.tokenizer with an eos token"
         yield Finding("note", "the model learns no end: its tokenizer has no eos token", hint)
     else:
         stop = model.tokenizer.convert_ids_to_tokens(mark)
         yield Finding("ok", f"the model learns to stop at {stop!r}")
-    if config.data.messages:
-        return
     parts = [part for c in corpus.clients for part in (c.train, c.test)] + [corpus.test]
     chat = config.data.chat_template
+    parts = [] if config.data.messages else parts  # whose turns have no seams of ours
     shared = [p.straddled for rows in parts for p in pieces(rows, model.tokenizer, chat)]
     if any(shared):
         yield Finding(
