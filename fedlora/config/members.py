@@ -1,5 +1,6 @@
 """Whose signatures a node believes in a secure aggregation: members.toml, named by its node.toml.
 
+    authority = "ssh-ed25519 AAAA..."     whose certificates are believed, where there is one
     revoked = ["ssh-ed25519 AAAA..."]
 
     [members]
@@ -7,7 +8,9 @@
     1 = "ssh-ed25519 AAAA..."
 
 The keys come from the members' operators, and never from the server. `fedlora node members` adds to
-the list and revokes; a revoked key stays on it, so that it is not taken in again.
+the list and revokes; a revoked key stays on it, so that it is not taken in again. Of a client whose
+key is not listed the authority's certificate is believed (member_certificates.py). It may come by
+way of the server, which cannot make one.
 """
 
 from collections.abc import Mapping
@@ -20,6 +23,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedlora.config.member_certificates import check_certificate
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError, PrivacyError
 
@@ -35,12 +39,22 @@ class Members:
 
     listed: Mapping[int, bytes] | None = None
     revoked: frozenset[bytes] = field(default_factory=frozenset)
+    authority: bytes | None = None
 
-    def check(self, client: int, identity: bytes) -> None:
-        """Raises PrivacyError where this is not the key that the client is known by."""
+    def check(self, client: int, identity: bytes, certificate: bytes = b"") -> None:
+        """Raises PrivacyError where this is not the key that the client is known by.
+
+        That which is listed for it, whatever certificate it shows; else one that the authority says
+        is its own.
+        """
         if identity in self.revoked:
             raise PrivacyError.public(f"client {client}'s key is revoked on this node")
         if self.listed is None:
+            return
+        if client not in self.listed and self.authority is not None:
+            if identity in self.listed.values():
+                raise PrivacyError.public(f"client {client} shows a key that is another client's")
+            check_certificate(certificate, client, identity, self.authority)
             return
         if client not in self.listed:
             raise PrivacyError.public(f"client {client} is no member on this node's list")
@@ -59,21 +73,23 @@ class Members:
         tree, _ = read_toml(path)
         where = f"Fix {path}, this node's list of members."
         try:
-            strange = tree.keys() - {"members", "revoked"}
+            strange = tree.keys() - {"members", "revoked", "authority"}
             if strange:
                 raise ValueError(f"{min(strange)}: no such key")
             listed = {_client(i): public_key(x) for i, x in tree.get("members", {}).items()}
             revoked = frozenset(public_key(x) for x in tree.get("revoked", []))
+            authority = public_key(tree["authority"]) if "authority" in tree else None
         except (ValueError, TypeError, AttributeError) as e:
             raise ConfigError([f"members: {e}"], where) from None
         if len({*listed.values()}) != len(listed):
             raise ConfigError(["members: two clients have one key"], where)
-        return cls(listed, revoked)
+        return cls(listed, revoked, authority)
 
     def save(self, path: Path) -> None:
         """Write the list, whole or not at all."""
         listed = {str(i): key_text(x) for i, x in sorted((self.listed or {}).items())}
-        tree: dict[str, Any] = {"revoked": sorted(map(key_text, self.revoked)), "members": listed}
+        tree: dict[str, Any] = {"authority": key_text(self.authority)} if self.authority else {}
+        tree |= {"revoked": sorted(map(key_text, self.revoked)), "members": listed}
         part = path.with_name(f"{path.name}.part")
         part.write_text(tomli_w.dumps(tree))
         part.replace(path)
@@ -93,6 +109,11 @@ class Members:
             raise ConfigError([f"client {client}: this is client {others[0]}'s key"], "")
         return replace(self, listed={**listed, client: identity})
 
+    def revoking_key(self, identity: bytes) -> "Members":
+        """Without a key, whoever's it is and whatever certificate it has."""
+        listed = {i: x for i, x in (self.listed or {}).items() if x != identity}
+        return replace(self, listed=listed, revoked=self.revoked | {identity})
+
     def revoking(self, client: int) -> "Members":
         """Without a member, whose key is never believed again.
 
@@ -102,7 +123,8 @@ class Members:
         listed = dict(self.listed or {})
         if client not in listed:
             raise ConfigError([f"client {client} is no member"], "")
-        return Members(listed, self.revoked | {listed.pop(client)})
+        key = listed.pop(client)
+        return replace(self, listed=listed, revoked=self.revoked | {key})
 
 
 def public_key(text: str) -> bytes:

@@ -97,6 +97,8 @@ class PrivacyPolicy(Section):
     """The largest privacy.delta of a run. 0: no limit."""
     unit: str = ""
     """A column: all rows of one value, a person's, are one unit. Empty: each row is."""
+    withdrawn: Names = ()
+    """Values of that column whose rows are left out from the next message on, for good."""
     ledger: str = ""
     """Directory of the ledger; empty: with the memory."""
     keeper: str = ""
@@ -105,6 +107,12 @@ class PrivacyPolicy(Section):
     metrics: Literal["never", "without-dp", "always"] = "without-dp"
     """When may counts, losses, scores and timings of this node be told? always: under DP, too, to a
     run that sets privacy.release-metrics."""
+
+    @model_validator(mode="after")
+    def _of_a_column(self) -> "PrivacyPolicy":
+        if self.withdrawn and not self.unit:
+            raise ValueError("withdrawn: say in `unit` which column has these values")
+        return self
 
 
 class SecurePolicy(Section):
@@ -125,6 +133,8 @@ class SecurePolicy(Section):
     is."""
     key: str = "member.key"
     """What this node signs with, where it has a list of members."""
+    certificate: str = "member.cert"
+    """The word of the members' authority on that key, where there is one; it is shown to them."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "SecurePolicy":
@@ -264,7 +274,11 @@ class Policy(Section):
                     }
                 ),
                 "secure": self.secure.model_copy(
-                    update={"members": there(self.secure.members), "key": there(self.secure.key)}
+                    update={
+                        "members": there(self.secure.members),
+                        "key": there(self.secure.key),
+                        "certificate": there(self.secure.certificate),
+                    }
                 ),
                 "model": self.model.model_copy(update={"allowed": models}),
             }

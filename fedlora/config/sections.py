@@ -131,6 +131,8 @@ class DataConfig(Section):
     unit_column: str = ""
     """What one unit of example-level privacy is: all rows with one value of this column, one
     person's; rows without a value are left out. Empty: each row, as read, is its own."""
+    withdrawn: Names = ()
+    """Units whose rows are left out, by digest: a node's policy names them."""
     node_path: str = ""
     """A deployed node's own data file (usually from its node config); overrides the partition."""
 

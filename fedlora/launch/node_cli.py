@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedlora.launch.node_backup import backup, restore
 from fedlora.launch.node_file import NodeFile
 from fedlora.launch.node_ledger_cli import recover
+from fedlora.launch.node_members_cli import members
 
 if TYPE_CHECKING:
     from fedlora.config.policy import Policy
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="A node's own policy, node.toml, and its record.", no_args_is_help=True)
 app.command()(recover)
+app.command()(backup)
+app.command()(restore)
+app.add_typer(members, name="members")
 
 
 @app.callback()
@@ -123,71 +128,6 @@ def _first_book(policy: Path) -> None:
     book = SecureBook(read.ledger)
     if not read.privacy.keeper and not book.path.exists():
         book.recover(0)
-
-
-members = typer.Typer(help="Whose signatures this node believes in a sum.", no_args_is_help=True)
-app.add_typer(members, name="members")
-Number = Annotated[int, typer.Argument(help="The client's number.", min=0, show_default=False)]
-
-
-@members.callback()
-def believed() -> None:
-    """Whose signatures this node believes in a secure aggregation."""
-
-
-@members.command("add")
-def add_member(
-    policy: NodeFile,
-    client: Number,
-    public: Annotated[Path, typer.Argument(help="Its member.pub.", show_default=False)],
-) -> None:
-    """Put a client's public key on the list."""
-    from fedlora.config.members import Members, public_key
-    from fedlora.errors import ConfigError
-
-    path = _list(policy)
-    try:
-        key = public_key(public.read_text())
-    except (OSError, ValueError) as e:
-        raise ConfigError([f"{public}: {e}"], "Name the member.pub of a node.") from None
-    known = Members.load(path) if path.exists() else Members({})
-    known.adding(client, key).save(path)
-    typer.echo(f"{path}: client {client} is a member")
-
-
-@members.command("revoke")
-def revoke_member(policy: NodeFile, client: Number) -> None:
-    """Take a client's key off the list, and never believe it again."""
-    from fedlora.config.members import Members
-
-    path = _list(policy)
-    Members.load(path).revoking(client).save(path)
-    typer.echo(f"{path}: client {client} is no member any more, and its key is revoked")
-
-
-@members.command("list")
-def list_members(policy: NodeFile) -> None:
-    """The members and their public keys, and those that are revoked."""
-    from fedlora.config.members import Members, key_text
-
-    found = Members.load(_list(policy))
-    for i, key in sorted((found.listed or {}).items()):
-        typer.echo(f"{i}  {key_text(key)}")
-    for text in sorted(map(key_text, found.revoked)):
-        typer.echo(f"revoked  {text}")
-
-
-def _list(policy: Path) -> Path:
-    """Where a node's list of members is."""
-    from fedlora.config.policy import Policy
-    from fedlora.errors import ConfigError
-
-    if path := Policy.load(policy).secure.members:
-        return Path(path)
-    raise ConfigError(
-        ["secure.members: is not set, so the server says whose each key is"],
-        f'Set members = "members.toml" under [secure] of {policy}.',
-    )
 
 
 @app.command()

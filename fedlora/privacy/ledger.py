@@ -170,7 +170,7 @@ class Ledger:
             BudgetSpent: it would exceed the budget (0: none). No charge was written.
             PrivacyError: the ledger cannot be trusted.
         """
-        with self._locked():
+        with self.held():
             self._begun()
             contents = self.read(charge)
             paid = contents.count(charge.run, charge.client)
@@ -186,7 +186,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Begin the ledger, at zero, where there is none: once in a node's life."""
-        with self._locked():
+        with self.held():
             if not self.directory.exists():
                 self._make(0.0)
 
@@ -195,11 +195,16 @@ class Ledger:
 
         A ledger that cannot be read is put aside, where is returned, and another begun.
         """
-        with self._locked():
+        with self.held():
             try:
                 contents = self.read()
                 if self.directory.exists():
-                    said: dict[str, Any] = {"recovered": spent, "time": now()}
+                    said: dict[str, Any] = {
+                        "opened": _drawn_number(),
+                        "time": now(),
+                        "recovered": spent,
+                        "before-it": contents.opening.get("before-it", {}),
+                    }
                     if contents.torn and contents.charges:
                         contents = self._heal(contents, contents.charges[-1])
                     elif contents.torn:
@@ -313,7 +318,8 @@ class Ledger:
         write_atomically(self.marker, json.dumps(state).encode())
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
+        """A context in which nobody else writes to it."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.directory.with_suffix(".lock")):
             yield

@@ -106,7 +106,13 @@ def _kept(part: str, config: Config) -> Path | None:
 
 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
-    """This client's rows: its part of the simulated federation, or its node's own file."""
+    """This client's rows, without those of units that have withdrawn."""
+    found, gone = all_client_rows(client, config, labels), config.data.withdrawn
+    return ClientRows(*(part.without(gone) for part in (found.train, found.test)))
+
+
+def all_client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
+    """Its part of the simulated federation, or its node's own file; whoever has withdrawn."""
     if config.data.node_path:
         key = (config.data, task_of(config.model.task), labels, config.run.seed, client,
                config.privacy.by_example)  # fmt: skip

@@ -22,6 +22,7 @@ from fedlora.federation.client.allowed import ALLOWED, IGNORED, OF_A_SHARED_CORP
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.job import Job
 from fedlora.strategies import STRATEGIES
+from fedlora.training.data.row_units import by_value
 from fedlora.training.user_code import is_code
 
 Against = Iterator[tuple[str, str]]
@@ -195,6 +196,7 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
         "data.client-test-fraction": d.client_test_fraction,
         "output.client-memory": str(policy.memory),
         "data.unit-column": policy.privacy.unit,
+        "data.withdrawn": flat_list([x.hex() for x in by_value(policy.privacy.withdrawn)]),
         "privacy.ledger": str(policy.ledger),
         "privacy.delta": policy.privacy.delta,
         "privacy.max-epsilon": policy.privacy.max_epsilon,

@@ -238,7 +238,7 @@ OWN = frozenset(
         "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected",
         "messages", "map",
         "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction",
-        "node-path", "unit-column",
+        "node-path", "unit-column", "withdrawn",
     )
 ) | {
     "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "privacy.delta",

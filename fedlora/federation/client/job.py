@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedlora.config.member_certificates import read_file
 from fedlora.config.members import Members, private_key
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
@@ -183,8 +184,10 @@ class ClientJob:
         if own is None or not own.members:  # the server says whose each key is
             return SecureClient(directory, job.client, name, together=together)
         identity, members = private_key(Path(own.key)), Members.load(Path(own.members))
-        members.check(job.client, public_half(identity))
-        return SecureClient(directory, job.client, name, identity, members, together)
+        certificate = read_file(Path(own.certificate))
+        members.check(job.client, public_half(identity), certificate)
+        signs = identity, members, together, certificate
+        return SecureClient(directory, job.client, name, *signs)
 
     def enter_secure_round(self, step: secure_book.Step) -> None:
         """This step is on the node's disk, where it counts, when this returns.
@@ -203,7 +206,7 @@ class ClientJob:
         """
         config, job = self.config, self.job
         if config.data.node_path:
-            mine = cache.client_rows(job.client, config, job.labels)
+            mine = cache.all_client_rows(job.client, config, job.labels)
             self.memory.check_rows(digest_of_rows([mine.train, mine.test]))
         rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}

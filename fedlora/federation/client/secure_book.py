@@ -93,7 +93,7 @@ class SecureBook:
 
     def begin(self) -> None:
         """With no round so far, where there is no file: once in a node's life."""
-        with self._locked():
+        with self.held():
             if not self.path.exists():
                 self._write(SecureState())
 
@@ -103,7 +103,7 @@ class SecureBook:
         Raises:
             PrivacyError: the file is damaged, and no number was said.
         """
-        with self._locked():
+        with self.held():
             if rounds is None:
                 found = self.read() or SecureState()
             else:
@@ -120,7 +120,7 @@ class SecureBook:
             PolicyError: there is to be none more, or none of a server that began at `since`.
             PrivacyError: the file is damaged, or there is none where there is a limit.
         """
-        with self._locked():
+        with self.held():
             found = self.read()
             if found is None and limit:
                 raise PrivacyError.public(
@@ -146,7 +146,8 @@ class SecureBook:
         write_atomically(self.path, json.dumps(asdict(state)).encode())
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
+        """A context in which nobody else writes to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
             yield

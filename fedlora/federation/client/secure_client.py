@@ -60,11 +60,13 @@ class SecureClient:
         identity: bytes | None = None,
         members: Members = TRUSTING,
         together: int = 0,
+        certificate: bytes = b"",
     ) -> None:
         """`directory` is the client's own, of this run; `identity` the private key it signs with.
 
         Without one it makes one, and keeps it in that directory. together: how many clients of one
-        kind it demands, where that is more than the run's terms do.
+        kind it demands, where that is more than the run's terms do. certificate: an authority's
+        word on its identity, which it shows the others.
         """
         self.directory = directory
         self.me = client
@@ -73,6 +75,7 @@ class SecureClient:
         self.members = members
         self.together = together
         self._given = identity
+        self._certificate = certificate
 
     # -- the stages ---------------------------------------------------------------------------
 
@@ -88,7 +91,8 @@ class SecureClient:
         self._begin()
         (sk1, pk1), (sk2, pk2) = masking.key_pair(), masking.key_pair()
         identity, text = self._identity(), self._keys_text(self.me, pk1, pk2, agreement)
-        keys = RoundKeys(pk1, pk2, signing.public_half(identity), signing.sign(identity, text))
+        signed = signing.public_half(identity), signing.sign(identity, text), self._certificate
+        keys = RoundKeys(pk1, pk2, *signed)
         own, told = [*keys], agreement.record()
         self.leave("share", agreement=told, sk1=sk1, sk2=sk2, own=own)
         return keys
@@ -116,7 +120,7 @@ class SecureClient:
             raise PrivacyError.public("two public keys are the same")
         for i, k in keys.items():
             if i != self.me:
-                self.members.check(i, k.identity)
+                self.members.check(i, k.identity, k.certificate)
                 text = self._keys_text(i, k.masks, k.boxes, agreement)
                 if not signing.signed_by(k.identity, k.signature, text):
                     raise PrivacyError.public(
@@ -197,8 +201,9 @@ class SecureClient:
         text, signed = self._survivors_text(agreement, alive), {self.me}
         for i, signature in signatures.items():
             if i in alive and i in s["identities"] and i != self.me:
-                self.members.check(i, s["identities"][i])
-                if signing.signed_by(s["identities"][i], signature, text):
+                identity, certificate = s["identities"][i]
+                self.members.check(i, identity, certificate)
+                if signing.signed_by(identity, signature, text):
                     signed.add(i)
         if len(signed) < agreement.terms.threshold:
             raise PrivacyError.public(
@@ -305,7 +310,7 @@ class Masker:
             if i != self.member.me:
                 shared = masking.pair_mask(s["sk1"], s["keys"][i][0], told, n, bits)
                 masking.cancel(total, self.member.me, i, shared)
-        identities = {i: s["keys"][i][2] for i in s["shares"]}
+        identities = {i: (s["keys"][i][2], s["keys"][i][4]) for i in s["shares"]}
         agreement, shares = s["agreement"], s["shares"]
         self.member.leave("agree", agreement=agreement, shares=shares, identities=identities)
         return np.asarray(total)

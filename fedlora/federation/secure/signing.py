@@ -29,6 +29,8 @@ class RoundKeys(NamedTuple):
     identity: bytes
     """Public, 32 bytes: whose signature it is."""
     signature: bytes
+    certificate: bytes = b""
+    """An authority's word on the identity, where there is one: config/member_certificates.py."""
 
 
 def new_identity() -> bytes:

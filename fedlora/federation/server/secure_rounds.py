@@ -127,7 +127,7 @@ class SecureRound:
         seen: set[bytes] = set()
 
         def read(i: int, content: RecordDict) -> RoundKeys:
-            keys = RoundKeys(*blobs(configs_of(content, "secagg")["keys"], 4))
+            keys = RoundKeys(*blobs(configs_of(content, "secagg")["keys"], len(RoundKeys._fields)))
             for key in keys[:2]:  # one that the others could not use would cost all of them
                 masking.check_public(key)
             if seen & {*keys[:3]} or len({*keys[:3]}) < 3:

@@ -86,6 +86,18 @@ def own_keys(directory: Path) -> list[str]:
     return made
 
 
+def member_authority(directory: Path) -> None:
+    """authority.key and authority.pub, which sign members' keys.
+
+    Raises:
+        DeployError: there is one.
+    """
+    if (directory / "authority.key").exists():
+        raise DeployError(f"{directory / 'authority.key'} is there: what it signed would be lost")
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_pair(directory, "authority", Ed25519PrivateKey.generate())
+
+
 def node_key(directory: Path, name: str = "node") -> None:
     """node.key, and node.pub in OpenSSH's format, as `flwr supernode register` takes it."""
     _write_pair(directory, name, ec.generate_private_key(ec.SECP384R1()))

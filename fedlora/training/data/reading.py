@@ -136,9 +136,9 @@ def _rows_of(
         check_clients([x for x in group if x], data)
         needed.append(Needed(data.natural_column, group))
     units: tuple[bytes, ...] = ()
-    if book.units and data.unit_column:
+    if data.unit_column and (book.units or data.withdrawn):
         who = column(table, path, "data.unit-column", data.unit_column)
-        needed.append(Needed(data.unit_column, who))
+        needed += [Needed(data.unit_column, who)] if book.units else []
         units = row_units.by_value(who)
     elif book.units:
         units = row_units.by_row(table)

@@ -40,6 +40,13 @@ class Rows:
         found = (tuple(map(column.__getitem__, at)) if column else () for column in self.columns)
         return replace(Rows(*found), classes=self.classes)
 
+    def without(self, units: Sequence[str]) -> "Rows":
+        """Those of other units than these, which are named by their digests in hexadecimal."""
+        gone = {bytes.fromhex(x) for x in units}
+        if not gone & {*self.unit}:
+            return self
+        return self.select(i for i, x in enumerate(self.unit) if x not in gone)
+
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
         """The rows of all parts, one after the other. A column that a part lacks is left out."""
