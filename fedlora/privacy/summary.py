@@ -32,9 +32,10 @@ def summary(config: Config, rounds: Iterable[Mapping[str, Any]]) -> dict[str, An
         if "privacy" in line:
             found |= {key: line["privacy"][key] for key in ("epsilon", "sigma", "q")}
         clients = (line.get("clients") or {}).items()
-        last |= {str(i): facts["privacy"] for i, facts in clients if facts.get("privacy")}
+        if p.by_example:  # else the server has noised, and no client's word is asked
+            last |= {str(i): facts["privacy"] for i, facts in clients if facts.get("privacy")}
     for key in ("epsilon", "sigma", "q") if last else ():
-        found[key] = {i: facts[key] for i, facts in last.items()}
+        found[key] = {i: facts.get(key) for i, facts in last.items()}
     deltas = {i: facts["delta"] for i, facts in last.items() if "delta" in facts}
     if {*deltas.values()} - {p.delta}:  # a node counts at its own
         found["delta"] = deltas
@@ -53,5 +54,8 @@ def _unit(config: Config) -> str:
     return "one example of one client"
 
 
-def _said(epsilon: float) -> float | str:
+def _said(epsilon: float | None) -> float | str:
+    """None: a client did not tell it."""
+    if epsilon is None:
+        return "not told"
     return epsilon if epsilon <= NO_PRIVACY else in_words(epsilon)

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedlora.config.reader import Config
 from fedlora.errors import ClientError, TrainingCheckError, UpdateError
+from fedlora.federation.server.client_words import MOST_SCORE, check_metrics, facts_of
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import (
     Shapes,
@@ -33,10 +34,6 @@ from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
 
 POLL, SLOWEST_POLL = 0.05, 1.0
 """Seconds between two looks for replies: at first, and after a while without one."""
-
-
-MOST_METRICS, LONGEST_NAME = 200, 80
-"""Of the numbers that a client tells of itself: how many, and the characters of a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +206,7 @@ def read_reply(
         raise UpdateError(f"the reply lacks {e}") from None
     check_count(n, limits)
     check_metrics(metrics)
-    if not math.isfinite(metrics.get("loss", 0.0)):
+    if not abs(metrics.get("loss", 0.0)) <= MOST_SCORE:  # NaN is not, either
         received.diverged.add(client.id)
     shapes, scale = schema
     if begun is None:
@@ -256,23 +253,6 @@ def check_count(n: Any, limits: Limits) -> None:
         )
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raises UpdateError where what a client tells of itself is not a few numbers by name."""
-    if len(metrics) > MOST_METRICS:
-        raise UpdateError(f"it sends {len(metrics)} metrics: must be {MOST_METRICS} at most")
-    for name, value in metrics.items():
-        if len(name) > LONGEST_NAME or not name.isprintable():
-            raise UpdateError(
-                f"a metric's name, {name[:LONGEST_NAME]!r}, must be {LONGEST_NAME} printable "
-                "characters at most"
-            )
-        if isinstance(value, list):
-            raise UpdateError(f"{name} = {value[:3]!r}: must be one number")
-        measured = name != "loss" and "." not in name
-        if measured and not (math.isfinite(value) and value >= 0):
-            raise UpdateError(f"{name} = {value!r}: must be a finite number, 0 or more")
-
-
 def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:
     """The tag of a reply, checked to be that of the message it should answer.
 
@@ -301,38 +281,6 @@ def error_of(reply: Message) -> ClientError | None:
     if not reply.has_error():
         return None
     return ClientError(reply.error.code, reply.error.reason or "no reason given")
-
-
-def facts_of(
-    client: Client, round: Round, keeps: bool, metrics: Mapping[str, Any], bytes_up: int
-) -> dict[str, Any]:
-    """The record of a client's round; what it did not report is None, its examples 1.
-
-    microbatch: where its device ran out of memory, so that it equals others to rounding only.
-    """
-    return {
-        "round": round.number,
-        "rank": max(layer.rank for layer in client.layers.values()),
-        "keeps": keeps,
-        "examples": metrics.get("num-examples", 1),
-        "steps": metrics.get("steps"),
-        "train_loss": metrics.get("loss"),
-        "seconds": metrics.get("seconds"),
-        "train_seconds": metrics.get("train-seconds"),
-        "privacy": part_of(metrics, "privacy."),
-        "forward_seconds": metrics.get("forward-seconds"),
-        "backward_seconds": metrics.get("backward-seconds"),
-        "tokens": metrics.get("tokens"),
-        **({"microbatch": halved} if (halved := _whole(metrics.get("microbatch"))) else {}),
-        "bytes_up": bytes_up,
-        "before": part_of(metrics, "before."),
-        "after": part_of(metrics, "after."),
-    }
-
-
-def _whole(x: Any) -> int:
-    """A count that a client tells; 0 of anything else."""
-    return x if isinstance(x, int) and not isinstance(x, bool) and x > 0 else 0
 
 
 def check_norm(
@@ -387,9 +335,3 @@ class Schemas:
     def columns(self) -> list[str]:
         """Which columns of the factors clients have been asked for so far."""
         return sorted({column for shapes, _ in self._known.values() for column, _ in shapes})
-
-
-def part_of(metrics: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
-    """The metrics whose names begin with the prefix, without it; None where there are none."""
-    found = {k.removeprefix(prefix): float(v) for k, v in metrics.items() if k.startswith(prefix)}
-    return found or None

@@ -1,6 +1,7 @@
 """After the last round: collect what clients kept, score, and write the adapter and the summary."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from flwr.serverapp import Grid
 from fedlora.errors import FedLoraError, UpdateError
 from fedlora.federation.server.adapter import checked, hold, limited, write_card
 from fedlora.federation.server.bounds import check_finite, within
+from fedlora.federation.server.client_words import check_metrics, scores_of
 from fedlora.federation.server.exchange import (
     Limits,
     check_count,
-    check_metrics,
     error_of,
     exchange,
-    part_of,
+    tag_of,
 )
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import (
@@ -96,7 +97,9 @@ def collect(
     uploads = []
     for i, reply in _answers(setting, session, grid, messages):
         try:
-            uploads.append(read_kept(setting, run, reply, client(setting, run, i)))
+            here = client(setting, run, i)
+            tag_of(reply, here, round, run.token)
+            uploads.append(read_kept(setting, run, reply, here))
         except FedLoraError as e:
             session.observer.client_failed(i, Refusal.of(e).reason)
     uploads = within(setting, session, uploads)
@@ -140,6 +143,7 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
     members = dict(run.members)
     for i, reply in _answers(setting, session, grid, messages):
         try:
+            tag_of(reply, client(setting, run, i), round, run.token)
             said = metrics_of(reply.content, "metrics")
             check_metrics(said)
         except (KeyError, UpdateError) as e:
@@ -147,9 +151,9 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
             continue
         members[i] = replace(
             members[i],
-            final=part_of(said, "final.") or {},
-            personalized=part_of(said, "personalized.") or {},
-            alone=part_of(said, "alone.") or {},
+            final=scores_of(said, "final.") or {},
+            personalized=scores_of(said, "personalized.") or {},
+            alone=scores_of(said, "alone.") or {},
         )
     return replace(run, members=members)
 
@@ -169,8 +173,12 @@ def _answers(
 def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     """The clients' mean of what the run is judged by, and that of the worst tenth of them.
 
-    A tenth is at least one client. None where no client was scored.
+    A tenth is at least one client. A name counts that more than half of the scored clients tell:
+    what a run is judged by is not for one of them to say. None where no client was scored.
     """
+    told = Counter(name for s in scores for name in s)
+    most = sum(map(bool, scores)) / 2
+    scores = [{name: x for name, x in s.items() if told[name] > most} for s in scores]
     metric = judged_by(scores)
     metric = LOSS if metric is PERPLEXITY else metric
     key = metric.key

@@ -36,14 +36,13 @@ from torch import Tensor
 from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, RoundError, StrategyError, UpdateError
 from fedlora.federation.server.bounds import within
-from fedlora.federation.server.exchange import Limits, check_count, error_of, exchange
+from fedlora.federation.server.exchange import Limits, check_count, exchange, tag_of
 from fedlora.federation.server.journal import Saved
-from fedlora.federation.server.run import Session, Setting, client, message
+from fedlora.federation.server.run import Session, Setting, message
 from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import (
     Shapes,
     arrays_of,
-    configs_of,
     metrics_of,
     pack_factors,
     unpack_factors,
@@ -166,12 +165,13 @@ class _Asked:
             made.content["sketch"] = ConfigRecord(asked)
             messages.append(made)
         shapes = {("A", m): self._shape(m, send, what) for m in widths}
-        uploads = []
-        for _, reply in exchange(self.grid, messages, setting.config.round.deadline):
+        uploads, of_node = [], {session.nodes[c.id]: c for c in self.clients}
+        for node, reply in exchange(self.grid, messages, setting.config.round.deadline):
             try:
-                uploads.append(_read(setting, run, reply, {c.id for c in self.clients}, shapes))
+                tag_of(reply, of_node[node], round, run.token)
+                uploads.append(_read(setting, reply, of_node[node], shapes))
             except FedLoraError as e:
-                session.observer.client_failed(None, Refusal.of(e).reason)
+                session.observer.client_failed(of_node[node].id, Refusal.of(e).reason)
         uploads = within(setting, session, uploads)
         if not uploads:
             raise RoundError("no client sent its first gradient; nothing was begun")
@@ -192,22 +192,17 @@ class _Asked:
         return self.setting.config.run.rounds * each
 
 
-def _read(setting: Setting, run: Saved, reply: Message, asked: set[int], shapes: Shapes) -> Upload:
+def _read(setting: Setting, reply: Message, client: Client, shapes: Shapes) -> Upload:
     """A client's sketch, decoded and checked.
 
     Raises:
         UpdateError, WireError: what is wrong with it.
     """
-    if error := error_of(reply):
-        raise error
     try:
-        i = configs_of(reply.content, "reply")["client"]
         n = metrics_of(reply.content, "metrics")["num-examples"]
         record = arrays_of(reply.content, "sent")
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}") from None
-    if i not in asked:
-        raise UpdateError(f"the reply is of client {i!r}, which was not asked")
     check_count(n, Limits.of(setting.config))
     sent = unpack_factors(record, {}, shapes, "float32")
-    return Upload(client(setting, run, int(i)), sent, int(n))  # type: ignore[arg-type]
+    return Upload(client, sent, int(n))  # type: ignore[arg-type]

@@ -124,8 +124,10 @@ class Planner:
         elif facts.get("backward_seconds"):
             depth = self.passed(self.ranks(member))
             moved = (facts["bytes_down"] + facts["bytes_up"]) / 4
-            wire = max(0.0, facts.get("elapsed_seconds", 0.0) - facts["seconds"])
-            seen = Timing(facts["forward_seconds"], facts["backward_seconds"] / depth, wire / moved)
+            took = facts["elapsed_seconds"]  # no part of it took longer, whatever is told
+            told = ("seconds", "forward_seconds", "backward_seconds")
+            whole, forward, backward = (min(facts.get(x) or 0.0, took) for x in told)
+            seen = Timing(forward, backward / depth, (took - whole) / moved)
         else:
             return member
         old = Timing(**member.timing) if member.timing else seen

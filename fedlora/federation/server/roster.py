@@ -128,4 +128,9 @@ def read_facts(reply: Message) -> Facts:
     ):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < most:
             raise UpdateError(f"its {name} is {value!r}: must be a whole number below {most}")
+    cores = facts.get("cores", 1)
+    if not isinstance(cores, int | float) or not 0 < cores < MOST_RANK:
+        raise UpdateError(
+            f"its cores are {cores!r}: must be a number above 0 and below {MOST_RANK}"
+        )
     return facts

@@ -25,7 +25,8 @@ from fedlora.federation.secure.masking import Words
 from fedlora.federation.secure.signing import RoundKeys
 from fedlora.federation.secure.vector import decode, fit
 from fedlora.federation.server import certification
-from fedlora.federation.server.exchange import Received, facts_of
+from fedlora.federation.server.client_words import facts_of
+from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import Session, Setting, told, too_few
 from fedlora.federation.server.secure_cohort import SecureCohort, alone

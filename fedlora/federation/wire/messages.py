@@ -341,9 +341,14 @@ def count_bytes(content: RecordDict) -> int:
 
 
 def seq(settings: ConfigRecord, key: str) -> Sequence[Any]:
-    """A list of a record."""
+    """A list of a record.
+
+    Raises:
+        WireError: it is none.
+    """
     value = settings[key]
-    assert isinstance(value, list)
+    if not isinstance(value, list):
+        raise WireError(f"{key}: must be a list")
     return value
 
 
