@@ -17,7 +17,7 @@ from fedlora.launch.lab.study import PARTS, main
 from fedlora.training import cache
 from tests.support.private_setting import Build
 
-TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000, 60, 20)
+TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000, 60, 20, 0.95, 7, 5, 24)
 
 
 def experiment(tmp_path: Path, settings: Build, **table: object) -> Path:
@@ -42,6 +42,7 @@ def test_every_run_of_the_shipped_lab_is_a_valid_config_and_differs_where_its_ta
         assert config.strategy.name == strategy
         assert config.privacy.epsilon == epsilon
         assert config.model.pooling == "mean"
+    assert [lab.language(e).model.task for e in lab.epsilons] == ["causal-lm"] * 4
     for key, value in lab.table["open"].items():
         assert runs["fedavg", 0].flat()[key] == value
 
@@ -56,7 +57,11 @@ def test_a_wrong_table_is_an_error_that_says_so(tmp_path: Path, settings: Build)
 def test_the_lab_measures_every_part_and_goes_on_where_it_was(
     tmp_path: Path, settings: Build, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = experiment(tmp_path, settings, epsilons=[0, 8], strategies=["fedavg", "fedsb"])
+    speaks = settings("gpt2", **{"data.prompt": "label", "data.response": "text"})
+    own = ("model.path", "model.task", "data.prompt", "data.response", "lora.target-modules")
+    language = {"model.pooling": "default", **{key: speaks[key] for key in own}}
+    table = {"epsilons": [0, 8], "strategies": ["fedavg", "fedsb"], "language": language}
+    path = experiment(tmp_path, settings, **table)
     lab = Lab.load(path, {}, tmp_path / "out")
     lab.size = TINY
     page = main(lab, 1, "fedlora privacy audit tiny.toml")

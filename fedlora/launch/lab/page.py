@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from fedlora.launch.lab.attacks import SECURE
+from fedlora.launch.lab.notes import NOTES
 from fedlora.launch.lab.plan import Lab
 from fedlora.lora.tree_file import write_atomically
 from fedlora.reports.axes import GREEN, GREY, RED, new_figure, share, with_legend
@@ -330,6 +331,7 @@ PARTS: Mapping[str, tuple[str, str, Callable[..., Table], Callable[..., Figure |
         "SGD step on one example. Rank at or above the number of tokens gives the text away.",
         inversions, plot_inversions,
     ),
+    **{k: (title, note, partial(plain, part=k), None) for k, (title, note) in NOTES.items()},
 }  # fmt: skip
 
 BODY = """<pre><code>{{ command }}</code></pre>

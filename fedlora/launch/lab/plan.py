@@ -10,6 +10,7 @@ An experiment may say in its [audit] table what the lab compares:
     "train.optimizer" = "adamw"
     [audit.at.1]                        keys at epsilon 1
     [audit.set.fedsb]                   keys of one strategy, whatever the budget
+    [audit.language]                    keys of the language model, where the experiment has none
     [audit.quick]                       keys of --quick
 
 `study.py` measures; this file imports none of the attacks.
@@ -28,13 +29,16 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.experiment_file import find, load
 from fedlora.launch.lab.canaries import mechanisms
+from fedlora.launch.lab.cut_model import cut_gpt2
+from fedlora.launch.lab.leaks import FIELDS
+from fedlora.launch.lab.secure_server import STORIES
 from fedlora.lora.tree_file import write_atomically
 from fedlora.strategies import list_strategies
 
 Row = dict[str, Any]
 
 AXES = ("epsilons", "strategies", "seeds")
-KEYS = {*AXES, "open", "at", "set", "quick"}
+KEYS = {*AXES, "open", "at", "set", "quick", "language"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class LabSize:
     guesses: int = 200
     """are guessed about, in or out."""
     confidence: float = 0.95
+    candidates: int = 255
+    """Secrets that were not planted, which one that was is compared with."""
+    descent: int = 200
+    """Steps of the inversion by optimisation, from each start."""
+    games: int = 200
+    """Trials of the game on the certificate's fields."""
+    cut: bool = False
+    """Language models: a GPT-2 of two layers with random weights, in place of the experiment's."""
 
     def sized(self, canaries: int, guesses: int, confidence: float) -> "LabSize":
         """The same with these of a whole run's audit; 0: its own.
@@ -78,7 +90,7 @@ class LabSize:
         return replace(self, planted=m, guesses=r, confidence=p)
 
 
-QUICK = LabSize(40, 4, 2.0, (4,), 1, 9, (16,), 2000, 400, 80)
+QUICK = LabSize(40, 4, 2.0, (4,), 1, 9, (16,), 2000, 400, 80, 0.95, 31, 40, 40, True)
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,20 @@ class Lab:
         kept = ("privacy.noise-multiplier", "clients.ranks") if self.own else ()
         return preflight.read({**found, **{key: given[key] for key in kept}})
 
+    @property
+    def speaks(self) -> bool:
+        """Is there a language model to attack?"""
+        return self.config.model.task == "causal-lm" or "language" in self.table
+
+    def language(self, epsilon: float) -> Config:
+        """The experiment with its language model, at this budget."""
+        config, table = self.at(self.strategies[0], epsilon), self.table.get("language", {})
+        changes = dict(table) if config.model.task != "causal-lm" else {}
+        if self.size.cut:
+            changes |= {"model.path": str(cut_gpt2(self.out / "cut-gpt2", self.config)),
+                        "lora.target-modules": "c_attn,c_fc"}  # fmt: skip
+        return preflight.read({**config.flat(), **changes})
+
     def at(self, strategy: str, epsilon: float, seed: int | None = None) -> Config:
         """The experiment with this strategy and budget, in a run of its own."""
         seed = self.config.run.seed if seed is None else seed
@@ -204,6 +230,12 @@ class Lab:
         found += grid("one-run", view=("rounds", "final"), epsilon=self.claims())
         found += grid("power", view=("rounds", "final"), epsilon=(1.0, 4.0, 8.0))
         found += grid("inversion", strategy=self.strategies, rank=self.size.ranks)
+        found += grid("optimised", rank=self.size.ranks)
+        found += [Measurement("secure", {"story": s, "helpers": n}) for s, n in STORIES]
+        found += grid("leaks", fields=FIELDS) if self.claims() else []
+        if self.speaks:
+            found += grid("language", epsilon=self.epsilons)
+            found += grid("extraction", epsilon=self.epsilons)
         found += grid("shadows", epsilon=self.epsilons)
         found += grid("seat", rows=self.size.rows, **small)
         runs = grid("utility", seed=self.seeds, **small)

@@ -5,9 +5,12 @@
 
     utility      accuracy by strategy and epsilon, beside a linear probe under the same epsilon
     membership   LiRA-lite and the loss threshold on models; the server's seat on single updates
+    language     loss, min-k and a reference model on a causal language model; extraction: exposure
+    secure       a server that lies in a secure aggregation; leaks: the certificate's fields
     canaries     a measured lower bound on epsilon, and the same with bugs planted
     one-run      the same of a whole federated run, and what it would find
-    inversion    how much of a sentence one upload gives away, by strategy, rank and budget
+    inversion    how much of a sentence one upload gives away, by strategy, rank and budget; the
+                 same by descent on inputs: optimised
 
 Each measurement is a row in a file of its own, OUT/rows/NAME.json, so what is done is not done
 again: the same command goes on where it was stopped. The report is OUT/privacy.html.
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import FedLoraError, PrivacyError
-from fedlora.launch.lab import attacks, utility
+from fedlora.launch.lab import attacks, channel_attacks, text_attacks, utility
 from fedlora.launch.lab.attacks import FAILS
 from fedlora.launch.lab.plan import Lab, Measurement, Row
 from fedlora.lora.tree_file import write_atomically
@@ -36,6 +39,11 @@ PARTS: Mapping[str, Callable[..., Row]] = {
     "power": attacks.power,
     "probe": utility.probe,
     "inversion": attacks.inversion,
+    "optimised": text_attacks.optimised,
+    "secure": channel_attacks.secure,
+    "leaks": channel_attacks.leaks,
+    "language": text_attacks.language,
+    "extraction": text_attacks.extraction,
     "shadows": attacks.shadows,
     "seat": attacks.server_seat,
     "utility": utility.federation,
