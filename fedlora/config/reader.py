@@ -16,8 +16,9 @@ from typing import Any
 import tomli_w
 from pydantic import Field, ValidationError
 
-from fedlora.config.defaults import resolve_defaults
+from fedlora.config.defaults import rate_of, resolve_defaults
 from fedlora.config.fields import Section, flat_list
+from fedlora.config.origins import RECORD, recorded, without_others
 from fedlora.config.possible import impossible
 from fedlora.config.privacy_sections import PrivacyConfig, SecureConfig
 from fedlora.config.sections import (
@@ -44,10 +45,13 @@ from fedlora.config.strategies import strategy_options, strategy_section, strate
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError, StrategyError
 from fedlora.strategies import Strategy, forms, list_strategies, registry
+from fedlora.strategies.defaults import RULES, Defaults, defaults_of
 
 Scalar = bool | int | float | str
 
-NOT_THE_EXPERIMENT = ("run.resume", "run.out", "run.name", "output.", "simulate.", "round.wait")
+NOT_THE_EXPERIMENT = (
+    "run.resume", "run.out", "run.name", RECORD, "output.", "simulate.", "round.wait"
+)  # fmt: skip
 """Keys that may change between a run and its continuation."""
 
 
@@ -97,6 +101,7 @@ class Config(Section):
         known = _dotted(cls().model_dump())
         problems = [_unknown(key, known) for key in flat if key not in known]
         problems += [p for key, value in flat.items() if (p := impossible(key, value))]
+        flat = without_others(flat, flat.get("strategy.name", known["strategy.name"]))
         good = {key: value for key, value in flat.items() if key in known}
         tree: dict[str, Any] = {}
         for key, value in good.items():
@@ -116,9 +121,7 @@ class Config(Section):
                 problems += [_problem(name, error, flat) for error in e.errors()]
         if problems:
             raise ConfigError(problems)
-        train, model, lora = (built[name] for name in ("train", "model", "lora"))
-        train, model, lora = resolve_defaults(train, model, lora, built["privacy"])
-        return cls(**{**built, "train": train, "model": model, "lora": lora})
+        return cls(**{**built, **_resolved(built, flat)})
 
     @classmethod
     def load(
@@ -176,6 +179,24 @@ class Config(Section):
             raise ConfigError([f"strategy.name = {name!r}: {e}"]) from None
         form = forms.FORMS.get(self.lora.form)  # no such form: preflight says so
         return forms.for_form(form, built) if form else built
+
+
+def strategy_defaults(name: str) -> Defaults:
+    """What the strategy of this name declares: fedlora/strategies/defaults.py."""
+    return defaults_of(list_strategies()[name])
+
+
+def _resolved(built: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections with what depends on other keys filled in, and a record of it."""
+    name, private = built["strategy"].name, built["privacy"]
+    own = strategy_defaults(name)
+    train, model, lora = resolve_defaults(
+        built["train"], built["model"], built["lora"], private, own
+    )
+    values = {"train.lr": train.lr, "lora.alpha": lora.alpha, "lora.init": lora.init}
+    _, rule = rate_of(train, model, lora, private, own)
+    run = built["run"].model_copy(update={"defaults": recorded(flat, name, values, rule in RULES)})
+    return {"run": run, "train": train, "model": model, "lora": lora}
 
 
 def where_to_mend(path: Path | str) -> str:

@@ -32,6 +32,9 @@ class RunConfig(Section):
     rounds: Annotated[int, Field(gt=0)] = 8
     resume: bool = False
     """Continue from the run's checkpoint."""
+    defaults: Names = ()
+    """Written, not set: the strategy, and the keys that its defaults gave. Such a key gives way
+    to another strategy's default, as long as its value is still the one that stands here."""
 
 
 class ModelConfig(Section):
@@ -191,8 +194,9 @@ class DevicesConfig(Section):
 
 
 class LoraConfig(Section):
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora."""
+    alpha: Annotated[float, Field(ge=0)] = 0.0
+    """An adapter's scale is alpha / rank, or alpha / sqrt(rank) with use-rslora. 0: the strategy's
+    default, which is 16 where it declares no other."""
     target_modules: Annotated[Names, Field(min_length=1)] = ("auto",)
     """Module names as PEFT takes them: last names, or "all-linear". auto: PEFT's choice for the
     architecture, or else the linear modules of its attention blocks."""
@@ -206,9 +210,9 @@ class LoraConfig(Section):
     use_rslora: bool = False
     modules_to_save: Names = ()
     """Modules trained whole besides the head of a classifier."""
-    init: str = "default"
+    init: str = "auto"
     """How A and B begin: default, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva,
-    corda, lora_ga."""
+    corda, lora_ga. auto: the strategy's default, which is default where it declares no other."""
     rank_pattern: Renames = ()
     """Every client's rank in the modules that a regular expression matches to their end, in place
     of clients.ranks: "value=8, layer.0.*=2"; the first that matches counts."""
@@ -234,8 +238,8 @@ class TrainConfig(Section):
     microbatch: Annotated[int, Field(ge=0)] = 0
     """Of a batch, examples in memory at once; 0: all. Out of memory, a client halves its own."""
     lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """0: 2e-3. Under example-level DP: 3 over privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2
-    with adamw."""
+    """0: the strategy's default, which its page states. Under example-level DP: 3 over
+    privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2 with adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Over the rounds: the rate of round t, constant within it."""
     dpo_beta: Annotated[float, Field(gt=0)] = 0.1

@@ -210,6 +210,7 @@ knows the seed can take it off again. Every epsilon on this page is void.</div>
 _RESULTS = """
 <h2 id="result">Result</h2>
 {% if verdict %}<p>{{ verdict }}</p>{% endif %}
+{% if rate %}<p>Trained at lr {{ rate }}.</p>{% endif %}
 {% if bars %}
 <div class="card bars">
 {% for bar in bars %}

@@ -58,6 +58,7 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         tiles=list(tables.tiles(run)),
         bars=tables.bars(run),
         verdict=tables.verdict(run),
+        rate=tables.rate(run),
         rounds=tables.rounds(run),
         clients=tables.clients(run),
         sources=rows.sources(run),
@@ -131,6 +132,8 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     if worst := run.worst_client():
         yield f"worst client: {worst['client']}", metric.text(finite(worst["final"], metric.key))
     yield "rounds", str(s["rounds"])
+    if rate := tables.rate(run):
+        yield "lr", rate
     yield "bytes down", size(s["bytes"].get("down"))
     yield "bytes up", size(s["bytes"].get("up"))
     if s["max_deviation"] is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fedlora.config.origins import origin
 from fedlora.reports.outcome import Metric, Record, finite
 from fedlora.reports.run_files import (
     WAYS,
@@ -311,3 +312,11 @@ def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:
         text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
         sections.setdefault(section, []).append((name or section, text))
     return sections
+
+
+def rate(run: RunFiles) -> str:
+    """ "0.02, from fedsb's defaults"; the rate alone where the config set it."""
+    if (lr := run.config.get("train.lr")) is None:
+        return ""
+    said = origin(run.config.get("run.defaults", ""), "train.lr", lr)
+    return ", ".join(filter(None, (f"{lr:g}", said)))

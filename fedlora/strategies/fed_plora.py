@@ -19,6 +19,7 @@ Differs from the paper: p_i in place of uniform; ranks drawn anew each round fro
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from fedlora.strategies.base import (
     Upload,
     as_factors,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks, others, subset
 
 
@@ -46,6 +48,8 @@ def selection(state: Factors, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FedPLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
+
     def needs(self) -> Needs:
         return Needs()
 

@@ -15,6 +15,7 @@ Differs from the paper: p_i over the clients that replied; scales folded into B 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors
 from fedlora.strategies.base import (
@@ -30,10 +31,13 @@ from fedlora.strategies.base import (
     part,
     uneven,
 )
+from fedlora.strategies.defaults import Defaults
 
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
+    defaults: ClassVar[Defaults] = Defaults()
+
     def needs(self) -> Needs:
         return Needs(equal_ranks=True, algebra="tensors")
 

@@ -24,6 +24,7 @@ residual is never dense; clients that were away get each residual they missed.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Delta, Factors, Pair
 from fedlora.lora.lowrank import compress, extend, mean_and_residual
@@ -42,6 +43,7 @@ from fedlora.strategies.base import (
     rest,
 )
 from fedlora.strategies.base_log import BaseLog
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import by_module
 
 
@@ -53,6 +55,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FedEx:
+    defaults: ClassVar[Defaults] = Defaults()
     rank: int = 0
     """Rank the residual is cut to; 0 keeps all of it."""
 

@@ -24,6 +24,7 @@ with an old B against a moved A: its loss shows it for a few steps.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -40,11 +41,13 @@ from fedlora.strategies.base import (
     remembered,
     scales,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks
 
 
 @dataclass(frozen=True, slots=True)
 class FedSA:
+    defaults: ClassVar[Defaults] = Defaults()
     average_at_end: bool = True
     """After the last round ask each client once for its B and head, to export one model."""
 

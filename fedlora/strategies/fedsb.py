@@ -31,7 +31,7 @@ SVD; S over s; p_i; mixed ranks.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ from fedlora.strategies.base import (
     seeded,
     too_high,
 )
+from fedlora.strategies.defaults import Defaults
 
 
 def core(state: Factors, upload: Upload, m: str) -> Tensor:
@@ -72,6 +73,7 @@ def outside(state: Factors, m: str, r: int) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class FedSB:
+    defaults: ClassVar[Defaults] = Defaults()
     init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "orthogonal"
     eta: float = 0.0
     """Size of the first step that "update-approx" imitates; 0: the rate of the run's first step

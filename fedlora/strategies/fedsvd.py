@@ -19,7 +19,7 @@ Differs from the paper: the head trains by default; p_i; mixed ranks; SVD of the
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import compress, extend, rescale
@@ -37,11 +37,13 @@ from fedlora.strategies.base import (
     rest,
     too_high,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks
 
 
 @dataclass(frozen=True, slots=True)
 class FedSVD:
+    defaults: ClassVar[Defaults] = Defaults()
     head: Literal["trained", "frozen"] = "trained"
     """frozen: as in the authors' code, where the classifier stays as it was drawn."""
 

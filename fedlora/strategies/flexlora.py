@@ -17,6 +17,7 @@ client of a rank above delta's gets the missing directions from the first A, wit
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors, Pair, Tensors
 from fedlora.lora.lowrank import compress, stack
@@ -33,6 +34,7 @@ from fedlora.strategies.base import (
     mean_other,
     too_high,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import by_module, fit
 
 
@@ -47,6 +49,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FlexLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

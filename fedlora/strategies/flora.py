@@ -18,7 +18,7 @@ may be part of the clients, and one that was away gets each stack it missed.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -38,6 +38,7 @@ from fedlora.strategies.base import (
     scales,
 )
 from fedlora.strategies.base_log import BaseLog
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import by_module
 
 
@@ -49,6 +50,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
     reinit: Literal["random", "keep-A"] = "random"
 
     def needs(self) -> Needs:

@@ -21,6 +21,7 @@ Differs from the paper: the base never moves; W_i counts the folded ranks too.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,7 @@ from fedlora.strategies.base import (
     rest,
     too_high,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import by_module, fit
 
 
@@ -54,6 +56,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRIST:
+    defaults: ClassVar[Defaults] = Defaults()
     energy: float = 0.9
     """Share of the squared singular values that is kept; 1 keeps all. The authors' value in use."""
 

@@ -20,6 +20,7 @@ time, so that a client needs no memory but its base; a large W0 is factorised by
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors
 from fedlora.lora.lowrank import principal, stack
@@ -39,6 +40,7 @@ from fedlora.strategies.base import (
     uneven,
 )
 from fedlora.strategies.base_log import BaseLog
+from fedlora.strategies.defaults import Defaults
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +52,8 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FRLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
+
     def needs(self) -> Needs:
         return Needs(equal_ranks=True, moving_base=True)
 

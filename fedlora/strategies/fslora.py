@@ -20,7 +20,7 @@ of uniform; a plain step in place of the reference code's AdamW on the server.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from fedlora.strategies.base import (
     Start,
     Upload,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks, subset
 
 
@@ -46,6 +47,7 @@ def sketch(state: Factors, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FSLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
     normalize: Literal["none", "hits"] = "none"
 
     def needs(self) -> Needs:

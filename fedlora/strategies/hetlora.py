@@ -24,7 +24,7 @@ folded scales.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import norm, wide
@@ -41,6 +41,7 @@ from fedlora.strategies.base import (
     as_factors,
     narrow,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks
 
 
@@ -55,6 +56,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class HetLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
     gamma: float = 0.99
     """Share of its ranks that a client keeps when it prunes; 1 never prunes."""
     penalty: float = 1e-3

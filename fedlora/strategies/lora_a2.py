@@ -26,7 +26,7 @@ server's choice.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from fedlora.strategies.base import (
     as_factors,
 )
 from fedlora.strategies.chosen import Chosen
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks, others
 
 
@@ -76,6 +77,7 @@ def selection(state: State, client: Client, round: Round, m: str, *, mended: boo
 
 @dataclass(frozen=True, slots=True)
 class LoRAA2:
+    defaults: ClassVar[Defaults] = Defaults()
     choice: Literal["client", "server", "server-0.1"] = "client"
     """Who chooses a client's ranks. server-0.1: with the fault that a rank first met in a round
     that trains A, while its B was 0, was never met again; for runs that began with it."""

@@ -25,7 +25,7 @@ Differs from the paper: the ridge form; a fixed point for SGD; lambda's units; f
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from fedlora.strategies.base import (
     part,
     uneven,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import by_module
 
 STEPS, STEPS_BY_COLUMN = 30, 300
@@ -122,6 +123,7 @@ def cosine_columns(whole: Pair, A: Tensor, B: Tensor, lam: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoRAFair:
+    defaults: ClassVar[Defaults] = Defaults()
     mode: Literal["ridge", "cosine", "cosine-columns"] = "ridge"
     lambda_rel: float = 0.01
     """Weight of ||D||^2: relative to trace(G) / r in "ridge", the paper's lambda in the others."""

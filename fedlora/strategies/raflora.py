@@ -20,6 +20,7 @@ they were; the SVD goes through the small core.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -38,6 +39,7 @@ from fedlora.strategies.base import (
     mean_other,
     too_high,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import by_module, fit
 
 
@@ -64,6 +66,7 @@ def by_rank(pairs: Sequence[Pair], p: Sequence[float]) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

@@ -35,7 +35,7 @@ p_i.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ from fedlora.strategies.base import (
     seeded,
     too_high,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import others
 
 
@@ -82,6 +83,7 @@ def rows(heads: Tensor, b: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ravan:
+    defaults: ClassVar[Defaults] = Defaults()
     head_rank: int = 4
     """Rank b of one head; the number of heads follows from a client's rank."""
     choice: Literal["random", "weight", "leading"] = "random"

@@ -21,6 +21,7 @@ from typing import Any, get_args
 from fedlora.errors import StrategyError
 from fedlora.strategies.base import Needs, Promise, Strategy, begins, collects
 from fedlora.strategies.chosen import chooses
+from fedlora.strategies.defaults import BringsDefaults, Defaults
 
 GROUP = "fedlora.strategies"
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -206,3 +207,10 @@ def _answers(strategy: Strategy[Any]) -> Iterator[str]:
         yield f"{name}.needs() must return Needs(...) of fedlora.strategies.base"
     if strategy.promise not in get_args(Promise):
         yield f"{name}.promise must be one of {', '.join(get_args(Promise))}"
+    cls: Any = type(strategy)
+    if isinstance(cls, BringsDefaults):
+        found: Any = cls.defaults
+        if not isinstance(found, Defaults):
+            yield f"{name}.defaults must be Defaults(...) of fedlora.strategies.defaults"
+        else:
+            yield from (f"{name}.defaults: {problem}" for problem in found.problems())

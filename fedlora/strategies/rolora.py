@@ -18,6 +18,7 @@ Differs from the paper: p_i in place of a uniform mean; ranks may differ; both f
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import extend
@@ -34,11 +35,14 @@ from fedlora.strategies.base import (
     narrow,
     rest,
 )
+from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import mean_ranks
 
 
 @dataclass(frozen=True, slots=True)
 class RoLoRA:
+    defaults: ClassVar[Defaults] = Defaults()
+
     def needs(self) -> Needs:
         return Needs(algebra="sides")
 

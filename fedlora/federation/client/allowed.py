@@ -248,7 +248,7 @@ OWN = frozenset(
 
 IGNORED = frozenset(
     {
-        "run.name", "run.out", "run.resume", "simulate.workers",
+        "run.name", "run.out", "run.resume", "run.defaults", "simulate.workers",
         "round.deadline", "round.wait-for-clients", "round.max-examples", "round.max-norm",
         "round.norm-bound", "round.count-bound", "round.max-staleness", "round.staleness-exponent",
         "round.quarantine-after", "evaluate.every", "evaluate.baselines", "proof.probes",

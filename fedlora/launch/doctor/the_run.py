@@ -28,7 +28,8 @@ from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins, check_head
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
-from fedlora.launch.doctor.the_memory import crew, fits
+from fedlora.launch.doctor.the_memory import crew
+from fedlora.launch.doctor.the_plan import plan
 from fedlora.launch.doctor.the_rows import claims, lengths, rows_read
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
@@ -36,7 +37,6 @@ from fedlora.privacy.rehearsal import check_first
 from fedlora.privacy.training import PrivacyPlan
 from fedlora.reports import observers
 from fedlora.strategies.base import Client, Round, Start, Strategy
-from fedlora.strategies.forms import guarantee
 from fedlora.training import cache
 from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.calibration import first_factors
@@ -86,7 +86,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings += _secure(config, strategy, state, clients)
     findings += _bounds(config, clients, corpus)
     table, largest = _plan(config, strategy, state, clients, corpus)
-    findings += _size(config, model, strategy, largest)
+    findings += plan(config, model, strategy, largest)
     return [*findings, *beside], table
 
 
@@ -386,15 +386,3 @@ def _plan(
             f"{down / 1e3:.0f} kB", f"{up / 1e3:.0f} kB",
         )  # fmt: skip
     return table, largest
-
-
-def _size(config: Config, model: Model, strategy: Strategy[Any], largest: int) -> Iterator[Finding]:
-    """Whether it fits into memory, and in one line what would run."""
-    per_round = config.clients.per_round or config.clients.count
-    yield from fits(model, config, largest * per_round)
-    yield Finding(
-        "ok",
-        f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "
-        f"{config.run.rounds} rounds of {per_round} clients, "
-        f"lr {config.train.lr:g} ({config.train.lr_schedule})",
-    )

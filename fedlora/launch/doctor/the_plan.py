@@ -1,0 +1,58 @@
+"""What would run, in one line, whether it fits into memory, and whether its rate can be right."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fedlora.config.defaults import rate_of
+from fedlora.config.origins import origin
+from fedlora.config.reader import Config, strategy_defaults
+from fedlora.launch.doctor.finding import Finding
+from fedlora.launch.doctor.the_memory import fits
+from fedlora.strategies.base import Strategy
+from fedlora.strategies.defaults import RULES
+from fedlora.strategies.forms import guarantee
+from fedlora.training.model.model import Model
+
+FAR = 10.0
+"""A rate so many times the default, or less than its such part, is seldom what was meant."""
+
+
+def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) -> Iterator[Finding]:
+    """largest: bytes that the largest client moves in a round, both ways."""
+    per_round = config.clients.per_round or config.clients.count
+    yield from fits(model, config, largest * per_round)
+    yield Finding(
+        "ok",
+        f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "
+        f"{config.run.rounds} rounds of {per_round} clients, "
+        f"lr {config.train.lr:g} ({config.train.lr_schedule}){_whence(config)}",
+    )
+    yield from far_off(config)
+
+
+def far_off(config: Config) -> Iterator[Finding]:
+    """A rate that is ten times the strategy's own here, or a tenth of it."""
+    name = config.strategy.name
+    usual, rule = rate_of(
+        config.train, config.model, config.lora, config.privacy, strategy_defaults(name)
+    )
+    if rule not in (*RULES, "by the clip"):
+        return
+    times = config.train.lr / usual
+    if times * (1 + 1e-9) >= FAR or times <= (1 + 1e-9) / FAR:
+        less = f"{times:g} times" if times > 1 else f"1/{1 / times:g} of"
+        yield Finding(
+            "note",
+            f"train.lr = {config.train.lr:g} is {less} {name}'s default, {usual:g} "
+            f"({RULES.get(rule, rule)})",  # type: ignore[call-overload]
+            f"leave train.lr out, or try {usual:g} first",
+        )
+
+
+def _whence(config: Config) -> str:
+    """ ", from fedsb's defaults (found by search)", where the rate is from there."""
+    if not (said := origin(config.run.defaults, "train.lr", config.train.lr)):
+        return ""
+    own = strategy_defaults(config.strategy.name)
+    _, rule = rate_of(config.train, config.model, config.lora, config.privacy, own)
+    return f", {said} ({RULES.get(rule, rule)})"  # type: ignore[call-overload]

@@ -1,0 +1,91 @@
+"""What a strategy brings where a config says nothing: its rate, its start, its scale.
+
+A strategy declares them as a class attribute,
+
+    defaults: ClassVar[Defaults] = Defaults(rates={"classification": 2e-2})
+
+and one without takes the task family's own. The rates are of AdamW, without example-level privacy;
+fedlora/config/defaults.py says what there is elsewhere. A rate was searched for a task family with
+plain LoRA, "classification", or for a form within it, "classification/vera". What was not follows a
+named rule: see `rate`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+FAMILIES: Mapping[str, float] = {"classification": 2e-3, "causal-lm": 2e-3}
+"""Of each family of tasks, those that read a text and those that write one, the rate of a strategy
+that declares none."""
+SEARCHED_IN = "classification"
+"""The family whose search the others follow."""
+
+Rule = Literal["searched", "as with lora", "in proportion", "of the task"]
+RULES: Mapping[Rule, str] = {
+    "searched": "found by search",
+    "as with lora": "found by search with lora, not with this form",
+    "in proportion": (
+        f"not searched for this task: as many times the task's own rate as in {SEARCHED_IN}"
+    ),
+    "of the task": "not searched for this strategy: the task's own rate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a strategy trains with where the config leaves a key out."""
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """train.lr by "task" or "task/form". What is not in it follows: see `rate`."""
+    init: str = "default"
+    """lora.init."""
+    alpha: float = 16.0
+    """lora.alpha."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with them, a sentence each."""
+        found = []
+        for key, lr in self.rates.items():
+            if not (isinstance(key, str) and key.partition("/")[0]):
+                found.append(f"rates[{key!r}]: must be a task, or a task and a form, 'task/form'")
+            if not (isinstance(lr, float) and 0 < lr <= 1e6):
+                found.append(f"rates[{key!r}] = {lr!r}: must be a float above 0, at most 1e6")
+        if not (isinstance(self.alpha, float) and 0 < self.alpha < float("inf")):
+            found.append(f"alpha = {self.alpha!r}: must be a float above 0")
+        if not (isinstance(self.init, str) and self.init not in ("", "auto")):
+            found.append(f"init = {self.init!r}: must be a name that lora.init takes")
+        return found
+
+
+@runtime_checkable
+class BringsDefaults(Protocol):
+    """What a strategy may have beside the protocol: `defaults`, as a class attribute."""
+
+    defaults: Defaults
+
+
+def defaults_of(cls: Any) -> Defaults:
+    """What a strategy's class declares, or else that it declares nothing of its own."""
+    found = cls.defaults if isinstance(cls, BringsDefaults) else None
+    return found if isinstance(found, Defaults) else Defaults()
+
+
+def rate(defaults: Defaults, task: str, form: str, usual: float) -> tuple[float, Rule]:
+    """AdamW's rate for a task with an adapter form, and the rule that it follows.
+
+    usual: that of the task's family, of FAMILIES. The first that there is: the rate of the form; of
+    lora in this task; in proportion, usual * rates["classification"] / FAMILIES["classification"];
+    usual.
+
+    >>> rate(Defaults({"classification": 4e-3}), "causal-lm", "lora", 2e-3)
+    (0.004, 'in proportion')
+    """
+    rates = defaults.rates
+    if form != "lora" and f"{task}/{form}" in rates:
+        return rates[f"{task}/{form}"], "searched"
+    if task in rates:
+        return rates[task], "searched" if form == "lora" else "as with lora"
+    if SEARCHED_IN in rates:
+        times = rates[SEARCHED_IN] / FAMILIES[SEARCHED_IN]
+        return usual * times, "in proportion"
+    return usual, "of the task"

@@ -1,0 +1,213 @@
+"""What a strategy brings where a config says nothing, and what a user sets stays."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from fedlora.config.origins import UNSET, origin, told
+from fedlora.config.reader import Config
+from fedlora.errors import StrategyError
+from fedlora.launch.doctor.the_plan import far_off
+from fedlora.launch.federation import Federation
+from fedlora.reports import tables
+from fedlora.strategies import STRATEGIES, list_strategies, register_strategy, registry
+from fedlora.strategies.defaults import FAMILIES, RULES, Defaults, defaults_of, rate
+from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategies.forms import INITS
+from fedlora.strategies.registry import Registry
+from tests.support.doc_tables import load as module
+from tests.support.tiny_federation import ROOT
+
+every = pytest.mark.parametrize("name", STRATEGIES)
+pages = module(ROOT / "docs" / "write_rates.py", "docs_write_rates")
+
+
+@dataclass(frozen=True)
+class Bold(FedAvg):
+    defaults: ClassVar[Defaults] = Defaults({"classification": 0.04}, "orthogonal", 8.0)
+
+
+@pytest.fixture
+def bold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", Registry({}, []))
+    register_strategy("bold", Bold)
+
+
+# -- what is declared ------------------------------------------------------------------------------
+
+
+@every
+def test_every_strategy_declares_defaults_of_its_own_that_can_be(name: str) -> None:
+    cls = STRATEGIES[name]
+    assert "defaults" in vars(cls)
+    assert defaults_of(cls).problems() == []
+    assert defaults_of(cls).init in INITS
+
+
+@every
+@pytest.mark.parametrize("task", FAMILIES)
+@pytest.mark.parametrize("form", ["lora", "vera"])
+def test_every_rate_follows_a_named_rule(name: str, task: str, form: str) -> None:
+    lr, rule = rate(defaults_of(STRATEGIES[name]), task, form, FAMILIES[task])
+    assert rule in RULES
+    assert 0 < lr < 1
+    given = {"strategy.name": name, "model.task": task, "lora.form": form}
+    assert Config.read(given).train.lr == lr
+
+
+def test_a_rate_is_the_forms_else_the_tasks_else_in_proportion() -> None:
+    own = Defaults({"classification": 0.01, "classification/vera": 0.3})
+    assert rate(own, "classification", "lora", 1.0) == (0.01, "searched")
+    assert rate(own, "classification", "vera", 1.0) == (0.3, "searched")
+    assert rate(own, "classification", "dora", 1.0) == (0.01, "as with lora")
+    times = 0.01 / FAMILIES["classification"]
+    assert rate(own, "causal-lm", "lora", 0.5) == (0.5 * times, "in proportion")
+    assert rate(own, "regression", "lora", 0.25) == (0.25 * times, "in proportion")
+    assert rate(Defaults(), "causal-lm", "lora", 0.5) == (0.5, "of the task")
+
+
+@every
+def test_a_page_says_what_its_strategy_declares_and_what_was_searched(name: str) -> None:
+    """After a change: python docs/write_rates.py."""
+    text = (ROOT / "docs" / "strategies" / f"{name}.md").read_text()
+    assert pages.written(text, name, pages.read()) == text
+    lr, rule = rate(
+        defaults_of(STRATEGIES[name]), "classification", "lora", FAMILIES["classification"]
+    )
+    assert f"| `train.lr`, classification | {lr:g} | {RULES[rule]} |" in text
+
+
+# -- what a config makes of it ---------------------------------------------------------------------
+
+
+def test_a_key_that_is_left_out_is_the_strategys(bold: None) -> None:
+    config = Config.read({"strategy.name": "bold"})
+    assert (config.train.lr, config.lora.init, config.lora.alpha) == (0.04, "orthogonal", 8.0)
+    assert told(config.run.defaults) == ("bold", {"train.lr=0.04", "lora.init=orthogonal",
+                                                  "lora.alpha=8.0"})  # fmt: skip
+    assert origin(config.run.defaults, "train.lr", config.train.lr) == "from bold's defaults"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.lr", 0.5), ("lora.init", "gaussian"), ("lora.alpha", 3.0)]
+)
+def test_what_a_user_sets_stays(bold: None, key: str, value: Any) -> None:
+    config = Config.read({"strategy.name": "bold", key: value})
+    assert config.flat()[key] == value
+    assert not origin(config.run.defaults, key, value)
+    assert len(told(config.run.defaults)[1]) == len(UNSET) - 1
+    other = Config.read({**config.flat(), "strategy.name": "fedavg"})
+    assert other.flat()[key] == value
+
+
+def test_a_saved_config_keeps_its_values_when_the_defaults_have_changed(
+    bold: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Config.read({"strategy.name": "bold"}).flat()
+    monkeypatch.setattr(Bold, "defaults", Defaults({"classification": 0.9}))
+    again = Config.read(saved)
+    assert again.train.lr == 0.04
+    assert again.flat() == saved
+    assert Config.read({"strategy.name": "bold"}).train.lr == 0.9
+
+
+def test_an_old_config_without_the_record_keeps_what_it_had(bold: None) -> None:
+    old = {**Config.read({"strategy.name": "bold"}).flat(), "train.lr": 2e-3}
+    del old["run.defaults"]
+    config = Config.read(old)
+    assert config.train.lr == 2e-3
+    assert config.run.defaults == ()
+
+
+def test_a_resolved_config_takes_the_defaults_of_another_strategy(bold: None) -> None:
+    first = Config.read({"strategy.name": "bold"})
+    other = Config.read({**first.flat(), "strategy.name": "fedavg"})
+    assert other == Config.read({"strategy.name": "fedavg"})
+    later = Config.read({**first.flat(), "strategy.name": "fedavg", "train.lr": 0.7})
+    assert later.train.lr == 0.7
+
+
+def test_where_a_value_comes_from_is_no_part_of_the_experiment(bold: None) -> None:
+    config = Config.read({"strategy.name": "bold"})
+    set_by_hand = {key: value for key, value in config.flat().items() if key != "run.defaults"}
+    assert Config.read(set_by_hand).identity() == config.identity()
+
+
+def test_under_example_level_privacy_the_clip_decides_the_rate(bold: None) -> None:
+    given = {"strategy.name": "bold", "privacy.epsilon": 4.0, "privacy.clip-norm": 2.0}
+    config = Config.read(given)
+    assert config.train.lr == 1.5
+    assert not origin(config.run.defaults, "train.lr", 1.5)
+    assert config.lora.alpha == 8.0
+
+
+# -- strategies from elsewhere ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said"),
+    [(0.1, "must be Defaults"), (Defaults({"/vera": 0.1}), "must be a task"),
+     (Defaults({"classification": -1.0}), "must be a float above 0"),
+     (Defaults(alpha=0.0), "alpha"), (Defaults(init="auto"), "init")],
+)  # fmt: skip
+def test_defaults_that_cannot_be_are_refused_as_a_strategy_is_registered(
+    monkeypatch: pytest.MonkeyPatch, defaults: Any, said: str
+) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", Registry({}, []))
+    cls = dataclass(frozen=True)(type("Wrong", (FedAvg,), {"defaults": defaults}))
+    with pytest.raises(StrategyError, match=said):
+        register_strategy("wrong", cls)
+    assert "wrong" not in list_strategies()
+
+
+# -- where it is said ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [(10.0, "10 times"), (25.0, "25 times"), (0.1, "1/10 of"), (0.01, "1/100 of"), (9.9, ""),
+     (0.11, ""), (1.0, "")],
+)  # fmt: skip
+def test_doctor_notes_a_rate_ten_times_too_high_or_low(bold: None, times: float, said: str) -> None:
+    config = Config.read({"strategy.name": "bold", "train.lr": 0.04 * times})
+    found = [*far_off(config)]
+    assert bool(found) == bool(said)
+    for note in found:
+        assert note.level == "note"
+        assert said in note.what
+        assert "bold's default, 0.04" in note.what
+
+
+def test_doctor_has_nothing_to_hold_a_rate_of_sgd_against(bold: None) -> None:
+    given = {"strategy.name": "bold", "train.lr": 1.0, "train.optimizer": "sgd"}
+    assert not [*far_off(Config.read(given))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, "0.04, from bold's defaults"), ({"train.lr": 0.3}, "0.3")]
+)
+def test_a_report_says_where_the_rate_comes_from(
+    bold: None, changes: Mapping[str, Any], said: str
+) -> None:
+    config = Config.read({"strategy.name": "bold", **changes})
+
+    saved = SimpleNamespace(config=json.loads(json.dumps(config.flat())))
+    assert tables.rate(saved) == said  # type: ignore[arg-type]
+
+
+def test_a_servers_messages_carry_what_its_defaults_gave(
+    bold: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that a node whose own fedlora has other defaults trains as the server says."""
+    monkeypatch.setattr("fedlora.launch.federation.Server", lambda *given: given)
+    monkeypatch.setattr("fedlora.preflight.check", lambda config: None)
+    federation: Any = Federation(Config.read({"strategy.name": "bold", "run.out": str(tmp_path)}))
+    *_, changes = federation._server
+    assert changes == {"train.lr": 0.04, "lora.init": "orthogonal", "lora.alpha": 8.0}
+    monkeypatch.setattr(Bold, "defaults", Defaults())
+    assert Config.read({"strategy.name": "bold", **changes}).train.lr == 0.04
