@@ -34,7 +34,10 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolved(config: Config) -> Config:
     names = ("train", "model", "lora")
     found = resolve_defaults(*(getattr(config, n) for n in names), config.privacy)
-    return config.model_copy(update=dict(zip(names, found, strict=True)))
+    train, _, lora = found
+    gave = (f"train.lr={train.lr}", f"lora.alpha={lora.alpha}", f"lora.init={lora.init}")
+    run = config.run.model_copy(update={"defaults": (config.strategy.name, *gave)})
+    return config.model_copy(update={"run": run, **dict(zip(names, found, strict=True))})
 
 
 def problems(given: dict[str, Any]) -> list[str]:
