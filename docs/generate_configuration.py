@@ -1,25 +1,27 @@
-"""Write docs/use/configuration.md from the config tree, and the table of docs/extend/forms.md from
-the forms: `python docs/generate_configuration.py`.
+"""Write docs/use/configuration.md and fedlora.schema.json from the config tree, and the table of
+docs/extend/forms.md from the forms: `python docs/generate_configuration.py`.
 
 Keys, types, ranges and defaults are the tree's own; what is said of a key is the string that
 stands under its field, in fedlora/config/*sections.py or, for a strategy's
 options, in the strategy's file.
 """
 
-import ast
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fedlora.config import privacy_sections, sections
+from fedlora.config.json_schema import described, schema
 from fedlora.config.reader import Config
 from fedlora.config.sites import SiteConfig
 from fedlora.config.strategies import strategy_section
 from fedlora.strategies import STRATEGIES, forms
 
 PAGE = Path(__file__).parent / "use" / "configuration.md"
+SCHEMA = Path(__file__).parent / "use" / "fedlora.schema.json"
 FORMS = Path(__file__).parent / "extend" / "forms.md"
 
 HEAD = """# Configuration
@@ -30,27 +32,10 @@ writes it anew.
 An experiment file is TOML, one table a section; every key has a default. A key is overridden with
 `--set section.key=value`, or by `-c 'section.key=value'` of `flwr run`. Unknown keys and wrong
 types are refused, all problems at once. `fedlora config FILE` prints every key, resolved, and a
-run's directory keeps that as `config.toml`. Lists may be written as TOML lists or as text,
-`ranks = [4, 8]` or `ranks = "4,8"`.
+run's directory keeps that as `config.toml`. [fedlora.schema.json](fedlora.schema.json), which
+`fedlora schema` prints, has all of it for editors that complete and check TOML. Lists may be
+written as TOML lists or as text, `ranks = [4, 8]` or `ranks = "4,8"`.
 """
-
-
-def described(source: str) -> dict[str, dict[str, str]]:
-    """By class and field, the string literal under the field; by class and "", its docstring."""
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        texts = found[node.name] = {"": ast.get_docstring(node) or ""}
-        for field, below in zip(node.body, node.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[field.target.id] = inspect.cleandoc(str(below.value.value))
-    return found
 
 
 def kind(field: Any) -> str:
@@ -136,4 +121,5 @@ def with_table(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
     FORMS.write_text(with_table(FORMS.read_text(encoding="utf-8")), encoding="utf-8")

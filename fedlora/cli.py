@@ -252,6 +252,32 @@ def config_(config: ConfigFile, set_: Set = None) -> None:
     typer.echo(load(config, parse_overrides(set_ or [])).toml(), nl=False)
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of an experiment file, for editors that complete and check it."""
+    import json
+
+    from fedlora.config import json_schema
+
+    typer.echo(json.dumps(json_schema.schema(), indent=1))
+
+
+@app.command()
+def init(
+    task: Annotated[
+        str, typer.Argument(help="What to learn: a model.task.", show_default=True)
+    ] = "classification",
+    directory: Annotated[
+        Path | None, typer.Argument(help="Where; default: my-TASK.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a project that runs at once: a commented experiment, sample rows, a README."""
+    from fedlora.launch.project import written
+
+    for line in written(task, directory or Path(f"my-{task}")):
+        typer.echo(line)
+
+
 def main() -> None:
     """Run the command; an error that a user can fix is one paragraph, without a traceback."""
     with guarded():

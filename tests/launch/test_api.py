@@ -24,7 +24,8 @@ from tests.support.tiny_federation import Ran, directory_of, python, quick
 Settings = Callable[..., dict[str, object]]
 NAMES = (
     "Config", "load_config", "check", "simulate", "open_run", "Run", "Federation",
-    "make_client_app", "Strategy", "register_strategy", "list_strategies", "Observer", "export",
+    "make_client_app", "Strategy", "register_strategy", "register_task", "list_strategies",
+    "Observer", "export",
     "FedLoraError",
 )  # fmt: skip
 IN_ORDER = ("simulate", *(n for n in NAMES if n != "simulate"))

@@ -242,6 +242,8 @@ class Book:
         Raises:
             DataError: it was not: a fault of this code, since no data can do that.
         """
+        every = [test, *(p for c in clients for p in (c.train, c.test))]
+        labels = labels if any(p.label for p in every) else ()  # else no row is of one label
         parts = [test.number, *(p.number for c in clients for p in (c.train, c.test))]
         parts += [tuple(left) for s in self._opened for left in s.left.values()]
         found = sorted(n for part in parts for n in part)

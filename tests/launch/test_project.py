@@ -1,0 +1,125 @@
+"""`fedlora init` writes what runs at once; `fedlora schema` says what a file may hold."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from fedlora import simulate
+from fedlora.cli import app
+from fedlora.config.json_schema import schema
+from fedlora.config.reader import Config
+from fedlora.config.task_names import KINDS
+from fedlora.errors import ConfigError
+from fedlora.launch.experiment_file import load, shipped
+from fedlora.launch.project import PROJECTS, written
+from fedlora.training import cache
+
+Settings = Callable[..., dict[str, object]]
+
+
+@pytest.mark.parametrize("task", PROJECTS)
+def test_a_project_can_run_and_its_rows_are_what_the_task_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = written(task, Path("mine"))
+    assert said[0] == "mine: experiment.toml, rows.jsonl, README.md"
+    monkeypatch.chdir(tmp_path / "mine")
+    config = load("experiment.toml")
+    assert config.model.task == task
+    corpus = cache.corpus(config)
+    assert len(corpus.test) in (32, 100)
+    assert not list(corpus.account.warnings())
+    jsonschema.validate(tomllib.loads(Path("experiment.toml").read_text()), schema())
+
+
+def test_there_is_a_project_for_each_task_that_reads_texts() -> None:
+    assert {*KINDS} - {*PROJECTS} <= {"token-classification", "image-classification", "seq2seq"}
+
+
+def test_a_project_learns_with_a_tiny_model(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written("regression", Path())
+    more: dict[str, Any] = {"model.path": settings("bert")["model.path"], "run.rounds": 1,
+                            "lora.target-modules": "query", "simulate.workers": 1}  # fmt: skip
+    run = simulate("experiment.toml", more)
+    assert len(run.rounds) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", PROJECTS)
+def test_a_project_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(task, Path())
+    run = simulate("experiment.toml")
+    first = run.rounds[run.rounds["round"] == 0].iloc[0]
+    assert run.summary["final"]["loss"] < first["evaluation.loss"]
+
+
+def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already, and is left as it is"):
+        written("classification", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    with pytest.raises(ConfigError, match="init clasification: must be one of classification, "):
+        written("clasification", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# -- the schema -----------------------------------------------------------------------------------
+
+
+def problems(text: str) -> list[str]:
+    checks = jsonschema.Draft202012Validator(schema())
+    return [f"{e.json_path}: {e.message}" for e in checks.iter_errors(tomllib.loads(text))]
+
+
+def test_every_experiment_that_ships_and_every_default_is_valid() -> None:
+    jsonschema.Draft202012Validator.check_schema(schema())
+    for path in shipped().values():
+        assert problems(path.read_text()) == [], path.name
+    assert problems(Config().toml()) == []
+
+
+@pytest.mark.parametrize(("text", "where"), [
+    ("[train]\nlearning-rate = 1", "learning-rate"),
+    ("[trian]\nlr = 1.0", "trian"),
+    ("[train]\nlr = 'fast'", "$.train.lr"),
+    ("[train]\nlr = -1", "$.train.lr"),
+    ("[run]\nrounds = 0", "$.run.rounds"),
+    ("[model]\ndtype = 'float64'", "$.model.dtype"),
+    ("[model]\ntask = 'translation'", "$.model.task"),
+    ("[strategy]\nname = 'fedx'", "$.strategy.name"),
+    ("[strategy.ravan]\nhead-rank = 'four'", "head-rank"),
+])  # fmt: skip
+def test_what_the_reader_refuses_the_schema_refuses(text: str, where: str) -> None:
+    assert any(where in problem for problem in problems(text))
+    with pytest.raises(ConfigError):
+        Config.read(tomllib.loads(text))
+
+
+def test_every_key_has_its_words() -> None:
+    tables = schema()["properties"]
+    flat = {key for key in Config().flat() if not key.startswith("strategy.")}
+    bare = [k for k in flat if k.partition(".")[2] not in tables[k.partition(".")[0]]["properties"]]
+    assert not bare
+    said = [p for t in tables.values() for p in t.get("properties", {}).values()]
+    assert sum("description" in p for p in said) > 100
+
+
+def test_the_command_prints_it_and_init_writes(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["schema"])
+    assert json.loads(found.output) == schema()
+    found = CliRunner().invoke(app, ["init", "regression", str(tmp_path / "x")])
+    assert found.exit_code == 0, found.output
+    assert "fedlora simulate experiment.toml" in found.output
