@@ -13,7 +13,7 @@ from fedlora.privacy.per_example import kept_apart
 from fedlora.training.data.batches import collate
 from fedlora.training.devices import HOST, prepare
 from fedlora.training.footprint import footprint
-from fedlora.training.model import loading
+from fedlora.training.model import loading, quantized
 from fedlora.training.model.model import Model
 from fedlora.training.model.quantized import bytes_of, is_stored
 from fedlora.training.optimizers import BLOCK, PAGED, SMALL, build_optimizer, state_bytes
@@ -46,6 +46,42 @@ def test_what_a_stored_base_says_of_itself(settings: Settings, stored: str) -> N
         assert 0 < gap < (0.2 if stored == "4bit" else 0.02)
     size, whole = (footprint(x, x.config).frozen for x in (model, plain))
     assert size < whole
+
+
+class Packing(nn.Linear):
+    """As bitsandbytes' 4-bit layer on a processor with bfloat16 units."""
+
+    support_avx512bf16_for_cpu = True
+
+
+def test_a_4_bit_layer_is_told_to_hold_what_it_was_loaded_with() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Sequential(Packing(2, 4)))
+    quantized.keep_as_loaded(model)
+    assert not model[1][0].support_avx512bf16_for_cpu
+    assert not hasattr(model[0], quantized.PACKS)
+
+
+@pytest.mark.parametrize("slip", [False, True])
+def test_an_evaluation_leaves_a_4_bit_base_as_it_is_on_processors_with_bfloat16_units(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, slip: bool
+) -> None:
+    """On any processor. The slip: bitsandbytes packs weights anew, which these widths refuse."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    if slip:
+        monkeypatch.setattr(loading, "keep_as_loaded", lambda _: None)
+    s = Setting(settings("llama", **{"model.quantization": "4bit"}), torch.float32)
+    before = {m: W.clone() for m, W in s.model.weights().items()}
+    s.model.peft.eval()
+    with torch.no_grad():
+        if slip:
+            with pytest.raises(Exception, match="must be divisible"):
+                s.losses([0, 1])
+            return
+        s.losses([0, 1])
+    assert all(torch.equal(W, before[m]) for m, W in s.model.weights().items())
+    s.losses([0, 1]).sum().backward()
+    assert all(p.grad is not None for p in s.params)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fedlora.training.draws import host_draws
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
-from fedlora.training.model.quantized import asked_for, plain
+from fedlora.training.model.quantized import asked_for, keep_as_loaded, plain
 from fedlora.training.model.raised import in_short
 from fedlora.training.model.spread import connect, device_map
 from fedlora.training.tasks import task_of
@@ -189,6 +189,7 @@ def _own(config: ModelConfig, labels: Sequence[str], seed: int) -> Any:
 def _frozen(model: Any, config: ModelConfig) -> Any:
     if config.dropout >= 0:
         set_dropout(model, config.dropout)
+    keep_as_loaded(model)
     model.requires_grad_(False)
     model.eval()
     return model

@@ -7,7 +7,7 @@ int8          torchao; a weight says that it is float32, and holds 8 bits and a 
 from typing import Any
 
 from peft.utils.integrations import dequantize_bnb_weight
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -21,6 +21,21 @@ def asked_for(kind: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+
+
+PACKS = "support_avx512bf16_for_cpu"
+"""An attribute of bitsandbytes' 4-bit layers: do they rewrite their weight to evaluate?"""
+
+
+def keep_as_loaded(model: nn.Module) -> None:
+    """Have a model's 4-bit layers hold the bits that they were loaded with.
+
+    On processors with bfloat16 units bitsandbytes 0.50 packs a weight anew at its first evaluation:
+    scales become bfloat16, widths must be multiples of 32, and no later pass has gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
 
 
 def in_python(kind: str) -> tuple[str, list[str]]:
