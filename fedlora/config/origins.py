@@ -15,8 +15,11 @@ UNSET: Mapping[str, Any] = {"train.lr": 0.0, "lora.alpha": 0.0, "lora.init": "au
 
 
 def told(record: Any) -> tuple[str, frozenset[str]]:
-    """The strategy that a `run.defaults` names, and what it gave, "key=value" each."""
-    parts = record.split(",") if isinstance(record, str) else [*map(str, record)]
+    """The strategy that a `run.defaults` names, and what it gave, "key=value" each; of what is no
+    record nothing, which the key's own rule refuses."""
+    parts = record.split(",") if isinstance(record, str) else []
+    if isinstance(record, list | tuple):
+        parts = [*map(str, record)]
     return (parts[0], frozenset(parts[1:])) if parts else ("", frozenset())
 
 

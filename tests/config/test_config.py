@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -215,6 +215,7 @@ junk = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_siz
         max_size=5,
     )
 )  # fmt: skip
+@example(given={"run.defaults": None})
 @examples(max_examples=300, deadline=None)
 def test_nothing_raises_anything_but_a_config_error(given: dict[str, Any]) -> None:
     try:
