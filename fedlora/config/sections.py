@@ -44,7 +44,8 @@ class ModelConfig(Section):
     tokenizer: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
     task: Annotated[str, AfterValidator(known)] = "classification"
-    """classification, multi-label, regression, causal-lm, preference, ...: docs/use/tasks.md."""
+    """classification, multi-label, regression, token-classification, causal-lm, preference, or one
+    registered: docs/use/tasks.md."""
     pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
     and a zero-initialised linear head. auto: default, and mean under example-level DP."""
@@ -86,10 +87,11 @@ class DataConfig(Section):
     subset: str = ""
     """Which configuration of a hub data set that has several."""
     text: str = "text"
+    """The column of the text; for token-classification, of a list of words."""
     text_pair: str = ""
     """A second column of text, where a label is of a pair of texts."""
     label: str = "label"
-    """The column of what is to be predicted: a class, a list of labels, a number."""
+    """The column of what is to be predicted: a class, a list of labels or of tags, a number."""
     label_separator: str = ""
     """For multi-label, where a cell is one text and no JSON list: what stands between labels."""
     prompt: str = ""

@@ -18,6 +18,8 @@ class TaskKind:
     headed: bool
     generates: bool
     answers: bool
+    needs: tuple[str, ...] = ()
+    """Packages of the extra `metrics` that its scores come from."""
 
 
 PER_TEXT = TaskKind(pooled=True, headed=True, generates=False, answers=False)
@@ -26,6 +28,7 @@ KINDS: dict[str, TaskKind] = {
     "classification": PER_TEXT,
     "multi-label": PER_TEXT,
     "regression": PER_TEXT,
+    "token-classification": TaskKind(False, True, False, False, needs=("seqeval",)),
     "causal-lm": TaskKind(pooled=False, headed=False, generates=True, answers=True),
     "preference": TaskKind(pooled=False, headed=False, generates=True, answers=False),
 }

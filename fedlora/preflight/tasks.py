@@ -1,6 +1,7 @@
 """Settings that conflict with what the task is: fedlora/training/tasks."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
@@ -11,6 +12,11 @@ def problems(config: Config) -> Iterator[str]:
     """Each combination that cannot run, and what to do instead."""
     name, data = config.model.task, config.data
     task = kind_of(name)
+    if missing := [package for package in task.needs if not find_spec(package)]:
+        yield (
+            f"model.task = {name!r}: its scores are made by {' and '.join(missing)}, which is not "
+            "installed; pip install 'fedlora[metrics]'"
+        )
     if config.model.pooling == "mean" and not task.pooled:
         yield (
             f"model.pooling = 'mean' with model.task = {name!r}: it is of tasks with one output a "

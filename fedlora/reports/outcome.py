@@ -48,12 +48,13 @@ class Metric:
 ACCURACY = Metric("accuracy", "accuracy", share=True)
 EXACT_MATCH = Metric("exact_match", "exact match", share=True)
 F1 = Metric("f1", "entity F1", share=True)
+TOKENS = Metric("token_accuracy", "token accuracy", share=True)
 PEARSON = Metric("pearson", "Pearson correlation", share=False, rising=True)
 ROUGE_L = Metric("rouge_l", "ROUGE-L", share=True)
 PERPLEXITY = Metric("perplexity", "perplexity", share=False)
 LOSS = Metric("loss", "loss", share=False)
 
-JUDGED_BY = (ACCURACY, F1, PEARSON, ROUGE_L, PERPLEXITY)
+JUDGED_BY = (ACCURACY, F1, TOKENS, PEARSON, ROUGE_L, PERPLEXITY)
 """A run is judged by the first of these that anything of it has; else by the loss."""
 
 FLOORS = ("majority class", "trained head only")

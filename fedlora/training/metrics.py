@@ -1,15 +1,18 @@
-"""Scores of predictions: accuracy, F1 and loss; correlations; perplexity and exact match.
+"""Scores of predictions: accuracy, F1 and loss; entities; correlations; perplexity; exact match.
 
 Edge cases: no rows score nan, which no comparison can mistake for a result.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from fedlora.training.data.tags import as_iobes, marks_chunks
 
 
 def classification(logits: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
@@ -62,6 +65,40 @@ def numbers(said: Tensor, wanted: Tensor) -> dict[str, float]:
     varied = varied and all(bool(x.max() > x.min()) for x in (said, wanted))
     for name, of in (("pearson", pearsonr), ("spearman", spearmanr)):
         found[name] = float(of(said.numpy(), wanted.numpy()).statistic) if varied else math.nan
+    return found
+
+
+def tagged(
+    wanted: Sequence[Sequence[str]],
+    said: Sequence[Sequence[str]],
+    tags: Sequence[str],
+    scheme: str = "",
+) -> dict[str, float]:
+    """token_accuracy of tags, and where they mark chunks f1, precision and recall of those.
+
+    By seqeval's default, conlleval's rules, over all types; and with a scheme ("IOB2") strict_f1 by
+    its strict mode. conlleval does not know BILOU's letters: L and U are E and S there. Where there
+    is no chunk and none is said, these are 0, as seqeval has it.
+    """
+    pairs = [pair for rows in zip(wanted, said, strict=True) for pair in zip(*rows, strict=True)]
+    right = sum(one == other for one, other in pairs)
+    found = {"token_accuracy": right / len(pairs) if pairs else math.nan}
+    if not marks_chunks(tags):
+        return found
+    from seqeval import scheme as schemes
+    from seqeval.metrics import sequence_labeling, v1
+
+    how = {"average": "micro", "zero_division": 0}
+    both = [[[as_iobes(x) for x in row] for row in rows] for rows in (wanted, said)]
+    with warnings.catch_warnings():  # of a letter that it does not know
+        warnings.filterwarnings("ignore", ".* seems not to be NE tag", UserWarning)
+        of = sequence_labeling.precision_recall_fscore_support(*both, **how)
+    found |= dict(zip(("precision", "recall", "f1"), map(float, of), strict=False))
+    if scheme:
+        strict = v1.precision_recall_fscore_support(
+            wanted, said, scheme=getattr(schemes, scheme), **how
+        )
+        found["strict_f1"] = float(strict[2])
     return found
 
 

@@ -26,7 +26,7 @@ from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
 from fedlora.launch.doctor import examine
 from fedlora.launch.simulate.grid import LocalGrid, _name
-from fedlora.preflight import hardware
+from fedlora.preflight import hardware, tasks
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer
 from tests.support.tiny_federation import ROOT, directory_of, federate, python, quick
@@ -170,6 +170,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "gpt2", {"model.pooling": "mean"}, "one output a text"),
     ("fedavg", "gpt2", {"data.text-pair": "b"}, "data.text-pair with model.task"),
     ("fedavg", "bert", {"data.label-separator": "|"}, "is read by multi-label alone"),
+    ("fedavg", "bert", {"model.task": "token-classification"}, "are made by seqeval, which is not"),
     ("fedavg", "bert", {"model.task": "regression", "data.map": "a=b"}, "it renames labels"),
     ("fedavg", "gpt2", {"data.labels": "a,b"}, "it chooses from no labels"),
     ("fedavg", "gpt2", {"data.rejected": "b"}, "is read by preference alone"),
@@ -239,6 +240,7 @@ REFUSED = [*BY_CONFIG, *(c for c in BY_CLIENTS if c[3]), *BY_MEASURE]
 def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     """No package of an extra is here, whatever this machine has."""
     monkeypatch.setattr(hardware, "find_spec", lambda _: None)
+    monkeypatch.setattr(tasks, "find_spec", lambda _: None)
     monkeypatch.setattr(hardware, "which", lambda _: None)
     real = hardware.chosen
     monkeypatch.setattr(

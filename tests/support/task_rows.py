@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fedlora.config.task_names import KINDS
 from tests.conftest import CUES, LABELS, WORDS
 
 Row = Mapping[str, Any]
@@ -74,11 +77,25 @@ def preferences(chance: random.Random) -> Iterator[Row]:
         yield {"text": text, "chosen": longer, "rejected": f" {other}"}
 
 
+def entities(chance: random.Random) -> Iterator[Row]:
+    """Words of a kind are entities, some of two words; "is-the" is cut into three pieces."""
+    kinds = {word: kind for kind, cues in CUES.items() for word in cues}
+    for n in range(ROWS):
+        found: list[tuple[str, str]] = []
+        for word in [*words(chance, n).split(), chance.choice(CUES[LABELS[n % 3]])]:
+            kind = kinds.get(word, "")
+            found.append((word, f"B-{kind}" if kind else "O"))
+            if kind and chance.random() < 0.4:
+                found.append(("is-the", f"I-{kind}"))
+        yield {"text": [word for word, _ in found], "label": [tag for _, tag in found]}
+
+
 MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row]] = {
     "classification": ("classification", "bert", classes, {}),
     "pairs": ("classification", "bert", pairs, {"data.text-pair": "second"}),
     "multi-label": ("multi-label", "bert", several, {}),
     "regression": ("regression", "bert", numbers, {}),
+    "tokens": ("token-classification", "bert", entities, {}),
     "causal-lm": ("causal-lm", "gpt2", answers, {"data.prompt": "text"}),
     "chat": ("causal-lm", "gpt2", chats, {"data.messages": "messages"}),
     "preference": (
@@ -96,6 +113,8 @@ def task_settings(
 ) -> dict[str, object]:
     """The settings of a run of this case, its rows in a file of the directory."""
     task, kind, rows, more = MADE[case]
+    for package in KINDS[task].needs:
+        pytest.importorskip(package)
     path = directory / f"{case}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(random.Random(5))))
     given = {"model.task": task, "data.path": str(path), "data.prompt": "", **more}

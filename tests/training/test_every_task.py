@@ -45,10 +45,15 @@ def each_label(z: Array, y: Array) -> float:
     return float(np.mean(-(y * np.log(p) + (1 - y) * np.log(1 - p))))
 
 
+def each_word(z: Array, y: Array) -> float:
+    return float(np.mean([cross_entropy(z[t], y[t]) for t in range(len(y)) if y[t] >= 0]))
+
+
 LOSS: dict[str, Callable[[Array, Array], float]] = {
     "classification": cross_entropy,
     "multi-label": each_label,
     "regression": lambda z, y: float((z[0] - y) ** 2),
+    "token-classification": each_word,
     "causal-lm": next_tokens,
 }
 """An example's loss by its definition, of its logits and its labels in float64."""
@@ -205,7 +210,8 @@ def test_rows_that_are_written_are_read_again(setting: Setting, tmp_path: Path) 
 
 
 FLOOR = {"classification": "majority class", "multi-label": "majority of each label",
-         "regression": "training mean"}  # fmt: skip
+         "regression": "training mean",
+         "token-classification": "most frequent tag of each word"}  # fmt: skip
 
 
 def test_it_federates_is_proved_and_exports(settings: Settings, case: str, tmp_path: Path) -> None:

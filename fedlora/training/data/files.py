@@ -22,7 +22,9 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
 }
 JSON = (".jsonl", ".json", ".ndjson", ".jsonlines")
-TEXTS = (*JSON, ".csv", ".tsv")
+IOB = (".conll", ".iob", ".iob2", ".bio")
+"""Of files of one word a line: see iob.py."""
+TEXTS = (*JSON, ".csv", ".tsv", *IOB)
 KINDS = (*TEXTS, ".txt", ".parquet", ".zip")
 """Suffixes of files of rows."""
 OTHERS = {

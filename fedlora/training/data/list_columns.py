@@ -47,6 +47,6 @@ def _read(cell: Any, where: str, key: str, name: str, separator: str) -> list[st
     elif separator:
         return [part.strip() for part in text.split(separator)]
     raise DataError(
-        f'{key} = "{name}": {where} has {text[:40]!r} there, no list: write a JSON list, or name '
-        "what parts its names in data.label-separator"
+        f'{key} = "{name}": {where} has {text[:40]!r} there, no list: write a JSON list, or, '
+        "for multi-label, name what parts its names in data.label-separator"
     )

@@ -38,6 +38,8 @@ class Columns:
     needed: Sequence[Needed] = ()
     mapped: Sequence[str] = ()
     """The values that data.map renames, as they are in the table."""
+    classes: Sequence[str] = ()
+    """The data's own numbered classes, renamed, where data.map does not name them whole."""
 
 
 class Reader(Protocol):
@@ -147,7 +149,7 @@ def _rows_of(
     read, matched = len(table.lines), len(table.lines) + len(table.unmatched)
     book.leave(UNMATCHED, numbers[read:matched])
     book.leave(HEADER, numbers[matched:])
-    own = (renames.get(x, x) for x in map(as_label, classes(table, data.label)))
+    own = found.classes or [renames.get(x, x) for x in map(as_label, classes(table, data.label))]
     rows = Rows(
         text=tuple(found.text),
         label=tuple(found.label),

@@ -40,7 +40,17 @@ from pyarrow import parquet
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.delimited import read_delimited
-from fedlora.training.data.files import JSON, KINDS, TEXTS, decoded, kind_of, matched, unpacked
+from fedlora.training.data.files import (
+    IOB,
+    JSON,
+    KINDS,
+    TEXTS,
+    decoded,
+    kind_of,
+    matched,
+    unpacked,
+)
+from fedlora.training.data.iob import read_iob
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 from fedlora.training.data.parquet_schema import numbered, ordered_by_pandas, schema_of
@@ -98,8 +108,8 @@ def _inside(features: Mapping[str, Any], name: str) -> bool:
 def read(data: DataConfig, key: str, path: str) -> Table:
     """The table at `path`, the value of the config's `key`. Of several splits, `data.split`.
 
-    A file is read by its suffix: .jsonl, .json, .csv, .tsv, .parquet; any other is text, one row
-    a line that `data.line-pattern` matches.
+    A file is read by its suffix: .jsonl, .json, .csv, .tsv, .parquet, and .conll, .iob, .iob2,
+    .bio; any other is text, one row a line that `data.line-pattern` matches.
 
     Raises:
         DataError: nothing is there, or it is not what its suffix says, or has no such split.
@@ -150,11 +160,17 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
 
 
 def classes(table: Table, name: str) -> tuple[str, ...]:
-    """The names of a column of numbered classes or ordered categories, in their order; of any other
-    none."""
+    """The names of a column of numbered classes, or lists of such, or ordered categories, in their
+    order; of any other none."""
     feature = table.cells.features.get(name)
+    feature = inner(feature) or feature
     named = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
     return named or table.ordered.get(name, ())
+
+
+def inner(feature: Any) -> Any:
+    """What a column of lists has lists of; None of another column."""
+    return getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
 
 
 def prompts(table: Table, where: str, prompt: str) -> list[str]:
@@ -250,6 +266,8 @@ def _file(place: Path, data: DataConfig) -> Table:
     if kind in JSON:
         found = read_json(text)
         return Table(_texts(found.columns), found.lines, found.unit, notes=said, lists=found.lists)
+    if kind in IOB:
+        return _sentences(text, data, said)
     if kind in (".csv", ".tsv") or data.separator:
         mark = "\t" if data.separator == "tab" else data.separator
         usual = "\t" if kind == ".tsv" else ","
@@ -257,6 +275,15 @@ def _file(place: Path, data: DataConfig) -> Table:
         table = Table(_texts(cells.columns), cells.lines, "line", headers=cells.headers)
         return replace(table, notes=(*cells.notes, *said))
     return _text(text, place, data, said)
+
+
+def _sentences(text: str, data: DataConfig, said: tuple[str, ...]) -> Table:
+    """A row a sentence: its words as data.text, its tags as data.label."""
+    found = read_iob(text)
+    columns = {data.text: found.words, data.label: found.tags}
+    kind = pyarrow.list_(pyarrow.string())
+    cells = Dataset(pyarrow.table({name: pyarrow.array(x, kind) for name, x in columns.items()}))
+    return Table(cells, found.lines, "line", notes=said, lists=frozenset(columns))
 
 
 def _parquet(place: Path, how: Mapping[str, Any]) -> Table:

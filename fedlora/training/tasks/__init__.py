@@ -18,11 +18,13 @@ from fedlora.training.tasks.classification import Classification
 from fedlora.training.tasks.multi_label import MultiLabel
 from fedlora.training.tasks.preference import Preference
 from fedlora.training.tasks.regression import Regression
+from fedlora.training.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multi-label": MultiLabel,
     "regression": Regression,
+    "token-classification": TokenClassification,
     "causal-lm": CausalLM,
     "preference": Preference,
 }

@@ -1,0 +1,58 @@
+"""Files of one word a line, with its tag: IOB, as the CoNLL tasks have them.
+
+    EU NNP B-NP B-ORG
+    rejects VBZ B-VP O
+
+    Peter NNP B-NP B-PER
+
+A blank line stands between sentences. Columns stand between tabs where the line has one, else
+between spaces: the word is the first, its tag the last. Lines of -DOCSTART- are none of a sentence,
+and neither are comments before one, "# id 7 domain=en".
+"""
+
+import re
+from dataclasses import dataclass
+
+LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """What a file holds."""
+
+    words: list[list[str]]
+    tags: list[list[str]]
+    lines: list[int]
+    """In which each sentence begins, from 1."""
+
+
+def read_iob(text: str) -> Sentences:
+    """The sentences of such a file.
+
+    Raises:
+        ValueError: a line has another number of columns than the first, or one alone; says which.
+    """
+    found = Sentences([], [], [])
+    inside, width = False, 0
+    for number, line in enumerate(LINE_END.split(text), 1):
+        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+        if not line.strip() or cells[0] == "-DOCSTART-":
+            inside = False
+            continue
+        if not inside and cells[0] == "#" and "=" in cells[-1]:
+            continue
+        width = width or len(cells)
+        if len(cells) != width or width < 2:
+            raise ValueError(
+                f"line {number}: it has {len(cells)} columns, must be "
+                f"{width if width > 1 else 'two or more'}, a word first and its tag last: "
+                f"{line[:60]!r}"
+            )
+        if not inside:
+            found.words.append([])
+            found.tags.append([])
+            found.lines.append(number)
+        inside = True
+        found.words[-1].append(cells[0])
+        found.tags[-1].append(cells[-1])
+    return found
