@@ -17,7 +17,8 @@ from pyarrow import parquet
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.corpus import Corpus
-from fedlora.training.data.tables import classes, column, read
+from fedlora.training.data.list_columns import classes
+from fedlora.training.data.tables import column, read
 from tests.support.by_task import load
 
 STAMP = datetime.datetime(2024, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).replace(tzinfo=None)

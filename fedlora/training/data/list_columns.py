@@ -22,15 +22,28 @@ def lists(table: Table, where: str, key: str, name: str, separator: str = "") ->
     if name not in table.names:
         column(table, where, key, name)  # says so, with what there is
     feature = table.cells.features[name]
-    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
-    cells = table.cells[name][:]
-    if isinstance(inner, ClassLabel):
-        return [["" if v is None or v < 0 else inner.names[v] for v in x or ()] for x in cells]
-    if inner is not None:
+    of, cells = inner(feature), table.cells[name][:]
+    if isinstance(of, ClassLabel):
+        return [["" if v is None or v < 0 else of.names[v] for v in x or ()] for x in cells]
+    if of is not None:
         return [["" if v is None else str(v) for v in cell or ()] for cell in cells]
     if isinstance(feature, ClassLabel) or not isinstance(feature, Value):
         raise DataError(f'{key} = "{name}": {where} has no lists there but {feature}')
     return [_read(cell, where, key, name, separator) for cell in cells]
+
+
+def classes(table: Table, name: str) -> tuple[str, ...]:
+    """The names of a column of numbered classes, or lists of such, or ordered categories, in their
+    order; of any other none."""
+    feature = table.cells.features.get(name)
+    feature = inner(feature) or feature
+    named = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+    return named or table.ordered.get(name, ())
+
+
+def inner(feature: Any) -> Any:
+    """What a column of lists has lists of; None of another column."""
+    return getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
 
 
 def _read(cell: Any, where: str, key: str, name: str, separator: str) -> list[str]:

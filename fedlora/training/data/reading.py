@@ -12,8 +12,9 @@ from fedlora.errors import DataError
 from fedlora.training.data import row_units
 from fedlora.training.data.account import EQUAL, HEADER, UNMATCHED, Book, empty
 from fedlora.training.data.labels import as_label, check_clients, check_map
+from fedlora.training.data.list_columns import classes
 from fedlora.training.data.rows import Rows
-from fedlora.training.data.tables import Table, classes, column, read
+from fedlora.training.data.tables import Table, column, read
 from fedlora.training.user_code import called, find
 
 log = logging.getLogger(__name__)

@@ -159,20 +159,6 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
     ]
 
 
-def classes(table: Table, name: str) -> tuple[str, ...]:
-    """The names of a column of numbered classes, or lists of such, or ordered categories, in their
-    order; of any other none."""
-    feature = table.cells.features.get(name)
-    feature = inner(feature) or feature
-    named = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-    return named or table.ordered.get(name, ())
-
-
-def inner(feature: Any) -> Any:
-    """What a column of lists has lists of; None of another column."""
-    return getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
-
-
 def prompts(table: Table, where: str, prompt: str) -> list[str]:
     """`data.prompt` for every row: a column, a template with {column} names filled in, or ""."""
     if not prompt:

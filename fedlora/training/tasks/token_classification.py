@@ -42,9 +42,9 @@ from fedlora.training.data.batches import (
 )
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label, names_of
-from fedlora.training.data.list_columns import lists
+from fedlora.training.data.list_columns import classes, lists
 from fedlora.training.data.rows import Rows
-from fedlora.training.data.tables import Table, classes
+from fedlora.training.data.tables import Table
 from fedlora.training.data.tags import OUTSIDE, beginnings, renamed, scheme_of, type_of
 from fedlora.training.devices import on_host, sent, wide_on_host
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
