@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig
@@ -29,6 +30,7 @@ from fedlora.training.data import corpus as data
 from fedlora.training.data.batches import Encoded, collate
 from fedlora.training.data.corpus import Rows
 from fedlora.training.model.layers import taken_out
+from fedlora.training.model.loftq import nf4
 from fedlora.training.model.model import PREFIX, Model
 from fedlora.training.train import example_losses
 from tests.conftest import LABELS, WORDS
@@ -208,6 +210,34 @@ def test_a_strategy_begins_with_what_was_found_or_refuses_it(
     assert all(
         f"lora.init = '{init}': " in s and "begins with factors of its own" in s for s in said
     )
+
+
+def slow_energy(M: Tensor, rank: int) -> float:
+    """By a full SVD in NumPy's words: what the leading directions hold of all."""
+    S = np.linalg.svd(M.double().numpy(), compute_uv=False)
+    return float((S[:rank] ** 2).sum() / (S**2).sum())
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq"])
+def test_a_run_says_how_much_of_what_its_start_is_made_from_it_keeps(
+    init: str, settings: Settings, public: str
+) -> None:
+    calibrated = {"lora.init": init, "clients.ranks": "3"}
+    calibrated |= {} if init == "loftq" else {"lora.calibration": public}
+    ran = federate(settings(**quick("fedavg", **calibrated)))
+    told = ran.rounds[0]["start"]
+    assert f"lora.init = '{init}'" in told["made_from"]
+    assert "of the energy" in told["lines"][0]
+    for m, q in told["modules"].items():
+        assert q["found"] == q["rank"] == (6 if init == "lora_ga" else 3), m
+        assert 0 < q["energy"] <= 1
+        assert q["condition"] >= 1
+    if init == "loftq":  # the one that can be made again from the weights alone
+        config = Config.read(settings(**quick("fedavg", **calibrated)))
+        W = Model(config, LABELS).weights()
+        for m, q in told["modules"].items():
+            M = W[m].float() - nf4(W[m])
+            assert q["energy"] == pytest.approx(slow_energy(M, 3), rel=1e-4)
 
 
 # -- whose rows ---------------------------------------------------------------------------------

@@ -106,6 +106,11 @@ def begin(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
     made: dict[str, Quality] = {}
     factors = first_factors(model, whole, config, setting.corpus, made)
     tell(session, f"lora.init = {config.lora.init!r}", made)
+    if start_quality.nothing_learned(made):
+        raise StrategyError(
+            f"lora.init = {config.lora.init!r}: what it is made from is zero in every module, so "
+            "its directions are arbitrary; name other rows in lora.calibration, or use 'default'"
+        )
     start = Start(factors, everyone, model.weights(), config.run.seed)
     base_offset = taken_out(config, factors, model.weights())
     run = replace(run, state=strategy.init(start), base_offset=base_offset)
