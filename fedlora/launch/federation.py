@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedlora import preflight
-from fedlora.config.origins import UNSET
+from fedlora.config.origins import RECORD, origin
 from fedlora.config.reader import Config
 from fedlora.errors import StrategyError
 from fedlora.federation.server.loop import FederatedLora as Server
@@ -61,7 +61,8 @@ class Federation:
         self.config = with_own(config, strategy, model, tokenizer, data, loss, metrics)
         preflight.check(self.config)
         was, now = config.flat(), self.config.flat()
-        changes = {key: value for key, value in now.items() if value != was[key] or key in UNSET}
+        given = now[RECORD]  # what a strategy gave goes along; what a user set, a client must know
+        changes = {k: v for k, v in now.items() if v != was[k] or origin(given, k, v)}
         self._server = Server(self.config, together([observer or Silent(), *observers]), changes)
 
     def start(self, grid: Grid) -> Result:

@@ -17,7 +17,7 @@ from fedlora.launch.lab.study import PARTS, main
 from fedlora.training import cache
 from tests.support.private_setting import Build
 
-TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000, 60, 20, 0.95, 7, 5, 24)
+TINY = LabSize(40, 4, 2.0, (4,), 1, 5, (12,), 2000, 60, 20, 0.95, 7, 5, 32)
 
 
 def experiment(tmp_path: Path, settings: Build, **table: object) -> Path:

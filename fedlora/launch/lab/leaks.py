@@ -13,13 +13,14 @@ direction from half of the trials, and guesses the other half.
 
 Under DP the numbers follow from what was sent and what was released, so they may say what that
 says: at most (e^eps - 1) / (e^eps + 1) + delta, of one round's epsilon. Here that is smaller than
-what so many trials can tell, and the interval of the advantage must hold 0.
+what so many trials can tell, and the advantage must be what chance explains.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import fisher_exact
 from torch import Tensor
 
 from fedlora.config.reader import Config
@@ -30,6 +31,8 @@ from fedlora.training.certificate import measure
 from fedlora.training.data.batches import Encoded
 from fedlora.training.train import threads
 
+CHANCE = 1e-3
+"""How often an attack that learns nothing may be said to learn something."""
 CHECKS = 20
 """Trials of the training check, whose answer has no noise in it."""
 FIELDS = ("clear", "masked", "check", "planted")
@@ -37,15 +40,17 @@ FIELDS = ("clear", "masked", "check", "planted")
 
 @dataclass(frozen=True, slots=True)
 class Advantage:
-    """Of an attacker's guesses, with half of a 99 % interval."""
+    """Of guesses, with half of a 99 % interval, and how likely so much is by chance."""
 
     value: float
     half: float
+    p: float
+    """By Fisher's exact test, of both sides: an interval of few guesses is too short."""
 
     @property
     def seen(self) -> bool:
-        """Is 0 outside of the interval?"""
-        return abs(self.value) > self.half
+        """Is it more than chance, but for one attack of a thousand?"""
+        return self.p < CHANCE
 
 
 def advantage(found: Tensor, is_in: Tensor) -> Advantage:
@@ -70,7 +75,11 @@ def of_guesses(guesses: Tensor, is_in: Tensor) -> Advantage:
         p = (int(these.sum()) + 1) / (n + 2)
         rates.append(float(these.double().mean()) if n else 0.5)
         variance += p * (1 - p) / (n + 2)
-    return Advantage(rates[0] - rates[1], 2.576 * math.sqrt(variance))
+    counts = [
+        [int(these.sum()), int((~these).sum())] for these in (guesses[is_in], guesses[~is_in])
+    ]
+    p = float(fisher_exact(counts).pvalue)
+    return Advantage(rates[0] - rates[1], 2.576 * math.sqrt(variance), p)
 
 
 def played(
