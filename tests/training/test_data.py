@@ -499,7 +499,9 @@ def test_a_template_over_a_missing_column_names_it(path):
 
 def test_a_skewed_partition_of_data_without_labels_is_refused(path):
     data = DataConfig(path=path, **{**INSTRUCT, "label": "none", "partition": "dirichlet"})
-    assert 'no column "none": set data.label, or data.partition = "iid"' in error(data, "causal-lm")
+    assert 'no column "none" of such: set data.label, or set data.partition = "iid"' in error(
+        data, "causal-lm"
+    )
 
 
 def test_a_test_file_with_an_unknown_label_is_refused(path, tmp_path):
