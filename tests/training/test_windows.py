@@ -14,8 +14,9 @@ from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.launch.doctor.the_rows import lengths
 from fedlora.training import cache
-from fedlora.training.data.batches import IGNORE, eval_batches, stretches
+from fedlora.training.data.batches import IGNORE, eval_batches
 from fedlora.training.evaluate import evaluate
+from fedlora.training.tasks.causal_lm import stretches
 from fedlora.training.train import example_losses
 from tests.conftest import WORDS
 from tests.support.tiny_federation import federate, quick
