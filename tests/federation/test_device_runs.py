@@ -76,6 +76,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "loftq")
 SIZED: dict[str, dict[str, object]] = {
+    "nora": {"lora.options": "width=8"},
     "c3a": {"clients.ranks": "8"},
     "vblora": {"lora.options": "vector_length=4,num_vectors=32,topk=2"},
 }
