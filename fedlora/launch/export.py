@@ -30,7 +30,7 @@ from fedlora.strategies import Strategy
 from fedlora.strategies.base import Client, Effective, Round
 from fedlora.training import cache
 from fedlora.training.begun_with import begun_with, check_begun_with
-from fedlora.training.data.batches import eval_batches
+from fedlora.training.data.batches import eval_batches, inputs_of
 from fedlora.training.devices import moved, on_host
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.merged_model import save_merged
@@ -124,10 +124,7 @@ def opened(run: Path) -> Opened:
         rows = cache.encoded("central", -1, config, corpus.labels)
     else:
         rows = model.task.made_up(model.tokenizer, corpus.labels)
-    batches = [
-        {key: x for key, x in batch.items() if key != "labels"}
-        for batch in islice(eval_batches(rows, ROWS), BATCHES)
-    ]
+    batches = [inputs_of(batch) for batch in islice(eval_batches(rows, ROWS), BATCHES)]
     return Opened(config, strategy, found[0], model, corpus.labels, batches)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
-from fedlora.training.data.batches import IGNORE, Batch, Encoded
+from fedlora.training.data.batches import IGNORE, Batch, Encoded, inputs_of
 from fedlora.training.data.batches import alone as one
 from fedlora.training.devices import on_host, wide_on_host
 from fedlora.training.model.model import Model
@@ -79,7 +79,7 @@ def _defined(model: Model, batch: Batch, config: Config) -> Tensor:
     """Each example's loss by its definition; by the user's own function where there is one."""
     if not (name := config.train.loss):
         return model.task.defined(model, batch)
-    logits = on_host(model.logits({k: x for k, x in batch.items() if k != "labels"}))
+    logits = on_host(model.logits(inputs_of(batch)))
     rows = zip(logits, batch["labels"], strict=True)
     return torch.cat([own_losses(name, z[None], y[None]) for z, y in rows]).double()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedlora.config.reader import Config
 from fedlora.strategies.base import Penalty, seeded
-from fedlora.training.data.batches import Batch, Encoded, batches
+from fedlora.training.data.batches import Batch, Encoded, batches, inputs_of
 from fedlora.training.devices import HOST, Stopwatch, on_host, sent
 from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
@@ -162,7 +162,7 @@ def example_losses(model: Model, batch: Batch, precision: str = "float32") -> Te
     if not (own := model.config.train.loss):
         with autocast(precision, model.device):
             return model.task.losses(model, batch).float()
-    inputs = {key: x for key, x in batch.items() if key != "labels"}
+    inputs = inputs_of(batch)
     with autocast(precision, model.device):
         logits = model.logits(inputs)
     return own_losses(own, logits, sent(batch["labels"], logits.device))

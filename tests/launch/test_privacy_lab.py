@@ -12,7 +12,7 @@ from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.lab.plan import Lab, LabSize
-from fedlora.launch.lab.seat import Seat, joined, pick
+from fedlora.launch.lab.seat import Seat, joined
 from fedlora.launch.lab.study import PARTS, main
 from fedlora.training import cache
 from tests.support.private_setting import Build
@@ -143,10 +143,10 @@ def _began(seat: Seat, sent):  # type: ignore[no-untyped-def]
 def test_rows_that_are_picked_and_joined_are_the_rows(settings: Build) -> None:
     config = Config.read(settings("bert"))
     rows = cache.encoded("train", 0, config, cache.corpus(config).labels)
-    few = pick(rows, torch.tensor([3, 0]))
+    few = rows.select(torch.tensor([3, 0]))
     assert few.ids[: int(few.starts[1])].equal(rows.ids[int(rows.starts[3]) : int(rows.starts[4])])
     both = joined([few, rows])
     assert len(both) == len(rows) + 2
     assert both.lengths.tolist() == [*few.lengths.tolist(), *rows.lengths.tolist()]
-    assert pick(both, torch.arange(2, len(both))).ids.equal(rows.ids)
+    assert both.select(torch.arange(2, len(both))).ids.equal(rows.ids)
     assert json.dumps(both.starts.tolist())

@@ -106,6 +106,4 @@ def test_an_update_aligns_with_the_gradients_it_was_made_of(settings: Build) -> 
 
 
 def _first(s: Setting, n: int):  # type: ignore[no-untyped-def]
-    from fedlora.launch.lab.seat import pick
-
-    return pick(s.rows, torch.arange(n))
+    return s.rows.select(torch.arange(n))

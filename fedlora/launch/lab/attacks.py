@@ -18,7 +18,7 @@ from fedlora.launch.lab.canaries import CASES, SHARP, audited
 from fedlora.launch.lab.inversion import embeddings, invert, pairs
 from fedlora.launch.lab.membership import alignment, confidence, half_width, lira, telling
 from fedlora.launch.lab.plan import Lab, Row
-from fedlora.launch.lab.seat import Change, Seat, joined, pick, train
+from fedlora.launch.lab.seat import Change, Seat, joined, train
 from fedlora.launch.lab.utility import losses
 from fedlora.privacy.training import PrivacyPlan
 from fedlora.strategies.base import seeded
@@ -50,7 +50,7 @@ def shadows(lab: Lab, epsilon: float) -> Row:
         draw = torch.randperm(len(pool), generator=seeded(config.run.seed, 0, k, "shadow"))
         chosen = draw[:half]
         with threads(config.train.threads), seat.received(0) as (came, _):
-            train(seat.model, pick(pool, chosen), came.trainable, config, 1, k)
+            train(seat.model, pool.select(chosen), came.trainable, config, 1, k)
             phi.append(confidence(losses(seat.model, pool)))
         is_in.append(torch.zeros(len(pool), dtype=torch.bool).index_fill_(0, chosen, True))
     return _told(torch.stack(phi), torch.stack(is_in))
@@ -100,7 +100,7 @@ def server_seat(lab: Lab, rows: int, strategy: str, epsilon: float) -> Row:
     everyone = rows_of(lab, shares * rows)
     n = len(everyone) // shares
     config = one_round(lab.at(strategy, epsilon), n)
-    parts = [pick(everyone, x) for x in torch.arange(n * shares).split(n)]
+    parts = [everyone.select(x) for x in torch.arange(n * shares).split(n)]
     with threads(config.train.threads):
         seat = Seat(clear, K)
         seat.warm(parts[:K])
@@ -162,7 +162,7 @@ def rows_of(lab: Lab, n: int, config: Config | None = None) -> Encoded:
     labels = cache.corpus(config).labels
     rows = joined([cache.encoded("train", i, config, labels) for i in range(config.clients.count)])
     order = torch.randperm(len(rows), generator=seeded(config.run.seed, 0, 0, "pool"))
-    return pick(rows, order[:n])
+    return rows.select(order[:n])
 
 
 # -- canaries -------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def inversion(lab: Lab, strategy: str, rank: int) -> Row:
         if encoder is None:
             return {}
         warm = order[3:].split((len(order) - 3) // 3)
-        seat.warm([pick(rows, w[:32]) for w in warm[:3]])
-        sentences = [pick(rows, order[i : i + 1]) for i in range(3)]
+        seat.warm([rows.select(w[:32]) for w in warm[:3]])
+        sentences = [rows.select(order[i : i + 1]) for i in range(3)]
         row: Row = {"tokens": int(sentences[0].lengths[0]), "sent": ""}
         for epsilon in lab.epsilons:
             step = one_step(lab, strategy, epsilon, config, len(rows) // 3)

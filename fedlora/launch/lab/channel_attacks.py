@@ -6,7 +6,7 @@ from fedlora.launch.lab import secure_server
 from fedlora.launch.lab.attacks import FAILS, HOLDS, one_round, rows_of
 from fedlora.launch.lab.leaks import played
 from fedlora.launch.lab.plan import Lab, Row
-from fedlora.launch.lab.seat import Seat, pick
+from fedlora.launch.lab.seat import Seat
 from fedlora.privacy.training import PrivacyPlan
 
 
@@ -25,12 +25,12 @@ def leaks(lab: Lab, fields: str) -> Row:
     rows = rows_of(lab, 4 * n + 1)
     sigma = PrivacyPlan.of(private, max(n, 2)).sigma
     seat = Seat(lab.at(lab.strategies[0], 0.0), 3)
-    parts = [pick(rows, x) for x in torch.arange(4 * n).split(n)]
+    parts = [rows.select(x) for x in torch.arange(4 * n).split(n)]
     seat.warm(parts[:3])
     changes = {"privacy.sample-rate": 1.0, "train.steps": 1, "train.grad-clip": 0.0}
     noise = {"privacy.noise-multiplier": 1e-6 if fields == "planted" else sigma}
     config = one_round(private, n, {**changes, **noise})
-    more = pick(rows, torch.tensor([4 * n]))
+    more = rows.select(torch.tensor([4 * n]))
     found = played(seat, config, fields, parts[3], more, trials)
     seen = {True: "yes", False: "no"}
     expected = fields == "planted"

@@ -120,11 +120,6 @@ def train(
         private_fit(model, rows, columns, config, round, client, None, Payments(ledger))
 
 
-def pick(rows: Encoded, numbers: Tensor) -> Encoded:
-    """These examples of the rows, in this order."""
-    return rows.select(numbers)
-
-
 def joined(parts: Sequence[Encoded]) -> Encoded:
     """The examples of all the parts, one part after the other."""
     ends = torch.tensor([0, *(len(p.ids) for p in parts)]).cumsum(0)

@@ -22,7 +22,7 @@ from fedlora.launch.lab.language import (
 from fedlora.launch.lab.membership import half_width, telling
 from fedlora.launch.lab.optimised import optimise
 from fedlora.launch.lab.plan import Lab, Row
-from fedlora.launch.lab.seat import Seat, joined, pick, train
+from fedlora.launch.lab.seat import Seat, joined, train
 from fedlora.strategies.base import seeded
 from fedlora.training.data.batches import Encoded
 from fedlora.training.train import threads
@@ -39,7 +39,7 @@ def language(lab: Lab, epsilon: float) -> Row:
     rows = rows_of(lab, lab.size.pool, config)
     half = len(rows) // 2
     seat, config = Seat(config, 1), at_once(config, half, lab.size.memorise)
-    members, others = pick(rows, torch.arange(half)), pick(rows, torch.arange(half, len(rows)))
+    members, others = rows.select(torch.arange(half)), rows.select(torch.arange(half, len(rows)))
     before, after = _trained(seat, config, members, [members, others])
     row: Row = {"model": Path(config.model.path).name}
     scores = {
@@ -59,7 +59,7 @@ def extraction(lab: Lab, epsilon: float) -> Row:
     generator = seeded(config.run.seed, 0, 0, "secrets")
     drawn = secrets(rows, len(COPIES) + lab.size.candidates, SECRET, generator)
     planted = torch.arange(len(COPIES)).repeat_interleave(torch.tensor(COPIES))
-    every = joined([rows, pick(drawn, planted)])
+    every = joined([rows, drawn.select(planted)])
     seat, config = Seat(config, 1), at_once(config, len(every), lab.size.memorise)
     _, (found,) = _trained(seat, config, every, [drawn])
     losses = -loss_scores(found)
@@ -92,8 +92,8 @@ def optimised(lab: Lab, rank: int) -> Row:
         encoder = encoder_of(seat.model)
         if encoder is None:
             return {}
-        seat.warm([pick(rows, order[3:35])])
-        sentence = pick(rows, order[:1])
+        seat.warm([rows.select(order[3:35])])
+        sentence = rows.select(order[:1])
         ids = sentence.ids.long()
         ends = {0: int(ids[0]), len(ids) - 1: int(ids[-1])}
         assert sentence.classes is not None

@@ -198,6 +198,11 @@ def _marked(encoded: Encoded, numbers: Tensor, mask: Tensor) -> Tensor:
     return labels
 
 
+def inputs_of(batch: Batch) -> Batch:
+    """What a model is given of a batch: all but its labels."""
+    return {key: x for key, x in batch.items() if key != "labels"}
+
+
 def alone(batch: Batch, i: int) -> Batch:
     """Example i in a batch of its own, without padding."""
     found = {}

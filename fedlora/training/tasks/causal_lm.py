@@ -33,6 +33,7 @@ from fedlora.training.data.batches import (
     Encoded,
     eval_batches,
     flat,
+    inputs_of,
     pad_of,
     prompt_batches,
     synthetic,
@@ -138,11 +139,11 @@ class CausalLM:
         return synthetic(tokenizer, 0, ends, lengths=lengths)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        inputs = {key: x for key, x in batch.items() if key != "labels"}
+        inputs = inputs_of(batch)
         return token_losses(net, inputs, batch["labels"])
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         found = list[Tensor]()
         for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
             at = [t for t in range(1, len(y)) if y[t] != IGNORE]

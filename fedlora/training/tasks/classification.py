@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.training import metrics
-from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, synthetic
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, inputs_of, synthetic
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label, labels_of
 from fedlora.training.data.rows import Rows
@@ -86,11 +86,11 @@ class Classification:
         return synthetic(tokenizer, len(labels), ends, lengths=lengths)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         return cross_entropy(logits, sent(batch["labels"], logits.device), reduction="none")
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         return by_example(lambda z, y: z.logsumexp(0) - z[y], logits, batch["labels"])
 
     def scored(self, encoded: Encoded) -> Tensor:

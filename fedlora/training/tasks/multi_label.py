@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.training import metrics
-from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, synthetic
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, inputs_of, synthetic
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label, names_of
 from fedlora.training.data.list_columns import lists
@@ -104,12 +104,12 @@ class MultiLabel:
         return replace(rows, classes=None, targets=targets)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         targets = sent(batch["labels"], logits.device)
         return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
 
         def loss(z: Tensor, y: Tensor) -> Tensor:
             return -logsigmoid(torch.where(y > 0, z, -z)).mean()

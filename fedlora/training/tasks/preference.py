@@ -37,6 +37,7 @@ from fedlora.training.data.batches import (
     eval_batches,
     flat,
     halves,
+    inputs_of,
     pad_of,
     synthetic,
 )
@@ -142,7 +143,7 @@ class Preference:
     def defined(self, net: Net, batch: Batch) -> Tensor:
         gaps = list[list[float]]()
         for side in halves(batch):
-            logits = net.logits({key: x for key, x in side.items() if key != "labels"})
+            logits = net.logits(inputs_of(side))
             rows = zip(wide_on_host(logits).log_softmax(-1), side["labels"], strict=True)
             gaps.append([
                 sum(float(z[t - 1, y[t]]) for t in range(1, len(y)) if y[t] != IGNORE)
@@ -181,10 +182,7 @@ class Preference:
 
 def _log_p(net: Net, batch: Batch) -> list[Tensor]:
     """log p of the chosen and of the rejected answers, each (b,), from one pass each."""
-    return [
-        -token_sums(net, {k: x for k, x in side.items() if k != "labels"}, side["labels"])[0]
-        for side in halves(batch)
-    ]
+    return [-token_sums(net, inputs_of(side), side["labels"])[0] for side in halves(batch)]
 
 
 def _margins(net: Net, batch: Batch) -> Tensor:

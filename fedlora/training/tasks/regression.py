@@ -20,7 +20,7 @@ from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training import metrics
-from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, synthetic
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, inputs_of, synthetic
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
@@ -89,11 +89,11 @@ class Regression:
         return replace(rows, classes=None, targets=rows.classes / 2 - 1.5)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         return (logits[:, 0] - sent(batch["labels"], logits.device)).square()
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         return by_example(lambda z, y: (z[0] - y.double()) ** 2, logits, batch["labels"])
 
     def scored(self, encoded: Encoded) -> Tensor:

@@ -37,6 +37,7 @@ from fedlora.training.data.batches import (
     eval_batches,
     eval_order,
     flat,
+    inputs_of,
     pad_of,
     synthetic,
 )
@@ -144,11 +145,11 @@ class TokenClassification:
         return replace(rows, classes=None, marks=marks)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         return _mean_losses(logits, sent(batch["labels"], logits.device))
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits({key: x for key, x in batch.items() if key != "labels"})
+        logits = net.logits(inputs_of(batch))
         found = list[Tensor]()
         for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
             at = [t for t in range(len(y)) if y[t] != IGNORE]
