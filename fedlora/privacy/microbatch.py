@@ -44,7 +44,7 @@ class Part:
     def batch(self, encoded: Encoded) -> Batch:
         """The examples and what fills up, (size, width)."""
         found = collate(encoded, self.numbers, self.width)
-        if self.full and len(self.numbers) > 1:
+        if "attention_mask" in found and self.full and len(self.numbers) > 1:
             for name in ("", OTHER) if encoded.other is not None else ("",):
                 mask = torch.zeros_like(found[f"{name}attention_mask"][-1])
                 mask[-1 if encoded.left else 0] = 1

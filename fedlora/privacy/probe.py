@@ -25,7 +25,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError
 from fedlora.privacy.microbatch import Part, size_of
 from fedlora.privacy.per_example import Dense, Gradient, kept_apart
-from fedlora.training.data.batches import Batch, Encoded, collate
+from fedlora.training.data.batches import Batch, Encoded, collate, examples_in
 from fedlora.training.devices import wide_on_host
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live
@@ -170,7 +170,7 @@ def _gradients(
     with kept_apart(model.peft, model.active, frozenset(params)) as sink:
         losses = example_losses(model, batch, precision)
         losses.sum().backward()
-        return losses.detach(), sink.take(len(batch["input_ids"]))
+        return losses.detach(), sink.take(examples_in(batch))
 
 
 def _compare(

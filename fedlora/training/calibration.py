@@ -196,7 +196,8 @@ def moments(
     try:
         with model.peft.disable_adapter():
             for batch in eval_batches(rows, batch_size):
-                counted = batch["attention_mask"].bool()
+                mask = batch.get("attention_mask")
+                counted = torch.zeros(0) if mask is None else mask.bool()
                 del batch["labels"]
                 model.peft(**moved(batch, model.device))
                 batches += 1

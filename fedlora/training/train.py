@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from fedlora.config.reader import Config
 from fedlora.strategies.base import Penalty, seeded
-from fedlora.training.data.batches import Batch, Encoded, batches, inputs_of
+from fedlora.training.data.batches import (
+    Batch,
+    Encoded,
+    batches,
+    examples_in,
+    inputs_of,
+    tokens_in,
+)
 from fedlora.training.devices import HOST, Stopwatch, on_host, sent
 from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
@@ -128,7 +135,7 @@ def steps(
         for part in microbatches(batch, config.train.microbatch):
             with watch.timed("forward"):
                 losses = example_losses(model, part, config.train.precision)
-                share = len(losses) / len(batch["input_ids"])
+                share = len(losses) / examples_in(batch)
                 loss = (losses.mean() * share if share < 1 else losses.mean()) + extra
             with watch.timed("backward"):
                 scale.scale(loss).backward()
@@ -140,13 +147,12 @@ def steps(
             nn.utils.clip_grad_norm_(params, config.train.grad_clip)
         scale.step(stepped)
         scale.update()
-        tokens = batch["input_ids"].numel()
-        yield Step(torch.cat(found), torch.stack(whole).sum(), tokens)
+        yield Step(torch.cat(found), torch.stack(whole).sum(), tokens_in(batch))
 
 
 def microbatches(batch: Batch, size: int) -> Iterator[Batch]:
     """A batch in parts of at most `size` examples, in its order; 0: as a whole."""
-    n = len(batch["input_ids"])
+    n = examples_in(batch)
     if not size or size >= n:
         yield batch
         return

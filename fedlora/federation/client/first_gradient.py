@@ -31,7 +31,7 @@ from fedlora.federation.wire.messages import (
 )
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import seeded
-from fedlora.training.data.batches import Encoded, batches
+from fedlora.training.data.batches import Encoded, batches, examples_in
 from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses, microbatches
 
@@ -74,7 +74,7 @@ def first_gradient(model: Model, rows: Encoded, config: Config) -> dict[str, Ten
         for batch in first_batches(rows, config):
             for part in microbatches(batch, config.train.microbatch):
                 example_losses(model, part).sum().backward()
-            seen += len(batch["input_ids"])
+            seen += examples_in(batch)
         return {m: G.float() / seen for m, G in gradients().items()}
 
 
@@ -84,7 +84,7 @@ def first_batches(rows: Encoded, config: Config) -> Iterator[Any]:
     seen = 0
     for batch in batches(rows, config.train.batch_size, generator, 0, 1.0):
         yield batch
-        seen += len(batch["input_ids"])
+        seen += examples_in(batch)
         if seen >= EXAMPLES:
             return
 

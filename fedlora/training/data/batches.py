@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from fedlora.training.data.seam import put_behind
 
 Batch = dict[str, Tensor]
-"""input_ids, attention_mask, labels (and token_type_ids where the tokenizer gives them)."""
+"""labels, one entry an example, and what a model is given: input_ids, attention_mask and what else
+the tokenizer makes. Whoever counts examples counts labels: not every model reads tokens."""
 
 IGNORE = -100
 """The label of a token that is not scored."""
@@ -198,6 +199,16 @@ def _marked(encoded: Encoded, numbers: Tensor, mask: Tensor) -> Tensor:
     return labels
 
 
+def examples_in(batch: Batch) -> int:
+    """How many examples a batch has."""
+    return len(batch["labels"])
+
+
+def tokens_in(batch: Batch) -> int:
+    """Tokens of a batch, padding included; of inputs that are no tokens, its examples."""
+    return batch["input_ids"].numel() if "input_ids" in batch else examples_in(batch)
+
+
 def inputs_of(batch: Batch) -> Batch:
     """What a model is given of a batch: all but its labels."""
     return {key: x for key, x in batch.items() if key != "labels"}
@@ -207,9 +218,10 @@ def alone(batch: Batch, i: int) -> Batch:
     """Example i in a batch of its own, without padding."""
     found = {}
     for key, x in batch.items():
-        mask = batch[f"{OTHER}attention_mask" if key.startswith(OTHER) else "attention_mask"]
-        tokens = x.shape == mask.shape and not x.is_floating_point()
-        found[key] = x[i : i + 1, mask[i].bool()] if tokens else x[i : i + 1]
+        found[key] = x[i : i + 1]
+        mask = batch.get(f"{OTHER}attention_mask" if key.startswith(OTHER) else "attention_mask")
+        if mask is not None and x.shape == mask.shape and not x.is_floating_point():
+            found[key] = x[i : i + 1, mask[i].bool()]
     return found
 
 

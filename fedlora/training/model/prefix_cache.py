@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
+from fedlora.training.data.batches import examples_in
 from fedlora.training.devices import casts, moved
 from fedlora.training.model.agreement import pads_left
 from fedlora.training.model.dropout import drops
@@ -180,7 +181,7 @@ def ahead(
         yield from batches
         return
     while some := list(itertools.islice(batches, 1)):
-        more = max(0, AHEAD // len(some[0]["input_ids"]) - 1)
+        more = max(0, AHEAD // examples_in(some[0]) - 1)
         some += itertools.islice(batches, more)
         with autocast(precision, prefix.device):
             prefix.remember(model, some)
