@@ -49,6 +49,16 @@ def _ranks(value: Any) -> Any:
     return ranks
 
 
+def amount(value: float) -> float:
+    """A share below 1, or from there on a whole number."""
+    if value >= 1 and value != int(value):
+        raise ValueError("must be a whole number, or below 1 a share")
+    return value
+
+
+CODE = r"^(py:[^:]+:[^:]+)?$"
+"""The name of a user's function, or nothing."""
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Indices = Annotated[tuple[str, ...], BeforeValidator(_indices)]
 Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]

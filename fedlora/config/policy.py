@@ -76,6 +76,9 @@ class DataPolicy(Section):
     limit: Annotated[int, Field(ge=0)] = ROWS.limit
     dedupe: bool = ROWS.dedupe
     client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = ROWS.client_test_fraction
+    client_validation_fraction: Annotated[float, Field(ge=0, lt=1)] = (
+        ROWS.client_validation_fraction
+    )
     smallest: Annotated[int, Field(gt=0)] = 1
     """With fewer training rows nothing is trained, scored or sent."""
 

@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 PATHS = (
-    "run.name", "run.out", "model.path", "data.path", "data.test-path", "data.node-path",
-    "output.client-memory", "lora.calibration",
+    "run.name", "run.out", "model.path", "data.path", "data.test-path", "data.validation-path",
+    "data.node-path", "output.client-memory", "lora.calibration",
 )  # fmt: skip
 PATH_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 LONGEST_NAME, LONGEST_PATH = 255, 4000

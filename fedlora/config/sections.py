@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedlora.config.fields import Indices, Names, Ranks, Renames, Section
+from fedlora.config.fields import CODE, Indices, Names, Ranks, Renames, Section, amount
 from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # under its old place
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
 from fedlora.config.sites import SEPARATOR, Sites
 from fedlora.config.task_names import known
+from fedlora.config.train_section import TrainConfig as TrainConfig
 from fedlora.moved import attribute_of
-
-CODE = r"^(py:[^:]+:[^:]+)?$"
 
 
 def __getattr__(name: str) -> Any:
@@ -126,6 +125,15 @@ class DataConfig(Section):
     """Rows of the central test set, taken before the clients' rows, where no test-path is given."""
     client_test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of each client's rows, held out to evaluate on its own distribution."""
+    validation_path: str = ""
+    """A source of central validation rows, read as path is. What equals one of them trains no
+    client, and what equals a test row validates nothing."""
+    validation_size: Annotated[float, Field(ge=0), AfterValidator(amount)] = 0.0
+    """Rows of the central validation set, taken after the test rows and before the clients', where
+    no validation-path is given: a number of rows, or below 1 a share of those that are left."""
+    client_validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of what a client's own test leaves it, held out to validate: what [stop] reads where there
+    are no central validation rows. A node's directory has them in validation.jsonl."""
     partition: Literal["iid", "dirichlet", "pathological", "natural"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """Dirichlet concentration: small is skewed."""
@@ -140,6 +148,16 @@ class DataConfig(Section):
     """Units whose rows are left out, by digest: a node's policy names them."""
     node_path: str = ""
     """A deployed node's own data file (usually from its node config); overrides the partition."""
+
+    @property
+    def validates(self) -> bool:
+        """Are there central validation rows?"""
+        return bool(self.validation_path or self.validation_size)
+
+    @property
+    def fewest(self) -> int:
+        """Rows that a client needs: one to train on, and one of each that it holds out."""
+        return 1 + bool(self.client_test_fraction) + bool(self.client_validation_fraction)
 
     @property
     def chats(self) -> bool:
@@ -227,55 +245,6 @@ class LoraConfig(Section):
     must have, such as the head of the assistant's turn."""
     options: Renames = ()
     """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
-
-
-class TrainConfig(Section):
-    loss: Annotated[str, Field(pattern=CODE)] = ""
-    """"py:package.module:function" of (logits, labels) that returns each example's loss; empty:
-    cross entropy, for causal-lm its mean over an example's tokens."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    steps: Annotated[int, Field(ge=0)] = 0
-    """Local steps a round; 0 counts epochs instead."""
-    batch_size: Annotated[int, Field(gt=0)] = 16
-    microbatch: Annotated[int, Field(ge=0)] = 0
-    """Of a batch, examples in memory at once; 0: all. Out of memory, a client halves its own."""
-    lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """0: the strategy's default, which its page states. Under example-level DP: 3 over
-    privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2 with adamw."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Over the rounds: the rate of round t, constant within it."""
-    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
-    """For preference: how far the policy may go from the untouched model; small is far."""
-    lr_ratio_b: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """LoRA+: B's rate over A's."""
-    optimizer: Literal[
-        "auto", "adamw", "sgd", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
-    ] = "auto"
-    """auto: adamw, and sgd under example-level DP. The last three are bitsandbytes' AdamW, by
-    transformers' names: states in 8 bits, or paged out to the host, from a card alone."""
-    rule: Literal["plain", "preconditioned", "riemann", "allora", "coto", "dylora"] = "plain"
-    """What stands between the gradients of LoRA's A and B and the optimiser's step: see
-    training/rules.py."""
-    momentum: Annotated[float, Field(ge=-1, lt=1)] = -1.0
-    """Of sgd. -1: 0, and 0.8 under example-level DP."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Norm the gradient is clipped to; 0 turns it off."""
-    prox: Annotated[float, Field(ge=0)] = 0.0
-    """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 autocast where torch multiplies it natively, else float32. float16: with a
-    gradient scaler."""
-    threads: Annotated[int, Field(gt=0, le=1024)] = 1
-    """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    """The base's layers through torch.compile, each rank profile at its first clients."""
-    deterministic: bool = True
-    """On an accelerator, torch's deterministic algorithms, for a resumed run of the same bits."""
-    prefix_cache: Annotated[int, Field(ge=0)] = 0
-    """Megabytes to remember of what enters the first adapted layer, where lora.layers leaves frozen
-    ones below it that drop nothing out: training/model/prefix_cache.py. 0: off."""
 
 
 class RoundConfig(Section):

@@ -179,7 +179,7 @@ def _calibration(config: Config) -> Iterator[str]:
             f"lora.init = {init!r}: looks at rows, and the clients' stay with them; name rows that "
             "are no client's, such as a public text of the same kind, in lora.calibration"
         )
-    if path and path in (config.data.path, config.data.test_path):
+    if path and path in (config.data.path, config.data.test_path, config.data.validation_path):
         yield (f"lora.calibration = {path!r}: these rows train or test the model; name other ones")
     if config.personalize.alone:
         yield (

@@ -12,11 +12,13 @@ from fedlora.federation.server.devices import parse_classes
 from fedlora.federation.server.ranks import parse_pattern, parse_shares
 from fedlora.strategies import server_optimizers
 from fedlora.strategies.base import Strategy
+from fedlora.training.user_code import is_code
 
 
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """Each option that conflicts with another setting, and what to do instead."""
     yield from _named(config)
+    yield from _validation(config)
     yield from _sites(config)
     yield from _long_texts(config)
     yield from _ranks(config, strategy)
@@ -42,6 +44,20 @@ def _named(config: Config) -> Iterator[str]:
         yield (
             "data.path is not set: name the rows, a file, a directory or a hub id; where every "
             "node brings its own, data.test-path"
+        )
+
+
+def _validation(config: Config) -> Iterator[str]:
+    """Where there is nothing to draw central validation rows from."""
+    data = config.data
+    if not data.validation_size:
+        return
+    if data.validation_path:
+        yield "data.validation-path with data.validation-size: it is the rows; leave out the size"
+    elif is_code(data.path) or not (data.path or data.clients):
+        yield (
+            f"data.validation-size = {data.validation_size:g}: the server has no rows but its test "
+            "to draw them from; name some in data.validation-path"
         )
 
 

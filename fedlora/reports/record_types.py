@@ -121,6 +121,7 @@ class RoundRecord(TypedDict, total=False):
     strategy: str
     train_loss: Number
     evaluation: Scores
+    validation: Scores
     cohort: list[int] | None
     accepted: list[int] | None
     failures: list[FailureRecord] | None
@@ -181,6 +182,8 @@ class RowsRecord(TypedDict, total=False):
     test: Counts
     train: list[Counts]
     held: list[Counts]
+    validation: Counts
+    validated: list[Counts]
 
 
 class GenerationRecord(TypedDict):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedlora.config.origins import origin
-from fedlora.reports.outcome import Metric, Record, finite
+from fedlora.reports.outcome import Metric, Record, finite, judged_by
 from fedlora.reports.run_files import (
     WAYS,
     RunFiles,
@@ -217,6 +217,7 @@ def _round(r: Record, metrics: Sequence[str], promise: str) -> dict[str, TableCe
         "round": TableCell(str(r["round"])),
         "train loss": TableCell(number(r.get("train_loss"))),
         **{COLUMNS.get(key, (key,))[0]: TableCell(score(key, found.get(key))) for key in metrics},
+        "validation": TableCell(_validation(r.get("validation"))),
         "clients": TableCell(f"{len(r.get('accepted') or ())}/{len(cohort)}" if cohort else "-"),
         "time": TableCell(duration((r.get("seconds") or {}).get("total"))),
         **{way: _size((r.get("bytes") or {}).get(way)) for way in WAYS},
@@ -228,6 +229,12 @@ def _round(r: Record, metrics: Sequence[str], promise: str) -> dict[str, TableCe
         if cohort
         else TableCell("-"),
     }
+
+
+def _validation(scores: Record | None) -> str:
+    """The score on the validation rows, by what a run is judged by."""
+    metric = judged_by([scores])
+    return metric.text(finite(scores, metric.key))
 
 
 def _certified(certificate: Record, promise: str) -> TableCell:

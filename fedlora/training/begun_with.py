@@ -15,7 +15,7 @@ from fedlora.training.data.corpus import Corpus, Rows
 from fedlora.training.model.model import Model
 
 MEANS = {
-    "rows": "other rows, or another split of them (data.path, data.test-path)",
+    "rows": "other rows, or another split of them (data.path, test-path, validation-path)",
     "labels": "other labels, or in another order (data.path)",
     "base": "another base (the weights at model.path)",
     "tokenizer": "another tokenizer or chat template (at model.path)",
@@ -24,7 +24,7 @@ MEANS = {
 
 def begun_with(model: Model, corpus: Corpus) -> dict[str, str]:
     """The digests, by what they are of."""
-    parts = [corpus.test, *(part for c in corpus.clients for part in (c.train, c.test))]
+    parts = [*corpus.held, *(part for c in corpus.clients for part in c.parts)]
     return {
         "rows": digest_of_rows(parts),
         "labels": _digest([json.dumps(corpus.labels)]),

@@ -83,11 +83,16 @@ def corpus(config: Config) -> Corpus:
     return found
 
 
+CENTRAL = {"central": "test", "central validation": "validation"}
+"""The server's own rows, and what a corpus calls them."""
+
+
 @functools.lru_cache(maxsize=4096)
 def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> Encoded:
-    """Token ids of a client's "train" or "test" rows, or of the "central" test rows."""
-    if part == "central":
-        rows = corpus(config).test
+    """Token ids of a client's "train", "test" or "validation" rows, or of the "central" test rows
+    or the "central validation" rows."""
+    if part in CENTRAL:
+        rows = getattr(corpus(config), CENTRAL[part])
     else:
         rows = getattr(client_rows(client, config, labels), part)
     loaded = model(config, labels)
@@ -100,15 +105,15 @@ def _kept(part: str, config: Config) -> Path | None:
     """Where what is computed once of these rows is kept: the server's, or the clients' own. Nowhere
     before there is a run."""
     run, own = Path(config.run.out, config.run.name), config.output.client_memory
-    if own and part != "central":
+    if own and part not in CENTRAL:
         return Path(own)
-    return (run if part == "central" else run / "clients") if run.exists() else None
+    return (run if part in CENTRAL else run / "clients") if run.exists() else None
 
 
 def client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:
     """This client's rows, without those of units that have withdrawn."""
     found, gone = all_client_rows(client, config, labels), config.data.withdrawn
-    return ClientRows(*(part.without(gone) for part in (found.train, found.test)))
+    return ClientRows(*(part.without(gone) for part in found.parts))
 
 
 def all_client_rows(client: int, config: Config, labels: tuple[str, ...]) -> ClientRows:

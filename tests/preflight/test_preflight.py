@@ -55,6 +55,9 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     # of which strategy, on which model, with which settings, in which words
     ("fedavg", "bert", {"model.path": ""}, "model.path is not set"),
     ("fedavg", "bert", {"data.path": ""}, "data.path is not set"),
+    ("fedavg", "bert", {"data.validation-size": 5, "data.validation-path": "x"}, "leave out the s"),
+    ("fedavg", "bert", {"data.path": "", "data.test-path": "x", "data.validation-size": 0.1},
+     "no rows but its test to draw them from"),
     ("fedavg", "bert", {"data.long-texts": "windows"}, "a label is of a whole text"),
     ("fedavg", "gpt2", {"data.long-texts": "windows"}, "a response is learned behind its prompt"),
     ("fedavg", "gpt2", {**PLAIN, **DP, "clients.ranks": "3"}, "it protects a row"),

@@ -194,6 +194,7 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
         "data.limit": d.limit,
         "data.dedupe": d.dedupe,
         "data.client-test-fraction": d.client_test_fraction,
+        "data.client-validation-fraction": d.client_validation_fraction,
         "output.client-memory": str(policy.memory),
         "data.unit-column": policy.privacy.unit,
         "data.withdrawn": flat_list([x.hex() for x in by_value(policy.privacy.withdrawn)]),

@@ -112,10 +112,12 @@ OF_A_SHARED_CORPUS: Mapping[str, Rule] = {
     "data.path": _shared,
     "data.clients": _shared,
     "data.test-path": _shared,
+    "data.validation-path": _shared,
     "data.split": _names,
     "data.subset": _names,
     "data.labels": lambda value, _: "" if len(value) <= 100_000 else "must be shorter",
     "data.test-size": COUNT,
+    "data.validation-size": COUNT,
     "data.partition": _typed,
     "data.alpha": WEIGHT,
     "data.classes-per-client": COUNT,
@@ -238,7 +240,7 @@ OWN = frozenset(
         "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected",
         "messages", "map",
         "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction",
-        "node-path", "unit-column", "withdrawn",
+        "client-validation-fraction", "node-path", "unit-column", "withdrawn",
     )
 ) | {
     "output.client-memory", "privacy.ledger", "privacy.max-epsilon", "privacy.delta",

@@ -207,7 +207,7 @@ class ClientJob:
         config, job = self.config, self.job
         if config.data.node_path:
             mine = cache.all_client_rows(job.client, config, job.labels)
-            self.memory.check_rows(digest_of_rows([mine.train, mine.test]))
+            self.memory.check_rows(digest_of_rows(mine.parts))
         rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):

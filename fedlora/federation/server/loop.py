@@ -29,6 +29,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, DeviceMemoryError, NotFiniteError
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
 from fedlora.federation.server.bounds import check_finite, stricter
+from fedlora.federation.server.choice import validated
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.journal import Member, Saved, state_types
@@ -181,7 +182,8 @@ def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tu
     begun = time.perf_counter()
     run = begin(setting, session, run, grid)
     load(setting, session, run, run.state)
-    record = line(0, session.received(), [], evaluated(setting, 0))
+    scores, chosen_by = evaluated(setting, 0), validated(setting, 0)
+    record = line(0, session.received(), [], scores, chosen_by)
     record |= {"strategy": setting.config.strategy.name, "proof": None, "certificate": None}
     record |= {"start": session.start} if session.start else {}
     if session.central:
@@ -232,9 +234,9 @@ def play_round(
         return play_again(setting, session, run, grid, number, e)
     closed = time.perf_counter()
     load(setting, session, after, after.state)
-    scores = evaluated(setting, number)
+    scores, chosen_by = evaluated(setting, number), validated(setting, number)
     done = time.perf_counter()
-    record = line(number, received, [c.id for c in cohort], scores)
+    record = line(number, received, [c.id for c in cohort], scores, chosen_by)
     record["strategy"] = config.strategy.name
     if again:
         record["again"] = again
@@ -391,7 +393,11 @@ def evaluated(setting: Setting, number: int) -> dict[str, float] | None:
 
 
 def line(
-    number: int, received: Received, cohort: list[int], scores: Mapping[str, float] | None
+    number: int,
+    received: Received,
+    cohort: list[int],
+    scores: Mapping[str, float] | None,
+    validation: Mapping[str, float] | None = None,
 ) -> Record:
     """A round's line of rounds.jsonl, without what its stages add."""
     told = {i: received.clients[i] for i in sorted(received.clients)}
@@ -410,6 +416,8 @@ def line(
             "up": sum(c["bytes_up"] for c in told.values()),
         },
     }
+    if validation:
+        found["validation"] = validation
     if received.secure:
         found["secure"] = received.secure
     if received.stale:

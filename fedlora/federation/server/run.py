@@ -153,9 +153,10 @@ def load(setting: Setting, session: Session, run: Saved, state: Any) -> None:
     setting.model.load(effective.factors)
 
 
-def score(setting: Setting) -> dict[str, float] | None:
-    """The loaded model on the central test rows; None where there are none."""
-    rows = cache.encoded("central", -1, setting.config, setting.labels)
+def score(setting: Setting, part: str = "central") -> dict[str, float] | None:
+    """The loaded model on the central test rows, or the "central validation" rows; None where
+    there are none."""
+    rows = cache.encoded(part, -1, setting.config, setting.labels)
     scores = evaluate(setting.model, rows, setting.config, generate=True)
     return scores and {**scores, "examples": len(rows)}
 

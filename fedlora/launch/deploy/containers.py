@@ -122,6 +122,7 @@ def _read(config: Config, own_data: bool) -> list[str]:
     """The experiment's own files and directories, at their places, to be read alone."""
     paths = [config.model.path]
     if not own_data:
-        paths += [config.data.path, config.data.test_path, *(x.path for x in config.data.clients)]
+        data = config.data
+        paths += [data.path, data.test_path, data.validation_path, *(x.path for x in data.clients)]
     here = dict.fromkeys(p for p in paths if p and os.path.isabs(p) and os.path.exists(p))
     return [f"{path}:{path}:ro" for path in here]

@@ -102,7 +102,7 @@ def _experiment(wanted: Wanted) -> Config:
         given["clients.ranks"] = ",".join(map(str, wanted.ranks))
     config = load(wanted.experiment or "quickstart", given)
     flat = config.flat()
-    for key in ("model.path", "data.path", "data.test-path"):
+    for key in ("model.path", "data.path", "data.test-path", "data.validation-path"):
         value = str(flat[key])
         if value and not value.startswith("pkg:") and Path(value).exists():
             flat[key] = str(Path(value).resolve())

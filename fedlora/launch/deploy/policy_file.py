@@ -34,10 +34,12 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
         "map": [*d.map], "separator": d.separator, "encoding": d.encoding,
         "line-pattern": d.line_pattern, "limit": d.limit, "dedupe": d.dedupe,
         "client-test-fraction": d.client_test_fraction,
+        "client-validation-fraction": d.client_validation_fraction,
     }  # fmt: skip
     default = type(d)()
     columns = {k: v for k, v in columns.items() if v not in (_value(default, k), [])}
     shared = {"data.path": d.path, "data.test-path": d.test_path}
+    shared["data.validation-path"] = d.validation_path
     shared["data.clients"] = str(config.flat()["data.clients"])
     source: dict[str, Any] = {"path": "data"}
     if not plan.own_data:

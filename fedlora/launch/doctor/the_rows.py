@@ -18,6 +18,7 @@ def rows_read(config: Config, corpus: Corpus) -> Iterator[Finding]:
         "ok",
         f"data: {rows} training rows on {len(corpus.clients)} clients, "
         f"{len(corpus.test)} central test rows"
+        + (f", {len(corpus.validation)} to validate" if len(corpus.validation) else "")
         + (f", {len(corpus.labels)} labels" if corpus.labels else ""),
     )
     yield from (Finding("ok", f"rows: {line}") for line in corpus.account.lines())
@@ -38,8 +39,11 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
     """Which texts are cut, and which rows have too long a prompt: of all rows that are here."""
     longest = model.longest(config.data.max_length)
     parts = [("central", -1, corpus.test.number)] if len(corpus.test) else []
+    if len(corpus.validation):
+        parts.append(("central validation", -1, corpus.validation.number))
     for i, client in enumerate(corpus.clients):
-        parts += [("train", i, client.train.number), ("test", i, client.test.number)]
+        names = ("train", "test", "validation")  # of the last only where there is any
+        parts += [(name, i, p.number) for name, p in zip(names, client.parts, strict=False)]
     full = rows = several = examples = 0
     left: list[int] = []
     for part, i, numbers in parts:

@@ -231,7 +231,7 @@ def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding
     else:
         stop = model.tokenizer.convert_ids_to_tokens(mark)
         yield Finding("ok", f"the model learns to stop at {stop!r}")
-    parts = [part for c in corpus.clients for part in (c.train, c.test)] + [corpus.test]
+    parts = [*(part for c in corpus.clients for part in c.parts), *corpus.held]
     chat = config.data.chat_template
     parts = [] if config.data.messages else parts  # whose turns have no seams of ours
     shared = [p.straddled for rows in parts for p in pieces(rows, model.tokenizer, chat)]

@@ -220,7 +220,8 @@ def _absolute(config: Config) -> Config:
     """The same config with local paths made absolute: the apps run in another directory."""
     flat = config.flat()
     flat["run.out"] = str(Path(str(flat["run.out"])).resolve())
-    for key in ("model.path", "data.path", "data.test-path", "output.client-memory"):
+    paths = ("model.path", "data.path", "data.test-path", "data.validation-path")
+    for key in (*paths, "output.client-memory"):
         value = str(flat[key])
         if value and not value.startswith("pkg:") and not is_code(value) and Path(value).exists():
             flat[key] = str(Path(value).resolve())

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedlora.errors import DataError
-from fedlora.training.data.rows import ClientRows, Rows
+from fedlora.training.data.rows import NO_ROWS, ClientRows, Rows
 
 SHOWN = 5
 """How many line numbers are kept of each reason."""
@@ -27,6 +27,8 @@ HEADER = "that repeat the header"
 LIMITED = "beyond data.limit"
 TESTED = "also in the central test"
 OWN_TEST = "also in the client's own test"
+VALIDATED = "also in the validation rows"
+TESTED_TOO = "held out to validate, and also in a test"
 UNDEALT = "that data.partition gives to no client"
 
 
@@ -79,6 +81,10 @@ class Account:
     """By client: its own source, where data.clients names them."""
     doubts: tuple[str, ...] = ()
     """What is odd about the labels, in words."""
+    validation: Mapping[str, int] = field(default_factory=dict)
+    """Of the central validation set."""
+    validated: tuple[Mapping[str, int], ...] = ()
+    """By client: the rows that it holds out to validate; empty where none does."""
 
     @property
     def untrained(self) -> list[str]:
@@ -121,6 +127,7 @@ class Account:
             f"{sum(s.read for s in self.sources)} rows read = "
             f"{sum(s.read - s.used for s in self.sources)} left out + "
             f"{sum(self.test.values())} central test + {train} training + {held} clients' own test"
+            f"{self._validating()}"
         )
         yield from (self._site(i, path) for i, path in enumerate(self.sites))
         if self.labels:
@@ -135,10 +142,20 @@ class Account:
                 f"such as client {i} of {', '.join(names[:8])}"
             )
 
+    def _validating(self) -> str:
+        central = sum(self.validation.values())
+        own = sum(sum(c.values()) for c in self.validated)
+        found = {"central validation": central, "clients' own validation": own}
+        return "".join(f" + {n} {what}" for what, n in found.items() if n)
+
     def _site(self, i: int, path: str) -> str:
         train, held = self.train[i], self.held[i]
         said = f"client {i}, {path}: {sum(train.values())} training, {sum(held.values())} own test"
-        names = [f"{name} {train[name] + held[name]}" for name in self.labels[:SHOWN_LABELS]]
+        parts = [train, held]
+        if self.validated:
+            parts.append(self.validated[i])
+            said += f", {sum(parts[-1].values())} own validation"
+        names = [f"{x} {sum(part.get(x, 0) for part in parts)}" for x in self.labels[:SHOWN_LABELS]]
         more = [f"{len(self.labels) - SHOWN_LABELS} labels more"]
         told = ", ".join(names + more * (len(self.labels) > SHOWN_LABELS))
         return f"{said} ({told})" if told else said
@@ -146,13 +163,19 @@ class Account:
     def _by_label(self) -> Iterator[str]:
         for name in self.labels[:SHOWN_LABELS]:
             train, held = (sum(c.get(name, 0) for c in part) for part in (self.train, self.held))
-            yield f"{name} {train} training, {held + self.test.get(name, 0)} test"
+            told = f"{name} {train} training, {held + self.test.get(name, 0)} test"
+            if self.validation or self.validated:
+                parts = (self.validation, *self.validated)
+                told += f", {sum(c.get(name, 0) for c in parts)} validation"
+            yield told
         if len(self.labels) > SHOWN_LABELS:
             yield f"and {len(self.labels) - SHOWN_LABELS} labels more"
 
     def record(self) -> dict[str, Any]:
         """The account as JSON takes it: what a run's summary keeps."""
-        return asdict(self)
+        found = asdict(self)
+        without = ("validation", "validated") if not (self.validation or self.validated) else ()
+        return {key: x for key, x in found.items() if key not in without}
 
 
 SHOWN_LABELS = 12
@@ -234,6 +257,7 @@ class Book:
         test: Rows,
         clients: Sequence[ClientRows],
         there: Collection[str] = (),
+        validation: Rows = NO_ROWS,
     ) -> Account:
         """The account, when each number was found exactly once.
 
@@ -242,9 +266,9 @@ class Book:
         Raises:
             DataError: it was not: a fault of this code, since no data can do that.
         """
-        every = [test, *(p for c in clients for p in (c.train, c.test))]
+        every = [test, validation, *(p for c in clients for p in c.parts)]
         labels = labels if any(p.label for p in every) else ()  # else no row is of one label
-        parts = [test.number, *(p.number for c in clients for p in (c.train, c.test))]
+        parts = [p.number for p in every]
         parts += [tuple(left) for s in self._opened for left in s.left.values()]
         found = sorted(n for part in parts for n in part)
         total = sum(len(s.lines) for s in self._opened)
@@ -253,6 +277,7 @@ class Book:
                 f"{total} rows were read, and {len(found)} are accounted for ({len(set(found))} of "
                 "them once): this is a fault of fedlora, please report it with this line"
             )
+        own = any(len(c.validation) for c in clients)
         return Account(
             tuple(self._count(s) for s in self._opened),
             tuple(labels),
@@ -260,6 +285,8 @@ class Book:
             tuple(_by_label(c.train, labels) for c in clients),
             tuple(_by_label(c.test, labels) for c in clients),
             absent=tuple(x for x in labels if there and x not in there),
+            validation=_by_label(validation, labels) if len(validation) else {},
+            validated=tuple(_by_label(c.validation, labels) for c in clients) if own else (),
         )
 
     def _count(self, s: _Opened) -> SourceCount:
@@ -272,7 +299,11 @@ class Book:
 
 def without(test: Rows, rows: Rows, reason: str, book: Book) -> Rows:
     """The rows that are not among the test's, case and space apart."""
-    known = set(test.keys)
+    return without_keys(set(test.keys), rows, reason, book)
+
+
+def without_keys(known: Collection[str], rows: Rows, reason: str, book: Book) -> Rows:
+    """The rows whose keys are not among these."""
     return book.keep(reason, rows, (i for i, key in enumerate(rows.keys) if key not in known))
 
 

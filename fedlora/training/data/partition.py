@@ -35,7 +35,7 @@ def partition(
         DataError: the partition cannot be made; says for which client, and which key to change.
     """
     _check(size, label, group, data, clients)
-    least = 2 if data.client_test_fraction else 1
+    least = data.fewest
     columns = {"row": list(range(size)), "label": list(label), "group": list(group)}
     table = Dataset.from_dict({name: column for name, column in columns.items() if column})
     for draw in range(DRAWS):

@@ -72,9 +72,19 @@ class Rows:
         return ["\n".join(" ".join(x.split()).casefold() for x in row) for row in texts]
 
 
+NO_ROWS = Rows()
+
+
 @dataclass(frozen=True, slots=True)
 class ClientRows:
     """What a client trains on, and what it holds out to test on its own distribution."""
 
     train: Rows
     test: Rows
+    validation: Rows = NO_ROWS
+    """What it holds out to choose by: no row of its own, and none that equals one of those."""
+
+    @property
+    def parts(self) -> tuple[Rows, ...]:
+        """What there is, in this order; validation only where there is any."""
+        return (self.train, self.test, *([self.validation] if len(self.validation) else []))

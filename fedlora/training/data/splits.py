@@ -6,6 +6,7 @@ No split takes a label's last training row while other labels have rows to give:
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,11 +24,12 @@ def split(rows: Rows, size: int, generator: torch.Generator) -> tuple[Rows, Rows
     Systematic sampling: from the shuffled rows sorted by label, every (n / size)-th from a random
     start. Every row is equally likely, and each label's number is its share, rounded up or down.
     """
-    drawn, rest = _drawn(rows, size, generator)
+    drawn, rest = drawn_of(rows, size, generator)
     return rows.select(drawn), rows.select(rest)
 
 
-def _drawn(rows: Rows, size: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+def drawn_of(rows: Rows, size: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """`split`, as numbers of rows."""
     n = len(rows)
     order = torch.randperm(n, generator=generator).tolist()
     strata = sorted(order, key=lambda i: rows.label[i]) if rows.label else order
@@ -57,7 +59,7 @@ def limited(rows: Rows, data: DataConfig, labels: Sequence[str], seed: int, book
     """At most data.limit of the rows, with one of each label where there is room for that."""
     if not 0 < data.limit < len(rows):
         return rows
-    drawn, rest = _drawn(rows, data.limit, seeded(seed, 0, 0, "data.limit"))
+    drawn, rest = drawn_of(rows, data.limit, seeded(seed, 0, 0, "data.limit"))
     if labels and rows.label:
         keep_each_label(rows.label, drawn, rest)
     return book.keep(LIMITED, rows, drawn)
@@ -80,25 +82,39 @@ def central(
             f"data.test-size = {data.test_size} leaves the clients nothing of the {len(pool)} "
             f"{'distinct ' if data.dedupe else ''}rows of {source_of(data)}"
         )
-    test, rest = _drawn(pool, data.test_size, generator)
+    test, rest = drawn_of(pool, data.test_size, generator)
     if labels and pool.label:
         keep_each_label(pool.label, rest, test)
     return pool.select(test), pool.select(rest)
 
 
 def of_client(rows: Rows, data: DataConfig, seed: int, client: int) -> ClientRows:
-    """Its rows split in two, with at least one on each side where there are two."""
+    """Its rows split in two, with at least one on each side where there are two; and of those that
+    train, one at least stays where some are held out to validate."""
     n = len(rows)
     size = max(1, round(n * data.client_test_fraction)) if data.client_test_fraction else 0
     test, train = split(rows, min(size, n - 1), seeded(seed, 0, client, "client-test-fraction"))
-    return ClientRows(train, test)
+    if not (share := data.client_validation_fraction):
+        return ClientRows(train, test)
+    size = min(max(1, round(len(train) * share)), len(train) - 1)
+    chance = seeded(seed, 0, client, "client-validation-fraction")
+    validation, train = split(train, size, chance)
+    return ClientRows(train, test, validation)
 
 
 def with_each_label(clients: Sequence[ClientRows], labels: Sequence[str]) -> list[ClientRows]:
-    """The clients, with a training row of each label that is in the own test of any of them.
+    """The clients, with a training row of each label that any of them holds out.
 
     A client gives one of the label that it has most of, unless that is the last one of its label.
     """
+    found = _with_each(clients, labels)
+    if not any(len(c.validation) for c in found):
+        return found
+    held = _with_each([ClientRows(c.train, c.validation) for c in found], labels)
+    return [ClientRows(h.train, c.test, h.test) for c, h in zip(found, held, strict=True)]
+
+
+def _with_each(clients: Sequence[ClientRows], labels: Sequence[str]) -> list[ClientRows]:
     found = list(clients)
     count = Counter(name for c in found for name in c.train.label)
     for name in labels:
@@ -120,4 +136,5 @@ def _exchanged(client: ClientRows, common: str, rare: str) -> ClientRows:
     give = max(i for i in range(n) if both.label[i] == common)
     take = n + client.test.label.index(rare)
     order[give], order[take] = take, give
-    return ClientRows(both.select(order[:n]), both.select(order[n:]))
+    parts = both.select(order[:n]), both.select(order[n:])
+    return replace(client, train=parts[0], test=parts[1])

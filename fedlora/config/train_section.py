@@ -1,0 +1,56 @@
+"""The keys of local training; the others are in sections.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedlora.config.fields import CODE, Section
+
+
+class TrainConfig(Section):
+    loss: Annotated[str, Field(pattern=CODE)] = ""
+    """"py:package.module:function" of (logits, labels) that returns each example's loss; empty:
+    cross entropy, for causal-lm its mean over an example's tokens."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Local steps a round; 0 counts epochs instead."""
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    microbatch: Annotated[int, Field(ge=0)] = 0
+    """Of a batch, examples in memory at once; 0: all. Out of memory, a client halves its own."""
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """0: the strategy's default, which its page states. Under example-level DP: 3 over
+    privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2 with adamw."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Over the rounds: the rate of round t, constant within it."""
+    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
+    """For preference: how far the policy may go from the untouched model; small is far."""
+    lr_ratio_b: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """LoRA+: B's rate over A's."""
+    optimizer: Literal[
+        "auto", "adamw", "sgd", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = "auto"
+    """auto: adamw, and sgd under example-level DP. The last three are bitsandbytes' AdamW, by
+    transformers' names: states in 8 bits, or paged out to the host, from a card alone."""
+    rule: Literal["plain", "preconditioned", "riemann", "allora", "coto", "dylora"] = "plain"
+    """What stands between the gradients of LoRA's A and B and the optimiser's step: see
+    training/rules.py."""
+    momentum: Annotated[float, Field(ge=-1, lt=1)] = -1.0
+    """Of sgd. -1: 0, and 0.8 under example-level DP."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Norm the gradient is clipped to; 0 turns it off."""
+    prox: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu: mu/2 * ||factors - factors received||^2 is added to the loss."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 autocast where torch multiplies it natively, else float32. float16: with a
+    gradient scaler."""
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
+    """Torch threads a client. Fixed, because sums depend on it: the same bits on every engine."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """The base's layers through torch.compile, each rank profile at its first clients."""
+    deterministic: bool = True
+    """On an accelerator, torch's deterministic algorithms, for a resumed run of the same bits."""
+    prefix_cache: Annotated[int, Field(ge=0)] = 0
+    """Megabytes to remember of what enters the first adapted layer, where lora.layers leaves frozen
+    ones below it that drop nothing out: training/model/prefix_cache.py. 0: off."""
