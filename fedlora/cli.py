@@ -54,6 +54,13 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this directory.", show_default=False)
     ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="With --resume: extend the finished run to so many.", show_default=False),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="With --rounds: restart, or hold the last round's rate.")
+    ] = "restart",
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; default: simulate.workers.")
     ] = None,
@@ -70,6 +77,9 @@ def simulate(
         overrides["simulate.workers"] = workers
     if (resume is None) == (config is None):
         raise typer.BadParameter("give an experiment, or --resume with a run's directory")
+    if resume is None and rounds is not None:
+        message = "extends a run, with --resume; for a new one: --set run.rounds=N"
+        raise typer.BadParameter(message, param_hint="--rounds")
     if engine not in ("local", "flower"):
         raise typer.BadParameter("must be local or flower", param_hint="--engine")
     from fedlora.launch.simulate.run import flower, local, resumed
@@ -77,6 +87,10 @@ def simulate(
 
     if resume is not None:
         config, where = resumed(resume)
+        if rounds is not None:
+            from fedlora.launch.simulate.extend import extended
+
+            where |= extended(resume, rounds, schedule)
         overrides |= where
     assert config is not None
     directory = (local if engine == "local" else flower)(config, overrides, quiet)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 from fedlora.config.fields import CODE, Indices, Names, Ranks, Renames, Section, amount
 from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # under its old place
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
+from fedlora.config.run_section import RunConfig as RunConfig
 from fedlora.config.sites import SEPARATOR, Sites
 from fedlora.config.task_names import known
 from fedlora.config.train_section import TrainConfig as TrainConfig
@@ -20,20 +21,6 @@ from fedlora.moved import attribute_of
 def __getattr__(name: str) -> Any:
     """A section under its name of version 0.1, which lacked "Config"."""
     return attribute_of(__name__, __name__, name, f"{name}Config")
-
-
-class RunConfig(Section):
-    name: str = "quickstart"
-    """Directory of the run, below `out`."""
-    out: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
-    """All chance derives from it, but privacy noise never does."""
-    rounds: Annotated[int, Field(gt=0)] = 8
-    resume: bool = False
-    """Continue from the run's checkpoint."""
-    defaults: Names = ()
-    """Written, not set: the strategy, and the keys that its defaults gave. Such a key gives way
-    to another strategy's default, as long as its value is still the one that stands here."""
 
 
 class ModelConfig(Section):

@@ -90,7 +90,7 @@ class CentralPrivacy:
     @property
     def z(self) -> float:
         p = self.config.privacy
-        return p.noise_multiplier or calibrate(p.epsilon, p.delta, self.q, self.config.run.rounds)
+        return p.noise_multiplier or calibrate(p.epsilon, p.delta, self.q, self.config.run.planned)
 
     @property
     def z_sum(self) -> float:

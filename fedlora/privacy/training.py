@@ -75,7 +75,8 @@ class PrivacyPlan:
 
     @classmethod
     def of(cls, config: Config, n: int, k: int = 1) -> "PrivacyPlan":
-        """For n examples; sigma calibrated over all rounds of the run where epsilon is given.
+        """For n examples. Where epsilon is given, sigma is calibrated to it over the rounds that
+        the run was begun for; an extension keeps it.
 
         Raises:
             PrivacyError: there is nothing to train on, or delta is too large for n.
@@ -89,7 +90,7 @@ class PrivacyPlan:
             )
         q = p.sample_rate or min(1.0, max(RATE, train.batch_size / n))
         steps = train.steps or max(1, round(train.epochs / q))
-        planned = steps * config.run.rounds
+        planned = steps * config.run.planned
         sigma = p.noise_multiplier or k * calibrate(p.epsilon, p.delta, any_of(k, q), planned)
         return cls(n, q, steps, sigma, p.clip_norm, p.delta, k)
 

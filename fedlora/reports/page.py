@@ -221,6 +221,7 @@ _RESULTS = """
 {% elif not verdict %}
 <p>The final model was not compared with baselines in this run.</p>
 {% endif %}
+{% if ends.rows %}<h3 class="gap">Ends of this run</h3>{{ grid(ends) }}{% endif %}
 <div class="figures gap">{{ figure("accuracy") }}{{ figure("loss") }}</div>
 
 <h2 id="rounds">Rounds</h2>

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.reports import certificate, rows, tables, trust
+from fedlora.reports.ends import ends
 from fedlora.reports.outcome import finite, said
 from fedlora.reports.page import CAPTIONS, PAGE, STYLE
 from fedlora.reports.run_files import RunFiles, certificates, read
@@ -59,6 +60,7 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         bars=tables.bars(run),
         verdict=tables.verdict(run),
         rate=tables.rate(run),
+        ends=ends(run),
         rounds=tables.rounds(run),
         clients=tables.clients(run),
         sources=rows.sources(run),
@@ -125,6 +127,9 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
         if how := s.get("generation"):
             stop = "no end mark" if how["stops_at"] is None else how["stops_at"]
             yield "answers", f"greedy, {how['tokens']} tokens at most, up to {stop}"
+    for end in run.ends:
+        score = metric.text(finite(end.get("final"), metric.key))
+        yield f"{metric.title} at its end after round {end.get('rounds')}", score
     if s["best"]:
         yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
     for name, value in run.baselines().items():

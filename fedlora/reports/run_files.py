@@ -1,6 +1,6 @@
 """A run's directory as values: what the server wrote, read back, of a whole or unfinished run.
 
-    config.toml  rounds.jsonl  clients.jsonl  summary.json
+    config.toml  rounds.jsonl  clients.jsonl  summary.json  summary-00002.json
 
 A run that was killed has rounds and nothing else. What its summary and clients would have said is
 then worked out from the rounds, so a reader has one shape to deal with.
@@ -42,6 +42,8 @@ class RunFiles:
     """Every key of summary.json, the missing ones worked out from the rounds."""
     complete: bool
     """The run wrote its summary: it ended by itself, or stopped with a reason."""
+    ends: tuple[Record, ...] = ()
+    """The summaries of the ends before it was extended, in their order."""
 
     @property
     def trained(self) -> tuple[Record, ...]:
@@ -103,6 +105,9 @@ def read(run_dir: Path) -> RunFiles:
         summary=_derived(run_dir, ordered, config)
         | {k: v for k, v in summary.items() if v is not None},
         complete=bool(summary),
+        ends=tuple(
+            record_in(SummaryRecord, path) for path in sorted(run_dir.glob("summary-*.json"))
+        ),
     )
 
 

@@ -75,8 +75,8 @@ def with_rule(
         return preconditioned(optimizer, model)
     generator = seeded(config.run.seed, round, client, f"rule/{rule}")
     if rule in ("coto", "dylora"):
-        t = round / config.run.rounds
-        p = min(1.0, t / WHOLE_AT)
+        number, of = config.run.place(round)
+        p = min(1.0, number / of / WHOLE_AT)
         return Masked(optimizer, pairs, masks(rule, pairs, p, generator))
     return AllPairs(optimizer, pairs) if rule == "allora" else OnManifold(optimizer, pairs)
 

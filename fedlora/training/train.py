@@ -204,8 +204,10 @@ def _safe_norm(x: Tensor) -> Tensor:
 
 
 def learning_rate(config: Config, round: int) -> float:
-    """The rate of this round, from 1 on: the schedule runs over the rounds."""
-    t = (round - 1) / config.run.rounds
+    """The rate of this round, from 1 on: the schedule runs over the rounds, and where a run was
+    extended as `RunConfig.place` says."""
+    number, of = config.run.place(round)
+    t = (number - 1) / of
     match config.train.lr_schedule:
         case "linear":
             return config.train.lr * (1 - t)

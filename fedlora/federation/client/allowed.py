@@ -128,6 +128,7 @@ OF_A_SHARED_CORPUS: Mapping[str, Rule] = {
 ALLOWED: Mapping[str, Rule] = {
     "run.seed": _within(0, 2**63 - 1),
     "run.rounds": _within(1, 1_000_000),
+    "run.extended": _typed,
     "model.path": _model,
     "model.revision": _revision,
     "model.tokenizer": _code,

@@ -19,6 +19,7 @@ from typing import Any
 from fedlora.config.older import kept, missing, of_strategy
 from fedlora.config.reader import NOT_THE_EXPERIMENT, Config
 from fedlora.errors import CheckpointError, FormatError, StrategyError
+from fedlora.federation.server import ends
 from fedlora.lora import tree_file
 from fedlora.lora.adapter import Delta
 from fedlora.lora.tree_format import Names
@@ -198,6 +199,7 @@ class Journal:
             line, number = json.loads(notes["line"]), int(notes["round"])
         self._rewrite(checked(RoundRecord, line, f"{self.directory / 'checkpoint'}, its line"))
         self._write_config()
+        ends.put_away(self.directory, self.config.run.rounds)
         return number, tree
 
     def kept(self) -> list[str]:
@@ -332,7 +334,7 @@ class Journal:
             return
         begun_with, code = begun
         was = {**Config().flat(), **missing(begun_with), **begun_with}
-        now = self.config.flat()
+        now = ends.before_extension(was, self.config.flat())
         mine = ("", self.config.strategy.name)  # another strategy's options change nothing
         changed = [
             f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
@@ -341,7 +343,7 @@ class Journal:
             and not key.startswith(NOT_THE_EXPERIMENT)
             and of_strategy(key) in mine
         ]
-        if self.config.train.lr_schedule == "constant":  # more rounds change no earlier one
+        if ends.more_rounds_change_nothing(self.config):
             changed = [c for c in changed if not c.startswith("run.rounds:")]
         for key, digest in user_code.sources(self.config).items() if not changed else ():
             if digest != code.get(key):

@@ -30,6 +30,7 @@ from fedlora.errors import BudgetSpent, DeviceMemoryError, NotFiniteError
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
 from fedlora.federation.server.bounds import check_finite, stricter
 from fedlora.federation.server.choice import validated
+from fedlora.federation.server.ends import told
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.journal import Member, Saved, state_types
@@ -170,7 +171,11 @@ def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
     here = begun_with(setting.model, setting.corpus)
     if saved:
         check_begun_with(journal.begun_with(), here, journal.directory)
-        for line_ in (f"resuming {journal.directory} after round {done}", *journal.kept()):
+        for line_ in (
+            f"resuming {journal.directory} after round {done}",
+            *journal.kept(),
+            *told(config, done),
+        ):
             session.observer.note(line_)
     else:
         journal.keep_begun_with(here)
