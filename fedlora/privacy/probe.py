@@ -15,7 +15,7 @@ Formal guarantee: none; a model that mixes examples on some inputs only would pa
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,7 @@ from fedlora.privacy.microbatch import Part, size_of
 from fedlora.privacy.per_example import Dense, Gradient, kept_apart
 from fedlora.training.data.batches import Batch, Encoded, collate, examples_in
 from fedlora.training.devices import wide_on_host
+from fedlora.training.model.decoder import as_read
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live
 from fedlora.training.precision import resolved
@@ -160,7 +161,7 @@ def _probe(model: Model, live: Live) -> None:
 def _rows(model: Model, lengths: Sequence[int]) -> Encoded:
     """Made-up examples of these lengths, padded as the model's own are."""
     rows = model.task.made_up(model.tokenizer, model.labels, lengths)
-    return replace(rows, left=model.pads_left)
+    return as_read(model, rows)
 
 
 def _gradients(

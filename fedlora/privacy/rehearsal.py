@@ -27,6 +27,7 @@ from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded
 from fedlora.training.devices import wide_on_host
 from fedlora.training.loss_check import check_losses, check_rows
 from fedlora.training.model.alora import invocation
+from fedlora.training.model.decoder import as_read
 from fedlora.training.model.dropout import undropped
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live, build_optimizer
@@ -97,7 +98,7 @@ def made_up(model: Model) -> Encoded:
     """Rows of random token ids of this model's tokenizer."""
     config = model.config
     ends = invocation(config.model, config.lora.invocation) if model.form.after else []
-    return model.task.made_up(model.tokenizer, model.labels, ends=ends)
+    return as_read(model, model.task.made_up(model.tokenizer, model.labels, ends=ends))
 
 
 def check_private(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from fedlora.config.task_names import KINDS
 from fedlora.reports import trust
 from fedlora.reports.outcome import said
 from fedlora.reports.run_files import RunFiles, certificates, excess
@@ -93,7 +94,7 @@ def _what(run: RunFiles, facts: CardFacts) -> list[str]:
     ]
     if facts.labels:
         told.append(f"- labels, in the order of the logits: {', '.join(map(str, facts.labels))}")
-    if task == "causal-lm":
+    if task in KINDS and KINDS[task].generates:
         told.append(
             f"- a response ends with the token `{facts.end}`; generation is to stop there"
             if facts.end

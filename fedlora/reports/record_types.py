@@ -190,6 +190,7 @@ class GenerationRecord(TypedDict):
     """How answers were generated."""
 
     tokens: int
+    """At most; -1: as many as the longest response has."""
     stops_at: str | int | None
 
 

@@ -126,7 +126,9 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
         yield "untuned exact match", percent(finite(run.untuned, "exact_match"))
         if how := s.get("generation"):
             stop = "no end mark" if how["stops_at"] is None else how["stops_at"]
-            yield "answers", f"greedy, {how['tokens']} tokens at most, up to {stop}"
+            n = how["tokens"]
+            most = f"{n} tokens at most" if n >= 0 else "as many tokens as the longest response"
+            yield "answers", f"greedy, {most}, up to {stop}"
     for end in run.ends:
         score = metric.text(finite(end.get("final"), metric.key))
         yield f"{metric.title} at its end after round {end.get('rounds')}", score

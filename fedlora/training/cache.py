@@ -3,7 +3,6 @@
 import functools
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fedlora.training.data.batches import Encoded
 from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.devices import chosen, prepare, release
+from fedlora.training.model.decoder import as_read
 from fedlora.training.model.model import Model
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.references import referred
@@ -98,7 +98,7 @@ def encoded(part: str, client: int, config: Config, labels: tuple[str, ...]) -> 
     loaded = model(config, labels)
     longest = loaded.longest(config.data.max_length)
     found = loaded.task.encode(rows, loaded.tokenizer, labels, config.data, longest)
-    return referred(loaded, replace(found, left=loaded.pads_left), config, _kept(part, config))
+    return referred(loaded, as_read(loaded, found), config, _kept(part, config))
 
 
 def _kept(part: str, config: Config) -> Path | None:

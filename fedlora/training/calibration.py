@@ -19,7 +19,6 @@ the gradients, 4 d k bytes a module.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,10 +32,11 @@ from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.start_quality import Quality, of_matrix, quality
 from fedlora.strategies.base import Client, seeded
 from fedlora.strategies.forms import CALIBRATED
-from fedlora.training.data.batches import Encoded, eval_batches
+from fedlora.training.data.batches import DECODER, Encoded, eval_batches
 from fedlora.training.data.corpus import Corpus, load_calibration
 from fedlora.training.devices import HOST, moved, wide_on_host
 from fedlora.training.draws import host_draws
+from fedlora.training.model.decoder import as_read
 from fedlora.training.model.layers import initial
 from fedlora.training.model.loftq import nf4
 from fedlora.training.model.model import PREFIX, Model
@@ -72,8 +72,7 @@ def first_factors(
     rows = load_calibration(d, model.task, config.lora.calibration, corpus)
     longest = model.longest(d.max_length)
     encoded = model.task.encode(rows, model.tokenizer, corpus.labels, d, longest)
-    encoded = replace(encoded, left=model.pads_left)
-    encoded = referred(model, encoded, config, None)
+    encoded = referred(model, as_read(model, encoded), config, None)
     model.rebase("calibration", [])
     seed = seeded(config.run.seed, 0, 0, "calibration").initial_seed()
     with host_draws(HOST, seed), threads(config.train.threads):  # PEFT's code works on the host
@@ -179,6 +178,8 @@ def moments(
     seen: dict[str, Moments] = {}
     counted = torch.zeros(0)
     batches = 0
+    if rows.second == DECODER:  # a module may have either's padding: one at a time has none
+        batch_size = 1
 
     def look(m: str, x: Tensor) -> None:
         x = wide_on_host(x)

@@ -17,6 +17,7 @@ from fedlora.config.reader import Config
 from fedlora.training.data.batches import Batch, collate
 from fedlora.training.devices import counts_memory, forget_most, most_used, release
 from fedlora.training.model.alora import invocation
+from fedlora.training.model.decoder import as_read
 from fedlora.training.model.model import Model
 from fedlora.training.model.quantized import bytes_of
 from fedlora.training.optimizers import state_bytes
@@ -94,7 +95,7 @@ def _pass(model: Model, config: Config, n: int) -> int:
 def _longest(model: Model, config: Config, n: int) -> Batch:
     """A batch of n examples of as many tokens as an example of this config can have."""
     ends = invocation(config.model, config.lora.invocation) if model.form.after else []
-    rows = model.task.made_up(model.tokenizer, model.labels, ends=ends)
+    rows = as_read(model, model.task.made_up(model.tokenizer, model.labels, ends=ends))
     one = collate(rows, torch.tensor([len(rows) - 1]))
     length = model.longest(config.data.max_length)
     tokens = {k: x for k, x in one.items() if x.ndim > 1 and not x.is_floating_point()}

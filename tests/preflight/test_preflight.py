@@ -40,6 +40,7 @@ CENTRAL = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
 DP = {"privacy.epsilon": 3.0}
 NAMED = {"model.path": "m", "data.path": "d"}
 PREFERENCE = {"model.task": "preference", "data.prompt": "text"}
+SEQ2SEQ = {"model.task": "seq2seq"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 PLAIN = {"data.prompt": "", "data.long-texts": "windows"}
 LEGEND = {"ranks.policy": "legend"}
@@ -184,6 +185,9 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "gpt2", {**PREFERENCE, "evaluate.metrics": "py:a:b"}, "nothing is generated"),
     ("fedavg", "gpt2", {**PREFERENCE, "data.map": "a=b"}, "it renames labels, and there are none"),
     ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
+    ("fedavg", "bert", {"model.task": "seq2seq"}, "'seq2seq' reads it, and writes data.response"),
+    ("fedavg", "gpt2", {**SEQ2SEQ, "data.chat-template": True}, "text and its response are apart"),
+    ("fedavg", "gpt2", {**SEQ2SEQ, "train.prefix-cache": 8}, "hangs on two texts; set it to 0"),
     # what needs a card, or a package that is not here
     ("fedavg", "bert", {"model.quantization": "4bit"}, "needs bitsandbytes, which is not install"),
     ("fedavg", "bert", {"model.quantization": "int8"}, "needs torchao, which is not installed"),

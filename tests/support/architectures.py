@@ -105,10 +105,13 @@ SAVED_AS = {"gpt2": "GPT2LMHeadModel", "gemma3": "Gemma3ForCausalLM", "bart": "B
             "t5": "T5Model", "ctrl": "CTRLLMHeadModel"}  # fmt: skip
 
 
-def write(name: str, directory: Path, **changes: Any) -> Path:
-    """A checkpoint of the architecture without a classifier's head, and its tokenizer."""
+def write(name: str, directory: Path, saved_as: str = "", **changes: Any) -> Path:
+    """A checkpoint of the architecture without a classifier's head, and its tokenizer.
+
+    saved_as: transformers' class of it, where that is another.
+    """
     kind, given = {**ENCODERS, **DECODERS, **FIXED_LENGTH, **ODD}[name]
-    causal = SAVED_AS.get(
+    causal = saved_as or SAVED_AS.get(
         name, f"{kind}Model" if name in {**ENCODERS, **ODD} else f"{kind}ForCausalLM"
     )
     with torch.random.fork_rng(devices=[]):

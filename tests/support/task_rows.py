@@ -14,6 +14,7 @@ import pytest
 
 from fedlora.config.task_names import KINDS
 from tests.conftest import CUES, LABELS, WORDS
+from tests.support.architectures import write
 
 Row = Mapping[str, Any]
 ROWS = 90
@@ -59,6 +60,14 @@ def answers(chance: random.Random) -> Iterator[Row]:
         yield {"text": text, "response": f" {label}"}
 
 
+def rewritten(chance: random.Random) -> Iterator[Row]:
+    """One to three words to write of each text."""
+    for n in range(ROWS):
+        label = LABELS[n % 3]
+        text = f"{chance.choice(CUES[label])} {words(chance, n)}"
+        yield {"text": text, "response": " ".join([label, *["two"] * chance.randint(0, 2)])}
+
+
 def chats(chance: random.Random) -> Iterator[Row]:
     for n in range(ROWS):
         turns = [{"role": "user", "content": words(chance, n)}]
@@ -98,6 +107,8 @@ MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row
     "tokens": ("token-classification", "bert", entities, {}),
     "causal-lm": ("causal-lm", "gpt2", answers, {"data.prompt": "text"}),
     "chat": ("causal-lm", "gpt2", chats, {"data.messages": "messages"}),
+    "seq2seq": ("seq2seq", "t5", rewritten, {"data.prompt": "text"}),
+    "bart": ("seq2seq", "bart", rewritten, {"data.prompt": "text"}),
     "preference": (
         "preference",
         "gpt2",
@@ -118,6 +129,11 @@ def task_settings(
     path = directory / f"{case}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(random.Random(5))))
     given = {"model.task": task, "data.path": str(path), "data.prompt": "", **more}
+    if kind in WRITERS:
+        name, targets = WRITERS[kind]
+        given |= {"model.path": str(write(kind, directory / kind, name)),
+                  "lora.target-modules": targets}  # fmt: skip
+        kind = "bert"
     if "data.messages" in more:
         model = directory / "with-template"
         shutil.copytree(str(settings(kind)["model.path"]), model, dirs_exist_ok=True)
@@ -125,6 +141,12 @@ def task_settings(
         given["model.path"] = str(model)
     return settings(kind, **{**given, **changes})
 
+
+WRITERS = {
+    "t5": ("T5ForConditionalGeneration", "q,v,wo"),
+    "bart": ("BartForConditionalGeneration", "q_proj,v_proj,fc1"),
+}
+"""Encoder-decoders: what they are saved as, and modules of both halves, some of them not square."""
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'what' if m.role == 'user' else 'is' }} {{ m.content }} [EOS] "

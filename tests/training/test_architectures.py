@@ -389,8 +389,10 @@ def test_a_model_that_transformers_has_no_classifier_of_is_named_by_its_kind(
 ) -> None:
     (problem,) = check(given(settings, made("codegen")))
     assert problem.endswith("is a codegen, of which transformers has no sequence classifier")
-    (problem,) = check(given(settings, made("t5"), "causal-lm"))
-    assert problem.endswith("is a t5, of which transformers has no causal language model")
+    (problem,) = check(given(settings, made("gpt2"), "seq2seq"))
+    assert problem.endswith(
+        "is a gpt2, of which transformers has no encoder-decoder that writes text"
+    )
 
 
 def test_a_model_without_a_table_of_tokens_is_trained(

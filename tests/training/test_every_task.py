@@ -55,6 +55,7 @@ LOSS: dict[str, Callable[[Array, Array], float]] = {
     "regression": lambda z, y: float((z[0] - y) ** 2),
     "token-classification": each_word,
     "causal-lm": next_tokens,
+    "seq2seq": each_word,  # a token's label is at its own place, as a word's is
 }
 """An example's loss by its definition, of its logits and its labels in float64."""
 

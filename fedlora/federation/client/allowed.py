@@ -208,7 +208,7 @@ ALLOWED: Mapping[str, Rule] = {
     "evaluate.clients": _typed,
     "evaluate.batch-size": _limited(lambda p: p.limits.batch, "limits.batch", 1),
     "evaluate.metrics": _code,
-    "evaluate.generate-tokens": _within(0, 4096),
+    "evaluate.generate-tokens": _within(-1, 4096),
     "wire.dtype": _typed,
     "wire.error-feedback": _typed,
     "privacy.level": _typed,

@@ -12,6 +12,7 @@ import tomli_w
 
 from fedlora.config.members import Members, public_key
 from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
 from fedlora.errors import DeployError
 from fedlora.federation.client.secure_book import SecureBook
 from fedlora.launch.deploy import containers, keys, policy_file, scripts
@@ -117,9 +118,8 @@ def _experiment(wanted: Wanted) -> Config:
 
 def _expressible(config: Config) -> bool:
     """Can a client's rows be written so that the run config's columns find them again?"""
-    return not (config.model.task == "causal-lm" and "{" in config.data.prompt) and bool(
-        config.data.path
-    )
+    templated = kind_of(config.model.task).generates and "{" in config.data.prompt
+    return bool(config.data.path) and not templated
 
 
 def _write_rows(plan: Plan, config: Config) -> None:

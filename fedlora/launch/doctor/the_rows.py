@@ -48,7 +48,7 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
     left: list[int] = []
     for part, i, numbers in parts:
         found = cache.encoded(part, i, config, corpus.labels)
-        full += int((found.lengths >= longest).sum())
+        full += int((found.widths >= longest).sum())
         kept = Counter(found.rows.tolist())
         several += sum(n > 1 for n in kept.values())
         examples += len(found)
@@ -69,6 +69,21 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
             f"tokens or more, or no token to train: {places}{', ...' * (len(left) > SHOWN)}"
         )
         yield Finding("note", text, "raise data.max-length, or mend these rows")
+
+
+def unanswerable(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
+    """Central test rows whose response is longer than evaluate.generate-tokens lets an answer be.
+
+    Of conversations the last turn alone is answered: those are told as they are scored.
+    """
+    asked, task = config.evaluate.generate_tokens, model.task
+    if not task.answers or asked < 1 or not config.data.prompt or not len(corpus.test):
+        return
+    found = task.scored(cache.encoded("central", -1, config, corpus.labels))
+    if over := int((found > asked + 1).sum()):  # the end mark need not be written
+        text = f"{over} of {len(found)} responses are longer than evaluate.generate-tokens = "
+        hint = "set it to -1: as many tokens as the longest response has"
+        yield Finding("note", f"{text}{asked}: no answer can match them", hint)
 
 
 def claims(config: Config, corpus: Corpus) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from fedlora.federation.wire.messages import count_bytes, pack_download, pack_fa
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import crew
 from fedlora.launch.doctor.the_plan import plan
-from fedlora.launch.doctor.the_rows import claims, lengths, rows_read
+from fedlora.launch.doctor.the_rows import claims, lengths, rows_read, unanswerable
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
 from fedlora.privacy.rehearsal import check_first
@@ -64,6 +64,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings += _model(config, model)
     findings += _responses(config, model, corpus)
     findings += lengths(config, corpus, model)
+    findings += unanswerable(config, corpus, model)
     findings += claims(config, corpus)
     planner = Planner(config, model)
     members = expected(planner, config)
@@ -233,7 +234,8 @@ def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding
         yield Finding("ok", f"the model learns to stop at {stop!r}")
     parts = [*(part for c in corpus.clients for part in c.parts), *corpus.held]
     chat = config.data.chat_template
-    parts = [] if config.data.messages else parts  # whose turns have no seams of ours
+    if config.data.messages or not model.task.shifted:  # which have no seams of ours
+        parts = []
     shared = [p.straddled for rows in parts for p in pieces(rows, model.tokenizer, chat)]
     if any(shared):
         yield Finding(

@@ -21,8 +21,9 @@ the tokenizer makes. Whoever counts examples counts labels: not every model read
 IGNORE = -100
 """The label of a token that is not scored."""
 
-OTHER = "other_"
-"""What the tensors of an example's second sequence are called by, before the usual name."""
+OTHER, DECODER = "other_", "decoder_"
+"""What the tensors of an example's second sequence are called by, before the usual name: where it
+is another answer to the same prompt, and where a decoder writes it."""
 
 POOL = 8
 """Batches that are drawn together and sorted by length, so that a batch has little padding."""
@@ -49,7 +50,8 @@ class Encoded:
     straddled: int = 0
     """Examples in whose whole text a token would lie on both sides of the seam."""
     other: "Encoded | None" = None
-    """A second sequence of each example: the rejected answer of a pair, a decoder's labels."""
+    """A second sequence of each example: the rejected answer of a pair; and beside texts that have
+    nothing to be learned of themselves what a decoder is to write, which `read_by` completes."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,6 +65,24 @@ class Encoded:
     def widths(self) -> Tensor:
         """Tokens that each example is padded to when it is alone, (n,): of its longer sequence."""
         return self.lengths if self.other is None else self.lengths.maximum(self.other.lengths)
+
+    @property
+    def second(self) -> str:
+        """What the second sequence's tensors are called by; "" where there is none."""
+        if self.other is None:
+            return ""
+        return DECODER if self.prompts is None else OTHER
+
+    def read_by(self, left: bool, begins: int | None) -> "Encoded":
+        """As a model reads them: padded on its side; a decoder, which begins with this token, is
+        given each token that it is to write one place later. A second time changes nothing."""
+        found, other = replace(self, left=left), self.other
+        if self.second != DECODER or other is None or other.marks is not None:
+            return found
+        assert begins is not None
+        ids = other.ids.roll(1)
+        ids[other.starts[:-1]] = begins
+        return replace(found, other=replace(other, ids=ids, marks=other.ids))
 
     def select(self, numbers: Tensor) -> "Encoded":
         """These examples, in this order."""
@@ -174,7 +194,9 @@ def collate(encoded: Encoded, numbers: Tensor, width: int = 0) -> Batch:
     batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left, width)
     if encoded.other is not None:
         other = collate(encoded.other, numbers, width)
-        batch |= {f"{OTHER}{key}": x for key, x in other.items()}
+        batch |= {f"{encoded.second}{key}": x for key, x in other.items()}
+        if encoded.second == DECODER:
+            return {**batch, "labels": batch.pop(f"{DECODER}labels")}
     if encoded.classes is not None:
         return {**batch, "labels": encoded.classes[numbers]}
     if encoded.targets is not None and encoded.prompts is None:
@@ -205,8 +227,10 @@ def examples_in(batch: Batch) -> int:
 
 
 def tokens_in(batch: Batch) -> int:
-    """Tokens of a batch, padding included; of inputs that are no tokens, its examples."""
-    return batch["input_ids"].numel() if "input_ids" in batch else examples_in(batch)
+    """Tokens of a batch, of all its sequences and padding included; of inputs that are no tokens,
+    its examples."""
+    ids = [x.numel() for key, x in batch.items() if key.endswith("input_ids")]
+    return sum(ids) or examples_in(batch)
 
 
 def inputs_of(batch: Batch) -> Batch:
@@ -217,9 +241,11 @@ def inputs_of(batch: Batch) -> Batch:
 def alone(batch: Batch, i: int) -> Batch:
     """Example i in a batch of its own, without padding."""
     found = {}
+    written = DECODER if f"{DECODER}attention_mask" in batch else ""
     for key, x in batch.items():
+        side = next((s for s in (OTHER, DECODER) if key.startswith(s)), "")
+        mask = batch.get(f"{written if key == 'labels' else side}attention_mask")
         found[key] = x[i : i + 1]
-        mask = batch.get(f"{OTHER}attention_mask" if key.startswith(OTHER) else "attention_mask")
         if mask is not None and x.shape == mask.shape and not x.is_floating_point():
             found[key] = x[i : i + 1, mask[i].bool()]
     return found

@@ -86,6 +86,7 @@ def load_base(
         options["quantization_config"] = asked_for(config.quantization)
     if not is_host(device):
         options["device_map"] = {"": device}
+    _check_kind(config, path)
     with host_draws(device, seeded(seed, 0, 0, "head").initial_seed()):
         try:
             if not _averaged(config):
@@ -148,6 +149,19 @@ def _not_loaded(
                 "or name the base that it was trained from"
             )
     return ModelError(why)
+
+
+def _check_kind(config: ModelConfig, path: str) -> None:
+    """Raises ModelError where the decoder of an encoder-decoder would be taken for a model."""
+    try:
+        known = AutoConfig.from_pretrained(path, revision=config.revision or None)
+    except Exception:  # what it was is said where the model itself does not load
+        return
+    if known.is_encoder_decoder and task_of(config.task).shifted:
+        raise ModelError(
+            f"model.path = {config.path!r} is an encoder-decoder ({known.model_type}), and "
+            f"model.task = {config.task!r} is of decoders alone; set model.task = 'seq2seq'"
+        )
 
 
 def _lacking(config: ModelConfig, path: str) -> str:

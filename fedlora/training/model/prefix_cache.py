@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
 from fedlora.training.data.batches import examples_in
 from fedlora.training.devices import casts, moved
 from fedlora.training.model.agreement import pads_left
@@ -60,6 +61,7 @@ class Prefix:
             config.lora.modules_to_save  # they may lie below
             or is_code(config.model.path)  # whose layers may be called in any way
             or pads_left(base)
+            or _writes_beside(base, config)
             or any(drops(m) for m in base.modules())
             or stacks(base)  # how many of a group's tokens an expert gets depends on the others
         )
@@ -170,6 +172,12 @@ class Prefix:
         finally:
             for layer in skipped:
                 del layer.forward
+
+
+def _writes_beside(base: Any, config: Config) -> bool:
+    """Is what a decoder is given another text than the encoder's, by which states are kept?"""
+    two = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return bool(two) and not kind_of(config.model.task).pooled
 
 
 def ahead(

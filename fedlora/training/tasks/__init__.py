@@ -18,6 +18,7 @@ from fedlora.training.tasks.classification import Classification
 from fedlora.training.tasks.multi_label import MultiLabel
 from fedlora.training.tasks.preference import Preference
 from fedlora.training.tasks.regression import Regression
+from fedlora.training.tasks.seq2seq import Seq2Seq
 from fedlora.training.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
@@ -26,6 +27,7 @@ TASKS: dict[str, type[Task]] = {
     "regression": Regression,
     "token-classification": TokenClassification,
     "causal-lm": CausalLM,
+    "seq2seq": Seq2Seq,
     "preference": Preference,
 }
 

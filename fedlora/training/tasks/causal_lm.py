@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
@@ -47,8 +47,9 @@ from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.data.tables import Table, column, prompts
 from fedlora.training.devices import moved, on_host, sent, wide_on_host
 from fedlora.training.output_head import OutputHead
+from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
-from fedlora.training.tasks.outputs import at_once, own_losses, own_scores
+from fedlora.training.tasks.outputs import at_once, own_losses
 from fedlora.training.tasks.texts import tell
 
 
@@ -168,9 +169,7 @@ class CausalLM:
         found = metrics.language(on_host(torch.cat(losses)), torch.cat(tokens))
         asks = config.data.prompt or config.data.messages
         if generate and asks and config.evaluate.generate_tokens:
-            answers, responses = answered(net, rows, config)
-            found["exact_match"] = metrics.exact_match(answers, responses)
-            found |= own_scores(config, answers, responses)
+            found |= judged(*answered(net, rows, config), config)
         return found
 
     def baselines(
@@ -266,32 +265,19 @@ def _losses(net: Net, batch: Batch, labels: Tensor) -> Tensor:
 
 def answered(net: Net, rows: Encoded, config: Config) -> tuple[list[str], list[str]]:
     """What the model answers each prompt, greedily, and what it should."""
-    responses, how = _responses(net, rows), greedy(net.tokenizer, config)
+    responses, mark = _responses(rows), end_mark(net.tokenizer, config.data.chats)
+    how = greedy(net.tokenizer, config, most_tokens(responses, mark, config))
     answers: dict[int, str] = {}
     net.peft.get_base_model().generation_config = net.peft.generation_config = how
     for numbers, batch in prompt_batches(rows, at_once(config)):
         width = batch["input_ids"].shape[1]
         out: Tensor = on_host(net.peft.generate(**moved(batch, net.device)))
-        texts = net.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        answers |= dict(zip(numbers.tolist(), texts, strict=True))
-    return [answers[n] for n in range(len(rows))], responses
+        answers |= dict(zip(numbers.tolist(), texts(net, out[:, width:]), strict=True))
+    return [answers[n] for n in range(len(rows))], texts(net, responses)
 
 
-def greedy(tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConfig:
-    """How answers are generated, whatever the base's own files ask for: the most likely token each
-    time, up to the end mark that was trained, evaluate.generate-tokens at most."""
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=config.evaluate.generate_tokens,
-        eos_token_id=end_mark(tokenizer, config.data.chats),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _responses(net: Net, rows: Encoded) -> list[str]:
-    """What each example should be answered, from its own tokens after the prompt."""
+def _responses(rows: Encoded) -> list[list[int]]:
+    """What each example should be answered, its own tokens after the prompt."""
     assert rows.prompts is not None
     starts, ends = rows.starts[:-1] + rows.prompts, rows.starts[1:]
-    ids = [rows.ids[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
-    texts: list[str] = net.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
+    return [rows.ids[a:b].tolist() for a, b in zip(starts, ends, strict=True)]

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
-from fedlora.training.data.batches import Encoded, eval_batches
+from fedlora.training.data.batches import IGNORE, Encoded, eval_batches
 from fedlora.training.devices import on_host
 from fedlora.training.tasks.base import Net
 from fedlora.training.user_code import find
@@ -27,6 +28,19 @@ def outputs(net: Net, rows: Encoded, config: Config) -> tuple[Tensor, Tensor]:
         labels.append(batch.pop("labels"))
         logits.append(net.logits(batch))
     return on_host(torch.cat(logits)), torch.cat(labels)
+
+
+def mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy over each example's own scored tokens, (b,), of (b, t, names) and
+    (b, t).
+
+    Of all tokens, scored or not, one product each: under DP how many it has must not depend on
+    what other examples have.
+    """
+    scored = labels != IGNORE
+    wanted = labels.where(scored, 0).flatten()
+    found = cross_entropy(logits.flatten(0, 1), wanted, reduction="none").view(labels.shape)
+    return (found * scored).sum(1) / scored.sum(1).clamp(min=1)
 
 
 def own_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ from fedlora.training.data.tables import Table
 from fedlora.training.data.tags import OUTSIDE, beginnings, renamed, scheme_of, type_of
 from fedlora.training.devices import on_host, sent, wide_on_host
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
-from fedlora.training.tasks.outputs import at_once, own_losses, own_scores
+from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses, own_scores
 from fedlora.training.tasks.texts import tell
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class TokenClassification:
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
         logits = net.logits(inputs_of(batch))
-        return _mean_losses(logits, sent(batch["labels"], logits.device))
+        return mean_losses(logits, sent(batch["labels"], logits.device))
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
         logits = net.logits(inputs_of(batch))
@@ -203,18 +203,6 @@ for i, word in enumerate(words):
     if i in places:  # a word's first piece has its tag
         print(word.strip(), LABELS[int(logits(batch)[0, places.index(i)].argmax())])
 """
-
-
-def _mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss over each example's own scored tokens, (b,).
-
-    Of all tokens, scored or not, one product each: under DP how many it has must not depend on
-    what other examples have.
-    """
-    scored = labels != IGNORE
-    wanted = labels.where(scored, 0).flatten()
-    found = cross_entropy(logits.flatten(0, 1), wanted, reduction="none").view(labels.shape)
-    return (found * scored).sum(1) / scored.sum(1).clamp(min=1)
 
 
 # -- words and pieces -----------------------------------------------------------------------------
