@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from fedlora.config.fields import CODE, Indices, Names, Ranks, Renames, Section, amount
+from fedlora.config.metric_names import known as known_metrics
 from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # under its old place
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
 from fedlora.config.run_section import RunConfig as RunConfig
@@ -272,9 +273,14 @@ class EvaluateConfig(Section):
     clients: bool = True
     """Clients evaluate on their own test rows, before and after their training."""
     batch_size: Annotated[int, Field(gt=0)] = 64
-    metrics: Annotated[str, Field(pattern=CODE)] = ""
-    """"py:package.module:function" of (logits, labels), for causal-lm and seq2seq of (answers,
-    responses), that returns further scores by name."""
+    metrics: Annotated[Names, AfterValidator(known_metrics)] = ()
+    """Further scores, by name: docs/use/tasks.md. One may be "py:package.module:function" of
+    (logits, labels), for causal-lm and seq2seq of (answers, responses), that returns some."""
+    rouge_tokenizer: Literal["english", "stems", "words", "characters"] = "english"
+    """Of the ROUGE metrics. english: rouge-score's own, of the letters a to z and digits; stems:
+    its words without their endings; words: letters and digits of any script."""
+    bleu_tokenizer: Literal["13a", "intl", "char", "zh", "none"] = "13a"
+    """Of bleu, as sacrebleu names them; zh is of Chinese."""
     baselines: bool = True
     """Majority class, TF-IDF with logistic regression, and the same model with a trained head."""
     generate_tokens: Annotated[int, Field(ge=-1)] = -1

@@ -3,7 +3,7 @@
 What they mean is in fedlora/training/tasks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -20,17 +20,20 @@ class TaskKind:
     answers: bool
     needs: tuple[str, ...] = ()
     """Packages of the extra `metrics` that its scores come from."""
+    predicts: str = ""
+    """What evaluate.metrics' names are of: `fedlora.config.metric_names.OWN`. Empty: of none."""
 
 
 PER_TEXT = TaskKind(pooled=True, headed=True, generates=False, answers=False)
+WRITES = TaskKind(pooled=False, headed=False, generates=True, answers=True, predicts="answers")
 
 KINDS: dict[str, TaskKind] = {
-    "classification": PER_TEXT,
-    "multi-label": PER_TEXT,
-    "regression": PER_TEXT,
-    "token-classification": TaskKind(False, True, False, False, needs=("seqeval",)),
-    "causal-lm": TaskKind(pooled=False, headed=False, generates=True, answers=True),
-    "seq2seq": TaskKind(pooled=False, headed=False, generates=True, answers=True),
+    "classification": replace(PER_TEXT, predicts="classes"),
+    "multi-label": replace(PER_TEXT, predicts="labels"),
+    "regression": replace(PER_TEXT, predicts="numbers"),
+    "token-classification": TaskKind(False, True, False, False, ("seqeval",), "tags"),
+    "causal-lm": WRITES,
+    "seq2seq": WRITES,
     "preference": TaskKind(pooled=False, headed=False, generates=True, answers=False),
 }
 """Every name, in the order of the documentation. `register_task` adds to it."""

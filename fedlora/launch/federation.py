@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedlora import preflight
+from fedlora.config.metric_names import names_of
 from fedlora.config.origins import RECORD, origin
 from fedlora.config.reader import Config
 from fedlora.errors import StrategyError
@@ -97,6 +98,8 @@ def with_own(
         "evaluate.metrics": metrics,
     }
     changed: dict[str, Any] = {key: name_of(x) for key, x in own.items() if x is not None}
+    if metrics is not None:  # beside those that the config names
+        changed["evaluate.metrics"] = [*names_of(config.evaluate.metrics), name_of(metrics)]
     if strategy is not None:
         changed |= _chosen(strategy)
     return Config.read({**config.flat(), **changed}) if changed else config

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from fedlora.config.metric_names import FURTHER, OWN, code_of, lacking, packages
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.config.task_names import kind_of
@@ -17,6 +18,7 @@ def problems(config: Config) -> Iterator[str]:
             f"model.task = {name!r}: its scores are made by {' and '.join(missing)}, which is not "
             "installed; pip install 'fedlora[metrics]'"
         )
+    yield from _metrics(config)
     if config.model.pooling == "mean" and not task.pooled:
         yield (
             f"model.pooling = 'mean' with model.task = {name!r}: it is of tasks with one output a "
@@ -48,6 +50,23 @@ def problems(config: Config) -> Iterator[str]:
         yield f"data.labels with model.task = {name!r}: it chooses from no labels; leave it out"
 
 
+def _metrics(config: Config) -> Iterator[str]:
+    """Names of metrics that the task has not, or whose package is not here."""
+    metrics, predicts = config.evaluate.metrics, kind_of(config.model.task).predicts
+    for name in lacking(metrics, predicts):
+        there = ", ".join([*OWN.get(predicts, ()), *FURTHER.get(predicts, ())])
+        what = f"which has {there}" if there else "which has its own alone"
+        yield f"evaluate.metrics: {name!r} is none of model.task = {config.model.task!r}, {what}"
+    if config.data.node_path and kind_of(config.model.task).answers:
+        return  # a node's rows are scored without answers
+    if absent := [x for x in packages(metrics, predicts) if not find_spec(x)]:
+        one = "is" if len(absent) == 1 else "are"
+        yield (
+            f"evaluate.metrics: they are made by {' and '.join(absent)}, which {one} not "
+            "installed; pip install 'fedlora[metrics]'"
+        )
+
+
 def _seq2seq(config: Config) -> Iterator[str]:
     if not config.data.prompt and not any(site.prompt for site in config.data.clients):
         yield "data.prompt is empty: model.task = 'seq2seq' reads it, and writes data.response"
@@ -68,7 +87,7 @@ def _preference(config: Config) -> Iterator[str]:
         yield "data.prompt is empty: model.task = 'preference' compares answers to a prompt"
     if config.train.loss:
         yield "train.loss with model.task = 'preference': its loss is of two answers; leave it out"
-    if config.evaluate.metrics:
+    if code_of(config.evaluate.metrics):
         yield (
             "evaluate.metrics with model.task = 'preference': nothing is generated to compare; "
             "leave it out"

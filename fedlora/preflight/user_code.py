@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from fedlora.config.metric_names import OWN
 from fedlora.config.reader import Config
 from fedlora.config.task_names import kind_of
 from fedlora.training import user_code
@@ -13,7 +14,8 @@ def problems(config: Config) -> Iterator[str]:
     if user_code.is_code(config.model.path):
         yield from _model(config)
     answers = config.evaluate.generate_tokens or not kind_of(config.model.task).generates
-    if config.evaluate.metrics and not answers:
+    further = [x for x in config.evaluate.metrics if x not in OWN["answers"]]
+    if further and not answers:
         yield (
             f"evaluate.metrics: for {config.model.task} it compares generated answers, and "
             "evaluate.generate-tokens = 0; set that to the tokens of an answer"

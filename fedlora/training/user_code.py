@@ -136,8 +136,10 @@ def called(key: str, value: str, kind: type | tuple[type, ...], *args: Any) -> A
 
 def named(config: "Config") -> Iterator[tuple[str, str]]:
     """(key, value) of what of this config names code."""
-    values = ((key, str(attrgetter(key)(config))) for key in KEYS)
-    yield from ((key, value) for key, value in values if is_code(value))
+    for key in KEYS:
+        found = attrgetter(key)(config)
+        values = found if isinstance(found, tuple) else (str(found),)
+        yield from ((key, value) for value in values if is_code(value))
 
 
 def sources(config: "Config") -> Mapping[str, str]:

@@ -40,6 +40,7 @@ CENTRAL = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
 DP = {"privacy.epsilon": 3.0}
 NAMED = {"model.path": "m", "data.path": "d"}
 PREFERENCE = {"model.task": "preference", "data.prompt": "text"}
+ANSWERED = {"evaluate.metrics": "bleu", "evaluate.generate-tokens": 2}
 SEQ2SEQ = {"model.task": "seq2seq"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 PLAIN = {"data.prompt": "", "data.long-texts": "windows"}
@@ -185,6 +186,8 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "gpt2", {**PREFERENCE, "evaluate.metrics": "py:a:b"}, "nothing is generated"),
     ("fedavg", "gpt2", {**PREFERENCE, "data.map": "a=b"}, "it renames labels, and there are none"),
     ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
+    ("fedavg", "bert", {"evaluate.metrics": "bleu"}, "'bleu' is none of model.task = 'classifi"),
+    ("fedavg", "gpt2", ANSWERED, "they are made by sacrebleu, which is not installed; pip install"),
     ("fedavg", "bert", {"model.task": "seq2seq"}, "'seq2seq' reads it, and writes data.response"),
     ("fedavg", "gpt2", {**SEQ2SEQ, "data.chat-template": True}, "text and its response are apart"),
     ("fedavg", "gpt2", {**SEQ2SEQ, "train.prefix-cache": 8}, "hangs on two texts; set it to 0"),

@@ -68,6 +68,13 @@ def _code(value: Any, policy: Policy) -> str:
     return "" if value in policy.trust.code else "not in trust.code"
 
 
+def _metrics(value: Any, policy: Policy) -> str:
+    """Names are the config's own; code must be listed."""
+    parts = [part.strip() for part in str(value).split(",")]
+    bad = [part for part in parts if is_code(part) and part not in policy.trust.code]
+    return "not in trust.code" if bad else ""
+
+
 def _model(value: Any, policy: Policy) -> str:
     listed = value in policy.trust.code if is_code(value) else value in policy.model.allowed
     return "" if listed else "not in model.allowed"
@@ -207,7 +214,9 @@ ALLOWED: Mapping[str, Rule] = {
     "round.buffer": COUNT,
     "evaluate.clients": _typed,
     "evaluate.batch-size": _limited(lambda p: p.limits.batch, "limits.batch", 1),
-    "evaluate.metrics": _code,
+    "evaluate.metrics": _metrics,
+    "evaluate.rouge-tokenizer": _typed,
+    "evaluate.bleu-tokenizer": _typed,
     "evaluate.generate-tokens": _within(-1, 4096),
     "wire.dtype": _typed,
     "wire.error-feedback": _typed,

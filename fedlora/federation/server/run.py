@@ -31,7 +31,7 @@ from fedlora.privacy.central import CentralPrivacy
 from fedlora.reports.console import Observer
 from fedlora.strategies import forms
 from fedlora.strategies.base import Client, Promise, Round, Strategy, whole_download
-from fedlora.training import cache, user_code
+from fedlora.training import cache, named_metrics, user_code
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.evaluate import evaluate
 from fedlora.training.model.model import Model
@@ -60,6 +60,7 @@ class Setting:
             FedLoraError: what is wrong with either.
         """
         strategy, corpus = config.build_strategy(), cache.corpus(config)
+        named_metrics.check(config, corpus)
         model = cache.model(config, corpus.labels)
         guarantee = forms.guarantee(model.form, strategy)
         planner = Planner(config, model)

@@ -37,7 +37,7 @@ from fedlora.privacy.rehearsal import check_first
 from fedlora.privacy.training import PrivacyPlan
 from fedlora.reports import observers
 from fedlora.strategies.base import Client, Round, Start, Strategy
-from fedlora.training import cache
+from fedlora.training import cache, named_metrics
 from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.calibration import first_factors
 from fedlora.training.data.batches import steps_in
@@ -59,6 +59,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
         FedLoraError: what would stop the run before its first round.
     """
     corpus = cache.corpus(config)
+    named_metrics.check(config, corpus)
     findings = [*rows_read(config, corpus), *crew(config)]
     model = cache.model(config, corpus.labels)
     findings += _model(config, model)

@@ -59,8 +59,9 @@ def register_task(cls: type[Any]) -> None:
     if name not in TASKS:
         _added[str(name)] = cls
         task_names.KINDS[str(name)] = task_names.TaskKind(
-            cls.pooled, cls.headed, cls.generates, cls.answers
-        )
+            cls.pooled, cls.headed, cls.generates, cls.answers,
+            predicts=getattr(cls, "predicts", ""),
+        )  # fmt: skip
 
 
 def task_of(name: str) -> Task:

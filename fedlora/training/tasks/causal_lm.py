@@ -58,6 +58,7 @@ class CausalLM:
     """See the top of this file."""
 
     name = "causal-lm"
+    predicts = "answers"
     auto = "AutoModelForCausalLM"
     what = "causal language model"
     peft = "CAUSAL_LM"

@@ -34,6 +34,7 @@ class Classification:
     """See the top of this file."""
 
     name = "classification"
+    predicts = "classes"
     auto = "AutoModelForSequenceClassification"
     what = "sequence classifier"
     peft = "SEQ_CLS"

@@ -40,6 +40,7 @@ class MultiLabel:
     """See the top of this file."""
 
     name = "multi-label"
+    predicts = "labels"
     auto = "AutoModelForSequenceClassification"
     what = "sequence classifier"
     peft = "SEQ_CLS"

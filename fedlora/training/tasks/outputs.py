@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedlora.config.metric_names import code_of, names_of
 from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
 from fedlora.errors import ModelError
 from fedlora.training.data.batches import IGNORE, Encoded, eval_batches
 from fedlora.training.devices import on_host
+from fedlora.training.named_metrics import further
 from fedlora.training.tasks.base import Net
 from fedlora.training.user_code import find
 
@@ -67,16 +70,19 @@ def own_loss(config: Config, logits: Tensor, labels: Tensor) -> dict[str, float]
 
 
 def own_scores(config: Config, predicted: Any, wanted: Any) -> dict[str, float]:
-    """The scores of the user's own function; none where there is none.
+    """The scores that evaluate.metrics asks for: those it names, and the user's own function's.
 
     Raises:
-        ModelError: it gives something else than numbers by name.
+        DataError: a metric that is named does not know what is wanted.
+        ModelError: the function gives something else than numbers by name.
     """
-    if not (name := config.evaluate.metrics):
-        return {}
+    how, predicts = config.evaluate, kind_of(config.model.task).predicts
+    named = further(names_of(how.metrics), predicts, predicted, wanted, how)
+    if not (name := code_of(how.metrics)):
+        return named
     found = find("evaluate.metrics", name)(predicted, wanted)
     try:
-        return {str(key): float(value) for key, value in found.items()}
+        return named | {str(key): float(value) for key, value in found.items()}
     except (AttributeError, TypeError, ValueError) as e:
         raise ModelError(
             f"evaluate.metrics = {name!r}: it gives {found!r:.80}, must be numbers by name"

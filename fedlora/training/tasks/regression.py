@@ -37,6 +37,7 @@ class Regression:
     """See the top of this file."""
 
     name = "regression"
+    predicts = "numbers"
     auto = "AutoModelForSequenceClassification"
     what = "sequence classifier"
     peft = "SEQ_CLS"

@@ -55,6 +55,7 @@ class Seq2Seq:
     """See the top of this file."""
 
     name = "seq2seq"
+    predicts = "answers"
     auto = "AutoModelForSeq2SeqLM"
     what = "encoder-decoder that writes text"
     peft = "SEQ_2_SEQ_LM"

@@ -60,6 +60,7 @@ class TokenClassification:
     """See the top of this file."""
 
     name = "token-classification"
+    predicts = "tags"
     auto = "AutoModelForTokenClassification"
     what = "token classifier"
     peft = "TOKEN_CLS"
