@@ -53,6 +53,9 @@ class ModelPolicy(Section):
     """The most layers that it has memory to train, as the server is told; 0: all."""
     allowed: dict[str, ModelSource] = Field(default_factory=dict)
     """By model.path of the run: a table, which may be empty. No other model is loaded."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """By model.adapter of the run: this node's own directory with that adapter. A run that starts
+    from another is refused."""
 
 
 class DataPolicy(Section):
@@ -266,6 +269,7 @@ class Policy(Section):
             name: m.model_copy(update={"path": there(m.path)}) if _is_path(m.path) else m
             for name, m in self.model.allowed.items()
         }
+        adapters = {name: there(path) for name, path in self.model.adapters.items()}
         return self.model_copy(
             update={
                 "directory": there(self.directory),
@@ -283,7 +287,7 @@ class Policy(Section):
                         "certificate": there(self.secure.certificate),
                     }
                 ),
-                "model": self.model.model_copy(update={"allowed": models}),
+                "model": self.model.model_copy(update={"allowed": models, "adapters": adapters}),
             }
         )
 
@@ -293,7 +297,7 @@ def _is_path(text: str) -> bool:
     return text.startswith(("/", "./", "../"))
 
 
-def _fields(tree: Any, keep: tuple[str, ...] = ("allowed",)) -> Any:
+def _fields(tree: Any, keep: tuple[str, ...] = ("allowed", "adapters")) -> Any:
     """The tables with keys as Python spells them; names of models stay as they are."""
     if not isinstance(tree, dict):
         return tree

@@ -28,6 +28,9 @@ class ModelConfig(Section):
     path: str = ""
     """Must be set: a hub id, a directory, "pkg:package/path" inside an installed package, or
     "py:package.module:function", a function of yours: docs/use/python.md."""
+    adapter: str = ""
+    """A directory with a PEFT adapter (plain LoRA) to start from, or of a finished run: it is then
+    a part of the base, and of what is exported. A node's policy names its own copy."""
     tokenizer: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
     task: Annotated[str, AfterValidator(known)] = "classification"

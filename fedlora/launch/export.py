@@ -228,8 +228,10 @@ def _written(
     merged, one_rank = target == "merged", target in ONE_RANK
     plain = peft_directory.as_lora(model, effective)
     if lora.form in ("lora", "alora") or (model.form.own and not rank):
-        whole = peft_directory.total(plain)
-        adapter, truncation = peft_directory.fitted(whole, most(target, rank), one_rank)
+        whole = peft_directory.whole(model, plain)
+        limit = most(target, rank)
+        limits = {m: limit if m in model.shapes else 0 for m in whole}  # else as it was started
+        adapter, truncation = peft_directory.fitted(whole, limits, one_rank)
     elif rank:
         raise ModelError(f"lora.form = {lora.form!r}: it has no rank to cut; leave --rank out")
     if merged:

@@ -55,6 +55,8 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"lora.form = {lora.form!r}: every client has the same tensors; leave out each site's "
             "rank in data.clients"
         )
+    if config.model.adapter:
+        yield from _started(config)
     if config.model.quantization != "none":
         yield from _quantised(config)
     if moves_base(lora.init) and config.wire.dtype != "float32":
@@ -145,6 +147,21 @@ def _quantised(config: Config) -> Iterator[str]:
         yield (
             f"model.merge = 'into-base' with model.quantization = {model.quantization!r}: "
             "quantised weights cannot take a change; use 'keep-as-adapter' or 'auto'"
+        )
+
+
+def _started(config: Config) -> Iterator[str]:
+    """What no export could hold together with the adapter that a run starts from."""
+    lora, stored = config.lora, config.model.quantization
+    if lora.form != "lora":
+        yield (
+            f"model.adapter with lora.form = {lora.form!r}: both changes are exported as one "
+            "adapter of plain LoRA; use lora.form = 'lora', or merge that adapter into a base"
+        )
+    if lora.init == "loftq" and stored != "none":
+        yield (
+            f"model.adapter with lora.init = 'loftq' and model.quantization = {stored!r}: LoftQ "
+            "reads the whole base once more, without the adapter; use lora.init = 'default'"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run began with, by digest: rows, labels, split, base, tokenizer.
+"""What a run began with, by digest: rows, labels, split, base, adapter, tokenizer.
 
 A config names files, and files change. Whoever goes on with a run, or hands out its model,
 compares: other rows under the same name would make other labels of the same columns.
@@ -18,6 +18,7 @@ MEANS = {
     "rows": "other rows, or another split of them (data.path, test-path, validation-path)",
     "labels": "other labels, or in another order (data.path)",
     "base": "another base (the weights at model.path)",
+    "adapter": "another adapter to start from (model.adapter)",
     "tokenizer": "another tokenizer or chat template (at model.path)",
 }
 
@@ -28,8 +29,9 @@ def begun_with(model: Model, corpus: Corpus) -> dict[str, str]:
     return {
         "rows": digest_of_rows(parts),
         "labels": _digest([json.dumps(corpus.labels)]),
-        "base": model.fingerprint,
+        "base": model.fingerprint.partition("+")[0],
         "tokenizer": _tokenizer(model.tokenizer),
+        "adapter": model.start.digest,
     }
 
 

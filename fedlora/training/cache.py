@@ -14,6 +14,7 @@ from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.devices import chosen, prepare, release
 from fedlora.training.model.decoder import as_read
 from fedlora.training.model.model import Model
+from fedlora.training.model.start_adapter import stamp
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.references import referred
 from fedlora.training.tasks import task_of
@@ -48,7 +49,7 @@ def model(config: Config, labels: tuple[str, ...]) -> Model:
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
            config.train.prefix_cache, labels, config.ranks.policy, identity(config),
            config.simulate.devices, config.train.compile,
-           fixed_rank(config.lora.form, config.clients.ranks))  # fmt: skip
+           fixed_rank(config.lora.form, config.clients.ranks), stamp(config.model))  # fmt: skip
     prepare(chosen(config.simulate.devices), config.train.deterministic)  # before it is loaded:
     found: Model = _model(key, config, labels)  # what wraps a base may compute with it already
     return found

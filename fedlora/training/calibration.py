@@ -38,8 +38,9 @@ from fedlora.training.devices import HOST, moved, wide_on_host
 from fedlora.training.draws import host_draws
 from fedlora.training.model.decoder import as_read
 from fedlora.training.model.layers import initial
+from fedlora.training.model.loading import PREFIX
 from fedlora.training.model.loftq import nf4
-from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.model import Model
 from fedlora.training.references import referred
 from fedlora.training.tasks.outputs import at_once
 from fedlora.training.train import example_losses, threads

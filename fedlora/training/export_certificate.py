@@ -28,9 +28,16 @@ from fedlora.training.certificate import (
 )
 from fedlora.training.model.agreement import agree
 from fedlora.training.model.expert import Expert, layer_at
-from fedlora.training.model.loading import MeanPooled, load_base, load_tokenizer
-from fedlora.training.model.model import PREFIX, Model
-from fedlora.training.model.peft_directory import ENCODER, HEAD, WEIGHTS
+from fedlora.training.model.loading import (
+    ENCODER,
+    HEAD,
+    PREFIX,
+    MeanPooled,
+    load_base,
+    load_tokenizer,
+)
+from fedlora.training.model.model import Model
+from fedlora.training.model.peft_directory import WEIGHTS
 from fedlora.training.model.quantized import is_stored
 from fedlora.training.model.shape import Shape
 from fedlora.training.user_code import is_code

@@ -60,9 +60,10 @@ def save_merged(
     untie(base, model.heads)
     lost = size = 0.0
     with torch.no_grad():
+        shapes = {**model.start.shapes, **model.shapes}
         for m, pair in adapter.items():
-            weight = layer_at(base, m, model.shapes[m]).weight
-            change = pair.delta().T if model.shapes[m].fan_in_fan_out else pair.delta()
+            weight = layer_at(base, m, shapes[m]).weight
+            change = pair.delta().T if shapes[m].fan_in_fan_out else pair.delta()
             want = weight.double() + change
             weight.copy_(weight.float() + change)
             lost += float((weight.double() - want).square().sum())

@@ -17,7 +17,8 @@ from fedlora.lora.adapter import Factors
 from fedlora.reports.console import Silent
 from fedlora.strategies import STRATEGIES
 from fedlora.training import cache
-from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.loading import PREFIX
+from fedlora.training.model.model import Model
 from tests.support.long import few
 from tests.support.tiny_federation import QUICK, Ran, federate, quick, ranks_for, read_tensors
 

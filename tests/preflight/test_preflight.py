@@ -99,6 +99,10 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("ffa", "gpt2", {**ALORA, "clients.ranks": "2,3"}, "would be folded into its base"),
     ("fedavg", "bert", {"lora.init": "loftq", "model.quantization": "8bit"}, "is of 4 bits"),
     ("fedavg", "bert", {"lora.form": "dora", "model.quantization": "4bit"}, "this form reads W0"),
+    ("fedavg", "bert", {"model.adapter": "x", "lora.form": "dora", "clients.ranks": "3"},
+     "both changes are exported as one adapter of plain LoRA"),
+    ("fedavg", "bert", {"model.adapter": "x", "lora.init": "loftq", "model.quantization": "4bit",
+                        "clients.ranks": "3"}, "LoftQ reads the whole base once more"),
     ("fedavg", "bert", {"model.merge": "into-base", "model.quantization": "4bit"},
      "quantised weights cannot take a change"),
     # experts of a mixture

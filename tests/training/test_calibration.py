@@ -30,8 +30,9 @@ from fedlora.training.data import corpus as data
 from fedlora.training.data.batches import Encoded, collate
 from fedlora.training.data.corpus import Rows
 from fedlora.training.model.layers import taken_out
+from fedlora.training.model.loading import PREFIX
 from fedlora.training.model.loftq import nf4
-from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.model import Model
 from fedlora.training.train import example_losses
 from tests.conftest import LABELS, WORDS
 from tests.support.by_task import encode, load, load_calibration

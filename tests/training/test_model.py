@@ -19,7 +19,8 @@ from fedlora.strategies.base import Client, Version, seeded
 from fedlora.strategies.base_log import BaseLog
 from fedlora.training.model import loftq
 from fedlora.training.model.layers import taken_out
-from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.loading import PREFIX
+from fedlora.training.model.model import Model
 
 Settings = Callable[..., dict[str, object]]
 MODELS = ("bert", "gpt2", "llama")

@@ -209,6 +209,8 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
         # the code that a run has rows from is named, so that both sides compare it; not called
         named = is_code(asked.data.path) and asked.data.path in policy.trust.code
         own |= {"data.node-path": d.path, "data.path": asked.data.path if named else d.path}
+    if asked.model.adapter:  # which the list has: it was asked before
+        own["model.adapter"] = policy.model.adapters[asked.model.adapter]
     if source := policy.model.allowed.get(asked.model.path):
         own |= {"model.path": source.path or asked.model.path, "model.revision": source.revision}
     return own

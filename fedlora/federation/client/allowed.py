@@ -80,6 +80,10 @@ def _model(value: Any, policy: Policy) -> str:
     return "" if listed else "not in model.allowed"
 
 
+def _adapter(value: Any, policy: Policy) -> str:
+    return "" if value in policy.model.adapters else "not in model.adapters"
+
+
 def _revision(value: Any, _policy: Policy) -> str:
     """Held against the model's own in `admit`, which knows the model."""
     return "" if NAME.fullmatch(str(value)) else "must be a plain name"
@@ -138,6 +142,7 @@ ALLOWED: Mapping[str, Rule] = {
     "run.extended": _typed,
     "model.path": _model,
     "model.revision": _revision,
+    "model.adapter": _adapter,
     "model.tokenizer": _code,
     "model.task": _typed,
     "model.pooling": _typed,

@@ -124,6 +124,12 @@ class ClientJob:
                 "files"
             )
         model = cache.model(self.config, job.labels)
+        here, there = (x.partition("+") for x in (model.fingerprint, job.fingerprint))
+        if here[0] == there[0] and here != there:
+            raise ModelError.public(
+                f"client {job.client}'s adapter to start from (model.adapter) is not the server's: "
+                f"digest {here[2] or 'of none'}, must be {there[2] or 'of none'}; use the same"
+            )
         if model.fingerprint != job.fingerprint:
             raise ModelError.public(
                 f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
@@ -336,6 +342,7 @@ def read_config(context: Context, job: Job, policy: Policy | None = None) -> Con
         **{f"data.{key}": node.get(key) for key in COLUMNS},
         "output.client-memory": node.get("memory"),
         "simulate.devices": node.get("devices"),
+        "model.adapter": node.get("adapter") if theirs.model.adapter else None,
         "privacy.max-epsilon": float(node.get("max-epsilon", 0)),
         "privacy.delta": own_delta(node),
         "secure.aggregation": node.get("secure-aggregation"),

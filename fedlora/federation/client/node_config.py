@@ -29,6 +29,7 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "data-path": TEXT,
     **dict.fromkeys(COLUMNS, TEXT),
     "memory": TEXT,
+    "adapter": TEXT,
     "devices": TEXT,
     "max-epsilon": NUMBER,
     "delta": NUMBER,
@@ -97,6 +98,11 @@ def check_from_server(config: Config, given: Mapping[str, object]) -> None:
         problems.append(
             "model.trust-remote-code = true: this node runs no code that comes with a model; its "
             "operator may allow it, trust-remote-code=true in its own node config"
+        )
+    if config.model.adapter and not given.get("adapter"):
+        problems.append(
+            "model.adapter: is a directory of the server's; this node's operator names its own "
+            "copy, adapter in its own node config, or model.adapters in its policy"
         )
     for key, value in (
         ("privacy.ledger", config.privacy.ledger),

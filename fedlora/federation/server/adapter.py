@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedlora.lora.adapter import Adapter, Factors
+from fedlora.lora.lowrank import stack
 from fedlora.reports.model_card import CardFacts, card
 from fedlora.reports.run_files import read
 from fedlora.training.data.seam import end_mark
@@ -28,8 +29,15 @@ def limited(adapter: Adapter, limit: int = LIMIT) -> tuple[Adapter, float]:
 
 
 def hold(model: Model, adapter: Adapter, factors: Factors) -> None:
-    """Load W0 with this adapter, and what else was trained, into the model."""
+    """Load the base that was named with this adapter, and what else was trained, into the model.
+
+    What the run started from is in the model's base: so less that. Modules that it alone adapts
+    stay as they are.
+    """
     model.rebase("an adapter alone", ())
+    start = model.start.pairs
+    adapter = {m: stack([p, start[m]], [1.0, -1.0]) if m in start else p
+               for m, p in adapter.items() if m in model.shapes}  # fmt: skip
     model.load(
         Factors(
             {m: p.scale for m, p in adapter.items()},

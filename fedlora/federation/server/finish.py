@@ -75,7 +75,7 @@ def write_adapter(setting: Setting, session: Session, effective: Effective) -> d
     if setting.model.form.kind != "factors":
         save_peft(setting.model, effective, directory)
         return {"rank": None, "truncation": 0.0, "excess": certify(setting, session, directory)}
-    adapter, lost = limited(peft_directory.total(effective))
+    adapter, lost = limited(peft_directory.whole(setting.model, effective))
     save_peft(setting.model, effective, directory, adapter)
     if lost:
         hold(setting.model, adapter, effective.factors)

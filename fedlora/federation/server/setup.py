@@ -57,6 +57,8 @@ def meet(setting: Setting, session: Session, run: Saved, grid: Grid) -> Saved:
         f"{ranks}, {config.run.rounds} rounds"
     )
     session.observer.note(described(config.train.precision, setting.model.device))
+    if setting.model.start.told:
+        session.observer.note(setting.model.start.told)
     for line in (*setting.corpus.account.lines(), *setting.corpus.account.warnings()):
         session.observer.note(line)
     return run

@@ -21,6 +21,8 @@ def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) ->
     """largest: bytes that the largest client moves in a round, both ways."""
     per_round = config.clients.per_round or config.clients.count
     yield from fits(model, config, largest * per_round)
+    if model.start.told:
+        yield Finding("ok", model.start.told)
     yield Finding(
         "ok",
         f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "

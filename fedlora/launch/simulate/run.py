@@ -221,7 +221,7 @@ def _absolute(config: Config) -> Config:
     flat = config.flat()
     flat["run.out"] = str(Path(str(flat["run.out"])).resolve())
     paths = ("model.path", "data.path", "data.test-path", "data.validation-path")
-    for key in (*paths, "output.client-memory"):
+    for key in (*paths, "model.adapter", "output.client-memory"):
         value = str(flat[key])
         if value and not value.startswith("pkg:") and not is_code(value) and Path(value).exists():
             flat[key] = str(Path(value).resolve())

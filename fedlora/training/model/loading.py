@@ -28,6 +28,15 @@ from fedlora.training.model.spread import connect, device_map
 from fedlora.training.tasks import task_of
 from fedlora.training.user_code import called, is_code, is_live
 
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
+
+ENCODER = "encoder."
+"""Where a mean-pooled model keeps its encoder, which is what an export of it adapts."""
+
+HEAD = "classifier.safetensors"
+"""Of a mean-pooled model's linear head, beside its adapter: no library has a class for it."""
+
 WITHOUT_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Of Liger's kernels: an example's own loss is `train.example_losses`."""
 

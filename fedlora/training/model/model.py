@@ -39,6 +39,7 @@ from fedlora.training.model.in_float64 import in_float64
 from fedlora.training.model.inner_factor import Core, inside, masked
 from fedlora.training.model.layers import adapter_config, check_targets, find_layers, first_pairs
 from fedlora.training.model.loading import (
+    PREFIX,
     checkpoint_activations,
     fingerprint,
     frozen_tensors,
@@ -51,11 +52,11 @@ from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.own_tuner import OwnFormLayer, layer_of, trained_beside
 from fedlora.training.model.prefix_cache import Prefix
 from fedlora.training.model.raised import named
+from fedlora.training.model.start_adapter import start_of
 from fedlora.training.model.ties import check_ties
 from fedlora.training.model.whole import in_float32, inside_body
 from fedlora.training.tasks import task_of
 
-PREFIX = "base_model.model."
 KEPT_PROFILES = 8
 """Rank profiles whose PEFT adapters stay attached; the least recently used one goes first."""
 
@@ -81,6 +82,7 @@ class Model:
         self._inner, self._unread = inside_body(base, self.heads), unread(base)
         check_ties(base, stacks.owners(self.shapes), self.heads)
         self._fingerprint = fingerprint(dict(base.named_parameters()))
+        self.start = start_of(base, config.model, self.heads, self.labels)
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
         self._born = 0
@@ -95,7 +97,8 @@ class Model:
         self._tensors = trained_beside(self) if self.rank else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
-        self.base = MovingBase(self.adapted, self.shapes, beside(config.model))
+        aside = self.start.kept_beside(config.model)
+        self.base = MovingBase(self.adapted, self.shapes, beside(config.model), aside)
         self._scale: Mapping[str, float] = {}
         if self.rank:
             frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
@@ -110,8 +113,9 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the untouched base: equal on server and clients, or nothing adds up."""
-        return self._fingerprint
+        """A digest of the base before round 1, its start adapter's behind a "+": equal on server
+        and clients, or nothing adds up."""
+        return self.start.added_to(self._fingerprint)
 
     def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
         """The client's layers at these ranks, each with alpha's scale; under legend one for all.

@@ -6,7 +6,9 @@
 Beside, the changes stay what they are, factors in float32, so a bfloat16 or a quantised base takes
 them without rounding; it costs 2 r (d + k) operations a token and change, and their memory.
 
-`start` is what an initialisation such as PiSSA takes out of the base, the same on every client.
+`start` is what an initialisation such as PiSSA takes out of the base, the same on every client. The
+adapter that a run starts from (start_adapter.py) is part of W0; `aside` is what of it no weight
+holds.
 
 W0 and its changes are added up on the host, by one order and one rounding, so that a base has the
 same bits on every device; W0 of a weight that has moved is kept there, and nowhere else.
@@ -37,6 +39,9 @@ def beside(config: ModelConfig) -> bool:
     if config.merge == "auto":
         return config.dtype != "float32" or config.quantization != "none"
     return config.merge == "keep-as-adapter"
+
+
+NOTHING: Adapter = {}
 
 
 class Beside:
@@ -80,11 +85,15 @@ class MovingBase:
     """The base weights of the adapted modules, each (d, k) or, with fan_in_fan_out, (k, d)."""
 
     def __init__(
-        self, modules: Mapping[str, Any], shapes: Mapping[str, Shape], beside: bool
+        self,
+        modules: Mapping[str, Any],
+        shapes: Mapping[str, Shape],
+        beside: bool,
+        aside: Adapter = NOTHING,
     ) -> None:
         self._layers = {m: x.get_base_layer() for m, x in modules.items()}
         self._shapes = shapes
-        self.beside = beside
+        self.beside, self._aside = beside, aside
         self._origin: dict[str, Tensor] = {}  # W0 of the modules whose weight has moved
         self._shift: dict[str, Tensor] = {}  # what they moved by, without start
         self._log = BaseLog()  # the same in factors, where it stays beside
@@ -99,7 +108,8 @@ class MovingBase:
 
     def _fetched(self, m: str) -> Tensor:
         W = on_host(self._origin[m] if m in self._origin else weight_of(self._layers[m]))
-        return W.T if self._shapes[m].fan_in_fan_out else W
+        W = W.T if self._shapes[m].fan_in_fan_out else W
+        return W.float() + dense(self._aside[m]) if m in self._aside else W
 
     def device_of(self, m: str) -> torch.device:
         """Where a module lies: a base may be spread over several devices."""

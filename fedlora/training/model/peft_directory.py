@@ -23,15 +23,11 @@ from fedlora.strategies.base import Effective, Version, as_factors
 from fedlora.training.data.locate import locate
 from fedlora.training.devices import on_host
 from fedlora.training.model.layers import adapter_config
-from fedlora.training.model.model import PREFIX, Model
+from fedlora.training.model.loading import ENCODER, HEAD, PREFIX
+from fedlora.training.model.model import Model
 from fedlora.training.model.stacks import alike, packed
 from fedlora.training.tasks import task_of
 from fedlora.training.user_code import is_code
-
-ENCODER = "encoder."
-"""Where a mean-pooled model keeps its encoder, which is what an export of it adapts."""
-
-HEAD = "classifier.safetensors"
 
 WEIGHTS = "model.safetensors"
 """Of a merged model that the user's own function makes: its state, without a config."""
@@ -49,6 +45,12 @@ def beginning(effective: Effective, base_offset: Mapping[str, Delta]) -> Effecti
     if not base_offset:
         return effective
     return Effective((Version(0, base_offset), *effective.base), effective.factors)
+
+
+def whole(model: Model, effective: Effective) -> Adapter:
+    """The whole change of the base that was named: what the run started from, and its own."""
+    start = (Version(0, model.start.pairs),) if model.start.pairs else ()
+    return total(Effective((*start, *effective.base), effective.factors))
 
 
 def _total_of(m: str, base: Sequence[Version], pair: Pair | None) -> Pair:
@@ -104,10 +106,11 @@ def save_peft(
         _save_form(model, effective, directory)
         return
     effective = as_lora(model, effective)
-    adapter = total(effective) if adapter is None else adapter
+    adapter = whole(model, effective) if adapter is None else adapter
     cut = len(ENCODER) if model.config.model.pooling == "mean" else 0
     adapter = {m[cut:]: p for m, p in alike(adapter, model.shapes, True).items()}
-    shapes = {m[cut:]: replace(s, stack=s.stack[cut:]) for m, s in model.shapes.items()}
+    every = {**model.start.shapes, **model.shapes}
+    shapes = {m[cut:]: replace(s, stack=s.stack[cut:]) for m, s in every.items()}
     ranks = {m: p.rank for m, p in adapter.items()}
     plain = model.config.lora.model_copy(update={"form": "lora"} if model.form.own else {})
     plain_config = model.config.model_copy(update={"lora": plain})
