@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from fedlora.config import privacy_sections, run_section, sections, train_section
+from fedlora.config import privacy_sections, run_section, sections, stop_section, train_section
 from fedlora.config.json_schema import described, schema
 from fedlora.config.reader import Config
 from fedlora.config.sites import SiteConfig
@@ -75,7 +75,7 @@ def table(section: str, model: Any, texts: dict[str, str]) -> Iterator[str]:
 def page() -> str:
     """The whole page."""
     texts = {}
-    for module in (sections, train_section, privacy_sections, run_section):
+    for module in (sections, train_section, stop_section, privacy_sections, run_section):
         texts |= described(inspect.getsource(module))
     lines = [HEAD]
     for section, field in Config.model_fields.items():

@@ -14,7 +14,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fedlora.config import privacy_sections, run_section, sections, sites, train_section
+from fedlora.config import (
+    privacy_sections,
+    run_section,
+    sections,
+    sites,
+    stop_section,
+    train_section,
+)
 from fedlora.config.reader import Config
 from fedlora.config.strategies import strategy_section
 from fedlora.config.task_names import KINDS, offered
@@ -31,7 +38,7 @@ BESIDE = {
 def schema() -> Schema:
     """The schema of an experiment file."""
     said: dict[str, dict[str, str]] = {}
-    for module in (sections, train_section, privacy_sections, run_section, sites):
+    for module in (sections, train_section, stop_section, privacy_sections, run_section, sites):
         said |= described(inspect.getsource(module))
     tables: Schema = {}
     for name, field in Config.model_fields.items():

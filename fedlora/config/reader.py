@@ -37,6 +37,7 @@ from fedlora.config.sections import (
     RunConfig,
     ServerConfig,
     SimulateConfig,
+    StopConfig,
     TrainConfig,
     WireConfig,
 )
@@ -75,6 +76,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     round: RoundConfig = RoundConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    stop: StopConfig = StopConfig()
     wire: WireConfig = WireConfig()
     proof: ProofConfig = ProofConfig()
     output: OutputConfig = OutputConfig()

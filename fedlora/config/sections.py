@@ -14,6 +14,7 @@ from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # un
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
 from fedlora.config.run_section import RunConfig as RunConfig
 from fedlora.config.sites import SEPARATOR, Sites
+from fedlora.config.stop_section import StopConfig as StopConfig
 from fedlora.config.task_names import known
 from fedlora.config.train_section import TrainConfig as TrainConfig
 from fedlora.moved import attribute_of

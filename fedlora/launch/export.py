@@ -13,6 +13,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ModelError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.adapter import checked, hold, write_card
+from fedlora.federation.server.choice import chosen
 from fedlora.federation.server.journal import Journal, Member, Saved, state_types
 from fedlora.federation.server.ranks import patterned
 from fedlora.launch.experiment_file import of_run
@@ -126,7 +127,8 @@ def opened(run: Path) -> Opened:
     else:
         rows = as_read(model, model.task.made_up(model.tokenizer, corpus.labels))
     batches = [inputs_of(batch) for batch in islice(eval_batches(rows, ROWS), BATCHES)]
-    return Opened(config, strategy, found[0], model, corpus.labels, batches)
+    saved = chosen(config, strategy, found[0])
+    return Opened(config, strategy, saved, model, corpus.labels, batches)
 
 
 def export_run(

@@ -18,7 +18,17 @@ from typing import Any
 from fedlora.config.reader import Config, where_to_mend
 from fedlora.errors import ConfigError
 from fedlora.federation.server import admission
-from fedlora.preflight import experts, forms, hardware, options, privacy, secure, tasks, user_code
+from fedlora.preflight import (
+    experts,
+    forms,
+    hardware,
+    options,
+    privacy,
+    secure,
+    stop,
+    tasks,
+    user_code,
+)
 from fedlora.strategies.base import Client
 
 
@@ -30,6 +40,7 @@ def problems(config: Config, clients: Sequence[Client] | None = None) -> Iterato
     yield from privacy.problems(config, strategy)
     yield from secure.problems(config, strategy)
     yield from options.problems(config, strategy)
+    yield from stop.problems(config, strategy)
     yield from tasks.problems(config)
     yield from user_code.problems(config)
     yield from hardware.problems(config)

@@ -100,6 +100,13 @@ def _what(run: RunFiles, facts: CardFacts) -> list[str]:
             if facts.end
             else "- responses were trained without an end mark: generation does not know its end"
         )
+    if picked := s.get("chosen"):
+        told.append(
+            f"- the model is that of round {picked['result']}, chosen among "
+            f"{count(picked.get('last_round', 0), 'round')} by validation rows"
+            if picked["result"] != picked.get("last_round")
+            else f"- the model is that of the last round, {picked['result']}"
+        )
     if s.get("stopped"):
         told.append(f"- the run ended before its last round: {s['stopped']}")
     return told

@@ -203,6 +203,18 @@ class BestRecord(TypedDict, total=False):
     perplexity: Number
 
 
+class ChosenRecord(TypedDict, total=False):
+    """What was chosen by validation rows: [stop]."""
+
+    metric: str
+    best_round: int
+    value: Number
+    result: Required[int]
+    """The round whose model the run's is."""
+    last_round: int
+    ended: str
+
+
 class SummaryRecord(TypedDict, total=False):
     """summary.json."""
 
@@ -216,6 +228,7 @@ class SummaryRecord(TypedDict, total=False):
     rows: RowsRecord | None
     seed: int | None
     final: Scores
+    chosen: ChosenRecord | None
     best: BestRecord | None
     generation: GenerationRecord | None
     baselines: dict[str, Numbers] | None

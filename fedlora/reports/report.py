@@ -132,6 +132,7 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     for end in run.ends:
         score = metric.text(finite(end.get("final"), metric.key))
         yield f"{metric.title} at its end after round {end.get('rounds')}", score
+    yield from tables.chosen(run)
     if s["best"]:
         yield f"best, in round {s['best']['round']}", metric.text(s["best"].get(metric.key))
     for name, value in run.baselines().items():

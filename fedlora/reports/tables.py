@@ -157,6 +157,20 @@ def remarks(run: RunFiles) -> list[str]:
     return [*told, f"of {known} of {len(found)} rounds"] if known < len(found) else told
 
 
+def chosen(run: RunFiles) -> Iterator[tuple[str, str]]:
+    """What was chosen by validation rows: which round's model the result is, and why it ended."""
+    found = run.summary.get("chosen")
+    if not found:
+        return
+    if "best_round" in found:
+        metric = found.get("metric") or "score"
+        told = f"round {found['best_round']}, {metric} {number(found.get('value'))}"
+        yield "best by validation rows", told
+    yield "the model is of", f"round {found['result']} of {found.get('last_round')}"
+    if found.get("ended"):
+        yield "ended", found["ended"]
+
+
 def strongest_baseline(run: RunFiles) -> tuple[str, float] | None:
     """The baseline to beat, by the run's metric."""
     known = run.baselines()

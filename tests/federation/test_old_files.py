@@ -184,7 +184,7 @@ NAMES = {
     "Client": "id layers base_version has_memory",
     "Layer": "d k rank scale",
     "Moments": "m v",
-    "Saved": "token state members baselines seconds clock moments clip base_offset buffer",
+    "Saved": "token state members baselines seconds clock moments clip base_offset buffer best",
     "Member": "id rank memory_round last_round base_version rounds failures offences bytes_down "
     "bytes_up examples first personal final plan timing cap personalized alone "
     "microbatch ledger charges",

@@ -51,6 +51,8 @@ HOST = {"simulate.devices": "cpu"}
 APPLE = {"simulate.devices": "mps"}
 COMPILED = {"train.compile": True}
 SPREAD = {"model.device-map": "auto"}
+STOPS = {"stop.patience": 2, "data.validation-size": 5}
+OWN_ROWS = {"stop.patience": 2, "data.client-validation-fraction": 0.2}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
@@ -60,6 +62,13 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"data.validation-size": 5, "data.validation-path": "x"}, "leave out the s"),
     ("fedavg", "bert", {"data.path": "", "data.test-path": "x", "data.validation-size": 0.1},
      "no rows but its test to draw them from"),
+    ("fedavg", "bert", {"stop.patience": 2}, "there are no validation rows to choose by"),
+    ("fedavg", "bert", {"stop.min-delta": 0.1}, "choose nothing: set stop.patience or stop.best"),
+    ("fedavg", "bert", {**STOPS, "stop.metric": "mcc"}, "write which way is better, '+mcc' for"),
+    ("fedsa", "bert", {**STOPS, "strategy.fedsa.average-at-end": False}, "so that only they can"),
+    ("fedsa", "bert", {**OWN_ROWS, "stop.best": True}, "of that only the last round's is there"),
+    ("fedavg", "bert", {**OWN_ROWS, **SECURE}, "stop with secure.aggregation: the clients' scor"),
+    ("fedavg", "bert", {**OWN_ROWS, **DP}, "stop with privacy: the clients' scores on their own"),
     ("fedavg", "bert", {"data.long-texts": "windows"}, "a label is of a whole text"),
     ("fedavg", "gpt2", {"data.long-texts": "windows"}, "a response is learned behind its prompt"),
     ("fedavg", "gpt2", {**PLAIN, **DP, "clients.ranks": "3"}, "it protects a row"),

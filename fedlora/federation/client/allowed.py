@@ -274,6 +274,7 @@ IGNORED = frozenset(
         "ranks.low", "ranks.step", "ranks.budget", "ranks.memory", "ranks.quantile",
         "devices.classes", "devices.gflops", "devices.jitter", "devices.deadline",
         "server.optimizer", "server.lr", "server.beta1", "server.beta2", "server.tau",
+        "stop.patience", "stop.min-delta", "stop.metric", "stop.best",
         "secure.stage-deadline", "robust.method", "robust.bound", "robust.byzantine",
         "robust.share",
     }

@@ -27,7 +27,7 @@ from flwr.app import (
 )
 
 from fedlora.config.policy import Policy
-from fedlora.errors import PrivacyError
+from fedlora.errors import ConfigError, PrivacyError
 from fedlora.federation.client import error_feedback, machine
 from fedlora.federation.client.attempts import attempts
 from fedlora.federation.client.first_gradient import sketch
@@ -124,8 +124,10 @@ def gradient(message: Message, context: Context) -> RecordDict:
 
 
 def score(message: Message, context: Context) -> RecordDict:
-    """Evaluate the download on this client's own test rows."""
+    """Evaluate the download on this client's own test rows, or on those that it validates on."""
     work = ClientJob.open(message, context)
+    if "rows" in message.content:
+        return _validated(work, str(configs_of(message.content, "rows").get("part")))
     test = work.rows("test")
     if not work.may_report_metrics:
         return work.reply({"metrics": MetricRecord({"num-examples": 1})})
@@ -143,6 +145,19 @@ def score(message: Message, context: Context) -> RecordDict:
             found = alone(model, rows, test, work.config, work.job, work.token)
             scores |= named("alone", found)
     return work.reply({"metrics": MetricRecord({"num-examples": len(test), **scores})})
+
+
+def _validated(work: ClientJob, part: str) -> RecordDict:
+    """Scores of the download on the rows that this client validates on; of no other part."""
+    if part != "validation":
+        raise ConfigError.public([f"rows of the part {part[:40]!r} are not scored by themselves"])
+    metrics: dict[str, Any] = {"num-examples": 1}
+    if work.may_report_metrics:
+        rows = work.rows(part)
+        with threads(work.config.train.threads), work.ready() as (model, _):
+            metrics = named(part, evaluate(model, rows, work.config))
+        metrics["num-examples"] = len(rows)
+    return work.reply({"metrics": MetricRecord(metrics)})
 
 
 def collect(message: Message, context: Context) -> RecordDict:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from flwr.serverapp import Grid
 from fedlora.errors import FedLoraError, UpdateError
 from fedlora.federation.server.adapter import checked, hold, limited, write_card
 from fedlora.federation.server.bounds import check_finite, within
+from fedlora.federation.server.choice import chosen, told_of
 from fedlora.federation.server.client_words import check_metrics, scores_of
 from fedlora.federation.server.exchange import (
     Limits,
     check_count,
-    error_of,
-    exchange,
     tag_of,
 )
 from fedlora.federation.server.journal import Saved
 from fedlora.federation.server.run import (
     Session,
     Setting,
+    answers,
     client,
     connected,
     load,
@@ -54,6 +54,9 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
 
     `stopped` says why the run ended before its last round, if it did.
     """
+    last = run
+    if (run := chosen(setting.config, setting.strategy, run)) is not last:
+        session.lacking |= {*run.members}  # whose base may be a later round's
     if collector := collects(setting.strategy):
         run = collect(setting, session, run, grid, collector)
     if setting.config.evaluate.clients:
@@ -95,7 +98,7 @@ def collect(
     asked = [c for c in connected(setting, session, run) if c.has_memory]
     messages = (message(setting, session, run, c, round, "query.collect", bare=True) for c in asked)
     uploads = []
-    for i, reply in _answers(setting, session, grid, messages):
+    for i, reply in answers(setting, session, grid, messages):
         try:
             here = client(setting, run, i)
             tag_of(reply, here, round, run.token)
@@ -141,7 +144,7 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
     everyone = connected(setting, session, run)
     messages = (message(setting, session, run, c, round, "evaluate") for c in everyone)
     members = dict(run.members)
-    for i, reply in _answers(setting, session, grid, messages):
+    for i, reply in answers(setting, session, grid, messages):
         try:
             tag_of(reply, client(setting, run, i), round, run.token)
             said = metrics_of(reply.content, "metrics")
@@ -156,18 +159,6 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
             alone=scores_of(said, "alone.") or {},
         )
     return replace(run, members=members)
-
-
-def _answers(
-    setting: Setting, session: Session, grid: Grid, messages: Iterable[Message]
-) -> Iterable[tuple[int, Message]]:
-    """(client, reply) of those that answered; the others are noted."""
-    of_node = {node: i for i, node in session.nodes.items()}
-    for node, reply in exchange(grid, messages, setting.config.round.deadline):
-        if error := error_of(reply):
-            session.observer.client_failed(of_node[node], Refusal.of(error).reason)
-        else:
-            yield of_node[node], reply
 
 
 def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
@@ -266,6 +257,7 @@ def write_records(
     members = run.members.values()
     rounds = setting.journal.lines()
     final = score(setting) if c.evaluate.every else None
+    picked = told_of(c, run, rounds[-1]["round"] if rounds else 0)
     warnings = judge(rounds, run.baselines, final if has_one_model(setting) else None)
     warnings = [*setting.corpus.account.warnings(), *warnings]
     setting.journal.summary(
@@ -275,13 +267,14 @@ def write_records(
             "promise": setting.guarantee,
             "export_excess": written.get("excess"),
             "adapter": {key: written.get(key) for key in ("rank", "truncation")},
-            "rounds": c.run.rounds,
+            "rounds": picked["chosen"]["last_round"] if picked else c.run.rounds,
             "seconds": seconds(session, run),
             "model": c.model.path,
             "data": " ".join(site.path for site in c.data.clients) or c.data.path,
             "rows": setting.corpus.account.record(),
             "seed": c.run.seed,
             "final": final,
+            **picked,
             "generation": generation(setting.model.tokenizer, c),
             "baselines": run.baselines,
             "bytes": {

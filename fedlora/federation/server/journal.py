@@ -92,6 +92,8 @@ class Saved:
     """What lora.init took out of the base."""
     buffer: Mapping[str, Any] = field(default_factory=dict)
     """Who was training, and on which round's state, where there is a buffer."""
+    best: Mapping[str, float] = field(default_factory=dict)
+    """The best round by validation rows, and its score: choice.py."""
 
 
 OLDER = {
@@ -230,8 +232,8 @@ class Journal:
             raise problems[0]
         return None
 
-    def commit(self, round: int, tree: Any, record: Mapping[str, Any]) -> None:
-        """Save the state after a round, then put the round on record.
+    def commit(self, round: int, tree: Any, record: Mapping[str, Any], keep: int = -1) -> None:
+        """Save the state after a round, then put the round on record. `keep` stays as well.
 
         Raises:
             CheckpointError: the disk is full, say. The round before it is whole.
@@ -255,7 +257,8 @@ class Journal:
                 "checkpoint before it is whole: if the disk is full, free some, then resume."
             ) from e
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+            if old.stem != f"round-{keep:05}":
+                old.unlink()
 
     def keep_begun_with(self, digests: Mapping[str, str]) -> None:
         """Put on record what the run began with: training/begun_with.py."""

@@ -29,7 +29,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, DeviceMemoryError, NotFiniteError
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
 from fedlora.federation.server.bounds import check_finite, stricter
-from fedlora.federation.server.choice import validated
+from fedlora.federation.server.choice import judged, over, validated
 from fedlora.federation.server.ends import told
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
@@ -110,6 +110,9 @@ class FederatedLora:
             self.session = Session.of(self.setting, observer)
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):
+                if ended := over(config, self.run.best, number - 1):
+                    observer.note(f"ended {ended}")
+                    break
                 try:
                     self.run, record = play_round(
                         self.setting, self.session, self.run, self.around, grid, number
@@ -186,9 +189,8 @@ def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tu
     """Put round 0 on record: the first state, and the model's scores before any training."""
     begun = time.perf_counter()
     run = begin(setting, session, run, grid)
-    load(setting, session, run, run.state)
-    scores, chosen_by = evaluated(setting, 0), validated(setting, 0)
-    record = line(0, session.received(), [], scores, chosen_by)
+    run, *scores = scored(setting, session, run, grid, 0)
+    record = line(0, session.received(), [], *scores)
     record |= {"strategy": setting.config.strategy.name, "proof": None, "certificate": None}
     record |= {"start": session.start} if session.start else {}
     if session.central:
@@ -238,10 +240,9 @@ def play_round(
             raise
         return play_again(setting, session, run, grid, number, e)
     closed = time.perf_counter()
-    load(setting, session, after, after.state)
-    scores, chosen_by = evaluated(setting, number), validated(setting, number)
+    after, *scores = scored(setting, session, after, grid, number)
     done = time.perf_counter()
-    record = line(number, received, [c.id for c in cohort], scores, chosen_by)
+    record = line(number, received, [c.id for c in cohort], *scores)
     record["strategy"] = config.strategy.name
     if again:
         record["again"] = again
@@ -397,12 +398,26 @@ def evaluated(setting: Setting, number: int) -> dict[str, float] | None:
     return score(setting)
 
 
+Scores = Mapping[str, float] | None
+
+
+def scored(
+    setting: Setting, session: Session, run: Saved, grid: Grid, number: int
+) -> tuple[Saved, Scores, Scores]:
+    """The run, with its best round, and its model's scores on the test and validation rows."""
+    load(setting, session, run, run.state)
+    test = evaluated(setting, number)
+    validation = validated(setting, session, run, grid, number)
+    best = judged(setting.config, run.best, number, validation)
+    return replace(run, best=best), test, validation
+
+
 def line(
     number: int,
     received: Received,
     cohort: list[int],
-    scores: Mapping[str, float] | None,
-    validation: Mapping[str, float] | None = None,
+    scores: Scores,
+    validation: Scores = None,
 ) -> Record:
     """A round's line of rounds.jsonl, without what its stages add."""
     told = {i: received.clients[i] for i in sorted(received.clients)}
@@ -438,4 +453,5 @@ def commit(
     """Put a round on record: the checkpoint, then its line."""
     buffer = session.flights.saved() if setting.config.round.buffer else {}
     saved = replace(run, seconds=seconds(session, run), buffer=buffer)
-    setting.journal.commit(number, saved, record)
+    keep = int(run.best.get("round", 0)) if setting.config.stop.best else number
+    setting.journal.commit(number, saved, record, keep)

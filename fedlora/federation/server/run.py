@@ -10,21 +10,23 @@ session changes in place, and nothing of the session outlives the process.
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 
 from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, FedLoraError, RoundError
 from fedlora.federation.server import proof_by_model
 from fedlora.federation.server.certifier import Certifier
-from fedlora.federation.server.exchange import Received, Schemas
+from fedlora.federation.server.exchange import Received, Schemas, error_of, exchange
 from fedlora.federation.server.flights import Flights
 from fedlora.federation.server.journal import Journal, Saved
 from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.roster import Roster
+from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.job import Job
 from fedlora.federation.wire.messages import pack_download, pack_pairs
 from fedlora.privacy.central import CentralPrivacy
@@ -178,12 +180,14 @@ def message(
     bare: bool = False,
     ttl: float | None = None,
     state: Any = None,
+    rows: str = "",
 ) -> Message:
     """One client's message: its job and, unless it is bare, its download of `state`.
 
     Who lacks what moved its base gets all of that again.
 
-    ttl: seconds; by default round.deadline. state: by default the run's newest.
+    ttl: seconds; by default round.deadline. state: by default the run's newest. rows: which of the
+    client's own an evaluation is of, "validation"; by default its test rows.
     """
     member, config = run.members[client.id], setting.config
     job = Job(
@@ -216,8 +220,22 @@ def message(
         if run.base_offset and (lacks or not member.last_round):  # once: it keeps it
             content["base-offset"] = pack_pairs(run.base_offset, "float32")
     content["job"] = job.record()
+    if rows:
+        content["rows"] = ConfigRecord({"part": rows})
     node, group = session.nodes[client.id], str(round.number)
     return Message(content, node, kind, ttl=ttl or config.round.deadline, group_id=group)
+
+
+def answers(
+    setting: Setting, session: Session, grid: Grid, messages: Iterable[Message]
+) -> Iterator[tuple[int, Message]]:
+    """(client, reply) of those that answered; the others are noted."""
+    of_node = {node: i for i, node in session.nodes.items()}
+    for node, reply in exchange(grid, messages, setting.config.round.deadline):
+        if error := error_of(reply):
+            session.observer.client_failed(of_node[node], Refusal.of(error).reason)
+        else:
+            yield of_node[node], reply
 
 
 def too_few(setting: Setting, what: str, round: Round, received: Received) -> FedLoraError:
