@@ -28,7 +28,8 @@ from fedlora.strategies.base import seeded, travelling
 from fedlora.training import cache
 from fedlora.training.data.batches import batches
 from fedlora.training.optimizers import build_optimizer
-from fedlora.training.train import example_losses, learning_rate
+from fedlora.training.schedule import learning_rate
+from fedlora.training.train import example_losses
 
 QUICKSTART = Path(__file__).parent.parent / "simulations/experiments/quickstart.toml"
 BARE = {

@@ -2,26 +2,39 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from fedlora.config.fields import CODE, Section
+from fedlora.config.fields import CODE, Section, amount
 
 
 class TrainConfig(Section):
     loss: Annotated[str, Field(pattern=CODE)] = ""
     """"py:package.module:function" of (logits, labels) that returns each example's loss; empty:
     cross entropy, for causal-lm its mean over an example's tokens."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For classification, token-classification, causal-lm and seq2seq: this part of what a label is
+    worth in the training loss is dealt out over all classes, or tokens. Scores are without it."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=0)] = 0
     """Local steps a round; 0 counts epochs instead."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """The most local steps a round that epochs come to; 0: any number."""
     batch_size: Annotated[int, Field(gt=0)] = 16
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    """Batches of one step: its gradient is the mean over the rows of all of them, each row once,
+    as of one batch of so many times the size, of which one is in memory at a time."""
     microbatch: Annotated[int, Field(ge=0)] = 0
     """Of a batch, examples in memory at once; 0: all. Out of memory, a client halves its own."""
     lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """0: the strategy's default, which its page states. Under example-level DP: 3 over
     privacy.clip-norm, 1 over it at epsilon <= 1; 1e-2 with adamw."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Over the rounds: the rate of round t, constant within it."""
+    """How the rate falls over the run: training/schedule.py."""
+    lr_per: Literal["round", "step"] = "round"
+    """round: one rate for all steps of a round. step: each of a client's steps has its own."""
+    warmup_steps: Annotated[float, Field(ge=0), AfterValidator(amount)] = 0.0
+    """With lr-per = "step": the first steps of a client's in the whole run, in which the rate rises
+    to train.lr; below 1 a share of them."""
     dpo_beta: Annotated[float, Field(gt=0)] = 0.1
     """For preference: how far the policy may go from the untouched model; small is far."""
     lr_ratio_b: Annotated[float, Field(gt=0, le=1e6)] = 1.0
@@ -54,3 +67,19 @@ class TrainConfig(Section):
     prefix_cache: Annotated[int, Field(ge=0)] = 0
     """Megabytes to remember of what enters the first adapted layer, where lora.layers leaves frozen
     ones below it that drop nothing out: training/model/prefix_cache.py. 0: off."""
+
+    @property
+    def step_size(self) -> int:
+        """Rows of one step, at most."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def at_once(self) -> int:
+        """Of those, the most in memory at once; 0: all."""
+        return self.microbatch or (self.batch_size if self.step_size > self.batch_size else 0)
+
+    @property
+    def follows_rounds(self) -> bool:
+        """Does a round's rate depend on how many rounds the run has?"""
+        share = self.lr_per == "step" and 0 < self.warmup_steps < 1
+        return share or self.lr_schedule != "constant"

@@ -27,6 +27,7 @@ from fedlora.preflight import (
     secure,
     stop,
     tasks,
+    training,
     user_code,
 )
 from fedlora.strategies.base import Client
@@ -42,6 +43,7 @@ def problems(config: Config, clients: Sequence[Client] | None = None) -> Iterato
     yield from options.problems(config, strategy)
     yield from stop.problems(config, strategy)
     yield from tasks.problems(config)
+    yield from training.problems(config)
     yield from user_code.problems(config)
     yield from hardware.problems(config)
     if clients is not None:

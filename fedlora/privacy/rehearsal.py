@@ -31,9 +31,9 @@ from fedlora.training.model.decoder import as_read
 from fedlora.training.model.dropout import undropped
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live, build_optimizer
+from fedlora.training.schedule import learning_rate
 from fedlora.training.train import (
     extra_loss,
-    learning_rate,
     steps,
     threads,
     training,

@@ -51,7 +51,8 @@ from fedlora.training.data.batches import Encoded
 from fedlora.training.draws import own_draws
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import build_optimizer
-from fedlora.training.train import Fit, example_losses, extra_loss, learning_rate
+from fedlora.training.schedule import Stepper, full_rate, scheduled
+from fedlora.training.train import Fit, example_losses, extra_loss
 
 Ways = Mapping[int, Way]
 """How examples of each width are computed."""
@@ -90,6 +91,7 @@ class PrivacyPlan:
             )
         q = p.sample_rate or min(1.0, max(RATE, train.batch_size / n))
         steps = train.steps or max(1, round(train.epochs / q))
+        steps = min(steps, train.max_steps or steps)
         planned = steps * config.run.planned
         sigma = p.noise_multiplier or k * calibrate(p.epsilon, p.delta, any_of(k, q), planned)
         return cls(n, q, steps, sigma, p.clip_norm, p.delta, k)
@@ -145,7 +147,8 @@ def private_fit(
     drawn = plan.q * plan.n
     ways = {width: steady(model, live, config, width, drawn) for width in sorted(widths)}
     received = {p: p.detach().clone() for p in params}
-    optimizer = build_optimizer(live, config.train, learning_rate(config, round))
+    built = build_optimizer(live, config.train, full_rate(config, round))
+    optimizer = scheduled(built, config, round, plan.steps)
     noise, sampling, dropout = (
         chance(config, round, client, what) for what in ("noise", "sampling", "dropout")
     )
@@ -172,7 +175,7 @@ def private_step(
     encoded: Encoded,
     chosen: torch.Tensor,
     params: tuple[nn.Parameter, ...],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Stepper,
     sink: Sink,
     plan: PrivacyPlan,
     noise: Chance,

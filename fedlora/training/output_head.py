@@ -56,11 +56,12 @@ class OutputHead:
             hook.remove()
         return (found[-1][0].flatten(0, 1).index_select(0, at), found[-1]) if found else None
 
-    def losses(self, states: Tensor, output: Any, targets: Tensor) -> Tensor:
+    def losses(self, states: Tensor, output: Any, targets: Tensor, smooth: float = 0.0) -> Tensor:
         """The cross-entropy of each row of states (n, width) with its target (n,), in float32."""
 
         def of(part: Tensor, wanted: Tensor) -> Tensor:
-            return cross_entropy(self._logits(part, output).float(), wanted, reduction="none")
+            logits = self._logits(part, output).float()
+            return cross_entropy(logits, wanted, reduction="none", label_smoothing=smooth)
 
         if not len(states):
             return states.float().sum(1)

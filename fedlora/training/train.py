@@ -4,6 +4,10 @@
         loss = mean over the batch of each example's loss
         step
 
+A batch may be larger than what is in memory at once (train.gradient-accumulation-steps,
+train.microbatch): then it goes through in parts, each weighted by its rows, so that the gradient is
+the whole batch's however it is cut.
+
 One example's loss is the task's (fedlora/training/tasks); of tokens it is the mean over its own, so
 what one example adds never depends on another's length.
 """
@@ -13,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ from fedlora.training.data.batches import (
     batches,
     examples_in,
     inputs_of,
+    local_steps,
     tokens_in,
 )
 from fedlora.training.devices import HOST, Stopwatch, on_host, sent
@@ -35,6 +40,7 @@ from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.optimizers import Live, build_optimizer
 from fedlora.training.precision import autocast, scaler
 from fedlora.training.rules import with_rule
+from fedlora.training.schedule import Stepper, full_rate, scheduled
 from fedlora.training.tasks.outputs import own_losses
 
 
@@ -68,12 +74,13 @@ def fit(
     Batches and dropout come from (seed, round, client) alone. The optimiser starts cold.
     """
     begun = time.perf_counter()
-    live = model.trainable(columns)
-    optimizer = build_optimizer(live, config.train, learning_rate(config, round))
+    live, train = model.trainable(columns), config.train
+    optimizer = build_optimizer(live, train, full_rate(config, round))
     ruled = with_rule(optimizer, model, live, config, round, client)
+    count = local_steps(len(encoded), train)
+    ruled = scheduled(ruled, config, round, count)
     generator = seeded(config.run.seed, round, client, "batches")
-    train = config.train
-    drawn = batches(encoded, train.batch_size, generator, train.steps, train.epochs)
+    drawn = batches(encoded, train.step_size, generator, count)
     watch, sums = Stopwatch(model.device), list[Tensor]()
     seen = tokens = 0
     with training(model, config, round, client):
@@ -86,16 +93,6 @@ def fit(
     forward, backward = watch.seconds("forward"), watch.seconds("backward")
     took = time.perf_counter() - begun
     return Fit(mean, len(sums), took, forward=forward, backward=backward, tokens=tokens)
-
-
-class Steps(Protocol):
-    """An optimiser, or what stands in its place."""
-
-    param_groups: list[dict[str, Any]]
-
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
-
-    def step(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def steps(
     model: Model,
     drawn: Iterable[Batch],
     live: Live,
-    optimizer: Steps,
+    optimizer: Stepper,
     config: Config,
     penalty: Penalty | None = None,
     watch: Stopwatch | None = None,
@@ -132,7 +129,7 @@ def steps(
         extra = extra_loss(model.sides, received, penalty, config.train.prox)
         extra = extra.to(model.device) if isinstance(extra, Tensor) else extra
         found, whole = list[Tensor](), list[Tensor]()
-        for part in microbatches(batch, config.train.microbatch):
+        for part in microbatches(batch, config.train.at_once):
             with watch.timed("forward"):
                 losses = example_losses(model, part, config.train.precision)
                 share = len(losses) / examples_in(batch)
@@ -201,19 +198,6 @@ def extra_loss(
 def _safe_norm(x: Tensor) -> Tensor:
     """The norm, with gradient zero at zero instead of NaN."""
     return (x.square().sum() + 1e-24).sqrt()
-
-
-def learning_rate(config: Config, round: int) -> float:
-    """The rate of this round, from 1 on: the schedule runs over the rounds, and where a run was
-    extended as `RunConfig.place` says."""
-    number, of = config.run.place(round)
-    t = (number - 1) / of
-    match config.train.lr_schedule:
-        case "linear":
-            return config.train.lr * (1 - t)
-        case "cosine":
-            return config.train.lr * (1 + math.cos(math.pi * t)) / 2
-    return config.train.lr
 
 
 @contextmanager

@@ -31,20 +31,18 @@ from torch import Tensor, nn
 from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
 from fedlora.strategies.base import Penalty, seeded
-from fedlora.training.data.batches import Batch, Encoded, collate
+from fedlora.training.data.batches import Batch, Encoded, collate, local_steps
 from fedlora.training.devices import OutOfMemory, by_any_algorithm, is_host, wide_on_host
 from fedlora.training.draws import own_draws
 from fedlora.training.loss_check import check_labels, check_losses, check_rows, chosen
 from fedlora.training.model.expert import Expert
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live, build_optimizer
+from fedlora.training.parts_check import Still as Still
+from fedlora.training.parts_check import check_parts
 from fedlora.training.precision import resolved
-from fedlora.training.train import (
-    example_losses,
-    learning_rate,
-    steps,
-    training,
-)
+from fedlora.training.schedule import learning_rate
+from fedlora.training.train import example_losses, steps, training
 
 PERTURBATION = 0.02
 """Of a tensor's own size; of 1 where it is all zero."""
@@ -144,26 +142,12 @@ def _check(
         check_losses(model, batch, config)
         with training(model, config, round, client):
             check_gradients(model, batch, live, config, penalty)
-            rate = learning_rate(config, round)
+            check_parts(model, batch, live, config)
+            rate = learning_rate(config, round, local_steps(len(encoded), config.train))
             check_step(model, batch, live, config, rate, penalty)
 
 
 # -- the gradient ---------------------------------------------------------------------------------
-
-
-class Still:
-    """In the optimiser's place: leaves the gradient where it is, and the weights too."""
-
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
-        self.params = params
-        self.param_groups = [{"params": [*params]}]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self.params:
-            p.grad = None
-
-    def step(self) -> None:
-        pass
 
 
 def check_gradients(

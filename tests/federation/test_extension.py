@@ -22,7 +22,7 @@ from fedlora.reports import report
 from fedlora.reports.ends import ends
 from fedlora.reports.run_files import read
 from fedlora.strategies import STRATEGIES
-from fedlora.training.train import learning_rate
+from fedlora.training.schedule import learning_rate
 from tests.support.killing import plant
 from tests.support.tiny_federation import Ran, directory_of, federate, quick, read_tensors
 

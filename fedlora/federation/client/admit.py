@@ -132,6 +132,11 @@ def _limits(policy: Policy, asked: Config) -> Against:
         ("train.batch-size", asked.train.batch_size, limits.batch),
         ("evaluate.batch-size", asked.evaluate.batch_size, limits.batch),
         ("train.steps", asked.train.steps, limits.steps),
+        (
+            "train.gradient-accumulation-steps",
+            asked.train.steps * asked.train.gradient_accumulation_steps,
+            limits.steps,
+        ),
     ):
         if value > most:
             yield key, f"{value}, the limit is {most}"

@@ -226,7 +226,7 @@ class ClientJob:
             columns, penalty = self.download.trainable, self.download.penalty
             args = (model, rows, columns, config, job.round, job.client, penalty)
             local = LocalRound(partial(self.trainer(), *args))
-            counted_anew()
+            counted_anew(config.train.gradient_accumulation_steps)
             yield local
             if judged:
                 scores |= named("after", evaluate(model, test, config))

@@ -1,7 +1,8 @@
 """A policy's limits, enforced while a message is worked on.
 
     seconds    looked at before every pass through a module of torch, in training and scoring
-    steps      counted before every step of an optimiser
+    steps      counted before every step of an optimiser; one of several batches (train.gradient-
+               accumulation-steps) as so many
     memory     looked at there as well
 
 Torch calls the hooks, so no loop has to know of them. What a single pass or step takes is beyond
@@ -27,6 +28,8 @@ class Watch:
     limits: LimitsPolicy
     begun: float
     steps: int = 0
+    each: int = 1
+    """What a step counts as."""
 
     def check_time(self) -> None:
         """Look at the clock.
@@ -44,7 +47,7 @@ class Watch:
         Raises:
             PolicyError: the step would be one too many, or the process is too large.
         """
-        self.steps += 1
+        self.steps += self.each
         if self.steps > self.limits.steps:
             raise _exceeded("steps", "one more", f"{self.limits.steps}")
         if self.limits.memory_mb:
@@ -84,10 +87,10 @@ def watched(limits: LimitsPolicy) -> Iterator[Watch]:
             hook.remove()
 
 
-def counted_anew() -> None:
-    """Steps count from here: what came before tried the model, and is put back."""
+def counted_anew(each: int = 1) -> None:
+    """Steps count from here, each as so many: what came before tried the model, and is put back."""
     for watch in _watches:
-        watch.steps = 0
+        watch.steps, watch.each = 0, each
 
 
 def check_upload(limits: LimitsPolicy, size: int) -> None:

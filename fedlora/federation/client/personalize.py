@@ -37,9 +37,8 @@ def personalized(
     The tuned factors are written to `directory`.
     """
     p, train = config.personalize, config.train
-    train = train.model_copy(
-        update={"epochs": p.epochs, "steps": 0, "lr": p.lr or train.lr, "lr_schedule": "constant"}
-    )
+    changes = {"epochs": p.epochs, "steps": 0, "max_steps": 0, "lr": p.lr or train.lr}
+    train = train.model_copy(update={**changes, "lr_schedule": "constant", "lr_per": "round"})
     config = config.model_copy(update={"train": train})
     fit(model, rows, trainable, config, job.round, job.client)
     save(directory / "personal.safetensors", model.read())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.reader import Config
-from fedlora.training.train import learning_rate
+from fedlora.training.schedule import learning_rate
 
 ROUNDS, EXTENDED = "run.rounds", "run.extended"
 
@@ -37,7 +37,7 @@ def before_extension(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 def more_rounds_change_nothing(config: Config) -> bool:
     """Are the first rounds of a longer run those of a shorter one, whatever run.rounds is?"""
     train, privacy = config.train, config.privacy
-    scheduled = train.lr_schedule != "constant" or train.rule in ("coto", "dylora")
+    scheduled = train.follows_rounds or train.rule in ("coto", "dylora")
     return not scheduled and not (privacy.epsilon and not privacy.noise_multiplier)
 
 
@@ -59,7 +59,9 @@ def told(config: Config, done: int) -> list[str]:
     end, _, how = config.run.extended[-1].partition(":")
     added = config.run.rounds - int(end)
     held = "stay as they were in the last round" if how == "hold" else "begin anew over these"
+    rate = f"train.lr is {learning_rate(config, done + 1):g} in round {done + 1}"
+    by_step = "each step has a rate of its own"
     return [
         f"extended after round {end} by {added}, to round {config.run.rounds}; its schedules "
-        f"{held}: train.lr is {learning_rate(config, done + 1):g} in round {done + 1}"
+        f"{held}: {rate if config.train.lr_per == 'round' else by_step}"
     ]

@@ -188,7 +188,8 @@ class _Asked:
     def _steps(self, uploads: Sequence[Upload]) -> float:
         train = self.setting.config.train
         rows = sum(u.num_examples for u in uploads) / len(uploads)
-        each = train.steps or train.epochs * max(1.0, rows / train.batch_size)
+        each = train.steps or train.epochs * max(1.0, rows / train.step_size)
+        each = min(each, train.max_steps or each)
         return self.setting.config.run.rounds * each
 
 

@@ -167,6 +167,6 @@ class Planner:
         """Where a client does not say, the most its steps can have held."""
         return (
             int(facts.get("steps") or 0)
-            * self.config.train.batch_size
+            * self.config.train.step_size
             * (self.config.data.max_length)
         )

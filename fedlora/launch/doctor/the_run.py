@@ -40,7 +40,7 @@ from fedlora.strategies.base import Client, Round, Start, Strategy
 from fedlora.training import cache, named_metrics
 from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.calibration import first_factors
-from fedlora.training.data.batches import steps_in
+from fedlora.training.data.batches import local_steps
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.devices import is_host
@@ -343,7 +343,7 @@ def _bounds(config: Config, clients: Sequence[Client], corpus: Corpus) -> Iterat
             f"{n} client{'s' if n > 1 else ''} a round: round.norm-bound has no majority to judge "
             f"by, and refuses only a change of {MOST:g} times the weights' own norm",
         )
-    steps = [steps_in(r, train.batch_size, train.steps, train.epochs) for r in rows]
+    steps = [local_steps(r, train) for r in rows]
     usual = statistics.median(steps) if n >= MAJORITY and all(rows) else 0
     if usual and (many := [c.id for c, s in zip(clients, steps, strict=True) if s > times * usual]):
         yield Finding(
@@ -380,9 +380,8 @@ def _plan(
         down, up = count_bytes(pack_download(sent, config.wire.dtype)), back.count_bytes()
         largest = max(largest, up + down)
         rows = corpus.client(c.id)
-        train = config.train
         n = len(cache.encoded("train", c.id, config, corpus.labels)) if len(rows.train) else 0
-        steps = steps_in(n, train.batch_size, train.steps, train.epochs)
+        steps = local_steps(n, config.train)
         rank = max(layer.rank for layer in c.layers.values())
         table.add_row(
             str(c.id), str(rank), str(len(rows.train)), str(len(rows.test)), str(steps),

@@ -40,6 +40,8 @@ def extended(directory: Path, rounds: int, schedule: str = "restart") -> dict[st
         )
     if stopped := summary.get("stopped"):
         raise CheckpointError(f"{directory} cannot be extended: it was stopped {stopped}")
+    if why := (summary.get("chosen") or {}).get("ended"):
+        raise CheckpointError(f"{directory} cannot be extended: it ended {why}")
     if rounds <= run.rounds:
         raise CheckpointError(
             f"--rounds {rounds}: {directory} has {run.rounds} rounds already; name more, all of "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedlora.config.sections import TrainConfig
 from fedlora.training.data.seam import put_behind
 
 Batch = dict[str, Tensor]
@@ -144,6 +145,12 @@ def steps_in(rows: int, batch_size: int, steps: int = 0, epochs: float = 1.0) ->
     if not rows:
         return 0
     return steps or max(1, round(epochs * math.ceil(rows / batch_size)))
+
+
+def local_steps(rows: int, train: TrainConfig) -> int:
+    """A client's steps a round, of so many examples."""
+    found = steps_in(rows, train.step_size, train.steps, train.epochs)
+    return min(found, train.max_steps) if train.max_steps else found
 
 
 def batches(

@@ -141,15 +141,17 @@ class CausalLM:
         return synthetic(tokenizer, 0, ends, lengths=lengths)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        inputs = inputs_of(batch)
-        return token_losses(net, inputs, batch["labels"])
+        smooth = net.config.train.label_smoothing
+        return token_losses(net, inputs_of(batch), batch["labels"], smooth)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits(inputs_of(batch))
+        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
         found = list[Tensor]()
         for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
             at = [t for t in range(1, len(y)) if y[t] != IGNORE]
-            found.append(torch.stack([z[t - 1].logsumexp(0) - z[t - 1, y[t]] for t in at]).mean())
+            rows = ((z[t - 1], y[t]) for t in at)
+            own = [x.logsumexp(0) - (1 - e) * x[i] - e * x.mean() for x, i in rows]
+            found.append(torch.stack(own).mean())
         return torch.stack(found)
 
     def scored(self, encoded: Encoded) -> Tensor:
@@ -225,13 +227,16 @@ def stretches(ids: Sequence[int], size: int) -> list[Sequence[int]]:
     return [ids[:size], *(ids[at : at + size] for at in starts)]
 
 
-def token_losses(net: Net, inputs: Batch, labels: Tensor) -> Tensor:
-    """The mean loss over each example's own labelled tokens, (b,), in float32."""
-    sums, counts = token_sums(net, inputs, labels)
+def token_losses(net: Net, inputs: Batch, labels: Tensor, smooth: float = 0.0) -> Tensor:
+    """The mean loss over each example's own labelled tokens, (b,), in float32; smooth: of labels
+    of which this part is dealt out over the vocabulary."""
+    sums, counts = token_sums(net, inputs, labels, smooth)
     return sums / counts
 
 
-def token_sums(net: Net, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_sums(
+    net: Net, inputs: Batch, labels: Tensor, smooth: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The sum of -log p over each example's own labelled tokens, (b,), and their number, at least
     1.
 
@@ -246,10 +251,10 @@ def token_sums(net: Net, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]
     at, wanted, counts = (sent(x, net.device) for x in (at, wanted, counts))
     head = OutputHead.of(net.peft.get_base_model())
     if head and (states := head.states(net.run, inputs, at)):
-        found = head.losses(*states, wanted)
+        found = head.losses(*states, wanted, smooth)
     else:
         logits = net.logits(inputs).flatten(0, 1).index_select(0, at)
-        found = cross_entropy(logits, wanted, reduction="none")
+        found = cross_entropy(logits, wanted, reduction="none", label_smoothing=smooth)
     losses = found.new_zeros(targets.numel()).index_copy(0, at, found)
     return losses.view(targets.shape).sum(1), counts
 

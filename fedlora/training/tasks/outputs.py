@@ -33,16 +33,18 @@ def outputs(net: Net, rows: Encoded, config: Config) -> tuple[Tensor, Tensor]:
     return on_host(torch.cat(logits)), torch.cat(labels)
 
 
-def mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_losses(logits: Tensor, labels: Tensor, smooth: float = 0.0) -> Tensor:
     """The mean cross entropy over each example's own scored tokens, (b,), of (b, t, names) and
-    (b, t).
+    (b, t); smooth: of labels of which this part is dealt out over all names.
 
     Of all tokens, scored or not, one product each: under DP how many it has must not depend on
     what other examples have.
     """
     scored = labels != IGNORE
     wanted = labels.where(scored, 0).flatten()
-    found = cross_entropy(logits.flatten(0, 1), wanted, reduction="none").view(labels.shape)
+    flat = logits.flatten(0, 1)
+    found = cross_entropy(flat, wanted, reduction="none", label_smoothing=smooth)
+    found = found.view(labels.shape)
     return (found * scored).sum(1) / scored.sum(1).clamp(min=1)
 
 

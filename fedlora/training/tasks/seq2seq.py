@@ -121,15 +121,16 @@ class Seq2Seq:
         return replace(read, other=written)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits(inputs_of(batch))
-        return mean_losses(logits, sent(batch["labels"], logits.device))
+        logits, smooth = net.logits(inputs_of(batch)), net.config.train.label_smoothing
+        return mean_losses(logits, sent(batch["labels"], logits.device), smooth)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits(inputs_of(batch))
+        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
         found = list[Tensor]()
         for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
             at = [t for t in range(len(y)) if y[t] != IGNORE]
-            found.append(torch.stack([z[t].logsumexp(0) - z[t, y[t]] for t in at]).mean())
+            own = [z[t].logsumexp(0) - (1 - e) * z[t, y[t]] - e * z[t].mean() for t in at]
+            found.append(torch.stack(own).mean())
         return torch.stack(found)
 
     def scored(self, encoded: Encoded) -> Tensor:
