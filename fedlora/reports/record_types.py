@@ -228,6 +228,7 @@ class SummaryRecord(TypedDict, total=False):
     rows: RowsRecord | None
     seed: int | None
     final: Scores
+    validation: Scores
     chosen: ChosenRecord | None
     best: BestRecord | None
     generation: GenerationRecord | None

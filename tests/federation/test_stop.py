@@ -23,7 +23,7 @@ from tests.support.tiny_federation import Ran, directory_of, federate, quick
 Settings = Callable[..., dict[str, object]]
 VALIDATES = {"data.validation-size": 20, "train.lr-schedule": "constant"}
 STOPS = {**VALIDATES, "stop.patience": 2, "run.rounds": 6}
-OWN = {"data.client-validation-fraction": 0.3, "stop.patience": 2, "run.rounds": 3}
+OWN = {"data.client-validation-fraction": 0.3, "stop.patience": 3, "run.rounds": 3}
 
 
 def played(scores: Sequence[float | None], **stop: object) -> tuple[int, dict[str, Any]]:

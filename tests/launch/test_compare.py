@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tomli_w
 
 from fedlora.errors import CompareError, ConfigError, FedLoraError
 from fedlora.launch.compare import run as compare
-from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen
+from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
 from fedlora.launch.compare.row import Row, once, row
 from fedlora.launch.compare.table import as_csv, as_html, as_markdown, compared, target_of
 from fedlora.launch.experiment_file import load
@@ -289,7 +290,8 @@ def test_search_gives_each_row_the_value_that_it_scores_best_with(
                  for value in (1e-9, 3e-2)]  # fmt: skip
         logs = {x.name for x in (out / f"search/all/{name}").glob("*.log")}
         assert logs == {"train.lr=1e-09.log", "train.lr=0.03.log"}, "a log of its own for each"
-        low, high = (t["final"]["accuracy"] for t in tried)
+        low, high = (t["validation"]["accuracy"] for t in tried)
+        assert [t["final"] for t in tried] == [None, None], "a search scores no test row"
         best = 3e-2 if high > low else 1e-9
         assert [t["rounds"] for t in tried] == [2, 2], "half of three, rounded up"
         assert float(table[name]["train.lr"]) == best
@@ -406,3 +408,32 @@ def test_a_row_with_a_run_that_came_to_nothing_is_marked_with_the_reason_and_no_
     assert (first["warnings"], second["warnings"]) == (f"seed 8: {why}", "")
     assert "Marked" not in as_markdown("t", "claim", [well], "command", None)
     assert "Marked" not in as_html("t", "claim", [well], "command", None, {})
+
+
+def test_a_search_stands_by_validation_rows_where_there_are_any(tmp_path: Path) -> None:
+    """The test scores say the opposite; they count only where there are no others."""
+
+    def standing(name: str, summary: dict[str, object]) -> float:
+        cell = Cell("", "fedavg", 1000, tmp_path / name)
+        cell.directory.mkdir()
+        (cell.directory / "summary.json").write_text(json.dumps(summary))
+        return compare._standing(cell)
+
+    low = standing("low", {"validation": {"accuracy": 0.4}, "final": {"accuracy": 0.9}})
+    high = standing("high", {"validation": {"accuracy": 0.6}, "final": {"accuracy": 0.1}})
+    assert (low, high) == (0.4, 0.6)
+    assert standing("test", {"final": {"loss": 0.5}}) == -0.5
+    assert standing("none", {"final": None}) == -math.inf
+
+
+def test_a_search_takes_validation_rows_and_leaves_the_test_alone(
+    tmp_path: Path, settings: Settings
+) -> None:
+    found = Experiment.load(str(experiment(tmp_path, settings(), search={"train.lr": [1.0]})))
+    grid = cells(found, ["fedavg"], [0], {}, tmp_path, False)
+    ((trial,),) = trials(found, grid, found.search, tmp_path).values()
+    assert (trial.given["data.validation-size"], trial.given["evaluate.every"]) == (0.1, 0)
+    own = {"data.validation-size": 7}
+    grid = cells(found, ["fedavg"], [0], own, tmp_path, False)
+    ((trial,),) = trials(found, grid, found.search, tmp_path).values()
+    assert (trial.given["data.validation-size"], trial.given["evaluate.every"]) == (7, 0)

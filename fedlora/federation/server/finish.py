@@ -221,6 +221,11 @@ def _untokenised(setting: Setting, client: int, trained: int) -> int | None:
     return dealt - trained if told and trained <= dealt else None
 
 
+def validation_of(setting: Setting) -> dict[str, float] | None:
+    """The loaded model, which is the run's result, on the central validation rows."""
+    return score(setting, "central validation") if len(setting.corpus.validation) else None
+
+
 ROOM = 1.5
 """How many times the base must fit into the memory that is free, to load it once more."""
 
@@ -275,6 +280,7 @@ def write_records(
             "seed": c.run.seed,
             "final": final,
             **picked,
+            **({"validation": last} if (last := validation_of(setting)) else {}),
             "generation": generation(setting.model.tokenizer, c),
             "baselines": run.baselines,
             "bytes": {

@@ -15,11 +15,15 @@ from fedlora.launch.experiment_file import find, load
 from fedlora.launch.simulate.hostile import ATTACKS
 from fedlora.reports.record_types import SummaryRecord, record_in
 from fedlora.strategies import list_strategies
+from fedlora.training.user_code import is_code
 
 BESIDE = ("set", "hostile")
 """What a variant may say beside keys of the run."""
 SEARCH_SEED = 1000
 """Of the runs that choose [compare.search]; a grid has seeds of its own."""
+SEARCH_ROWS = 0.1
+"""The share of their rows that those runs are scored on, where the experiment has no validation
+rows: their test rows choose nothing."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +242,13 @@ def trials(
         if (cell.variant, cell.strategy) in found:
             continue
         try:
-            short = (load(experiment.path, cell.given).run.rounds + 1) // 2
+            config = load(experiment.path, cell.given)
         except ConfigError:
             continue  # the grid says so too, with the reason
+        short, held = (config.run.rounds + 1) // 2, dict[str, Any]()
+        if not config.data.validates and not is_code(config.data.path):
+            held["data.validation-size"] = SEARCH_ROWS
+        tests = 0 if held or config.data.validates else short
         mine = found[cell.variant, cell.strategy] = []
         for values in itertools.product(*keys.values()):
             searched = dict(zip(keys, values, strict=True))
@@ -248,9 +256,9 @@ def trials(
             path = out / "search" / (cell.variant or "all") / cell.strategy / name
             given = {
                 **cell.given, **searched, "run.rounds": short, "run.seed": SEARCH_SEED,
-                "run.out": str(path.parent), "run.name": name, "evaluate.every": short,
+                "run.out": str(path.parent), "run.name": name, "evaluate.every": tests,
                 "evaluate.clients": False, "evaluate.baselines": False,
-                "personalize.epochs": 0.0, "personalize.alone": False,
+                "personalize.epochs": 0.0, "personalize.alone": False, **held,
             }  # fmt: skip
             mine.append(
                 replace(cell, seed=SEARCH_SEED, directory=path, given=given, searched=searched)

@@ -30,9 +30,9 @@ in OUT/cells/VARIANT/STRATEGY/seed-N, forked from one that has imported everythi
 done are kept, ones that were begun go on, so the same command continues a grid that was stopped.
 What a strategy refuses is in the table too.
 
-A key in [compare.search] is given to each strategy as it does best with: before the grid, one run
-of half the rounds for each of its values, on a seed that the grid has not. --set of it ends the
-search.
+A key in [compare.search] is given to each strategy as it does best with on validation rows: before
+the grid, one run of half the rounds for each of its values, on a seed that the grid has not. --set
+of it ends the search.
 
 --equal bytes gives every strategy as many rounds as it takes to move the bytes that the first one
 moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS times run.rounds.
@@ -62,7 +62,8 @@ from fedlora.launch.experiment_file import load, of_run
 from fedlora.launch.guard import guarded
 from fedlora.launch.simulate.run import local, resumed
 from fedlora.reports.console import printable
-from fedlora.reports.record_types import RoundRecord
+from fedlora.reports.outcome import finite, judged_by
+from fedlora.reports.record_types import RoundRecord, SummaryRecord, record_in
 from fedlora.reports.run_files import records
 from fedlora.reports.units import duration
 from fedlora.strategies import list_strategies
@@ -138,11 +139,19 @@ def search(
 
 
 def _standing(cell: Cell) -> float:
-    """A run's final score with its sign turned where lower is better; the worst without one."""
-    found = row("", cell.strategy, "", [cell.directory] if cell.done else [])
-    if not found.score:
+    """A run's score with its sign turned where lower is better; the worst without one.
+
+    On its validation rows; on its test rows only where its data are made by code, which gives the
+    server no others.
+    """
+    path = cell.directory / "summary.json"
+    found = record_in(SummaryRecord, path) if cell.done else {}
+    scores = found.get("validation") or found.get("final")
+    metric = judged_by([scores])
+    value = finite(scores, metric.key)
+    if value is None:
         return -math.inf
-    return found.score[0] if found.metric.better(1, 0) else -found.score[0]
+    return value if metric.better(1, 0) else -value
 
 
 def equal_bytes(
