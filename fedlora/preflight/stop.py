@@ -48,6 +48,11 @@ def _rows(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             "data.validation-path, or data.client-validation-fraction"
         )
         return
+    if config.round.buffer:
+        yield (
+            "stop with round.buffer: a client that still trains cannot say how its validation rows "
+            "fare; set data.validation-size or data.validation-path, or round.buffer = 0"
+        )
     if config.secure.aggregation:
         yield (
             "stop with secure.aggregation: the clients' scores on their own validation rows stay "

@@ -31,7 +31,7 @@ from fedlora.training.model.decoder import as_read
 from fedlora.training.model.dropout import undropped
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live, build_optimizer
-from fedlora.training.schedule import learning_rate
+from fedlora.training.schedule import full_rate
 from fedlora.training.train import (
     extra_loss,
     steps,
@@ -163,7 +163,7 @@ def _step(
     round: int,
 ) -> dict[nn.Parameter, Tensor]:
     """The gradient of one private step over all of these rows, without noise and clip."""
-    n, rate = len(rows), learning_rate(config, round)
+    n, rate = len(rows), full_rate(config, round)
     plan = PrivacyPlan(n=n, q=1.0, steps=1, sigma=0.0, C=UNREACHED, delta=config.privacy.delta)
     params = tuple(p for ps in live.values() for p in ps.values())
     received = {p: p.detach().clone() for p in params}

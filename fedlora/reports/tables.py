@@ -119,6 +119,9 @@ def tiles(run: RunFiles) -> Iterator[Tile]:
         found = f"best {metric.text(best.get(metric.key))} in round {best['round']}" if best else ""
         when = "final" if run.complete else "latest"
         yield Tile(f"{when} {metric.title}", metric.text(s["final"][metric.key]), found)
+    if picked := s.get("chosen"):
+        by = "best by validation rows" if picked["result"] == picked.get("best_round") else "last"
+        yield Tile("the model is of", f"round {picked['result']}", picked.get("ended") or by)
     if final is not None and (strongest := strongest_baseline(run)):
         name, value = strongest
         tone = "good" if metric.better(final, value) else "bad"

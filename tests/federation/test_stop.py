@@ -176,6 +176,16 @@ def test_killed_and_resumed_a_run_chooses_and_ends_as_if_it_had_not_been(
     assert resumed.summary["chosen"] == whole.summary["chosen"]
 
 
+def test_a_round_that_was_scored_and_not_kept_is_played_again(settings: Settings) -> None:
+    """fedsa's clients hold a factor of each round: scoring a round lets go of none."""
+    given = settings(**quick("fedsa", **OWN))
+    kill_at("half-a-checkpoint", 2, given)
+    resumed = federate({**given, "run.resume": True})
+    whole = federate({**given, "run.name": "whole"})
+    assert resumed.adapter == whole.adapter
+    assert resumed.metrics == whole.metrics
+
+
 def test_where_the_server_has_none_the_clients_own_rows_choose(settings: Settings) -> None:
     """Each client's score counts once: the mean, by hand, of what each says."""
     told: list[dict[int, float]] = []

@@ -72,6 +72,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedsa", "bert", {**STOPS, "strategy.fedsa.average-at-end": False}, "so that only they can"),
     ("fedsa", "bert", {**OWN_ROWS, "stop.best": True}, "of that only the last round's is there"),
     ("fedavg", "bert", {**OWN_ROWS, **SECURE}, "stop with secure.aggregation: the clients' scor"),
+    ("fedavg", "bert", {**OWN_ROWS, "round.buffer": 2}, "stop with round.buffer: a client that"),
     ("fedavg", "bert", {**OWN_ROWS, **DP}, "stop with privacy: the clients' scores on their own"),
     ("fedavg", "bert", {"data.long-texts": "windows"}, "a label is of a whole text"),
     ("fedavg", "gpt2", {"data.long-texts": "windows"}, "a response is learned behind its prompt"),

@@ -132,14 +132,12 @@ def _limits(policy: Policy, asked: Config) -> Against:
         ("train.batch-size", asked.train.batch_size, limits.batch),
         ("evaluate.batch-size", asked.evaluate.batch_size, limits.batch),
         ("train.steps", asked.train.steps, limits.steps),
-        (
-            "train.gradient-accumulation-steps",
-            asked.train.steps * asked.train.gradient_accumulation_steps,
-            limits.steps,
-        ),
     ):
         if value > most:
             yield key, f"{value}, the limit is {most}"
+    each, steps = asked.train.gradient_accumulation_steps, asked.train.steps
+    if each > 1 and steps * each > limits.steps:
+        yield "train.gradient-accumulation-steps", f"{steps} of {each}, limits.steps {limits.steps}"
     if why := ALLOWED["strategy.name"](asked.strategy.name, policy):
         yield "strategy.name", why
 

@@ -32,6 +32,7 @@ from fedlora.federation.client import error_feedback, machine
 from fedlora.federation.client.attempts import attempts
 from fedlora.federation.client.first_gradient import sketch
 from fedlora.federation.client.job import ClientJob, Trained, named, number_of
+from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.personalize import alone, personalized
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
 from fedlora.federation.wire.messages import (
@@ -128,6 +129,7 @@ def score(message: Message, context: Context) -> RecordDict:
     work = ClientJob.open(message, context)
     if "rows" in message.content:
         return _validated(work, str(configs_of(message.content, "rows").get("part")))
+    counted_anew(work.config.train.gradient_accumulation_steps)  # of what trains for itself
     test = work.rows("test")
     if not work.may_report_metrics:
         return work.reply({"metrics": MetricRecord({"num-examples": 1})})
@@ -154,7 +156,7 @@ def _validated(work: ClientJob, part: str) -> RecordDict:
     metrics: dict[str, Any] = {"num-examples": 1}
     if work.may_report_metrics:
         rows = work.rows(part)
-        with threads(work.config.train.threads), work.ready() as (model, _):
+        with threads(work.config.train.threads), work.ready(keep=True) as (model, _):
             metrics = named(part, evaluate(model, rows, work.config))
         metrics["num-examples"] = len(rows)
     return work.reply({"metrics": MetricRecord(metrics)})

@@ -287,11 +287,14 @@ class ClientJob:
         return partial(private_fit, payments=Payments(ledger, units, job.token, known))
 
     @contextmanager
-    def ready(self) -> Iterator[tuple[Model, Factors]]:
-        """A context: the model loaded as this client trains or scores it, and what it had kept."""
+    def ready(self, keep: bool = False) -> Iterator[tuple[Model, Factors]]:
+        """A context: the model loaded as this client trains or scores it, and what it had kept.
+
+        keep: what it had kept of other rounds too.
+        """
         download, job = self.download, self.job
         model = self.model()
-        kept = self.memory.recall(job.memory_round)
+        kept = self.memory.recall(job.memory_round, keep)
         if self.base_offset:
             self.memory.add_base([Version(0, self.base_offset)])
         self.memory.add_base(download.base)

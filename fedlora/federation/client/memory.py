@@ -33,8 +33,9 @@ class ClientMemory:
         self.base = root / token / "base"
         self.client = client
 
-    def recall(self, round: int) -> Factors:
-        """What was kept in that round; nothing for round 0.
+    def recall(self, round: int, keep: bool = False) -> Factors:
+        """What was kept in that round; nothing for round 0. Of other rounds it is let go of, unless
+        they are to be kept: a round that is not on record yet may have to be done again.
 
         Raises:
             ClientMemoryError: it is gone. Training on without it would silently be another method.
@@ -49,7 +50,7 @@ class ClientMemory:
                 f"client {self.client} has lost its memory of round {round} ({e}); restore "
                 f"{self.own}, or start the run anew"
             ) from e
-        for other in self.own.glob("round-*.safetensors"):
+        for other in self.own.glob("round-*.safetensors") if not keep else ():
             if other != path:
                 other.unlink(missing_ok=True)
         return kept

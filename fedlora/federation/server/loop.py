@@ -240,6 +240,7 @@ def play_round(
             raise
         return play_again(setting, session, run, grid, number, e)
     closed = time.perf_counter()
+    after = credit(setting, session, after, received, base_number(setting, run.state))
     after, *scores = scored(setting, session, after, grid, number)
     done = time.perf_counter()
     record = line(number, received, [c.id for c in cohort], *scores)
@@ -248,7 +249,6 @@ def play_round(
         record["again"] = again
     for stage in around:
         record |= stage.record()
-    after = credit(setting, session, after, received, base_number(setting, run.state))
     record["seconds"] = {
         "clients": received.waited,
         "aggregate": aggregated - begun - received.waited,
