@@ -64,6 +64,8 @@ def write_model(kind: str, directory: Path) -> Path:
                 bos_token_id=2, eos_token_id=2,
             )  # fmt: skip
             model = GPT2LMHeadModel(config)
+        elif kind == "vit":
+            model = tiny_vit(directory)
         else:
             config = LlamaConfig(
                 vocab_size=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -72,19 +74,34 @@ def write_model(kind: str, directory: Path) -> Path:
             )  # fmt: skip
             model = LlamaForCausalLM(config)
     model.save_pretrained(str(directory))
-    write_tokenizer(directory)
+    if kind != "vit":
+        write_tokenizer(directory)
     return directory
+
+
+def tiny_vit(directory: Path):
+    """A body of pictures of 16 x 16 pixels in four patches; its image processor is written."""
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(str(directory))
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return ViTModel(config, add_pooling_layer=False)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Paths of tiny "bert", "gpt2" and "llama" models and of "rows", a JSONL of 150 questions."""
+    """Paths of tiny "bert", "gpt2", "llama" and "vit" models and of "rows", a JSONL of 150
+    questions."""
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def write_tiny(root: Path) -> dict[str, str]:
     """What the fixture `tiny` gives, below this directory."""
-    paths = {kind: str(write_model(kind, root / kind)) for kind in ("bert", "gpt2", "llama")}
+    paths = {kind: str(write_model(kind, root / kind)) for kind in ("bert", "gpt2", "llama", "vit")}
     chance = random.Random(3)
     rows = []
     for n in range(150):
@@ -102,6 +119,7 @@ TARGETS = {
     "bert": "query,value,intermediate.dense",
     "gpt2": "c_attn,c_fc",
     "llama": "q_proj,v_proj",
+    "vit": "q_proj,v_proj,fc1",
 }
 
 

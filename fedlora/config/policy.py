@@ -66,6 +66,7 @@ class DataPolicy(Section):
     run's words, of which this node takes its part."""
     text: str = ROWS.text
     text_pair: str = ROWS.text_pair
+    image: str = ROWS.image
     label: str = ROWS.label
     label_separator: str = ROWS.label_separator
     prompt: str = ROWS.prompt

@@ -36,7 +36,7 @@ class ModelConfig(Section):
     """"py:package.module:function" that returns the tokenizer; empty: the one beside the model."""
     task: Annotated[str, AfterValidator(known)] = "classification"
     """classification, multi-label, regression, token-classification, causal-lm, seq2seq,
-    preference, or one registered: docs/use/tasks.md."""
+    preference, image-classification, or one registered: docs/use/tasks.md."""
     pooling: Literal["auto", "default", "mean"] = "auto"
     """How a classifier reads the encoder: as the model's own class does, or the mean over tokens
     and a zero-initialised linear head. auto: default, and mean under example-level DP."""
@@ -60,10 +60,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     path: str = ""
     """Must be set, or clients, or test-path: a JSONL, CSV, TSV, Parquet or text file (in .gz, .xz,
-    .bz2 or .zip as well), a directory of `datasets`, a hub id, "pkg:", or
+    .bz2 or .zip as well), a directory of `datasets` or of pictures, a hub id, "pkg:", or
     "py:package.module:function" that returns a client's rows, of None the central test rows."""
     clients: Sites = ()
-    """In place of path and partition: a table a client (path, text, text-pair, label,
+    """In place of path and partition: a table a client (path, text, text-pair, image, label,
     label-separator, prompt, response, rejected, messages, map, separator, encoding, rank), or a
     directory or a pattern ("sites/*.csv") of one file a client."""
     line_pattern: str = r"(?P<label>[A-Z]+):(?P<subtype>\S+) (?P<text>.+)"
@@ -79,6 +79,8 @@ class DataConfig(Section):
     """Which configuration of a hub data set that has several."""
     text: str = "text"
     """The column of the text; for token-classification, of a list of words."""
+    image: str = "image"
+    """For image-classification: the column of pictures."""
     text_pair: str = ""
     """A second column of text, where a label is of a pair of texts."""
     label: str = "label"

@@ -27,6 +27,7 @@ class SiteConfig(Section):
     """A file, as data.path; or a directory or a pattern ("sites/*.csv"): each file a client."""
     text: str = ""
     text_pair: str = ""
+    image: str = ""
     label: str = ""
     label_separator: str = ""
     prompt: str = ""
@@ -41,8 +42,8 @@ class SiteConfig(Section):
 
 
 COLUMNS = (
-    "text", "text_pair", "label", "label_separator", "prompt", "response", "rejected", "messages",
-    "map", "separator", "encoding",
+    "text", "text_pair", "image", "label", "label_separator", "prompt", "response", "rejected",
+    "messages", "map", "separator", "encoding",
 )  # fmt: skip
 """The keys of a site that stand in for those of the same name in data: on a node as well."""
 

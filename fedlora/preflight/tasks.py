@@ -7,6 +7,8 @@ from fedlora.config.metric_names import FURTHER, OWN, code_of, lacking, packages
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.config.task_names import kind_of
+from fedlora.strategies.forms import FORMS
+from fedlora.training.user_code import is_code
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -46,6 +48,10 @@ def problems(config: Config) -> Iterator[str]:
             "data.messages with data.prompt or data.map: a conversation has its own prompts and "
             "answers; leave them out"
         )
+    if task.pictured:
+        yield from _pictures(config)
+    elif data.image != DataConfig().image:
+        yield f"data.image with model.task = {name!r}: is read by image-classification alone"
     if data.labels and not task.headed:
         yield f"data.labels with model.task = {name!r}: it chooses from no labels; leave it out"
 
@@ -80,6 +86,19 @@ def _seq2seq(config: Config) -> Iterator[str]:
             "train.prefix-cache with model.task = 'seq2seq': what enters a decoder's layers hangs "
             "on two texts; set it to 0"
         )
+
+
+def _pictures(config: Config) -> Iterator[str]:
+    what = f"model.task = {config.model.task!r}"
+    if is_code(config.model.path) or config.model.tokenizer:
+        yield (
+            f"model.path or model.tokenizer as code with {what}: the image processor is read from "
+            "the model's own files; name a directory or a hub id, and leave model.tokenizer out"
+        )
+    if FORMS[config.lora.form].after:
+        yield f"lora.form = {config.lora.form!r} with {what}: no picture has an invocation"
+    if config.devices.classes:
+        yield f"devices.classes with {what}: its clock counts tokens; leave it out"
 
 
 def _preference(config: Config) -> Iterator[str]:

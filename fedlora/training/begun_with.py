@@ -7,6 +7,7 @@ compares: other rows under the same name would make other labels of the same col
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ MEANS = {
     "labels": "other labels, or in another order (data.path)",
     "base": "another base (the weights at model.path)",
     "adapter": "another adapter to start from (model.adapter)",
-    "tokenizer": "another tokenizer or chat template (at model.path)",
+    "tokenizer": "another tokenizer, chat template or image processor (at model.path)",
 }
 
 
@@ -66,7 +67,9 @@ PROBES = (
 """Texts whose ids stand for how a tokenizer cuts, which its vocabulary alone does not say."""
 
 
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tokenizer(tokenizer: Any) -> str:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # an image processor
+        return _digest([json.dumps(tokenizer.to_dict(), sort_keys=True, default=str)])
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     ids = json.dumps(tokenizer([*PROBES])["input_ids"])
     special = json.dumps(sorted(tokenizer.all_special_ids))

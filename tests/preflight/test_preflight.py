@@ -39,6 +39,7 @@ ALORA = {"lora.form": "alora", "lora.invocation": "is", "clients.ranks": "3"}
 CENTRAL = {"privacy.level": "client", "privacy.noise-multiplier": 1.0}
 DP = {"privacy.epsilon": 3.0}
 NAMED = {"model.path": "m", "data.path": "d"}
+PICTURES = {"model.task": "image-classification"}
 PREFERENCE = {"model.task": "preference", "data.prompt": "text"}
 ANSWERED = {"evaluate.metrics": "bleu", "evaluate.generate-tokens": 2}
 SEQ2SEQ = {"model.task": "seq2seq"}
@@ -203,6 +204,10 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "gpt2", {**PREFERENCE, "train.loss": "py:a:b"}, "its loss is of two answers"),
     ("fedavg", "gpt2", {**PREFERENCE, "evaluate.metrics": "py:a:b"}, "nothing is generated"),
     ("fedavg", "gpt2", {**PREFERENCE, "data.map": "a=b"}, "it renames labels, and there are none"),
+    ("fedavg", "bert", {"data.image": "b"}, "is read by image-classification alone"),
+    ("fedavg", "bert", {**PICTURES, "model.tokenizer": "py:a:b"}, "the image processor is read"),
+    ("fedavg", "bert", {**PICTURES, "lora.form": "alora"}, "no picture has an invocation"),
+    ("fedavg", "bert", {**PICTURES, "devices.classes": "a:1:9"}, "its clock counts tokens"),
     ("fedavg", "gpt2", {"evaluate.metrics": "py:a:b"}, "evaluate.generate-tokens = 0"),
     ("fedavg", "bert", {"evaluate.metrics": "bleu"}, "'bleu' is none of model.task = 'classifi"),
     ("fedavg", "gpt2", ANSWERED, "they are made by sacrebleu, which is not installed; pip install"),

@@ -3,6 +3,7 @@
 A new task is a line in MADE; the contract in tests/training/test_every_task.py then asks it all.
 """
 
+import io
 import json
 import random
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fedlora.config.task_names import KINDS
+from fedlora.training.data.pictures import as_text
 from tests.conftest import CUES, LABELS, WORDS
 from tests.support.architectures import write
 
@@ -99,6 +102,17 @@ def entities(chance: random.Random) -> Iterator[Row]:
         yield {"text": [word for word, _ in found], "label": [tag for _, tag in found]}
 
 
+def pictures(chance: random.Random) -> Iterator[Row]:
+    """Noise in which one colour is the strongest, as PNG in the cells of a text file."""
+    for n in range(ROWS):
+        pixels = bytearray(chance.randrange(120) for _ in range(16 * 16 * 3))
+        for i in range(n % 3, len(pixels), 3):
+            pixels[i] += 100
+        file = io.BytesIO()
+        Image.frombytes("RGB", (16, 16), bytes(pixels)).save(file, "PNG")
+        yield {"image": as_text(file.getvalue()), "label": ("red", "green", "blue")[n % 3]}
+
+
 MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row]] = {
     "classification": ("classification", "bert", classes, {}),
     "pairs": ("classification", "bert", pairs, {"data.text-pair": "second"}),
@@ -115,6 +129,7 @@ MADE: Mapping[str, tuple[str, str, Callable[[random.Random], Iterator[Row]], Row
         preferences,
         {"data.prompt": "text", "data.response": "chosen"},
     ),
+    "pictures": ("image-classification", "vit", pictures, {}),
 }
 """By name of the case: the task, the model's kind, its rows, and what else is to be set."""
 

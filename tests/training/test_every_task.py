@@ -56,6 +56,7 @@ LOSS: dict[str, Callable[[Array, Array], float]] = {
     "token-classification": each_word,
     "causal-lm": next_tokens,
     "seq2seq": each_word,  # a token's label is at its own place, as a word's is
+    "image-classification": cross_entropy,
 }
 """An example's loss by its definition, of its logits and its labels in float64."""
 
@@ -88,7 +89,12 @@ def of_numbers(z: Array, y: Array) -> dict[str, float]:
     }
 
 
-SCORES = {"classification": of_classes, "multi-label": of_labels, "regression": of_numbers}
+SCORES = {
+    "classification": of_classes,
+    "image-classification": of_classes,
+    "multi-label": of_labels,
+    "regression": of_numbers,
+}
 """Scores of a whole set by the libraries, of all logits and labels."""
 
 
@@ -212,7 +218,8 @@ def test_rows_that_are_written_are_read_again(setting: Setting, tmp_path: Path) 
 
 FLOOR = {"classification": "majority class", "multi-label": "majority of each label",
          "regression": "training mean",
-         "token-classification": "most frequent tag of each word"}  # fmt: skip
+         "token-classification": "most frequent tag of each word",
+         "image-classification": "majority class"}  # fmt: skip
 
 
 def test_it_federates_is_proved_and_exports(settings: Settings, case: str, tmp_path: Path) -> None:

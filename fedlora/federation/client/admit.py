@@ -184,6 +184,7 @@ def _own(policy: Policy, asked: Config) -> dict[str, Any]:
     own: dict[str, Any] = {
         "data.text": d.text,
         "data.text-pair": d.text_pair,
+        "data.image": d.image,
         "data.label": d.label,
         "data.label-separator": d.label_separator,
         "data.prompt": d.prompt,

@@ -257,7 +257,7 @@ ALLOWED: Mapping[str, Rule] = {
 OWN = frozenset(
     f"data.{key}"
     for key in (
-        "text", "text-pair", "label", "label-separator", "prompt", "response", "rejected",
+        "text", "text-pair", "image", "label", "label-separator", "prompt", "response", "rejected",
         "messages", "map",
         "separator", "encoding", "line-pattern", "limit", "dedupe", "client-test-fraction",
         "client-validation-fraction", "node-path", "unit-column", "withdrawn",

@@ -28,7 +28,7 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
     kinds += ["collect"] if needs.collect_at_end else []
     kinds += ["secagg"] if config.secure.aggregation else []
     columns: dict[str, Any] = {
-        "text": d.text, "text-pair": d.text_pair, "label": d.label,
+        "text": d.text, "text-pair": d.text_pair, "image": d.image, "label": d.label,
         "label-separator": d.label_separator, "prompt": d.prompt, "response": d.response,
         "rejected": d.rejected, "messages": d.messages,
         "map": [*d.map], "separator": d.separator, "encoding": d.encoding,

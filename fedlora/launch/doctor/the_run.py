@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from fedlora import preflight
@@ -40,7 +41,7 @@ from fedlora.strategies.base import Client, Round, Start, Strategy
 from fedlora.training import cache, named_metrics
 from fedlora.training.begun_with import begun_with, check_begun_with
 from fedlora.training.calibration import first_factors
-from fedlora.training.data.batches import local_steps
+from fedlora.training.data.batches import collate, local_steps
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.devices import is_host
@@ -201,6 +202,13 @@ def _model(config: Config, model: Model) -> Iterator[Finding]:
         more = f" and {len(left) - 6} more kinds" if len(left) > 6 else ""
         yield Finding("ok", f"weights that stay as they are: {shown}{more}")
     yield from _experts(base, model)
+    if model.task.pictured:
+        sample = model.task.made_up(model.tokenizer, model.labels, (1,))
+        shape = " x ".join(
+            map(str, collate(sample, torch.zeros(1).long())["pixel_values"].shape[1:])
+        )
+        maker = type(model.tokenizer).__name__
+        yield Finding("ok", f"pictures: each becomes {shape} numbers, by {maker}")
     if (longest := model.longest(config.data.max_length)) < config.data.max_length:
         text = f"texts are cut at {longest} tokens, which the model has positions for"
         yield Finding("note", text, f"data.max-length is {config.data.max_length}")

@@ -26,6 +26,7 @@ from typing import Any
 
 from fedlora import preflight
 from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.launch.experiment_file import find, load
 from fedlora.launch.lab.canaries import mechanisms
@@ -145,6 +146,10 @@ class Lab:
             path = Path(path, "config.toml")
         path = find(path)
         config = load(path, overrides)
+        if kind_of(config.model.task).pictured:
+            raise ConfigError(
+                [f"model.task = {config.model.task!r}: the attacks here are on texts"]
+            )
         table = tomllib.loads(path.read_text()).get("audit", {})
         if wrong := sorted(set(table) - KEYS):
             raise ConfigError([f"{path}: audit.{wrong[0]}: must be one of {sorted(KEYS)}"])

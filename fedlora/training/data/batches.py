@@ -4,7 +4,7 @@ How rows become examples is the task's affair: `fedlora.training.tasks`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,23 @@ POOL = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pixels:
+    """The pictures of examples, which become numbers as a batch is made of them."""
+
+    sources: Sequence[Any]
+    made: Callable[[Any], Tensor]
+    """The numbers of one, (channels, height, width), float32; of one size for all."""
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """(b, channels, height, width)."""
+        found = [self.made(self.sources[i]) for i in numbers.tolist()]
+        return torch.stack(found) if found else torch.empty(0)
+
+    def select(self, numbers: Tensor) -> "Pixels":
+        return replace(self, sources=[self.sources[i] for i in numbers.tolist()])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """n examples of t tokens in all, one after the other without padding.
 
@@ -50,6 +67,8 @@ class Encoded:
     left: bool = False  # whether batches are padded on the left
     straddled: int = 0
     """Examples in whose whole text a token would lie on both sides of the seam."""
+    pixels: Pixels | None = None
+    """Of examples that are pictures, which have no tokens: `ids` is empty, each length 0."""
     other: "Encoded | None" = None
     """A second sequence of each example: the rejected answer of a pair; and beside texts that have
     nothing to be learned of themselves what a decoder is to write, which `read_by` completes."""
@@ -95,6 +114,7 @@ class Encoded:
             by[name] = None if (x := getattr(self, name)) is None else x[tokens]
         for name in ("rows", "classes", "targets", "prompts"):
             by[name] = None if (x := getattr(self, name)) is None else x[numbers]
+        by["pixels"] = None if self.pixels is None else self.pixels.select(numbers)
         by["other"] = None if self.other is None else self.other.select(numbers)
         return replace(self, **by)
 
@@ -198,6 +218,9 @@ def prompt_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Tensor, 
 
 def collate(encoded: Encoded, numbers: Tensor, width: int = 0) -> Batch:
     """The examples of these numbers as one batch, (b, t), padded to `width`; 0: to the longest."""
+    if encoded.pixels is not None:
+        assert encoded.classes is not None
+        return {"pixel_values": encoded.pixels[numbers], "labels": encoded.classes[numbers]}
     batch = _padded(encoded, numbers, encoded.lengths[numbers], encoded.left, width)
     if encoded.other is not None:
         other = collate(encoded.other, numbers, width)

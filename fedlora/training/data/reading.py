@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from datasets import Dataset
@@ -37,6 +37,9 @@ class Columns:
     second: Sequence[str] = ()
     target: Sequence[str] = ()
     needed: Sequence[Needed] = ()
+    picture: Sequence[bytes | str] = ()
+    unfit: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """By the reason: the numbers of rows that the task cannot use."""
     mapped: Sequence[str] = ()
     """The values that data.map renames, as they are in the table."""
     classes: Sequence[str] = ()
@@ -144,7 +147,8 @@ def _rows_of(
         needed += [Needed(data.unit_column, who)] if book.units else []
         units = row_units.by_value(who)
     elif book.units:
-        units = row_units.by_row(table)
+        own = bool(found.picture)  # where it lies is none of what a row of a picture says
+        units = row_units.by_value(found.text) if own else row_units.by_row(table)
     beside = [*table.unmatched, *table.headers]
     numbers = book.read(path, [*table.lines, *beside], table.unit, table.notes)
     read, matched = len(table.lines), len(table.lines) + len(table.unmatched)
@@ -160,23 +164,32 @@ def _rows_of(
         target=tuple(found.target),
         number=numbers[:read],
         unit=units,
+        picture=tuple(found.picture),
         classes=tuple(dict.fromkeys(own)),
     )
-    rows = _whole(rows, needed, path, book)
+    rows = _whole(rows, needed, path, book, found.unfit)
     return distinct(rows, EQUAL, book) if data.dedupe else rows
 
 
-def _whole(rows: Rows, needed: Iterable[Needed], path: str, book: Book) -> Rows:
-    """The rows that have something in each needed column."""
+def _whole(
+    rows: Rows, needed: Iterable[Needed], path: str, book: Book, unfit: Mapping[str, Sequence[int]]
+) -> Rows:
+    """The rows that have something in each needed column, and are not unfit."""
     left: set[int] = set()
+    for why, numbers in unfit.items():
+        book.leave(why, (rows.number[i] for i in numbers))
+        left |= {*numbers}
     for name, values in needed:
         bare = {i for i, value in enumerate(values) if not value.strip()} - left
         book.leave(empty(name), (rows.number[i] for i in bare))
         left |= bare
     if not len(rows):
         raise DataError(f"{path}: it has no rows")
+    if len(left) == len(rows) and unfit:
+        told = ", ".join(f"{len(numbers)} {why}" for why, numbers in unfit.items())
+        raise DataError(f"{path}: none of its {len(rows)} rows is left: {told}")
     if len(left) == len(rows):
         raise DataError(f"{path}: each of its {len(rows)} rows has an empty column")
-    if left:
-        log.warning("%s: %d of %d rows have an empty column, left out", path, len(left), len(rows))
+    if bare_of := len(left) - sum(map(len, unfit.values())):
+        log.warning("%s: %d of %d rows have an empty column, left out", path, bare_of, len(rows))
     return rows.select(i for i in range(len(rows)) if i not in left)

@@ -29,6 +29,8 @@ class Rows:
     """Of each row, over all that was read: see `fedlora.training.data.account`."""
     unit: tuple[bytes, ...] = field(default=(), compare=False)
     """The unit of privacy of each row, where that is asked for: see row_units.py."""
+    picture: tuple[bytes | str, ...] = field(default=(), compare=False)
+    """The picture, encoded, or its file's path: see pictures.py. `text` is its digest."""
     classes: tuple[str, ...] = field(default=(), compare=False)
     """Not a column: the data's own numbered classes, in their order, where it has them."""
 
@@ -62,7 +64,7 @@ class Rows:
     def columns(self) -> tuple[tuple[Any, ...], ...]:
         """Every column in the order of the fields; each empty, or a value a row."""
         texts = self.text, self.label, self.response, self.group, self.second, self.target
-        return *texts, self.number, self.unit
+        return *texts, self.number, self.unit, self.picture
 
     @property
     def keys(self) -> list[str]:

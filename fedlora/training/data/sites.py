@@ -8,6 +8,7 @@ from pathlib import Path
 from fedlora.config.sections import DataConfig
 from fedlora.config.sites import COLUMNS, SiteConfig
 from fedlora.errors import DataError
+from fedlora.training.data.directories import is_of_pictures
 from fedlora.training.data.files import KINDS, kind_of
 from fedlora.training.data.locate import locate
 
@@ -44,7 +45,7 @@ def _with_columns(data: DataConfig, site: SiteConfig) -> DataConfig:
 def _files(key: str, path: str) -> list[str]:
     """The files that a site's path stands for: itself, unless it is a directory or a pattern."""
     place = Path(locate(path))
-    if place.is_dir() and not _is_data_set(place):
+    if place.is_dir() and not _is_data_set(place) and not is_of_pictures(place):
         found = sorted(str(p) for p in place.iterdir() if p.is_file() and kind_of(p) in KINDS)
     elif has_magic(path) and not place.exists():
         found = sorted(p for p in glob(locate(path), recursive=True) if Path(p).is_file())

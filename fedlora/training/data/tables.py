@@ -5,7 +5,6 @@ are text as it is written: "01" is no number and "NA" is not missing. Null, NaN 
 """
 
 import difflib
-import glob
 import logging
 import math
 import re
@@ -40,6 +39,7 @@ from pyarrow import parquet
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, FedLoraError
 from fedlora.training.data.delimited import read_delimited
+from fedlora.training.data.directories import is_of_pictures, of_split, say_unread
 from fedlora.training.data.files import (
     IOB,
     JSON,
@@ -54,6 +54,7 @@ from fedlora.training.data.iob import read_iob
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 from fedlora.training.data.parquet_schema import numbered, ordered_by_pandas, schema_of
+from fedlora.training.data.picture_folder import read_folder
 from fedlora.training.data.written import shown
 
 log = logging.getLogger(__name__)
@@ -205,9 +206,11 @@ def _reader(data: DataConfig, key: str, path: str, cache: str) -> Callable[[], A
         return partial(_file, place, data)
     if any((place / f"{name}.json").exists() for name in ("dataset_info", "dataset_dict", "state")):
         return partial(load_from_disk, str(place), keep_in_memory=True)
-    if one := _of_split(place, data.split):
-        _say_unread(place, [one])
+    if one := of_split(place, data.split):
+        say_unread(place, [one])
         return partial(_file, one, data)
+    if is_of_pictures(place):
+        return partial(_pictures, place, data)
     if place.is_dir():
         return partial(_directory, place, data, key, cache)
     if kind_of(place) not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
@@ -272,6 +275,13 @@ def _sentences(text: str, data: DataConfig, said: tuple[str, ...]) -> Table:
     return Table(cells, found.lines, "line", notes=said, lists=frozenset(columns))
 
 
+def _pictures(place: Path, data: DataConfig) -> Table:
+    """A row a picture: its file's path as data.image, its folder's name as data.label."""
+    found = read_folder(place, data.split)
+    cells = _texts({data.image: found.files, data.label: found.classes})
+    return Table(cells, range(1, len(cells) + 1), "file", notes=found.notes)
+
+
 def _parquet(place: Path, how: Mapping[str, Any]) -> Table:
     """A Parquet file, without its columns of types that a data set has no equivalent for."""
     schema = schema_of(place)
@@ -313,7 +323,7 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
     builder = load_dataset_builder(str(place), data.subset or None, cache_dir=cache)
     every = {split: [Path(f) for f in x] for split, x in (builder.config.data_files or {}).items()}
     files = every.get(data.split, [])
-    _say_unread(place, [f for x in every.values() for f in x])
+    say_unread(place, [f for x in every.values() for f in x])
     if not files or any(kind_of(file) not in TEXTS for file in files):
         how = {"cache_dir": cache, "keep_in_memory": True}
         return load_dataset(str(place), data.subset or None, **how)
@@ -329,43 +339,6 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
         notes |= {f"{again} lines that repeat the header left out": None}
     said = (f"{len(files)} files", *notes)
     return Table(cells, range(1, len(cells) + 1), "row", notes=said, lists=lists)
-
-
-def _of_split(place: Path, split: str) -> Path | None:
-    """The one text file of a directory that is named for the split, "train.csv"; else none.
-
-    Raises:
-        DataError: several are.
-    """
-    found = sorted(p for p in place.glob(f"{glob.escape(split)}.*") if kind_of(p) in TEXTS)
-    if len(found) > 1:
-        names = " and ".join(p.name for p in found)
-        raise DataError(f'"{place}" holds {names}: name the file itself, or leave one')
-    return found[0] if found else None
-
-
-OTHER_SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval)([-._]\d.*)?\.")
-
-
-def _say_unread(place: Path, files: Sequence[Path]) -> None:
-    """Log the tables of a directory that are none of the files that are read.
-
-    Raises:
-        DataError: they are as many as those.
-    """
-    known = {f.resolve() for f in files}
-    kinds = (*TEXTS, ".parquet")
-    others = sorted(
-        p.name
-        for p in place.iterdir()
-        if kind_of(p) in kinds and kind_of(p) != ".json" and p.resolve() not in known
-        if not OTHER_SPLITS.match(p.name)
-    )
-    if others and len(others) >= len(known) and not any(OTHER_SPLITS.match(f.name) for f in files):
-        names = " and ".join([files[0].name, *others[:5]]) if files else ", ".join(others[:5])
-        raise DataError(f'"{place}" holds {names}, of which one kind would be read: name the file')
-    if others:
-        log.warning("%s: %s: not read, in no split of it", place, ", ".join(others[:8]))
 
 
 def _texts(columns: Mapping[str, Sequence[str | None]]) -> Dataset:

@@ -43,12 +43,14 @@ def agree(base: Any, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) ->
     """Make the model's padding token the tokenizer's, which fills the batches up.
 
     A decoder's classifier looks for the last token that is none: with another, a row's logits
-    depend on what else is in its batch.
+    depend on what else is in its batch. Pictures have neither.
 
     Raises:
         ModelError: the tokenizer knows tokens that the model has no embedding for, or leaves out
             the end mark that an encoder-decoder's classifier looks for.
     """
+    if task_of(config.task).pictured:
+        return
     known = getattr(base, "config", None)
     if known is not None and tokenizer.pad_token_id is not None:
         known.pad_token_id = tokenizer.pad_token_id

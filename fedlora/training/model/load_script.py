@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fedlora.config.reader import Config
 from fedlora.training.data.locate import locate
 from fedlora.training.model.gguf import converted
+from fedlora.training.model.processor import BACKEND
 from fedlora.training.model.quantized import in_python
 from fedlora.training.tasks import task_of
 from fedlora.training.user_code import PREFIX, is_code, is_live
@@ -33,6 +34,15 @@ def logits(batch):
 """
 
 
+PICTURES = """
+
+def logits(batch):
+    \"\"\"(pictures, labels).\"\"\"
+    with torch.no_grad():
+        return model(pixel_values=batch["pixel_values"].to(model.dtype)).logits
+"""
+
+
 def base_of(config: Config) -> str:
     """Where the base is: a directory by its whole path, a hub id, or "py:..." as it is."""
     path = config.model.path
@@ -49,6 +59,8 @@ def load_script(
 ) -> tuple[str, str]:
     """Python that defines `tokenizer`, `model`, `logits` and, of a classifier, `LABELS`.
 
+    Of a model of pictures `processor` stands in the tokenizer's place.
+
     And a second piece, to go behind the first, that uses them. The first is run in the export's
     own directory. end: the token that a language model was trained to end with.
     """
@@ -59,16 +71,20 @@ def load_script(
     lines = ["import torch"]
     lines += ["from peft import PeftModel"] if not merged else []
     lines += ["from safetensors.torch import load_file"] if mean else []
-    lines += [f"from transformers import {'' if code else f'{auto}, '}AutoTokenizer"]
+    reader = "AutoImageProcessor" if task.pictured else "AutoTokenizer"
+    lines += [f"from transformers import {'' if code else f'{auto}, '}{reader}"]
     lines += in_python(config.model.quantization)[1]
     lines += ["", 'HERE = "."  # the directory of this file']
     lines += [f"LABELS = {list(labels)!r}"] if labels else []
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(HERE)"]
+    how = f', backend="{BACKEND}"' if task.pictured else ""
+    what = "processor" if task.pictured else "tokenizer"
+    lines += [f"{what} = {reader}.from_pretrained(HERE{how})"]
     lines += _own(config, labels, merged) if code else _model(config, labels, merged, auto)
     lines += [] if merged else ["model = PeftModel.from_pretrained(model, HERE)"]
     lines += ['head = load_file(f"{HERE}/classifier.safetensors")'] if mean else []
     lines += ["model.eval()", ""]
-    return "\n".join(lines) + (MEAN if mean else DIRECT), task.script(end).lstrip()
+    logits = PICTURES if task.pictured else MEAN if mean else DIRECT
+    return "\n".join(lines) + logits, task.script(end).lstrip()
 
 
 def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> list[str]:
@@ -83,6 +99,8 @@ def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> li
     stored = in_python(config.model.quantization)[0]
     options += [f"quantization_config={stored}"] if stored else []
     made = [f"model = {auto}.from_pretrained(", *(f"    {x}," for x in options), ")"]
+    if task_of(config.model.task).pictured:
+        return made
     why = "the base may have none, and its padding would be read" if labels else "as in training"
     return [*made, f"model.config.pad_token_id = tokenizer.pad_token_id  # {why}"]
 

@@ -22,6 +22,7 @@ from fedlora.training.draws import host_draws
 from fedlora.training.model.agreement import check_complete, labelled_as
 from fedlora.training.model.dropout import set_dropout
 from fedlora.training.model.gguf import converted
+from fedlora.training.model.processor import load_processor, prepare
 from fedlora.training.model.quantized import asked_for, keep_as_loaded, plain
 from fedlora.training.model.raised import in_short
 from fedlora.training.model.spread import connect, device_map
@@ -41,19 +42,23 @@ WITHOUT_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Of Liger's kernels: an example's own loss is `train.example_losses`."""
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token if it has none."""
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a pad token if it has none; of pictures its image processor."""
     if config.tokenizer:
         made = called("model.tokenizer", config.tokenizer, PreTrainedTokenizerBase)
         return _padding(made)
     path, gguf = _source(config)
     try:
+        if task_of(config.task).pictured:
+            return load_processor(path, config)
         tokenizer = AutoTokenizer.from_pretrained(
             path,
             revision=config.revision or None,
             trust_remote_code=config.trust_remote_code,
             **({"gguf_file": gguf} if gguf else {}),
         )
+    except FedLoraError:
+        raise
     except Exception as e:
         raise _not_loaded(config, (), path, e) from e
     return _padding(tokenizer)
@@ -106,6 +111,8 @@ def load_base(
         except Exception as e:
             raise _not_loaded(config, labels, path, e) from e
         check_complete(model, config)
+        if task.pictured:
+            prepare(model, config)
         if config.liger:
             from transformers.integrations.liger import apply_liger_kernel
 

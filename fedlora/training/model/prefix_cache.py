@@ -31,6 +31,7 @@ from fedlora.training.model.layers import depth_of
 from fedlora.training.model.shape import Shape
 from fedlora.training.model.targets import stacks
 from fedlora.training.precision import autocast
+from fedlora.training.tasks import task_of
 from fedlora.training.user_code import is_code
 
 GROUP, WIDTH = 8, 8
@@ -62,6 +63,7 @@ class Prefix:
             or is_code(config.model.path)  # whose layers may be called in any way
             or pads_left(base)
             or _writes_beside(base, config)
+            or task_of(config.model.task).pictured  # whose states are known by no token ids
             or any(drops(m) for m in base.modules())
             or stacks(base)  # how many of a group's tokens an expert gets depends on the others
         )

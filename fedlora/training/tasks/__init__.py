@@ -15,6 +15,7 @@ from fedlora.errors import ConfigError
 from fedlora.training.tasks.base import Task
 from fedlora.training.tasks.causal_lm import CausalLM
 from fedlora.training.tasks.classification import Classification
+from fedlora.training.tasks.image_classification import ImageClassification
 from fedlora.training.tasks.multi_label import MultiLabel
 from fedlora.training.tasks.preference import Preference
 from fedlora.training.tasks.regression import Regression
@@ -29,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "seq2seq": Seq2Seq,
     "preference": Preference,
+    "image-classification": ImageClassification,
 }
 
 _added: dict[str, type[Task]] = {}
@@ -60,7 +62,7 @@ def register_task(cls: type[Any]) -> None:
         _added[str(name)] = cls
         task_names.KINDS[str(name)] = task_names.TaskKind(
             cls.pooled, cls.headed, cls.generates, cls.answers,
-            predicts=getattr(cls, "predicts", ""),
+            predicts=getattr(cls, "predicts", ""), pictured=cls.pictured,
         )  # fmt: skip
 
 

@@ -75,6 +75,8 @@ class Task(Protocol):
     """Does the model write text, and so learns where to end?"""
     answers: bool
     """Are answers generated to be scored, so that evaluate.generate-tokens counts?"""
+    pictured: bool
+    """Is a row a picture? Then an image processor stands where a tokenizer does."""
     shifted: bool
     """Is each token's label said by the output one place before it? Then the first has none."""
 

@@ -63,7 +63,7 @@ class CausalLM:
     what = "causal language model"
     peft = "CAUSAL_LM"
     hub = "text-generation"
-    headed = pooled = False
+    headed = pictured = pooled = False
     answers = generates = shifted = True
 
     def read(

@@ -61,7 +61,7 @@ class Preference:
     what = "causal language model"
     peft = "CAUSAL_LM"
     hub = "text-generation"
-    headed = pooled = answers = False
+    headed = pictured = pooled = answers = False
     generates = shifted = True
 
     def read(

@@ -43,7 +43,7 @@ class Regression:
     peft = "SEQ_CLS"
     hub = "text-classification"
     headed = pooled = True
-    answers = generates = shifted = False
+    answers = generates = pictured = shifted = False
 
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]

@@ -60,7 +60,7 @@ class Seq2Seq:
     what = "encoder-decoder that writes text"
     peft = "SEQ_2_SEQ_LM"
     hub = "text2text-generation"
-    headed = pooled = shifted = False
+    headed = pictured = pooled = shifted = False
     answers = generates = True
 
     def read(

@@ -66,7 +66,7 @@ class TokenClassification:
     peft = "TOKEN_CLS"
     hub = "token-classification"
     headed = True
-    pooled = answers = generates = shifted = False
+    pooled = answers = generates = pictured = shifted = False
 
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
