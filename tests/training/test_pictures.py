@@ -4,6 +4,8 @@ import io
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from fedlora import export, simulate
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, ModelError, PrivacyError
@@ -112,7 +115,7 @@ def test_where_no_picture_is_left_it_says_why(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"none of its 2 rows is left: 2 that hold no picture"):
+    with pytest.raises(DataError, match=r"none of its 2 rows is left: 2 without a picture in it"):
         corpus(tmp_path)
 
 
@@ -326,6 +329,38 @@ def test_a_base_in_bfloat16_takes_pixels_in_its_own_precision(
     model = cache.model(config, cache.corpus(config).labels)
     batch = collate(cache.encoded("train", 0, config, model.labels), torch.arange(3))
     assert model.logits({"pixel_values": batch["pixel_values"]}).shape == (3, 3)
+
+
+CARD = r"""
+import json, re, sys
+sys.modules["fedlora"] = None
+known = {}
+for block in re.findall(r"^```python\n(.*?)^```", open("README.md").read(), re.M | re.S):
+    exec(block, known)
+from PIL import Image
+batch = known["processor"]([Image.open(sys.argv[1]).convert("RGB")], return_tensors="pt")
+print(json.dumps(known["logits"](batch)[0].tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_an_export_reads_a_picture_in_plain_transformers_as_its_readme_says(
+    settings: Settings, tmp_path: Path
+) -> None:
+    run = simulate(task_settings(settings, "pictures", tmp_path, **{"run.rounds": 1}))
+    noise(9, (20, 30)).save(tmp_path / "one.png")
+    said = []
+    for merged in (False, True):
+        place = tmp_path / f"out-{merged}"
+        export(run, place, merged=merged)
+        command = [sys.executable, "-P", "-c", CARD, str(tmp_path / "one.png")]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+        told, logits = done.stdout.splitlines()[-2:]
+        assert told.split()[0] in run.labels
+        said.append(json.loads(logits))
+        assert (place / "preprocessor_config.json").is_file()
+    assert said[0] == pytest.approx(said[1], rel=1e-4)
+    assert len({*said[0]}) == 3
 
 
 def test_the_sample_pictures_are_the_same_each_time_and_of_three_shapes(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 MOST = 89_478_485
 """Pixels of a picture. Pillow warns above that: few bytes may be a picture of any size."""
 
-NONE = "that hold no picture"
+NONE = "without a picture in it"
 ABSENT = "whose picture's file is not there"
 DAMAGED = "whose picture is damaged"
 DEEP = "whose picture has more than 8 bits a channel"

@@ -49,7 +49,7 @@ def prepare(model: Any, config: ModelConfig) -> None:
                 f"model.path = {config.path!r} is a convolutional network, a "
                 f"{model.config.model_type}, whose {name} keeps statistics of a client's own "
                 "pictures, which no strategy aggregates, and whose convolutions are not adapted; "
-                "choose a model of attention and LayerNorm: ViT, DeiT, Swin, BEiT, DINOv2"
+                "choose a model of attention and LayerNorm: ViT, DeiT or Swin"
             )
     model.base_model.register_forward_pre_hook(_narrow, with_kwargs=True)
 

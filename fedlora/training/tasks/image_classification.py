@@ -184,7 +184,7 @@ def _made(processor: Any, picture: Picture) -> Tensor:
         return _numbers(processor, opened(picture))
     except Unreadable as e:
         where = picture if isinstance(picture, str) else "a picture of a table"
-        raise DataError(f"{where} has changed since its row was read: now it is one {e}") from e
+        raise DataError(f"{where} has changed since its row was read: it is one {e}") from e
 
 
 def _numbers(processor: Any, picture: Image.Image) -> Tensor:
