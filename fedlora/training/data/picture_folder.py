@@ -24,6 +24,7 @@ class PictureFiles(NamedTuple):
     """The files by name of their class, in order."""
 
     files: list[str]
+    """Their whole paths."""
     classes: list[str]
     notes: tuple[str, ...]
 
@@ -41,6 +42,7 @@ def read_folder(place: Path, split: str) -> PictureFiles:
     Raises:
         ValueError: its folders are those of splits, and none is this one.
     """
+    place = place.absolute()
     root = place / split if split and (place / split).is_dir() else place
     folders = _folders(root)
     if folders and root is place and all(f.name.lower() in SPLITS for f in folders):
