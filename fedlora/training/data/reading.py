@@ -147,8 +147,8 @@ def _rows_of(
         needed += [Needed(data.unit_column, who)] if book.units else []
         units = row_units.by_value(who)
     elif book.units:
-        own = bool(found.picture)  # where it lies is none of what a row of a picture says
-        units = row_units.by_value(found.text) if own else row_units.by_row(table)
+        by_pixels = bool(found.picture)  # where a picture lies is none of what its row says
+        units = row_units.by_value(found.text) if by_pixels else row_units.by_row(table)
     beside = [*table.unmatched, *table.headers]
     numbers = book.read(path, [*table.lines, *beside], table.unit, table.notes)
     read, matched = len(table.lines), len(table.lines) + len(table.unmatched)
