@@ -57,6 +57,7 @@ class ImageClassification:
     hub = "image-classification"
     headed = pictured = True
     pooled = answers = generates = shifted = False
+    predicts = "classes"
 
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
