@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 from fedlora.config.reader import Config
 
-SMOOTHED = ("classification", "token-classification", "causal-lm", "seq2seq")
+SMOOTHED = (
+    "classification", "token-classification", "causal-lm", "seq2seq", "image-classification",
+)  # fmt: skip
 """The tasks whose loss knows train.label-smoothing: those of one class, or token, out of many."""
 
 

@@ -231,14 +231,14 @@ def smoothed(z: np.ndarray, y: int, e: float) -> float:
 
 
 def slowly(case: str, z: np.ndarray, y: Any, e: float) -> float:
-    if case == "classification":
+    if case in ("classification", "pictures"):
         return smoothed(z, int(y), e)
     shift = case == "causal-lm"
     at = [t for t in range(int(shift), len(y)) if y[t] >= 0]
     return float(np.mean([smoothed(z[t - shift], int(y[t]), e) for t in at]))
 
 
-@pytest.mark.parametrize("case", ["classification", "tokens", "causal-lm"])
+@pytest.mark.parametrize("case", ["classification", "tokens", "causal-lm", "pictures"])
 def test_a_smoothed_label_costs_what_the_definition_says(settings, case, tmp_path):
     s = Setting(task_settings(settings, case, tmp_path, **{"train.label-smoothing": 0.2}))
     batch = collate(s.rows, torch.arange(6))

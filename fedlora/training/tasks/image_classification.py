@@ -1,6 +1,7 @@
 """One label a picture, by a transformer of pictures (ViT, DeiT, Swin, ...).
 
-    loss of an example     -log softmax(z)_y of its logits z (c,)
+    loss of an example     -log softmax(z)_y of its logits z (c,); with e = train.label-smoothing
+                           -sum_k t_k log softmax(z)_k of t = (1 - e) [k = y] + e / c
     scores                 accuracy, macro_f1, loss (nats, the mean over examples)
 
 Reads data.image and data.label, or a folder with one folder a class (data/picture_folder.py). What
@@ -117,11 +118,14 @@ class ImageClassification:
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
         logits = net.logits(inputs_of(batch))
-        return cross_entropy(logits, sent(batch["labels"], logits.device), reduction="none")
+        wanted, smooth = sent(batch["labels"], logits.device), net.config.train.label_smoothing
+        return cross_entropy(logits, wanted, reduction="none", label_smoothing=smooth)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits(inputs_of(batch))
-        return by_example(lambda z, y: z.logsumexp(0) - z[y], logits, batch["labels"])
+        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
+        return by_example(
+            lambda z, y: z.logsumexp(0) - (1 - e) * z[y] - e * z.mean(), logits, batch["labels"]
+        )
 
     def scored(self, encoded: Encoded) -> Tensor:
         return torch.ones(len(encoded), dtype=torch.long)
