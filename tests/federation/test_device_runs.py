@@ -69,7 +69,11 @@ OPTIONS: dict[str, dict[str, object]] = {
     "sgd": {"train.optimizer": "sgd", "train.momentum": 0.9},
     "microbatches": {"train.microbatch": 3},
     "modules trained whole": {"lora.modules-to-save": "pooler.dense"},
-    "legend": {"ranks.policy": "legend", "strategy.name": "fedavg"},
+    # Plans follow seconds: measured ones differ between any two runs, simulated ones do not.
+    "legend": {
+        "ranks.policy": "legend", "strategy.name": "fedavg",
+        "devices.classes": "fast:1:100,slow:0.2:5",
+    },
     "multi-krum": {**EQUAL, "robust.method": "multi-krum", "clients.count": 5},
     "buffered": {**EQUAL, "round.buffer": 2},
     "rslora": {"lora.use-rslora": True},
