@@ -40,6 +40,8 @@ def planted(settings: Settings, what: str) -> dict[str, object]:
         changes |= SQUARE
     if name == "florist":
         changes["strategy.florist.energy"] = strategy.energy
+    if name == "lora-a2":
+        changes["strategy.lora-a2.choice"] = strategy.choice
     return uneven(settings, name, **changes)
 
 
