@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 
 from fedlora.config.reader import Config
 from fedlora.errors import BudgetSpent, PrivacyError, TrainingCheckError
 from fedlora.federation.client.dispatch import pack
+from fedlora.federation.client.frames import frames
 from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.job import Job
 from fedlora.launch.client_app import answer
@@ -89,14 +90,15 @@ def test_an_idle_worker_gives_its_card_back_and_loads_the_same_bits_again(
     seen: list[tuple[int, int]] = []
     real = worker.Worker.answer
 
-    def then_idle(self: worker.Worker, data: bytes, call: object) -> bytes:
+    def then_idle(
+        self: worker.Worker, stream: Iterator[bytes], call: object
+    ) -> Iterator[bytes]:
         """With nothing to do for an hour after each message."""
-        answered = real(self, data, call)
+        yield from real(self, stream, call)
         before = cards[1].used
         self.ended -= 3600.0
         self.release_if_idle()
         seen.append((before, cards[1].used))
-        return answered
 
     monkeypatch.setattr(worker.Worker, "answer", then_idle)
     server = worker.serve(Path("w.sock"), worker.Worker(idle_release=3600.0))
@@ -121,9 +123,10 @@ def test_the_base_is_let_go_of_after_so_long_without_a_message_and_not_before(
             return True
 
     patient = worker.Worker(idle_release=0.6)
-    patient._reply = lambda _: b"x"  # type: ignore[method-assign]
+    reply = Message(Error(0), reply_to=a_message()[0])
+    patient._reply = lambda _: reply  # type: ignore[method-assign]
     for _ in range(4):
-        patient.answer(b"", Call())
+        assert [*patient.answer(iter(()), Call())]
         time.sleep(0.3)
     assert not gone, "a message came every 0.3 s"
     last = patient.ended
@@ -131,8 +134,8 @@ def test_the_base_is_let_go_of_after_so_long_without_a_message_and_not_before(
     assert len(gone) == 1
     assert gone[0] - last >= 0.6
     never = worker.Worker()
-    never._reply = lambda _: b"x"  # type: ignore[method-assign]
-    never.answer(b"", Call())
+    never._reply = lambda _: reply  # type: ignore[method-assign]
+    assert [*never.answer(iter(()), Call())]
     time.sleep(0.2)
     assert len(gone) == 1
 
@@ -167,10 +170,10 @@ def test_a_workers_figures_are_scraped_from_its_own_loopback(
             def add_callback(self, _: object) -> bool:
                 return True
 
-        message, context = a_message()
-        working.answer(pack("query", message, context), Call())
-        message, context = a_message()
-        working.answer(pack("train", message, context), Call())  # a config without a model: fails
+        for kind in ("query", "train"):  # a config without a model: the second fails
+            message, context = a_message()
+            asked = frames(message, lambda bare: pack(kind, bare, context))  # noqa: B023
+            assert [*working.answer(asked, Call())]
         now = scraped(port)
     assert now['fedlora_worker_messages_total{kind="query",outcome="answered"}'] == 1
     assert now['fedlora_worker_messages_total{kind="train",outcome="failed"}'] == 1
@@ -243,6 +246,8 @@ DYING = """
 import os, sys, time
 from pathlib import Path
 from fedlora.launch.deploy import worker
+def echo(data):
+    return worker.assembled(data, worker.unpack, lambda whole: whole[1])[1]
 def answer(self, data):
     {what}
 worker.Worker._reply = answer
@@ -294,7 +299,7 @@ def test_a_worker_that_hangs_is_an_error_reply_at_the_deadline_and_a_new_start(
     )
 
 
-SLOW_ONCE = "n = answer.n = getattr(answer, 'n', 0) + 1; time.sleep(4 / n**3); return b''"
+SLOW_ONCE = "n = answer.n = getattr(answer, 'n', 0) + 1; time.sleep(4 / n**3); return echo(data)"
 
 
 @pytest.mark.parametrize("dying", [SLOW_ONCE], indirect=True)

@@ -90,12 +90,12 @@ def experiment(plan: Plan) -> dict[str, Any]:
 def simulated(plan: Plan, out: Path) -> Path:
     """The same experiment on LocalGrid, in this process; its directory."""
     from client_app.app import app
-    from fedlora.federation.server.loop import FederatedLora
+    from fedlora.launch.federation import Federation
     from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read({**experiment(plan), "run.out": str(out), "run.name": "local"})
     with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
-        FederatedLora(config).start(grid)
+        Federation(config).start(grid)  # as the ServerApp: its messages carry the defaults
     return out / "local"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message
 
+from fedlora.federation.client.frames import assembled, frames
 from fedlora.federation.client.told import LOG, told
 from fedlora.federation.wire.codes import Code, code_of
 from fedlora.federation.wire.same_machine import is_own_machine
@@ -56,21 +57,20 @@ HANDLERS = {
 def ask(socket: Path, kind: str, message: Message, context: Context) -> Message | None:
     """The worker's reply, or an error reply where it was lost; None where it never was there."""
     import grpc
-    from flwr.common.serde import message_from_proto
-    from flwr.proto.message_pb2 import Message as ProtoMessage
 
     with grpc.insecure_channel(f"unix:{socket}", OPTIONS) as channel:
         if not _reachable(channel, socket):
             return None
-        call = channel.unary_unary(METHOD)
+        call = channel.stream_stream(METHOD)
+        asked = frames(message, lambda bare: pack(kind, bare, context))
         try:
-            data = call(pack(kind, message, context), timeout=left(message))
+            reply = assembled(call(asked, timeout=left(message)), message_of_bytes, lambda m: m)
         except grpc.RpcError as e:
             LOG.error("the worker was lost: %s: %s", e.code().name, e.details())
-            why = e.code().name  # its details may be the words of an error
-            reason = f"the node's worker was lost with this message in hand ({why})"
-            return Message(Error(Code.WORKER_LOST, reason), reply_to=message)
-    reply = message_from_proto(ProtoMessage.FromString(data))
+            return _lost(message, e.code().name)  # its details may be the words of an error
+        except (EOFError, ValueError) as e:
+            LOG.error("the worker's reply is not whole: %s", e)
+            return _lost(message, "its reply is not whole")
     if reply.has_error():
         return Message(reply.error, reply_to=message)
     return Message(reply.content, reply_to=message)
@@ -88,26 +88,45 @@ def left(message: Message) -> float:
     return max(1.0, message.metadata.created_at + message.metadata.ttl - time.time())
 
 
+def as_bytes(message: Message) -> bytes:
+    """The message's protobuf."""
+    from flwr.common.serde import message_to_proto
+
+    return bytes(message_to_proto(message).SerializeToString())
+
+
+def message_of_bytes(data: bytes) -> Message:
+    """The message whose protobuf this is."""
+    from flwr.common.serde import message_from_proto
+    from flwr.proto.message_pb2 import Message as ProtoMessage
+
+    return message_from_proto(ProtoMessage.FromString(data))
+
+
 def pack(kind: str, message: Message, context: Context) -> bytes:
     """The kind, then the message and the context as Flower's protobuf, in one string of bytes."""
-    from flwr.common.serde import context_to_proto, message_to_proto
+    from flwr.common.serde import context_to_proto
 
-    head = message_to_proto(message).SerializeToString()
+    head = as_bytes(message)
     tail = context_to_proto(context).SerializeToString()
     return b"".join([kind.encode(), b"\n", len(head).to_bytes(8, "little"), head, tail])
 
 
 def unpack(data: bytes) -> tuple[str, Message, Context]:
     """The kind, the message and the context that `pack` put together."""
-    from flwr.common.serde import context_from_proto, message_from_proto
+    from flwr.common.serde import context_from_proto
     from flwr.proto.message_pb2 import Context as ProtoContext
-    from flwr.proto.message_pb2 import Message as ProtoMessage
 
     start = data.index(b"\n", 0, 64) + 1
     middle = start + 8 + int.from_bytes(data[start : start + 8], "little")
-    message = message_from_proto(ProtoMessage.FromString(data[start + 8 : middle]))
+    message = message_of_bytes(data[start + 8 : middle])
     context = context_from_proto(ProtoContext.FromString(data[middle:]))
     return data[: start - 1].decode(), message, context
+
+
+def _lost(message: Message, why: str) -> Message:
+    reason = f"the node's worker was lost with this message in hand ({why})"
+    return Message(Error(Code.WORKER_LOST, reason), reply_to=message)
 
 
 def _reachable(channel: object, socket: Path) -> bool:

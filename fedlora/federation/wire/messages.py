@@ -78,7 +78,8 @@ def unpack(array: Array, name: str, shape: tuple[int, ...] | None = None) -> Ten
         return _empty(array.shape, name, dtype)
     if narrow:
         return dequantize(array.data, tuple(array.shape), array.dtype)
-    x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(array.shape)
+    data = array.data if isinstance(array.data, bytearray) else bytearray(array.data)
+    x = torch.frombuffer(data, dtype=dtype).reshape(array.shape)
     return x.to(torch.promote_types(dtype, torch.float32))
 
 

@@ -17,15 +17,18 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import grpc
+from flwr.app import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedlora.federation.client.dispatch import METHOD, OPTIONS, unpack
+from fedlora.federation.client.dispatch import METHOD, OPTIONS, as_bytes, unpack
+from fedlora.federation.client.frames import assembled, frames
 from fedlora.launch.deploy.notify import Notify
 from fedlora.launch.deploy.worker_figures import WorkerFigures, served
 
@@ -50,7 +53,12 @@ class Worker:
         """When the last message was answered."""
         self._timer = threading.Timer(0.0, self.release_if_idle)
 
-    def answer(self, data: bytes, call: Any) -> bytes:
+    def answer(self, stream: Iterator[bytes], call: Any) -> Iterator[bytes]:
+        """The frames of the reply to the message whose frames these are."""
+        if answered := self._answered(stream, call):
+            yield from frames(answered, as_bytes)
+
+    def _answered(self, stream: Iterator[bytes], call: Any) -> Message | None:
         done = threading.Event()
 
         def over() -> None:
@@ -63,10 +71,10 @@ class Worker:
         with self.busy:
             begun = time.monotonic()
             if not call.add_callback(over):
-                return b""
+                return None  # nobody waits for it any more
             try:
                 with self.figures.working():
-                    return self._reply(data)
+                    return self._reply(stream)
             finally:
                 done.set()
                 self._rest()
@@ -88,14 +96,13 @@ class Worker:
 
                 cache.forget_model()
 
-    def _reply(self, data: bytes) -> bytes:
-        from flwr.common.serde import message_to_proto
+    def _reply(self, stream: Iterator[bytes]) -> Message:
         from flwr.supercore.task_identity import TaskIdentity
 
         from fedlora.launch.client_reply import reply
         from fedlora.training import cache
 
-        kind, message, context = unpack(data)
+        kind, message, context = assembled(stream, unpack, lambda whole: whole[1])
         TaskIdentity.task_id = 0  # what Message() reads its run and node from
         TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, context.node_id
         if context.run_id != self.run:  # its operator may have changed the data in between
@@ -106,7 +113,7 @@ class Worker:
         if (model := cache.loaded()) is not None:
             self.figures.device = model.device
         self.figures.answered(kind, answered.has_error())
-        return bytes(message_to_proto(answered).SerializeToString())
+        return answered
 
 
 def serve(socket: Path, worker: Worker | None = None) -> grpc.Server:
@@ -114,7 +121,7 @@ def serve(socket: Path, worker: Worker | None = None) -> grpc.Server:
     socket.unlink(missing_ok=True)
     worker, state = worker or Worker(), health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(4), options=OPTIONS)
-    handler = grpc.unary_unary_rpc_method_handler(worker.answer)
+    handler = grpc.stream_stream_rpc_method_handler(worker.answer)
     service, _, method = METHOD.strip("/").partition("/")
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)

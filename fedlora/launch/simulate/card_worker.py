@@ -6,13 +6,12 @@ python -P -m fedlora.launch.simulate.card_worker IN OUT      the numbers of its 
 import json
 import sys
 
-from fedlora.federation.client.dispatch import unpack
+from fedlora.federation.client.dispatch import as_bytes, unpack
 from fedlora.launch.client_app import client_app
 from fedlora.launch.simulate.workers import (
     READY,
     CardWorker,
     answered,
-    as_bytes,
     live,
     read,
     write,

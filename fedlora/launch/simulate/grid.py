@@ -30,15 +30,14 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.errors import RoundError
+from fedlora.federation.client.dispatch import as_bytes, message_of_bytes
 from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.launch.simulate.workers import (
     CardWorker,
     WorkerProcess,
     answered,
-    as_bytes,
     failed,
-    from_bytes,
     given,
     live,
     read,
@@ -244,7 +243,7 @@ class LocalGrid(Grid):
                 os.close(other.outbox)
                 os.close(other.inbox)
             while (data := read(inbox)) is not None:
-                message = from_bytes(data)
+                message = message_of_bytes(data)
                 reply = answered(self.client_app, message, self._context(message))
                 write(outbox, as_bytes(reply))
 

@@ -22,10 +22,8 @@ from typing import Any, NoReturn, Protocol
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from fedlora.federation.client.dispatch import pack
+from fedlora.federation.client.dispatch import as_bytes, message_of_bytes, pack
 from fedlora.federation.wire.codes import code_of
 
 READY = b""
@@ -120,7 +118,7 @@ class WorkerProcess:
         """The reply that is coming in; None if the process ended instead."""
         data = read(self.inbox)
         self.message = None
-        return None if data is None else from_bytes(data)
+        return None if data is None else message_of_bytes(data)
 
     def greeted(self) -> bool:
         """Whether what comes in is the word that it is ready; else the process ended."""
@@ -197,14 +195,6 @@ def given(reply: Message | None) -> Message:
 def failed(error: Exception, message: Message) -> Message:
     """An error reply that says what went wrong."""
     return Message(Error(code_of(error), f"{type(error).__name__}: {error}"), reply_to=message)
-
-
-def as_bytes(message: Message) -> bytes:
-    return bytes(message_to_proto(message).SerializeToString())
-
-
-def from_bytes(data: bytes) -> Message:
-    return message_from_proto(ProtoMessage.FromString(data))
 
 
 def name(message: Message) -> None:
