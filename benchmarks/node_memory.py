@@ -2,9 +2,9 @@
 
     python -m benchmarks.node_memory [--adapter-mb 50 200] [--out FILE]
 
-A real deployment of two nodes (SuperLink, TLS, warm workers, the node's own policy) runs two rounds
-of fedavg on a base with as many bytes as the adapter. Meanwhile the proportional set size (PSS, what
-a process's pages come to where shared pages count by halves) of each of a node's processes is read
+A real deployment of two nodes (SuperLink, TLS, warm workers, the node's own policy) runs two
+rounds of fedavg on a base with as many bytes as the adapter. Meanwhile the proportional set size
+(PSS: a page that two processes share counts half for each) of each of a node's processes is read
 every 50 ms. Printed by process: the most it had, and what it had before the run; and the most that
 all the node's processes had at one time. Linux only.
 """
@@ -53,7 +53,8 @@ def written(directory: Path, adapter_mb: float) -> dict[str, Any]:
     (directory / "rows.jsonl").write_text("".join(lines))
     return {
         **quick("fedavg"), "clients.ranks": str(width), "run.rounds": 2, "train.steps": 1,
-        "model.path": str(directory / "model"), "model.task": "causal-lm", "model.pooling": "auto", "lora.layers": "",
+        "model.path": str(directory / "model"), "model.task": "causal-lm", "model.pooling": "auto",
+        "lora.layers": "",
         "lora.target-modules": "q_proj,v_proj", "data.path": str(directory / "rows.jsonl"),
         "data.prompt": "text", "data.test-size": 10, "data.partition": "iid",
         "evaluate.baselines": False, "evaluate.clients": False, "output.plots": False,

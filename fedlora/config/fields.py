@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _names(value: Any) -> Any:
@@ -56,6 +56,13 @@ def amount(value: float) -> float:
     return value
 
 
+def _hexadecimal(values: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(bytes.fromhex(x).hex() for x in values)
+    except ValueError:
+        raise ValueError("must be digests in hexadecimal, two characters a byte") from None
+
+
 CODE = r"^(py:[^:]+:[^:]+)?$"
 """The name of a user's function, or nothing."""
 
@@ -66,6 +73,8 @@ Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]
 Renames = Annotated[
     tuple[Annotated[str, Field(pattern=r"^[^=]+=.*\S")], ...], BeforeValidator(_names)
 ]
+
+Digests = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_hexadecimal)]
 
 
 class Section(BaseModel):

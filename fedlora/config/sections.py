@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedlora.config.fields import CODE, Indices, Names, Ranks, Renames, Section, amount
+from fedlora.config.fields import CODE, Digests, Indices, Names, Ranks, Renames, Section, amount
 from fedlora.config.metric_names import known as known_metrics
 from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # under its old place
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
@@ -142,7 +142,7 @@ class DataConfig(Section):
     unit_column: str = ""
     """What one unit of example-level privacy is: all rows with one value of this column, one
     person's; rows without a value are left out. Empty: each row, as read, is its own."""
-    withdrawn: Names = ()
+    withdrawn: Digests = ()
     """Units whose rows are left out, by digest: a node's policy names them."""
     node_path: str = ""
     """A deployed node's own data file (usually from its node config); overrides the partition."""

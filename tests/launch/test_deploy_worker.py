@@ -90,9 +90,7 @@ def test_an_idle_worker_gives_its_card_back_and_loads_the_same_bits_again(
     seen: list[tuple[int, int]] = []
     real = worker.Worker.answer
 
-    def then_idle(
-        self: worker.Worker, stream: Iterator[bytes], call: object
-    ) -> Iterator[bytes]:
+    def then_idle(self: worker.Worker, stream: Iterator[bytes], call: object) -> Iterator[bytes]:
         """With nothing to do for an hour after each message."""
         yield from real(self, stream, call)
         before = cards[1].used
