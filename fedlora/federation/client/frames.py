@@ -66,7 +66,8 @@ def assembled(
                 raise ValueError(f"{record}/{name}: more than its {size} bytes came")
             data[at : at + len(piece)] = piece
             at += len(piece)
-        message.content.array_records[record][name].data = data  # type: ignore[assignment]
+        if isinstance(arrays := message.content[record], ArrayRecord):
+            arrays[name].data = data  # type: ignore[assignment]
     if next(stream, None) is not None:
         raise ValueError("more frames came than the message has")
     return whole
@@ -75,8 +76,9 @@ def assembled(
 def _taken(message: Message) -> list[tuple[str, str, Array]]:
     """The message's arrays, whose places in it are taken by arrays without bytes."""
     found: list[tuple[str, str, Array]] = []
-    for record, arrays in message.content.array_records.items() if message.has_content() else ():
-        found += [(record, name, a) for name, a in arrays.items()]
-        bare = {n: Array(a.dtype, a.shape, a.stype, b"") for n, a in arrays.items()}
-        message.content[record] = ArrayRecord(bare)
+    for record, arrays in [*message.content.items()] if message.has_content() else ():
+        if isinstance(arrays, ArrayRecord):
+            found += [(record, name, a) for name, a in arrays.items()]
+            bare = {n: Array(a.dtype, a.shape, a.stype, b"") for n, a in arrays.items()}
+            message.content[record] = ArrayRecord(bare)
     return found

@@ -29,6 +29,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.federation.client.dispatch import METHOD, OPTIONS, as_bytes, unpack
 from fedlora.federation.client.frames import assembled, frames
+from fedlora.federation.server.allocator import give_freed_memory_back
 from fedlora.launch.deploy.notify import Notify
 from fedlora.launch.deploy.worker_figures import WorkerFigures, served
 
@@ -82,6 +83,7 @@ class Worker:
     def _rest(self) -> None:
         """From now on nothing is to do; if that lasts, the base is let go of."""
         self.ended = time.monotonic()
+        give_freed_memory_back()
         if self.idle_release:
             self._timer.cancel()
             self._timer = threading.Timer(self.idle_release, self.release_if_idle)
