@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, so that the next round need not fault it in again; or does not.
+"""Keeps freed memory in the process, so that the next round need not fault it in again; or not.
 
 glibc gives freed memory back to the system; each page of it is then zeroed anew when it is next
 touched. An aggregation whose result is as large as its uploads paid as much for that as for its
