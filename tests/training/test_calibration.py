@@ -253,7 +253,7 @@ def test_rows_that_train_or_test_the_model_calibrate_nothing(
     mixed = tmp_path / "mixed.jsonl"
     theirs = Path(tiny["rows"]).read_text().splitlines()[7]
     mixed.write_text(Path(public).read_text() + theirs.replace("text", "text", 1) + "\n")
-    with pytest.raises(DataError, match=r"1 of its 41 rows are a client's or the central test"):
+    with pytest.raises(DataError, match=r"1 of its 41 rows are a client's or of a central set"):
         begun(Config.read(given(settings, str(mixed), "eva")))
 
 
