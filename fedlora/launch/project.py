@@ -82,7 +82,7 @@ def _places(chance: random.Random) -> Iterator[str]:
 
 COLUMNS = ('text = "text"       # the column of texts', 'label = "label"     # and of {}')
 PROMPTED = ('prompt = "prompt"       # a column, or a template: "Question: {{text}}"',)
-PROJECTS: Mapping[str, tuple[Any, Sequence[str], Callable[[random.Random], Iterator[Row]]]] = {
+PROJECTS: Mapping[str, tuple[Any, Sequence[str], Callable[[random.Random], Iterator[Any]]]] = {
     "classification": (ENCODER, [x.format("labels") for x in COLUMNS], _classification),
     "multi-label": (ENCODER, [x.format("lists of labels") for x in COLUMNS], _multi_label),
     "regression": (ENCODER, [x.format("numbers") for x in COLUMNS], _regression),
@@ -90,7 +90,8 @@ PROJECTS: Mapping[str, tuple[Any, Sequence[str], Callable[[random.Random], Itera
     "seq2seq": (WRITER, [x.format() for x in PROMPTED] + ['response = "response"'], _causal_lm),
     "preference": (DECODER, [x.format() for x in PROMPTED]
                    + ['response = "chosen"', 'rejected = "rejected"'], _preference),
-    "image-classification": (PICTURES, [], sample_pictures.rows),
+    "image-classification": (PICTURES, ['image = "image"         # the column, of a table'],
+                             sample_pictures.rows),
 }  # fmt: skip
 """By task: the base, the lines about columns, and rows: of pictures the files' names."""
 
@@ -176,7 +177,7 @@ def _files(task: str) -> dict[str, str]:
     (package, inside, hub), columns, made = PROJECTS[task]
     base = inside if package and importlib.util.find_spec(package) else hub
     rows = [*made(random.Random(0))]
-    one = json.dumps(rows[0])
+    one = rows[0] if isinstance(rows[0], str) else json.dumps(rows[0])
     encoder, pictured = base in ENCODER, task == sample_pictures.TASK
     path = sample_pictures.FOLDER if pictured else "rows.jsonl"
     labelled = pictured or task == "classification"

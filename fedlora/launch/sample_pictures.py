@@ -1,9 +1,8 @@
 """Made-up pictures of three shapes, in a folder a class: the sample of image-classification."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -13,9 +12,9 @@ SHAPES = ("circle", "square", "stripes")
 EACH, SIZE = 60, 48
 
 
-def rows(_: random.Random) -> Iterator[Mapping[str, Any]]:
+def rows(_: random.Random) -> Iterator[str]:
     """What a row is, as the README shows it."""
-    yield {"file": f"{FOLDER}/{SHAPES[0]}/0.png", "label": SHAPES[0]}
+    yield f"{FOLDER}/{SHAPES[0]}/0.png, a row of the class {SHAPES[0]}"
 
 
 def draw(folder: Path) -> None:
