@@ -54,7 +54,7 @@ def written(directory: Path, adapter_mb: float) -> dict[str, Any]:
     return {
         **quick("fedavg"), "clients.ranks": str(width), "run.rounds": 2, "train.steps": 1,
         "model.path": str(directory / "model"), "model.task": "causal-lm", "model.pooling": "auto",
-        "lora.layers": "",
+        "lora.layers": "", "round.deadline": 900.0,
         "lora.target-modules": "q_proj,v_proj", "data.path": str(directory / "rows.jsonl"),
         "data.prompt": "text", "data.test-size": 10, "data.partition": "iid",
         "evaluate.baselines": False, "evaluate.clients": False, "output.plots": False,

@@ -202,7 +202,7 @@ def _safe_norm(x: Tensor) -> Tensor:
 
 @contextmanager
 def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
-    """Train mode, and dropout from a stream of its own."""
+    """Train mode, and dropout from a stream of its own; no gradient outlasts it."""
     seed = seeded(config.run.seed, round, client, "dropout").initial_seed()
     with own_draws(model.devices, seed):
         model.peft.train()
@@ -210,6 +210,7 @@ def training(model: Model, config: Config, round: int, client: int) -> Iterator[
             yield
         finally:
             model.peft.eval()
+            model.peft.zero_grad()
 
 
 @contextmanager
