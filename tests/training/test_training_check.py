@@ -258,9 +258,9 @@ def mean_over_all_tokens(patch: Patch, s: Loaded) -> None:
 
     real = causal_lm.token_losses
 
-    def token_losses(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    def token_losses(model: Any, inputs: Any, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
         own = (labels[:, 1:] != IGNORE).sum(1)
-        return real(model, inputs, labels) * own / labels[:, 1:].shape[1]
+        return real(model, inputs, labels, *rest) * own / labels[:, 1:].shape[1]
 
     patch.setattr(causal_lm, "token_losses", token_losses)
 
