@@ -71,7 +71,7 @@ def forget() -> None:
         (edited_labels, r"other rows.*data\.path"),
         (one_row_less, r"other rows.*data\.path"),
         (other_weights, r"another base.*model\.path"),
-        (other_template, r"another tokenizer or chat template"),
+        (other_template, r"another tokenizer, chat template or image processor"),
         (nothing, ""),
     ],
 )
