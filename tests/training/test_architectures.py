@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import tomli_w
 import torch
 import transformers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -29,8 +32,8 @@ from fedlora.training.model.gguf import converted_to
 from fedlora.training.model.heads import head_names, within
 from fedlora.training.model.layers import find_layers
 from fedlora.training.model.loading import load_base
-from fedlora.training.model.targets import left_out
-from tests.conftest import LABELS
+from fedlora.training.model.targets import PAST_ADAPTERS, left_out
+from tests.conftest import LABELS, write_tokenizer
 from tests.support.architectures import DECODERS, ENCODERS, FIXED_LENGTH, write
 
 Settings = Callable[..., dict[str, object]]
@@ -173,6 +176,32 @@ def test_auto_adapts_what_peft_does_or_the_attention_blocks(
     found = find_layers(load_base(config.model, LABELS, 0), config)
     assert " ".join(sorted({m.split(".")[-1] for m in found})) == AUTO.get(name, "q_proj v_proj")
     assert not [m for m in found if "mlp" in m.lower() and name != "phi"]
+
+
+def test_what_a_models_kernels_read_themselves_is_not_adapted(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Mamba's out_proj: "all-linear" leaves it out, and its name is refused."""
+    kind = transformers.MambaConfig(vocab_size=32, hidden_size=24, num_hidden_layers=2)
+    transformers.MambaForCausalLM(kind).save_pretrained(str(tmp_path / "mamba"))
+    write_tokenizer(tmp_path / "mamba")
+    flat = given(settings, str(tmp_path / "mamba"), "causal-lm")
+    config = Config.read(flat)
+    found = {m.split(".")[-1] for m in cache.model(config, ()).shapes}
+    assert found == {"dt_proj", "in_proj", "x_proj"}
+    named = Config.read(flat | {"lora.target-modules": "in_proj,out_proj"})
+    with pytest.raises(ModelError, match=r"lora\.target-modules: out_proj: .* or use 'all-linear'"):
+        cache.model(named, ())
+
+
+@pytest.mark.parametrize("kind", ["llama", *PAST_ADAPTERS])
+def test_the_modules_that_no_adapter_reaches_are_those_that_peft_refuses(kind: str) -> None:
+    base = torch.nn.Module()
+    base.config = transformers.LlamaConfig(model_type=kind)
+    for name in ("in_proj", "out_proj", "conv1d"):
+        inside = pytest.raises(ValueError, match=name)
+        with inside if name in PAST_ADAPTERS.get(kind, ()) else nullcontext():
+            _check_lora_target_modules_mamba(LoraConfig(), base, name)
 
 
 def test_doctor_says_which_weights_are_adapted_and_which_are_not(

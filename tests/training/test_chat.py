@@ -113,6 +113,21 @@ def test_what_is_asked_ends_where_the_last_answer_begins() -> None:
     assert found.ids[: found.asked] == [*served]
 
 
+def test_a_word_that_the_tokenizer_cannot_write_ends_no_turn() -> None:
+    made = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = ["<unk>", "<s>", "</s>"]
+    made.train_from_iterator(["yes no so"], trainers.WordLevelTrainer(special_tokens=marks))
+    spaced = "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        chat_template=spaced + "{% if add_generation_prompt %}<s> {% endif %}",
+    )  # fmt: skip
+    found = turned(conversation("so", "no caf\u00e9 yes"), whole)
+    assert isinstance(found, Conversation)
+    assert [whole.decode(ids) for ids in runs(found)] == ["no <unk> yes"]
+
+
 def conversation(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": x} for n, x in enumerate(texts)]
 

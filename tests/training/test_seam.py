@@ -157,12 +157,13 @@ TURNS = (
 @pytest.mark.parametrize(
     ("behind", "mark"),
     [("", "</s>"), ("\n", "</s>"), ("<|end|>\n", "<|end|>"), ("</s>", "</s>"),
-     ("<|end|>\n</s>", "<|end|>")],
+     ("<|end|>\n</s>", "<|end|>"), ("<|end_of_bot|>\n", "<|end_of_bot|>"), ("</b>", "</b>")],
 )  # fmt: skip
 def test_a_response_ends_with_the_mark_that_generation_stops_at(behind: str, mark: str) -> None:
     """Which the template writes, or, where it writes none, is the tokenizer's own."""
+    special = ["<|end|>", "<|end_of_bot|>", "</b>"]
     made = tokenizer(
-        "byte-bpe", extra_special_tokens=["<|end|>"], chat_template=TURNS.replace("END", behind)
+        "byte-bpe", extra_special_tokens=special, chat_template=TURNS.replace("END", behind)
     )
     found = one(made, "is it so?", "yes", chat=True)
     sent = made.apply_chat_template(
@@ -174,6 +175,16 @@ def test_a_response_ends_with_the_mark_that_generation_stops_at(behind: str, mar
     assert tokens.count(mark) == 1
     assert end_mark(made, True) == found.response[-1]
     assert end_mark(made) == made.eos_token_id
+
+
+def test_what_a_tokenizer_cannot_write_is_no_end_mark() -> None:
+    """A line's end behind the assistant's words is <unk> in sentencepiece without bytes."""
+    made = tokenizer("bpe", chat_template=TURNS.replace("END", "\f"))
+    assert (
+        made.convert_ids_to_tokens(made("\f", add_special_tokens=False)["input_ids"])[-1] == "<unk>"
+    )
+    assert made.convert_ids_to_tokens(end_mark(made, True)) == "</s>"
+    assert made.convert_ids_to_tokens(one(made, "is it so?", "yes", True).response)[-1] == "</s>"
 
 
 def test_a_response_that_quotes_the_mark_is_not_cut_there() -> None:
@@ -263,8 +274,9 @@ def test_doctor_says_where_the_model_learns_to_stop_and_counts_shared_tokens(
     Path(tmp_path, "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     given = {"model.path": str(tmp_path), "data.path": str(tmp_path / "sums.jsonl"),
              "data.prompt": "{a} ", "data.response": "b"}  # fmt: skip
-    found = {f.what: f.level for f in experiment(Config.read({**settings("gpt2"), **given}))[0]}
-    assert found["the model learns to stop at '</s>'"] == "ok"
+    found = {f.what: f for f in experiment(Config.read({**settings("gpt2"), **given}))[0]}
+    assert found["the model learns to stop at '</s>'"].level == "ok"
     (shared,) = [text for text in found if "a token would lie in both" in text]
     assert shared.startswith("90 of 90 rows")
-    assert found[shared] == "note"
+    assert found[shared].level == "note"
+    assert "without a space" in found[shared].do

@@ -247,12 +247,11 @@ def _responses(config: Config, model: Model, corpus: Corpus) -> Iterator[Finding
         parts = []
     shared = [p.straddled for rows in parts for p in pieces(rows, model.tokenizer, chat)]
     if any(shared):
-        yield Finding(
-            "note",
-            f"{sum(shared)} of {len(shared)} rows: a token would lie in both prompt and response; "
-            "the response is trained without it, as generation will see it",
-            "end data.prompt without a space: one is put between prompt and response",
-        )
+        text = f"{sum(shared)} of {len(shared)} rows: a token would lie in both prompt and response"
+        spaced = not chat and any(x.endswith(" ") for rows in parts for x in rows.text)
+        hint = "end data.prompt without a space: one is put between prompt and response"
+        text = f"{text}; the response is trained without it, as generation will see it"
+        yield Finding("note", text, hint if spaced else "")
 
 
 def _precision(config: Config, model: Model) -> Finding:

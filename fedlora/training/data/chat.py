@@ -29,6 +29,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedlora.errors import DataError
+from fedlora.training.data.seam import special_ids
 from fedlora.training.data.tables import Table, column
 
 Message = dict[str, str]
@@ -191,8 +192,7 @@ def _of_spans(
     """
     given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, places = [*given["input_ids"]], given["offset_mapping"]
-    special = {*tokenizer.all_special_ids}
-    special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = special_ids(tokenizer)
     trained = [False] * len(ids)
     for start, end in spans:
         inside = [n for n, (a, b) in enumerate(places) if start <= a < b <= end]

@@ -22,6 +22,9 @@ from fedlora.training.data.corpus import Rows
 ANCHORS = ("\n", " ", *string.punctuation, *string.ascii_letters, *string.digits)
 """Texts that a continuation is tokenised behind, until one does not merge with it."""
 
+ANSWER = "uvwxyz"
+"""Words of an assistant's, that no template writes itself: not in an end mark's name either."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
@@ -78,10 +81,9 @@ def _mark(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> tuple[int 
     """The end mark, and how often the template itself writes it behind a response."""
     if chat_template:
         _check_template(tokenizer)
-        _, whole = _turns(tokenizer, "a", "b")
-        tail = tokenizer(whole.rpartition("b")[2], add_special_tokens=False)["input_ids"]
-        special = {*tokenizer.all_special_ids}
-        special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        _, whole = _turns(tokenizer, "a", ANSWER)
+        tail = tokenizer(whole.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
+        special = special_ids(tokenizer)
         if found := [i for i in tail if i in special]:
             return found[0], found.count(found[0])
     return tokenizer.eos_token_id, 0
@@ -95,6 +97,14 @@ def _ended(response: list[int], mark: int | None, marks: int) -> list[int]:
         return response
     at = [i for i, token in enumerate(response) if token == mark]
     return response[: at[-marks] + 1] if marks and len(at) >= marks else [*response, mark]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of special tokens that a text names. What stands for a text that the tokenizer cannot
+    write, a line's end say, is none, unless it is the end mark as well."""
+    named = {*tokenizer.all_special_ids}
+    named |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return named - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
 
 def put_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,7 +2,7 @@
 
     "auto"         PEFT's own choice for the architecture; where it has none, the linear maps inside
                    the model's attention blocks
-    "all-linear"   every linear map but the output embedding
+    "all-linear"   every linear map but the output embedding, and those of PAST_ADAPTERS
     names          the modules whose path ends so
 
 Weights that are no module are out of its reach (XLNet's attention). The stacked experts of a
@@ -19,6 +19,12 @@ from torch import nn
 from fedlora.errors import ModelError
 from fedlora.training.model.heads import within
 
+PAST_ADAPTERS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "conv1d")
+)
+"""Modules of a kind of model whose weights its kernels read themselves, past an adapter: PEFT
+refuses one there."""
+
 
 def targeted(base: nn.Module, linear: Iterable[str], targets: Sequence[str]) -> list[str]:
     """Those of the linear modules that the targets name, in the model's order.
@@ -27,7 +33,15 @@ def targeted(base: nn.Module, linear: Iterable[str], targets: Sequence[str]) -> 
         ModelError: a target, or "auto", matches nothing; the names that would are listed.
     """
     output = getattr(base, "get_output_embeddings", lambda: None)()
-    linear = [*linear]
+    kind = str(getattr(getattr(base, "config", None), "model_type", ""))
+    past = PAST_ADAPTERS.get(kind, ())
+    if named := [t for t in targets if t.rpartition(".")[2] in past]:
+        raise ModelError(
+            f"lora.target-modules: {', '.join(named)}: the kernels of {kind} read these weights "
+            "past an adapter, and PEFT takes none there; leave them out, or use 'all-linear', "
+            "which does"
+        )
+    linear = [n for n in linear if n.rpartition(".")[2] not in past]
     within_reach = [n for n in linear if base.get_submodule(n) is not output]
     if not within_reach:
         raise ModelError(
