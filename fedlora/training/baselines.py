@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.rows import Rows
+from fedlora.training.devices import wide_on_host
 from fedlora.training.metrics import numbers, scores, several
 
 
@@ -129,7 +130,7 @@ def _tfidf() -> Any:
 
 
 def _numbers(x: Tensor) -> Any:
-    return x.detach().cpu().double().numpy()
+    return wide_on_host(x).numpy()
 
 
 def _all(corpus: Corpus) -> Rows:

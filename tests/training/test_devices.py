@@ -105,7 +105,7 @@ def test_a_device_is_never_what_server_and_client_must_share() -> None:
 
 def test_only_one_file_knows_kinds_of_devices() -> None:
     """Elsewhere their names stand in docstrings at most: nothing is decided by one."""
-    kinds = ("cuda", "mps", "xpu")
+    kinds, copies = ("cuda", "mps", "xpu"), ("cpu", "pin_memory")
     for path in SOURCES:
         if path.name == "devices.py" and path.parent.name == "training":
             continue
@@ -118,9 +118,13 @@ def test_only_one_file_knows_kinds_of_devices() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in kinds, f"{path.name}:{node.lineno} {node.attr}"
+            if isinstance(node, ast.Call):
+                called, given = getattr(node.func, "attr", ""), [k.arg for k in node.keywords]
+                slip = called in copies or "pin_memory" in given
+                assert not slip, f"{path.name}:{node.lineno} {called} {given}"
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 words = node.value.replace(":", " ").split()
-                known = node.value == "cpu" or any(kind in words for kind in kinds)
+                known = words[:1] == ["cpu"] or any(kind in words for kind in kinds)
                 assert id(node) in said or not known, f"{path.name}:{node.lineno} {node.value}"
 
 
