@@ -20,7 +20,7 @@ from fedlora.training.devices import (
 from fedlora.training.footprint import Footprint, footprint
 from fedlora.training.model.model import Model
 
-LESS = "lower data.max-length, set train.gradient-checkpointing, or use a smaller base"
+LESS = "set train.gradient-checkpointing, or use a smaller base"
 RESERVE = 0.1
 """Of a device's free memory, what is left alone: torch's own, and what the allocator cuts off."""
 
@@ -54,9 +54,8 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
     try:
         need = footprint(model, config)
     except OutOfMemory:
-        size = model.longest(config.data.max_length)
-        what = f"{name_of(model.device)}: not two examples of {size} tokens fit beside the base"
-        yield Finding("problem", what, LESS)
+        what = f"{name_of(model.device)}: not two {_what(model, config)} fit beside the base"
+        yield Finding("problem", what, _less(model))
         return
     size = _examples(config)
     clients = workers_of(config)
@@ -68,10 +67,11 @@ def fits(model: Model, config: Config, in_flight: int) -> Iterator[Finding]:
     here = bases * need.frozen + clients * (need.trained + need.activations(size))
     total = (here if is_host(model.device) else 0) + 2 * in_flight + 5e8
     have = memory_of(HOST).free
+    shorter = "" if model.task.pictured else ", data.max-length"
     yield Finding(
         "ok" if total < have else "problem",
         f"memory: about {total / 1e9:.1f} GB needed, {have / 1e9:.1f} GB available",
-        "" if total < have else "lower train.batch-size, data.max-length or clients.ranks",
+        "" if total < have else f"lower train.batch-size{shorter} or clients.ranks",
     )
 
 
@@ -88,8 +88,8 @@ def _on_cards(
     said = (
         f"{', '.join(map(name_of, cards))}: a client needs {_gb(need.of(size))} "
         f"(base {_gb(need.frozen)}; "
-        f"factors, gradients and optimiser {_gb(need.trained)}; {size} examples of "
-        f"{model.longest(config.data.max_length)} tokens {_gb(need.activations(size))}), "
+        f"factors, gradients and optimiser {_gb(need.trained)}; {size} {_what(model, config)} "
+        f"{_gb(need.activations(size))}), "
         f"{_gb(free)} are free"
     )
     most = need.fitting(free)
@@ -99,7 +99,18 @@ def _on_cards(
         return Finding("ok", f"{said}; {fit} (one trains at a time)")
     if most:
         return Finding("problem", said, f"set train.microbatch = {most}")
-    return Finding("problem", said, LESS)
+    return Finding("problem", said, _less(model))
+
+
+def _what(model: Model, config: Config) -> str:
+    """What the examples are that were measured."""
+    if model.task.pictured:
+        return "pictures"  # of the one size that the base's image processor makes
+    return f"examples of {model.longest(config.data.max_length)} tokens"
+
+
+def _less(model: Model) -> str:
+    return LESS if model.task.pictured else f"lower data.max-length, {LESS}"
 
 
 def _examples(config: Config) -> int:
