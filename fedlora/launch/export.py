@@ -13,7 +13,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, ModelError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.adapter import checked, hold, write_card
-from fedlora.federation.server.choice import chosen
+from fedlora.federation.server.choice import result
 from fedlora.federation.server.journal import Journal, Member, Saved, state_types
 from fedlora.federation.server.ranks import patterned
 from fedlora.launch.experiment_file import of_run
@@ -127,7 +127,7 @@ def opened(run: Path) -> Opened:
     else:
         rows = as_read(model, model.task.made_up(model.tokenizer, corpus.labels))
     batches = [inputs_of(batch) for batch in islice(eval_batches(rows, ROWS), BATCHES)]
-    saved = chosen(config, strategy, found[0])
+    saved = result(config, strategy, found[0], found[1]["round"])
     return Opened(config, strategy, saved, model, corpus.labels, batches)
 
 

@@ -120,6 +120,10 @@ def test_every_strategy_exports_and_the_export_checks_itself(
         assert done.deviation < 1e-4
         assert done.truncation == 0
         assert any((tmp_path / form).glob("*.safetensors"))
+    mine, exported = dense_adapter(ran.directory / "adapter"), dense_adapter(tmp_path / "peft")
+    assert mine.keys() == exported.keys()
+    for m, x in mine.items():
+        assert np.abs(exported[m] - x).max() <= 1e-5 * np.abs(x).max(), m
 
 
 def test_what_is_written_says_where_it_belongs(
@@ -178,6 +182,24 @@ def test_a_clients_own_model_is_exported_from_its_memory(
     m = next(iter(shared))
     assert np.linalg.norm(own[0][m] - own[1][m]) > 1e-3 * np.linalg.norm(own[0][m])
     assert np.linalg.norm(own[0][m] - shared[m]) > 1e-3 * np.linalg.norm(own[0][m])
+
+
+def test_what_was_collected_at_a_runs_end_is_exported_and_no_other_end_of_it(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The last checkpoint is of the state before; resuming begins there."""
+    ran = federate(settings("gpt2", **quick("fedsa", **{"train.steps": 3})))
+    want = dense_adapter(ran.directory / "adapter")
+
+    def off(name: str) -> float:
+        export_run(ran.directory, tmp_path / name)
+        found = dense_adapter(tmp_path / name)
+        return max(float(np.abs(found[m] - x).max() / np.abs(x).max()) for m, x in want.items())
+
+    assert off("collected") < 1e-6
+    newest = max((ran.directory / "checkpoint").glob("round-*.safetensors"))
+    newest.unlink()  # the checkpoint of an earlier round: not what was collected later
+    assert off("before") > 1e-3
 
 
 def test_an_export_that_is_wrong_is_not_handed_over(

@@ -40,7 +40,7 @@ from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import metrics_of
 from fedlora.lora import tree_file
 from fedlora.reports.outcome import JUDGED_BY, LOSS, PERPLEXITY, Metric, finite, judged_by
-from fedlora.strategies.base import Round, Strategy
+from fedlora.strategies.base import Round, Strategy, collects
 
 Scores = Mapping[str, float]
 
@@ -160,6 +160,9 @@ def over(config: Config, best: Scores, done: int) -> str:
 # -- the result ------------------------------------------------------------------------------------
 
 
+COLLECTED = "result.safetensors"
+
+
 def chosen(config: Config, strategy: Strategy[Any], run: Saved) -> Saved:
     """The run with the state that is its result: the newest, or with stop.best the best round's.
 
@@ -173,6 +176,31 @@ def chosen(config: Config, strategy: Strategy[Any], run: Saved) -> Saved:
     found = tree_file.load(path, Saved, Member, *state_types(strategy), older=OLDER)
     if not isinstance(found, Saved) or found.token != run.token:
         raise CheckpointError(f"{path}: it is no checkpoint of this run, and was its best round")
+    return replace(run, state=found.state)
+
+
+def keep_collected(config: Config, run: Saved) -> None:
+    """Keep the state that what clients had kept was averaged into: no round's checkpoint has it."""
+    journal = Journal(config)
+    done = {"round": str(journal.lines()[-1]["round"])}
+    tree_file.save(journal.directory / "checkpoint" / COLLECTED, run, done)
+
+
+def result(config: Config, strategy: Strategy[Any], run: Saved, round: str) -> Saved:
+    """The run with its result, as its adapter/ has it: `chosen`, or what was collected at its end.
+
+    round: the last, of which `run` is the checkpoint. Before a run's end, its state so far.
+
+    Raises:
+        CheckpointError: the state that it needs is gone or damaged.
+    """
+    path = Journal(config).directory / "checkpoint" / COLLECTED
+    if not (collects(strategy) and path.exists()):
+        return chosen(config, strategy, run)
+    found = tree_file.load(path, Saved, Member, *state_types(strategy), older=OLDER)
+    ended = tree_file.notes(path).get("round") == round  # and went on to no more rounds
+    if not (isinstance(found, Saved) and found.token == run.token and ended):
+        return run
     return replace(run, state=found.state)
 
 

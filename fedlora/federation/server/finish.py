@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fedlora.errors import FedLoraError, UpdateError
 from fedlora.federation.server.adapter import checked, hold, limited, write_card
 from fedlora.federation.server.bounds import check_finite, within
-from fedlora.federation.server.choice import chosen, told_of
+from fedlora.federation.server.choice import chosen, keep_collected, told_of
 from fedlora.federation.server.client_words import check_metrics, scores_of
 from fedlora.federation.server.exchange import (
     Limits,
@@ -59,6 +59,7 @@ def finish(setting: Setting, session: Session, run: Saved, grid: Grid, stopped: 
         session.lacking |= {*run.members}  # whose base may be a later round's
     if collector := collects(setting.strategy):
         run = collect(setting, session, run, grid, collector)
+        keep_collected(setting.config, run)
     if setting.config.evaluate.clients:
         run = final_scores(setting, session, run, grid)
     load(setting, session, run, run.state)
