@@ -379,8 +379,8 @@ def gradients_of(settings: Settings, checkpointing: bool) -> dict[str, Tensor]:
     live = model.trainable(frozenset({"A", "B"}))
     with training(model, config, 1, 0):
         train.example_losses(model, collate(rows, torch.arange(4))).sum().backward()
-    return {f"{c}/{n}": on_host(p.grad) for c, ps in live.items() for n, p in ps.items()
-            if p.grad is not None}  # fmt: skip
+        return {f"{c}/{n}": on_host(p.grad) for c, ps in live.items() for n, p in ps.items()
+                if p.grad is not None}  # fmt: skip
 
 
 def test_a_checkpointed_layer_draws_the_same_dropout_again_or_is_refused(
