@@ -15,7 +15,7 @@ MARKER = "fedlora-export.json"
 """Says that a directory is an export, which another may take the place of."""
 
 
-OWN = ("adapter", "checkpoint", "clients", "flower", "plots", "updates")
+OWN = ("adapter", "checkpoint", "clients", "flower", "plots", "tables", "updates")
 """Directories of a run's that are its own, there or to come."""
 
 

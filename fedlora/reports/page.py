@@ -70,6 +70,11 @@ td.bad { color: var(--bad); font-weight: 650; }
 table.words td, table.words th { text-align: left; white-space: normal; vertical-align: top; }
 table.words td { overflow-wrap: anywhere; }
 table.words td:first-child { white-space: nowrap; overflow-wrap: normal; }
+table.samples { table-layout: fixed; min-width: 620px; }
+table.samples td { white-space: pre-wrap !important; overflow-wrap: anywhere !important; }
+table.first-left td:first-child, table.first-left th:first-child { text-align: left;
+  white-space: normal; overflow-wrap: anywhere; }
+tr.other td { font-weight: 650; } tr.other td:first-child::before { content: "* "; }
 .soft { color: var(--soft); font-size: 13px; }
 .pad { padding: 16px 18px; } .pad p:last-child { margin: 0; }
 .gap { margin-top: 16px; }
@@ -114,6 +119,20 @@ CAPTIONS = {
         "Aggregation deviation",
         "Relative distance from the weighted mean of the clients' updates, on a log scale.",
     ),
+    "confusion": (
+        "Confusion matrix",
+        "Central test rows: a line a true label, a column what the final model says. Shaded by "
+        "the share of the line.",
+    ),
+    "residuals": (
+        "Residuals",
+        "Central test rows: by how much each number is above (+) or below (-) the final model's.",
+    ),
+    "margins": (
+        "Margins",
+        "Central test rows by their margin: right of 0, the final model prefers the chosen answer "
+        "more than the untouched model does.",
+    ),
     "timeline": (
         "Who works, who waits",
         "Each node's time to answer, round after round, as if each had a machine of its own. "
@@ -146,8 +165,8 @@ _MACROS = """
 {% endfor %}
 </tbody></table></div>
 {%- endmacro -%}
-{%- macro pairs(rows, heads) -%}
-<div class="card scroll"><table class="words">
+{%- macro pairs(rows, heads, kind="") -%}
+<div class="card scroll"><table class="words {{ kind }}">
 <thead><tr>{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
@@ -223,6 +242,16 @@ _RESULTS = """
 {% endif %}
 {% if ends.rows %}<h3 class="gap">Ends of this run</h3>{{ grid(ends) }}{% endif %}
 <div class="figures gap">{{ figure("accuracy") }}{{ figure("loss") }}</div>
+{% if parts_told or part_scores.rows or samples %}
+<h3>The central test rows</h3>
+{% for text in parts_told %}<p>{{ text }}</p>{% endfor %}
+{% endif %}
+{% if part_scores.rows %}{{ grid(part_scores, "first-left") }}{% endif %}
+<div class="figures gap">
+{{ figure("confusion") }}{{ figure("residuals") }}{{ figure("margins") }}</div>
+{% if samples %}
+{{ pairs(samples, sample_heads, "samples") }}
+{% endif %}
 
 <h2 id="rounds">Rounds</h2>
 {% for text in start %}<p>{{ text }}</p>{% endfor %}
@@ -297,12 +326,17 @@ much{% if privacy[0] or privacy[1].rows %}, and only of what it noises: the fact
 {% endif %}
 
 <h2 id="config">Config</h2>
+{% if changed.rows %}
+<h3>Not the default, {{ changed.rows | length }} of {{ run.config | length }} keys</h3>
+{{ grid(changed, "words") }}
+<h3 class="gap">Every key, those marked * first</h3>
+{% endif %}
 {% if config %}
 <div class="sections">
 {% for section, entries in config.items() %}
 <div class="card"><h3>[{{ section }}]</h3><table>
-{% for key, value in entries %}
-<tr><td>{{ key }}</td><td><code>{{ value }}</code></td></tr>
+{% for key, value, other in entries %}
+<tr{% if other %} class="other"{% endif %}><td>{{ key }}</td><td><code>{{ value }}</code></td></tr>
 {% endfor %}
 </table></div>
 {% endfor %}
@@ -310,8 +344,8 @@ much{% if privacy[0] or privacy[1].rows %}, and only of what it noises: the fact
 {% else %}
 <p>The run's directory has no config.toml.</p>
 {% endif %}
-<footer>Written by fedlora from config.toml, rounds.jsonl, clients.jsonl and summary.json of the
-run's directory. The page is one file and asks no server for anything.</footer>
+<footer>Written by fedlora from config.toml, rounds.jsonl, clients.jsonl, summary.json and
+parts.json of the run's directory. The page is one file and asks no server for anything.</footer>
 </main>
 </body>
 </html>

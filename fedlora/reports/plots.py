@@ -41,6 +41,7 @@ from fedlora.reports.axes import (
     with_legend,
 )
 from fedlora.reports.outcome import ACCURACY, EXACT_MATCH, JUDGED_BY, PERPLEXITY, Metric, finite
+from fedlora.reports.parts import confusion, margins, residuals
 from fedlora.reports.run_files import RunFiles
 from fedlora.reports.units import clock
 
@@ -257,5 +258,8 @@ FIGURES: Mapping[str, Callable[[RunFiles], Figure | None]] = {
     "bytes": traffic,
     "deviation": deviation,
     "timeline": timeline,
+    "confusion": confusion,
+    "residuals": residuals,
+    "margins": margins,
 }
 """By the name of their file in plots/."""

@@ -245,6 +245,58 @@ class SummaryRecord(TypedDict, total=False):
     warnings: list[str] | None
 
 
+class Matrix(TypedDict):
+    """A line a label that rows have, a column a label that is said."""
+
+    labels: list[str]
+    counts: list[list[Count]]
+
+
+def _square(found: Matrix) -> Matrix:
+    n = len(found["labels"])
+    if {len(found["counts"]), *map(len, found["counts"])} != {n}:
+        raise ValueError(f"counts must be {n} lines of {n}, a label each")
+    return found
+
+
+ConfusionRecord = Annotated[Matrix, AfterValidator(_square)]
+
+
+class PairedNumbers(TypedDict):
+    """Numbers of rows and of the model."""
+
+    wanted: list[Number]
+    said: list[Number]
+
+
+def _as_many(found: PairedNumbers) -> PairedNumbers:
+    if len(found["wanted"]) != len(found["said"]):
+        raise ValueError("wanted and said must be as many")
+    return found
+
+
+PointsRecord = Annotated[PairedNumbers, AfterValidator(_as_many)]
+
+
+class SampleRecord(TypedDict):
+    """A text, what should follow, and what the model wrote."""
+
+    given: str
+    wanted: str
+    said: str
+
+
+class PartsRecord(TypedDict, total=False):
+    """parts.json, parts-before.json: of the central test rows, training/tasks/parts.py."""
+
+    counts: dict[str, Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    """By label or type of entity: rows that have it, rows said to, both."""
+    confusion: ConfusionRecord
+    numbers: PointsRecord
+    margins: list[Number]
+    samples: list[SampleRecord]
+
+
 @cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)

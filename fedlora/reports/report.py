@@ -1,6 +1,6 @@
 """A run as a person reads it: figures, one self-contained page, and a table for the terminal.
 
-    write(Path("runs/quickstart"))  ->  runs/quickstart/report.html, plots/*.png
+    write(Path("runs/quickstart"))  ->  runs/quickstart/report.html, plots/*.png, tables/*
 
 The page needs nothing but itself: no script, no font, no request. Every word that came from
 outside (a client's reason for failing, a label, a name) is escaped.
@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora.reports import certificate, rows, tables, trust
+from fedlora.reports import certificate, changed, rows, table_files, tables, trust
 from fedlora.reports.ends import ends
 from fedlora.reports.outcome import finite, said
 from fedlora.reports.page import CAPTIONS, PAGE, STYLE
 from fedlora.reports.run_files import RunFiles, certificates, read
+from fedlora.reports.table_files import TextTable
 from fedlora.reports.units import duration, percent, size, tiny
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["RunFiles", "closing", "read", "render", "summary_table", "write"]
 
 
 def write(run_dir: Path, plots: bool = True) -> Path:
-    """Write report.html of a run, and plots/*.png; return the page's path.
+    """Write report.html of a run, plots/*.png, and each table in tables/; return the page's path.
 
     Works on a run that is still going or was cut short. Without plots, the page has its tables.
 
@@ -34,6 +35,7 @@ def write(run_dir: Path, plots: bool = True) -> Path:
     """
     run = read(run_dir)
     figures = _draw(run) if plots else {}
+    table_files.write(run.directory / "tables", tables_of(run))
     page = run.directory / "report.html"
     part = page.with_suffix(".part")
     part.write_text(render(run, figures), encoding="utf-8")
@@ -46,6 +48,9 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    from fedlora.reports import parts  # matplotlib
+
+    other = changed.changed(run)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -76,8 +81,45 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         left=list(trust.left(run)),
         privacy=trust.privacy(run),
         insecure=bool(run.config.get("privacy.insecure-reproducible-noise")),
-        config=tables.config(run),
+        parts_told=list(parts.told(run)),
+        part_scores=parts.scores(run),
+        samples=parts.samples(run),
+        sample_heads=parts.SAMPLES,
+        changed=changed.first(run, other),
+        config=changed.sections(run, other),
     )
+
+
+def tables_of(run: RunFiles) -> dict[str, TextTable]:
+    """Every table of the page, by the name of its files; empty ones without rows."""
+    from fedlora.reports import parts
+
+    other = changed.changed(run)
+    facts, by_client = trust.privacy(run)
+    grids = {
+        "ends": ends(run),
+        "test-labels": parts.scores(run),
+        "rounds": tables.rounds(run),
+        "clients": tables.clients(run),
+        "sources": rows.sources(run),
+        "modules": trust.layers(run),
+        "starts": certificate.starts(run),
+        "privacy-clients": by_client,
+        "config-changed": changed.first(run, other),
+    }
+    config = changed.sections(run, other)
+    keys = [(f"{s}.{key}", text) for s, entries in config.items() for key, text, _ in entries]
+    words = {
+        "baselines": TextTable(("model", run.metric.key), [bar[:2] for bar in tables.bars(run)]),
+        "samples": TextTable(parts.SAMPLES, parts.samples(run)),
+        "rows": TextTable(("what became of them", "rows"), list(rows.account(run))),
+        "not-certified": TextTable(("what", "in rounds"), certificate.silent(run)),
+        "left": TextTable(("what", "how much of it"), list(trust.left(run))),
+        "privacy": TextTable(("what holds", "value"), facts),
+        "failures": TextTable(("round", "client", "reason"), tables.failures(run)),
+        "config": TextTable(("key", "value"), keys),
+    }
+    return {name: TextTable.of(grid) for name, grid in grids.items()} | words
 
 
 def summary_table(run_dir: Path) -> "Table":

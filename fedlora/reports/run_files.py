@@ -1,6 +1,7 @@
 """A run's directory as values: what the server wrote, read back, of a whole or unfinished run.
 
     config.toml  rounds.jsonl  clients.jsonl  summary.json  summary-00002.json
+    parts.json  parts-before.json
 
 A run that was killed has rounds and nothing else. What its summary and clients would have said is
 then worked out from the rounds, so a reader has one shape to deal with.
@@ -12,7 +13,7 @@ import os
 import statistics
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedlora.reports.line_digest import KEY, sealed, whole
 from fedlora.reports.outcome import LOSS, PERPLEXITY, Metric, Record, finite, judge, judged_by
 from fedlora.reports.record_types import (
     ClientRecord,
+    PartsRecord,
     RoundRecord,
     SummaryRecord,
     checked,
@@ -44,6 +46,10 @@ class RunFiles:
     """The run wrote its summary: it ended by itself, or stopped with a reason."""
     ends: tuple[Record, ...] = ()
     """The summaries of the ends before it was extended, in their order."""
+    parts: Record = field(default_factory=dict)
+    """What the final model makes of the central test rows; empty in an older run."""
+    parts_before: Record = field(default_factory=dict)
+    """The same of the model before round 1, of a task that generates answers."""
 
     @property
     def trained(self) -> tuple[Record, ...]:
@@ -108,6 +114,8 @@ def read(run_dir: Path) -> RunFiles:
         ends=tuple(
             record_in(SummaryRecord, path) for path in sorted(run_dir.glob("summary-*.json"))
         ),
+        parts=record_in(PartsRecord, run_dir / "parts.json"),
+        parts_before=record_in(PartsRecord, run_dir / "parts-before.json"),
     )
 
 

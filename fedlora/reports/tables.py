@@ -342,16 +342,6 @@ def _plain(value: Any) -> TableCell:
     return TableCell("-" if value is None else str(value))
 
 
-def config(run: RunFiles) -> dict[str, list[tuple[str, str]]]:
-    """Every config key and value, by section."""
-    sections: dict[str, list[tuple[str, str]]] = {}
-    for key, value in run.config.items():
-        section, _, name = key.partition(".")
-        text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
-        sections.setdefault(section, []).append((name or section, text))
-    return sections
-
-
 def rate(run: RunFiles) -> str:
     """ "0.02, from fedsb's defaults"; the rate alone where the config set it."""
     if (lr := run.config.get("train.lr")) is None:

@@ -11,6 +11,7 @@ from fedlora.training.data.seam import end_mark
 from fedlora.training.model.model import Model
 from fedlora.training.precision import autocast
 from fedlora.training.tasks import task_of
+from fedlora.training.tasks.base import Reporting
 
 
 @torch.no_grad()
@@ -26,6 +27,16 @@ def evaluate(
     model.peft.eval()
     with autocast(config.train.precision, model.device):
         return dict(model.task.score(model, rows, config, generate))
+
+
+@torch.no_grad()
+def parts(model: Model, rows: Encoded, config: Config) -> dict[str, Any]:
+    """What a report shows of these rows beyond the scores; nothing where the task has no such."""
+    if not len(rows) or not isinstance(model.task, Reporting):
+        return {}
+    model.peft.eval()
+    with autocast(config.train.precision, model.device):
+        return dict(model.task.parts(model, rows, config))
 
 
 def generation(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any] | None:

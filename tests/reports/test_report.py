@@ -1,6 +1,7 @@
 """The report holds every number of a run, escapes what came from outside, and needs only itself."""
 
 import base64
+import csv
 import io
 import json
 import math
@@ -25,6 +26,8 @@ from fedlora.reports.line_digest import seal
 from fedlora.reports.plots import FIGURES
 from fedlora.reports.record_types import RoundRecord
 from fedlora.reports.run_files import records
+from fedlora.reports.table_files import TextTable, as_csv, as_latex
+from fedlora.reports.table_files import write as write_tables
 
 LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 MODULES = [
@@ -260,9 +263,23 @@ def change(folder: Path, edit: Callable[[list[Any], list[Any], Any], None]) -> P
     return folder
 
 
+PARTS: dict[str, Any] = {
+    "counts": {"ABBR": [3, 4, 2], "DESC": [5, 4, 3], "NUM": [0, 0, 0]},
+    "confusion": {"labels": ["ABBR", "DESC", "NUM"], "counts": [[2, 1, 0], [2, 3, 0], [0, 0, 0]]},
+    "numbers": {"wanted": [1.0, 2.0, 3.0, None], "said": [0.5, 2.5, 2.0, 1.0]},
+    "margins": [0.1 * n - 0.5 for n in range(12)],
+    "samples": [{"given": "say a", "wanted": "a", "said": "ay"},
+                {"given": "say b", "wanted": "b", "said": "b"}],
+}  # fmt: skip
+"""Of every kind of task at once."""
+PARTS_BEFORE = {"samples": [{"given": "say a", "wanted": "a", "said": "???"}]}
+
+
 @pytest.fixture(scope="module")
 def normal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+    (folder / "parts.json").write_text(json.dumps(PARTS))
+    (folder / "parts-before.json").write_text(json.dumps(PARTS_BEFORE))
     report.write(folder)
     return folder
 
@@ -352,6 +369,110 @@ def test_every_config_key_is_in_the_page(normal: Path) -> None:
             assert [key, "false" if value is False else str(value)] in rows
 
 
+def test_precision_recall_and_f1_of_every_label_are_in_the_page(normal: Path) -> None:
+    page = Page(normal / "report.html")
+    assert page.table("label") == [
+        ["ABBR", "3", "4", "2", "50.0%", "66.7%", "57.1%"],
+        ["DESC", "5", "4", "3", "75.0%", "60.0%", "66.7%"],
+        ["NUM", "0", "0", "0", "-", "-", "-"],
+    ]
+
+
+def test_answers_stand_beside_the_references_before_and_after(normal: Path) -> None:
+    assert Page(normal / "report.html").table("text") == [
+        ["say a", "a", "???", "ay"],
+        ["say b", "b", "-", "b"],
+    ]
+
+
+def test_hostile_labels_and_texts_of_test_rows_are_escaped(run: Path) -> None:
+    attack = "</td><script>alert(1)</script>$\\frac{\x07\n"
+    found = json.loads(json.dumps(PARTS).replace("ABBR", "X"))
+    found["counts"] = {attack: [1, 1, 1]}
+    found["confusion"]["labels"][0] = attack
+    found["samples"] = [{"given": attack, "wanted": attack, "said": attack}]
+    (run / "parts.json").write_text(json.dumps(found))
+    page = Page(report.write(run))
+    assert "script" not in page.tags
+    assert page.table("label")[0][0] == attack
+    assert page.table("text")[0][:2] == [attack, attack]
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"confusion": {"labels": ["a"], "counts": [[1, 2]]}}, "confusion: counts must be 1 lines"),
+        ({"numbers": {"wanted": [1.0], "said": []}}, "numbers: wanted and said must be as many"),
+        ({"counts": {"a": [1, 2]}}, "counts.a: List should have at least 3 items"),
+        ({"samples": [{"given": "a"}]}, "samples.0.wanted"),
+    ],
+)
+def test_a_damaged_record_of_test_rows_is_refused_by_its_key(
+    run: Path, part: Any, why: str
+) -> None:
+    (run / "parts.json").write_text(json.dumps(part))
+    with pytest.raises(FedLoraError, match=re.escape(f"parts.json: {why}")):
+        report.read(run)
+
+
+def test_every_table_of_the_page_is_a_csv_and_a_tabular(normal: Path) -> None:
+    page, folder = Page(normal / "report.html"), normal / "tables"
+    files = {p.stem: [*csv.reader(io.StringIO(p.read_text()))] for p in folder.glob("*.csv")}
+    for name, first in (("rounds", "round"), ("clients", "client"), ("test-labels", "label"),
+                        ("samples", "text"), ("config-changed", "key")):  # fmt: skip
+        assert files[name][1:] == page.table(first)
+        lines = (folder / f"{name}.tex").read_text().splitlines()
+        assert len(lines) == len(files[name]) + 5
+        for line, row in zip(lines[4:-2], files[name][1:], strict=True):
+            assert line.count(" & ") == len(row) - 1
+    assert ["run.seed", "7"] in files["config"]
+    assert "ends" not in files
+
+
+def test_a_table_that_no_longer_has_rows_leaves_no_old_file(tmp_path: Path) -> None:
+    write_tables(tmp_path / "t", {"x": TextTable(["a"], [["1"]])})
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["x.csv", "x.tex"]
+    write_tables(tmp_path / "t", {"x": TextTable(["a"], [])})
+    assert not list((tmp_path / "t").iterdir())
+
+
+def test_a_hostile_cell_is_text_in_a_spreadsheet_and_in_latex() -> None:
+    table = TextTable(["label"], [['=HYPERLINK("x")'], ["-0.5"], ["+1e-3"], ["@a"], ["-"], ["+a"]])
+    assert [row[0] for row in csv.reader(io.StringIO(as_csv(table)))] == [
+        "label", "'=HYPERLINK(\"x\")", "-0.5", "+1e-3", "'@a", "-", "'+a",
+    ]  # fmt: skip
+    attack = "\\input{/etc/passwd} & 5% #1 $x_1^2$ ~ {a}\\\\\n\\end{tabular}"
+    told = as_latex(TextTable(["label"], [[attack]])).splitlines()[4]
+    assert told == (
+        r"\textbackslash{}input\{/etc/passwd\} \& 5\% \#1 \$x\_1\textasciicircum{}2\$ "
+        r"\textasciitilde{} \{a\}\textbackslash{}\textbackslash{} "
+        r"\textbackslash{}end\{tabular\} \\"
+    )
+
+
+def test_what_is_no_default_is_first_and_marked(normal: Path) -> None:
+    page = Page(normal / "report.html")
+    rows = page.table("key")
+    assert ["strategy.name", "fedex", "fedex"] not in rows
+    assert ["run.seed", "7", "0"] in rows
+    assert ["lora.alpha", "16.0", "16.0"] not in rows
+    assert "privacy.insecure-reproducible-noise" not in [row[0] for row in rows]
+    marked = re.findall(r'<tr class="other"><td>([^<]+)</td>', page.source)
+    assert len(marked) == len(rows)
+    places = [page.source.index(f"<td>{key}</td>") for key in ("run.seed", "seed")]
+    assert places == sorted(places)
+    run_table = next(t for t in page.tables if ["name", "quickstart"] in t)
+    assert {row[0] for row in run_table} == {"name", "rounds", "seed"}
+
+
+def test_a_strategy_from_outside_has_the_common_defaults(run: Path) -> None:
+    config = {**CONFIG, "strategy": {"name": "theirs"}, "gone": {"key": 1}}
+    (run / "config.toml").write_text(tomli_w.dumps(config))
+    rows = Page(report.write(run, plots=False)).table("key")
+    assert ["run.seed", "7", "0"] in rows
+    assert "gone.key" not in [row[0] for row in rows]
+
+
 def test_the_page_asks_nothing_of_anyone(normal: Path) -> None:
     page = Page(normal / "report.html")
     assert page.tags.isdisjoint({"script", "link", "iframe", "object", "base", "form"})
@@ -385,7 +506,7 @@ def test_words_from_outside_are_escaped(run: Path) -> None:
     assert page.source.count("<script") == 0
     assert "onmouseover=" in page.source
     assert 'onmouseover="x' not in page.source
-    assert ["1", "0", attack] in page.table("round") + page.tables[-len(CONFIG) - 1]
+    assert ["1", "0", attack] in page.table("round") + page.tables[-len(CONFIG) - 2]
 
 
 def test_all_that_left_the_clients_is_listed(run: Path) -> None:

@@ -28,6 +28,7 @@ from fedlora.federation.server.run import (
     answers,
     client,
     connected,
+    keep_parts,
     load,
     message,
     score,
@@ -300,6 +301,8 @@ def write_records(
             "warnings": warnings,
         }
     )
+    if final:
+        keep_parts(setting, "parts")
     if warnings:
         session.observer.note(said(warnings))
 

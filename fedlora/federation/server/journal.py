@@ -293,9 +293,9 @@ class Journal:
         text = "".join(json.dumps(_plain(r)) + "\n" for r in records)
         tree_file.write_atomically(self.directory / "clients.jsonl", text.encode())
 
-    def summary(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps(_plain(record), indent=2)
-        tree_file.write_atomically(self.directory / "summary.json", text.encode())
+    def summary(self, record: Mapping[str, Any], name: str = "summary") -> None:
+        text = json.dumps(_plain(record), indent=None if name != "summary" else 2)
+        tree_file.write_atomically(self.directory / f"{name}.json", text.encode())
 
     def _write_config(self) -> None:
         text = self.config.toml()

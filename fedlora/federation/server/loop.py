@@ -40,6 +40,7 @@ from fedlora.federation.server.run import (
     Setting,
     base_number,
     clients,
+    keep_parts,
     load,
     score,
     seconds,
@@ -190,6 +191,8 @@ def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tu
     begun = time.perf_counter()
     run = begin(setting, session, run, grid)
     run, *scores = scored(setting, session, run, grid, 0)
+    if scores[0] and setting.model.task.answers:
+        keep_parts(setting, "parts-before")
     record = line(0, session.received(), [], *scores)
     record |= {"strategy": setting.config.strategy.name, "proof": None, "certificate": None}
     record |= {"start": session.start} if session.start else {}

@@ -35,7 +35,7 @@ from fedlora.strategies import forms
 from fedlora.strategies.base import Client, Promise, Round, Strategy, whole_download
 from fedlora.training import cache, named_metrics, user_code
 from fedlora.training.data.corpus import Corpus
-from fedlora.training.evaluate import evaluate
+from fedlora.training.evaluate import evaluate, parts
 from fedlora.training.model.model import Model
 
 
@@ -162,6 +162,16 @@ def score(setting: Setting, part: str = "central") -> dict[str, float] | None:
     rows = cache.encoded(part, -1, setting.config, setting.labels)
     scores = evaluate(setting.model, rows, setting.config, generate=True)
     return scores and {**scores, "examples": len(rows)}
+
+
+def keep_parts(setting: Setting, name: str) -> None:
+    """Write what a report shows of the central test rows, by the loaded model, to `name`.json.
+
+    These rows are the server's own: nothing of a client's is in it.
+    """
+    rows = cache.encoded("central", -1, setting.config, setting.labels)
+    if found := parts(setting.model, rows, setting.config):
+        setting.journal.summary(found, name)
 
 
 def seconds(session: Session, run: Saved) -> float:

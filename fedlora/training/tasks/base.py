@@ -173,3 +173,13 @@ class Referring(Protocol):
         """What the untouched model makes of each example, (b, n), float32, on the host: it comes
         back as batch["reference"]."""
         ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A task of which a report shows more than scores: tasks/parts.py says what."""
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Mapping[str, Any]:
+        """What the model makes of the rows, in plain values for JSON; keys that `parts.py` does
+        not name are kept and not shown."""
+        ...

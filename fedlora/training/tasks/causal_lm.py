@@ -50,6 +50,7 @@ from fedlora.training.output_head import OutputHead
 from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, own_losses
+from fedlora.training.tasks.parts import Parts, first, of_answers
 from fedlora.training.tasks.texts import tell
 
 
@@ -170,10 +171,19 @@ class CausalLM:
             losses.append(_losses(net, batch, labels))
             tokens.append((labels[:, 1:] != IGNORE).sum(1))
         found = metrics.language(on_host(torch.cat(losses)), torch.cat(tokens))
-        asks = config.data.prompt or config.data.messages
-        if generate and asks and config.evaluate.generate_tokens:
+        if generate and _asks(config):
             found |= judged(*answered(net, rows, config), config)
         return found
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        if not _asks(config):
+            return {}
+        some = rows.select(first(len(rows)))
+        assert some.prompts is not None
+        starts = zip(some.starts.tolist(), some.prompts.tolist(), strict=False)
+        given = texts(net, [some.ids[a : a + n].tolist() for a, n in starts])
+        said, wanted = answered(net, some, config)
+        return of_answers(given, wanted, said)
 
     def baselines(
         self, corpus: Corpus, features: Features | None
@@ -267,6 +277,12 @@ def _losses(net: Net, batch: Batch, labels: Tensor) -> Tensor:
 
 
 # -- answers --------------------------------------------------------------------------------------
+
+
+def _asks(config: Config) -> bool:
+    """Are answers generated?"""
+    asks = config.data.prompt or config.data.messages
+    return bool(asks and config.evaluate.generate_tokens)
 
 
 def answered(net: Net, rows: Encoded, config: Config) -> tuple[list[str], list[str]]:

@@ -27,6 +27,7 @@ from fedlora.training.data.tables import Table, column
 from fedlora.training.devices import sent
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
+from fedlora.training.tasks.parts import Parts, of_classes
 from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
 
 
@@ -105,6 +106,10 @@ class Classification:
         logits, labels = outputs(net, rows, config)
         found = metrics.classification(logits, labels, len(net.labels))
         return found | own_loss(config, logits, labels) | own_scores(config, logits, labels)
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        logits, labels = outputs(net, rows, config)
+        return of_classes(logits.argmax(-1), labels, net.labels)
 
     def baselines(
         self, corpus: Corpus, features: Features | None

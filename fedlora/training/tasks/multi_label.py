@@ -32,6 +32,7 @@ from fedlora.training.data.tables import Table
 from fedlora.training.devices import sent
 from fedlora.training.tasks.base import Columns, Features, Net, Scores
 from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
+from fedlora.training.tasks.parts import Parts, of_labels
 from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
 
 
@@ -126,6 +127,10 @@ class MultiLabel:
         loss = binary_cross_entropy_with_logits(logits.double(), targets.double()).item()
         found = {"loss": loss, **metrics.several((logits > 0).numpy(), targets.numpy() > 0)}
         return found | own_loss(config, logits, targets) | own_scores(config, logits, targets)
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        logits, targets = outputs(net, rows, config)
+        return of_labels(logits > 0, targets > 0, net.labels)
 
     def baselines(
         self, corpus: Corpus, features: Features | None

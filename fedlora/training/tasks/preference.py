@@ -49,6 +49,7 @@ from fedlora.training.devices import on_host, sent, wide_on_host
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.causal_lm import UNWRITTEN, token_sums
 from fedlora.training.tasks.outputs import at_once
+from fedlora.training.tasks.parts import Parts, of_margins
 from fedlora.training.tasks.texts import tell
 
 
@@ -158,13 +159,15 @@ class Preference:
         return (encoded.lengths - encoded.prompts.clamp(min=1)).clamp(min=0)
 
     def score(self, net: Net, rows: Encoded, config: Config, generate: bool) -> Scores:
-        found = [_margins(net, batch) for batch in eval_batches(rows, at_once(config))]
-        margins = wide_on_host(torch.cat(found))
+        margins = _all_margins(net, rows, config)
         return {
             "loss": -logsigmoid(margins).mean().item(),
             "accuracy": (margins > 0).double().mean().item(),
             "margin": margins.mean().item(),
         }
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        return of_margins(_all_margins(net, rows, config))
 
     def baselines(
         self, corpus: Corpus, features: Features | None
@@ -183,6 +186,12 @@ class Preference:
 def _log_p(net: Net, batch: Batch) -> list[Tensor]:
     """log p of the chosen and of the rejected answers, each (b,), from one pass each."""
     return [-token_sums(net, inputs_of(side), side["labels"])[0] for side in halves(batch)]
+
+
+def _all_margins(net: Net, rows: Encoded, config: Config) -> Tensor:
+    """Each row's margin, (n,), in float64, by `eval_order`."""
+    found = [_margins(net, batch) for batch in eval_batches(rows, at_once(config))]
+    return wide_on_host(torch.cat(found))
 
 
 def _margins(net: Net, batch: Batch) -> Tensor:

@@ -29,6 +29,7 @@ from fedlora.training.data.written import NUMBER, size
 from fedlora.training.devices import sent
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
+from fedlora.training.tasks.parts import Parts, of_numbers
 from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
 
 
@@ -104,6 +105,10 @@ class Regression:
         logits, wanted = outputs(net, rows, config)
         found = metrics.numbers(logits[:, 0].double(), wanted.double())
         return found | own_loss(config, logits, wanted) | own_scores(config, logits, wanted)
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        logits, wanted = outputs(net, rows, config)
+        return of_numbers(logits[:, 0], wanted)
 
     def baselines(
         self, corpus: Corpus, features: Features | None

@@ -45,6 +45,7 @@ from fedlora.training.devices import moved, on_host, sent, wide_on_host
 from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses
+from fedlora.training.tasks.parts import Parts, first, of_answers
 from fedlora.training.tasks.texts import encoded_texts, tell
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,14 @@ class Seq2Seq:
         if generate and config.evaluate.generate_tokens:
             found |= judged(*answered(net, rows, config), config)
         return found
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        if not config.evaluate.generate_tokens:
+            return {}
+        some = rows.select(first(len(rows)))
+        given = texts(net, [x.tolist() for x in some.ids.split(some.lengths.tolist())])
+        said, wanted = answered(net, some, config)
+        return of_answers(given, wanted, said)
 
     def baselines(
         self, corpus: Corpus, features: Features | None

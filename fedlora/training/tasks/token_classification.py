@@ -50,6 +50,7 @@ from fedlora.training.data.tags import OUTSIDE, beginnings, renamed, scheme_of, 
 from fedlora.training.devices import on_host, sent, wide_on_host
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses, own_scores
+from fedlora.training.tasks.parts import Parts, of_tags
 from fedlora.training.tasks.texts import tell
 
 log = logging.getLogger(__name__)
@@ -165,25 +166,14 @@ class TokenClassification:
         return before[encoded.starts[1:]] - before[encoded.starts[:-1]]
 
     def score(self, net: Net, rows: Encoded, config: Config, generate: bool) -> Scores:
-        own, wanted, said = list[Tensor](), list[list[str]](), list[list[str]]()
-        loss = torch.zeros((), dtype=torch.float64)
-        for batch in eval_batches(rows, at_once(config)):
-            labels = batch.pop("labels")
-            logits = on_host(net.logits(batch))
-            if config.train.loss:
-                own.append(own_losses(config.train.loss, logits, labels))
-            places = labels.flatten() != IGNORE
-            z, y = logits.flatten(0, 1)[places], labels.flatten()[places]
-            loss += cross_entropy(z.double(), y, reduction="sum")
-            counts = (labels != IGNORE).sum(1).tolist()
-            wanted += [[net.labels[i] for i in row.tolist()] for row in y.split(counts)]
-            said += [[net.labels[i] for i in row.tolist()] for row in z.argmax(1).split(counts)]
-        back = eval_order(rows).argsort().tolist()
-        wanted, said = [wanted[i] for i in back], [said[i] for i in back]
-        found = {"loss": loss.item() / max(sum(map(len, wanted)), 1)}
-        found |= {"loss": torch.cat(own).double().mean().item()} if own else {}
+        wanted, said, loss = _tagged(net, rows, config)
+        found = {"loss": loss}
         found |= metrics.tagged(wanted, said, net.labels, scheme_of(net.labels, wanted))
         return found | own_scores(config, said, wanted)
+
+    def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
+        wanted, said, _ = _tagged(net, rows, config)
+        return of_tags(said, wanted, net.labels)
 
     def baselines(
         self, corpus: Corpus, features: Features | None
@@ -206,6 +196,29 @@ for i, word in enumerate(words):
     if i in places:  # a word's first piece has its tag
         print(word.strip(), LABELS[int(logits(batch)[0, places.index(i)].argmax())])
 """
+
+
+def _tagged(
+    net: Net, rows: Encoded, config: Config
+) -> tuple[list[list[str]], list[list[str]], float]:
+    """The tags of each row's scored words, those that are said, and the loss."""
+    own, wanted, said = list[Tensor](), list[list[str]](), list[list[str]]()
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch in eval_batches(rows, at_once(config)):
+        labels = batch.pop("labels")
+        logits = on_host(net.logits(batch))
+        if config.train.loss:
+            own.append(own_losses(config.train.loss, logits, labels))
+        places = labels.flatten() != IGNORE
+        z, y = logits.flatten(0, 1)[places], labels.flatten()[places]
+        loss += cross_entropy(z.double(), y, reduction="sum")
+        counts = (labels != IGNORE).sum(1).tolist()
+        wanted += [[net.labels[i] for i in row.tolist()] for row in y.split(counts)]
+        said += [[net.labels[i] for i in row.tolist()] for row in z.argmax(1).split(counts)]
+    back = eval_order(rows).argsort().tolist()
+    wanted, said = [wanted[i] for i in back], [said[i] for i in back]
+    mean = torch.cat(own).double().mean() if own else loss / max(sum(map(len, wanted)), 1)
+    return wanted, said, mean.item()
 
 
 # -- words and pieces -----------------------------------------------------------------------------

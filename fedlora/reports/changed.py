@@ -1,0 +1,53 @@
+"""Which keys of a run's config are not what they would have been by themselves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.config.origins import RECORD
+from fedlora.errors import FedLoraError
+from fedlora.reports.run_files import RunFiles
+from fedlora.reports.tables import Grid, TableCell
+
+DECIDE = ("strategy.name", "model.task")
+"""Keys that others' defaults depend on."""
+
+
+def changed(run: RunFiles) -> dict[str, Any]:
+    """Key to default, of the keys that have another value: by the run's own strategy and task.
+
+    A key that today's fedlora does not have is none of them.
+    """
+    usual = defaults({k: run.config[k] for k in DECIDE if k in run.config})
+    keys = (k for k in run.config if k in usual and k != RECORD)
+    return {k: usual[k] for k in keys if run.config[k] != usual[k]}
+
+
+def defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Every key where only these are given; those of no strategy where they are not known here."""
+    from fedlora.config.reader import Config  # which reads every strategy
+
+    try:
+        return Config.read(given).flat()
+    except FedLoraError:  # of a strategy or task from outside
+        return Config().flat()
+
+
+def first(run: RunFiles, found: Mapping[str, Any]) -> Grid:
+    """The changed keys: value and default."""
+    heads = ("key", "value", "default")
+    rows = ((k, text(run.config[k]), text(x)) for k, x in found.items())
+    return Grid.of([dict(zip(heads, map(TableCell, row), strict=True)) for row in rows])
+
+
+def sections(run: RunFiles, found: Mapping[str, Any]) -> dict[str, list[tuple[str, str, bool]]]:
+    """(key, value, is it changed?) of every key by section, the changed ones first."""
+    made: dict[str, list[tuple[str, str, bool]]] = {}
+    for key, value in run.config.items():
+        section, _, name = key.partition(".")
+        made.setdefault(section, []).append((name or section, text(value), key in found))
+    return {name: sorted(rows, key=lambda row: not row[2]) for name, rows in made.items()}
+
+
+def text(value: Any) -> str:
+    """A value as it stands in a TOML file, without the quotes of a text."""
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
