@@ -54,7 +54,7 @@ nav a:hover { color: var(--blue); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
   gap: 16px; margin: 0 0 16px; }
 figure { margin: 0; padding: 14px 16px 12px; }
-figure img { display: block; width: 100%; height: auto; max-width: 720px; margin: 0 auto; }
+figure img { display: block; width: 100%; height: auto; max-width: 560px; margin: 0 auto; }
 .picture { max-height: 640px; overflow-y: auto; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 figcaption b { color: var(--ink); }
@@ -146,7 +146,7 @@ _MACROS = """
 {% if name in figures %}
 <figure class="card">
 <div class="picture">
-<img src="data:image/png;base64,{{ figures[name] }}" alt="{{ captions[name][0] }}"></div>
+<img src="{{ figures[name] }}" alt="{{ captions[name][0] }}"></div>
 <figcaption><b>{{ captions[name][0] }}.</b> {{ captions[name][1] }}</figcaption>
 </figure>
 {% endif %}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedlora.reports.axes import BLUE, GREY, new_figure
+from fedlora.reports.axes import BLUE, GREY, narrow
 from fedlora.reports.run_files import RunFiles
 from fedlora.reports.tables import Grid, TableCell
 from fedlora.reports.units import percent
@@ -70,17 +70,20 @@ def confusion(run: RunFiles) -> Figure | None:
         return None
     labels = [x if len(x) <= LONG else f"{x[: LONG - 2]}.." for x in found["labels"]]
     n = len(labels)
-    figure, (ax,) = new_figure(min(1.6 + 0.42 * n, 8.0))
+    figure, (ax,) = narrow(min(1.6 + 0.42 * n, 8.0))
     shares = [[x / (sum(row) or 1) for x in row] for row in found["counts"]]
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    ax.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="#e3e8ef", linewidth=0.5)
+    ax.invert_yaxis()
+    middle = [0.5 + i for i in range(n)]
     small = 9 if n <= 12 else 6 if n <= 30 else 4
     for i, row in enumerate(found["counts"]):
         for j, count in enumerate(row):
             if count and n <= 30:
                 colour = "white" if shares[i][j] > 0.55 else "#1f2937"
-                ax.text(j, i, f"{count}", color=colour, fontsize=small, ha="center", va="center")
-    ax.set_xticks(range(n), labels, rotation=0 if n <= 3 else 90, fontsize=small)
-    ax.set_yticks(range(n), labels, fontsize=small)
+                at = middle[j], middle[i]
+                ax.text(*at, f"{count}", color=colour, fontsize=small, ha="center", va="center")
+    ax.set_xticks(middle, labels, rotation=0 if n <= 3 else 90, fontsize=small)
+    ax.set_yticks(middle, labels, fontsize=small)
     ax.set_xlabel("said by the model")
     ax.set_ylabel("true label")
     ax.grid(visible=False)
@@ -94,7 +97,7 @@ def residuals(run: RunFiles) -> Figure | None:
     at = [(said, wanted - said) for said, wanted in both if None not in (said, wanted)]
     if not at:
         return None
-    figure, (ax,) = new_figure(3.4)
+    figure, (ax,) = narrow(3.4)
     x, y = zip(*at, strict=True)
     ax.axhline(0, color=GREY, linewidth=1.2)
     ax.scatter(x, y, s=14 if len(at) <= 200 else 6, c=BLUE, alpha=0.6, linewidths=0)
@@ -108,7 +111,7 @@ def margins(run: RunFiles) -> Figure | None:
     found = [x for x in run.parts.get("margins", ()) if x is not None]
     if not found:
         return None
-    figure, (ax,) = new_figure(3.0)
+    figure, (ax,) = narrow(3.0)
     ax.hist(found, bins=min(30, max(5, len(found) // 4)), color=BLUE)
     ax.axvline(0, color=GREY, linewidth=1.4, linestyle="--")
     ax.set_xlabel("margin")

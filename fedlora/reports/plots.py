@@ -5,6 +5,7 @@ figures and no display is needed.
 """
 
 import io
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from fedlora.reports.axes import (
     clock_ticks,
     evaluated,
     line,
-    new_figure,
+    narrow,
     node_of,
     points,
     rank_of,
@@ -45,19 +46,36 @@ from fedlora.reports.parts import confusion, margins, residuals
 from fedlora.reports.run_files import RunFiles
 from fedlora.reports.units import clock
 
+MOST = 1_000_000
+"""Bytes of a figure's SVG; one of more marks is a PNG."""
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
+"""What a label may hold and XML may not."""
+
 
 def draw(run: RunFiles) -> dict[str, bytes]:
-    """The figures that the run has data for, as PNG, by name."""
+    """The figures that the run has data for, by the name of their file: SVG, or PNG where that
+    would be larger than MOST. Their text is drawn as paths, so that it needs no font."""
     drawn = {}
-    with mpl.rc_context(dict(STYLE)), warnings.catch_warnings():
+    with mpl.rc_context(dict(STYLE, **VECTOR)), warnings.catch_warnings():
         # A label in a script that the font lacks is drawn as boxes; the tables have it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         for name, figure in FIGURES.items():
             if (made := figure(run)) is not None:
-                buffer = io.BytesIO()
-                made.savefig(buffer, format="png", dpi=150)
-                drawn[name] = buffer.getvalue()
+                drawn.update([_saved(made, name)])
     return drawn
+
+
+VECTOR = {"svg.fonttype": "path", "svg.hashsalt": "fedlora"}
+
+
+def _saved(figure: Figure, name: str) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    if buffer.tell() <= MOST:
+        return f"{name}.svg", UNWRITABLE.sub("", buffer.getvalue().decode()).encode()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=220)
+    return f"{name}.png", buffer.getvalue()
 
 
 def accuracy(run: RunFiles) -> Figure | None:
@@ -67,7 +85,7 @@ def accuracy(run: RunFiles) -> Figure | None:
     metric = next((m for m in series if series[m]), None)
     if metric is None:
         return None
-    figure, (ax,) = new_figure(3.4)
+    figure, (ax,) = narrow(3.4)
     line(ax, series[metric], BLUE, f"test {metric.title}", marker="o")
     if metric is ACCURACY:
         line(ax, evaluated(run, "macro_f1"), BLUE, "test macro F1", linestyle=":", linewidth=1.4)
@@ -85,7 +103,7 @@ def loss(run: RunFiles) -> Figure | None:
     test, perplexity = evaluated(run, "loss"), evaluated(run, "perplexity")
     if not train and not test and not perplexity:
         return None
-    figure, (ax, *below) = new_figure(5.0 if perplexity else 3.4, rows=2 if perplexity else 1)
+    figure, (ax, *below) = narrow(5.0 if perplexity else 3.4, rows=2 if perplexity else 1)
     line(ax, train, ORANGE, "training, mean over clients", marker="o")
     line(ax, test, BLUE, "test", marker="o")
     ax.set_ylabel("loss")
@@ -106,7 +124,7 @@ def clients(run: RunFiles) -> Figure | None:
     if not scored:
         return None
     scored.sort(key=lambda pair: _standing(pair[1], metric))
-    figure, (ax,) = new_figure(tall(len(scored)))
+    figure, (ax,) = narrow(tall(len(scored)))
     known = [[v for v in found.values() if v is not None] for _, found in scored]
     ax.hlines(range(len(scored)), *zip(*((min(v), max(v)) for v in known), strict=True), **_SPAN)
     for when, (label, colour, marker) in _TIMES.items():
@@ -148,7 +166,7 @@ def data(run: RunFiles) -> Figure | None:
     if len(named) < len(totals):
         rest = [sum(n for name, n in labels.items() if name not in bars) for labels in held]
         bars[f"{len(totals) - len(named)} other labels"] = rest
-    figure, (ax,) = new_figure(tall(len(held)))
+    figure, (ax,) = narrow(tall(len(held)))
     left = [0] * len(held)
     for (label, widths), colour in zip(bars.items(), (*LABELS, GREY), strict=False):
         ax.barh(range(len(held)), widths, 0.78, left=left, color=colour, label=label)
@@ -163,7 +181,7 @@ def traffic(run: RunFiles) -> Figure | None:
     rounds = [r for r in run.rounds if r.get("bytes")]
     if not rounds:
         return None
-    figure, (ax, below) = new_figure(4.6, rows=2)
+    figure, (ax, below) = narrow(4.6, rows=2)
     numbers = [r["round"] for r in rounds]
     for way, colour, offset in (("down", BLUE, -0.2), ("up", ORANGE, 0.2)):
         column = [r["bytes"].get(way) or 0 for r in rounds]
@@ -190,7 +208,7 @@ def deviation(run: RunFiles) -> Figure | None:
 
     if not series("deviation"):
         return None
-    figure, (ax,) = new_figure(3.4)
+    figure, (ax,) = narrow(3.4)
     line(ax, series("deviation"), BLUE, "aggregation", marker="o")
     line(ax, series("model_deviation"), GREEN, "loaded model", marker="D")
     if (bound := finite(proofs[-1][1], "bound")) is not None:
@@ -221,7 +239,7 @@ def timeline(run: RunFiles) -> Figure | None:
     rounds = [r for r in run.trained if r.get("clients")]
     if not rounds:
         return None
-    figure, (ax,) = new_figure(tall(len(rows)))
+    figure, (ax,) = narrow(tall(len(rows)))
     spans: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
     failed: list[tuple[float, int]] = []
     now = 0.0

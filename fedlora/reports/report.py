@@ -1,6 +1,6 @@
 """A run as a person reads it: figures, one self-contained page, and a table for the terminal.
 
-    write(Path("runs/quickstart"))  ->  runs/quickstart/report.html, plots/*.png, tables/*
+    write(Path("runs/quickstart"))  ->  runs/quickstart/report.html, plots/*.svg, tables/*
 
 The page needs nothing but itself: no script, no font, no request. Every word that came from
 outside (a client's reason for failing, a label, a name) is escaped.
@@ -26,7 +26,7 @@ __all__ = ["RunFiles", "closing", "read", "render", "summary_table", "write"]
 
 
 def write(run_dir: Path, plots: bool = True) -> Path:
-    """Write report.html of a run, plots/*.png, and each table in tables/; return the page's path.
+    """Write report.html of a run, plots/*.svg, and each table in tables/; return the page's path.
 
     Works on a run that is still going or was cut short. Without plots, the page has its tables.
 
@@ -44,7 +44,7 @@ def write(run_dir: Path, plots: bool = True) -> Path:
 
 
 def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
-    """The page, with the figures (PNG, by name) inside it."""
+    """The page, with the figures, SVG or PNG by the name of their file, inside it."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -59,7 +59,7 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         summary=run.summary,
         style=Markup(STYLE),
         captions=CAPTIONS,
-        figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
+        figures={Path(name).stem: inline(name, data) for name, data in figures.items()},
         status=tables.status(run),
         tiles=list(tables.tiles(run)),
         bars=tables.bars(run),
@@ -88,6 +88,12 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         changed=changed.first(run, other),
         config=changed.sections(run, other),
     )
+
+
+def inline(name: str, data: bytes) -> str:
+    """A picture as an address that holds it. An SVG in an <img> runs no script."""
+    kind = "svg+xml" if name.endswith(".svg") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def tables_of(run: RunFiles) -> dict[str, TextTable]:
@@ -205,10 +211,9 @@ def _draw(run: RunFiles) -> dict[str, bytes]:
     folder = run.directory / "plots"
     folder.mkdir(exist_ok=True)
     drawn = draw(run)
-    for name in FIGURES:
-        path = folder / f"{name}.png"
-        if name in drawn:
-            path.write_bytes(drawn[name])
+    for path in (folder / f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")):
+        if path.name in drawn:
+            path.write_bytes(drawn[path.name])
         else:
             path.unlink(missing_ok=True)
     return drawn

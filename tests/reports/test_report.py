@@ -8,10 +8,12 @@ import math
 import random
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
@@ -21,7 +23,7 @@ from rich.console import Console
 
 from fedlora.errors import FedLoraError
 from fedlora.reports import report, units
-from fedlora.reports.axes import STYLE
+from fedlora.reports.axes import NARROW, STYLE
 from fedlora.reports.line_digest import seal
 from fedlora.reports.plots import FIGURES
 from fedlora.reports.record_types import RoundRecord
@@ -240,6 +242,15 @@ def blank(png: bytes) -> bool:
     return sum(n > 0 for n in image.histogram()) < 20
 
 
+def empty(svg: bytes) -> bool:
+    """Has the drawing few marks besides its letters, or is it no picture without a script?"""
+    root = ElementTree.fromstring(svg)
+    kinds = Counter(x.tag.partition("}")[2] for x in root.iter())
+    assert not kinds["script"] + kinds["foreignObject"] + kinds["image"]
+    assert float(root.attrib["viewBox"].split()[2]) == pytest.approx(72 * NARROW, abs=0.1)
+    return kinds["path"] + kinds["use"] < 20
+
+
 def picture(name: str, run: Path) -> bytes:
     """One figure alone."""
     with mpl.rc_context(dict(STYLE)):
@@ -396,6 +407,7 @@ def test_hostile_labels_and_texts_of_test_rows_are_escaped(run: Path) -> None:
     assert "script" not in page.tags
     assert page.table("label")[0][0] == attack
     assert page.table("text")[0][:2] == [attack, attack]
+    assert not any(map(empty, page.pictures))  # whole XML, whatever the labels
 
 
 @pytest.mark.parametrize(
@@ -478,15 +490,15 @@ def test_the_page_asks_nothing_of_anyone(normal: Path) -> None:
     assert page.tags.isdisjoint({"script", "link", "iframe", "object", "base", "form"})
     assert not re.search(r"https?:|//[a-z]|url\(|@import|srcset", page.source.split("<body>")[0])
     assert "http" not in re.sub(r"base64,[^\"]*", "", page.source).replace("http-equiv", "")
-    assert set(re.findall(r'src="([a-z/:]+);', page.source)) == {"data:image/png"}
+    assert set(re.findall(r'src="([a-z/:]+);', page.source)) == {"data:image/svg+xml"}
     assert "default-src 'none'" in page.source
 
 
 def test_every_figure_decodes_is_not_blank_and_is_the_one_in_the_page(normal: Path) -> None:
-    files = {p.stem: p.read_bytes() for p in (normal / "plots").glob("*.png")}
+    files = {p.stem: p.read_bytes() for p in (normal / "plots").glob("*.svg")}
     assert set(files) == set(FIGURES)
     assert sorted(files.values()) == sorted(Page(normal / "report.html").pictures)
-    assert not [name for name, png in files.items() if blank(png)]
+    assert not [name for name, svg in files.items() if empty(svg)]
 
 
 def test_words_from_outside_are_escaped(run: Path) -> None:
@@ -661,9 +673,9 @@ def test_one_round_without_any_evaluation_has_the_other_figures(tmp_path: Path) 
 
     change(run, edit)
     page = Page(report.write(run))
-    drawn = {p.stem for p in (run / "plots").glob("*.png")}
+    drawn = {p.stem for p in (run / "plots").glob("*.svg")}
     assert drawn == {"loss", "data", "bytes", "deviation", "timeline"}
-    assert not any(map(blank, page.pictures))
+    assert not any(map(empty, page.pictures))
     assert "accuracy" not in page.text
 
 
@@ -705,7 +717,7 @@ def test_numbers_that_are_none_and_names_that_no_font_has_are_drawn_without_a_wo
 
     page = Page(report.write(change(run, edit)))
     assert len(page.pictures) == len(FIGURES)
-    assert not any(map(blank, page.pictures))
+    assert not any(map(empty, page.pictures))
     assert page.table("round")[1][1:4] == ["nan", "nan", "inf"]
 
 
