@@ -73,7 +73,7 @@ table.words td:first-child { white-space: nowrap; overflow-wrap: normal; }
 table.samples { table-layout: fixed; min-width: 620px; }
 table.samples td { white-space: pre-wrap !important; overflow-wrap: anywhere !important; }
 table.first-left td:first-child, table.first-left th:first-child { text-align: left;
-  white-space: normal; overflow-wrap: anywhere; }
+  white-space: normal; overflow-wrap: anywhere; min-width: 8em; }
 tr.other td { font-weight: 650; } tr.other td:first-child::before { content: "* "; }
 .soft { color: var(--soft); font-size: 13px; }
 .pad { padding: 16px 18px; } .pad p:last-child { margin: 0; }

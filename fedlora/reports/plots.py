@@ -55,7 +55,7 @@ UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
 def draw(run: RunFiles) -> dict[str, bytes]:
     """The figures that the run has data for, by the name of their file: SVG, or PNG where that
     would be larger than MOST. Their text is drawn as paths, so that it needs no font."""
-    drawn = {}
+    drawn: dict[str, bytes] = {}
     with mpl.rc_context(dict(STYLE, **VECTOR)), warnings.catch_warnings():
         # A label in a script that the font lacks is drawn as boxes; the tables have it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
