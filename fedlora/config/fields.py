@@ -79,3 +79,24 @@ Digests = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_he
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+PLAIN = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a table",
+    "model_attributes_type": "must be a table",
+    "extra_forbidden": "no such key",
+    "missing": "must be given",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+}
+"""What pydantic's types of error are called here, where its own words speak of Python."""
+
+
+def said(error: Any) -> str:
+    """What a value must be, of one error of pydantic's."""
+    words = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return PLAIN.get(error["type"]) or words.replace("String should match", "must match")

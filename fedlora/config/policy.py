@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fedlora.config.fields import Names, Renames, Section
+from fedlora.config.fields import Names, Renames, Section, said
 from fedlora.config.sections import DataConfig
 from fedlora.config.sites import SEPARATOR
 from fedlora.config.toml_file import read_toml
@@ -333,6 +333,6 @@ def _problem(error: Any) -> str:
         return f"{shown[:80]}: no such key" + (f'; did you mean "{near[0]}"?' if near else "")
     if error["type"] == "missing":
         return f"{key}: must be set"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = said(error)
     value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"[:80]
     return f"{key}{value}: {message}"

@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fedlora.config.defaults import rate_of, resolve_defaults
-from fedlora.config.fields import Section, flat_list
+from fedlora.config.fields import Section, flat_list, said
 from fedlora.config.origins import RECORD, recorded, without_others
 from fedlora.config.possible import impossible
 from fedlora.config.privacy_sections import PrivacyConfig, SecureConfig
@@ -255,5 +255,4 @@ def _problem(section: str, error: Any, flat: Mapping[str, Any]) -> str:
         elif isinstance(below, str):  # a table of a list
             path[-1] += f"[{part}]"
     key = ".".join(path)
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{key} = {flat.get(key, error.get('input'))!r}: {message}"
+    return f"{key} = {flat.get(key, error.get('input'))!r}: {said(error)}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Required
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from fedlora.config.fields import said
 from fedlora.errors import FedLoraError
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
@@ -313,7 +314,7 @@ def checked(kind: type, found: Any, where: str) -> dict[str, Any]:
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        message = said(first)
         held = f", is {first['input']!r:.60}" if first["type"] != "missing" else ""
         raise FedLoraError(f"{where}: {key + ': ' if key else ''}{message}{held}") from None
     record: dict[str, Any] = found

@@ -106,7 +106,7 @@ def test_all_problems_are_said_at_once_each_with_its_key() -> None:
     assert 'lora.alhpa: no such key; did you mean "lora.alpha"?' in found
     assert "nonsense.key: no such key" in found
     assert "train.lr = -1.0: must be greater than or equal to 0" in text
-    assert "train.batch-size = '8': must be a valid integer" in text
+    assert "train.batch-size = '8': must be a whole number" in text
     assert "strategy.name = 'fedexx'" in text
     assert "'lora-a2'" in text  # what it may be
     assert "clients.ranks = '4,0'" in text
@@ -167,7 +167,7 @@ def accepted(name: str, key: str, value: Any) -> bool:
 
 def test_an_option_of_the_wrong_type_names_its_key() -> None:
     (problem,) = problems({"strategy.fedex.rank": "all"})
-    assert problem.startswith("strategy.fedex.rank = 'all': must be a valid integer")
+    assert problem.startswith("strategy.fedex.rank = 'all': must be a whole number")
 
 
 @pytest.mark.parametrize(

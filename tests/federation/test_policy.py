@@ -54,7 +54,7 @@ def policy(tmp_path: Path, **sections: Mapping[str, Any]) -> Policy:
         ("[privacy]\nmax-epsilo = 1.0", 'privacy.max-epsilo: no such key; did you mean "privacy.m'),
         ("[limit]\nsteps = 3", "limit: no such key"),
         ("[limits]\nsteps = 0", "limits.steps = 0: must be greater than 0"),
-        ("[limits]\nsteps = true", "limits.steps = True: must be a valid integer"),
+        ("[limits]\nsteps = true", "limits.steps = True: must be a whole number"),
         ("[limits]\nseconds = nan", "limits.seconds = nan: must be a finite number"),
         ('[limits]\nkinds = ["trian"]', "'trian' is none of query, train"),
         ('[privacy]\nlevel = "exmaple"', "privacy.level = 'exmaple': must be 'none'"),
