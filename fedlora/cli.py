@@ -250,11 +250,19 @@ def export(
 
 
 @app.command()
-def report(run: RunDir) -> None:
-    """Write a run's plots and report.html anew."""
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs' directories.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The page that compares several runs.")] = Path(
+        "comparison.html"
+    ),
+) -> None:
+    """Write a run's plots, tables and report.html anew; of several runs, one page that compares."""
+    from fedlora.reports import compared
     from fedlora.reports import report as pages
 
-    typer.echo(pages.write(run))
+    typer.echo(pages.write(runs[0]) if len(runs) == 1 else compared.write(runs, out))
 
 
 @app.command(name="config")
