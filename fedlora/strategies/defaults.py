@@ -27,7 +27,7 @@ RULES: Mapping[Rule, str] = {
     "in proportion": (
         f"not searched for this task: as many times the task's own rate as in {SEARCHED_IN}"
     ),
-    "of the task": "not searched for this strategy: the task's own rate",
+    "of the task": "none of this strategy's own was chosen: the task's rate",
 }
 
 
