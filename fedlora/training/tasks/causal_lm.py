@@ -41,7 +41,6 @@ from fedlora.training.data.batches import (
 from fedlora.training.data.chat import conversations, turned
 from fedlora.training.data.chat import read as read_messages
 from fedlora.training.data.corpus import Corpus
-from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.data.tables import Table, column, prompts
@@ -51,7 +50,7 @@ from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, own_losses
 from fedlora.training.tasks.parts import Parts, first, of_answers
-from fedlora.training.tasks.texts import tell
+from fedlora.training.tasks.texts import labels_for_splits, tell
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ class CausalLM:
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
     ) -> Columns:
-        label = list[str]()
-        if data.label in table.names:
-            label = [as_label(x) for x in column(table, where, "data.label", data.label)]
+        label = labels_for_splits(table, where, data)
         if data.messages:
             text = conversations(table, where, data.messages)
             return Columns(text, label, needed=[Needed(data.messages, text)])

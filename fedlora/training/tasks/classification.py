@@ -1,7 +1,6 @@
 """One label a text, or a pair of texts.
 
-    loss of an example     -log softmax(z)_y of its logits z (c,); with e = train.label-smoothing
-                           -sum_k t_k log softmax(z)_k of t = (1 - e) [k = y] + e / c
+    loss of an example     cross entropy, with train.label-smoothing: tasks/classes.py
     scores                 accuracy, macro_f1, loss (nats, the mean over examples)
 
 Reads data.text, data.label and, for pairs, data.text-pair. Labels: data/labels.py.
@@ -13,22 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
-from fedlora.training import metrics
-from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, inputs_of, synthetic
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, synthetic
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label, labels_of
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, column
-from fedlora.training.devices import sent
+from fedlora.training.tasks import classes
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
-from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
-from fedlora.training.tasks.parts import Parts, of_classes
-from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
+from fedlora.training.tasks.parts import Parts
+from fedlora.training.tasks.texts import encoded_texts, texts_of
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class Classification:
     ) -> Encoded:
         index = {label: i for i, label in enumerate(labels)}
         found, kept = encoded_texts(rows, tokenizer, longest)
-        classes = torch.tensor([index[rows.label[i]] for i in kept], dtype=torch.long)
-        return replace(found, classes=classes)
+        numbers = torch.tensor([index[rows.label[i]] for i in kept], dtype=torch.long)
+        return replace(found, classes=numbers)
 
     def made_up(
         self,
@@ -89,27 +85,19 @@ class Classification:
         return synthetic(tokenizer, len(labels), ends, lengths=lengths)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits(inputs_of(batch))
-        wanted, smooth = sent(batch["labels"], logits.device), net.config.train.label_smoothing
-        return cross_entropy(logits, wanted, reduction="none", label_smoothing=smooth)
+        return classes.losses(net, batch)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
-        return by_example(
-            lambda z, y: z.logsumexp(0) - (1 - e) * z[y] - e * z.mean(), logits, batch["labels"]
-        )
+        return classes.defined(net, batch)
 
     def scored(self, encoded: Encoded) -> Tensor:
         return torch.ones(len(encoded), dtype=torch.long)
 
     def score(self, net: Net, rows: Encoded, config: Config, generate: bool) -> Scores:
-        logits, labels = outputs(net, rows, config)
-        found = metrics.classification(logits, labels, len(net.labels))
-        return found | own_loss(config, logits, labels) | own_scores(config, logits, labels)
+        return classes.score(net, rows, config)
 
     def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
-        logits, labels = outputs(net, rows, config)
-        return of_classes(logits.argmax(-1), labels, net.labels)
+        return classes.parts(net, rows, config)
 
     def baselines(
         self, corpus: Corpus, features: Features | None
@@ -125,9 +113,7 @@ class Classification:
         return found
 
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
-        names = dict(enumerate(labels))
-        numbers = {label: i for i, label in names.items()}
-        return {"num_labels": len(labels), "id2label": names, "label2id": numbers}
+        return classes.label_options(labels)
 
     def script(self, end: int | None) -> str:
         return """

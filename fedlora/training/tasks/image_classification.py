@@ -1,7 +1,6 @@
 """One label a picture, by a transformer of pictures (ViT, DeiT, Swin, ...).
 
-    loss of an example     -log softmax(z)_y of its logits z (c,); with e = train.label-smoothing
-                           -sum_k t_k log softmax(z)_k of t = (1 - e) [k = y] + e / c
+    loss of an example     cross entropy, with train.label-smoothing: tasks/classes.py
     scores                 accuracy, macro_f1, loss (nats, the mean over examples)
 
 Reads data.image and data.label, or a folder with one folder a class (data/picture_folder.py). What
@@ -19,13 +18,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training import metrics
-from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, Pixels, inputs_of
+from fedlora.training.data.batches import SYNTHETIC, Batch, Encoded, Pixels
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.labels import as_label, labels_of
 from fedlora.training.data.pictures import (
@@ -38,11 +35,9 @@ from fedlora.training.data.pictures import (
 )
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, column
-from fedlora.training.devices import sent
+from fedlora.training.tasks import classes
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
-from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
-from fedlora.training.tasks.parts import Parts, of_classes
-from fedlora.training.tasks.texts import by_example
+from fedlora.training.tasks.parts import Parts
 
 SMALL = 8
 """Pixels on a side of what the baseline without a model sees."""
@@ -100,8 +95,8 @@ class ImageClassification:
     ) -> Encoded:
         """No picture is decoded yet. `tokenizer` is the image processor."""
         index = {label: i for i, label in enumerate(labels)}
-        classes = torch.tensor([index[label] for label in rows.label], dtype=torch.long)
-        return _examples(Pixels(rows.picture, partial(_made, tokenizer)), classes)
+        numbers = torch.tensor([index[label] for label in rows.label], dtype=torch.long)
+        return _examples(Pixels(rows.picture, partial(_made, tokenizer)), numbers)
 
     def made_up(
         self,
@@ -114,31 +109,23 @@ class ImageClassification:
         shape = _numbers(tokenizer, Image.new("RGB", (32, 32))).shape
         generator = torch.Generator().manual_seed(0)
         found = torch.randn(len(lengths), *shape, generator=generator)
-        classes = torch.randint(max(len(labels), 1), (len(lengths),), generator=generator)
-        return _examples(Pixels([*found], lambda x: x), classes)
+        numbers = torch.randint(max(len(labels), 1), (len(lengths),), generator=generator)
+        return _examples(Pixels([*found], lambda x: x), numbers)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        logits = net.logits(inputs_of(batch))
-        wanted, smooth = sent(batch["labels"], logits.device), net.config.train.label_smoothing
-        return cross_entropy(logits, wanted, reduction="none", label_smoothing=smooth)
+        return classes.losses(net, batch)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
-        return by_example(
-            lambda z, y: z.logsumexp(0) - (1 - e) * z[y] - e * z.mean(), logits, batch["labels"]
-        )
+        return classes.defined(net, batch)
 
     def scored(self, encoded: Encoded) -> Tensor:
         return torch.ones(len(encoded), dtype=torch.long)
 
     def score(self, net: Net, rows: Encoded, config: Config, generate: bool) -> Scores:
-        logits, labels = outputs(net, rows, config)
-        found = metrics.classification(logits, labels, len(net.labels))
-        return found | own_loss(config, logits, labels) | own_scores(config, logits, labels)
+        return classes.score(net, rows, config)
 
     def parts(self, net: Net, rows: Encoded, config: Config) -> Parts:
-        logits, labels = outputs(net, rows, config)
-        return of_classes(logits.argmax(-1), labels, net.labels)
+        return classes.parts(net, rows, config)
 
     def baselines(
         self, corpus: Corpus, features: Features | None
@@ -155,9 +142,7 @@ class ImageClassification:
         return found
 
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
-        names = dict(enumerate(labels))
-        numbers = {label: i for i, label in names.items()}
-        return {"num_labels": len(labels), "id2label": names, "label2id": numbers}
+        return classes.label_options(labels)
 
     def script(self, end: int | None) -> str:
         return """

@@ -31,6 +31,7 @@ from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table
 from fedlora.training.devices import sent
 from fedlora.training.tasks.base import Columns, Features, Net, Scores
+from fedlora.training.tasks.classes import label_options
 from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
 from fedlora.training.tasks.parts import Parts, of_labels
 from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
@@ -140,12 +141,7 @@ class MultiLabel:
         return multi_label(corpus, features)
 
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
-        names = dict(enumerate(labels))
-        numbers = {label: i for i, label in names.items()}
-        how = "multi_label_classification"
-        return {
-            "num_labels": len(labels), "id2label": names, "label2id": numbers, "problem_type": how,
-        }  # fmt: skip
+        return {**label_options(labels), "problem_type": "multi_label_classification"}
 
     def script(self, end: int | None) -> str:
         return """

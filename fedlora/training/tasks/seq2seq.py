@@ -37,7 +37,6 @@ from fedlora.training.data.batches import (
     synthetic,
 )
 from fedlora.training.data.corpus import Corpus
-from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.seam import end_mark, put_behind
 from fedlora.training.data.tables import Table, column, prompts
@@ -46,7 +45,7 @@ from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses
 from fedlora.training.tasks.parts import Parts, first, of_answers
-from fedlora.training.tasks.texts import encoded_texts, tell
+from fedlora.training.tasks.texts import encoded_texts, labels_for_splits, tell
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +66,7 @@ class Seq2Seq:
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
     ) -> Columns:
-        label = list[str]()
-        if data.label in table.names:
-            label = [as_label(x) for x in column(table, where, "data.label", data.label)]
+        label = labels_for_splits(table, where, data)
         text = prompts(table, where, data.prompt)
         read = column(table, where, "data.response", data.response)
         response = [renames.get(x, x) for x in read]

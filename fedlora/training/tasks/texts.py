@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.batches import Encoded, flat, pad_of
+from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, column
 from fedlora.training.devices import wide_on_host
@@ -36,6 +37,13 @@ def texts_of(table: Table, where: str, data: DataConfig) -> Texts:
         second = column(table, where, "data.text-pair", data.text_pair)
         needed.append(Needed(data.text_pair, second))
     return Texts(text, second, needed)
+
+
+def labels_for_splits(table: Table, where: str, data: DataConfig) -> list[str]:
+    """data.label of a task that writes, by which rows are dealt out; none where there is none."""
+    if data.label not in table.names:
+        return []
+    return [as_label(x) for x in column(table, where, "data.label", data.label)]
 
 
 def encoded_texts(

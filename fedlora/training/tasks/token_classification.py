@@ -49,6 +49,7 @@ from fedlora.training.data.tables import Table
 from fedlora.training.data.tags import OUTSIDE, beginnings, renamed, scheme_of, type_of
 from fedlora.training.devices import on_host, sent, wide_on_host
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
+from fedlora.training.tasks.classes import label_options
 from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses, own_scores
 from fedlora.training.tasks.parts import Parts, of_tags
 from fedlora.training.tasks.texts import tell
@@ -181,9 +182,7 @@ class TokenClassification:
         return {"most frequent tag of each word": lambda: _by_word(corpus)}
 
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
-        names = dict(enumerate(labels))
-        numbers = {label: i for i, label in names.items()}
-        return {"num_labels": len(labels), "id2label": names, "label2id": numbers}
+        return label_options(labels)
 
     def script(self, end: int | None) -> str:
         return """
