@@ -24,7 +24,7 @@ from fedlora.training.model import loading
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import build_optimizer
 from fedlora.training.precision import autocast, computing, resolved
-from fedlora.training.tasks import classification
+from fedlora.training.tasks import classes
 from fedlora.training.train import fit, steps, training
 from fedlora.training.training_check import check_training
 from tests.house.test_house_rules import SOURCES
@@ -478,8 +478,8 @@ def test_an_operation_without_a_deterministic_algorithm_is_an_error_that_names_t
             raise RuntimeError("words of a kernel")
         return real(*args, **options)
 
-    real = classification.cross_entropy
-    monkeypatch.setattr(classification, "cross_entropy", entropy)
+    real = classes.cross_entropy
+    monkeypatch.setattr(classes, "cross_entropy", entropy)
     model, rows, config = ready(settings, TWO)
     kind, words = (RuntimeError, "^words") if always else (TrainingCheckError, "deterministic = fa")
     with pytest.raises(kind, match=words):
