@@ -11,7 +11,6 @@ all the node's processes had at one time. Linux only.
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 import threading
@@ -22,7 +21,6 @@ from typing import Any
 
 import psutil
 
-LAYERS = 32
 EVERY = 0.05
 MB = 1e6
 NODE = 0
@@ -32,25 +30,13 @@ NODE = 0
 def written(directory: Path, adapter_mb: float) -> dict[str, Any]:
     """A Llama whose rank-w adapter on q and v has so many MB, rows for it, and the settings.
 
-    Of width w an adapter is LAYERS * 2 * 2 * w * w * 4 bytes.
+    Of width w the adapter is LAYERS * 2 * 2 * w * w * 4 bytes.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.conftest import WORDS, write_tokenizer
+    from tests.support.echo_server import LAYERS, write
     from tests.support.tiny_federation import quick
 
     width = round((adapter_mb * MB / (LAYERS * 2 * 2 * 4)) ** 0.5 / 8) * 8
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=4, intermediate_size=16, max_position_embeddings=64,
-        bos_token_id=2, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(str(directory / "model"))
-    write_tokenizer(directory / "model")
-    chance = random.Random(1)
-    texts = [" ".join(chance.choices(WORDS, k=6)) for _ in range(90)]
-    lines = [json.dumps({"text": text, "response": " animal"}) + "\n" for text in texts]
-    (directory / "rows.jsonl").write_text("".join(lines))
+    write(directory, width)
     return {
         **quick("fedavg"), "clients.ranks": str(width), "run.rounds": 2, "train.steps": 1,
         "model.path": str(directory / "model"), "model.task": "causal-lm", "model.pooling": "auto",

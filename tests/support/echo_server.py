@@ -71,11 +71,12 @@ class EchoGrid(LocalGrid):
         )
 
 
-def write(directory: Path) -> None:
+def write(directory: Path, width: int = WIDTH) -> None:
+    """A language model of so many features and LAYERS layers, and rows for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=32, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        vocab_size=32, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=16, max_position_embeddings=64,
         bos_token_id=2, eos_token_id=2,
     )  # fmt: skip

@@ -44,13 +44,13 @@ from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.data.tables import Table, column, prompts
-from fedlora.training.devices import moved, on_host, sent, wide_on_host
+from fedlora.training.devices import moved, on_host, sent
 from fedlora.training.output_head import OutputHead
 from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, own_losses
 from fedlora.training.tasks.parts import Parts, first, of_answers
-from fedlora.training.tasks.texts import labels_for_splits, tell
+from fedlora.training.tasks.texts import by_token, labels_for_splits, tell
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,8 @@ class CausalLM:
         return token_losses(net, inputs_of(batch), batch["labels"], smooth)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
-        found = list[Tensor]()
-        for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
-            at = [t for t in range(1, len(y)) if y[t] != IGNORE]
-            rows = ((z[t - 1], y[t]) for t in at)
-            own = [x.logsumexp(0) - (1 - e) * x[i] - e * x.mean() for x, i in rows]
-            found.append(torch.stack(own).mean())
-        return torch.stack(found)
+        smooth = net.config.train.label_smoothing
+        return by_token(net.logits(inputs_of(batch)), batch["labels"], smooth, before=1)
 
     def scored(self, encoded: Encoded) -> Tensor:
         if encoded.marks is not None:

@@ -40,12 +40,12 @@ from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.seam import end_mark, put_behind
 from fedlora.training.data.tables import Table, column, prompts
-from fedlora.training.devices import moved, on_host, sent, wide_on_host
+from fedlora.training.devices import moved, on_host, sent
 from fedlora.training.tasks.answers import greedy, judged, most_tokens, texts
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses
 from fedlora.training.tasks.parts import Parts, first, of_answers
-from fedlora.training.tasks.texts import encoded_texts, labels_for_splits, tell
+from fedlora.training.tasks.texts import by_token, encoded_texts, labels_for_splits, tell
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +123,8 @@ class Seq2Seq:
         return mean_losses(logits, sent(batch["labels"], logits.device), smooth)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
-        found = list[Tensor]()
-        for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
-            at = [t for t in range(len(y)) if y[t] != IGNORE]
-            own = [z[t].logsumexp(0) - (1 - e) * z[t, y[t]] - e * z[t].mean() for t in at]
-            found.append(torch.stack(own).mean())
-        return torch.stack(found)
+        smooth = net.config.train.label_smoothing
+        return by_token(net.logits(inputs_of(batch)), batch["labels"], smooth)
 
     def scored(self, encoded: Encoded) -> Tensor:
         assert encoded.other is not None

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training.data.batches import Encoded, flat, pad_of
+from fedlora.training.data.batches import IGNORE, Encoded, flat, pad_of
 from fedlora.training.data.labels import as_label
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table, column
@@ -90,3 +90,18 @@ def by_example(definition: Callable[..., Tensor], logits: Tensor, labels: Tensor
     """definition(logits of a row, its label) of every row, (b,), in float64 on the host."""
     rows = zip(wide_on_host(logits), labels, strict=True)
     return torch.stack([definition(z, y) for z, y in rows])
+
+
+def by_token(logits: Tensor, labels: Tensor, smooth: float, before: int = 0) -> Tensor:
+    """The definition of a mean over an example's own scored tokens, (b,), in float64 on the host:
+    -sum_k q_k log softmax(z)_k of q = (1 - smooth) [k = y] + smooth / c.
+
+    before: how many places before a label the output stands that says it.
+    """
+    found = list[Tensor]()
+    for z, y in zip(wide_on_host(logits), labels, strict=True):
+        at = [t for t in range(before, len(y)) if y[t] != IGNORE]
+        rows = ((z[t - before], y[t]) for t in at)
+        own = [x.logsumexp(0) - (1 - smooth) * x[i] - smooth * x.mean() for x, i in rows]
+        found.append(torch.stack(own).mean())
+    return torch.stack(found)

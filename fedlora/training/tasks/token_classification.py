@@ -47,12 +47,12 @@ from fedlora.training.data.list_columns import classes, lists
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tables import Table
 from fedlora.training.data.tags import OUTSIDE, beginnings, renamed, scheme_of, type_of
-from fedlora.training.devices import on_host, sent, wide_on_host
+from fedlora.training.devices import on_host, sent
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.classes import label_options
 from fedlora.training.tasks.outputs import at_once, mean_losses, own_losses, own_scores
 from fedlora.training.tasks.parts import Parts, of_tags
-from fedlora.training.tasks.texts import tell
+from fedlora.training.tasks.texts import by_token, tell
 
 log = logging.getLogger(__name__)
 
@@ -153,13 +153,8 @@ class TokenClassification:
         return mean_losses(logits, sent(batch["labels"], logits.device), smooth)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
-        logits, e = net.logits(inputs_of(batch)), net.config.train.label_smoothing
-        found = list[Tensor]()
-        for z, y in zip(wide_on_host(logits), batch["labels"], strict=True):
-            at = [t for t in range(len(y)) if y[t] != IGNORE]
-            own = [z[t].logsumexp(0) - (1 - e) * z[t, y[t]] - e * z[t].mean() for t in at]
-            found.append(torch.stack(own).mean())
-        return torch.stack(found)
+        smooth = net.config.train.label_smoothing
+        return by_token(net.logits(inputs_of(batch)), batch["labels"], smooth)
 
     def scored(self, encoded: Encoded) -> Tensor:
         assert encoded.marks is not None
