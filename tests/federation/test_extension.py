@@ -25,11 +25,10 @@ from fedlora.reports.run_files import read
 from fedlora.strategies import STRATEGIES
 from fedlora.training.schedule import learning_rate
 from tests.support.killing import plant
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, directory_of, federate, quick, read_tensors
 
 Settings = Callable[..., dict[str, object]]
-
-FAST = ("fedsa", "flora", "hetlora")
 
 
 def partly(name: str, **changes: object) -> dict[str, object]:
@@ -49,9 +48,7 @@ def state(ran: Ran) -> dict[str, bytes]:
     return {name: x.numpy().tobytes() for name, x in read_tensors(newest)[0].items()}
 
 
-CASES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES
-]
+CASES = few(STRATEGIES, "fedsa", "hetlora")
 
 
 @pytest.mark.parametrize("name", CASES)

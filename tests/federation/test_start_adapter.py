@@ -31,6 +31,7 @@ from fedlora.training.model.loading import logits_of
 from fedlora.training.model.model import Model
 from tests.conftest import LABELS
 from tests.federation.test_policy import job, policy
+from tests.support.long import few
 from tests.support.task_rows import task_settings
 from tests.support.tiny_federation import directory_of, federate, quick, ranks_for
 
@@ -156,10 +157,7 @@ def test_a_scale_left_out_and_a_start_left_out_of_an_export_are_seen(
             federate(config.flat())
 
 
-FAST = ("fedex", "fedsa")
-CASES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES
-]
+CASES = few(STRATEGIES, "fedex", "fedsa")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,6 +18,7 @@ from fedlora.federation.server.choice import judged, metric_of, over
 from fedlora.reports import report, tables
 from fedlora.reports.run_files import read
 from tests.federation.test_resume import kill_at
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -119,7 +120,7 @@ def test_a_run_ends_early_and_says_so(settings: Settings, monkeypatch: pytest.Mo
     assert again.adapter == before
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedex"])
+@pytest.mark.parametrize("name", few(["fedavg", "fedex"], "fedex"))
 def test_the_best_rounds_model_is_the_result_to_the_bit(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_command_audits_a_run_as_it_is_and_says_whether_it_holds(
         assert "another size" in str(again.exception)
 
 
+@pytest.mark.slow
 def test_the_command_fails_where_a_bug_refutes_the_claim(
     tmp_path: Path, settings: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
