@@ -1,7 +1,9 @@
 """The search behind each strategy's default rate, and the verdict on what it found.
 
     python -m benchmarks.rates search                 what is missing of stage 1, on short runs
-    python -m benchmarks.rates search --setting full  the same at the quickstart's size
+    python -m benchmarks.rates stage2                 best rate and neighbours, one factor changed
+    python -m benchmarks.rates order                  a few strategies on the full setting
+    python -m benchmarks.rates verdict                each default on ten fresh seeds
 
 Unattended and resumable: a run is one line of results/rates.jsonl, written as it ends, and what has
 a line is not run again. One process; the base is loaded once a data set, and what its frozen layers
@@ -13,7 +15,7 @@ from the first part alone, each its own, and train on the others.
 
 The **short** setting stands in for the full one: 3 clients of ranks 4, 8 and 16 in place of 8,
 1,000 training rows, the last layer adapted in place of the last two; as many rounds, and two thirds
-of the local steps.
+of the local steps. A strategy that needs one rank for all has rank 8 on each client.
 """
 
 import argparse
@@ -22,9 +24,10 @@ import hashlib
 import itertools
 import json
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,16 +36,19 @@ from unittest.mock import patch
 from fedlora.launch.experiment_file import load_config
 from fedlora.launch.simulate.run import simulate
 from fedlora.strategies import STRATEGIES
+from fedlora.strategies.defaults import FAMILIES, defaults_of, rate
 from fedlora.training.data.locate import locate
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
-ORDER = (2e-2, 5e-2, 1e-2, 5e-3, 2e-3)
+ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 TEST, VALIDATION = 0.25, 0.15
 """Shares of a data set's rows."""
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
 """The order of the strategies: those that were seen to learn little, the reference, the others."""
-SEEDS_OF_SEARCH, SEEDS_OF_VERDICT = (1000, 1001), tuple(range(2000, 2010))
+SEED, SEEDS_OF_VERDICT = 1000, tuple(range(2000, 2010))
+REFERENCE = "fedex"
+"""Of the verdict: at its own default, named before any run of it."""
 
 Row = dict[str, Any]
 Rows = list[tuple[str, str]]
@@ -122,6 +128,11 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "rank 8": {"clients.ranks": "8"},
     "two layers": {"lora.layers": "-2,-1"},
 }
+STAGE_2 = ("two epochs", "alpha 0.1", "6 clients")
+"""Those that are run: local steps, skew and the number of clients. Not run: a second model, a
+causal language model, a third data set."""
+FULL = ("fedex", "fedsb", "ffa")
+"""The strategies by which the short setting is held against the full one."""
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -153,7 +164,7 @@ def run_one(row: Row, home: Path) -> Row:
             lines = (json.dumps({"text": t, "label": y}) + "\n" for t, y in rows)
             files[name].write_text("".join(lines))
     given = {
-        **QUICKSTART, **changes, **FACTORS.get(row["factor"], {}),
+        **QUICKSTART, **changes, **ranks_of(row["strategy"]), **FACTORS.get(row["factor"], {}),
         "data.path": str(files["train"]), "data.test-path": str(files["scored"]),
         "run.seed": row["seed"], "run.out": str(home), "run.name": "run",
     }  # fmt: skip
@@ -175,6 +186,12 @@ def run_one(row: Row, home: Path) -> Row:
         "cpu": round(time.process_time() - worked, 1),
         "seconds": round(time.perf_counter() - begun, 1),
     }
+
+
+def ranks_of(name: str) -> Mapping[str, Any]:
+    """One rank for all where the strategy needs it: the middle one."""
+    needs = STRATEGIES[name]().needs() if name in STRATEGIES else None
+    return {"clients.ranks": "8"} if needs and needs.equal_ranks else {}
 
 
 def _parts(row: Row, most: tuple[int, int]) -> tuple[Rows, Rows]:
@@ -199,30 +216,97 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
 
     Rate by rate from the middle, so that a search that is cut short has something on each strategy.
     """
-    for start in range(0, len(names), 6):
-        for data, seed in itertools.product(DATA, seeds):
-            base = {"stage": "search", "setting": setting, "data": data, "seed": seed, "factor": ""}
-            yield {**base, "strategy": "head", "lr": None}
+    for data, seed in itertools.product(DATA, seeds):
+        base = {"stage": "search", "setting": setting, "data": data, "seed": seed, "factor": ""}
+        yield {**base, "strategy": "head", "lr": None}
+        for start in range(0, len(names), 6):
             for lr, name in itertools.product(ORDER, names[start : start + 6]):
                 yield {**base, "strategy": name, "lr": lr}
 
 
+def stage2(rows: list[Row], names: list[str]) -> Iterator[Row]:
+    """The best rate of stage 1 and its two neighbours, of TREC, with one factor changed at a time.
+
+    Factor by factor over all strategies, the best rates first. A strategy without stage 1 has none.
+    """
+    near = {name: neighbours(best) for name in names if (best := best_rate(rows, name))}
+    base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED}
+    for factor in STAGE_2:
+        for place, name in itertools.product(range(3), near):
+            if place < len(near[name]):
+                yield {**base, "strategy": name, "lr": near[name][place], "factor": factor}
+
+
+def order(names: list[str]) -> Iterator[Row]:
+    """What shows whether the short setting orders the rates as the full one does."""
+    base = {"stage": "search", "setting": "full", "data": "trec", "seed": SEED, "factor": ""}
+    for lr, name in itertools.product(ORDER, names):
+        yield {**base, "strategy": name, "lr": lr}
+
+
+def verdict(names: list[str]) -> Iterator[Row]:
+    """Each strategy at its own default and the reference beside it, seed by seed.
+
+    The reference has rank 8 on each client too, for those that need one rank for all.
+    """
+    base = {"stage": "verdict", "setting": "short", "data": "trec"}
+    for seed in SEEDS_OF_VERDICT:
+        first = {"strategy": REFERENCE, "lr": default(REFERENCE), "seed": seed}
+        yield {**base, **first, "factor": ""}
+        if any(ranks_of(name) for name in names):
+            yield {**base, **first, "factor": "rank 8"}
+        for name in names:
+            if name != REFERENCE:
+                mine = {"strategy": name, "lr": default(name), "seed": seed, "factor": ""}
+                yield {**base, **mine}
+
+
+def default(name: str) -> float:
+    """The rate that a strategy brings to these runs."""
+    lr, _ = rate(defaults_of(STRATEGIES[name]), "classification", "lora",
+                 FAMILIES["classification"])  # fmt: skip
+    return lr
+
+
+def best_rate(rows: list[Row], name: str) -> float | None:
+    """Of stage 1, that of the highest mean over the data sets; of equal ones the lowest."""
+    tried = [r for r in rows if r["stage"] == "search" and r["setting"] == "short"
+             and r["strategy"] == name and not r["factor"]]  # fmt: skip
+    there = {r["data"] for r in tried}
+    means = {}
+    for lr in sorted(RATES):
+        scores = {d: [r["accuracy"] for r in tried if r["data"] == d and r["lr"] == lr]
+                  for d in there}  # fmt: skip
+        if scores and all(scores.values()):
+            means[lr] = statistics.fmean(statistics.fmean(x) for x in scores.values())
+    return max(means, key=lambda lr: means[lr]) if means else None
+
+
+def neighbours(lr: float) -> list[float]:
+    """A rate, the one below and the one above, where there are."""
+    at = RATES.index(lr)
+    return [lr, *RATES[max(0, at - 1) : at], *RATES[at + 1 : at + 2]]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("search",))
-    parser.add_argument("--setting", choices=[*SETTINGS], default="short")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=("search", "stage2", "order", "verdict"))
     parser.add_argument("--strategies", default=",".join(ordered()))
-    parser.add_argument("--seeds", default="1000")
+    parser.add_argument("--seeds", default=str(SEED), help="of search")
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     until = time.monotonic() + 3600 * asked.hours
-    rows = read(asked.results)
+    rows, names = read(asked.results), asked.strategies.split(",")
     done = {key_of(r) for r in rows}
-    seeds = tuple(int(x) for x in asked.seeds.split(","))
-    plan = search(asked.setting, asked.strategies.split(","), seeds)
+    plans: Mapping[str, Callable[[], Iterator[Row]]] = {
+        "search": lambda: search("short", names, tuple(int(x) for x in asked.seeds.split(","))),
+        "stage2": lambda: stage2(rows, names),
+        "order": lambda: order([n for n in FULL if n in names]),
+        "verdict": lambda: verdict(names),
+    }
     with tempfile.TemporaryDirectory(prefix="fedlora-rates-") as home:
-        for row in plan:
+        for row in plans[asked.what]():
             if time.monotonic() > until:
                 break
             if key_of(row) in done:

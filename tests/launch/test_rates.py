@@ -1,0 +1,136 @@
+"""The search for rates: which rows score it, what it runs in which order, and its verdict."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import rates, verdict
+from benchmarks.rates import FULL, ORDER, RATES, REFERENCE, SEEDS_OF_VERDICT, STAGE_2
+
+ROWS = [(f"text {n}", str(n % 3)) for n in range(400)]
+NAMES = ["fedex", "fedavg", "ffa"]
+
+
+def tried(name: str, lr: float, accuracy: float, data: str = "trec", **other: Any) -> rates.Row:
+    return {"stage": "search", "setting": "short", "data": data, "strategy": name, "lr": lr,
+            "seed": 1000, "factor": "", "accuracy": accuracy, **other}  # fmt: skip
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_no_row_that_a_verdict_scores_was_ever_seen_by_the_search() -> None:
+    seen = set()
+    for seed in (1000, 1001, *SEEDS_OF_VERDICT):
+        for part in rates.parts(ROWS, seed, "search", (10**6, 10**6)):
+            seen |= set(part)
+    for seed in SEEDS_OF_VERDICT:
+        train, scored = rates.parts(ROWS, seed, "verdict", (10**6, 50))
+        assert len(scored) == 50
+        assert not set(scored) & (seen | set(train))
+        assert set(train) | set(scored) == set(ROWS)
+
+
+def test_two_seeds_of_a_verdict_score_other_rows() -> None:
+    first, second = (rates.parts(ROWS, s, "verdict", (9, 20))[1] for s in SEEDS_OF_VERDICT[:2])
+    assert set(first) != set(second)
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def test_a_search_that_is_cut_short_has_each_strategys_middle_rates() -> None:
+    names = rates.ordered()
+    runs = [r for r in rates.search("short", names, (1000,)) if r["strategy"] != "head"]
+    assert len(runs) == len(names) * len(RATES) * len(rates.DATA)
+    assert len({rates.key_of(r) for r in runs}) == len(runs)
+    assert {r["lr"] for r in runs[:6]} == {ORDER[0]}
+    assert {r["data"] for r in runs[: len(runs) // 2]} == {"trec"}
+
+
+def test_stage_2_runs_the_best_rate_and_its_two_neighbours() -> None:
+    rows = [tried("ffa", lr, a) for lr, a in zip(RATES, (0.1, 0.2, 0.7, 0.6, 0.5), strict=True)]
+    rows += [tried("fedex", lr, 0.9 - lr) for lr in RATES]
+    runs = [*rates.stage2(rows, ["ffa", "fedex", "fedsa"])]
+    for name, expected in (("ffa", {5e-3, 1e-2, 2e-2}), ("fedex", {2e-3, 5e-3})):
+        for factor in STAGE_2:
+            mine = [r["lr"] for r in runs if (r["strategy"], r["factor"]) == (name, factor)]
+            assert set(mine) == expected
+            assert len(mine) == len(expected)
+    assert not [r for r in runs if r["strategy"] == "fedsa"]
+    assert [r["lr"] for r in runs[:2]] == [1e-2, 2e-3]
+
+
+def test_the_best_rate_is_that_of_the_best_mean_over_data_sets() -> None:
+    rows = [tried("ffa", 5e-3, 0.6), tried("ffa", 1e-2, 0.8), tried("ffa", 2e-2, 0.7)]
+    assert rates.best_rate(rows, "ffa") == 1e-2
+    rows += [tried("ffa", 5e-3, 0.5, "movies"), tried("ffa", 2e-2, 0.9, "movies")]
+    assert rates.best_rate(rows, "ffa") == 2e-2  # 1e-2 was not run on both
+    assert rates.best_rate(rows, "fedex") is None
+
+
+def test_a_verdict_is_paired_seed_by_seed_with_the_reference_at_the_same_ranks() -> None:
+    runs = [*rates.verdict(NAMES)]
+    for seed in SEEDS_OF_VERDICT:
+        mine = [(r["strategy"], r["factor"]) for r in runs if r["seed"] == seed]
+        assert mine == [(REFERENCE, ""), (REFERENCE, "rank 8"), ("fedavg", ""), ("ffa", "")]
+    assert [r["seed"] for r in runs] == sorted(r["seed"] for r in runs)
+
+
+def test_the_full_setting_is_run_for_some_strategies_at_every_rate() -> None:
+    runs = {(r["strategy"], r["lr"]) for r in rates.order([*FULL])}
+    assert runs == {*itertools.product(FULL, RATES)}
+
+
+def test_a_line_that_was_cut_short_is_run_again(tmp_path: Path) -> None:
+    row = tried("ffa", 1e-2, 0.5)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row)[:20])
+    assert rates.read(path) == [row]
+
+
+# -- the verdict -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gaps", "word"),
+    [([0.0] * 9 + [0.01], "passes"), ([0.05, 0.06, 0.055], "fails"), ([0.0, 0.04], "inconclusive"),
+     ([0.019, 0.0195, 0.0199], "inconclusive"), ([-0.1, -0.1, -0.09], "passes")],
+)  # fmt: skip
+def test_a_verdict_is_the_word_of_the_one_sided_end(gaps: list[float], word: str) -> None:
+    found = verdict.judged(gaps)
+    assert found.word == word
+    test = stats.ttest_1samp(gaps, verdict.MARGIN, alternative="less")  # equal to the upper end
+    assert (test.pvalue < 0.05) == (word == "passes")
+    assert found.high == pytest.approx(
+        float(stats.ttest_1samp(gaps, 0.0, alternative="less").confidence_interval(0.95).high)
+    )
+
+
+def test_the_power_is_how_often_a_strategy_one_point_below_passes() -> None:
+    n, sd = 10, 0.014
+    drawn = np.random.default_rng(0).normal(verdict.TRUE, sd, (4000, n))
+    passed = [verdict.judged(x).word == "passes" for x in drawn[:400].tolist()]
+    half = stats.t.ppf(0.95, n - 1) * drawn.std(axis=1, ddof=1) / n**0.5
+    share = float((drawn.mean(axis=1) + half < verdict.MARGIN).mean())
+    assert verdict.power(sd, n) == pytest.approx(share, abs=0.03)
+    assert verdict.power(sd, n) == pytest.approx(np.mean(passed), abs=0.08)
+
+
+def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
+    def row(name: str, seed: int, accuracy: float, factor: str = "", lr: float = 0.0) -> rates.Row:
+        lr = lr or rates.default(name)
+        return {"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
+                "lr": lr, "seed": seed, "factor": factor, "accuracy": accuracy}  # fmt: skip
+
+    rows = [row("fedex", 1, 0.9), row("fedex", 2, 0.8), row("fedex", 1, 0.7, "rank 8"),
+            row("ffa", 2, 0.75), row("ffa", 1, 0.85), row("ffa", 3, 0.1),
+            row("ffa", 1, 0.2, lr=0.3), row("fedavg", 1, 0.6)]  # fmt: skip
+    assert verdict.gaps(rows, "ffa") == pytest.approx([0.05, 0.05])
+    assert verdict.gaps(rows, "fedavg") == pytest.approx([0.1])
+    assert [*verdict.verdicts(rows)] == ["ffa"]
