@@ -14,6 +14,9 @@ class TrainConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For classification, token-classification, causal-lm and seq2seq: this part of what a label is
     worth in the training loss is dealt out over all classes, or tokens. Scores are without it."""
+    neftune_noise_alpha: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """NEFTune's alpha: in training alone embeddings (b, L, d) get noise of up to alpha / sqrt(L d),
+    as by transformers. 5 is usual; 0: none."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=0)] = 0
     """Local steps a round; 0 counts epochs instead."""

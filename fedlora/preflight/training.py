@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from fedlora.config.reader import Config
+from fedlora.config.task_names import kind_of
 
 SMOOTHED = (
     "classification", "token-classification", "causal-lm", "seq2seq", "image-classification",
@@ -24,6 +25,16 @@ def problems(config: Config) -> Iterator[str]:
             "privacy.level = 'example': a private step is one random sample, which goes through "
             "the model in parts anyway; set privacy.sample-rate for its size, privacy.microbatch "
             "for the parts"
+        )
+    if train.neftune_noise_alpha and kind_of(name).pictured:
+        yield (
+            f"train.neftune-noise-alpha with model.task = {name!r}: it is noise on embeddings of "
+            "tokens, and pictures have none; set it to 0"
+        )
+    if train.neftune_noise_alpha and train.prefix_cache:
+        yield (
+            "train.neftune-noise-alpha with train.prefix-cache: what is remembered of the first "
+            "layers would have the same noise in every step; set one of them to 0"
         )
     if train.label_smoothing and name not in SMOOTHED:
         yield (

@@ -49,6 +49,7 @@ from fedlora.privacy.units import Units
 from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Encoded
 from fedlora.training.draws import own_draws
+from fedlora.training.embedding_noise import noised
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import build_optimizer
 from fedlora.training.schedule import Stepper, full_rate, scheduled
@@ -154,7 +155,7 @@ def private_fit(
     )
     total = seen = 0.0
     with (
-        _training(model, dropout),
+        _training(model, dropout, config.train.neftune_noise_alpha),
         kept_apart(model.peft, model.active, frozenset(params), model.masks) as sink,
     ):
         for _ in range(plan.steps):
@@ -229,9 +230,10 @@ def chance(config: Config, round: int, client: int, purpose: str) -> Chance:
 
 
 @contextmanager
-def _training(model: Model, dropout: Chance) -> Iterator[None]:
-    """Train mode; dropout's masks are as secret as the sample they fall on."""
-    with own_draws(model.devices, dropout.seed()):
+def _training(model: Model, dropout: Chance, alpha: float) -> Iterator[None]:
+    """Train mode; dropout's masks, and noise, are as secret as the sample they fall on."""
+    base = model.peft.get_base_model()
+    with own_draws(model.devices, dropout.seed()), noised(base, alpha):
         model.peft.train()
         try:
             yield

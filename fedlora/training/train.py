@@ -35,6 +35,7 @@ from fedlora.training.data.batches import (
 )
 from fedlora.training.devices import HOST, Stopwatch, on_host, sent
 from fedlora.training.draws import own_draws
+from fedlora.training.embedding_noise import noised
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.optimizers import Live, build_optimizer
@@ -202,9 +203,10 @@ def _safe_norm(x: Tensor) -> Tensor:
 
 @contextmanager
 def training(model: Model, config: Config, round: int, client: int) -> Iterator[None]:
-    """Train mode, and dropout from a stream of its own; no gradient outlasts it."""
+    """Train mode; dropout, and noise, from a stream of its own; no gradient outlasts it."""
     seed = seeded(config.run.seed, round, client, "dropout").initial_seed()
-    with own_draws(model.devices, seed):
+    alpha = config.train.neftune_noise_alpha
+    with own_draws(model.devices, seed), noised(model.peft.get_base_model(), alpha):
         model.peft.train()
         try:
             yield

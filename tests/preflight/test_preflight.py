@@ -67,6 +67,8 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {**DP, "train.gradient-accumulation-steps": 2}, "is one random sample"),
     ("fedavg", "bert", {"model.task": "regression", "train.label-smoothing": 0.1}, "deals a label"),
     ("fedavg", "bert", {"train.label-smoothing": 0.1, "train.loss": "py:a:b"}, "the loss is your"),
+    ("fedavg", "bert", {"train.neftune-noise-alpha": 5.0, "train.prefix-cache": 8}, "same noise"),
+    ("fedavg", "bert", {**PICTURES, "train.neftune-noise-alpha": 5.0}, "and pictures have none"),
     ("fedavg", "bert", {"stop.patience": 2}, "there are no validation rows to choose by"),
     ("fedavg", "bert", {"stop.min-delta": 0.1}, "choose nothing: set stop.patience or stop.best"),
     ("fedavg", "bert", {**STOPS, "stop.metric": "mcc"}, "write which way is better, '+mcc' for"),

@@ -290,6 +290,7 @@ def test_the_training_check_sees_labels_that_are_not_smoothed(settings, tmp_path
 
 ALL = {"train.gradient-accumulation-steps": 2, "train.batch-size": 4, "train.steps": 0,
        "train.epochs": 1.0, "train.max-steps": 2, "train.label-smoothing": 0.1,
+       "train.neftune-noise-alpha": 5.0,
        "train.lr-per": "step", "train.warmup-steps": 0.3, "train.lr-schedule": "cosine",
        "run.rounds": 3}  # fmt: skip
 

@@ -201,6 +201,7 @@ ALLOWED: Mapping[str, Rule] = {
     "train.max-steps": COUNT,
     "train.gradient-accumulation-steps": _limited(lambda p: p.limits.steps, "limits.steps", 1),
     "train.label-smoothing": FRACTION,
+    "train.neftune-noise-alpha": _within(0, 1000),
     "train.batch-size": _limited(lambda p: p.limits.batch, "limits.batch", 1),
     "train.microbatch": _limited(lambda p: p.limits.batch, "limits.batch"),
     "train.lr": WEIGHT,
