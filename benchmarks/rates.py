@@ -219,9 +219,8 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
     for data, seed in itertools.product(DATA, seeds):
         base = {"stage": "search", "setting": setting, "data": data, "seed": seed, "factor": ""}
         yield {**base, "strategy": "head", "lr": None}
-        for start in range(0, len(names), 6):
-            for lr, name in itertools.product(ORDER, names[start : start + 6]):
-                yield {**base, "strategy": name, "lr": lr}
+        for lr, name in itertools.product(ORDER, names):
+            yield {**base, "strategy": name, "lr": lr}
 
 
 def stage2(rows: list[Row], names: list[str]) -> Iterator[Row]:

@@ -113,6 +113,9 @@ def compare(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="The experiment's full size.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The experiment's smallest size.")] = False,
+    rates: Annotated[
+        str | None, typer.Option(help="own: each strategy's default; 0.004: for all; own,0.004.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Runs at a time; 0: one a core.", min=0)] = 0,
 ) -> None:
     """Run an experiment with many strategies and seeds, and write one table of them all.
@@ -134,11 +137,17 @@ def compare(
 
         synthetic.main(strategies, numbers, out)
         return
-    from fedlora.launch.compare.run import main as grid
+    from fedlora.launch.compare import run as grid
 
-    directory = grid(
+    try:
+        asked = grid.parse_rates(rates) if rates is not None else []
+    except ValueError:
+        raise typer.BadParameter(
+            "must be own, rates, or both: own,0.004", param_hint="--rates"
+        ) from None
+    directory = grid.main(
         experiment, strategies, numbers, parse_overrides(set_ or []), equal, out, full,
-        workers or os.cpu_count() or 1, quick,
+        workers or os.cpu_count() or 1, quick, asked,
     )  # fmt: skip
     typer.echo((directory / "table.md").read_text())
     typer.echo(f"{directory}/table.csv, table.md, table.html")

@@ -1,10 +1,10 @@
 """The plan of a comparison: an experiment file, its [compare] table, the cells of its grid."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -21,6 +21,13 @@ BESIDE = ("set", "hostile")
 """What a variant may say beside keys of the run."""
 SEARCH_SEED = 1000
 """Of the runs that choose [compare.search]; a grid has seeds of its own."""
+FRESH_SEEDS = (1001, 1002)
+"""Of the runs that choose among the best of the first ones: the best of a search on one seed is in
+part that seed's luck, so a winner is named by others."""
+BEST = 2
+"""So many of a search's combinations run again."""
+OWN = "own"
+"""As a rate: each strategy's default."""
 SEARCH_ROWS = 0.1
 """The share of their rows that those runs are scored on, where the experiment has no validation
 rows: their test rows choose nothing."""
@@ -42,6 +49,8 @@ class Experiment:
     quick: Mapping[str, Any] = field(default_factory=dict)
     base: str = ""
     """The variant that the others' scores are held against, strategy by strategy."""
+    rates: Sequence[str | float] = ()
+    """What train.lr is in the place of what the file says: OWN, or a number for all."""
 
     @classmethod
     def load(cls, name: str) -> "Experiment":
@@ -79,7 +88,36 @@ class Experiment:
             table.get("search", {}),
             table.get("quick", {}),
             table.get("base", ""),
+            table.get("rates", []),
         )
+
+    def at_rates(self, rates: Sequence[str | float]) -> "Experiment":
+        """The same at these rates, whatever it says of train.lr: the whole grid once for each.
+
+        A base is that variant at the first of them.
+        """
+        if not rates:
+            return self
+
+        def without(keys: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in keys.items() if k != "train.lr"}
+
+        def named(variant: str, rate: str | float) -> str:
+            lr = "own rate" if rate == OWN else f"lr {rate:g}"
+            return " ".join(filter(None, (variant, lr if len(rates) > 1 else "")))
+
+        variants = {
+            named(name, rate): {
+                **changes, "train.lr": 0.0 if rate == OWN else rate,
+                "set": {s: without(keys) for s, keys in changes.get("set", {}).items()},
+            }
+            for rate in rates for name, changes in self.variants.items()
+        }  # fmt: skip
+        return replace(
+            self, variants=variants, search=without(self.search),
+            settings={s: without(keys) for s, keys in self.settings.items()},
+            base=named(self.base, rates[0]) if self.base else "",
+        )  # fmt: skip
 
     def small(self) -> "Experiment":
         """The same at the size of [compare.quick], as its full size, of its strategies and a seed.
@@ -104,6 +142,7 @@ class CompareTable(Section):
     full: dict[str, Any] = Field(default={})
     quick: dict[str, Any] = Field(default={})
     base: str = Field(default="")
+    rates: list[Literal["own"] | Annotated[float, Field(gt=0)]] = Field(default=[])
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
 
 
@@ -263,4 +302,17 @@ def trials(
             mine.append(
                 replace(cell, seed=SEARCH_SEED, directory=path, given=given, searched=searched)
             )
+    return found
+
+
+def again(tried: Sequence[Cell], standing: Callable[[Cell], float]) -> list[Cell]:
+    """The BEST of a search's trials on fresh seeds; none where there is no choice left to make."""
+    if len(tried) < 2:
+        return []
+    best = sorted(tried, key=standing, reverse=True)[:BEST]
+    found = []
+    for cell, seed in itertools.product(best, FRESH_SEEDS):
+        path = cell.directory.with_name(f"{cell.directory.name},seed={seed}")
+        given = {**cell.given, "run.seed": seed, "run.name": path.name}
+        found.append(replace(cell, seed=seed, directory=path, given=given))
     return found

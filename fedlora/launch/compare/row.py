@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.config.origins import origin
 from fedlora.reports.html import interval
 from fedlora.reports.outcome import ACCURACY, Metric, finite
 from fedlora.reports.run_files import RunFiles, read
@@ -28,8 +29,12 @@ class Row:
     """Means over the seeds."""
     against: str = ""
     """The score less the first row's of the same seed, with its interval."""
+    p: float | None = None
+    """How probable so large a difference is by chance, corrected: compare/difference.py."""
     searched: Mapping[str, Any] = field(default_factory=dict)
     """Keys that were chosen for this row, and what they are."""
+    idle: str = ""
+    """Why it learned nothing, where the baselines say so."""
 
     @property
     def name(self) -> str:
@@ -43,6 +48,17 @@ class Row:
             for run in self.runs
             if run.summary["warnings"]
         ]
+
+    @property
+    def rate(self) -> str:
+        """ "0.02 (own)": train.lr, and whether it is the strategy's default, searched or set."""
+        if not self.runs or (lr := self.runs[0].config.get("train.lr")) is None:
+            return "-"
+        if "train.lr" in self.searched:
+            return f"{lr:g} (searched)"
+        config = self.runs[0].config
+        own = origin(config.get("run.defaults", ""), "train.lr", lr)
+        return f"{lr:g} ({'own' if own else 'set'})"
 
     @property
     def mean(self) -> float | None:

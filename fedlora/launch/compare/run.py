@@ -31,8 +31,11 @@ done are kept, ones that were begun go on, so the same command continues a grid 
 What a strategy refuses is in the table too.
 
 A key in [compare.search] is given to each strategy as it does best with on validation rows: before
-the grid, one run of half the rounds for each of its values, on a seed that the grid has not. --set
-of it ends the search.
+the grid, one run of half the rounds for each of its values, on a seed that the grid has not; the
+best two again on two fresh seeds, by which the winner is named. --set of it ends the search.
+
+--rates own gives every strategy its default train.lr, --rates own,0.004 the grid a second time at
+that rate for all; `rates = ["own"]` in [compare] is the same.
 
 --equal bytes gives every strategy as many rounds as it takes to move the bytes that the first one
 moves in run.rounds, measured by two rounds of one step, at most MOST_ROUNDS times run.rounds.
@@ -43,6 +46,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -55,7 +59,17 @@ from fedlora.config.older import of_strategy
 from fedlora.config.processes import can_fork
 from fedlora.config.reader import NOT_THE_EXPERIMENT
 from fedlora.errors import CompareError, ConfigError, FedLoraError, StrategyError
-from fedlora.launch.compare.experiment import SEARCH_SEED, Cell, Experiment, cells, chosen, trials
+from fedlora.launch.compare.experiment import (
+    FRESH_SEEDS,
+    OWN,
+    SEARCH_SEED,
+    Cell,
+    Experiment,
+    again,
+    cells,
+    chosen,
+    trials,
+)
 from fedlora.launch.compare.row import Row, row
 from fedlora.launch.compare.table import MARK, write
 from fedlora.launch.experiment_file import load, of_run
@@ -117,25 +131,38 @@ def search(
 ) -> None:
     """Give every cell the values in [compare.search] with which its strategy scores best.
 
-    Of equals it is the first. A strategy whose config is refused keeps what it has.
+    The best few of one seed run again on fresh ones, which alone name the winner. Of equals it is
+    the first. A strategy whose config is refused keeps what it has.
 
     Raises:
-        ConfigError: the grid has the seed of the search, whose choice would then be no stranger's.
+        ConfigError: the grid has a seed of the search, whose choice would then be no stranger's.
     """
     keys = {k: values for k, values in experiment.search.items() if k not in overrides}
     if not keys:
         return
-    if any(cell.seed == SEARCH_SEED for cell in grid):
-        raise ConfigError([f"--seeds {SEARCH_SEED}: [compare.search] runs on it; take another"])
+    if taken := sorted({cell.seed for cell in grid} & {SEARCH_SEED, *FRESH_SEEDS}):
+        raise ConfigError([f"--seeds {taken[0]}: [compare.search] runs on it; take another"])
     say(f"half the rounds with each of the values of {', '.join(keys)}")
     groups = trials(experiment, grid, keys, out)
     run(experiment, [t for tried in groups.values() for t in tried], workers, say)
+    fresh = {group: again(tried, _standing) for group, tried in groups.items()}
+    if runs := [t for tried in fresh.values() for t in tried]:
+        say("the best of them again, on fresh seeds")
+        run(experiment, runs, workers, say)
     for (variant, name), tried in groups.items():
-        best = max(tried, key=_standing)
+        best = winner(fresh[variant, name] or tried)
         for cell in grid:
             if (cell.variant, cell.strategy) == (variant, name):
                 cell.searched = best.searched
                 cell.given.update(best.searched)
+
+
+def winner(tried: Sequence[Cell]) -> Cell:
+    """A trial of the values whose trials stand highest in the mean; of equals the first."""
+    standings: dict[str, list[float]] = {}
+    for cell in tried:
+        standings.setdefault(repr(cell.searched), []).append(_standing(cell))
+    return max(tried, key=lambda cell: statistics.fmean(standings[repr(cell.searched)]))
 
 
 def _standing(cell: Cell) -> float:
@@ -207,15 +234,21 @@ def main(
     full: bool,
     workers: int,
     quick: bool = False,
+    rates: Sequence[str | float] = (),
 ) -> Path:
     """The whole command; the directory with table.csv, table.md and table.html.
 
     Raises:
+        ConfigError: nothing of it can run, or it says two things.
         CompareError: cells began and died. The table is written, and says so too.
     """
     experiment = Experiment.load(name)
     size = ("-full" if full else "-quick" if quick else "") + ("-bytes" if equal == "bytes" else "")
     experiment = experiment.small() if quick else experiment
+    if rates and "train.lr" in overrides:
+        raise ConfigError(["--rates: so does --set train.lr say what the rate is; leave one out"])
+    if "train.lr" not in overrides:
+        experiment = experiment.at_rates(rates or experiment.rates)
     out = out or Path("runs", "compare", experiment.path.stem + size)
     names = chosen(strategies, experiment)
     grid = cells(experiment, names, seeds or experiment.seeds, overrides, out, full or quick)
@@ -333,6 +366,18 @@ def _bytes(directory: Path) -> tuple[float, float]:
     lines = [*records(RoundRecord, directory / "rounds.jsonl")]
     first, second = (sum(r["bytes"].values()) for r in lines[1:3])
     return max(0.0, first - second), second
+
+
+def parse_rates(text: str) -> list[str | float]:
+    """ "own,0.004" as rates.
+
+    Raises:
+        ValueError: one is neither "own" nor a number above 0, or two are the same.
+    """
+    found: list[str | float] = [x if x == OWN else float(x) for x in text.split(",")]
+    if len({*found}) < len(found) or not all(x == OWN or 0 < float(x) <= 1e6 for x in found):
+        raise ValueError(text)
+    return found
 
 
 def _command() -> str:

@@ -3,7 +3,7 @@
 A row is one strategy under one variant, over its seeds: means, and for the score the half width
 of its 95 % interval from Student's t, which is what a few seeds can say. A seed also decides the
 split and the test rows, and strategies share those; so the difference from the first strategy is
-taken seed by seed, and has an interval of its own. Nothing is tested.
+taken seed by seed, with an interval and a p-value of its own: compare/difference.py.
 """
 
 import csv
@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.launch.compare.difference import compared
 from fedlora.launch.compare.row import Row, reached
-from fedlora.reports.html import interval, markdown, render
-from fedlora.reports.outcome import ACCURACY, Metric
+from fedlora.reports.html import markdown, render
+from fedlora.reports.outcome import ACCURACY, FLOORS
 from fedlora.reports.units import duration, percent, size, tiny
 
 Search = Mapping[str, Sequence[Any]]
@@ -33,37 +34,21 @@ def target_of(rows: Sequence[Row]) -> float | None:
     return 0.95 * min(means)
 
 
-def compared(rows: Sequence[Row], base: str = "") -> str:
-    """Fill in each row's difference from the first of its variant, seed by seed; the first's name.
+def idle(rows: Sequence[Row]) -> None:
+    """Fill in which rows learned nothing: no better than a baseline that costs no federation.
 
-    Where a variant has one strategy only, the difference is from the table's first row. With a
-    base, it is from the same strategy under that variant.
+    One run of a table measures baselines, those of its seed; rows are held against them in the
+    mean.
     """
-    scored = [r for r in rows if r.score]
-    alone = len({r.variant for r in scored}) == len(scored) and not base
-    for r in scored:
-        first = next((x for x in scored if _first(x, r, alone, base)), r)
-        if r is not first and len(r.score) == len(first.score) > (0 if base else 1):
-            r.against = plus([a - b for a, b in zip(r.score, first.score, strict=True)], r.metric)
-    if not scored or not any(r.against for r in scored):
-        return ""
-    return base or (scored[0].variant if alone else scored[0].strategy)
-
-
-def _first(x: Row, r: Row, alone: bool, base: str) -> bool:
-    """Is x what row r is held against, where it comes before all others of which that is so?"""
-    if base:
-        return (x.variant, x.strategy) == (base, r.strategy)
-    return alone or x.variant == r.variant
-
-
-def plus(differences: Sequence[float], metric: Metric) -> str:
-    """ "+1.2 +- 0.8" of a share in points, or of a plain number."""
-    unit, digits = (100, 1) if metric.share else (1, 3)
-    half = interval(differences)
-    if half is None:
-        return f"{unit * statistics.fmean(differences):+.{digits}f}"
-    return f"{unit * statistics.fmean(differences):+.{digits}f} +- {unit * half:.{digits}f}"
+    found = next((b for r in rows for run in r.runs if (b := run.baselines())), {})
+    floors = {name: found[name] for name in FLOORS if name in found}
+    for r in rows:
+        mean = r.mean
+        under = [
+            f"{name} {r.metric.text(value)}" for name, value in floors.items()
+            if mean is not None and not r.metric.better(mean, value)
+        ]  # fmt: skip
+        r.idle = f"learned nothing: no better than {', '.join(under)}" if under else ""
 
 
 # -- columns --------------------------------------------------------------------------------------
@@ -98,9 +83,10 @@ def texts(rows: Sequence[Row], base: str = "") -> tuple[list[str], list[list[str
     shown, variants = columns(rows), any(r.variant for r in rows)
     metric = next((r.metric for r in rows if r.score), ACCURACY)
     first = compared(rows, base)
-    keys = list({k: None for r in rows for k in r.searched})
-    head = [*(["variant"] if variants else []), "strategy", "promise", *keys, "seeds", metric.title]
-    head += [f"less {first}'s"] if first else []
+    keys = _searched(rows)
+    tested = any(r.p is not None for r in rows)
+    head = [*(["variant"] if variants else []), "strategy", "promise", "train.lr", *keys, "seeds"]
+    head += [metric.title, *([f"less {first}'s"] if first else []), *(["p"] if tested else [])]
     body = []
     for r in rows:
         if not r.runs:
@@ -108,14 +94,24 @@ def texts(rows: Sequence[Row], base: str = "") -> tuple[list[str], list[list[str
         score = metric.text(r.mean)
         if r.half is not None:
             score += f" +- {100 * r.half:.1f}" if metric.share else f" +- {r.half:.3f}"
-        score += f" {MARK}" if r.warnings else ""
+        score += f" {MARK}" if r.warnings or r.idle else ""
         body.append([
-            *([r.variant] if variants else []), r.strategy, r.promise,
+            *([r.variant] if variants else []), r.strategy, r.promise, r.rate,
             *(str(r.searched.get(k, "-")) for k in keys), str(len(r.runs)), score,
-            *([r.against or "-"] if first else []),
+            *([r.against or "-"] if first else []), *([chance(r.p)] if tested else []),
             *(text(r.numbers.get(key)) for _, key, text in shown),
         ])  # fmt: skip
     return [*head, *(title for title, _, _ in shown)], body
+
+
+def chance(p: float | None) -> str:
+    """A p-value of the table."""
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _searched(rows: Sequence[Row]) -> list[str]:
+    """The keys that were chosen row by row, but for the rate, which has a column of its own."""
+    return [k for k in {k: None for r in rows for k in r.searched} if k != "train.lr"]
 
 
 def without_result(rows: Sequence[Row]) -> list[str]:
@@ -125,7 +121,8 @@ def without_result(rows: Sequence[Row]) -> list[str]:
 
 def marked(rows: Sequence[Row]) -> list[str]:
     """What the MARK stands for, run by run."""
-    return [f"{r.name}, {said}" for r in rows for said in r.warnings]
+    found = [f"{r.name}: {r.idle}" for r in rows if r.idle]
+    return [*found, *(f"{r.name}, {said}" for r in rows for said in r.warnings)]
 
 
 def complete(rows: Sequence[Row]) -> float | None:
@@ -158,6 +155,7 @@ def write(
 
     target = complete(rows)
     compared(rows, base)
+    idle(rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.csv").write_text(as_csv(rows))
     drawn = draw(rows)
@@ -176,12 +174,14 @@ def as_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["variant", "strategy", "promise", "seeds", "metric", "mean", "half95",
-                    "against_first", *chosen, *keys, "warnings", "refused"])  # fmt: skip
+                    "against_first", "p_holm", "rate", *chosen, *keys, "warnings",
+                    "refused"])  # fmt: skip
     for r in rows:
         table.writerow([
             r.variant, r.strategy, r.promise, len(r.runs), r.metric.key, r.mean, r.half,
-            r.against, *(r.searched.get(k) for k in chosen), *(r.numbers.get(k) for k in keys),
-            " ".join(r.warnings), r.reason if not r.runs else "",
+            r.against, r.p, r.rate, *(r.searched.get(k) for k in chosen),
+            *(r.numbers.get(k) for k in keys), " ".join(filter(None, (r.idle, *r.warnings))),
+            r.reason if not r.runs else "",
         ])  # fmt: skip
     return text.getvalue()
 
@@ -210,20 +210,28 @@ def as_markdown(
 def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> list[str]:
     """What the columns mean, and the baselines."""
     found = [
-        "The interval is 95 %, from Student's t over the seeds; a difference within it is none."
+        "The interval is 95 %, from Student's t over the seeds; a difference within it is none.",
+        "train.lr: own, the strategy's default; searched, chosen for the row; set, by the "
+        "experiment or the command.",
     ]
     for key in {k: None for r in rows for k in r.searched}:
         values = search[key]
         edge = [r.name for r in rows if r.runs and r.searched.get(key) in (values[0], values[-1])]
         found.append(
-            f"{key}: for each row that of {', '.join(map(str, values))} which scored best in one "
-            "run of half the rounds, with a seed that is not in the table."
+            f"{key}: for each row that of {', '.join(map(str, values))} which scored best in runs "
+            "of half the rounds: the best few of a first seed, by fresh seeds alone; none is in "
+            "the table."
             + (f" At an end of these, so more might be had: {', '.join(edge)}." if edge else "")
         )
     if any(r.against for r in rows):
         found.append(
             'A difference ("less") is taken seed by seed, in points where the score is a share: '
             "its interval leaves out what a seed's split and test rows do to all alike."
+        )
+    if any(r.p is not None for r in rows):
+        found.append(
+            "p: of the paired t test over the seeds, two-sided, corrected by Holm's rule for the "
+            f"{sum(r.p is not None for r in rows)} rows that have one."
         )
     if target is not None and any("bytes to target" in r.numbers for r in rows):
         found.append(f"The target is {percent(target)}: 95 % of the lowest row's final score.")
