@@ -16,6 +16,7 @@ The values under DP are the ones found with simulations/experiments/privacy.toml
 what was tried; docs/results/privacy.md says what they are worth. A strategy's are its `defaults`
 (fedlora/strategies/defaults.py). No rate was searched with sgd without DP: there it is the task's.
 
+model.dropout is 0 of a task that compares with a reference, which knows none; else the model's own.
 Whatever an experiment sets stays; fedlora/config/origins.py records what it did not.
 """
 
@@ -71,8 +72,9 @@ def resolve_defaults(
         layers = ("-1",) if private else ()
     changes = {"layers": layers, "alpha": lora.alpha or defaults.alpha,
                "init": defaults.init if lora.init == AUTO else lora.init}  # fmt: skip
+    dropout = 0.0 if model.dropout < 0 and kind_of(model.task).refers else model.dropout
     return (
         train,
-        model.model_copy(update={"pooling": pooling}),
+        model.model_copy(update={"pooling": pooling, "dropout": dropout}),
         lora.model_copy(update=changes),
     )

@@ -52,7 +52,8 @@ class ModelConfig(Section):
     device_map: Literal["none", "auto"] = "none"
     """auto: one base over all of simulate.devices, some of its layers on each."""
     dropout: Annotated[float, Field(ge=-1, lt=1)] = -1.0
-    """Of every dropout layer of the base; -1 leaves them as the model has them."""
+    """Of every dropout layer of the base; -1 leaves them as the model has them, and is 0 with
+    model.task = "preference", whose reference knows none."""
     revision: str = ""
     trust_remote_code: bool = False
 

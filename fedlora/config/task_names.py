@@ -23,6 +23,8 @@ class TaskKind:
     predicts: str = ""
     """What evaluate.metrics' names are of: `fedlora.config.metric_names.OWN`. Empty: of none."""
     pictured: bool = False
+    refers: bool = False
+    """It compares with a reference: nothing is dropped in training where model.dropout is -1."""
 
 
 PER_TEXT = TaskKind(pooled=True, headed=True, generates=False, answers=False)
@@ -35,7 +37,7 @@ KINDS: dict[str, TaskKind] = {
     "token-classification": TaskKind(False, True, False, False, ("seqeval",), "tags"),
     "causal-lm": WRITES,
     "seq2seq": WRITES,
-    "preference": TaskKind(pooled=False, headed=False, generates=True, answers=False),
+    "preference": TaskKind(False, False, generates=True, answers=False, refers=True),
     "image-classification": TaskKind(False, True, False, False, predicts="classes", pictured=True),
 }
 """Every name, in the order of the documentation. `register_task` adds to it."""

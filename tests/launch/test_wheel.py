@@ -113,9 +113,11 @@ def test_it_installs_one_package(contents: set[str]) -> None:
 def test_it_has_every_module_the_experiments_and_the_types(contents: set[str]) -> None:
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fedlora").rglob("*.py")}
     experiments = {f"fedlora/simulations/experiments/{name}.toml" for name in shipped()}
+    rows = {f"fedlora/{p.relative_to(ROOT)}" for p in (ROOT / "simulations/rows").iterdir()}
     wanted = (
         modules
         | experiments
+        | {name for name in rows if not name.endswith("__pycache__")}
         | {"fedlora/py.typed", "fedlora/constraints.txt", "fedlora/simulations/README.md"}
     )
     assert len(experiments) > 5

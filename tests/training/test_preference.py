@@ -80,6 +80,26 @@ def test_the_first_batch_has_margin_zero_and_loss_ln_2(settings: Settings, tmp_p
     assert abs(found["margin"]) < 2e-6
 
 
+def test_nothing_is_dropped_in_the_references_pass_nor_in_training_unless_it_is_set(
+    settings: Settings, tmp_path: Path
+) -> None:
+    given = task_settings(settings, "preference", tmp_path)
+    even, dropping = (
+        Setting({**given, **more}, torch.float32) for more in ({}, {"model.dropout": 0.4})
+    )
+    for s in (even, dropping):
+        with torch.no_grad():
+            for m in s.model.held():
+                s.model.sides(m)[1].zero_()
+        s.model.peft.train()
+    ln_2 = torch.full((4,), math.log(2))
+    torch.testing.assert_close(even.losses([0, 3, 5, 8]), ln_2, rtol=0, atol=2e-6)
+    assert (dropping.losses([0, 3, 5, 8]) - ln_2).abs().min() > 1e-4
+    torch.testing.assert_close(dropping.rows.targets, even.rows.targets, rtol=0, atol=1e-6)
+    drops = AutoModelForCausalLM.from_pretrained(str(given["model.path"])).config.resid_pdrop
+    assert drops > 0, "this model drops nothing by itself: this test shows nothing"
+
+
 def test_references_are_computed_once_a_row_and_kept_for_who_goes_on(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

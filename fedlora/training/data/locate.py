@@ -9,7 +9,9 @@ from fedlora.errors import ConfigError
 def locate(path: str) -> str:
     """The file system path of "pkg:package/inner/path", without importing the package.
 
-    Anything else is returned as it is: a path, or a hub id.
+    What ships beside fedlora's modules ("pkg:fedlora/simulations/rows/word-pairs.tsv") lies in the
+    package in a wheel, beside it in a checkout. Anything else is returned as it is: a path, or a
+    hub id.
 
     Raises:
         ConfigError: the package is not installed, or holds no such path.
@@ -23,7 +25,10 @@ def locate(path: str) -> str:
         raise ConfigError(
             [f"{path}: package {package} is not installed; pip install --no-deps {name}"]
         )
-    found = Path(spec.submodule_search_locations[0], inner)
+    place = Path(spec.submodule_search_locations[0])
+    found = place / inner
+    if package == "fedlora" and not found.exists():
+        found = place.parent / inner
     if not found.exists():
         raise ConfigError([f"{path}: package {package} has no {inner}"])
     return str(found)

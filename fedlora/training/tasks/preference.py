@@ -8,8 +8,8 @@ Rafailov et al., "Direct Preference Optimization", https://arxiv.org/abs/2305.18
 
 log p of an answer is the sum over its tokens, the end mark included. p_ref is the untouched model:
 the policy as it stood before round 1, whatever a strategy or an initialisation has since moved into
-its base. It is computed once a row (training/references.py), and dropout is off in that pass; in
-training it is what model.dropout and lora.dropout say.
+its base. It is computed once a row (training/references.py). Dropout is off in that pass, and in
+training too, unless model.dropout or lora.dropout is set.
 
 The first step's margin is 0 and its loss ln 2, to rounding; so the accuracy before any training is
 rounding's, and says nothing.
