@@ -32,12 +32,21 @@ class FedLoraError(Exception):
 class ConfigError(FedLoraError, ValueError):
     """The run config cannot be used. Lists every problem found, not only the first."""
 
+    of = "the run config"
+    advice = "Fix the file you passed, or override with --set key=value."
+
     def __init__(self, problems: list[str], where: str = "") -> None:
         self.problems = problems
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         lines = "\n".join(f"  {problem}" for problem in problems)
-        hint = where or "Fix the file you passed, or override with --set key=value."
-        super().__init__(f"{count} in the run config:\n{lines}\n{hint}")
+        super().__init__(f"{count} in {self.of}:\n{lines}\n{where or self.advice}".rstrip())
+
+
+class NodeFileError(ConfigError):
+    """What a node's operator wrote of the node cannot be used: its policy, its list of members."""
+
+    of = "this node's own settings"
+    advice = ""
 
 
 class DataError(FedLoraError, ValueError):

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedlora.config.member_certificates import check_certificate
 from fedlora.config.toml_file import read_toml
-from fedlora.errors import ConfigError, PrivacyError
+from fedlora.errors import NodeFileError, PrivacyError
 
 KIND = "ssh-ed25519"
 
@@ -68,7 +68,7 @@ class Members:
         """The list of a file.
 
         Raises:
-            ConfigError: it is not there, or is no list of keys; or a key stands there twice.
+            NodeFileError: it is not there, or is no list of keys; or a key stands there twice.
         """
         tree, _ = read_toml(path)
         where = f"Fix {path}, this node's list of members."
@@ -80,9 +80,9 @@ class Members:
             revoked = frozenset(public_key(x) for x in tree.get("revoked", []))
             authority = public_key(tree["authority"]) if "authority" in tree else None
         except (ValueError, TypeError, AttributeError) as e:
-            raise ConfigError([f"members: {e}"], where) from None
+            raise NodeFileError([f"members: {e}"], where) from None
         if len({*listed.values()}) != len(listed):
-            raise ConfigError(["members: two clients have one key"], where)
+            raise NodeFileError(["members: two clients have one key"], where)
         return cls(listed, revoked, authority)
 
     def save(self, path: Path) -> None:
@@ -98,15 +98,15 @@ class Members:
         """With one member more.
 
         Raises:
-            ConfigError: its key is revoked, or another client's, or the client has another key.
+            NodeFileError: its key is revoked, or another client's, or the client has another key.
         """
         listed = self.listed or {}
         if identity in self.revoked:
-            raise ConfigError([f"client {client}: this key is revoked; make another"], "")
+            raise NodeFileError([f"client {client}: this key is revoked; make another"])
         if listed.get(client, identity) != identity:
-            raise ConfigError([f"client {client} has another key: revoke that first"], "")
+            raise NodeFileError([f"client {client} has another key: revoke that first"])
         if others := [i for i, x in listed.items() if x == identity and i != client]:
-            raise ConfigError([f"client {client}: this is client {others[0]}'s key"], "")
+            raise NodeFileError([f"client {client}: this is client {others[0]}'s key"])
         return replace(self, listed={**listed, client: identity})
 
     def revoking_key(self, identity: bytes) -> "Members":
@@ -118,11 +118,11 @@ class Members:
         """Without a member, whose key is never believed again.
 
         Raises:
-            ConfigError: there is no such member.
+            NodeFileError: there is no such member.
         """
         listed = dict(self.listed or {})
         if client not in listed:
-            raise ConfigError([f"client {client} is no member"], "")
+            raise NodeFileError([f"client {client} is no member"])
         key = listed.pop(client)
         return replace(self, listed=listed, revoked=self.revoked | {key})
 

@@ -20,7 +20,7 @@ from fedlora.config.fields import Names, Renames, Section, said
 from fedlora.config.sections import DataConfig
 from fedlora.config.sites import SEPARATOR
 from fedlora.config.toml_file import read_toml
-from fedlora.errors import ConfigError
+from fedlora.errors import NodeFileError
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 KINDS = ("query", "train", "evaluate", "gradient", "collect", "secagg")
@@ -240,7 +240,7 @@ class Policy(Section):
         """The policy that a node's own config names, as it is now; None where it names none.
 
         Raises:
-            ConfigError: it cannot be read, or is none.
+            NodeFileError: it cannot be read, or is none.
         """
         path = node_config.get("policy")
         return cls.load(str(path)) if path else None
@@ -250,14 +250,14 @@ class Policy(Section):
         """A node.toml, its paths made absolute.
 
         Raises:
-            ConfigError: it is not there, or holds what is no policy; names every problem.
+            NodeFileError: it is not there, or holds what is no policy; names every problem.
         """
         tree, _ = read_toml(path)
         try:
             read = cls(**_fields(tree))
         except ValidationError as e:
             problems = [_problem(error) for error in e.errors()]
-            raise ConfigError(problems, f"Fix {path}, this node's policy.") from None
+            raise NodeFileError(problems, f"Fix {path}, this node's policy.") from None
         return read._beside(Path(path).resolve().parent)
 
     def _beside(self, home: Path) -> "Policy":

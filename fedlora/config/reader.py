@@ -134,10 +134,12 @@ class Config(Section):
     ) -> "Config":
         """Read an experiment file, with `key = value` overrides on top, as `read` does.
 
+        Of a Flower app's pyproject.toml that is its [tool.flwr.app.config].
+
         beside: tables of the file that are no part of the config.
         """
         given, _ = read_toml(path)
-        own = {name: table for name, table in given.items() if name not in beside}
+        own = {name: table for name, table in of_app(given).items() if name not in beside}
         try:
             flat = dict(_flatten(own))
         except RecursionError:
@@ -181,6 +183,14 @@ class Config(Section):
             raise ConfigError([f"strategy.name = {name!r}: {e}"]) from None
         form = forms.FORMS.get(self.lora.form)  # no such form: preflight says so
         return forms.for_form(form, built) if form else built
+
+
+def of_app(given: dict[str, Any]) -> dict[str, Any]:
+    """The config in a Flower app's pyproject.toml; what is no such file is as it was."""
+    inner: Any = given
+    for name in ("tool", "flwr", "app", "config"):
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    return inner if isinstance(inner, dict) else given
 
 
 def strategy_defaults(name: str) -> Defaults:

@@ -29,13 +29,15 @@ def add_member(
 ) -> None:  # fmt: skip
     """Put a client's public key on the list."""
     from fedlora.config.member_certificates import check_certificate
-    from fedlora.errors import ConfigError
+    from fedlora.errors import NodeFileError
 
     path, known = _list(policy)
     key, certificate = _key(public)
     if certificate:
         if known.authority is None:
-            raise ConfigError([f"{path} names no authority, so no certificate is believed"], TRUST)
+            raise NodeFileError(
+                [f"{path} names no authority, so no certificate is believed"], TRUST
+            )
         check_certificate(certificate, client, key, known.authority)
     known.adding(client, key).save(path)
     typer.echo(f"{path}: client {client} is a member")
@@ -79,14 +81,14 @@ def trust_authority(
     """Believe the certificates of an authority, in place of a list of every member's key."""
     from dataclasses import replace
 
-    from fedlora.errors import ConfigError
+    from fedlora.errors import NodeFileError
 
     path, known = _list(policy)
     key, certificate = _key(public)
     if certificate:
-        raise ConfigError([f"{public} is a certificate, and no public key"], "")
+        raise NodeFileError([f"{public} is a certificate, and no public key"])
     if known.authority not in (None, key):
-        raise ConfigError(
+        raise NodeFileError(
             [f"{path} names another authority"],
             "Take its line out first: all that it signed is believed no more.",
         )
@@ -117,12 +119,12 @@ def sign_member(
     """Sign that a public key is a client's: member.cert, beside its member.pub."""
     from fedlora.config.member_certificates import certify
     from fedlora.config.members import private_key
-    from fedlora.errors import ConfigError
+    from fedlora.errors import NodeFileError
     from fedlora.lora.tree_file import write_atomically
 
     key, certificate = _key(public)
     if certificate:
-        raise ConfigError([f"{public} is a certificate, and no public key"], "")
+        raise NodeFileError([f"{public} is a certificate, and no public key"])
     made = public.with_suffix(".cert")
     write_atomically(made, certify(private_key(authority), client, key, days) + b"\n")
     typer.echo(f"{made}: client {client} signs with this key, for {days:g} days")
@@ -136,13 +138,13 @@ def _key(path: Path) -> tuple[bytes, bytes]:
     """The public key of a file, and the file where it is a certificate.
 
     Raises:
-        ConfigError: it is neither.
+        NodeFileError: it is neither.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from fedlora.config.member_certificates import read_certificate
     from fedlora.config.members import public_key
-    from fedlora.errors import ConfigError
+    from fedlora.errors import NodeFileError
 
     try:
         text = path.read_text()
@@ -152,19 +154,19 @@ def _key(path: Path) -> tuple[bytes, bytes]:
                 return key.public_bytes_raw(), text.strip().encode()
         return public_key(text), b""
     except (OSError, ValueError) as e:
-        raise ConfigError([f"{path}: {e}"], "Name the member.pub of a node.") from None
+        raise NodeFileError([f"{path}: {e}"], "Name the member.pub of a node.") from None
 
 
 def _list(policy: Path) -> tuple[Path, "Members"]:
     """Where a node's list of members is, and the list; an empty one where there is none yet."""
     from fedlora.config.members import Members
     from fedlora.config.policy import Policy
-    from fedlora.errors import ConfigError
+    from fedlora.errors import NodeFileError
 
     if name := Policy.load(policy).secure.members:
         path = Path(name)
         return path, Members.load(path) if path.exists() else Members({})
-    raise ConfigError(
+    raise NodeFileError(
         ["secure.members: is not set, so the server says whose each key is"],
         f'Set members = "members.toml" under [secure] of {policy}.',
     )

@@ -4,6 +4,7 @@ It is one file, <Flower's run id>.<ending>, in the directory that FEDLORA_SERVER
 nothing is named there is none. A thread touches it every EVERY seconds: a process that is stopped,
 or in native code that never lets go of Python, has no pulse. At the end it is renamed, which a full
 disk allows, so that what is to be done next is decided by the ending and by no word of an error.
+The words of an error for the user are in it too, for `fedlora deploy run` to say.
 """
 
 import json
@@ -70,6 +71,9 @@ def recorded(run_id: int, results: str) -> Iterator[None]:
         yield
     except BaseException as e:
         ending = Ending.of(e)
+        if isinstance(e, FedLoraError):
+            with suppress(OSError):  # a full disk
+                path.write_text(json.dumps({**me, "error": f"{type(e).__name__}: {e}"}))
         raise
     finally:
         over.set()

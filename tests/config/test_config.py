@@ -201,6 +201,12 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
         Config.load(tmp_path / "bad.toml")
 
 
+def test_the_file_of_an_app_is_read_as_its_experiment() -> None:
+    there = ROOT / "pyproject.toml"
+    config = tomllib.loads(there.read_text())["tool"]["flwr"]["app"]["config"]
+    assert Config.load(there, {"run.rounds": 3}) == Config.read({**leaves(config), "run.rounds": 3})
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations" / "experiments").glob("*.toml")))
 def test_every_experiment_that_ships_can_be_read(path: Path) -> None:
     assert load(path).run.rounds > 0

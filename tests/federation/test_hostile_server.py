@@ -233,7 +233,7 @@ def test_a_node_with_a_misspelt_limit_answers_nothing(
     own = node(tmp_path, tiny, max_epsilon=1.0)
     reply, _ = ask(settings(**quick("fedavg")), own, kind=kind)
     assert reply.has_error()
-    assert reply.error.reason.startswith("ConfigError: this node cannot run these settings")
+    assert reply.error.reason.startswith("NodeFileError: this node's own settings cannot")
 
 
 def test_every_key_that_the_code_asks_a_node_for_is_a_known_one() -> None:

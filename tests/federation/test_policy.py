@@ -426,7 +426,7 @@ def test_a_policy_is_read_for_every_message_and_the_record_says_which(
     assert asked(honest, path).error.code == Code.NOT_ALLOWED
     path.write_text("[data]\n")
     broken = asked(honest, path).error
-    assert broken.reason.startswith("ConfigError: this node cannot run these settings, or its own")
+    assert broken.reason.startswith("NodeFileError: this node's own settings cannot be used")
     path.unlink()
     assert asked(honest, path).has_error(), "a policy that is gone is no policy that allows all"
     own()

@@ -109,7 +109,7 @@ def test_on_the_users_own_machine_an_error_is_whole(settings: Settings, tmp_path
 def test_every_error_of_ours_has_a_fixed_text_or_says_that_it_may_leave() -> None:
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, FedLoraError):
-            words = ["Zanzibar"] if error is errors.ConfigError else "Zanzibar"
+            words = ["Zanzibar"] if issubclass(error, errors.ConfigError) else "Zanzibar"
             made = error(7, "Zanzibar") if error is errors.ClientError else error(words)
             assert ("Zanzibar" in told(made, own_machine=False)) == error.may_leave, error
             assert "Zanzibar" in told(made, own_machine=True)

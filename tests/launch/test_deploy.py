@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -26,7 +28,7 @@ from fedlora.config.members import Members
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.errors import DeployError
-from fedlora.launch.deploy import keys
+from fedlora.launch.deploy import host, keys
 from fedlora.launch.deploy.gate import Gate
 from fedlora.launch.deploy.host import down, follow, register, registered, shrink, start_run, up
 from fedlora.launch.deploy.layout import Wanted, init, renew
@@ -455,6 +457,29 @@ def test_down_ends_what_a_killed_supervisor_left(stand_ins: Plan) -> None:
     assert not any(is_running(c) for c in state["children"].values())
 
 
+def test_who_waits_is_told_for_what_before_ten_seconds_are_over(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """`up` for its SuperLink and nodes, and `down` for the processes that it ends."""
+    now, said = [0.0], []
+    monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=passes(now)))
+    monkeypatch.setattr(host, "healthy", lambda plan: False)
+    plan = Plan(tmp_path, 1, (2,), secure=False)
+    with pytest.raises(DeployError, match="the SuperLink did not come up in time"):
+        host.register_all(plan, lambda line: said.append((now[0], line)), timeout=60)
+    assert "waiting for the SuperLink" in said[0][1]
+    assert max(b - a for a, b in pairwise([0.0, *(t for t, _ in said), now[0]])) < 10
+
+
+def passes(now: list[float]) -> Callable[[float], None]:
+    """Sleeps, on a clock of its own, and what a question to the SuperLink takes."""
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds + 0.5
+
+    return sleep
+
+
 def test_a_process_of_the_same_number_is_not_mistaken_for_ours() -> None:
     assert not is_running({"pid": os.getpid(), "created": 1.0})
 
@@ -496,3 +521,30 @@ def test_a_run_says_what_it_is_at_from_the_first_second(tmp_path: Path) -> None:
     assert len(said) == 2
     assert said[0].startswith("0 s: pending")
     assert "running" in said[1]
+
+
+def test_a_run_is_never_silent_for_ten_seconds(tmp_path: Path, monkeypatch) -> None:
+    statuses = iter(["pending"] * 20 + ["running"] * 40 + ["finished:completed"])
+    now, heard = [0.0], []
+    monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=passes(now)))
+    asked = SimpleNamespace(status=lambda run_id: next(statuses))
+    follow(asked, "1", tmp_path, lambda _: heard.append(now[0]))
+    assert max(b - a for a, b in pairwise([0.0, *heard, now[0]])) < 10
+
+
+def test_after_the_last_round_no_other_is_announced(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[run]\nrounds = 1\n")
+    line = {"round": 0, "accepted": [], "cohort": [], "failures": [], "seconds": {"total": 1.0}}
+    said: list[str] = []
+    statuses = iter(["running", "waiting", "finished:completed"])
+
+    def ran(run_id: str) -> str:
+        status = next(statuses)
+        if status == "waiting":
+            lines = (json.dumps({**line, "round": r}) + "\n" for r in range(2))
+            (tmp_path / "rounds.jsonl").write_text("".join(lines))
+        return status
+
+    follow(SimpleNamespace(status=ran), "1", tmp_path, said.append, every=0.0)
+    assert "running, before round 1" in said[1]
+    assert "waiting, after the last round" in said[-1]

@@ -1,6 +1,7 @@
 """A run whose ServerApp dies or hangs is begun again from its checkpoint, by itself."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import ClassVar
 import psutil
 import pytest
 
-from fedlora.errors import DeployError
+from fedlora.config.reader import parse_overrides
+from fedlora.errors import DataError, DeployError
 from fedlora.launch.deploy import endure, watch
 from fedlora.launch.deploy.host import down, start_run
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.deploy.progress import finish
 from fedlora.launch.deploy.scripts import SERVERAPPS
 from fedlora.launch.server_record import PLACE, Ending, recorded
 from tests.support.deployment import adapter, brought_up, prepared, rounds, simulated
@@ -205,6 +208,24 @@ def test_an_ending_is_on_record_on_a_disk_that_is_full(tmp_path: Path, monkeypat
         monkeypatch.setattr(Path, "write_text", full)
         monkeypatch.setattr(Path, "write_bytes", full)
     assert [p.name for p in tmp_path.iterdir()] == [f"1.{Ending.DONE}"]
+
+
+def test_a_run_that_failed_says_its_own_error_and_the_command_that_goes_on_with_it(
+    plan: Plan, monkeypatch
+) -> None:
+    monkeypatch.setenv(PLACE, str(plan.server / SERVERAPPS))
+    with pytest.raises(DataError), recorded(7, "runs/mine"):
+        raise DataError("data.test-size = 500 leaves nothing")
+    overrides = parse_overrides(["run.name=my own", "run.seed=3", "lora.init='1'"])
+    with pytest.raises(DeployError) as said:
+        finish(plan, plan.server, "7", "finished:failed", {**overrides, "run.resume": True})
+    first, second = str(said.value).splitlines()
+    assert first == (
+        "the run ended as finished:failed: DataError: data.test-size = 500 leaves nothing"
+    )
+    words = shlex.split(second.split("`")[1])
+    assert words[:5] == ["fedlora", "deploy", "run", str(plan.directory), "--resume"]
+    assert parse_overrides(words[6::2]) == overrides
 
 
 @pytest.mark.slow

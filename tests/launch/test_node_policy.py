@@ -8,8 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora.cli import app
+from fedlora.config.members import Members
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
+from fedlora.errors import NodeFileError
 from fedlora.federation.client import audit
 from fedlora.launch.deploy import message_process
 from fedlora.launch.deploy.plan import Plan
@@ -77,6 +79,18 @@ def test_check_says_beforehand_what_would_be_refused(settings, tmp_path: Path, t
     done = CliRunner().invoke(app, ["node", "check", str(path), str(run)])
     assert done.exit_code == 1
     assert "refused: train.steps: must be at most limits.steps = 50" in done.output
+
+
+def test_an_error_of_a_nodes_own_files_names_them_and_no_run(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text("[limits]\nranks = 3\n")
+    with pytest.raises(NodeFileError) as said:
+        Policy.load(tmp_path / "node.toml")
+    assert "problems in this node's own settings:" in str(said.value)
+    with pytest.raises(NodeFileError) as said:
+        Members({3: b"k" * 32}).adding(4, b"k" * 32)
+    for not_so in ("the run config", "--set"):
+        assert not_so not in str(said.value)
+    assert not str(said.value).endswith("\n")
 
 
 def test_audit_shows_the_record_and_its_sums(tmp_path: Path) -> None:

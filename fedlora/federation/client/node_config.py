@@ -17,7 +17,7 @@ from fedlora.config.possible import is_path_name
 from fedlora.config.privacy_sections import PrivacyConfig
 from fedlora.config.reader import Config
 from fedlora.config.sites import COLUMNS
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, NodeFileError
 from fedlora.federation.wire.same_machine import OWN_MACHINE, is_own_machine
 
 NUMBER, TEXT = (int, float), (str,)
@@ -50,10 +50,10 @@ def check_node_config(given: Mapping[str, object]) -> None:
     """Nothing, where a node's own config has known keys of their types only.
 
     Raises:
-        ConfigError: it has others; names them all.
+        NodeFileError: it has others; names them all.
     """
     if problems := [*_problems(given)]:
-        raise ConfigError(problems, WHERE)
+        raise NodeFileError(problems, WHERE)
 
 
 def _problems(given: Mapping[str, object]) -> Iterator[str]:

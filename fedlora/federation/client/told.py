@@ -30,6 +30,7 @@ from fedlora.errors import (
     DataError,
     FedLoraError,
     ModelError,
+    NodeFileError,
     PrivacyError,
     StrategyError,
     UpdateError,
@@ -40,6 +41,7 @@ LOCAL = "the node's own log has the whole text"
 FIXED: Mapping[type[FedLoraError], str] = {
     BudgetSpent: "the privacy budget of this node's data is spent",
     PrivacyError: "a privacy promise cannot be kept on this node; nothing was released",
+    NodeFileError: "this node's own settings cannot be used",
     ConfigError: "this node cannot run these settings, or its own",
     DataError: "this node's rows cannot be read as the config asks",
     ModelError: "this node cannot load or adapt the model as the config asks",

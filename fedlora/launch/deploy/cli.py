@@ -78,6 +78,7 @@ def init(
         each = tuple(int(part) for part in ranks.split(",") if part.strip())
     except ValueError:
         raise DeployError(f"--ranks {ranks}: must be whole numbers, as in 4,8,16") from None
+    typer.echo(f"writing {directory}: the experiment is read, and its rows are shared out")
     plan = write(
         Wanted(
             directory, clients, experiment, parse_overrides(set_ or []), host, each,
@@ -123,8 +124,12 @@ def down(directory: Directory) -> None:
     """End what `up` started, and nothing else."""
     from fedlora.launch.deploy import host
     from fedlora.launch.deploy.plan import Plan
+    from fedlora.launch.deploy.supervise import read_state
 
-    host.down(Plan.load(directory), typer.echo)
+    plan = Plan.load(directory)
+    if not read_state(plan):
+        typer.echo("nothing runs here")
+    host.down(plan, typer.echo)
 
 
 @app.command()
@@ -179,4 +184,4 @@ def run(
         run_id, results, ended = endure.run(plan, operator, overrides, attempts, typer.echo)
         host.shrink(plan)
     typer.echo(ended)
-    finish(plan, results, run_id, ended)
+    finish(plan, results, run_id, ended, overrides)

@@ -19,6 +19,7 @@ from fedlora.launch.deploy.host import (
     follow,
     healthy,
     recorded_rounds,
+    resuming,
     start_run,
 )
 from fedlora.launch.deploy.operator import Operator
@@ -60,18 +61,18 @@ def run(
             status = "finished:failed"
             break
         say(f"the ServerApp {why}: on from the checkpoint, time {again + 1} of {attempts}")
-        _wait_for_superlink(plan)
+        _wait_for_superlink(plan, overrides)
         seen = recorded_rounds(results)
         run_id, results = start_run(plan, operator, {**overrides, "run.resume": True})
     return run_id, results, status
 
 
-def _wait_for_superlink(plan: Plan) -> None:
+def _wait_for_superlink(plan: Plan, overrides: Mapping[str, Any]) -> None:
     until = time.monotonic() + PATIENCE
     while not healthy(plan):
         if time.monotonic() > until:
             raise DeployError(
                 f"no SuperLink answers any more; `fedlora deploy up {plan.quoted}`, then "
-                f"`fedlora deploy run {plan.quoted} --resume`"
+                f"`{resuming(plan, overrides)}`"
             )
         time.sleep(0.5)

@@ -1,6 +1,7 @@
 """`up`, `down`, `status`, `run`: a whole deployment on one host."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -11,11 +12,12 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import DeployError
+from fedlora.config.toml_file import read_toml
+from fedlora.errors import ConfigError, DeployError
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.expiry import warnings
 from fedlora.launch.deploy.keys import forget_old, pem
@@ -29,8 +31,8 @@ from fedlora.reports.outcome import judged_by
 Say = Callable[[str], None]
 PATIENCE = 300.0
 """Seconds that `follow` bears a SuperLink that does not answer."""
-QUIET = 30.0
-"""The most seconds in which `follow` says nothing."""
+QUIET = 6.0
+"""The most seconds in which a command that waits says nothing."""
 
 
 def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
@@ -50,14 +52,16 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         if not (plan.server / "state.db").exists():
             _registered(plan).unlink(missing_ok=True)
         _supervise(plan)
-    _wait(lambda: healthy(plan), until, plan, "the SuperLink")
+    _wait(lambda: healthy(plan), until, plan, "the SuperLink", say)
     say("the SuperLink answers")
     with Operator(plan) as operator:
         if not _registered(plan).exists():
             register(plan, operator)
             say(f"{plan.clients} nodes registered")
         _take_new_keys(plan, operator, say)
-        _wait(lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes")
+        _wait(
+            lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes", say
+        )
     say(f"{plan.clients} nodes are connected")
     for line in warnings(plan):
         say(line)
@@ -71,7 +75,7 @@ def register_all(plan: Plan, say: Say, timeout: float = 180.0) -> None:
     """
     check_keys(plan)
     plan.run_directory.mkdir(mode=0o700, exist_ok=True)
-    _wait(lambda: healthy(plan), time.monotonic() + timeout, plan, "the SuperLink")
+    _wait(lambda: healthy(plan), time.monotonic() + timeout, plan, "the SuperLink", say)
     with Operator(plan) as operator:
         register(plan, operator)
     say(f"{plan.clients} nodes registered")
@@ -115,11 +119,9 @@ def down(plan: Plan, say: Say) -> None:
     if not state:
         return
     if is_running(state["supervisor"]):
-        pid = state["supervisor"]["pid"]
-        os.kill(pid, signal.SIGTERM)
-        until = time.monotonic() + 90
-        while is_running(state["supervisor"]) and time.monotonic() < until:
-            time.sleep(0.2)
+        say("ending all processes, the nodes first, so that they sign off")
+        os.kill(state["supervisor"]["pid"], signal.SIGTERM)
+        _until(lambda: not is_running(state["supervisor"]), time.monotonic() + 90, "their end", say)
     left = [c for c in read_state(plan).get("children", {}).values() if is_running(c)]
     if left:
         say(f"ending {len(left)} processes that a killed supervisor left")
@@ -243,18 +245,15 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     import tomli_w
 
     from fedlora import preflight
-    from fedlora.config.reader import Config
 
-    project = tomllib.loads((plan.app / "pyproject.toml").read_text())
-    given = project["tool"]["flwr"]["app"]["config"]
-    config = preflight.read({**Config.read(given).flat(), **overrides})
+    config = preflight.load(plan.app / "pyproject.toml", overrides)
     results = plan.server / config.run.out / config.run.name
     check_alone(plan, results)
     if (results / "rounds.jsonl").exists() and not config.run.resume:
         ended = (results / "summary.json").exists()
         raise DeployError(
             f"{results} holds a run of this name, {'finished' if ended else 'not finished'}: "
-            f"`fedlora deploy run {plan.quoted} --resume` goes on with it, "
+            f"`{resuming(plan, overrides)}` goes on with it, "
             "`--set run.name=another` begins another"
         )
     path = plan.run_directory / "run-config.toml"
@@ -262,6 +261,25 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     (plan.app / MANIFEST).write_text(manifest())
     answer = operator("run", str(plan.app), CONNECTION, "--run-config", str(path))
     return str(answer["run-id"]), results
+
+
+def resuming(plan: Plan, overrides: Mapping[str, Any]) -> str:
+    """The command that goes on with a run that was begun with these overrides."""
+    given = {key: value for key, value in overrides.items() if key != "run.resume"}
+    sets = [f" --set {shlex.quote(_override(key, value))}" for key, value in given.items()]
+    return f"fedlora deploy run {plan.quoted} --resume{''.join(sets)}"
+
+
+def _override(key: str, value: Any) -> str:
+    """What `--set` takes for this value."""
+    import tomli_w
+
+    from fedlora.config.reader import parse_overrides
+
+    plain = f"{key}={value}"
+    if parse_overrides([plain])[key] == value:
+        return plain
+    return f"{key}={tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}"
 
 
 def follow(
@@ -283,7 +301,7 @@ def follow(
     begun = answered = time.monotonic()
     while not status.startswith("finished"):
         if status != before or time.monotonic() - heard > QUIET:
-            say(f"{time.monotonic() - begun:.0f} s: {status}, {_at(seen)}")
+            say(f"{time.monotonic() - begun:.0f} s: {status}, {_at(directory, seen)}")
             before, heard = status, time.monotonic()
         time.sleep(every)
         gone = lost()  # before the status: who stops a run says so before its ServerApp is gone
@@ -315,11 +333,22 @@ def _lines(directory: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def _at(recorded: int) -> str:
+def _at(directory: Path, recorded: int) -> str:
     """What a run is at that has recorded so many rounds."""
+    if recorded and recorded > _rounds(directory):
+        return "after the last round: the last scores are taken, the adapter is written"
     if recorded:
         return f"round {recorded} under way"
-    return "the model is loaded and the nodes are asked who they are"
+    return (
+        "before round 1: model and rows are loaded, baselines scored, the nodes asked who they are"
+    )
+
+
+def _rounds(directory: Path) -> float:
+    """How many rounds the run has, by the config in its directory."""
+    with suppress(ConfigError):
+        return float(read_toml(directory / "config.toml")[0]["run"]["rounds"])
+    return math.inf
 
 
 def told(record: Mapping[str, Any]) -> str:
@@ -335,11 +364,22 @@ def told(record: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _wait(done: Callable[[], bool], until: float, plan: Plan, what: str) -> None:
+def _wait(done: Callable[[], bool], until: float, plan: Plan, what: str, say: Say) -> None:
+    if not _until(done, until, what, say):
+        raise DeployError(
+            f"{what} did not come up in time; see the logs in {plan.run_directory}, then "
+            f"`fedlora deploy down {plan.quoted}`"
+        )
+
+
+def _until(done: Callable[[], bool], until: float, what: str, say: Say) -> bool:
+    """Wait, and say for what every QUIET seconds. False where it is not done in time."""
+    begun = heard = time.monotonic()
     while not done():
-        if time.monotonic() > until:
-            raise DeployError(
-                f"{what} did not come up in time; see the logs in {plan.run_directory}, then "
-                f"`fedlora deploy down {plan.quoted}`"
-            )
-        time.sleep(0.5)
+        if (now := time.monotonic()) > until:
+            return False
+        if now - heard > QUIET:
+            say(f"{now - begun:.0f} s: waiting for {what}")
+            heard = now
+        time.sleep(0.2)
+    return True

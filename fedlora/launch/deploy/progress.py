@@ -1,17 +1,18 @@
 """Prints the state of a deployment: its processes, nodes, runs and logs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from fedlora.errors import DeployError
-from fedlora.launch.deploy.host import healthy, registered, said
+from fedlora.launch.deploy.host import healthy, registered, resuming, said
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.supervise import is_running, read_state
+from fedlora.launch.deploy.watch import ServerWatch
 
 ONE_USER = (
     "All of them run as one user, who can read each node's key and change its node.sh, its policy, "
@@ -94,17 +95,20 @@ def tail(plan: Plan, name: str, lines: int) -> str:
         raise DeployError(f"no log of {name!r}; there are: {there}") from None
 
 
-def finish(plan: Plan, results: Path, run_id: str, status: str) -> None:
+def finish(
+    plan: Plan, results: Path, run_id: str, status: str, overrides: Mapping[str, Any]
+) -> None:
     """The report and the summary of a run that ended.
 
     Raises:
-        DeployError: it did not complete.
+        DeployError: it did not complete; with its own error, or where it said none, its last words.
     """
     if status != "finished:completed":
-        last = said(plan, run_id, 25)
+        last = ServerWatch(plan, run_id).error or (
+            f"the ServerApp's last words:\n{said(plan, run_id, 25)}"
+        )
         raise DeployError(
-            f"the run ended as {status}; the ServerApp's last words:\n{last}\n"
-            f"Mend the cause, then `fedlora deploy run {plan.quoted} --resume`"
+            f"the run ended as {status}: {last}\nMend the cause, then `{resuming(plan, overrides)}`"
         )
     from fedlora.reports import report
 

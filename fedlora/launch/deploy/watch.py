@@ -35,6 +35,14 @@ class ServerWatch:
         there = (e for e in Ending if (self.place / f"{self.run_id}.{e}").exists())
         return next(there, None)
 
+    @property
+    def error(self) -> str:
+        """What the ServerApp says to its user of an error of its own; "" where it says nothing."""
+        with suppress(FileNotFoundError, ValueError):
+            found = json.loads((self.place / f"{self.run_id}.{Ending.FAILED}").read_text())
+            return str(found.get("error", ""))
+        return ""
+
     def entry(self) -> dict[str, Any]:
         """What the record says of a process that has not said that it ended; else nothing."""
         try:
