@@ -13,8 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.errors import FedLoraError
 from fedlora.lora.adapter import Factors, apply
-from fedlora.strategies.base import Client, Effective, Round, Strategy, Upload, seeded, travelling
+from fedlora.strategies.base import (
+    Client,
+    Download,
+    Effective,
+    Round,
+    Strategy,
+    Upload,
+    seeded,
+    travelling,
+)
 
 Vector = dict[tuple[str, str], Tensor]
 
@@ -36,6 +46,25 @@ def begun(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> 
     """What a newcomer of these layers starts the round with."""
     new = replace(client, has_memory=False, base_version=_version(strategy, state))
     return strategy.start(strategy.download(state, new, round), Factors(), new, round)
+
+
+def begins_with_own(
+    strategy: Strategy[Any], came: Download, kept: Factors, client: Client, round: Round
+) -> bool:
+    """Does what a client begins with hang on what it kept, beside what came?
+
+    Measured: on other numbers of what it kept, and without it.
+    """
+    if not client.has_memory:
+        return False
+    g = seeded(round.seed, round.number, client.id, "begins with its own")
+    moved = {k: x + torch.randn(x.shape, generator=g).to(x) for k, x in vector(kept).items()}
+    other = strategy.start(came, factors(moved, kept), client, round)
+    try:
+        new = replace(client, has_memory=False)
+        return not same(other, strategy.start(came, Factors(), new, round))
+    except FedLoraError:  # without it, it cannot begin
+        return True
 
 
 def untrained(strategy: Strategy[Any], state: Any, client: Client, round: Round) -> Upload:

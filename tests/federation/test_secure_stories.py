@@ -136,10 +136,10 @@ def test_a_table_that_a_member_can_see_is_wrong_is_refused(table: MemberTable, s
 )
 def test_a_table_that_is_not_so_of_oneself_is_refused(table: MemberTable) -> None:
     with pytest.raises(PrivacyError, match="says that this client sends or trains something else"):
-        table.check_own(0, OWN, {"A"})
+        table.check_own(0, OWN, {"A"}, False)
 
 
-OTHER = (("form", "another"), ("form", "content"))
+OTHER = ("form", "another")
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ OTHER = (("form", "another"), ("form", "content"))
         ({"terms": replace(terms_of(3), threshold=3)}, "terms of the sum are not those"),
         ({"terms": replace(terms_of(3), weight=7)}, "terms of the sum are not those"),
         ({"terms": replace(terms_of(3), range=1e6)}, "terms of the sum are not those"),
-        ({"sent": {0: ALIKE, 1: ALIKE}}, "does not say what each client is sent"),
-        ({"sent": {0: ALIKE, 1: OTHER, 2: ALIKE}}, "clients 0 and 1 are sent different models"),
+        ({"sent": (ALIKE, ALIKE)}, "does not say what each kind is sent"),
+        ({"sent": ()}, "does not say what each kind is sent"),
     ],
 )
 def test_what_a_member_can_derive_itself_is_not_taken_from_the_server(
@@ -172,7 +172,7 @@ def test_a_kind_is_of_so_many_that_two_are_left_beside_those_that_help(
     """What one kind alone sends is a sum over it: of two, one that helps gives the other away."""
     terms = replace(Terms.of(Config.read({"data.path": "x"}), 8), colluding=run)
     table = table_of([OWN, {}], [["A"], []], {i: int(i < 2) for i in range(8)})
-    told = Agreement(NAME, terms, table, dict.fromkeys(range(8), ALIKE))
+    told = Agreement(NAME, terms, table, (ALIKE, ALIKE))
     if fine:
         return told.check(0, NAME, terms, own + 2)
     with pytest.raises(PrivacyError, match="fewer than 3 clients of one kind"):
@@ -180,14 +180,16 @@ def test_a_kind_is_of_so_many_that_two_are_left_beside_those_that_help(
     return None
 
 
-def test_clients_that_lack_other_things_may_be_sent_other_things() -> None:
-    """A newcomer is sent what the others remember: its download has a form of its own."""
-    new = (("longer", "content of it"), ("form", "content"))
-    told = replace(agreement_of(3, FINE), sent={0: ALIKE, 1: new, 2: ALIKE})
-    told.check(0, NAME, terms_of(3))
-    told.check_sent(1, new)
+def test_two_kinds_are_sent_one_model_where_its_form_is_one() -> None:
+    kinds = table_of([OWN, {}], [["A"], []], {i: int(i < 2) for i in range(5)})
+    other = ("longer", "content of it")
+    told = replace(agreement_of(5, kinds), sent=(ALIKE, other))
+    told.check(0, NAME, terms_of(5))
+    told.check_sent(0, other)
     with pytest.raises(PrivacyError, match="was sent something else than all members were told"):
-        told.check_sent(1, ALIKE)
+        told.check_sent(0, ALIKE)
+    with pytest.raises(PrivacyError, match="kinds are sent different models of one form"):
+        replace(told, sent=(ALIKE, OTHER)).check(0, NAME, terms_of(5))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[[],[]]", "[1,2,3]", '{"a":1}'])
@@ -212,7 +214,8 @@ def test_an_agreement_is_read_as_it_was_written_and_every_part_is_in_its_digest(
         replace(told, name=replace(NAME, **{key: x}))
         for key, x in (("config", "a"), ("run", "a"), ("round", 2), ("incarnation", "a"))
     ]
-    others += [replace(told, table=FINE), replace(told, sent={**told.sent, 4: OTHER})]
+    others += [replace(told, table=FINE), replace(told, sent=(OTHER, ALIKE))]
+    others += [replace(told, table=replace(table, own=(True, False)))]
     digests = {x.digest() for x in [told, *others]}
     assert len(digests) == len(others) + 1
     again = [replace(told, name=replace(NAME, run="a", incarnation="b")), told]
@@ -416,8 +419,7 @@ def test_signatures_of_another_story_or_under_anothers_name_do_not_open_this_one
 def test_clients_that_were_told_other_things_refuse_each_others_keys(told: Recorded) -> None:
     """Another model for one client, in the table that it alone is shown: nobody sends a share."""
     server = LyingServer(told)
-    other = (("form", "content"), ("form", "content"))
-    table = replace(server.agreement, sent={**server.agreement.sent, 1: other})
+    table = replace(server.agreement, sent=(("form", "content"),))
     server.setup({1: table})
     keys = [key for j in server.ids for key in server.keys[j]]
     for i in (0, 1):
@@ -425,13 +427,17 @@ def test_clients_that_were_told_other_things_refuse_each_others_keys(told: Recor
             server.answers("share", i, clients=server.ids, keys=keys)
 
 
-def test_a_model_for_one_client_alone_is_refused_by_all(told: Recorded) -> None:
+@pytest.mark.parametrize("form", ["as the others'", "its own"])
+def test_a_model_for_one_client_alone_is_refused_by_all(told: Recorded, form: str) -> None:
     """Others would be sent one that teaches nothing, and the sum would be this client's."""
     server = LyingServer(told)
-    (form, _), base = server.agreement.sent[1]
-    sent = {**server.agreement.sent, 1: ((form, "another"), base)}
-    with pytest.raises(Refused, match="are sent different models of one form"):
-        server.setup(dict.fromkeys(server.ids, replace(server.agreement, sent=sent)))
+    table, (sent,) = server.agreement.table, server.agreement.sent
+    two = replace(table, shapes=table.shapes * 2, trains=table.trains * 2, own=table.own * 2,
+                  kinds={**table.kinds, 1: 1})  # fmt: skip
+    apart = sent, (sent[0] if form == "as the others'" else form, "another")
+    says = "fewer than 3 clients of one kind"
+    with pytest.raises(Refused, match=says):
+        server.setup(dict.fromkeys(server.ids, replace(server.agreement, table=two, sent=apart)))
 
 
 def test_a_round_that_is_told_anew_masks_with_other_keys(told: Recorded) -> None:
@@ -441,6 +447,8 @@ def test_a_round_that_is_told_anew_masks_with_other_keys(told: Recorded) -> None
     with pytest.raises(Refused, match="was begun before"):
         one.setup()
     two.setup()
+    with pytest.raises(Refused, match="was begun before"):
+        one.setup()  # nor after another start of the server
     with pytest.raises(Refused, match="was begun by another start"):
         one.share(one.ids)
     public = [key for server in (one, two) for k in server.keys.values() for key in k[:2]]

@@ -29,7 +29,7 @@ from fedlora.federation.wire.messages import (
     unpack_factors,
     unpack_pairs,
 )
-from fedlora.federation.wire.sent_digest import digests_of
+from fedlora.federation.wire.sent_digest import digest_of
 from fedlora.lora.adapter import Factors, Pair, Stack, dense
 from fedlora.lora.lowrank import weighted
 from fedlora.strategies.base import Download, Penalty, Version
@@ -305,41 +305,54 @@ def sent(**changes: Any) -> RecordDict:
     return pack_download(Download(**{**given, **changes}), "float32")
 
 
+JOB = Job(1, "t" * 32, "i", 0, {"m": 3}, 0, 2, "f", ("a", "b"))
+
+
+def with_job(content: RecordDict, job: Job = JOB) -> RecordDict:
+    content["job"] = job.record()
+    return content
+
+
 def test_a_download_has_one_digest_on_both_sides_of_the_wire() -> None:
-    """Job and stage of the message are no part of it; every number and setting is."""
-    whole = digests_of(sent())
-    assert digests_of(over_the_wire(sent())) == whole
-    beside = sent()
-    beside["job"], beside["secagg"] = ConfigRecord({"round": 1}), ConfigRecord({"clients": [1]})
-    assert digests_of(beside) == whole
+    """The stage of the message is no part of it, nor whose it is; every number and setting is."""
+    whole = digest_of(with_job(sent()))
+    assert digest_of(over_the_wire(with_job(sent()))) == whole
+    beside = with_job(sent(), replace(JOB, client=4, memory_round=1, last_round=1, microbatch=8))
+    beside["secagg"] = ConfigRecord({"clients": [1]})
+    assert digest_of(beside) == whole
 
 
 @pytest.mark.parametrize(
-    ("changes", "part"),
+    "changes",
     [
-        ({"send": replace(some_factors(), A={**some_factors().A, "m": drawn(3, 5, seed=9)})}, 0),
-        ({"send": replace(some_factors(), scale={"m": 2.5, "n.o": 0.5})}, 0),
-        ({"trainable": frozenset({"other"})}, 0),
-        ({"block": 2}, 0),
-        ({"fold": {"x": Pair(drawn(3, 5, seed=9), drawn(7, 3), 2.0)}}, 0),
-        ({"penalty": Penalty("tail", 0.25, {"m": 2})}, 0),
-        ({"base": (Version(3, {"m": Pair(drawn(3, 5), drawn(7, 3), 1.0)}),)}, 1),
+        {"send": replace(some_factors(), A={**some_factors().A, "m": drawn(3, 5, seed=9)})},
+        {"send": replace(some_factors(), scale={"m": 2.5, "n.o": 0.5})},
+        {"trainable": frozenset({"other"})},
+        {"block": 2},
+        {"fold": {"x": Pair(drawn(3, 5, seed=9), drawn(7, 3), 2.0)}},
+        {"penalty": Penalty("tail", 0.25, {"m": 2})},
+        {"base": (Version(3, {"m": Pair(drawn(3, 5), drawn(7, 3), 1.0)}),)},
     ],
 )
-def test_other_numbers_of_one_form_are_another_digest_of_that_form(
-    changes: dict[str, Any], part: int
-) -> None:
-    one, other = digests_of(sent()), digests_of(sent(**changes))
-    assert one[part][0] == other[part][0]
-    assert one[part][1] != other[part][1]
-    assert one[1 - part] == other[1 - part]
+def test_other_numbers_of_one_form_are_another_digest_of_that_form(changes: dict[str, Any]) -> None:
+    one, other = digest_of(sent()), digest_of(sent(**changes))
+    assert one[0] == other[0]
+    assert one[1] != other[1]
 
 
-def test_a_client_that_lacks_other_things_has_a_download_of_another_form() -> None:
-    one = digests_of(sent())
+@pytest.mark.parametrize(
+    "change",
+    [{"labels": ("b", "a")}, {"base_number": 1}, {"fingerprint": "g"}, {"ranks": {"m": 2}},
+     {"cuts": (3,)}, {"code": "x"}],
+)  # fmt: skip
+def test_what_the_job_says_of_the_model_is_part_of_it(change: dict[str, Any]) -> None:
+    whole, other = digest_of(with_job(sent())), digest_of(with_job(sent(), replace(JOB, **change)))
+    assert whole[1] != other[1]
+
+
+def test_a_download_of_other_tensors_has_another_form() -> None:
+    one = digest_of(sent())
     pair = Pair(drawn(3, 5), drawn(7, 3), 2.0)
-    fewer = digests_of(sent(send=replace(some_factors(), A={})))
-    later = digests_of(sent(base=(Version(4, {"m": pair}),)))
-    assert fewer[0][0] != one[0][0]
-    assert later[1][0] != one[1][0]
-    assert (fewer[1], later[0]) == (one[1], one[0])
+    fewer = digest_of(sent(send=replace(some_factors(), A={})))
+    later = digest_of(sent(base=(Version(4, {"m": pair}),)))
+    assert len({one[0], fewer[0], later[0]}) == 3

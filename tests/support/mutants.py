@@ -105,7 +105,8 @@ def copy_to(there: Path, names: Sequence[str]) -> None:
 
 def failing(there: Path, tests: Sequence[str]) -> tuple[int, str]:
     """pytest's exit status, and the first test that failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    how = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", *how, *tests]
     environment = {**os.environ, "PYTHONPATH": str(there), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(

@@ -6,12 +6,12 @@ from typing import Any
 
 from fedlora.federation.client.secure_client import SecureClient
 from fedlora.federation.secure import masking
-from fedlora.federation.secure.agreement import Agreement, MemberTable, RoundName
+from fedlora.federation.secure.agreement import Agreement, MemberTable, RoundName, table_of
 from fedlora.federation.secure.signing import RoundKeys
 from fedlora.federation.secure.terms import Terms
 
 NAME = RoundName("config", "run", 1, "start")
-ALIKE = (("form", "content"), ("form", "content"))
+ALIKE = ("form", "content")
 """Digests of a download that is the same for all."""
 
 
@@ -23,8 +23,8 @@ def agreement_of(
     n: int, table: MemberTable | None = None, kinds: Mapping[int, int] | None = None
 ) -> Agreement:
     """What n members agree on, of kinds that send nothing unless a table says what they send."""
-    made = table or MemberTable(({}, {}), ((), ()), kinds or dict.fromkeys(range(n), 0))
-    return Agreement(NAME, terms_of(n), made, dict.fromkeys(made.kinds, ALIKE))
+    made = table or table_of(({}, {}), ((), ()), kinds or dict.fromkeys(range(n), 0))
+    return Agreement(NAME, terms_of(n), made, (ALIKE,) * len(made.shapes))
 
 
 def begun(

@@ -41,7 +41,7 @@ from fedlora.federation.wire.messages import (
     pack_factors,
     seq,
 )
-from fedlora.federation.wire.sent_digest import digests_of
+from fedlora.federation.wire.sent_digest import digest_of
 from fedlora.federation.wire.versions import here
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
@@ -211,20 +211,20 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     boxes = dict(zip(seq(asked, "clients"), seq(asked, "boxes"), strict=True))
     masker = work.secure_client().open(boxes, work.terms)
     agreement = masker.agreement
-    masker.check_sent(digests_of(message.content))
+    masker.check_sent(digest_of(message.content))
     ((work, done),) = trained([replace(work, probes=agreement.probes)])
     private = work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
     start, end = done.numbers
     sent = with_changes(done.sent, start, end, public_scales(work.model(), start))
-    kind = masker.kind(same_shapes(folded(sent)), work.download.trainable)
+    kind = masker.kind(same_shapes(folded(sent)), work.download.trainable, done.own)
     layout = agreement.table.layout
     vector = encode(sent, n, loss, kind, layout, agreement.terms)
     work.enter_secure_round("count")
     x = masker.masked(vector)
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}
-    if not work.job.cuts:  # what follows from what the server sent; not with a B of one's own
+    if not (work.job.cuts or done.own):  # what follows from what the server sent, and that alone
         records["start"] = pack_numbers(start)
     return work.reply(records, done.keeps)
 

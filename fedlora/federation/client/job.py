@@ -37,6 +37,7 @@ from fedlora.privacy.rehearsal import check_before_training
 from fedlora.strategies.base import Client, Download, Round, Strategy, Version, travelling
 from fedlora.strategies.chosen import Chosen, chooses, masked, picked
 from fedlora.strategies.forms import moves_base
+from fedlora.strategies.probing import begins_with_own
 from fedlora.training import cache, user_code
 from fedlora.training.begun_with import digest_of_rows
 from fedlora.training.certificate import Numbers
@@ -60,6 +61,8 @@ class Trained:
     """The certificate's, at the start and at the end."""
     chosen: Chosen | None = None
     """Which ranks `sent` has, where the client chooses them."""
+    own: bool = False
+    """Did it begin with something that it kept? Looked at for a secure sum."""
 
 
 @dataclass
@@ -87,6 +90,8 @@ class ClientJob:
     """The node's own, where it has one."""
     probes: str = ""
     """The key of the certificate's signs, where the members of a sum agreed on it."""
+    shared: str = ""
+    """The digest of the run's config, without what is this node's own."""
 
     @classmethod
     def open(cls, message: Message, context: Context) -> "ClientJob":
@@ -101,7 +106,10 @@ class ClientJob:
         first = message.content.get("base-offset")
         base_offset = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
         strategy = config.build_strategy()
-        return cls(config, job, strategy, memory, download, base_offset, policy)
+        shared = Config.read({**context.run_config, **job.changes})
+        digest = shared.digest() if config.secure.aggregation else ""
+        given = config, job, strategy, memory, download, base_offset, policy
+        return cls(*given, shared=digest)
 
     @property
     def token(self) -> str:
@@ -132,7 +140,7 @@ class ClientJob:
             )
         if model.fingerprint != job.fingerprint:
             raise ModelError.public(
-                f"client {job.client}'s base model ({self.config.model.path}) is not the server's: "
+                f"client {job.client}'s base model (model.path) is not the server's: "
                 f"fingerprint {model.fingerprint}, must be {job.fingerprint}; use the same files"
             )
         return model
@@ -183,7 +191,7 @@ class ClientJob:
                 "secure.aggregation is off on this client, and on at the server"
             )
         job = self.job
-        name = RoundName(job.config, job.token, job.round, job.incarnation, job.since)
+        name = RoundName(self.shared, job.token, job.round, job.incarnation, job.since)
         self.enter_secure_round("stage")
         own, directory = self.policy.secure if self.policy else None, self.memory.own / "secure"
         together = own.colluding + 2 if own else 0
@@ -217,6 +225,7 @@ class ClientJob:
         rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
+            own = config.secure.aggregation and self.begins_with_own(model, kept)
             begun, chooser = self.numbers(model), chooses(self.strategy)
             before, chosen = model.read() if chooser else Factors(), None
             self.check(model, rows)
@@ -244,7 +253,8 @@ class ClientJob:
         keeps = any(True for _ in keep.items())
         if keeps:
             self.memory.remember(job.round, keep)
-        local.done = Trained(sent, keeps, len(rows), local.outcome, scores, numbers, chosen)
+        args = sent, keeps, len(rows), local.outcome, scores, numbers, chosen, own
+        local.done = Trained(*args)
 
     def numbers(self, model: Model) -> Numbers:
         """The certificate's numbers of the model as it is now."""
@@ -301,12 +311,21 @@ class ClientJob:
         init, stored = self.config.lora.init, self.config.model.quantization
         start = self.memory.base_offset() if moves_base(init, stored) else {}
         model.rebase(self.token, self.memory.base_to(job.base_number), start)
-        me = Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
-        round = Round(job.round, self.config.run.seed)
+        me, round = self.as_client(model), Round(job.round, self.config.run.seed)
         factors = self.strategy.start(download, kept, me, round)
         with model.folded(download.fold):
             model.load(factors, download.block)
             yield model, kept
+
+    def as_client(self, model: Model) -> Client:
+        """This client as its strategy sees it."""
+        job = self.job
+        return Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
+
+    def begins_with_own(self, model: Model, kept: Factors) -> bool:
+        """Does what it begins with hang on what it kept, beside what it was sent?"""
+        round = Round(self.job.round, self.config.run.seed)
+        return begins_with_own(self.strategy, self.download, kept, self.as_client(model), round)
 
     def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:
         """A reply of these records, with the tag that tells the server whose it is."""

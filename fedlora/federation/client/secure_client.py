@@ -38,7 +38,7 @@ from fedlora.federation.secure.masking import Words
 from fedlora.federation.secure.signing import RoundKeys
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.messages import Shapes
-from fedlora.federation.wire.sent_digest import Parts
+from fedlora.federation.wire.sent_digest import Sent
 from fedlora.lora.tree_file import write_atomically
 
 Boxes = Mapping[int, bytes]
@@ -243,17 +243,17 @@ class SecureClient:
 
     def _begin(self) -> None:
         mark = self.directory / "begun.json"
-        if mark.exists():
-            begun = json.loads(mark.read_text())
-            if begun["incarnation"] == self.incarnation and begun["round"] >= self.round:
-                raise PrivacyError.public(
-                    f"round {self.round} was begun before: a second vector of it, masked anew, "
-                    "would give away what a client adds"
-                )
+        begun: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {}
+        if isinstance(last := begun.get("incarnation"), str):  # before there were all of them
+            begun = {last: begun["round"]}
+        if begun.get(self.incarnation, -1) >= self.round:
+            raise PrivacyError.public(
+                f"round {self.round} was begun before: a second vector of it, masked anew, "
+                "would give away what a client adds"
+            )
         for old in self.directory.glob("round-*"):
             old.unlink(missing_ok=True)
-        found = {"incarnation": self.incarnation, "round": self.round}
-        write_atomically(mark, json.dumps(found).encode())
+        write_atomically(mark, json.dumps({**begun, self.incarnation: self.round}).encode())
 
     def _file(self, stage: str) -> Path:
         return self.directory / f"round-{self.round:05}.{stage}.json"
@@ -289,17 +289,17 @@ class Masker:
         self.state = state
         self.agreement = agreement
 
-    def check_sent(self, came: Parts) -> None:
+    def check_sent(self, came: Sent) -> None:
         """Raises PrivacyError where the download is not the one that all were told of."""
         self.agreement.check_sent(self.member.me, came)
 
-    def kind(self, sends: Shapes, trains: Collection[str]) -> int:
+    def kind(self, sends: Shapes, trains: Collection[str], own: bool = False) -> int:
         """This client's kind, by a table that is true of it.
 
         Raises:
             PrivacyError: see `MemberTable.check_own`.
         """
-        return self.agreement.table.check_own(self.member.me, sends, trains)
+        return self.agreement.table.check_own(self.member.me, sends, trains, own)
 
     def masked(self, vector: Words) -> Words:
         """The vector under its own mask and one for each neighbour; after it none can follow."""

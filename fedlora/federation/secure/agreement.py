@@ -1,16 +1,16 @@
 """What all members of a sum are told alike, so that a server cannot tell each another story.
 
-    MemberTable   who is asked, which kind each is of, and which tensors a kind sends and trains
-    Agreement     the table, which run and round, the terms, and what each is sent: one digest
+    MemberTable   who is asked, which kind each is of, what a kind sends and trains, how it begins
+    Agreement     the table, which run and round, the terms, and what each kind is sent: one digest
 
 A member derives what it can itself (run, config, terms), finds its own entry true (what it sends,
-trains and was sent), signs the digest beside its keys, and mixes it into every pair's mask: the
-masks of members who were told different things never cancel, and the sum stays noise. The
+trains, begins with and was sent), signs the digest beside its keys, and mixes it into every pair's
+mask: the masks of members who were told different things never cancel, and the sum stays noise. The
 certificate's probes are drawn from the digest, too.
 
 Formal guarantee
     Of a sum that comes out, every member in it saw one agreement, in which `terms.together` clients
-    at least send each tensor and train the same columns, and downloads of one form are one.
+    at least send each tensor, train the same columns and are sent the same, bit by bit.
     That so many of them are in the sum the members see where each is every other's neighbour
     (secure.num-shares = 0), and on a ring not. What a server may still do is to say of clients that
     are its own what it likes, to send kinds different models, or all of them a crafted one:
@@ -29,7 +29,7 @@ from fedlora.federation.secure.signing import HEAD
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import Layout
 from fedlora.federation.wire.messages import Shapes
-from fedlora.federation.wire.sent_digest import Parts
+from fedlora.federation.wire.sent_digest import Sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class MemberTable:
     """By kind, of what it sends."""
     trains: tuple[tuple[str, ...], ...]
     """By kind, the columns it trains, sorted."""
+    own: tuple[bool, ...]
+    """By kind, whether it begins with something that it kept and nobody sent it."""
     kinds: Mapping[int, int]
     """By client, its kind."""
 
@@ -56,22 +58,24 @@ class MemberTable:
         return [
             shapes,
             [list(c) for c in self.trains],
+            [*self.own],
             [list(x) for x in sorted(self.kinds.items())],
         ]
 
     @classmethod
     def of(cls, tree: Any) -> "MemberTable":
         """The inverse; raises TypeError or ValueError where it is none."""
-        shapes, trains, kinds = tree
+        shapes, trains, own, kinds = tree
         return cls(
             tuple({(str(c), str(n)): tuple(map(int, s)) for c, n, s in kind} for kind in shapes),
             tuple(tuple(map(str, columns)) for columns in trains),
+            tuple(map(bool, own)),
             {int(i): int(kind) for i, kind in kinds},
         )
 
     def check(self, me: int, together: int) -> None:
         """Raises PrivacyError where it is no table, or fewer than `together` are of one kind."""
-        if len(self.trains) != len(self.shapes) or not all(
+        if not len(self.trains) == len(self.own) == len(self.shapes) or not all(
             0 <= kind < len(self.shapes) for kind in self.kinds.values()
         ):
             raise PrivacyError.public("the table has no such kind as it says a client is of")
@@ -83,16 +87,23 @@ class MemberTable:
                 "would be no sum, or one with clients that help the server (secure.colluding)"
             )
 
-    def check_own(self, me: int, sends: Shapes, trains: Collection[str]) -> int:
+    def check_own(self, me: int, sends: Shapes, trains: Collection[str], own: bool) -> int:
         """This member's kind, where the table says of it what is so.
 
+        own: does it begin with something that it kept?
+
         Raises:
-            PrivacyError: it says that it sends or trains something else.
+            PrivacyError: it says that it sends or trains something else, or begins otherwise.
         """
         kind = self.kinds[me]
         if dict(self.shapes[kind]) != dict(sends) or set(self.trains[kind]) != set(trains):
             raise PrivacyError.public(
                 "the table says that this client sends or trains something else"
+            )
+        if self.own[kind] != own:
+            raise PrivacyError.public(
+                "the table says that this client begins with what it kept, or not, and that is "
+                "not so"
             )
         return kind
 
@@ -102,7 +113,7 @@ class RoundName:
     """Which round of which run, in one start of its server."""
 
     config: str
-    """The digest of the run's config: see `Config.identity`."""
+    """The digest of the run's config: see `Config.digest`."""
     run: str
     round: int
     incarnation: str
@@ -117,12 +128,12 @@ class Agreement:
     name: RoundName
     terms: Terms
     table: MemberTable
-    sent: Mapping[int, Parts]
-    """By client, digests of what it is sent."""
+    sent: tuple[Sent, ...]
+    """By kind, digests of what its clients are sent, each the same."""
 
     def record(self) -> str:
         """As text, the same for equal agreements."""
-        sent = [[i, [list(part) for part in parts]] for i, parts in sorted(self.sent.items())]
+        sent = [list(x) for x in self.sent]
         tree = [*HEAD, "agreement", asdict(self.name), asdict(self.terms), self.table.tree(), sent]
         return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
@@ -145,7 +156,7 @@ class Agreement:
                           str(name["incarnation"]), int(name["since"])),
                 Terms(**{f.name: _number(terms[f.name]) for f in fields(Terms)}),
                 MemberTable.of(table),
-                {int(i): tuple((str(a), str(b)) for a, b in parts) for i, parts in sent},
+                tuple((str(form), str(content)) for form, content in sent),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as e:
             raise PrivacyError.public(f"what all are to agree on does not read: {e}") from None
@@ -174,8 +185,8 @@ class Agreement:
 
         Raises:
             PrivacyError: it is not: the agreement is of another run or round, its terms are not
-                those of the config, a client would send alone, or two clients whose downloads
-                have one form are sent different ones.
+                those of the config, a client would send alone, or two kinds whose downloads have
+                one form are sent different ones.
         """
         if self.name != name:
             raise PrivacyError.public("what all are to agree on is of another run, round or config")
@@ -184,38 +195,31 @@ class Agreement:
             raise PrivacyError.public("the terms of the sum are not those of the run's config")
         if reason := terms.problem():
             raise PrivacyError.public(reason)
-        if self.sent.keys() != self.table.kinds.keys():
-            raise PrivacyError.public("the table does not say what each client is sent")
-        if unlike := told_apart(self.sent):
+        if len(self.sent) != len(self.table.shapes):
+            raise PrivacyError.public("the table does not say what each kind is sent")
+        if len(dict(self.sent)) != len({*self.sent}):
             raise PrivacyError.public(
-                f"clients {unlike[0]} and {unlike[1]} are sent different models of one form: a "
-                "server that trains one client on a model of its own can read it from a sum"
+                "kinds are sent different models of one form: a server that trains some clients on "
+                "a model of their own can read their sum"
             )
 
-    def check_sent(self, me: int, came: Parts) -> None:
+    def check_sent(self, me: int, came: Sent) -> None:
         """Raises PrivacyError where a member was sent something else than the others were told."""
-        if self.sent[me] != came:
+        if self.sent[self.table.kinds[me]] != came:
             raise PrivacyError.public(
                 "this client was sent something else than all members were told that it is sent"
             )
 
 
-def told_apart(sent: Mapping[int, Parts]) -> tuple[int, int] | None:
-    """Two clients whose downloads have a part of one form and different content, if there are."""
-    seen: dict[tuple[int, str], tuple[int, str]] = {}
-    for i, parts in sorted(sent.items()):
-        for n, (form, content) in enumerate(parts):
-            first, known = seen.setdefault((n, form), (i, content))
-            if known != content:
-                return first, i
-    return None
-
-
 def table_of(
-    shapes: Sequence[Shapes], trains: Sequence[Collection[str]], kinds: Mapping[int, int]
+    shapes: Sequence[Shapes],
+    trains: Sequence[Collection[str]],
+    kinds: Mapping[int, int],
+    own: Sequence[bool] = (),
 ) -> MemberTable:
-    """The table of a round, from the kinds in their order."""
-    return MemberTable(tuple(shapes), tuple(tuple(sorted(c)) for c in trains), dict(kinds))
+    """The table of a round, from the kinds in their order. own: by default of none."""
+    begins = (*own,) or (False,) * len(shapes)
+    return MemberTable(tuple(shapes), tuple(tuple(sorted(c)) for c in trains), begins, dict(kinds))
 
 
 def same_shapes(sent: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], tuple[int, ...]]:

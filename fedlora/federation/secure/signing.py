@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised with every change of a message, of what is signed, or of how masks are derived."""
 HEAD = ("fedlora secure aggregation", PROTOCOL)
 

@@ -25,7 +25,7 @@ Formal guarantee
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,21 +49,27 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Clients that send the same tensors at the same scales."""
+    """Clients that send the same tensors at the same scales, and begin alike."""
 
     clients: tuple[Client, ...]
     shapes: Shapes
     scale: Mapping[str, float]
+    own: bool = False
+    """Do they begin with something that each kept?"""
 
 
 def kinds_of(
-    clients: Iterable[tuple[Client, Shapes, Mapping[str, float]]],
+    clients: Iterable[tuple[Client, Shapes, Mapping[str, float]]], own: Container[int] = ()
 ) -> list[Kind]:
-    """The clients grouped by the shapes and scales of the tensors they send."""
+    """The clients grouped by the shapes and scales of the tensors they send, and how they begin.
+
+    own: who of them begins with something that it kept.
+    """
     found: dict[Any, Kind] = {}
     for client, shapes, scale in clients:
-        key = (tuple(sorted(shapes.items())), tuple(sorted(scale.items())))
-        kind = found.setdefault(key, Kind((), shapes, scale))
+        mine = client.id in own
+        key = (tuple(sorted(shapes.items())), tuple(sorted(scale.items())), mine)
+        kind = found.setdefault(key, Kind((), shapes, scale, mine))
         found[key] = replace(kind, clients=(*kind.clients, client))
     return list(found.values())
 

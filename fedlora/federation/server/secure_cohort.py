@@ -1,14 +1,14 @@
 """Who is asked for a sum, and what all of them are to agree on: before the first message.
 
-kinds        the cohort by ranks; the only client of its ranks is left out
-agreement    the table of the kinds, the terms, and digests of what each client is sent
+kinds        the cohort by ranks and how each begins; the only client of its kind is left out
+agreement    the table of the kinds, the terms, and digests of what each kind is sent
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.errors import StrategyError
-from fedlora.federation.secure.agreement import Agreement, RoundName, table_of, told_apart
+from fedlora.federation.secure.agreement import Agreement, RoundName, table_of
 from fedlora.federation.secure.rules import unsummable
 from fedlora.federation.secure.terms import Terms, neighbours
 from fedlora.federation.secure.vector import Kind, kinds_of
@@ -18,8 +18,10 @@ from fedlora.federation.server.run import Session, Setting, base_number, cuts, m
 from fedlora.federation.wire.certificate import masked_shapes, without_masked
 from fedlora.federation.wire.codes import FailureKind, Refusal
 from fedlora.federation.wire.messages import Shapes
-from fedlora.federation.wire.sent_digest import digests_of
+from fedlora.federation.wire.sent_digest import digest_of
+from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Round
+from fedlora.strategies.probing import begins_with_own, begun
 from fedlora.training.certificate import names_of
 
 
@@ -55,12 +57,15 @@ class SecureCohort:
         round: Round,
         received: Received,
     ) -> "SecureCohort":
-        """The cohort, without those that are alone of their ranks; they are refused.
+        """The cohort, without those that are alone of their kind; they are refused.
+
+        All of a kind are sent the same: what that one of them lacks which lacks the most.
 
         Its terms may have a `problem`, where too few are left.
         """
         base = base_number(setting, run.state)
-        found = kinds_of(_sends(setting, session, run, c, base, round) for c in cohort)
+        alike, own = _alike(setting, session, run, [*cohort], round)
+        found = kinds_of((_sends(setting, session, run, c, base, round) for c in alike), own)
         together = setting.config.secure.colluding + 2
         for kind in found:
             for client in kind.clients if len(kind.clients) < together else ():
@@ -83,20 +88,22 @@ class SecureCohort:
             setting.strategy.download(run.state, kind.clients[0], round).trainable
             for kind in self.kinds
         ]
-        table = table_of([kind.shapes for kind in self.kinds], trains, self.kind_of)
-        sent = {
-            i: digests_of(message(setting, session, run, c, round, "train").content)
-            for i, c in sorted(self.client.items())
-        }
-        if unlike := told_apart(sent):
+        shapes, own = [kind.shapes for kind in self.kinds], [kind.own for kind in self.kinds]
+        table = table_of(shapes, trains, self.kind_of, own)
+        sent = [
+            {digest_of(message(setting, session, run, c, round, "train").content)
+             for c in kind.clients}
+            for kind in self.kinds
+        ]  # fmt: skip
+        forms = {x for kind in sent for x in kind}
+        if any(len(kind) > 1 for kind in sent) or len(dict(forms)) != len(forms):
             raise StrategyError(
-                f"secure.aggregation: {type(setting.strategy).__name__} sends clients {unlike[0]} "
-                f"and {unlike[1]} different models of one form, and clients take part only where "
-                "all are sent the same"
+                f"secure.aggregation: {type(setting.strategy).__name__} sends clients different "
+                "models of one form, and clients take part only where all are sent the same"
             )
         start = session.incarnation, session.since
-        name = RoundName(setting.config.identity(), run.token, round.number, *start)
-        return Agreement(name, self.terms, table, sent)
+        name = RoundName(setting.config.digest(), run.token, round.number, *start)
+        return Agreement(name, self.terms, table, tuple(x for (x,) in sent))
 
     def _check(self, setting: Setting, session: Session, run: Saved, round: Round) -> None:
         """Does the strategy go on sums? Measured once for each set of tensors that it asks for."""
@@ -110,13 +117,37 @@ class SecureCohort:
 
 
 def alone(there: int, together: int, when: str) -> str:
-    """Why a client is left out of a sum in which so few of its ranks would be."""
+    """Why a client is left out of a sum in which so few of its kind would be."""
+    kind = "of its ranks that begins as it does (anew, or with what it kept)"
     if there == 1:
-        return f"it is the only one {when} of its ranks: its update would be no sum"
+        return f"it is the only one {when} {kind}: its update would be no sum"
     return (
-        f"it is one of {there} {when} of its ranks, and it takes {together} (secure.colluding): "
+        f"it is one of {there} {when} {kind}, and it takes {together} (secure.colluding): "
         "their sum would be no secret of clients that help the server"
     )
+
+
+def _alike(
+    setting: Setting, session: Session, run: Saved, cohort: Sequence[Client], round: Round
+) -> tuple[list[Client], set[int]]:
+    """The clients as if each lacked all that any of them lacks; who begins with what it kept.
+
+    Sent what it alone lacks, a client could be sent what its server likes.
+    """
+    ids = {c.id for c in cohort}
+    new = run.base_offset and any(not run.members[i].last_round for i in ids)
+    if new or session.lacking & ids:
+        session.lacking |= ids
+    base = min((c.base_version for c in cohort), default=0)
+    alike = [replace(c, base_version=base, has_memory=False) for c in cohort]
+    remember = [c for c in cohort if c.has_memory]
+    if not remember:
+        return alike, set()
+    strategy, one = setting.strategy, replace(remember[0], base_version=base)
+    came = strategy.download(run.state, replace(one, has_memory=False), round)
+    _, kept = strategy.upload(begun(strategy, run.state, one, round), Factors())
+    own = begins_with_own(strategy, came, kept, one, round)
+    return alike, {c.id for c in remember if own}
 
 
 def _sends(

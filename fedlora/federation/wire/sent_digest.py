@@ -1,10 +1,8 @@
-"""Digests of what a client is sent for one round, so that others can be told what it was.
+"""A digest of what a client is sent for one round, so that others can be told what it was.
 
-    model   the factors, what of them trains, and what is folded into the base for this round
-    base    the base changes that the client lacks, and what its initialisation takes from the base
-
-Of each part the digest of its form (names, types and shapes) and that of all of it: clients that
-lack the same things are sent the same bytes.
+Of the download (factors, what of them trains, what is folded into the base, base changes) and of
+what the job beside it says of the model: its base, its labels, its ranks. All that decides what a
+client trains from, but for what it kept itself (`MemberTable.own`).
 """
 
 import hashlib
@@ -13,40 +11,34 @@ from collections.abc import Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-Parts = tuple[tuple[str, str], ...]
-"""(form, content) of the model and of the base, in hexadecimal digits."""
-BASE_KEYS = ("base", "snapshots")
+Sent = tuple[str, str]
+"""(form, content) in hexadecimal digits: of names, types and shapes, and of all of it."""
+OF_THE_MODEL = ("base-number", "code", "cuts", "fingerprint", "labels", "modules", "ranks")
+"""What of a job decides what is trained from."""
 NOT_SENT = ("job", "secagg")
 """Records of a message that are no part of the download."""
 
 
-def digests_of(content: RecordDict) -> Parts:
-    """Of a message to a client, its download's."""
-    found = []
-    for base in (False, True):
-        form, whole = hashlib.sha256(), hashlib.sha256()
-        for name, data in sorted(_pieces(content, base)):
-            form.update(name)
-            whole.update(len(name).to_bytes(8, "big") + name + hashlib.sha256(data).digest())
-        found.append((form.hexdigest(), whole.hexdigest()))
-    return tuple(found)
+def digest_of(content: RecordDict) -> Sent:
+    """Of a message to a client, what it is sent."""
+    form, whole = hashlib.sha256(), hashlib.sha256()
+    for name, data in sorted(_pieces(content)):
+        form.update(name)
+        whole.update(len(name).to_bytes(8, "big") + name + hashlib.sha256(data).digest())
+    return form.hexdigest(), whole.hexdigest()
 
 
-def _pieces(content: RecordDict, base: bool) -> Iterator[tuple[bytes, bytes]]:
-    """(name and form, bytes) of each array and setting of one part."""
+def _pieces(content: RecordDict) -> Iterator[tuple[bytes, bytes]]:
+    """(name and form, bytes) of each array and setting."""
     for name, record in content.items():
-        if name in NOT_SENT:
-            continue
         if isinstance(record, ArrayRecord):
-            if name.startswith("base-") == base:
-                for key, x in record.items():
-                    form = json.dumps([name, key, x.dtype, [*x.shape], x.stype])
-                    yield form.encode(), x.data
+            for key, x in record.items():
+                form = json.dumps([name, key, x.dtype, [*x.shape], x.stype])
+                yield form.encode(), x.data
         elif isinstance(record, ConfigRecord):
             for key, value in record.items():
-                if (key in BASE_KEYS) == base:
-                    fixed = value if base else None  # which versions it lacks is form
-                    head = json.dumps([name, key, fixed], default=_hex)
+                if name not in NOT_SENT or (name == "job" and key in OF_THE_MODEL):
+                    head = json.dumps([name, key])
                     yield head.encode(), json.dumps(value, default=_hex).encode()
 
 

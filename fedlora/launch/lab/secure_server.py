@@ -23,7 +23,7 @@ from fedlora.config.members import Members
 from fedlora.errors import PrivacyError
 from fedlora.federation.client.secure_client import TRUSTING, SecureClient
 from fedlora.federation.secure import masking, signing
-from fedlora.federation.secure.agreement import Agreement, MemberTable, RoundName
+from fedlora.federation.secure.agreement import Agreement, RoundName, table_of
 from fedlora.federation.secure.masking import Words
 from fedlora.federation.secure.signing import RoundKeys
 from fedlora.federation.secure.terms import Terms
@@ -49,9 +49,8 @@ def terms_of(cohort: int) -> Terms:
 
 def told(of: int = 0) -> Agreement:
     """What all agree on; another one for each `of`."""
-    alike = (("form", "content"), ("form", "content"))
-    table = MemberTable(({("A", f"m{of}"): (LENGTH,)},), (("A",),), dict.fromkeys(range(N), 0))
-    return Agreement(NAME, terms_of(N), table, dict.fromkeys(range(N), alike))
+    table = table_of([{("A", f"m{of}"): (LENGTH,)}], [["A"]], dict.fromkeys(range(N), 0))
+    return Agreement(NAME, terms_of(N), table, (("form", "content"),))
 
 
 class Server:

@@ -1,0 +1,166 @@
+"""A server that trains one member of a sum on another model than all others reads no sum.
+
+The others would be sent one that teaches nothing: the sum is then that member's update.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+
+from client_app.app import app as client_app
+from fedlora.config.reader import Config
+from fedlora.errors import RoundError
+from fedlora.federation.client import handlers
+from fedlora.federation.secure.agreement import Agreement, RoundName
+from fedlora.federation.wire.codes import FailureKind
+from fedlora.federation.wire.messages import pack
+from tests.federation.test_secure_aggregation import Lossy, five, play
+from tests.federation.test_secure_stories import Liar
+
+Settings = Callable[..., dict[str, object]]
+VICTIM = 0
+
+
+def no_factors(message: Message) -> None:
+    """All factors 0: then no factor has a gradient."""
+    sent = message.content.array_records["send"]
+    for key, x in [*sent.items()]:
+        if key.startswith(("A", "B")):
+            sent[key] = pack(torch.zeros(tuple(x.shape)), "float32")
+
+
+def no_factors_in_a_form_of_their_own(message: Message) -> None:
+    no_factors(message)
+    message.content["more"] = ArrayRecord({"x": pack(torch.zeros(1), "float32")})
+
+
+def job(**changes: Any) -> Callable[[Message], None]:
+    def change(message: Message) -> None:
+        message.content["job"] = ConfigRecord({**message.content["job"], **changes})  # type: ignore[dict-item]
+
+    return change
+
+
+def told_to_all_but_one(change: Callable[[Message], None]) -> Liar:
+    return Liar(lambda client, message: change(message) if client != VICTIM else None)
+
+
+@pytest.mark.parametrize(
+    "change", [no_factors_in_a_form_of_their_own, job(**{"base-number": 1})], ids=["form", "base"]
+)
+def test_members_that_are_sent_something_else_than_one_send_nothing(
+    settings: Settings, change: Callable[[Message], None]
+) -> None:
+    liar = told_to_all_but_one(change)
+    with pytest.raises(RoundError):
+        play(settings(**five("fedavg")), app=liar)
+    for i in range(1, 5):
+        assert "was sent something else than all members were told" in liar.replies[i].error.reason
+
+
+def test_without_that_the_sum_would_be_the_update_of_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, trained = handlers.trained, dict[int, Any]()
+
+    def kept(works: Any) -> Iterator[Any]:
+        for work, done in honest(works):
+            trained[work.job.client] = done
+            yield work, done
+
+    monkeypatch.setattr(handlers, "trained", kept)
+    monkeypatch.setattr(Agreement, "check_sent", lambda *_: None)
+    got = play(settings(**five("fedavg")), app=told_to_all_but_one(no_factors))
+    one, N = trained[VICTIM], sum(done.examples for done in trained.values())
+    for m, B in one.sent.B.items():
+        read = got.factors.B[m] * N / one.examples
+        assert float(B.norm()) > 0
+        assert torch.allclose(read, B, rtol=0, atol=1e-5 * N / one.examples)
+
+
+def test_two_configs_of_one_short_digest_are_two_all_the_same(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 bits two that are alike can be searched for; all but one would train at no rate."""
+    monkeypatch.setattr(Config, "identity", lambda _: "0" * 16)
+    told = five("fedavg")
+    said: dict[int, str] = {}
+
+    def app(message: Message, context: Context) -> Message:
+        if (client := int(context.node_config["partition-id"])) != VICTIM:
+            context.run_config = {**context.run_config, "train.lr": 1e-12}
+        reply = client_app(message, context)
+        if reply.has_error():
+            said[client] = reply.error.reason
+        return reply
+
+    with pytest.raises(RoundError):
+        play(settings(**told), app=app)
+    assert {*said} == {1, 2, 3, 4}
+    assert all("is of another run, round or config" in reason for reason in said.values())
+
+
+def test_the_agreement_names_all_of_the_configs_digest() -> None:
+    config = Config.read({"data.path": "x"})
+    name = RoundName(config.digest(), "run", 1, "start")
+    assert len(name.config) == 64
+    assert config.digest() != Config.read({"data.path": "x", "train.lr": 0.5}).digest()
+    assert config.digest().startswith(config.identity())
+
+
+FEDSA = {"strategy.fedsa.average-at-end": False, "run.rounds": 2}
+
+
+def test_who_is_told_to_begin_anew_beside_one_that_goes_on_sends_nothing(
+    settings: Settings,
+) -> None:
+    """With a B of 0 their A has no gradient: the sum of A would be of the one that goes on."""
+
+    def anew(client: int, message: Message) -> None:
+        if client != VICTIM:
+            job(**{"memory-round": 0})(message)
+
+    liar = Liar(anew)
+    with pytest.raises(RoundError):
+        play(settings(**five("fedsa", **FEDSA)), app=liar)
+    for i in range(1, 5):
+        assert "begins with what it kept, or not" in liar.replies[i].error.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "late", "there"),
+    [
+        ("fedsa", (1,), [0, 2, 3, 4]),
+        pytest.param("fedsa", (1, 3), [0, 1, 2, 3, 4], marks=pytest.mark.slow),
+        ("ffa", (1,), [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_newcomer_is_in_the_sum_where_it_begins_as_the_others_or_is_not_alone(
+    settings: Settings, name: str, late: tuple[int, ...], there: list[int]
+) -> None:
+    """What fedsa keeps at home a newcomer has not; ffa's A and frlora's base are sent to all."""
+    given = settings(**five(name, **(FEDSA if name == "fedsa" else {"run.rounds": 2})))
+    got = play(given, app=Lossy("setup", late, rounds=(1,)))
+    assert got.last["accepted"] == there
+    alone = [f for f in got.last["failures"] if f["kind"] == FailureKind.ONLY_OF_ITS_RANKS]
+    assert [f["client"] for f in alone] == [i for i in range(5) if i not in there]
+    assert all("that begins as it does" in f["reason"] for f in alone)
+
+
+def test_all_members_of_a_kind_are_sent_the_same_whatever_each_has(settings: Settings) -> None:
+    seen: dict[int, Any] = {}
+
+    def app(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == "train.secagg_collect":
+            content = message.content
+            seen[context.node_id] = {k: content[k] for k in content if k not in ("job", "secagg")}
+        return lossy(message, context)
+
+    lossy = Lossy("setup", (1,), rounds=(1,))
+    play(settings(**five("frlora", **{"run.rounds": 2})), app=app)
+    one, *others = seen.values()
+    assert len(others) == 4  # the newcomer to a moving base among them
+    assert all(x == one for x in others)
