@@ -378,6 +378,17 @@ def test_a_limit_ends_as_an_error_reply_of_its_own_code_and_on_record(
         assert not list((path.parent / "memory").rglob("round-*"))
 
 
+def test_no_word_of_another_base_names_the_nodes_own_place_of_it(
+    honest: Recorded, own: Callable[..., Path], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    place = tmp_path / "secret-place"
+    shutil.copytree(tiny["bert"], place)
+    path = own(model={"allowed": {tiny["bert"]: {"path": str(place)}}})
+    reply = asked(honest, path, records={"job": {"fingerprint": "another"}})
+    assert "base model (model.path) is not the server's" in reply.error.reason
+    assert "secret-place" not in reply.error.reason
+
+
 def test_steps_that_epochs_make_are_counted_too(honest: Recorded, own: Callable[..., Path]) -> None:
     many = {"train.steps": 0, "train.epochs": 2.0, "train.batch-size": 8}  # 135 rows: 34 steps
     assert not asked(honest, own(), config=many).has_error()
