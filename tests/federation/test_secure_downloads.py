@@ -15,6 +15,7 @@ from fedlora.config.reader import Config
 from fedlora.errors import RoundError
 from fedlora.federation.client import handlers
 from fedlora.federation.secure.agreement import Agreement, RoundName
+from fedlora.federation.server import secure_cohort
 from fedlora.federation.wire.codes import FailureKind
 from fedlora.federation.wire.messages import pack
 from tests.federation.test_secure_aggregation import Lossy, five, play
@@ -148,6 +149,15 @@ def test_a_newcomer_is_in_the_sum_where_it_begins_as_the_others_or_is_not_alone(
     alone = [f for f in got.last["failures"] if f["kind"] == FailureKind.ONLY_OF_ITS_RANKS]
     assert [f["client"] for f in alone] == [i for i in range(5) if i not in there]
     assert all("that begins as it does" in f["reason"] for f in alone)
+
+
+def test_a_base_that_came_in_another_round_is_not_trained_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rounds over other clients: those would have another base, and each its own in a sum."""
+    monkeypatch.setattr(secure_cohort, "_alike", lambda *args: ([*args[3]], set()))
+    with pytest.raises(RoundError, match="a base of which a part was sent in other rounds"):
+        play(settings(**five("frlora", **{"run.rounds": 2})))
 
 
 def test_all_members_of_a_kind_are_sent_the_same_whatever_each_has(settings: Settings) -> None:

@@ -43,6 +43,7 @@ from fedlora.federation.wire.messages import (
 )
 from fedlora.federation.wire.sent_digest import digest_of
 from fedlora.federation.wire.versions import here
+from fedlora.strategies.forms import moves_base
 from fedlora.training.certificate import public_scales
 from fedlora.training.evaluate import evaluate
 from fedlora.training.train import threads
@@ -204,6 +205,7 @@ def secagg_share(message: Message, context: Context) -> RecordDict:
 
 def secagg_collect(message: Message, context: Context) -> RecordDict:
     """One round of local training, of which only a masked vector leaves."""
+    from fedlora.federation.client.agreed_base import check_base
     from fedlora.federation.secure.agreement import same_shapes
     from fedlora.federation.secure.vector import encode, folded
 
@@ -212,6 +214,8 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     masker = work.secure_client().open(boxes, work.terms)
     agreement = masker.agreement
     masker.check_sent(digest_of(message.content))
+    moves = moves_base(work.config.lora.init, work.config.model.quantization)
+    check_base(work.download.base, work.job.base_number, bool(work.base_offset) or not moves)
     ((work, done),) = trained([replace(work, probes=agreement.probes)])
     private = work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)

@@ -116,6 +116,10 @@ class ClientJob:
         """The name of the run and of this start of the server."""
         return f"{self.job.token}/{self.job.incarnation}"
 
+    @property
+    def round(self) -> Round:
+        return Round(self.job.round, self.config.run.seed)
+
     def model(self) -> Model:
         """This process's model, checked to be the same as the server's.
 
@@ -225,7 +229,8 @@ class ClientJob:
         rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
-            own = config.secure.aggregation and self.begins_with_own(model, kept)
+            begins = self.strategy, self.download, kept, self.as_client(model), self.round
+            own = config.secure.aggregation and begins_with_own(*begins)
             begun, chooser = self.numbers(model), chooses(self.strategy)
             before, chosen = model.read() if chooser else Factors(), None
             self.check(model, rows)
@@ -253,8 +258,8 @@ class ClientJob:
         keeps = any(True for _ in keep.items())
         if keeps:
             self.memory.remember(job.round, keep)
-        args = sent, keeps, len(rows), local.outcome, scores, numbers, chosen, own
-        local.done = Trained(*args)
+        done = sent, keeps, len(rows), local.outcome, scores, numbers, chosen, own
+        local.done = Trained(*done)
 
     def numbers(self, model: Model) -> Numbers:
         """The certificate's numbers of the model as it is now."""
@@ -311,8 +316,7 @@ class ClientJob:
         init, stored = self.config.lora.init, self.config.model.quantization
         start = self.memory.base_offset() if moves_base(init, stored) else {}
         model.rebase(self.token, self.memory.base_to(job.base_number), start)
-        me, round = self.as_client(model), Round(job.round, self.config.run.seed)
-        factors = self.strategy.start(download, kept, me, round)
+        factors = self.strategy.start(download, kept, self.as_client(model), self.round)
         with model.folded(download.fold):
             model.load(factors, download.block)
             yield model, kept
@@ -321,11 +325,6 @@ class ClientJob:
         """This client as its strategy sees it."""
         job = self.job
         return Client(job.client, model.layers(job.ranks), job.base_number, job.memory_round > 0)
-
-    def begins_with_own(self, model: Model, kept: Factors) -> bool:
-        """Does what it begins with hang on what it kept, beside what it was sent?"""
-        round = Round(self.job.round, self.config.run.seed)
-        return begins_with_own(self.strategy, self.download, kept, self.as_client(model), round)
 
     def reply(self, records: Mapping[str, Any], keeps: bool = False) -> RecordDict:
         """A reply of these records, with the tag that tells the server whose it is."""

@@ -59,7 +59,7 @@ class SecureCohort:
     ) -> "SecureCohort":
         """The cohort, without those that are alone of their kind; they are refused.
 
-        All of a kind are sent the same: what that one of them lacks which lacks the most.
+        All of a kind are sent the same: what one that has nothing lacks.
 
         Its terms may have a `problem`, where too few are left.
         """
@@ -130,20 +130,18 @@ def alone(there: int, together: int, when: str) -> str:
 def _alike(
     setting: Setting, session: Session, run: Saved, cohort: Sequence[Client], round: Round
 ) -> tuple[list[Client], set[int]]:
-    """The clients as if each lacked all that any of them lacks; who begins with what it kept.
+    """The clients as if they had nothing; and who of them begins with what it kept all the same.
 
-    Sent what it alone lacks, a client could be sent what its server likes.
+    Sent what it alone lacks, a client could be sent what its server likes; and what others have was
+    sent in rounds of other members.
     """
-    ids = {c.id for c in cohort}
-    new = run.base_offset and any(not run.members[i].last_round for i in ids)
-    if new or session.lacking & ids:
-        session.lacking |= ids
-    base = min((c.base_version for c in cohort), default=0)
-    alike = [replace(c, base_version=base, has_memory=False) for c in cohort]
+    if run.base_offset or base_number(setting, run.state):
+        session.lacking |= {c.id for c in cohort}
+    alike = [replace(c, base_version=0, has_memory=False) for c in cohort]
     remember = [c for c in cohort if c.has_memory]
     if not remember:
         return alike, set()
-    strategy, one = setting.strategy, replace(remember[0], base_version=base)
+    strategy, one = setting.strategy, replace(remember[0], base_version=0)
     came = strategy.download(run.state, replace(one, has_memory=False), round)
     _, kept = strategy.upload(begun(strategy, run.state, one, round), Factors())
     own = begins_with_own(strategy, came, kept, one, round)
