@@ -24,7 +24,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command itself sets it
 
-from benchmarks import aggregation, certificate, dp_samples, dp_step, engine, start, training, wire
+from benchmarks import (
+    aggregation,
+    certificate,
+    dp_samples,
+    dp_step,
+    engine,
+    packing,
+    start,
+    training,
+    wire,
+)
 from benchmarks.measure import Row, forked, machine
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +49,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "growth": engine.growth,
     "step": training.step,
     "prefix-cache": training.prefix,
+    "packing": packing.rows,
     "dp-step": dp_step.rows,
     "dp-samples": dp_samples.rows,
     "wire": wire.rows,

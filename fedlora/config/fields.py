@@ -56,6 +56,13 @@ def amount(value: float) -> float:
     return value
 
 
+def share_of_steps(value: float) -> float:
+    """0, or so large a share that no more than 52 numbers come of it."""
+    if 0 < value < 0.02:
+        raise ValueError("must be 0, or 0.02 to 1")
+    return value
+
+
 def _hexadecimal(values: tuple[str, ...]) -> tuple[str, ...]:
     try:
         return tuple(bytes.fromhex(x).hex() for x in values)

@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedlora.config.fields import CODE, Digests, Indices, Names, Ranks, Renames, Section, amount
+from fedlora.config.fields import (
+    CODE,
+    Digests,
+    Indices,
+    Names,
+    Ranks,
+    Renames,
+    Section,
+    amount,
+    share_of_steps,
+)
 from fedlora.config.metric_names import known as known_metrics
 from fedlora.config.privacy_sections import PrivacyConfig as PrivacyConfig  # under its old place
 from fedlora.config.privacy_sections import SecureConfig as SecureConfig
@@ -279,6 +289,9 @@ class EvaluateConfig(Section):
     """Central evaluation after every so many rounds; the last round always; 0: never."""
     clients: bool = True
     """Clients evaluate on their own test rows, before and after their training."""
+    steps: Annotated[float, Field(ge=0, le=1), AfterValidator(share_of_steps)] = 0.0
+    """Clients score the loss on their own validation rows after each such share of a round's steps,
+    and before them: 0.25, five times a round; 0: never. It changes nothing that they learn."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     metrics: Annotated[Names, AfterValidator(known_metrics)] = ()
     """Further scores, by name: docs/use/tasks.md. One may be "py:package.module:function" of

@@ -17,6 +17,9 @@ class TrainConfig(Section):
     neftune_noise_alpha: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """NEFTune's alpha: in training alone embeddings (b, L, d) get noise of up to alpha / sqrt(L d),
     as by transformers. 5 is usual; 0: none."""
+    packing: bool = False
+    """For causal-lm: in training, short examples of a batch share rows, kept apart by their
+    positions; the steps and their losses stay as they are, with less padding to compute."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=0)] = 0
     """Local steps a round; 0 counts epochs instead."""

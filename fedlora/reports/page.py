@@ -256,6 +256,7 @@ _RESULTS = """
 <h2 id="rounds">Rounds</h2>
 {% for text in start %}<p>{{ text }}</p>{% endfor %}
 {% if rounds.rows %}{{ grid(rounds) }}{% else %}<p>No round was finished.</p>{% endif %}
+{% if within.rows %}<h3 class="gap">{{ within_title }}</h3>{{ grid(within) }}{% endif %}
 <div class="figures gap">{{ figure("bytes") }}{{ figure("timeline") }}</div>
 
 <h2 id="clients">Clients</h2>

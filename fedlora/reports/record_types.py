@@ -69,6 +69,7 @@ class ClientRoundRecord(TypedDict, total=False):
     train_loss: Number
     before: Scores
     after: Scores
+    during: Numbers | None
     bytes_down: Count | None
     bytes_up: Count | None
 

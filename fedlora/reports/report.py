@@ -18,6 +18,7 @@ from fedlora.reports.page import CAPTIONS, PAGE, STYLE
 from fedlora.reports.run_files import RunFiles, certificates, read
 from fedlora.reports.table_files import TextTable
 from fedlora.reports.units import duration, percent, size, tiny
+from fedlora.reports.within import TITLE, within
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +68,8 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         rate=tables.rate(run),
         ends=ends(run),
         rounds=tables.rounds(run),
+        within=within(run),
+        within_title=TITLE,
         clients=tables.clients(run),
         sources=rows.sources(run),
         account=list(rows.account(run)),
@@ -106,6 +109,7 @@ def tables_of(run: RunFiles) -> dict[str, TextTable]:
         "ends": ends(run),
         "test-labels": parts.scores(run),
         "rounds": tables.rounds(run),
+        "within-rounds": within(run),
         "clients": tables.clients(run),
         "sources": rows.sources(run),
         "modules": trust.layers(run),

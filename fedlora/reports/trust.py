@@ -124,6 +124,8 @@ def left(run: RunFiles) -> Iterator[tuple[str, str]]:
     scored += [c.get("final") or {} for c in run.clients]
     if keys := list({key: None for found in scored for key in found}):
         yield "Evaluation metrics", f"{', '.join(keys)}, on the client's own test rows"
+    if any(found.get("during") for found in records):
+        yield "Losses while training", "on the client's own validation rows, by evaluate.steps"
     if any(found.get("seconds") is not None for found in records):
         yield "Timings", "seconds of work and of training, and the number of steps"
     if records:

@@ -15,6 +15,7 @@ from fedlora.training.devices import chosen, prepare, release
 from fedlora.training.model.decoder import as_read
 from fedlora.training.model.model import Model
 from fedlora.training.model.start_adapter import stamp
+from fedlora.training.packing_check import check_packing
 from fedlora.training.quiet import quiet_libraries
 from fedlora.training.references import referred
 from fedlora.training.tasks import task_of
@@ -36,7 +37,10 @@ class _Once:
 
 def _load_model(config: Config, labels: tuple[str, ...]) -> Model:
     quiet_libraries()  # whichever process this is: what they would say, no user can act on
-    return Model(config, labels)
+    found = Model(config, labels)
+    if config.train.packing:
+        check_packing(found)
+    return found
 
 
 _model = _Once(_load_model)
@@ -47,8 +51,8 @@ _node = _Once(load_node)
 def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
     key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
-           config.train.prefix_cache, labels, config.ranks.policy, identity(config),
-           config.simulate.devices, config.train.compile,
+           config.train.prefix_cache, config.train.packing, labels, config.ranks.policy,
+           identity(config), config.simulate.devices, config.train.compile,
            fixed_rank(config.lora.form, config.clients.ranks), stamp(config.model))  # fmt: skip
     prepare(chosen(config.simulate.devices), config.train.deterministic)  # before it is loaded:
     found: Model = _model(key, config, labels)  # what wraps a base may compute with it already

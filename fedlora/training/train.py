@@ -33,9 +33,11 @@ from fedlora.training.data.batches import (
     local_steps,
     tokens_in,
 )
+from fedlora.training.data.packing import packed_tokens
 from fedlora.training.devices import HOST, Stopwatch, on_host, sent
 from fedlora.training.draws import own_draws
 from fedlora.training.embedding_noise import noised
+from fedlora.training.held_aside import HeldAside
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import ahead
 from fedlora.training.optimizers import Live, build_optimizer
@@ -59,6 +61,8 @@ class Fit:
     """Seconds of each pass, over all steps."""
     tokens: int = 0
     """Tokens seen, padding included."""
+    during: Mapping[str, float] = field(default_factory=dict)
+    """The loss on rows held aside, by the share of the steps that were taken before."""
 
 
 def fit(
@@ -69,8 +73,9 @@ def fit(
     round: int,
     client: int,
     penalty: Penalty | None = None,
+    held: Encoded | None = None,
 ) -> Fit:
-    """Train the model's loaded factors in place.
+    """Train the model's loaded factors in place; held: rows held aside, for evaluate.steps.
 
     Batches and dropout come from (seed, round, client) alone. The optimiser starts cold.
     """
@@ -83,17 +88,20 @@ def fit(
     generator = seeded(config.run.seed, round, client, "batches")
     drawn = batches(encoded, train.step_size, generator, count)
     watch, sums = Stopwatch(model.device), list[Tensor]()
-    seen = tokens = 0
+    seen, tokens, aside = 0, 0, HeldAside(model, held, config, count)
     with training(model, config, round, client):
+        aside.after(0)
         for step in steps(model, drawn, live, ruled, config, penalty, watch):
             sums.append(step.losses.sum())
             seen += len(step.losses)
             tokens += step.tokens
+            aside.after(len(sums))
         total = sum(on_host(torch.stack(sums)).tolist()) if sums else 0.0  # read once
     mean = total / seen if seen else math.nan
     forward, backward = watch.seconds("forward"), watch.seconds("backward")
-    took = time.perf_counter() - begun
-    return Fit(mean, len(sums), took, forward=forward, backward=backward, tokens=tokens)
+    took = time.perf_counter() - begun - aside.seconds
+    passes = (forward, backward)
+    return Fit(mean, len(sums), took, {}, *passes, tokens=tokens, during=aside.losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ def steps(
         optimizer.zero_grad(set_to_none=True)
         extra = extra_loss(model.sides, received, penalty, config.train.prox)
         extra = extra.to(model.device) if isinstance(extra, Tensor) else extra
-        found, whole = list[Tensor](), list[Tensor]()
+        found, whole, tokens = list[Tensor](), list[Tensor](), 0
         for part in microbatches(batch, config.train.at_once):
             with watch.timed("forward"):
                 losses = example_losses(model, part, config.train.precision)
@@ -137,6 +145,7 @@ def steps(
                 loss = (losses.mean() * share if share < 1 else losses.mean()) + extra
             with watch.timed("backward"):
                 scale.scale(loss).backward()
+            tokens += packed_tokens(part) if config.train.packing else tokens_in(part)
             found.append(losses.detach())
             whole.append(loss.detach())
             extra = 0.0  # penalties count once
@@ -145,7 +154,7 @@ def steps(
             nn.utils.clip_grad_norm_(params, config.train.grad_clip)
         scale.step(stepped)
         scale.update()
-        yield Step(torch.cat(found), torch.stack(whole).sum(), tokens_in(batch))
+        yield Step(torch.cat(found), torch.stack(whole).sum(), tokens)
 
 
 def microbatches(batch: Batch, size: int) -> Iterator[Batch]:

@@ -50,6 +50,8 @@ RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
 HOST = {"simulate.devices": "cpu"}
 APPLE = {"simulate.devices": "mps"}
+ASIDE = {"evaluate.steps": 0.5, "data.client-validation-fraction": 0.2}
+PACKED = {"train.packing": True}
 COMPILED = {"train.compile": True}
 SPREAD = {"model.device-map": "auto"}
 STOPS = {"stop.patience": 2, "data.validation-size": 5}
@@ -67,6 +69,15 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {**DP, "train.gradient-accumulation-steps": 2}, "is one random sample"),
     ("fedavg", "bert", {"model.task": "regression", "train.label-smoothing": 0.1}, "deals a label"),
     ("fedavg", "bert", {"train.label-smoothing": 0.1, "train.loss": "py:a:b"}, "the loss is your"),
+    ("fedavg", "bert", {"evaluate.steps": 0.5}, "evaluate.steps = 0.5: clients hold no rows asid"),
+    ("fedavg", "bert", {**ASIDE, **SECURE}, "clients' scores stay with them; set it to 0"),
+    ("fedavg", "bert", {**ASIDE, **CENTRAL}, "no noise covers what clients say of their valid"),
+    ("fedavg", "bert", {"train.packing": True}, "it is of causal-lm alone, whose attention"),
+    ("fedavg", "gpt2", {**PACKED, **DP, "clients.ranks": "3"}, "would be one unit"),
+    ("fedavg", "gpt2", {**PACKED, "train.loss": "py:a:b"}, "your own loss reads one row"),
+    ("fedavg", "gpt2", {**PACKED, "train.prefix-cache": 8}, "is an example's in a row of its own"),
+    ("fedavg", "gpt2", {**PACKED, **ALORA}, "the adapter begins at one place in a row"),
+    ("fedavg", "gpt2", {**PACKED, **COMPILED}, "steps differ in their number of rows"),
     ("fedavg", "bert", {"train.neftune-noise-alpha": 5.0, "train.prefix-cache": 8}, "same noise"),
     ("fedavg", "bert", {**PICTURES, "train.neftune-noise-alpha": 5.0}, "and pictures have none"),
     ("fedavg", "bert", {"stop.patience": 2}, "there are no validation rows to choose by"),

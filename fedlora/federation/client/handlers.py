@@ -87,6 +87,7 @@ def train(message: Message, context: Context, job: type[ClientJob] = ClientJob) 
             **({"microbatch": n} if (n := work.memory.microbatch()) else {}),
             "seconds": time.perf_counter() - begun,
             **done.scores,
+            **named("during", done.fit.during),
         }
     sent = error_feedback.send(done.sent, work.strategy, work.memory, work.config, work.job)
     records = {

@@ -287,7 +287,8 @@ class ClientJob:
         """`train.fit`, or under example-level DP `private_fit` with this node's ledger."""
         config, job = self.config, self.job
         if not config.privacy.by_example:
-            return fit
+            told = config.evaluate.steps and self.may_report_metrics
+            return partial(fit, held=self.rows("validation")) if told else fit
         from fedlora.privacy.keeper import KeptLedger, Payer
         from fedlora.privacy.ledger import Acknowledged, Ledger
         from fedlora.privacy.training import Payments, private_fit

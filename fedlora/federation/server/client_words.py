@@ -59,6 +59,7 @@ def facts_of(
         "tokens": metrics.get("tokens"),
         **({"microbatch": halved} if (halved := _whole(metrics.get("microbatch"))) else {}),
         "bytes_up": bytes_up,
+        **({"during": at} if (at := scores_of(metrics, "during.")) else {}),
         "before": scores_of(metrics, "before."),
         "after": scores_of(metrics, "after."),
     }

@@ -41,6 +41,7 @@ from fedlora.training.data.batches import (
 from fedlora.training.data.chat import conversations, turned
 from fedlora.training.data.chat import read as read_messages
 from fedlora.training.data.corpus import Corpus
+from fedlora.training.data.packing import packed
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.seam import end_mark, pieces
 from fedlora.training.data.tables import Table, column, prompts
@@ -139,8 +140,9 @@ class CausalLM:
         return synthetic(tokenizer, 0, ends, lengths=lengths)
 
     def losses(self, net: Net, batch: Batch) -> Tensor:
-        smooth = net.config.train.label_smoothing
-        return token_losses(net, inputs_of(batch), batch["labels"], smooth)
+        train = net.config.train
+        args = (net, inputs_of(batch), batch["labels"], train.label_smoothing, train.packing)
+        return token_losses(*args)
 
     def defined(self, net: Net, batch: Batch) -> Tensor:
         smooth = net.config.train.label_smoothing
@@ -228,15 +230,17 @@ def stretches(ids: Sequence[int], size: int) -> list[Sequence[int]]:
     return [ids[:size], *(ids[at : at + size] for at in starts)]
 
 
-def token_losses(net: Net, inputs: Batch, labels: Tensor, smooth: float = 0.0) -> Tensor:
+def token_losses(
+    net: Net, inputs: Batch, labels: Tensor, smooth: float = 0.0, pack: bool = False
+) -> Tensor:
     """The mean loss over each example's own labelled tokens, (b,), in float32; smooth: of labels
-    of which this part is dealt out over the vocabulary."""
-    sums, counts = token_sums(net, inputs, labels, smooth)
+    of which this part is dealt out over the vocabulary; pack: read from shared rows."""
+    sums, counts = token_sums(net, inputs, labels, smooth, pack)
     return sums / counts
 
 
 def token_sums(
-    net: Net, inputs: Batch, labels: Tensor, smooth: float = 0.0
+    net: Net, inputs: Batch, labels: Tensor, smooth: float = 0.0, pack: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The sum of -log p over each example's own labelled tokens, (b,), and their number, at least
     1.
@@ -248,13 +252,16 @@ def token_sums(
     scored = targets != IGNORE
     # under DP all of them: how many a product has must not depend on other examples
     at = (scored | net.config.privacy.by_example).flatten().nonzero().flatten()
-    wanted, counts = targets.flatten()[at], scored.sum(1).clamp(min=1)
-    at, wanted, counts = (sent(x, net.device) for x in (at, wanted, counts))
+    wanted, counts, read = targets.flatten()[at], scored.sum(1).clamp(min=1), at
+    if pack:
+        inputs, places = packed(inputs)
+        read = places.flatten()[at]
+    at, read, wanted, counts = (sent(x, net.device) for x in (at, read, wanted, counts))
     head = OutputHead.of(net.peft.get_base_model())
-    if head and (states := head.states(net.run, inputs, at)):
+    if head and (states := head.states(net.run, inputs, read)):
         found = head.losses(*states, wanted, smooth)
     else:
-        logits = net.logits(inputs).flatten(0, 1).index_select(0, at)
+        logits = net.logits(inputs).flatten(0, 1).index_select(0, read)
         found = cross_entropy(logits, wanted, reduction="none", label_smoothing=smooth)
     losses = found.new_zeros(targets.numel()).index_copy(0, at, found)
     return losses.view(targets.shape).sum(1), counts
