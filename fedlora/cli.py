@@ -296,7 +296,7 @@ def schema() -> None:
 @app.command()
 def init(
     task: Annotated[
-        str, typer.Argument(help="What to learn: a model.task.", show_default=True)
+        str, typer.Argument(help="A model.task, pairs, or chat.", show_default=True)
     ] = "classification",
     directory: Annotated[
         Path | None, typer.Argument(help="Where; default: my-TASK.", show_default=False)

