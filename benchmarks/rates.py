@@ -36,7 +36,7 @@ from unittest.mock import patch
 from fedlora.launch.experiment_file import load_config
 from fedlora.launch.simulate.run import simulate
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.defaults import FAMILIES, defaults_of, rate
+from fedlora.strategies.defaults import defaults_of, rate
 from fedlora.training.data.locate import locate
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
@@ -127,10 +127,10 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "6 clients": {"clients.count": 6},
     "rank 8": {"clients.ranks": "8"},
     "two layers": {"lora.layers": "-2,-1"},
+    "all layers": {"lora.layers": ""},
 }
-STAGE_2 = ("two epochs", "alpha 0.1", "6 clients")
-"""Those that are run: local steps, skew and the number of clients. Not run: a second model, a
-causal language model, a third data set."""
+STAGE_2 = ("two epochs", "all layers", "6 clients")
+"""Those that are run. Not run: a second model, a causal language model, a third data set."""
 FULL = ("fedex", "fedsb", "ffa")
 """The strategies by which the short setting is held against the full one."""
 
@@ -262,8 +262,7 @@ def verdict(names: list[str]) -> Iterator[Row]:
 
 def default(name: str) -> float:
     """The rate that a strategy brings to these runs."""
-    lr, _ = rate(defaults_of(STRATEGIES[name]), "classification", "lora",
-                 FAMILIES["classification"])  # fmt: skip
+    lr, _ = rate(defaults_of(STRATEGIES[name]), "classification", "lora", "classification")
     return lr
 
 
@@ -279,6 +278,21 @@ def best_rate(rows: list[Row], name: str) -> float | None:
         if scores and all(scores.values()):
             means[lr] = statistics.fmean(statistics.fmean(x) for x in scores.values())
     return max(means, key=lambda lr: means[lr]) if means else None
+
+
+def losses(rows: list[Row], name: str) -> dict[float, dict[str, float]]:
+    """By rate, what it loses to the best rate tried, in each setting of the short runs."""
+    tried: dict[str, dict[float, list[float]]] = {}
+    for r in rows:
+        if (r["stage"], r["setting"], r["strategy"]) == ("search", "short", name):
+            where = f"{r['data']} {r['factor']}".strip()
+            tried.setdefault(where, {}).setdefault(r["lr"], []).append(r["accuracy"])
+    found: dict[float, dict[str, float]] = {}
+    for where, by_rate in tried.items():
+        best = max(statistics.fmean(x) for x in by_rate.values())
+        for lr, x in by_rate.items():
+            found.setdefault(lr, {})[where] = best - statistics.fmean(x)
+    return found
 
 
 def neighbours(lr: float) -> list[float]:

@@ -39,10 +39,10 @@ def rate_of(train: TrainConfig, model: ModelConfig, lora: LoraConfig, p: Privacy
     if p.by_example:
         step = 1.0 if 0 < p.epsilon <= 1 else 3.0
         return (step / p.clip_norm if train.optimizer == "sgd" else 1e-2), "by the clip"
-    usual = FAMILIES["classification" if kind_of(model.task).pooled else "causal-lm"]
+    family = "classification" if kind_of(model.task).pooled else "causal-lm"
     if train.optimizer == "sgd":
-        return usual, "not searched with sgd"
-    return rate(defaults, model.task, lora.form, usual)
+        return FAMILIES[family], "not searched with sgd"
+    return rate(defaults, model.task, lora.form, family)
 
 
 def resolve_defaults(

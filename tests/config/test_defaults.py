@@ -53,22 +53,31 @@ def test_every_strategy_declares_defaults_of_its_own_that_can_be(name: str) -> N
 @pytest.mark.parametrize("task", FAMILIES)
 @pytest.mark.parametrize("form", ["lora", "vera"])
 def test_every_rate_follows_a_named_rule(name: str, task: str, form: str) -> None:
-    lr, rule = rate(defaults_of(STRATEGIES[name]), task, form, FAMILIES[task])
+    lr, rule = rate(defaults_of(STRATEGIES[name]), task, form, task)
     assert rule in RULES
     assert 0 < lr < 1
     given = {"strategy.name": name, "model.task": task, "lora.form": form}
     assert Config.read(given).train.lr == lr
 
 
-def test_a_rate_is_the_forms_else_the_tasks_else_in_proportion() -> None:
+def test_a_rate_is_the_forms_else_the_tasks_else_the_familys_that_was_searched() -> None:
     own = Defaults({"classification": 0.01, "classification/vera": 0.3})
-    assert rate(own, "classification", "lora", 1.0) == (0.01, "searched")
-    assert rate(own, "classification", "vera", 1.0) == (0.3, "searched")
-    assert rate(own, "classification", "dora", 1.0) == (0.01, "as with lora")
-    times = 0.01 / FAMILIES["classification"]
-    assert rate(own, "causal-lm", "lora", 0.5) == (0.5 * times, "in proportion")
-    assert rate(own, "regression", "lora", 0.25) == (0.25 * times, "in proportion")
-    assert rate(Defaults(), "causal-lm", "lora", 0.5) == (0.5, "of the task")
+    assert rate(own, "classification", "lora", "classification") == (0.01, "searched")
+    assert rate(own, "classification", "vera", "classification") == (0.3, "searched")
+    assert rate(own, "classification", "dora", "classification") == (0.01, "as with lora")
+    assert rate(own, "regression", "lora", "classification") == (0.01, "as in its family")
+    usual = FAMILIES["causal-lm"]
+    assert rate(own, "causal-lm", "lora", "causal-lm") == (usual, "of the task")
+    assert rate(Defaults(), "causal-lm", "lora", "causal-lm") == (usual, "of the task")
+
+
+@every
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq", "preference"])
+def test_no_rate_of_a_task_that_writes_is_raised_by_what_was_found_for_those_that_read(
+    name: str, task: str
+) -> None:
+    lr = Config.read({"strategy.name": name, "model.task": task, "data.prompt": "p"}).train.lr
+    assert lr == FAMILIES["causal-lm"]
 
 
 @every
@@ -76,9 +85,7 @@ def test_a_page_says_what_its_strategy_declares_and_what_was_searched(name: str)
     """After a change: python docs/write_rates.py."""
     text = (ROOT / "docs" / "strategies" / f"{name}.md").read_text()
     assert pages.written(text, name, pages.read()) == text
-    lr, rule = rate(
-        defaults_of(STRATEGIES[name]), "classification", "lora", FAMILIES["classification"]
-    )
+    lr, rule = rate(defaults_of(STRATEGIES[name]), "classification", "lora", "classification")
     assert f"| `train.lr`, classification | {lr:g} | {RULES[rule]} |" in text
 
 

@@ -25,7 +25,7 @@ from fedlora.launch.compare.row import Row, row
 from fedlora.launch.compare.table import as_csv, as_markdown, idle
 from fedlora.launch.experiment_file import load
 from fedlora.strategies import list_strategies
-from fedlora.strategies.defaults import FAMILIES, defaults_of, rate
+from fedlora.strategies.defaults import defaults_of, rate
 from tests.reports.test_report import change, make_run
 
 Settings = Callable[..., dict[str, object]]
@@ -40,7 +40,7 @@ def experiment(tmp_path: Path, settings: dict[str, object], **table: object) -> 
 
 def default(name: str) -> float:
     own = defaults_of(list_strategies()[name])
-    return rate(own, "classification", "lora", FAMILIES["classification"])[0]
+    return rate(own, "classification", "lora", "classification")[0]
 
 
 # -- at which rates --------------------------------------------------------------------------------
