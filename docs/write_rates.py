@@ -25,6 +25,7 @@ SHORT = (
     "Three clients of ranks 4, 8 and 16, 1,000 rows, MiniLM with its last layer adapted, four "
     "rounds; scored on 500 validation rows, so a score has a standard error of about 1.6 points."
 )
+PART = "Of the five rates of the search those without a score were not run for it."
 NO_SECOND = (
     "The second stage of the search, which changes the length, the layers and the number of "
     "clients, was not run for it."
@@ -42,7 +43,8 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [HEAD.strip(), "", "| key | default | where from |", "|---|---|---|"]
     for task in FAMILIES:
         lr, rule = rate(own, task, "lora", task)
-        lines.append(f"| `train.lr`, {task} | {lr:g} | {RULES[rule]} |")
+        whose = f", {own.like}" if rule == "alike" else ""
+        lines.append(f"| `train.lr`, {task} | {lr:g} | {RULES[rule]}{whose} |")
     lines += [f'| `lora.init` | "{own.init}" | |', f"| `lora.alpha` | {own.alpha:g} | |", ""]
     return "\n".join([*lines, *curve(name, rows)]) + "\n"
 
@@ -54,7 +56,7 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     there = [d for d in DATA if any(r["data"] == d and r["strategy"] == name for r in mine)]
     if not there:
         return ["No rate was searched for it yet.", ""]
-    rates = sorted({r["lr"] for r in mine if r["lr"]})
+    rates = search.RATES
     lines = ["Validation accuracy by rate:", ""]
     lines.append(f"| data | trained head alone | {' | '.join(f'{lr:g}' for lr in rates)} | seeds |")
     lines.append("|---" * (len(rates) + 3) + "|")
@@ -63,6 +65,8 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [_mean(mine, data, "head", None, seeds)]
         cells += [_mean(mine, data, name, lr, seeds) for lr in rates]
         lines.append(f"| {DATA[data]} | {' | '.join(cells)} | {len(seeds)} |")
+    if len({r["lr"] for r in mine if r["strategy"] == name}) < len(search.RATES):
+        lines += ["", PART]
     lines += ["", SHORT, "", *second_stage(name, rows), *lost(name, rows), *judged(name, rows)]
     left = [DATA[d] for d in DATA if d not in there]
     what = "other models and tasks, other forms than lora, sgd, privacy"
@@ -91,8 +95,8 @@ def second_stage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def lost(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where the default loses more than a point to the best rate tried."""
-    found = search.losses([dict(r) for r in rows], name).get(search.default(name))
-    if not found:
+    losses = search.losses([dict(r) for r in rows], name)
+    if not (found := losses.get(search.default(name))) or len(losses) < 2:
         return []
     where = [f"{_named(w)} ({100 * x:.1f} points)" for w, x in found.items() if x > POINT + 1e-9]
     told = f"more than a point in: {', '.join(where)}" if where else "a point at most, everywhere"

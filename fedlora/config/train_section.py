@@ -50,7 +50,9 @@ class TrainConfig(Section):
     ] = "auto"
     """auto: adamw, and sgd under example-level DP. The last three are bitsandbytes' AdamW, by
     transformers' names: states in 8 bits, or paged out to the host, from a card alone."""
-    rule: Literal["plain", "preconditioned", "riemann", "allora", "coto", "dylora"] = "plain"
+    rule: Literal["plain", "preconditioned", "riemann", "lora-pro", "allora", "coto", "dylora"] = (
+        "plain"
+    )
     """What stands between the gradients of LoRA's A and B and the optimiser's step: see
     training/rules.py."""
     momentum: Annotated[float, Field(ge=-1, lt=1)] = -1.0

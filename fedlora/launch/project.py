@@ -79,6 +79,10 @@ DEALT = """partition = "dirichlet"   # rows dealt out by label, unevenly: "iid",
 alpha = 0.5               # small is skewed"""
 EVENLY = """partition = "iid"         # rows dealt out evenly; "natural" by data.natural-column"""
 
+SHORT = """lr = 1e-3
+steps = 10                # a client and round; 0: epochs
+"""
+
 EXPERIMENT = """# An experiment of fedlora. `fedlora config experiment.toml` prints every other key.
 # `fedlora schema > fedlora.schema.json` and the line below make editors complete and check it.
 #:schema ./fedlora.schema.json
@@ -106,7 +110,6 @@ name = "fedex"            # `fedlora strategies` lists them
 
 [train]
 batch-size = 8
-lr = {lr}
 {more}"""
 
 README = """# {form}, federated
@@ -171,8 +174,7 @@ def _files(name: str) -> dict[str, str]:
         columns="".join(f"{line}\n" for line in form.columns),
         dealt=DEALT if form.labelled else EVENLY,
         test=100 if encoder else 32,
-        lr=2e-3 if encoder else 1e-3,
-        more="" if encoder else "steps = 10                # a client and round; 0: epochs\n",
+        more="" if encoder else SHORT,  # an encoder of sentences has its strategy's own rate
     )
     shown = "\n".join(f"    {line}" for line in texts[0].splitlines())
     files = {"experiment.toml": experiment}

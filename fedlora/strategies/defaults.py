@@ -20,9 +20,10 @@ that declares none."""
 SEARCHED_IN = "classification"
 """The family whose search the others follow."""
 
-Rule = Literal["searched", "as with lora", "as in its family", "of the task"]
+Rule = Literal["searched", "alike", "as with lora", "as in its family", "of the task"]
 RULES: Mapping[Rule, str] = {
     "searched": "found by search",
+    "alike": "found by search for a strategy whose clients train alike",
     "as with lora": "found by search with lora, not with this form",
     "as in its family": f"not searched for this task: found by search for {SEARCHED_IN}",
     "of the task": "not searched with this strategy: the task's rate",
@@ -39,6 +40,9 @@ class Defaults:
     """lora.init."""
     alpha: float = 16.0
     """lora.alpha."""
+    like: str = ""
+    """Whose search they are from, where this strategy's own was not run to its end: one whose
+    clients train the same tensors from the same start."""
 
     def problems(self) -> list[str]:
         """What is wrong with them, a sentence each."""
@@ -84,7 +88,9 @@ def rate(defaults: Defaults, task: str, form: str, family: str) -> tuple[float, 
     if form != "lora" and f"{task}/{form}" in rates:
         return rates[f"{task}/{form}"], "searched"
     if task in rates:
-        return rates[task], "searched" if form == "lora" else "as with lora"
+        if form != "lora":
+            return rates[task], "as with lora"
+        return rates[task], "alike" if defaults.like else "searched"
     if family == SEARCHED_IN and family in rates:
         return rates[family], "as in its family"
     return FAMILIES[family], "of the task"

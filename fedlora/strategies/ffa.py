@@ -42,7 +42,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FFA:
-    defaults: ClassVar[Defaults] = Defaults()
+    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
 
     def needs(self) -> Needs:
         return Needs(client_memory=True, algebra="sides")

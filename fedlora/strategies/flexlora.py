@@ -49,7 +49,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FlexLoRA:
-    defaults: ClassVar[Defaults] = Defaults()
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3}, like="fedex")
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

@@ -5,6 +5,7 @@
                      Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation
                      Models", 2024, https://arxiv.org/abs/2402.02347
     riemann          a step on the manifold of matrices of rank r: see riemann.py
+    lora-pro         both gradients adjusted so that the step is nearest to W's: see lora_pro.py
     allora           a step of row w is multiplied by 1 / sqrt(|w| + 1 / ETA^2). Huang and
                      Balestriero, "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws", 2024,
                      https://arxiv.org/abs/2410.09692
@@ -32,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from fedlora.config.reader import Config
 from fedlora.errors import ModelError
 from fedlora.strategies.base import seeded
+from fedlora.training.lora_pro import adjust
 from fedlora.training.optimizers import Live
 from fedlora.training.riemann import moved_on_manifold
 
@@ -78,7 +80,8 @@ def with_rule(
         number, of = config.run.place(round)
         p = min(1.0, number / of / WHOLE_AT)
         return Masked(optimizer, pairs, masks(rule, pairs, p, generator))
-    return AllPairs(optimizer, pairs) if rule == "allora" else OnManifold(optimizer, pairs)
+    around = {"allora": AllPairs, "lora-pro": Adjusted, "riemann": OnManifold}
+    return around[rule](optimizer, pairs)
 
 
 def preconditioned(optimizer: torch.optim.Optimizer, model: Any) -> torch.optim.Optimizer:
@@ -127,6 +130,16 @@ def row_rates(w: Tensor) -> Tensor:
     """1 / sqrt(|row| + 1 / ETA^2) of each row, (rows, 1)."""
     rates: Tensor = (w.norm(dim=1, keepdim=True) + ETA**-2).rsqrt()
     return rates
+
+
+class Adjusted(Around):
+    """LoRA-Pro: the optimiser's step, of adjusted gradients."""
+
+    def step(self) -> Any:
+        for A, B in self.pairs:
+            if A.grad is not None and B.grad is not None:
+                adjust(A, B)
+        return self.optimizer.step()
 
 
 class OnManifold(Around):

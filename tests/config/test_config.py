@@ -11,7 +11,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from fedlora.config.defaults import resolve_defaults
-from fedlora.config.reader import Config, parse_overrides
+from fedlora.config.reader import Config, parse_overrides, strategy_defaults
 from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import load
 from fedlora.strategies import STRATEGIES
@@ -33,7 +33,8 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def resolved(config: Config) -> Config:
     names = ("train", "model", "lora")
-    found = resolve_defaults(*(getattr(config, n) for n in names), config.privacy)
+    own = strategy_defaults(config.strategy.name)
+    found = resolve_defaults(*(getattr(config, n) for n in names), config.privacy, own)
     train, _, lora = found
     gave = (f"train.lr={train.lr}", f"lora.alpha={lora.alpha}", f"lora.init={lora.init}")
     run = config.run.model_copy(update={"defaults": (config.strategy.name, *gave)})
@@ -240,7 +241,8 @@ def test_what_is_not_set_is_what_the_lab_found_best_under_dp() -> None:
     assert (private.model.pooling, private.lora.layers) == ("mean", ("-1",))
     assert Config.read({"privacy.epsilon": 1.0}).train.lr == pytest.approx(1 / 0.3)
     open_ = Config.read({})
-    assert (open_.train.optimizer, open_.train.momentum, open_.train.lr) == ("adamw", 0.0, 2e-3)
+    assert (open_.train.optimizer, open_.train.momentum) == ("adamw", 0.0)
+    assert open_.train.lr == strategy_defaults(open_.strategy.name).rates["classification"]
     assert (open_.model.pooling, open_.lora.layers) == ("default", ())
     by_client = Config.read({"privacy.epsilon": 3.0, "privacy.level": "client"})
     assert by_client.train.optimizer == "adamw", "its noise is at the server, not in the steps"

@@ -66,14 +66,24 @@ def test_a_rate_is_the_forms_else_the_tasks_else_the_familys_that_was_searched()
     assert rate(own, "classification", "vera", "classification") == (0.3, "searched")
     assert rate(own, "classification", "dora", "classification") == (0.01, "as with lora")
     assert rate(own, "regression", "lora", "classification") == (0.01, "as in its family")
+    alike = Defaults({"classification": 0.01}, like="fedex")
+    assert rate(alike, "classification", "lora", "classification") == (0.01, "alike")
     usual = FAMILIES["causal-lm"]
     assert rate(own, "causal-lm", "lora", "causal-lm") == (usual, "of the task")
     assert rate(Defaults(), "causal-lm", "lora", "causal-lm") == (usual, "of the task")
 
 
 @every
-@pytest.mark.parametrize("task", ["causal-lm", "seq2seq", "preference"])
-def test_no_rate_of_a_task_that_writes_is_raised_by_what_was_found_for_those_that_read(
+def test_a_rate_of_another_strategys_search_is_that_ones_default(name: str) -> None:
+    own = defaults_of(STRATEGIES[name])
+    if own.like:
+        other = defaults_of(STRATEGIES[own.like])
+        assert (own.rates, other.like) == (other.rates, "")
+
+
+@every
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq", "token-classification"])
+def test_no_rate_of_another_kind_of_task_is_raised_by_what_was_found_for_classification(
     name: str, task: str
 ) -> None:
     lr = Config.read({"strategy.name": name, "model.task": task, "data.prompt": "p"}).train.lr
@@ -86,7 +96,7 @@ def test_a_page_says_what_its_strategy_declares_and_what_was_searched(name: str)
     text = (ROOT / "docs" / "strategies" / f"{name}.md").read_text()
     assert pages.written(text, name, pages.read()) == text
     lr, rule = rate(defaults_of(STRATEGIES[name]), "classification", "lora", "classification")
-    assert f"| `train.lr`, classification | {lr:g} | {RULES[rule]} |" in text
+    assert f"| `train.lr`, classification | {lr:g} | {RULES[rule]}" in text
 
 
 # -- what a config makes of it ---------------------------------------------------------------------

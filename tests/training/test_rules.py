@@ -10,6 +10,7 @@ from torch import nn
 
 from fedlora import preflight
 from fedlora.errors import ConfigError
+from fedlora.training.lora_pro import adjust
 from fedlora.training.riemann import moved_on_manifold
 from fedlora.training.rules import ETA, AllPairs, Masked, masks, preconditioned
 from tests.support.tiny_federation import federate, quick
@@ -67,6 +68,29 @@ def test_riemanns_step_does_not_depend_on_the_factors_and_adams_does() -> None:
         found.append((B @ A).detach())
     assert torch.allclose(found[0], found[1], atol=1e-10)
     assert not torch.allclose(plain[0], plain[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_lora_pros_gradients_are_the_least_squares_fit_of_w_s_nearest_to_what_they_were(
+    zero: bool,
+) -> None:
+    """Written as one dense problem: of all (h_A, h_B) that fit G best, those nearest to g."""
+    A, B, G = drawn(zero=zero)
+    a, b, g = numpy(A, B, G)
+    back(A, B, G)
+    adjust(A, B)
+    hA, hB = numpy(A.grad, B.grad)
+    fit = np.hstack([np.kron(b, np.eye(K)), np.kron(np.eye(D), a.T)])  # of (h_A, h_B), flattened
+    were = np.concatenate([(b.T @ g).ravel(), (g @ a.T).ravel()])
+    want = were + np.linalg.pinv(fit) @ (g.ravel() - fit @ were)
+    assert np.abs(b @ hA + hB @ a - (fit @ want).reshape(D, K)).max() < 1e-12
+    if not zero:
+        assert np.abs(np.concatenate([hA.ravel(), hB.ravel()]) - want).max() < 1e-12
+    left = g - b @ hA - hB @ a
+    assert np.abs(b.T @ left).max() < 1e-12
+    assert np.abs(left @ a.T).max() < 1e-12
+    plain = g - b @ (b.T @ g) - (g @ a.T) @ a
+    assert np.linalg.norm(left) < np.linalg.norm(plain)
 
 
 def test_alloras_step_of_a_row_is_over_the_root_of_its_norm() -> None:
@@ -142,7 +166,9 @@ def test_what_is_masked_is_drawn_as_the_papers_say() -> None:
         assert len({*on.flatten().tolist()}) == (2 if 0 < p < 1 else 1)
 
 
-@pytest.mark.parametrize("rule", ["preconditioned", "riemann", "allora", "coto", "dylora"])
+@pytest.mark.parametrize(
+    "rule", ["preconditioned", "riemann", "lora-pro", "allora", "coto", "dylora"]
+)
 def test_a_run_under_a_rule_is_certified_and_is_not_the_plain_run(
     settings: Settings, rule: str
 ) -> None:
