@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -103,19 +105,44 @@ def copy_to(there: Path, names: Sequence[str]) -> None:
         shutil.copy2(ROOT / name, there / name)
 
 
+HEAVY = ["torch", "transformers", "peft", "flwr.app", "opacus", "scipy.stats", "pytest"]
+"""What each test run would else import anew; nothing of the sources."""
+
+
 def failing(there: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit status, and the first test that failed."""
+    """pytest's exit status, and the first test that failed, in a process of its own."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
     how = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    command = [sys.executable, "-m", "pytest", *how, *tests]
-    environment = {**os.environ, "PYTHONPATH": str(there), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=there, env=environment, capture_output=True, text=True, timeout=LONGEST
-        )
-    except subprocess.TimeoutExpired:
-        return 1, f"no end within {LONGEST} s"
-    found = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return done.returncode, found[1] if found else done.stdout[-300:].strip()
+    how += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins among HEAVY
+    with tempfile.NamedTemporaryFile("r") as said:
+        child = context.Process(target=_pytest, args=(str(there), [*how, *tests], said.name))
+        child.start()
+        child.join(LONGEST)
+        if child.exitcode is None:
+            os.killpg(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            return 1, f"no end within {LONGEST} s"
+        text = said.read()
+    found = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - .*)?$", text, re.MULTILINE)
+    return child.exitcode, found[1] if found else text[-300:].strip()
+
+
+def _pytest(there: str, arguments: list[str], said: str) -> None:
+    """pytest on the sources there; all it writes goes to that file. Ends the process."""
+    os.setpgrp()
+    for number in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(there)
+    os.environ |= {"PYTHONPATH": there, "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [there, *(x for x in sys.path if Path(x or ".").resolve() != ROOT)]
+    for name in [x for x in sys.modules if x.split(".")[0] in ("tests", "fedlora")]:
+        del sys.modules[name]
+    import pytest
+
+    status = int(pytest.main(arguments))
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def sound(there: Path, listed: Sequence[Mutant]) -> str:
