@@ -243,7 +243,7 @@ _RESULTS = """
 {% if ends.rows %}<h3 class="gap">Ends of this run</h3>{{ grid(ends) }}{% endif %}
 <div class="figures gap">{{ figure("accuracy") }}{{ figure("loss") }}</div>
 {% if parts_told or part_scores.rows or samples %}
-<h3>The central test rows</h3>
+<h3>The central {{ run.parts.get("of") or "test" }} rows</h3>
 {% for text in parts_told %}<p>{{ text }}</p>{% endfor %}
 {% endif %}
 {% if part_scores.rows %}{{ grid(part_scores, "first-left") }}{% endif %}

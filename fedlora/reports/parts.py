@@ -53,7 +53,10 @@ def told(run: RunFiles) -> Iterator[str]:
             "that have it, those said to. F1: the harmonic mean of both."
         )
     if run.parts.get("samples"):
-        yield "Answers are written greedily, and these are the first test rows, not chosen ones."
+        which = "test" if run.parts.get("of") is None else "validation"
+        yield (
+            f"Answers are written greedily, and these are the first {which} rows, not chosen ones."
+        )
 
 
 def _share(part: int, whole: int) -> float | None:

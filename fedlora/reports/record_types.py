@@ -297,6 +297,8 @@ class PartsRecord(TypedDict, total=False):
     numbers: PointsRecord
     margins: list[Number]
     samples: list[SampleRecord]
+    of: Literal["validation"]
+    """Of the central validation rows instead, where a task writes answers and there are such."""
 
 
 @cache

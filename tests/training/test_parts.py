@@ -173,3 +173,18 @@ def test_a_run_keeps_them_of_its_central_test_rows_alone(
         for row in found["samples"]:
             assert any(row["given"].split() == text.split() for text in test.text)
             assert any(row["wanted"].split() == text.split() for text in test.response)
+
+
+def test_answers_to_be_read_are_of_validation_rows_where_the_server_has_some(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """No test row is among them, and the report says which rows they are."""
+    more = {**ANSWERED, "run.rounds": 1, "data.validation-size": 8}
+    run = simulate(task_settings(settings, "causal-lm", tmp_path, **more))
+    files, held = read(run.directory), cache.corpus(run.config).validation
+    for found in (files.parts, files.parts_before):
+        assert found["of"] == "validation"
+        assert len(found["samples"]) == SAMPLES
+        asked = {text.strip() for text in held.text}
+        assert all(row["given"].strip() in asked for row in found["samples"])
+    assert "these are the first validation rows" in (run.directory / "report.html").read_text()

@@ -167,11 +167,14 @@ def score(setting: Setting, part: str = "central") -> dict[str, float] | None:
 def keep_parts(setting: Setting, name: str) -> None:
     """Write what a report shows of the central test rows, by the loaded model, to `name`.json.
 
-    These rows are the server's own: nothing of a client's is in it.
+    Answers are of validation rows where there are any: whoever reads them chooses by them. These
+    rows are the server's own: nothing of a client's is in it.
     """
-    rows = cache.encoded("central", -1, setting.config, setting.labels)
+    read = setting.model.task.answers and len(setting.corpus.validation)
+    part = "central validation" if read else "central"
+    rows = cache.encoded(part, -1, setting.config, setting.labels)
     if found := parts(setting.model, rows, setting.config):
-        setting.journal.summary(found, name)
+        setting.journal.summary({**found, **({"of": "validation"} if read else {})}, name)
 
 
 def seconds(session: Session, run: Saved) -> float:
