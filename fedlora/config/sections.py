@@ -341,7 +341,8 @@ class RobustConfig(Section):
     """norm-bound: shorten what is too long. krum, multi-krum: keep those with close neighbours.
     trimmed: drop those farthest from the geometric median. median: weigh by the median."""
     bound: Annotated[float, Field(ge=0)] = 0.0
-    """For norm-bound: the longest change; 0 takes the round's median length."""
+    """For norm-bound: the longest change of the adapter, and of what trains beside it; 0 takes the
+    round's median length of each."""
     byzantine: Annotated[int, Field(gt=0)] = 1
     """For krum and multi-krum: how many faulty clients to withstand."""
     share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2

@@ -19,7 +19,8 @@ would only make them look alike.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,28 @@ def change(trained: Adapter, before: Adapter) -> dict[str, Pair]:
         m: stack([x, before[m]], [1.0, -1.0]) if m in before else stack([x])
         for m, x in trained.items()
     }
+
+
+def beside(trained: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """What training added to tensors that are no factors, trained - before, each as a pair of rank
+    1: its numbers in a row."""
+    found = {}
+    for name, x in trained.items():
+        row = x.float() - before[name].float() if name in before else x.float()
+        found[f"beside {name}"] = Pair(row.reshape(1, -1), row.new_ones(1, 1), 1.0)
+    return found
+
+
+def together(parts: Sequence[Sequence[Adapter]]) -> list[dict[str, Pair]]:
+    """One change of each update from its parts (part, update), each in units of the part's median
+    length, or where that is 0 of its greatest: no part hides behind another that is longer."""
+    found: list[dict[str, Pair]] = [{} for _ in parts[0]]
+    for part in parts:
+        length = norms(part)
+        unit = float(length.quantile(0.5)) or float(length.max()) or 1.0
+        for whole, change in zip(found, part, strict=True):
+            whole.update({m: replace(x, scale=x.scale / unit) for m, x in change.items()})
+    return found
 
 
 def gram(adapters: Sequence[Adapter]) -> Tensor:

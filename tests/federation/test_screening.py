@@ -1,15 +1,17 @@
 """Robust aggregation around a strategy: what is kept, shortened or re-weighted."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from fedlora import preflight
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.server.screening import began, screen
-from fedlora.lora.adapter import Factors
+from fedlora.lora.adapter import Factors, Pair
 from fedlora.strategies import STRATEGIES, robust
 from fedlora.strategies.base import Upload
 from tests.support.strategy_federation import EXAMPLES, Played, fitting, play
@@ -83,6 +85,58 @@ def test_the_median_weighs_a_wild_update_down_and_keeps_every_client() -> None:
     share = kept[1].num_examples / sum(u.num_examples for u in kept)
     assert share < 0.2 < EXAMPLES[1] / sum(EXAMPLES[i] for i in range(4))
     assert sum(verdict.factors.values()) == pytest.approx(1)
+
+
+def turned_head(p: Played) -> list[Upload]:
+    """Five updates, of which client 9's head went the other way, ten times as far, alone."""
+    u = p.uploads[0]
+    start = began(STRATEGIES["fedex"](), p.before, u, p.round).sent.other
+    head = {n: start[n] - 10 * (x - start[n]) for n, x in u.sent.other.items()}
+    liar = replace(u, client=replace(u.client, id=9), sent=replace(u.sent, other=head))
+    return [*p.uploads, liar]
+
+
+@pytest.mark.parametrize("method", ["trimmed", "multi-krum", "median", "norm-bound"])
+def test_a_client_that_turns_its_head_round_alone_is_answered(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy, p = played("fedex")
+    uploads = turned_head(p)
+    kept, verdict = screen(uploads, strategy, p.before, p.round, config(method))
+
+    def answered() -> bool:
+        match method:
+            case "median":
+                return verdict.factors[9] < 0.5 * min(
+                    x for i, x in verdict.factors.items() if i != 9
+                )
+            case "norm-bound":
+                return verdict.factors.get(9, 1) < 0.5
+        return verdict.dropped[-1:] == [9] and all(u.client.id != 9 for u in kept)
+
+    assert answered()
+    monkeypatch.setattr(robust, "beside", lambda *_: {})  # planted: by their adapters alone
+    _, verdict = screen(uploads, strategy, p.before, p.round, config(method))
+    kept = [u for u in uploads if u.client.id not in verdict.dropped]
+    assert not answered()
+
+
+def test_no_part_of_a_change_hides_behind_a_longer_one() -> None:
+    """Both in units of their medians: a part that is 1e6 times as long in all decides nothing."""
+    g = torch.Generator().manual_seed(0)
+    parts = [[{"m": Pair(torch.randn(2, 5, generator=g), torch.randn(4, 2, generator=g))}
+              for _ in range(5)] for _ in range(2)]  # fmt: skip
+    apart = [{f"{n}{m}": x for n, part in enumerate(parts) for m, x in part[i].items()}
+             for i in range(5)]  # fmt: skip
+    lengths = [[float((x["m"].B @ x["m"].A).norm()) for x in part] for part in parts]
+    medians = [sorted(row)[2] for row in lengths]
+    want = [math.hypot(*(row[i] / u for row, u in zip(lengths, medians, strict=True)))
+            for i in range(5)]  # fmt: skip
+    named = [[{f"{n}m": x["m"]} for x in part] for n, part in enumerate(parts)]
+    assert robust.norms(robust.together(named)).tolist() == pytest.approx(want, rel=1e-6)
+    longer = [named[0], [{"1m": replace(x["1m"], scale=1e6)} for x in named[1]]]
+    assert robust.norms(robust.together(longer)).tolist() == pytest.approx(want, rel=1e-6)
+    assert robust.norms(apart).tolist() != pytest.approx(want, rel=1e-2)
 
 
 def test_judging_ignores_how_a_change_is_factored() -> None:

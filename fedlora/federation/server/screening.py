@@ -1,10 +1,12 @@
 """Robust aggregation for any strategy: screens a round's updates before they are averaged.
 
 Updates are judged by what they change in the model, s_i B_i A_i less what the client began with,
-and never by A or B apart (strategies/robust.py says why). What training changed in a head is not
-judged; it shares its client's fate.
+and never by A or B apart (strategies/robust.py says why); and by what training changed in a head
+and whatever else trains beside the adapter, or a client could turn round that alone. The two differ
+in size by orders of magnitude, so each is measured in units of its own median length in the round.
 
-    norm-bound            a longer change is drawn back toward what the client was sent
+    norm-bound            a change longer than the bound, in either part, is drawn back toward what
+                          the client was sent
     krum, multi-krum,
     trimmed               updates are left out
     median                p_i of the geometric median
@@ -39,7 +41,9 @@ class Verdict:
 
     method: str
     norms: dict[int, float] = field(default_factory=dict)
-    """Length of each client's change."""
+    """Length of the change of each client's adapter."""
+    others: dict[int, float] = field(default_factory=dict)
+    """Length of what each changed beside it, as in a head; empty where nothing else trains."""
     dropped: list[int] = field(default_factory=list)
     factors: dict[int, float] = field(default_factory=dict)
     """By client: what its change was shortened to, or its weight."""
@@ -55,22 +59,26 @@ def screen(
     """
     r = config.robust
     starts = [began(strategy, state, u, round) for u in uploads]
-    changes = [
+    adapters = [
         robust.change(strategy.trained(state, u, round), strategy.trained(state, s, round))
         for u, s in zip(uploads, starts, strict=True)
     ]
+    others = [
+        robust.beside(u.sent.other, s.sent.other) for u, s in zip(uploads, starts, strict=True)
+    ]
     ids = [u.client.id for u in uploads]
     alike = [replace(u, num_examples=1) for u in uploads]
-    verdict = Verdict(r.method, dict(zip(ids, robust.norms(changes).tolist(), strict=True)))
+    verdict = Verdict(r.method, dict(zip(ids, robust.norms(adapters).tolist(), strict=True)))
+    if any(others):
+        verdict.others = dict(zip(ids, robust.norms(others).tolist(), strict=True))
+    changes = robust.together([adapters, others])
     weights = [1.0] * len(uploads)
     match r.method:
         case "norm-bound":
-            bound = r.bound or statistics.median(verdict.norms.values())
-            verdict.factors = {
-                u.client.id: _shorten(strategy, state, round, s, u, bound)
-                for u, s in zip(uploads, starts, strict=True)
-                if verdict.norms[u.client.id] > bound
-            }
+            for u, s in zip(uploads, starts, strict=True):
+                share = _share(strategy, state, round, s, u, verdict, r.bound)
+                if share < 1:
+                    verdict.factors[u.client.id] = share
             kept = [
                 _between(s, u, verdict.factors.get(u.client.id, 1.0))
                 for u, s in zip(alike, starts, strict=True)
@@ -115,6 +123,28 @@ def _between(start: Upload, end: Upload, share: float) -> Upload:
         for c in COLUMNS
     }  # fmt: skip
     return replace(end, sent=Factors(end.sent.scale, **columns))
+
+
+def _share(
+    strategy: Strategy[Any],
+    state: Any,
+    round: Round,
+    start: Upload,
+    end: Upload,
+    verdict: Verdict,
+    given: float,
+) -> float:
+    """How far from start to end neither part's change is longer than the bound given, or its own
+    median length in the round."""
+    me, share = end.client.id, 1.0
+    bound = given or statistics.median(verdict.norms.values())
+    if verdict.norms[me] > bound:
+        share = _shorten(strategy, state, round, start, end, bound)
+    if verdict.others:
+        bound = given or statistics.median(verdict.others.values())
+        if verdict.others[me] > bound:
+            share = min(share, bound / verdict.others[me])
+    return share
 
 
 def _shorten(
