@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, FedLoraError
+from fedlora.launch.lab.page import write
 from fedlora.launch.lab.plan import Lab, LabSize
 from fedlora.launch.lab.seat import Seat, joined
 from fedlora.launch.lab.study import PARTS, main
@@ -92,6 +93,18 @@ def test_a_directory_of_another_experiment_is_refused(tmp_path: Path, settings: 
     Lab.load(path, {}, tmp_path / "out").open()
     with pytest.raises(FedLoraError, match="another experiment"):
         Lab.load(path, {"train.lr": 0.5}, tmp_path / "out").open()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_page_of_a_smoke_test_says_that_it_is_one(
+    tmp_path: Path, settings: Build, quick: bool
+) -> None:
+    path = experiment(tmp_path, settings, epsilons=[0, 8], strategies=["fedavg"])
+    lab = Lab.load(path, {}, tmp_path / "out", quick)
+    lab.open()
+    text = write(lab, "fedlora privacy audit").read_text()
+    assert ("A smoke test, --quick: every part runs" in text) is quick
+    assert ("(smoke test)" in (tmp_path / "out/privacy.md").read_text()) is quick
 
 
 def test_the_command_takes_what_the_lab_does(tmp_path: Path, settings: Build) -> None:

@@ -5,6 +5,7 @@ the function that training calls, on neighbouring samples of rows of many length
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fedlora.privacy.training import clipped_sum
 from fedlora.training.data.batches import collate, synthetic
 from fedlora.training.train import example_losses
 from tests.support.private_setting import Build, Setting
+from tests.support.task_rows import MADE, task_settings
 
 LENGTHS = (3, 30, 5, 9, 17, 8, 4, 12, 29, 16, 7, 21, 11)
 SIZE = 4
@@ -82,6 +84,29 @@ def test_removing_an_example_moves_the_sum_by_its_own_clipped_gradient(
         assert float((whole - without - alone).norm()) <= 1e-12 * float(whole.norm())
     assert max(moves) <= C * (1 + 1e-6)
     assert max(moves) > 0.999 * C
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", MADE)
+def test_so_it_is_in_every_task(settings: Build, tmp_path: Path, case: str, precision: str) -> None:
+    """Of rows as the task reads them: pairs, conversations, pictures, two answers to one prompt."""
+    more = {"train.precision": precision, "model.dropout": 0.0, "clients.ranks": "3"}
+    given = {"strategy.name": "fedavg", "privacy.epsilon": 8.0, "privacy.microbatch": SIZE, **more}
+    s = Setting(task_settings(settings, case, tmp_path, **given), torch.float32)
+    most = s.config.data.max_length
+    widths = sorted({width_of(int(n), most) for n in s.rows.widths})
+    found = {w: steady(s.model, s.live, s.config, w, 10.0) for w in widths}
+    every = torch.randperm(len(s.rows), generator=torch.Generator().manual_seed(3))[:14].tolist()
+    C = float(summed(s, every[3:4], 1e9, found).norm()) / 2
+    whole = summed(s, every, C, found)
+    moves = []
+    for i in every:
+        without = summed(s, [n for n in every if n != i], C, found)
+        moves.append(float((whole - without).norm()))
+        alone = summed(s, [i], C, found)
+        assert float((whole - without - alone).norm()) <= 1e-12 * float(whole.norm())
+    assert max(moves) <= C * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -334,6 +334,10 @@ PARTS: Mapping[str, tuple[str, str, Callable[..., Table], Callable[..., Figure |
     **{k: (title, note, partial(plain, part=k), None) for k, (title, note) in NOTES.items()},
 }  # fmt: skip
 
+SMOKE = (
+    "A smoke test, --quick: every part runs, at sizes too small for any figure here to say how "
+    "private anything is."
+)
 BODY = """<pre><code>{{ command }}</code></pre>
 <p>{{ setting }}</p>
 {% for key, part, note, (heads, body) in parts %}<h2>{{ part }}</h2>
@@ -345,12 +349,12 @@ BODY = """<pre><code>{{ command }}</code></pre>
 
 
 def setting(lab: Lab) -> str:
-    """What is compared, in one sentence."""
-    c = lab.config
+    """What is compared, in one sentence; of a smoke test, that no figure says anything."""
+    c, smoke = lab.config, f"{SMOKE} " if lab.size.cut else ""
     return (
-        f"{c.model.path} on {c.data.path}, {c.clients.count} clients, {c.run.rounds} rounds; "
-        f"example-level DP at delta = {c.privacy.delta:g}, one budget over the whole run; "
-        f"seeds {', '.join(map(str, lab.seeds))}."
+        f"{smoke}{c.model.path} on {c.data.path}, {c.clients.count} clients, "
+        f"{c.run.rounds} rounds; example-level DP at delta = {c.privacy.delta:g}, one budget over "
+        f"the whole run; seeds {', '.join(map(str, lab.seeds))}."
     )
 
 
@@ -362,7 +366,7 @@ def write(lab: Lab, command: str) -> Path:
     plots = drawn(draws)
     for key, png in plots.items():
         write_atomically(lab.out / "plots" / f"{key}.png", png)
-    title = f"Privacy lab: {lab.config.run.name}"
+    title = f"Privacy lab: {lab.config.run.name}{' (smoke test)' if lab.size.cut else ''}"
     text = render(BODY, plots, title=title, command=command, setting=setting(lab), parts=parts)
     lines = [f"# {title}", "", f"    {command}", "", setting(lab)]
     for _, part, note, (heads, body) in parts:
