@@ -25,7 +25,7 @@ from fedlora.strategies.lora_fair import LoRAFair
 from fedlora.training.train import threads
 
 SEEDS, CHOICE = tuple(range(10)), (1000, 1001)
-RATES = (0.01, 0.02, 0.03, 0.045, 0.065, 0.1)
+RATES = (0.01, 0.03, 0.1)
 ROUNDS, STEPS, UNLIKE = 15, 5, 0.5
 """Rounds, local steps, and how much the clients' teachers differ."""
 MIXED = (1, 2, 4)
