@@ -115,8 +115,8 @@ class Preference:
         ids: tuple[list[Sequence[int]], ...] = ([], [])
         asked, left = list[int](), Counter[str]()
         for i, pair in enumerate(_pairs(rows, tokenizer, data)):
-            if why := pair if isinstance(pair, str) else _unfit(pair, longest):
-                left[why] += 1
+            if isinstance(pair, str) or (why := _unfit(pair, longest)):
+                left[pair if isinstance(pair, str) else why] += 1
                 continue
             kept.append(i)
             asked.append(len(pair[0].prompt))
