@@ -52,6 +52,13 @@ class Form:
     """The form itself, where it is none of PEFT's."""
     beside: bool = False
     """More trains than its two sides."""
+    computed: bool = False
+    """What PEFT freezes is computed from W0, and not drawn."""
+
+    @property
+    def makes(self) -> bool:
+        """Does each machine compute what is frozen, so that all of it has to be compared?"""
+        return self.computed or self.own is not None
 
 
 def _own(
@@ -102,6 +109,10 @@ FORMS: dict[str, Form] = {
                    "DeloraConfig", "r"),
     "vblora": Form("B A x, both mixed from a bank by softmax", "tensors", "not linear",
                    "VBLoRAConfig", "r"),
+    "tinylora": Form("B (sum_i v_i P_i) A x, of W0's leading SVD", "tensors", "linear",
+                     "TinyLoraConfig", "u", computed=True),
+    "psoft": Form("s B (diag(b) R diag(a) - I) A x, R = Cayley(Q), of W0's leading SVD", "tensors",
+                  "not linear", "PsoftConfig", "r", computed=True),
     **_own("lora-xs", "s B R A x, R between the leading SVD of W0", "tensors", "linear"),
     **_own("pmss", "s C M R x, M between columns and rows of W0", "tensors", "linear"),
     **_own("paca", "s D x_J, J some of W0's columns", "tensors", "linear"),
@@ -134,9 +145,9 @@ LEFT_OUT: dict[str, str] = {
     "boft": "PEFT's code for it compiles CUDA where it can, so machines differ; use oft",
     "bone": "PEFT has it as MiSS: use miss, or bat for its first form",
     **dict.fromkeys(
-        ("adamss", "frod", "osf", "psoft", "tinylora"),
-        "its frozen parts are a decomposition of W0 that each machine would compute for itself, "
-        "equal in neither sign nor rounding; use vera, randlora or fourierft",
+        ("adamss", "frod", "osf"),
+        "its frozen parts are decompositions of W0 and of several W0 together that PEFT computes "
+        "in float32, equal in neither sign nor rounding; use lora-xs, tinylora or fourierft",
     ),
     **dict.fromkeys(
         ("deft", "glora", "kasa", "lily", "peanut", "shadow", "unilora", "xlora", "poly"),

@@ -409,6 +409,8 @@ def test_the_command_prints_every_form() -> None:
 RUNS = [
     ("fourierft", "fedavg"),
     ("vera", "ffa"),
+    ("tinylora", "fedex"),
+    pytest.param("psoft", "fedavg", marks=pytest.mark.slow),
     pytest.param("dora", "fedavg", marks=pytest.mark.slow),
     pytest.param("randlora", "fedavg", marks=pytest.mark.slow),
 ]

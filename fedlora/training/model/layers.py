@@ -181,8 +181,8 @@ def taken_out(config: Config, factors: Factors, W: Mapping[str, Tensor]) -> Mapp
 
 
 RESERVED = {"target_modules", "modules_to_save", "peft_type", "task_type", "inference_mode"}
-ALPHAS = ("alpha", "randlora_alpha")
-SEEDS = ("projection_prng_key", "random_loc_seed", "random_seed")
+ALPHAS = ("alpha", "randlora_alpha", "psoft_alpha")
+SEEDS = ("projection_prng_key", "projection_seed", "random_loc_seed", "random_seed")
 """What PEFT calls alpha, and the seed of what a form freezes."""
 
 

@@ -102,7 +102,7 @@ class Model:
         self._scale: Mapping[str, float] = {}
         if self.rank:
             frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
-            self._fingerprint = fingerprint(frozen, self._fingerprint, bool(self.form.own))
+            self._fingerprint = fingerprint(frozen, self._fingerprint, self.form.makes)
             self._first = self.read()
 
     def longest(self, wanted: int) -> int:
