@@ -108,8 +108,7 @@ class DataConfig(Section):
     """For preference: the column of the answer that is not preferred."""
     messages: str = ""
     """For causal-lm, in place of prompt and response: the column of conversations, each a list of
-    messages of a role and a content. Through the chat template; the assistant's are trained. For
-    preference: the chosen ones, in place of response."""
+    messages of a role and a content. Through the chat template; the assistant's are trained."""
     labels: Names = ()
     """The labels of a classification, in order. Empty: the data's own numbered classes, else those
     that there are, numbers by size and texts by the alphabet."""
@@ -338,8 +337,9 @@ class ServerConfig(Section):
 class RobustConfig(Section):
     """Robust aggregation: which updates count, by their products B A: strategies/robust.py."""
 
-    method: Literal["none", "norm-bound", "krum", "multi-krum", "trimmed", "median"] = "none"
+    method: Literal["none", "norm-bound", "krum", "multi-krum", "trimmed", "afa", "median"] = "none"
     """norm-bound: shorten what is too long. krum, multi-krum: keep those with close neighbours.
+    afa: drop those that point elsewhere than the rest, if any do (adaptive federated averaging).
     trimmed: drop those farthest from the geometric median. median: weigh by the median."""
     bound: Annotated[float, Field(ge=0)] = 0.0
     """For norm-bound: the longest change of the adapter, and of what trains beside it; 0 takes the

@@ -10,6 +10,7 @@ which takes r x r products only. A module that a client does not hold counts as 
 
     kept  = krum(adapters, byzantine, keep)      those with the closest neighbours
     kept  = trimmed(adapters, weights, share)    without the farthest from the geometric median
+    kept  = afa(adapters, weights)               without those that point elsewhere than the rest
     p     = geometric_median(adapters, weights)  weights whose mean is the geometric median
 
 The coordinate-wise median and trimmed mean are not here: they depend on coordinates of D_i, so
@@ -107,16 +108,19 @@ def geometric_median(
     minimiser lies in the convex hull of the updates, so p is all that has to be found. Breaks
     only where half of the weight is faulty. Distances are smoothed at 1e-9 of the largest norm.
     """
-    G = gram(adapters)
-    w = torch.tensor(weights, dtype=torch.float64)
+    return _centre(gram(adapters), torch.tensor(weights, dtype=torch.float64), steps).tolist()
+
+
+def _centre(G: Tensor, w: Tensor, steps: int = 100) -> Tensor:
+    """p of the geometric median, from the updates' Gram matrix and weights w."""
     p = w / w.sum()
     least = 1e-9 * float(G.diagonal().clamp(min=0).max()) ** 0.5
     if least == 0:
-        return p.tolist()
+        return p
     for _ in range(steps):
         p = w / from_mean(G, p).clamp(min=least)
         p = p / p.sum()
-    return p.tolist()
+    return p
 
 
 def trimmed(adapters: Sequence[Adapter], weights: Sequence[float], share: float) -> list[int]:
@@ -124,10 +128,47 @@ def trimmed(adapters: Sequence[Adapter], weights: Sequence[float], share: float)
 
     Of n updates floor(share n) are left out, and never all of them.
     """
-    p = torch.tensor(geometric_median(adapters, weights), dtype=torch.float64)
-    distance = from_mean(gram(adapters), p)
+    G = gram(adapters)
+    distance = from_mean(G, _centre(G, torch.tensor(weights, dtype=torch.float64)))
     keep = max(1, len(adapters) - int(share * len(adapters)))
     return sorted(distance.argsort(stable=True)[:keep].tolist())
+
+
+XI, FURTHER = 2.0, 0.5
+"""Standard deviations from the median at which `afa` leaves an update out, and by how many more
+each time that it has: the paper's values."""
+
+
+def afa(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[int]:
+    """Those whose directions agree, in order, by adaptive federated averaging's rule.
+
+    s_i is the cosine of D_i with the centre of those that are left. Of more that are low than high,
+    mean(s) < median(s), those below median - xi std go, else those above median + xi std; then
+    again with a xi that is greater by FURTHER, until none goes. So nobody has to go, and nobody
+    says how many may.
+
+    Source: Munoz-Gonzalez, Co and Lupu, "Byzantine-Robust Federated Machine Learning through
+    Adaptive Model Averaging", 2019, https://arxiv.org/abs/1909.05125. Differs from it: the centre
+    is the geometric median of the directions, D_i / ||D_i||, since one long update turns a mean; no
+    reputation is kept from round to round, so no client is left out for good; more than half stay.
+    """
+    G, w = gram(adapters), torch.tensor(weights, dtype=torch.float64)
+    length = G.diagonal().clamp(min=0).sqrt()
+    directions = G / length.clamp(min=1e-150) / length.clamp(min=1e-150)[:, None]
+    kept, xi = torch.arange(len(adapters)), XI
+    while True:
+        s = _cosines(directions[kept][:, kept], w[kept])
+        middle, reach = s.quantile(0.5), xi * s.std(correction=0)
+        out = s < middle - reach if s.mean() < middle else s > middle + reach
+        if not bool(out.any()) or 2 * int((~out).sum()) <= len(adapters):
+            return kept.tolist()
+        kept, xi = kept[~out], xi + FURTHER
+
+
+def _cosines(directions: Tensor, w: Tensor) -> Tensor:
+    """Of each with the geometric median, (n,), from their Gram matrix; 0 of an update that is 0."""
+    p = _centre(directions, w)
+    return directions @ p / (p @ directions @ p).clamp(min=1e-300).sqrt()
 
 
 def squares(G: Tensor) -> Tensor:

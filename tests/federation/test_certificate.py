@@ -408,6 +408,7 @@ def test_clean_runs_stay_well_below_the_bound(settings: Settings, name: str, wir
 
 OPTIONS: dict[str, tuple[dict[str, object], str]] = {
     "trimmed": ({"robust.method": "trimmed"}, ""),
+    "afa": ({"robust.method": "afa"}, ""),
     "median": ({"robust.method": "median"}, ""),
     "norm-bound": ({"robust.method": "norm-bound", "robust.bound": 1e-3}, "norm-bound"),
     "server optimiser": ({"server.optimizer": "fedavgm", "strategy.name": "ffa"}, ""),

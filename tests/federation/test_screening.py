@@ -88,15 +88,21 @@ def test_the_median_weighs_a_wild_update_down_and_keeps_every_client() -> None:
 
 
 def turned_head(p: Played) -> list[Upload]:
-    """Five updates, of which client 9's head went the other way, ten times as far, alone."""
+    """Five updates whose heads went one way, but for client 9's, which went the other, ten times as
+    far; its adapter is client 0's."""
     u = p.uploads[0]
     start = began(STRATEGIES["fedex"](), p.before, u, p.round).sent.other
-    head = {n: start[n] - 10 * (x - start[n]) for n, x in u.sent.other.items()}
-    liar = replace(u, client=replace(u.client, id=9), sent=replace(u.sent, other=head))
-    return [*p.uploads, liar]
+    way = {n: x - start[n] for n, x in u.sent.other.items()}
+
+    def went(upload: Upload, times: float) -> Upload:
+        head = {n: start[n] + times * x for n, x in way.items()}
+        return replace(upload, sent=replace(upload.sent, other=head))
+
+    liar = went(replace(u, client=replace(u.client, id=9)), -10)
+    return [*(went(x, 1 + 0.2 * i) for i, x in enumerate(p.uploads)), liar]
 
 
-@pytest.mark.parametrize("method", ["trimmed", "multi-krum", "median", "norm-bound"])
+@pytest.mark.parametrize("method", ["trimmed", "afa", "multi-krum", "median", "norm-bound"])
 def test_a_client_that_turns_its_head_round_alone_is_answered(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,11 @@
 """Outliers are found by what they do to the model, whatever factors they come in."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch.testing import assert_close
 
 from fedlora.errors import StrategyError
@@ -9,6 +13,7 @@ from fedlora.lora.adapter import Pair
 from fedlora.lora.lowrank import gram as gram_of_pairs
 from fedlora.lora.lowrank import inner
 from fedlora.strategies.robust import (
+    afa,
     change,
     from_mean,
     geometric_median,
@@ -91,6 +96,7 @@ def test_every_verdict_is_the_same_in_any_gauge() -> None:
     w = [3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0, 3.5]
     assert krum(cohort, 2, 4) == krum(turned, 2, 4)
     assert trimmed(cohort, w, 0.25) == trimmed(turned, w, 0.25)
+    assert afa(cohort, w) == afa(turned, w)
     assert_close(norms(cohort), norms(turned), rtol=1e-6, atol=0)
     assert geometric_median(cohort, w) == pytest.approx(geometric_median(turned, w), abs=1e-6)
 
@@ -107,6 +113,70 @@ def test_krum_keeps_honest_updates_only(attack: list) -> None:
 def test_trimming_leaves_the_attackers_out(attack: list) -> None:
     cohort = [attack[0], *HONEST, attack[1]]
     assert trimmed(cohort, [1.0] * len(cohort), share=0.23) == list(range(1, len(cohort) - 1))
+
+
+@pytest.mark.parametrize("attack", ["sign flip", "noise", "hidden in the gauge"])
+def test_afa_leaves_out_those_that_point_elsewhere(attack: str) -> None:
+    first, second = ATTACKS[attack]
+    cohort = [first, *HONEST, second]
+    assert {0, len(cohort) - 1}.isdisjoint(afa(cohort, [1.0] * len(cohort)))
+
+
+def test_afa_sees_no_length_which_is_what_the_bounds_are_for() -> None:
+    cohort = [flipped(HONEST[0], -50), *HONEST]
+    assert 0 in afa(cohort, [1.0] * len(cohort))
+
+
+def test_afa_leaves_nobody_out_where_all_agree_and_trimming_does() -> None:
+    alike = [flipped(HONEST[0], -times) for times in (1, 2, 3, 5, 8)]
+    assert afa(alike, [1.0] * 5) == [0, 1, 2, 3, 4]
+    assert len(trimmed(alike, [1.0] * 5, share=0.2)) == 4
+
+
+def test_more_than_half_always_stay_under_afa() -> None:
+    still = [flipped(x, 0.0) for x in HONEST]
+    assert afa(still, [1.0] * 7) == list(range(7))
+    for seed in range(5):
+        apart = [update(i, spread=20.0) for i in range(40 * seed, 40 * seed + 9)]
+        assert 2 * len(afa(apart, [1.0] * 9)) > 9
+    assert afa(HONEST[:1], [1.0]) == [0]
+
+
+def slow_afa(cohort: list[Any], weights: list[float]) -> list[int]:
+    """The definition, on dense vectors, its centre by a general minimiser."""
+    dense = [np.concatenate([(p.scale * p.B @ p.A).numpy().ravel() for p in x.values()])
+             for x in cohort]  # fmt: skip
+    dense = [x / np.linalg.norm(x) for x in dense]
+    kept, xi = list(range(len(cohort))), 2.0
+    while True:
+        D, w = np.stack([dense[i] for i in kept]), np.array([weights[i] for i in kept])
+
+        def far(p: Any, D: Any = D, w: Any = w) -> float:
+            return float(w @ np.linalg.norm(D - p @ D, axis=1))
+
+        start = np.full(len(kept), 1 / len(kept))
+        whole = {"type": "eq", "fun": lambda p: p.sum() - 1}
+        found = minimize(far, start, constraints=[whole], tol=1e-12, options={"maxiter": 500})
+        centre = found.x @ D
+        s = D @ centre / np.linalg.norm(centre)
+        low, high = np.median(s) - xi * np.std(s), np.median(s) + xi * np.std(s)
+        out = s < low if np.mean(s) < np.median(s) else s > high
+        if not out.any() or 2 * (~out).sum() <= len(cohort):
+            return kept
+        kept, xi = [i for i, gone in zip(kept, out, strict=True) if not gone], xi + 0.5
+
+
+def test_afa_is_its_definition_on_dense_updates() -> None:
+    seen = set()
+    for seed in range(8):
+        cohort = [update(20 * seed + i, spread=0.2 + 0.4 * (i % 4)) for i in range(8)]
+        for i in range(seed % 3):
+            cohort[i] = flipped(cohort[i], 3.0)
+        weights = [1.0 + (i + seed) % 3 for i in range(8)]
+        kept = afa(cohort, weights)
+        assert kept == slow_afa(cohort, weights)
+        seen.add(len(kept))
+    assert len(seen) > 1, "every cohort lost as many, so a fixed share would do"
 
 
 @every_attack

@@ -8,7 +8,7 @@ in size by orders of magnitude, so each is measured in units of its own median l
     norm-bound            a change longer than the bound, in either part, is drawn back toward what
                           the client was sent
     krum, multi-krum,
-    trimmed               updates are left out
+    trimmed, afa          updates are left out
     median                p_i of the geometric median
 
 Every client weighs the same under all of them, whatever it says of its examples: a count is a claim
@@ -94,6 +94,8 @@ def screen(
             return weighted, verdict
         case "trimmed":
             chosen = robust.trimmed(changes, weights, r.share)
+        case "afa":
+            chosen = robust.afa(changes, weights)
         case _:
             keep = 1 if r.method == "krum" else len(uploads) - r.byzantine
             chosen = robust.krum(changes, r.byzantine, keep)
