@@ -17,8 +17,9 @@ from fedlora.strategies.base import Client, Download, Round, Start
 from fedlora.strategies.forms import FORMS
 from fedlora.training import cache, loss_check, train, training_check
 from fedlora.training.data import batches
-from fedlora.training.data.batches import IGNORE, Encoded
+from fedlora.training.data.batches import IGNORE, Encoded, collate
 from fedlora.training.model.model import Model
+from fedlora.training.parts_check import Still
 from fedlora.training.tasks import causal_lm
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
@@ -114,6 +115,25 @@ def test_what_follows_is_the_same_with_and_without_the_check(
     monkeypatch.setattr("fedlora.federation.client.job.check_before_training", lambda *_: None)
     monkeypatch.setattr("fedlora.federation.server.setup.check_first", lambda *_: None)
     assert federate({**given, "run.name": "unchecked"}).adapter == checked.adapter
+
+
+def test_gradients_that_cancel_over_the_examples_are_no_fault(settings: Settings) -> None:
+    """Of two classes with as many rows each, in 16 bits: +0.125 and -0.125 add up to exactly 0."""
+    two = {"data.map": "number=animal", "model.dropout": 0.0}
+    s = loaded(settings, "bert", "bfloat16", **two)
+    batch = collate(s.rows, torch.zeros(4, dtype=torch.long))
+    batch["labels"] = torch.tensor([0, 1, 0, 1])
+    live = s.model.trainable(s.download.trainable)
+    training_check.perturb(s.model, 0)
+    weight, bias = live["other"]["classifier.weight"], live["other"]["classifier.bias"]
+    with torch.no_grad():
+        weight.mul_(1e-3), bias.zero_()
+    with train.training(s.model, s.config, 1, 0):
+        [*train.steps(s.model, [batch], live, Still([weight, bias]), s.config)]
+        assert bias.grad is not None
+        assert not bias.grad.any()
+        Still([weight, bias]).zero_grad()
+        training_check.check_gradients(s.model, batch, live, s.config)
 
 
 # -- planted faults -------------------------------------------------------------------------------
