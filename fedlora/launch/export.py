@@ -1,6 +1,7 @@
 """Writes a run's model for programs that know nothing of fedlora: as PEFT's adapter, or merged."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
-from fedlora.errors import CheckpointError, ModelError
+from fedlora.errors import CheckpointError, FedLoraError, ModelError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.server.adapter import checked, hold, write_card
 from fedlora.federation.server.choice import result
@@ -119,6 +120,7 @@ def opened(run: Path) -> Opened:
     found = journal.last(Saved, Member, *state_types(strategy))
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint")
+    _check_newest(journal, int(found[1]["round"]))
     corpus = cache.corpus(config)
     model = cache.model(config, corpus.labels)
     check_begun_with(journal.begun_with(), begun_with(model, corpus), run)
@@ -129,6 +131,19 @@ def opened(run: Path) -> Opened:
     batches = [inputs_of(batch) for batch in islice(eval_batches(rows, ROWS), BATCHES)]
     saved = result(config, strategy, found[0], found[1]["round"])
     return Opened(config, strategy, saved, model, corpus.labels, batches)
+
+
+def _check_newest(journal: Journal, found: int) -> None:
+    """Raises CheckpointError where the checkpoint that was found is not of the last round."""
+    lines: list[dict[str, Any]] = []
+    with suppress(FedLoraError):  # a damaged record says nothing of the checkpoints
+        lines = journal.lines()
+    if journal.damaged or (lines and lines[-1]["round"] > found):
+        why = str(journal.damaged[0]) if journal.damaged else f"{journal.directory}: it is gone"
+        raise CheckpointError(
+            f"the checkpoint of the last round cannot be exported, {why}. The newest whole one is "
+            f"of round {found}: resume the run, which makes again what is lost, and then export it"
+        )
 
 
 def export_run(

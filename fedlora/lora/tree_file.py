@@ -131,6 +131,11 @@ def _metadata(data: bytes) -> dict[str, str]:
     return found
 
 
+def is_sealed(path: Path) -> bool:
+    """Has the file a digest, as every fedlora since format 3 writes one?"""
+    return sealed(path.read_bytes()) is not None
+
+
 def notes(path: Path) -> dict[str, str]:
     """The strings that were saved beside the tree.
 

@@ -126,6 +126,11 @@ def missing(_: Message, reply: Message, __: Bad) -> Message:
     return reply
 
 
+def more(_: Message, reply: Message, __: Bad) -> Message:
+    reply.content["more"] = ConfigRecord({"x": bytes(10_000)})
+    return reply
+
+
 def extra(_: Message, reply: Message, __: Bad) -> Message:
     arrays(reply)["A/smuggled"] = arrays(reply)[first_key(reply)]
     return reply
@@ -161,6 +166,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "turned": (reshape(lambda s: s[::-1]), "shape .* must be"),
     "huge": (reshape(lambda s: (2**40, *s[1:])), "shape .* must be"),
     "missing tensor": (missing, "missing: "),
+    "extra record": (more, "records that nobody asked for: 'more'"),
     "extra tensor": (extra, "too many: A/smuggled"),
     "foreign type": (foreign, "none of ours"),
     "pickle": (pickled, "bytes, must be"),

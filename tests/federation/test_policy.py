@@ -23,6 +23,7 @@ from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.job import Job
 from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.privacy.ledger import Ledger
+from fedlora.strategies import STRATEGIES
 from tests.conftest import tiny_settings
 from tests.support.tiny_federation import federate, quick
 from tests.support.under_policy import Recorded, asked, named, recorded, written
@@ -339,6 +340,23 @@ def honest(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Re
     given = tiny_settings(tiny, root, "float32", "bert", **quick("fedavg", **changes))
     nodes = {i: written(root / f"node-{i}", tiny["bert"], tiny["rows"]) for i in range(3)}
     return recorded(given, nodes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora-a2", *(pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES if x != "lora-a2")],
+)
+def test_a_node_under_a_policy_answers_what_every_strategy_asks(
+    tiny: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    """With lora-a2 a client also says which ranks it sends."""
+    given = tiny_settings(tiny, tmp_path, "float32", "bert", **quick(name, **{"run.rounds": 1}))
+    limits = {"kinds": ["query", "train", "evaluate", "gradient", "collect"]}
+    nodes = {
+        i: written(tmp_path / f"node-{i}", tiny["bert"], tiny["rows"], limits=limits)
+        for i in range(3)
+    }
+    assert "train" in recorded(given, nodes).messages
 
 
 @pytest.fixture

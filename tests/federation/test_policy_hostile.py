@@ -24,8 +24,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
 from fedlora.federation.client.allowed import ALLOWED, IGNORED, OWN
-from fedlora.federation.client.oversight import REPLIES
 from fedlora.federation.wire.codes import Code
+from fedlora.federation.wire.replies import REPLIES
 from fedlora.privacy.ledger import Ledger
 from tests.conftest import tiny_settings
 from tests.support.tiny_federation import ROOT, quick

@@ -187,7 +187,9 @@ def flip(path: Path) -> None:
 def test_a_flipped_bit_in_the_last_checkpoint_costs_one_round(settings: Settings) -> None:
     given = interrupted(settings, "fedex")
     flip(sorted(Path(str(given["run.out"]), "run", "checkpoint").glob("round-*"))[-1])
-    ran = federate(given)
+    said: list[str] = []
+    ran = federate(given, before=lambda server: setattr(server.observer, "note", said.append))
+    assert any("round-00002.safetensors is damaged" in x and "made again" in x for x in said)
     assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
 
 

@@ -15,6 +15,7 @@ from typer.main import get_command
 from fedlora.cli import app
 from fedlora.config.reader import Config
 from fedlora.errors import CheckpointError, FedLoraError
+from fedlora.federation.server.choice import COLLECTED
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import load
 from fedlora.launch.export import export_run
@@ -198,8 +199,36 @@ def test_what_was_collected_at_a_runs_end_is_exported_and_no_other_end_of_it(
 
     assert off("collected") < 1e-6
     newest = max((ran.directory / "checkpoint").glob("round-*.safetensors"))
-    newest.unlink()  # the checkpoint of an earlier round: not what was collected later
+    newest.unlink()  # an earlier round, the last on record: not what was collected later
+    lines = (ran.directory / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (ran.directory / "rounds.jsonl").write_text("".join(lines[:-1]))
     assert off("before") > 1e-3
+
+
+def test_what_is_lost_of_a_runs_end_is_said_and_nothing_older_exported(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The checkpoint before would be a whole model too, and another; a resume makes it again."""
+    given = settings("gpt2", **quick("fedsa", **{"train.steps": 3}))
+    ran = federate(given)
+    place, want = ran.directory / "checkpoint", ran.adapter
+    kept = {path: path.read_bytes() for path in place.iterdir()}
+    newest = max(place.glob("round-*.safetensors"))
+    for harm, said in (
+        (lambda: newest.write_bytes(kept[newest][:-1] + b"x"), "damaged.* of round 1: resume"),
+        (newest.unlink, "it is gone.* of round 1: resume the run"),
+        ((place / COLLECTED).unlink, "is gone, which is what the run ended with: resume"),
+    ):
+        harm()
+        with pytest.raises(CheckpointError, match=said):
+            export_run(ran.directory, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        if said.endswith("with: resume"):
+            break
+        for path, data in kept.items():
+            path.write_bytes(data)
+    assert federate({**given, "run.resume": True}).adapter == want
+    export_run(ran.directory, tmp_path / "out")
 
 
 def test_an_export_that_is_wrong_is_not_handed_over(

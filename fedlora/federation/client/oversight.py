@@ -22,22 +22,9 @@ from fedlora.federation.client.admit import check_message
 from fedlora.federation.client.limits import check_upload, watched
 from fedlora.federation.wire.job import job_of
 from fedlora.federation.wire.messages import count_bytes
+from fedlora.federation.wire.replies import REPLIES
 
 Leave = Callable[[RecordDict], None]
-TAGGED = frozenset({"reply"})
-REPLIES: Mapping[str, frozenset[str]] = {
-    "query": frozenset({"facts"}),
-    "train": TAGGED | {"sent", "metrics", "certificate"},
-    "evaluate": TAGGED | {"metrics"},
-    "gradient": TAGGED | {"sent", "metrics"},
-    "collect": TAGGED | {"sent", "metrics"},
-    "secagg_setup": TAGGED | {"secagg"},
-    "secagg_share": TAGGED | {"secagg"},
-    "secagg_collect": TAGGED | {"masked", "start"},
-    "secagg_agree": TAGGED | {"secagg"},
-    "secagg_unmask": TAGGED | {"secagg"},
-}
-"""By the kind of a message, the records that its reply may have."""
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def _of_clients(
     told = []
     for i, reply in answers(setting, session, grid, messages):
         try:
-            tag_of(reply, client(setting, run, i), round, run.token)
+            tag_of(reply, client(setting, run, i), round, run.token, "evaluate")
             said = metrics_of(reply.content, "metrics")
             check_metrics(said)
         except (KeyError, UpdateError) as e:
@@ -194,8 +194,16 @@ def result(config: Config, strategy: Strategy[Any], run: Saved, round: str) -> S
     Raises:
         CheckpointError: the state that it needs is gone or damaged.
     """
-    path = Journal(config).directory / "checkpoint" / COLLECTED
+    directory = Journal(config).directory
+    path = directory / "checkpoint" / COLLECTED
     if not (collects(strategy) and path.exists()):
+        last = path.with_name(f"round-{int(round):05}.safetensors")
+        ended = (directory / "summary.json").exists()
+        if collects(strategy) and ended and tree_file.is_sealed(last):
+            raise CheckpointError(
+                f"{path} is gone, which is what the run ended with: resume the run, and its end is "
+                "made again"
+            )
         return chosen(config, strategy, run)
     found = tree_file.load(path, Saved, Member, *state_types(strategy), older=OLDER)
     ended = tree_file.notes(path).get("round") == round  # and went on to no more rounds

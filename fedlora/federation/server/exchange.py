@@ -27,6 +27,7 @@ from fedlora.federation.wire.messages import (
     unpack_chosen,
     unpack_factors,
 )
+from fedlora.federation.wire.replies import REPLIES
 from fedlora.lora.adapter import Factors
 from fedlora.lora.lowrank import norm
 from fedlora.strategies import chosen
@@ -196,7 +197,7 @@ def read_reply(
     Raises:
         UpdateError, WireError: what is wrong with it. Nothing of a declared size was allocated.
     """
-    tag = tag_of(reply, client, round, token)
+    tag = tag_of(reply, client, round, token, "train")
     content = reply.content
     try:
         metrics: Mapping[str, Any] = metrics_of(content, "metrics")
@@ -253,15 +254,20 @@ def check_count(n: Any, limits: Limits) -> None:
         )
 
 
-def tag_of(reply: Message, client: Client, round: Round, token: str) -> Mapping[str, Any]:
+def tag_of(
+    reply: Message, client: Client, round: Round, token: str, kind: str
+) -> Mapping[str, Any]:
     """The tag of a reply, checked to be that of the message it should answer.
 
     Raises:
         ClientError: it is an error reply.
-        UpdateError: it is of another client, round or run.
+        UpdateError: it is of another client, round or run, or has records that no reply to a
+            message of this kind has.
     """
     if error := error_of(reply):
         raise error
+    if strange := [name for name in reply.content if name not in REPLIES[kind]]:
+        raise UpdateError(f"the reply has records that nobody asked for: {strange[0][:40]!r}")
     try:
         tag: Mapping[str, Any] = configs_of(reply.content, "reply")
         said = (tag["round"], tag["token"], tag["client"])

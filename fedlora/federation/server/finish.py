@@ -103,7 +103,7 @@ def collect(
     for i, reply in answers(setting, session, grid, messages):
         try:
             here = client(setting, run, i)
-            tag_of(reply, here, round, run.token)
+            tag_of(reply, here, round, run.token, "collect")
             uploads.append(read_kept(setting, run, reply, here))
         except FedLoraError as e:
             session.observer.client_failed(i, Refusal.of(e).reason)
@@ -148,7 +148,7 @@ def final_scores(setting: Setting, session: Session, run: Saved, grid: Grid) -> 
     members = dict(run.members)
     for i, reply in answers(setting, session, grid, messages):
         try:
-            tag_of(reply, client(setting, run, i), round, run.token)
+            tag_of(reply, client(setting, run, i), round, run.token, "evaluate")
             said = metrics_of(reply.content, "metrics")
             check_metrics(said)
         except (KeyError, UpdateError) as e:

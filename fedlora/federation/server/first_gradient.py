@@ -168,7 +168,7 @@ class _Asked:
         uploads, of_node = [], {session.nodes[c.id]: c for c in self.clients}
         for node, reply in exchange(self.grid, messages, setting.config.round.deadline):
             try:
-                tag_of(reply, of_node[node], round, run.token)
+                tag_of(reply, of_node[node], round, run.token, "gradient")
                 uploads.append(_read(setting, reply, of_node[node], shapes))
             except FedLoraError as e:
                 session.observer.client_failed(of_node[node].id, Refusal.of(e).reason)

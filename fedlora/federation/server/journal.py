@@ -170,11 +170,7 @@ class Journal:
             )
 
     def open(self) -> None:
-        """Start the run's directory afresh.
-
-        Raises:
-            CheckpointError: a run of this name is there already.
-        """
+        """Start the run's directory afresh; CheckpointError where a run of this name is there."""
         self._check_free()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._write_config()
@@ -213,11 +209,13 @@ class Journal:
     def last(self, *types: type) -> tuple[Any, dict[str, str]] | None:
         """The newest whole checkpoint, one of the first type, and its notes; None: there is none.
 
+        `damaged` is then why newer ones were passed over.
+
         Raises:
             FormatError: the newest one is whole, and not for this fedlora to read.
             CheckpointError: there are some, and none can be read. Never a fresh start instead.
         """
-        problems: list[CheckpointError] = []
+        self.damaged: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
             try:
                 tree = tree_file.load(path, *types, older=OLDER)
@@ -227,9 +225,9 @@ class Journal:
             except FormatError:  # the one before it would undo a round that is whole
                 raise
             except CheckpointError as e:  # damaged: the one before it is whole
-                problems.append(e)
-        if problems:
-            raise problems[0]
+                self.damaged.append(e)
+        if self.damaged:
+            raise self.damaged[0]
         return None
 
     def commit(self, round: int, tree: Any, record: Mapping[str, Any], keep: int = -1) -> None:

@@ -68,7 +68,7 @@ class Stages:
         for node, reply in exchange(self.grid, messages(), seconds):
             i = of_node[node]
             try:
-                tag_of(reply, self.client[i], self.round, self.run.token)
+                tag_of(reply, self.client[i], self.round, self.run.token, f"secagg_{name}")
                 found[i] = read(i, reply.content)
                 self.up[i] = self.up.get(i, 0) + count_bytes(reply.content)
             except (FedLoraError, KeyError, TypeError, AttributeError) as e:

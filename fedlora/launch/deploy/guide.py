@@ -54,7 +54,8 @@ On node 0's machine:
     sh /opt/fedlora/node-0/worker.sh       # keeps the model in memory between messages
     sh /opt/fedlora/node-0/node.sh
 
-Or as services: copy the `.service` file of each directory to /etc/systemd/system and
+Or as services, which run as a user `fedlora` that owns these directories, with the programs of
+/opt/fedlora/venv: copy the `.service` file of each directory to /etc/systemd/system and
 `systemctl enable --now` it. The units restart what ends; a node waits 65 s, since the server
 counts a killed node as connected for 60.
 
