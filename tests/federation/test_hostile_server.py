@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from client_app.app import app as client_app
 from fedlora.config.possible import is_one_name, is_path_name
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, WireError
 from fedlora.federation.client.node_config import KEYS, check_node_config
-from fedlora.federation.wire.job import Job
+from fedlora.federation.wire.job import Job, job_of
 from fedlora.federation.wire.messages import pack_download
 from fedlora.federation.wire.same_machine import OWN_MACHINE
 from fedlora.launch.simulate.grid import LocalGrid
@@ -246,6 +246,14 @@ def test_every_key_that_the_code_asks_a_node_for_is_a_known_one() -> None:
             asked |= {*re.findall(r"node(?:_config)?\.get\(\"([a-z-]+)\"", text)}
     assert len(asked) >= 8
     assert asked <= KEYS.keys()
+
+
+@pytest.mark.parametrize("changes", ["[" * 3000, "[1]", "3", "{", "null", '"x"'])
+def test_changes_of_a_job_that_are_none_are_said_as_such(changes: str) -> None:
+    """And not as a bug of the node, of whatever type the error would be."""
+    record = {**Job(1, "t", "i", 0, {"m": 2}, 0, 0, "", ()).record(), "changes": changes}
+    with pytest.raises(WireError, match="no job that can be read"):
+        job_of(RecordDict({"job": ConfigRecord(record)}))
 
 
 def test_a_name_for_a_path_is_plain_and_bounded() -> None:

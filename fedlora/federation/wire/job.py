@@ -100,7 +100,7 @@ class Job:
             tuple(x["cuts"]),
             x.get("code", ""),
             x["config"],
-            json.loads(x.get("changes", "{}")),
+            _changes(x.get("changes", "{}")),
             *_later(x),
         )
 
@@ -113,8 +113,20 @@ def job_of(content: RecordDict) -> Job:
     """
     try:
         return Job.read(configs_of(content, "job"))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise WireError(f"the message has no job that can be read: {e!r}") from None
+
+
+def _changes(text: str) -> Mapping[str, Any]:
+    """Keys of the run's config, by what a strategy gave them.
+
+    Raises:
+        WireError: they are none.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise WireError("the job's changes: must be an object of the config's keys")
+    return found
 
 
 def _later(x: Mapping[str, Any]) -> Iterator[int]:
