@@ -24,6 +24,7 @@ from flwr.app import (
 from client_app.app import app as client_app
 from fedlora.errors import RoundError
 from tests.federation.test_federation import AtFirst, dense_adapter, nested
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -187,7 +188,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("what", few(SPOILT, *[*SPOILT][::3]))
 def test_a_bad_reply_is_refused_with_client_round_and_reason(settings: Settings, what: str) -> None:
     spoil, reason = SPOILT[what]
     given = quick("fedex", **{"output.keep-updates": True, "lora.target-modules": "query"})

@@ -176,7 +176,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str, dict[str, object], int]] =
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("what", few(FAULTS, *[*FAULTS][::3]))
 def test_a_fault_that_the_proof_shares_stops_the_run_in_the_round_it_acts_in(
     settings: Settings, what: str, monkeypatch: Patch, precision: str
 ) -> None:

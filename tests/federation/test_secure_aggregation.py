@@ -36,6 +36,7 @@ from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Round
 from fedlora.training.data.batches import collate
 from tests.support.doc_tables import DOCS, table
+from tests.support.long import few
 from tests.support.private_setting import Setting
 from tests.support.secure_members import agreement_of, begun, shared, terms_of, trio
 from tests.support.strategy_federation import EQUAL, EVEN, make_clients, make_start
@@ -514,7 +515,12 @@ def test_a_round_ends_where_it_would_have_ended_in_the_clear(
 
 
 @pytest.mark.parametrize(
-    ("stage", "after"), [*((stage, False) for stage in STAGES), ("collect", True)]
+    ("stage", "after"),
+    few(
+        [*((stage, False) for stage in STAGES), ("collect", True)],
+        ("collect", False),
+        ("collect", True),
+    ),
 )
 def test_the_sum_without_those_that_were_lost_is_right_at_every_stage(
     settings: Settings, stage: str, after: bool
@@ -532,7 +538,7 @@ def test_the_sum_without_those_that_were_lost_is_right_at_every_stage(
 TOO_FEW = r"2 clients .*it takes 3 .*the node went away.*resume"
 
 
-@pytest.mark.parametrize("stage", ["setup", "share", "agree", "unmask"])
+@pytest.mark.parametrize("stage", few(["setup", "share", "agree", "unmask"], "share", "unmask"))
 def test_too_few_at_any_stage_are_an_error(settings: Settings, stage: str) -> None:
     with pytest.raises(RoundError, match=TOO_FEW):
         federate(settings(**five()), app=Lossy(stage, (0, 1, 3)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.long import few
 from tests.support.pretend_device import CARDS, CAST, READ, Card
 
 Cards = list[Card]
@@ -44,7 +45,7 @@ SLIPS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.parametrize("slip", few(SLIPS, *[*SLIPS][::2]))
 def test_what_a_card_refuses_is_refused(cards: Cards, slip: str) -> None:
     with pytest.raises((RuntimeError, TypeError), match=r"device|host"):
         SLIPS[slip]()

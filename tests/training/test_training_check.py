@@ -21,6 +21,7 @@ from fedlora.training.data.batches import IGNORE, Encoded, collate
 from fedlora.training.model.model import Model
 from fedlora.training.parts_check import Still
 from fedlora.training.tasks import causal_lm
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -419,8 +420,11 @@ def test_rows_without_anything_to_learn_are_named_in_a_fixed_text(settings: Sett
         loss_check.check_rows(none, s.model.task)
 
 
+CHECKED = [f for f in FORMS if f not in ("lora", "alora", "vblora")]
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant")
-@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("lora", "alora", "vblora")])
+@pytest.mark.parametrize("form", few(CHECKED, *CHECKED[::3]))
 def test_every_form_that_is_healthy_passes(settings: Settings, form: str, precision: str) -> None:
     ranks = "4" if FORMS[form].size else "4,8,16"
     changes = {"lora.form": form, "strategy.name": "fedavg", "clients.ranks": ranks}
