@@ -77,9 +77,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Indices = Annotated[tuple[str, ...], BeforeValidator(_indices)]
 Ranks = Annotated[tuple[int, ...], BeforeValidator(_ranks)]
 
-Renames = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^[^=]+=.*\S")], ...], BeforeValidator(_names)
-]
+Renames = Annotated[tuple[Annotated[str, Field(pattern=r"^[^=]+=")], ...], BeforeValidator(_names)]
+"""Each "old=new"; "old=" for nothing."""
 
 Digests = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_hexadecimal)]
 

@@ -108,7 +108,8 @@ class DataConfig(Section):
     """For preference: the column of the answer that is not preferred."""
     messages: str = ""
     """For causal-lm, in place of prompt and response: the column of conversations, each a list of
-    messages of a role and a content. Through the chat template; the assistant's are trained."""
+    messages of a role and a content. Through the chat template; the assistant's are trained. For
+    preference: the chosen ones, in place of response."""
     labels: Names = ()
     """The labels of a classification, in order. Empty: the data's own numbered classes, else those
     that there are, numbers by size and texts by the alphabet."""

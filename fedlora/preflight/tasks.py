@@ -102,8 +102,11 @@ def _pictures(config: Config) -> Iterator[str]:
 
 
 def _preference(config: Config) -> Iterator[str]:
-    if not config.data.prompt:
-        yield "data.prompt is empty: model.task = 'preference' compares answers to a prompt"
+    if not (config.data.prompt or config.data.messages):
+        yield (
+            "data.prompt is empty: model.task = 'preference' compares answers to a prompt; of "
+            "conversations name the chosen ones in data.messages"
+        )
     if config.train.loss:
         yield "train.loss with model.task = 'preference': its loss is of two answers; leave it out"
     if code_of(config.evaluate.metrics):

@@ -19,7 +19,7 @@ from fedlora.reports.units import duration, size, tiny
 
 CONTENT = """
 {{ table(runs.head, runs.rows) }}
-{% for name in plots %}{{ figure("Central test by round", plots[name]) }}{% endfor %}
+{% for name in plots %}{{ figure("Central test by round", plots[name], "narrow") }}{% endfor %}
 <h2>Keys in which they differ</h2>
 {% if keys.rows %}{{ table(keys.head, keys.rows) }}{% else %}<p>None.</p>{% endif %}
 """
@@ -88,11 +88,11 @@ def curves(runs: Mapping[str, RunFiles]) -> dict[str, bytes]:
     """The scores by round of each metric that runs are judged by, as PNG."""
     from matplotlib.figure import Figure
 
-    from fedlora.reports.axes import by_round, evaluated, line, new_figure, with_legend
+    from fedlora.reports.axes import by_round, evaluated, line, narrow, with_legend
     from fedlora.reports.html import COLOURS, drawn
 
     def figure(key: str, title: str) -> Figure | None:
-        made, (ax,) = new_figure(3.6)
+        made, (ax,) = narrow(3.4)
         for (name, run), colour in zip(runs.items(), cycle(COLOURS), strict=False):
             if run.metric.key == key:
                 line(ax, evaluated(run, key), colour, name, marker="o")

@@ -20,8 +20,9 @@ PAGE = """{% macro table(head, body, mark="") %}<div class="wide"><table>
 <td{% if mark and c.endswith(mark) %} class="bad"{% endif %}>{{ c }}</td>
 {% endfor %}</tr>
 {% endfor %}</table></div>{% endmacro %}
-{% macro figure(title, png) %}
-<img alt="{{ title }}" src="data:image/png;base64,{{ png }}">{% endmacro %}
+{% macro figure(title, png, kind="") %}
+<img{% if kind %} class="{{ kind }}"{% endif %} alt="{{ title }}"
+src="data:image/png;base64,{{ png }}">{% endmacro %}
 <!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -37,6 +38,7 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: rig
 th:first-child, td:first-child { text-align: left }
 .bad { color: #b42318 }
 img { max-width: 100%; width: 40rem; display: block; margin: 1.5rem 0 }
+img.narrow { width: 27rem }
 </style>
 <h1>{{ title }}</h1>
 """

@@ -92,6 +92,11 @@ footer { color: var(--soft); font-size: 13px; padding: 30px 0 50px; }
   .bar { grid-template-columns: 1fr 66px; gap: 2px 10px; }
   .bar div { grid-row: 2; grid-column: 1 / -1; } th, td { padding: 6px 9px; }
   .sections { columns: 1; } table.words td:first-child { white-space: normal; }
+  table.samples { min-width: 0; } table.samples thead { display: none; }
+  table.samples tr, table.samples td { display: block; border: 0; padding: 2px 9px; }
+  table.samples tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
+  table.samples td::before { content: attr(data-head); display: block; font-size: 12px;
+    color: var(--soft); }
 }
 @media print {
   nav { display: none; } .scroll, .picture { max-height: none; }
@@ -170,7 +175,7 @@ _MACROS = """
 <thead><tr>{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
-<tr>{% for text in row %}<td>{{ text }}</td>{% endfor %}</tr>
+<tr>{% for text in row %}<td data-head="{{ heads[loop.index0] }}">{{ text }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {%- endmacro -%}

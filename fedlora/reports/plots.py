@@ -260,7 +260,7 @@ def timeline(run: RunFiles) -> Figure | None:
         x, y = zip(*failed, strict=True)
         ax.scatter(x, y, s=30, c=RED, marker="x", label="failed", zorder=3)
     ax.set_xlim(0, now or 1)
-    ax.set_xlabel("time, were each client a machine of its own")
+    ax.set_xlabel("time, each client a machine")
     client_rows(ax, [node_of(c) for c in run.clients])
     ax.xaxis.set_major_locator(FixedLocator(clock_ticks(now)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: clock(seconds)))

@@ -1,6 +1,7 @@
 """Rows of the examples that ship: what their scripts promise, of the files and of made-up input."""
 
 import csv
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.support.tiny_federation import ROOT
 ROWS = ROOT / "simulations" / "rows"
 Row = dict[str, str]
 
-wordnet = load(ROWS / "wordnet.py", "rows_wordnet")
+made_names = load(ROWS / "names.py", "rows_names")
 chatterbot = load(ROWS / "chatterbot.py", "rows_chatterbot")
 
 
@@ -22,50 +23,61 @@ def read(name: str) -> list[Row]:
         return [*csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
 
-# -- words and glosses ----------------------------------------------------------------------------
+# -- generated sentences with real names -----------------------------------------------------------
+
+Sentence = dict[str, list[str]]
+
+
+def sentences(side: str) -> list[Sentence]:
+    with open(locate(f"pkg:fedlora/simulations/rows/names-{side}.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def split(rows: list[Sentence]) -> tuple[set[str], set[str]]:
+    """The words of all names, lower case; and the sentences with a mark for each name."""
+    words, templates = set(), set()
+    for row in rows:
+        both = [*zip(row["words"], row["tags"], strict=True)]
+        words |= {word.lower() for word, tag in both if tag != "O"}
+        marks = (word if tag == "O" else tag for word, tag in both if tag[0] != "I")
+        templates.add(" ".join(marks))
+    return words, templates
+
+
+def test_no_word_of_a_name_and_no_template_is_on_both_sides() -> None:
+    train, test = sentences("train"), sentences("test")
+    assert (len(train), len(test)) == (400, 150)
+    (names, templates), (others, unseen) = split(train), split(test)
+    assert not names & others
+    assert not templates & unseen
+    assert len(templates | unseen) == sum(map(len, made_names.GENRES.values()))
+    assert names & split([*test, train[0]])[0], "a row of the other side is seen"
+
+
+def synset(field: int, lemma: str, pointer: str) -> str:
+    return f"00000001 {field:02} n 01 {lemma} 0 001 {pointer} 00000002 n 0000 | a gloss  "
+
+
+def test_names_are_instances_of_plain_words_and_their_tags_are_iob2() -> None:
+    real = ["Ada", "Bly", "Cato", "Dora", "Edo", "Fry_Gil", "Hal", "Ivo_Jan_Kit", "Lea", "Moe"]
+    lines = [synset(field, f"{lemma}{'abc'[n]}", "@i") for lemma in real
+             for n, field in enumerate(made_names.TYPES)]  # fmt: skip
+    odd = [synset(18, "heron", "@i"), synset(18, "Painter", "@"), synset(5, "Rex", "@i"),
+           synset(18, "O'Hara", "@i"), synset(18, "A_B_C_D", "@i")]  # fmt: skip
+    found = made_names.names([*lines, *odd])
+    told = {"_".join(x) for kinds in found.values() for same in kinds.values() for x in same}
+    assert told <= {f"{lemma}{x}" for lemma in real for x in "abc"}
+    assert made_names.names([*odd, *lines[::-1]]) == found, "the order of the input decides nothing"
+    for row in sentences("train"):
+        for tag, before in zip(row["tags"], ["O", *row["tags"]], strict=False):
+            assert tag[0] != "I" or before[1:] == tag[1:]
+
+
+# -- questions and answers ------------------------------------------------------------------------
 
 
 def twice(rows: list[Row], column: str) -> list[str]:
     return [text for text, n in Counter(row[column] for row in rows).items() if n > 1]
-
-
-def test_no_word_and_no_gloss_is_in_two_rows_so_that_no_split_leaks() -> None:
-    rows = read("word-pairs.tsv")
-    assert len(rows) == 3000
-    assert twice(rows, "word") == twice(rows, "gloss") == []
-    assert twice([*rows, rows[0]], "gloss") == [rows[0]["gloss"]]
-    matching = [row for row in rows if row["label"] == "match"]
-    assert not [r for r in matching if r["word"][:4] in r["gloss"].lower()]
-    labels = Counter((row["field"], row["label"]) for row in rows)
-    assert set(labels.values()) == {wordnet.PER_FIELD // 2}
-
-
-def synset(n: int, field: int, words: str, gloss: str) -> str:
-    lemmas = " ".join(f"{word} 0" for word in words.split())
-    return f"{n:08} {field:02} n {len(words.split()):02x} {lemmas} 000 | {gloss}  "
-
-
-def test_a_gloss_that_does_not_match_is_another_words_of_the_field() -> None:
-    own = {"heron": "a wading bird with long legs", "otter": "a playful swimmer of the rivers",
-           "viper": "a snake with hollow fangs", "gecko": "a lizard of the walls"}  # fmt: skip
-    foods = {"bread": "what is baked of flour and water", "cider": "a drink made of pressed apples"}
-    left = [("bank", "sloping land beside a body of water"), ("bank", "an institution for money"),
-            ("Paris", "the capital of a country in Europe"), ("seal", "too short"),
-            ("robin", "any of several robins of the woods")]  # fmt: skip
-    senses = [(5, *x) for x in own.items()] + [(13, *x) for x in foods.items()]
-    senses += [(5, *x) for x in left]
-    lines = [synset(n, *sense) for n, sense in enumerate(senses)]
-    rows = [*wordnet.rows(["  1 a licence line", *lines])]
-    assert {word for _, word, _, _ in rows} == own.keys() | foods.keys()
-    for field, word, gloss, label in rows:
-        mine, others = (own, foods) if field == "animal" else (foods, own)
-        assert gloss not in others.values()
-        alone = field == "food" and label == "other"  # one of two: its circle is itself
-        assert (gloss == mine[word]) is (label == "match" or alone)
-    assert [*wordnet.rows(lines[::-1])] == rows, "the order of the input decides nothing"
-
-
-# -- questions and answers ------------------------------------------------------------------------
 
 
 def slips(rows: list[Row]) -> list[str]:

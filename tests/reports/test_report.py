@@ -394,6 +394,8 @@ def test_answers_stand_beside_the_references_before_and_after(normal: Path) -> N
         ["say a", "a", "???", "ay"],
         ["say b", "b", "-", "b"],
     ]
+    html = (normal / "report.html").read_text()  # on a phone each has its own head above it
+    assert '<td data-head="before round 1">???</td><td data-head="final model">ay</td>' in html
 
 
 def test_hostile_labels_and_texts_of_test_rows_are_escaped(run: Path) -> None:

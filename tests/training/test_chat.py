@@ -103,6 +103,16 @@ def test_each_turn_of_the_assistant_is_trained_to_its_end_mark_and_nothing_else(
     assert found.ids == MADE[name](whole, add_special_tokens=False)["input_ids"]
 
 
+def test_an_assistant_that_speaks_first_is_trained_too() -> None:
+    """transformers renders no empty conversation, so what a first turn adds is not known."""
+    messages = [{"role": "assistant", "content": "Hello!"}, *conversation("What is it?", "yes")]
+    for name in ("chatml", "marked"):
+        found = turned(messages, MADE[name])
+        assert isinstance(found, Conversation)
+        got = [MADE[name].decode(ids).strip() for ids in runs(found)]
+        assert got == ["Hello!<|im_end|>", "yes<|im_end|>"]
+
+
 def test_what_is_asked_ends_where_the_last_answer_begins() -> None:
     messages = conversation("What is it?", "It is so.", "the cat?", "yes")
     found = turned(messages, MADE["chatml"])

@@ -356,3 +356,7 @@ def test_labels_between_a_separator_are_those_of_a_list(settings: Settings, tmp_
     corpus = cache.corpus(config)
     assert corpus.labels == ("x", "y")
     assert {*corpus.test.target} == {"[]", '["x", "y"]'}
+    without = cache.corpus(config.model_copy(update={
+        "data": config.data.model_copy(update={"map": ("x=",)})
+    }))  # fmt: skip
+    assert {*without.test.target} == {"[]", '["y"]'}

@@ -541,6 +541,9 @@ def test_labels_that_look_the_same_are_named_and_the_map_that_is_printed_mends_t
         (["flu", "flu.", "cold"], 'the labels "flu", "flu." differ in accents or punctuation'),
         (["'flu'", "'cold'"], "quotation marks are a part of the label 'cold'"),
         ([*map(str, range(12)), "NA"], 'all labels are numbers but "NA"'),
+        (["0", "1", "2", "-1"], '"-1" is a class of its own; where it stands for rows without'),
+        (["neutral", "entails", "-"], 'leave these out: data.map = ["-="]'),
+        (["-1", "1"], ""),
         (["+", "-", "?"], ""),
         (["+1", "-1", "0"], ""),
         (["<5", ">5"], ""),
@@ -551,6 +554,24 @@ def test_labels_that_may_be_a_mistake_are_noted(tmp_path, labels, says):
     found = corpus.account.warnings()
     assert says in found[0] if says else not found
     assert not corpus_of(tmp_path / "rows.csv", labels=corpus.labels).account.warnings()
+
+
+@pytest.mark.parametrize("none", ["-1", "-"])
+def test_a_label_that_the_map_makes_nothing_of_leaves_its_rows_out(tmp_path, none):
+    file = labelled(tmp_path / "rows.csv", ["0", "1", "2", none] * 4)
+    corpus = corpus_of(file, map=(f"{none}=",))
+    assert corpus.labels == ("0", "1", "2")
+    assert corpus.account.sources[0].left[0].rows == 4
+    assert corpus_of(file, map=("1=one", f"{none}= ")).labels == ("0", "2", "one")
+
+
+def test_a_file_of_words_and_tags_under_another_name_is_told_which_it_must_have(tmp_path):
+    file = tmp_path / "train.txt"
+    for text in ("-DOCSTART- -X- O\n\nEU B-ORG\nrejects O\n", "EU NNP B-ORG\nrejects VBZ O\n"):
+        file.write_text(text)
+        assert refusal(file).endswith("a word and its tag a line are read of files named .conll")
+    file.write_text("Some words of a text\n")
+    assert refusal(file).endswith("set data.separator")
 
 
 def test_signed_numbers_and_percentages_are_numbers_and_one_without_a_number_is_last(tmp_path):

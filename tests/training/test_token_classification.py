@@ -338,6 +338,8 @@ def test_the_map_renames_types_and_whole_tags(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "a.conll", map=("PER=person", "B-MISC=O"))
     assert sentences(corpus)["Peter Blackburn"] == "B-person I-person"
     assert sentences(corpus)["EU rejects German"] == "B-ORG O O"
+    emptied = corpus_of(tmp_path / "a.conll", map=("PER=person", "B-MISC="))
+    assert sentences(emptied) == sentences(corpus)
     with pytest.raises(DataError, match=r'data\.map: "PRE" is no value'):
         corpus_of(tmp_path / "a.conll", map=("PRE=person",))
 

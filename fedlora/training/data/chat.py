@@ -1,6 +1,7 @@
 """Conversations of several turns: which of their tokens are the assistant's, and are trained.
 
-    messages    [{"role": "user", "content": "..."}, ...], or ShareGPT's "from" and "value"
+    messages    [{"role": "user", "content": "..."}, ...], or ShareGPT's "from" and "value", or a
+                transcript as HH-RLHF's
     ids         the tokenizer's of the whole conversation, through its own chat template
     trained     the assistant's words, each turn's end mark included; nothing of the others
 
@@ -35,8 +36,10 @@ from fedlora.training.data.tables import Table, column
 Message = dict[str, str]
 Span = tuple[int, int]
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+         "assistant": "assistant"}  # fmt: skip
 """What ShareGPT's roles are called elsewhere; any other is itself."""
+TURN = re.compile(r"\n\n(Human|Assistant):")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -50,16 +53,17 @@ class Conversation:
     """Tokens before the last of the assistant's turns."""
 
 
-def conversations(table: Table, where: str, name: str) -> list[str]:
-    """The column data.messages, each cell a JSON list of {"role", "content"}; "" where it is empty.
+def conversations(table: Table, where: str, name: str, key: str = "data.messages") -> list[str]:
+    """The column that the key names, each cell a JSON list of {"role", "content"}; "" where it is
+    empty.
 
     Raises:
         DataError: there is no such column, or a cell is no list of messages; says which.
     """
     if name not in table.names:
-        column(table, where, "data.messages", name)  # says so, with what there is
+        column(table, where, key, name)  # says so, with what there is
     return [
-        _written(cell, f'data.messages = "{name}": {where}, {table.unit} {line}')
+        _written(cell, f'{key} = "{name}": {where}, {table.unit} {line}')
         for cell, line in zip(table.cells[name][:], table.lines, strict=True)
     ]
 
@@ -71,6 +75,8 @@ def read(text: str) -> list[Message]:
 
 
 def _written(cell: Any, where: str) -> str:
+    if isinstance(cell, str) and (told := _transcript(cell)):
+        cell = told
     if isinstance(cell, str):
         try:
             cell = json.loads(cell) if cell.strip() else []
@@ -85,6 +91,14 @@ def _written(cell: Any, where: str) -> str:
     return json.dumps(messages, ensure_ascii=False) if messages else ""
 
 
+def _transcript(text: str) -> list[Message]:
+    """The turns of a text that begins with "Human:" or "Assistant:", each behind an empty line, as
+    HH-RLHF has them; none of any other text."""
+    before, *parts = TURN.split(f"\n\n{text.strip()}")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [] if before else [{"role": role, "content": said.strip()} for role, said in turns]
+
+
 def _message(x: Any, where: str) -> Message:
     given = x if isinstance(x, Mapping) else {}
     role, content = (given.get(a) or given.get(b) for a, b in (("role", "from"),
@@ -94,7 +108,7 @@ def _message(x: Any, where: str) -> Message:
             f'{where}: a message must have a "role" and a "content" that are texts (or ShareGPT\'s '
             f'"from" and "value"), is {x!r:.60}'
         )
-    return {"role": ROLES.get(role, role), "content": content or ""}
+    return {"role": ROLES.get(role.lower(), role), "content": content or ""}
 
 
 def turned(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Conversation | str:
@@ -151,6 +165,8 @@ def _by_turns(
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if not k:
+            return None  # nothing is before it, and transformers renders no empty conversation
         try:
             before = _render(tokenizer, messages[:k], asks=True)
             after = _render(tokenizer, messages[: k + 1])

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
+TAGGED = re.compile(r"-DOCSTART-|\S+[ \t](\S+[ \t])*([BI]-\S+|O)[ \t]*$")
+
+
 @dataclass(frozen=True, slots=True)
 class Sentences:
     """What a file holds."""
@@ -56,3 +59,8 @@ def read_iob(text: str) -> Sentences:
         found.words[-1].append(cells[0])
         found.tags[-1].append(cells[-1])
     return found
+
+
+def looks_iob(text: str) -> bool:
+    """Does a text begin as such a file does?"""
+    return bool(TAGGED.match(LINE_END.split(text.lstrip(), maxsplit=1)[0]))

@@ -103,9 +103,27 @@ def doubts(labels: Sequence[str]) -> tuple[str, ...]:
     if others and 4 * len(others) <= len(labels):
         found.append(
             f"all labels are numbers but {quoted(others)}: a class of its own, behind them; where "
-            "it stands for none, leave its rows out."
+            f"it stands for none, leave its rows out: {_without(min(others))}."
+        )
+    elif nameless := _nameless(labels):
+        found.append(
+            f'"{shown(nameless)}" is a class of its own; where it stands for rows without a label, '
+            f"leave these out: {_without(nameless)}."
         )
     return tuple(found)
+
+
+def _nameless(labels: Sequence[str]) -> str:
+    """The label by which many data sets say that a row has none: a -1 below 0 and 1, or one
+    without a letter or digit; "" where there is no such, or several."""
+    found = [x for x in labels if not any(map(str.isalnum, x))]
+    if {"-1", "0", "1"} <= {*labels} and all(map(WHOLE.fullmatch, labels)):
+        found.append("-1")
+    return found[0] if len(found) == 1 else ""
+
+
+def _without(label: str) -> str:
+    return f'data.map = ["{shown(label)}="]'
 
 
 def _check_stated(names: Iterable[str], data: DataConfig) -> None:
@@ -198,5 +216,5 @@ def check_labels(
         mend += f' = ["{shown(name)}={close[0]}"]' if close else ""
         raise DataError(
             f'{path} has the label "{shown(name)}" in {count} rows, which {whose} does not know: '
-            f"it has {quoted(labels)}; {mend}, or leave those rows out"
+            f"it has {quoted(labels)}; {mend}, or leave those rows out: {_without(name)}"
         )

@@ -9,9 +9,8 @@ from fedlora.errors import ConfigError
 def locate(path: str) -> str:
     """The file system path of "pkg:package/inner/path", without importing the package.
 
-    What ships beside fedlora's modules ("pkg:fedlora/simulations/rows/word-pairs.tsv") lies in the
-    package in a wheel, beside it in a checkout. Anything else is returned as it is: a path, or a
-    hub id.
+    What ships beside fedlora's modules ("pkg:fedlora/simulations/README.md") lies in the package
+    in a wheel, beside it in a checkout. Anything else is returned as it is: a path, or a hub id.
 
     Raises:
         ConfigError: the package is not installed, or holds no such path.

@@ -115,8 +115,9 @@ def distinct(rows: Rows, reason: str, book: Book) -> Rows:
 
 
 def pairs_of(data: DataConfig) -> dict[str, str]:
-    """data.map: each value to its new name."""
-    return dict(pair.split("=", 1) for pair in data.map)
+    """data.map: each value to its new name; "" of one that stands for none."""
+    found = (pair.split("=", 1) for pair in data.map)
+    return {old: new if new.strip() else "" for old, new in found}
 
 
 def _rows_of(
@@ -165,7 +166,7 @@ def _rows_of(
         number=numbers[:read],
         unit=units,
         picture=tuple(found.picture),
-        classes=tuple(dict.fromkeys(own)),
+        classes=tuple(x for x in dict.fromkeys(own) if x),
     )
     rows = _whole(rows, needed, path, book, found.unfit)
     return distinct(rows, EQUAL, book) if data.dedupe else rows

@@ -50,7 +50,7 @@ from fedlora.training.data.files import (
     matched,
     unpacked,
 )
-from fedlora.training.data.iob import read_iob
+from fedlora.training.data.iob import looks_iob, read_iob
 from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 from fedlora.training.data.parquet_schema import numbered, ordered_by_pandas, schema_of
@@ -364,6 +364,7 @@ def _text(text: str, place: Path, data: DataConfig, said: tuple[str, ...]) -> Ta
         raise DataError(
             f"data.line-pattern = {data.line_pattern!r} matches no line of {place}: {first}; for a "
             "table with a header set data.separator"
+            + ("; a word and its tag a line are read of files named .conll" * looks_iob(text))
         )
     if others:
         log.warning(

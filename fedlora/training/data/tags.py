@@ -27,13 +27,13 @@ def type_of(tag: str) -> str:
 def renamed(tag: str, renames: Mapping[str, str]) -> str:
     """The tag by data.map, which names whole tags or types: PER=person makes B-PER B-person.
 
-    A type whose new name is O is in no chunk any more.
+    A type whose new name is O, or empty, is in no chunk any more.
     """
     if tag in renames:
-        return renames[tag]
+        return renames[tag] or OUTSIDE
     if (new := renames.get(kind := type_of(tag))) is None or not kind:
         return tag
-    return OUTSIDE if new == OUTSIDE else f"{tag[:2]}{new}"
+    return OUTSIDE if new in ("", OUTSIDE) else f"{tag[:2]}{new}"
 
 
 def as_iobes(tag: str) -> str:

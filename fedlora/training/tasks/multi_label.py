@@ -55,7 +55,7 @@ class MultiLabel:
     ) -> Columns:
         cells = lists(table, where, "data.label", data.label, data.label_separator)
         read = [[name for x in row if (name := as_label(x))] for row in cells]
-        named = [list(dict.fromkeys(renames.get(x, x) for x in row)) for row in read]
+        named = [list(dict.fromkeys(y for x in row if (y := renames.get(x, x)))) for row in read]
         texts = texts_of(table, where, data)
         return Columns(
             texts.text,

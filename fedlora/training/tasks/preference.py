@@ -14,11 +14,14 @@ training too, unless model.dropout or lora.dropout is set.
 The first step's margin is 0 and its loss ln 2, to rounding; so the accuracy before any training is
 rounding's, and says nothing.
 
-Reads data.prompt, data.response (the chosen answer) and data.rejected. A row whose two answers are
-one teaches nothing, and is left out.
+Reads data.prompt, data.response (the chosen answer) and data.rejected; or conversations,
+data.messages and data.rejected, that differ in their last turn alone, behind those of data.prompt
+where that is set. A row whose two answers are one teaches nothing, and is left out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +44,11 @@ from fedlora.training.data.batches import (
     pad_of,
     synthetic,
 )
+from fedlora.training.data.chat import conversations, read
+from fedlora.training.data.chat_pairs import pair_pieces, split_pairs
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.rows import Rows
-from fedlora.training.data.seam import pieces
+from fedlora.training.data.seam import Pieces, pieces
 from fedlora.training.data.tables import Table, column, prompts
 from fedlora.training.devices import on_host, sent, wide_on_host
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
@@ -68,6 +73,8 @@ class Preference:
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
     ) -> Columns:
+        if data.messages:
+            return _of_messages(table, where, data)
         text = prompts(table, where, data.prompt)
         chosen = column(table, where, "data.response", data.response)
         rejected = column(table, where, "data.rejected", data.rejected)
@@ -85,7 +92,14 @@ class Preference:
         return ()
 
     def written(self, rows: Rows, data: DataConfig) -> Mapping[str, Sequence[str]]:
-        return {data.prompt: rows.text, data.response: rows.response, data.rejected: rows.second}
+        if not data.messages:
+            sides = {data.response: rows.response, data.rejected: rows.second}
+            return {data.prompt: rows.text, **sides}
+        if data.prompt:
+            names = data.prompt, data.messages, data.rejected
+            return dict(zip(names, (rows.text, rows.response, rows.second), strict=True))
+        wholes = (map(_joined, rows.text, side) for side in (rows.response, rows.second))
+        return {name: [*x] for name, x in zip((data.messages, data.rejected), wholes, strict=True)}
 
     def encode(
         self,
@@ -97,27 +111,18 @@ class Preference:
     ) -> Encoded:
         """The chosen answers behind their prompts, with the rejected ones as `other`. An answer is
         cut at its end, but never a prompt."""
-        sides = rows, replace(rows, response=rows.second)
-        pairs = zip(*(pieces(x, tokenizer, data.chat_template) for x in sides), strict=True)
         kept: list[int] = []
         ids: tuple[list[Sequence[int]], ...] = ([], [])
-        asked, alike, long, unwritten = list[int](), 0, 0, 0
-        for i, pair in enumerate(pairs):
-            size = len(pair[0].prompt)
-            if pair[0].response == pair[1].response:
-                alike += 1
-            elif size >= longest:
-                long += 1
-            elif not all(x.response for x in pair):
-                unwritten += 1
-            else:
-                kept.append(i)
-                asked.append(size)
-                for side, x in zip(ids, pair, strict=True):
-                    side.append((x.prompt + x.response)[:longest])
-        full = f"have a prompt of data.max-length = {longest} tokens or more: raise it"
-        same = "have a chosen answer that is the rejected one"
-        tell(len(rows), len(kept), {same: alike, full: long, UNWRITTEN: unwritten})
+        asked, left = list[int](), Counter[str]()
+        for i, pair in enumerate(_pairs(rows, tokenizer, data)):
+            if isinstance(pair, str) or (why := _unfit(pair, longest)):
+                left[pair if isinstance(pair, str) else why] += 1
+                continue
+            kept.append(i)
+            asked.append(len(pair[0].prompt))
+            for side, x in zip(ids, pair, strict=True):
+                side.append((x.prompt + x.response)[:longest])
+        tell(len(rows), len(kept), left)
         lengths = torch.tensor(asked, dtype=torch.long)
         numbers = torch.tensor(kept, dtype=torch.long)
         chosen, rejected = (
@@ -181,6 +186,45 @@ class Preference:
         from fedlora.training.tasks.causal_lm import CausalLM
 
         return CausalLM().script(end)
+
+
+def _of_messages(table: Table, where: str, data: DataConfig) -> Columns:
+    """Of conversations: their last turns are the answers, and the turns before them the prompt."""
+    chosen, rejected = (
+        conversations(table, where, name, key)
+        for name, key in ((data.messages, "data.messages"), (data.rejected, "data.rejected"))
+    )
+    before = [""] * len(chosen)
+    if data.prompt:
+        before = conversations(table, where, data.prompt, "data.prompt")
+    asked, one, other, unfit = split_pairs(before, chosen, rejected)
+    needed = [Needed(data.messages, chosen), Needed(data.rejected, rejected)]
+    return Columns(asked, response=one, second=other, needed=needed, unfit=unfit)
+
+
+def _joined(asked: str, answer: str) -> str:
+    return json.dumps([*read(asked), *read(answer)], ensure_ascii=False)
+
+
+def _pairs(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> Iterator[Sequence[Pieces] | str]:
+    """Of each row the ids of its two answers behind its prompt; or in words, why it has none."""
+    if data.messages:
+        for asked, *answers in zip(rows.text, rows.response, rows.second, strict=True):
+            yield pair_pieces(asked, answers, tokenizer)
+    else:
+        sides = rows, replace(rows, response=rows.second)
+        yield from zip(*(pieces(x, tokenizer, data.chat_template) for x in sides), strict=True)
+
+
+def _unfit(pair: Sequence[Pieces], longest: int) -> str:
+    """Why a row cannot be trained on; "" where it can."""
+    if pair[0].response == pair[1].response:
+        return "have a chosen answer that is the rejected one"
+    if len(pair[0].prompt) >= longest:
+        return f"have a prompt of data.max-length = {longest} tokens or more: raise it"
+    return "" if all(x.response for x in pair) else UNWRITTEN
 
 
 def _log_p(net: Net, batch: Batch) -> list[Tensor]:
