@@ -14,7 +14,7 @@ from fedlora.config.policy import Policy
 from fedlora.federation.client import audit
 from fedlora.federation.wire.codes import Code
 from fedlora.launch.deploy import host
-from tests.support.deployment import bring_up, prepared, ran, rounds
+from tests.support.deployment import bring_up, prepared, ran, rounds, supported, watched
 from tests.support.tiny_federation import ROOT
 
 pytestmark = pytest.mark.slow
@@ -71,13 +71,8 @@ def test_hostile_settings_touch_nothing_in_a_nodes_own_processes(
     secret.write_text('{"text": "red cat", "label": "animal"}\n' * 50)
     more = {"run.rounds": 1, "round.deadline": 1800.0}
     plan = prepared(root, tiny_settings(tiny, tmp_path, "float32", "bert", **more), 2)
-    paths = f"{SUPPORT / 'audited'}:{evil}"
-    for i in range(2):
-        (plan.node(i) / "audit").mkdir()
-        with (plan.node(i) / "env.sh").open("a") as f:
-            f.write(f'export AUDITED="$PWD/audit" PYTHONPATH="{paths}:$PYTHONPATH"\n')
-    with (plan.server / "env.sh").open("a") as f:
-        f.write(f'export PYTHONPATH="{SUPPORT}:${{PYTHONPATH:-}}"\n')
+    watched(plan, evil)
+    supported(plan)
     (plan.app / "server_app" / "app.py").write_text(
         "from hostile_settings import app\n\n__all__ = ['app']\n"
     )

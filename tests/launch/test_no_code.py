@@ -20,7 +20,7 @@ from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.supervise import read_state
 from fedlora.version import __version__
 from tests.support.bundles import built, changed
-from tests.support.deployment import bring_up, prepared, ran, rounds
+from tests.support.deployment import bring_up, prepared, ran, rounds, supported, watched
 from tests.support.tiny_federation import ROOT
 
 pytestmark = pytest.mark.slow
@@ -37,12 +37,8 @@ def deployed(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
     root = tmp_path_factory.mktemp("nocode")
     more = {"run.rounds": 1, "round.wait-for-clients": 15.0}
     plan = prepared(root / "dep", tiny_settings(tiny, root, "float32", "bert", **more), 2)
-    for i in range(2):
-        (plan.node(i) / "audit").mkdir()
-        with (plan.node(i) / "env.sh").open("a") as f:
-            f.write(f'export AUDITED="$PWD/audit" PYTHONPATH="{SUPPORT / "audited"}:$PYTHONPATH"\n')
-    with (plan.server / "env.sh").open("a") as f:
-        f.write(f'export PYTHONPATH="{SUPPORT}:${{PYTHONPATH:-}}"\n')
+    watched(plan)
+    supported(plan)
     cold = plan.node(1) / "node.sh"
     cold.write_text(cold.read_text().replace(' worker-socket=\\"worker.sock\\"', ""))
     bring_up(plan)

@@ -36,11 +36,28 @@ def bring_up(plan: Plan) -> None:
         raise
 
 
+def supported(plan: Plan) -> None:
+    """Have this deployment's server find the modules of tests/support."""
+    with (plan.server / "env.sh").open("a") as f:
+        f.write(f'export PYTHONPATH="{Path(__file__).parent}:${{PYTHONPATH:-}}"\n')
+
+
+def watched(plan: Plan, *beside: Path) -> None:
+    """Have each process of a node note what it opens and executes, in its node's audit/.
+
+    beside: directories that lie on their import path, too.
+    """
+    paths = ":".join(map(str, (Path(__file__).parent / "audited", *beside)))
+    for i in range(plan.clients):
+        (plan.node(i) / "audit").mkdir()
+        with (plan.node(i) / "env.sh").open("a") as f:
+            f.write(f'export AUDITED="$PWD/audit" PYTHONPATH="{paths}:$PYTHONPATH"\n')
+
+
 def mortal(plan: Plan) -> Path:
     """Have this deployment's ServerApp obey a `killing` order; the file to write it to."""
     order = plan.server / "killed.json"
-    with (plan.server / "env.sh").open("a") as f:
-        f.write(f'export PYTHONPATH="{Path(__file__).parent}:${{PYTHONPATH:-}}"\n')
+    supported(plan)
     app = plan.app / "server_app" / "app.py"
     planted = (
         f"\nfrom pathlib import Path\n\nfrom killing import obey\n\nobey(Path({str(order)!r}))\n"
