@@ -50,6 +50,14 @@ def test_a_slip_whose_place_is_gone_or_twice_is_broken_and_no_success(tmp_path) 
     assert (tmp_path / "a.py").read_text() == "x = 1\nx = 1\n"
 
 
+def test_a_test_that_does_not_end_in_time_has_seen_no_slip(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tests.support.mutants.LONGEST", 0)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "test_a.py").write_text("def test_x():\n    assert True\n")
+    slip = Mutant("n", "privacy", "a.py", (("x = 1", "x = 2"),), ("test_a.py",))
+    assert tried(tmp_path, slip).fate == "broken"
+
+
 def test_a_slip_that_its_test_does_not_see_survives(tmp_path) -> None:
     (tmp_path / "a.py").write_text("x = 1\ny = 2\n")
     (tmp_path / "test_a.py").write_text("from a import x\n\ndef test_x():\n    assert x == 1\n")
