@@ -2,7 +2,8 @@
 
     --quick          the smallest size of each, in three minutes: that every row still runs
     --only NAME      one group of rows
-    --out DIR        where latest.json goes; benchmarks.md is written unless --quick
+    --out DIR        where latest.json goes; else to benchmarks/results, a part of the groups or
+                     --quick to runs/benchmarks; all in full write docs/use/benchmarks.md, too
 
 Each group runs in a forked process of its own, so that none leaves memory or threads to the next.
 """
@@ -97,8 +98,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", action="append", choices=list(GROUPS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    whole = not (given.quick or given.only)
+    out = given.out or ROOT / ("benchmarks/results" if whole else "runs/benchmarks")
     os.chdir(ROOT)
     rows: list[Row] = []
     for name in given.only or GROUPS:
@@ -118,9 +121,9 @@ def main() -> int:
         "machine": machine(),
         "rows": [row.record() for row in rows],
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "latest.json").write_text(json.dumps(result, indent=1) + "\n")
-    if not given.quick and not given.only:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "latest.json").write_text(json.dumps(result, indent=1) + "\n")
+    if whole:
         (ROOT / "docs/use/benchmarks.md").write_text(table(result))
     return int(any("failed" in row.how for row in rows if row.value is None))
 
