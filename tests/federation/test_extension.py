@@ -102,7 +102,9 @@ def test_so_are_those_with_clocks_moments_sums_and_personal_models(
     assert ran.summary["clients"] == whole.summary["clients"]
 
 
-@pytest.mark.parametrize("point", ["half-a-checkpoint", "checkpoint-kept"])
+@pytest.mark.parametrize(
+    "point", few(["half-a-checkpoint", "checkpoint-kept"], "half-a-checkpoint")
+)
 def test_killed_as_it_is_extended_it_goes_on_to_the_same_bits(
     settings: Settings, point: str
 ) -> None:

@@ -28,6 +28,7 @@ from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer, Version
 from fedlora.strategies.base_log import BaseLog
 from fedlora.strategies.server_optimizers import Moments
+from tests.support.long import few
 from tests.support.strategy_federation import fitting, play
 from tests.support.tiny_federation import ROOT, Ran, read_tensors
 
@@ -123,7 +124,7 @@ def test_a_resumed_run_says_which_older_rule_it_keeps(old: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["peft", "merged"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", few(RUNS, *RUNS[::3]))
 def test_an_old_run_is_exported(name: str, way: str, old: Path) -> None:
     said = fedlora("export", name, "--out", "out", "--as", way)
     assert "logits equal the federated model's to" in said

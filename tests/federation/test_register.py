@@ -18,6 +18,7 @@ from fedlora.launch.export import export_run
 from fedlora.strategies import STRATEGIES, list_strategies, register_strategy, registry
 from fedlora.strategies.base import Needs
 from fedlora.strategies.registry import Registry
+from tests.support.long import few
 from tests.support.own_state import Padded
 from tests.support.own_strategy import Mine
 from tests.support.tiny_federation import federate, quick
@@ -254,7 +255,7 @@ def test_a_package_that_cannot_be_loaded_is_named_and_the_others_work(installed:
 # -- a whole run --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", few([1, 2], 2))
 def test_it_runs_resumes_and_exports_by_its_name(
     settings: Settings, tmp_path: Path, mine: None, workers: int
 ) -> None:

@@ -21,6 +21,7 @@ from fedlora.errors import CheckpointError, ClientMemoryError, FedLoraError, Los
 from fedlora.federation.client import memory
 from fedlora.reports import line_digest, report
 from tests.support.killing import plant
+from tests.support.long import few
 from tests.support.tiny_federation import ROOT, Ran, federate, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -227,10 +228,14 @@ def test_where_all_checkpoints_are_gone_nothing_is_begun_anew(settings: Settings
     assert (directory / "rounds.jsonl").read_text() == lines
 
 
-@pytest.mark.parametrize("loss", ["gone", "damaged"])
+@pytest.mark.parametrize("loss", few(["gone", "damaged"], "damaged"))
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("fedex", {}), ("flora", {}), ("fedavg", {"lora.init": "pissa", "clients.ranks": "4"})],
+    [
+        ("fedex", {}),
+        ("fedavg", {"lora.init": "pissa", "clients.ranks": "4"}),
+        pytest.param("flora", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_client_that_lost_its_base_gets_it_again_in_the_same_round(
     settings: Settings, name: str, changes: dict[str, object], loss: str

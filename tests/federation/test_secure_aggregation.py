@@ -497,11 +497,16 @@ def check_close(got: Outcome, want: Outcome) -> None:
     ("name", "change"),
     [
         ("fedavg", {}),
-        ("fedavg", {"secure.modulus-bits": 64, "secure.clipping-range": 1000.0}),
         ("ffa", {"clients.ranks": "2,3", "secure.num-shares": 3}),
         ("fedsb", {"clients.ranks": "2,4"}),
-        ("ravan", {"clients.ranks": "4,8", "strategy.ravan.choice": "leading"}),
-        ("fedsa", {"clients.ranks": "5,2", "strategy.fedsa.average-at-end": False}),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (
+                ("fedavg", {"secure.modulus-bits": 64, "secure.clipping-range": 1000.0}),
+                ("ravan", {"clients.ranks": "4,8", "strategy.ravan.choice": "leading"}),
+                ("fedsa", {"clients.ranks": "5,2", "strategy.fedsa.average-at-end": False}),
+            )
+        ),
     ],
 )
 def test_a_round_ends_where_it_would_have_ended_in_the_clear(
@@ -627,7 +632,7 @@ def spoiled(stage: str, content: RecordDict) -> None:
             said["clients"] = [*said["clients"][1:], 99]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", few(STAGES, "share", "collect", "unmask"))
 def test_a_reply_that_is_not_as_it_must_be_costs_its_client_alone(
     settings: Settings, stage: str
 ) -> None:

@@ -586,7 +586,7 @@ def test_a_microbatch_needs_less_of_a_card(settings: Settings, cards: Cards) -> 
     assert peaks[1] < 0.5 * peaks[0]
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_what_a_client_is_said_to_need_is_what_it_takes(
     settings: Settings, cards: Cards, kind: str
 ) -> None:
