@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.supercore.primitives.asymmetric import private_key_to_bytes, public_key_to_bytes
 
+from fedlora.errors import PrivacyError
 from fedlora.federation.secure import masking
 from tests.support.doc_tables import DOCS, table
 
@@ -49,3 +50,30 @@ def test_our_masks_are_those_of_the_vector(
     private, public = private_key_to_bytes(me), public_key_to_bytes(other.public_key())
     found = masking.pair_mask(private, public, DIGEST, len(want), bits)
     assert [str(x) for x in found.tolist()] == want
+
+
+def test_a_mask_of_ones_own_is_drawn_anew_from_the_system_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len({masking.fresh_seed() for _ in range(50)}) == 50
+    asked: list[int] = []
+
+    def system(n: int) -> bytes:
+        asked.append(n)
+        return b"\x05" * n
+
+    monkeypatch.setattr(masking.os, "urandom", system)
+    assert masking.fresh_seed() == b"\x05" * 32
+    assert asked == [32]
+
+
+def test_shares_are_taken_from_the_client_that_sealed_them_alone() -> None:
+    """A client cannot hand in, under its own key, shares that say they are another's."""
+    mine, theirs = masking.key_pair(), masking.key_pair()
+    seed, key = b"s" * 33, b"k" * 33
+    box = masking.seal(mine[0], theirs[1], 1, 2, seed, key)
+    assert masking.unseal(theirs[0], mine[1], 1, 2, box) == (seed, key)
+    for source, to in ((3, 2), (1, 3), (2, 1)):
+        box = masking.seal(mine[0], theirs[1], source, to, seed, key)
+        with pytest.raises(PrivacyError, match=f"shares of client {source} for client {to} came"):
+            masking.unseal(theirs[0], mine[1], 1, 2, box)

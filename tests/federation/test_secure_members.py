@@ -13,7 +13,7 @@ from fedlora.config.members import Members, key_text, private_key, public_key
 from fedlora.config.policy import Policy
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.federation.secure import masking, signing
-from fedlora.federation.secure.signing import RoundKeys, keys_text
+from fedlora.federation.secure.signing import RoundKeys, keys_text, survivors_text
 from fedlora.launch.deploy import keys
 from tests.conftest import tiny_settings
 from tests.federation.test_secure_aggregation import five
@@ -256,3 +256,24 @@ def test_a_list_is_read_as_it_was_written(tmp_path: Path) -> None:
     found.save(tmp_path / "members.toml")
     assert Members.load(tmp_path / "members.toml") == found
     assert replace(found, revoked=frozenset()) != found
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "others"),
+    [
+        (keys_text, ("run", "start", 3, 1, b"m", b"b", b"d"),
+         ("nur", "again", 4, 2, b"n", b"c", b"e")),
+        (survivors_text, ("run", "start", 3, b"d", (1, 2)), ("nur", "again", 4, b"e", (1, 3))),
+    ],
+)  # fmt: skip
+def test_a_signature_counts_for_all_that_it_names_and_nothing_else(
+    text: Callable[..., bytes], said: tuple[Any, ...], others: tuple[Any, ...]
+) -> None:
+    """Of another run, start, round, client, key, agreement or set of survivors it is none."""
+    identity = signing.new_identity()
+    mine = signing.public_half(identity)
+    signature = signing.sign(identity, text(*said))
+    assert signing.signed_by(mine, signature, text(*said))
+    for n, other in enumerate(others):
+        changed = (*said[:n], other, *said[n + 1 :])
+        assert not signing.signed_by(mine, signature, text(*changed)), f"value {n}"

@@ -8,7 +8,8 @@ import random
 import stat
 from collections.abc import Callable
 from dataclasses import replace
-from math import comb
+from itertools import product
+from math import comb, prod
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,13 @@ def test_a_person_of_several_rows_is_charged_at_least_what_another_accountant_sa
     ours = epsilon([Spend(any_of(k, q), sigma / k, steps)], 1e-5)
     assert exact <= ours
     assert epsilon([Spend(q, sigma, steps)], 1e-5) < exact, "one row's is too low for a person"
+
+
+@pytest.mark.parametrize(("k", "q"), [(1, 0.3), (2, 0.1), (4, 0.5)])
+def test_a_person_is_drawn_as_often_as_any_row_of_the_person(k: int, q: float) -> None:
+    drawn = [outcome for outcome in product((True, False), repeat=k) if any(outcome)]
+    chance = sum(prod(q if hit else 1 - q for hit in outcome) for outcome in drawn)
+    assert any_of(k, q) == pytest.approx(chance, rel=1e-12)
 
 
 def test_noise_is_calibrated_to_all_rows_of_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
