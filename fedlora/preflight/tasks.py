@@ -41,9 +41,9 @@ def problems(config: Config) -> Iterator[str]:
         yield from _preference(config)
     elif config.data.rejected != DataConfig().rejected:
         yield f"data.rejected with model.task = {name!r}: is read by preference alone"
-    if data.messages and name != "causal-lm":
-        yield f"data.messages with model.task = {name!r}: is read by causal-lm alone"
-    elif data.messages and (data.prompt or data.map):
+    if data.messages and name not in ("causal-lm", "preference"):
+        yield f"data.messages with model.task = {name!r}: is read by causal-lm and preference alone"
+    elif data.messages and name == "causal-lm" and (data.prompt or data.map):
         yield (
             "data.messages with data.prompt or data.map: a conversation has its own prompts and "
             "answers; leave them out"
@@ -102,7 +102,8 @@ def _pictures(config: Config) -> Iterator[str]:
 
 
 def _preference(config: Config) -> Iterator[str]:
-    if not (config.data.prompt or config.data.messages):
+    data = config.data
+    if not (data.prompt or data.messages or any(x.prompt or x.messages for x in data.clients)):
         yield (
             "data.prompt is empty: model.task = 'preference' compares answers to a prompt; of "
             "conversations name the chosen ones in data.messages"

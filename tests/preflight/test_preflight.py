@@ -210,7 +210,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"model.task": "token-classification"}, "are made by seqeval, which is not"),
     ("fedavg", "bert", {"model.task": "regression", "data.map": "a=b"}, "it renames labels"),
     ("fedavg", "gpt2", {"data.labels": "a,b"}, "it chooses from no labels"),
-    ("fedavg", "bert", {"data.messages": "m"}, "is read by causal-lm alone"),
+    ("fedavg", "bert", {"data.messages": "m"}, "by causal-lm and preference alone"),
     ("fedavg", "gpt2", {"data.messages": "m"}, "a conversation has its own prompts"),
     ("fedavg", "gpt2", {"data.rejected": "b"}, "is read by preference alone"),
     ("fedavg", "gpt2", {**PREFERENCE, "data.prompt": ""}, "compares answers to a prompt"),

@@ -326,7 +326,24 @@ def test_an_adapters_directory_is_no_model(settings: Settings, tmp_path: Path) -
 
 def test_a_model_that_is_not_there_is_refused_by_check_too(settings: Settings) -> None:
     (problem,) = check(given(settings, "nowhere/at-all"))
-    assert problem.startswith("model.path = 'nowhere/at-all' does not load")
+    there = "model.path = 'nowhere/at-all' does not load: there is no such directory; from the hub "
+    assert problem.startswith(there)
+
+
+def test_a_path_with_no_model_in_it_is_named_as_what_it_is(
+    settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for path, says in {
+        "./no/such/model": r"no such directory, from /.*; give a directory, a hub id as in",
+        "./no/such.gguf": r"no such file, from /",
+        f"{tmp_path}/weights.bin": r"it is a file; name the directory of a model",
+        str(tmp_path): r"has a config\.json, and this one holds empty, weights\.bin",
+        f"{tmp_path}/empty": r"and this one holds nothing",
+    }.items():
+        (problem,) = check(given(settings, path))
+        assert re.search(rf"model\.path = '{re.escape(path)}' does not load: .*{says}", problem)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
@@ -417,11 +434,12 @@ def test_a_model_that_transformers_has_no_classifier_of_is_named_by_its_kind(
     settings: Settings, made: Callable[..., str]
 ) -> None:
     (problem,) = check(given(settings, made("codegen")))
-    assert problem.endswith("is a codegen, of which transformers has no sequence classifier")
-    (problem,) = check(given(settings, made("gpt2"), "seq2seq"))
     assert problem.endswith(
-        "is a gpt2, of which transformers has no encoder-decoder that writes text"
+        "is a codegen, of which transformers has no sequence classifier; name another model, or "
+        "set model.task = 'causal-lm' or 'preference'"
     )
+    (problem,) = check(given(settings, made("gpt2"), "seq2seq"))
+    assert "is a gpt2, of which transformers has no encoder-decoder that writes text; " in problem
 
 
 def test_a_model_without_a_table_of_tokens_is_trained(

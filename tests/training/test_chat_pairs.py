@@ -1,19 +1,23 @@
 """Preferences between conversations: every form that files have becomes the same examples."""
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedlora import check, export, simulate
 from fedlora.config.sections import DataConfig
 from fedlora.training.data.chat_pairs import NOTHING, UNLIKE
 from fedlora.training.data.rows import Rows
 from fedlora.training.tasks import task_of
 from tests.support.by_task import load
+from tests.support.task_rows import TEMPLATE, task_settings
 from tests.training.test_chat import CHATML, FORGETS, INST, tokenizer
 
+Settings = Callable[..., dict[str, object]]
 N = 12
 
 
@@ -121,3 +125,31 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(
     said = " ".join(corpus.account.lines())
     for why in (UNLIKE, NOTHING, 'with nothing in "rejected"'):
         assert f"1 {why}" in said
+
+
+@pytest.fixture
+def pairs(settings: Settings, tmp_path: Path) -> dict[str, object]:
+    """The settings of a run of HH-RLHF's transcripts."""
+    given = task_settings(settings, "preference", tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(hh(n)) + "\n" for n in range(40)))
+    model = tmp_path / "with-template"
+    shutil.copytree(str(given["model.path"]), model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    return {
+        **given, "model.path": str(model), "data.path": str(tmp_path / "pairs.jsonl"),
+        "data.messages": "chosen", "data.rejected": "rejected", "data.prompt": "",
+        "data.response": "response", "clients.count": 2, "data.test-size": 8, "run.rounds": 1,
+    }  # fmt: skip
+
+
+def test_a_run_of_conversations_is_refused_by_nobody(pairs: dict[str, object]) -> None:
+    assert not check(pairs)
+
+
+@pytest.mark.slow
+def test_a_run_of_conversations_trains_and_exports(
+    pairs: dict[str, object], tmp_path: Path
+) -> None:
+    run = simulate(pairs)
+    assert run.summary["final"]["examples"] == 8
+    assert export(run, tmp_path / "out").deviation < 1e-4

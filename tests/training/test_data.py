@@ -499,7 +499,7 @@ def test_a_template_over_a_missing_column_names_it(path):
 
 def test_a_skewed_partition_of_data_without_labels_is_refused(path):
     data = DataConfig(path=path, **{**INSTRUCT, "label": "none", "partition": "dirichlet"})
-    assert 'no column "none" of such: set data.label, or set data.partition = "iid"' in error(
+    assert 'data.label = "none" names no column of such: set data.partition = "iid"' in error(
         data, "causal-lm"
     )
 

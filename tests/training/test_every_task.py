@@ -331,8 +331,8 @@ def test_a_loss_that_is_not_what_the_task_defines_is_seen_before_training(
 
 
 @pytest.mark.parametrize(("case", "change", "message"), [
-    ("regression", {"data.path": "words"}, r"has 'red' there, and .*learns numbers"),
-    ("multi-label", {"data.path": "words"}, r"has 'red' there, no list: .*data\.label-separator"),
+    ("regression", {"data.path": "words"}, r"csv, line 2, has 'red' there, and .*learns numbers"),
+    ("multi-label", {"data.path": "words"}, r"line 2, has 'red' there, no list: .*label-separator"),
     ("pairs", {"data.text-pair": "third"}, r'data\.text-pair = "third": .*no such column'),
     ("regression", {"data.partition": "dirichlet"}, r'set data\.partition = "iid"'),
 ])  # fmt: skip

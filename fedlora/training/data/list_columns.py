@@ -29,7 +29,10 @@ def lists(table: Table, where: str, key: str, name: str, separator: str = "") ->
         return [["" if v is None else str(v) for v in cell or ()] for cell in cells]
     if isinstance(feature, ClassLabel) or not isinstance(feature, Value):
         raise DataError(f'{key} = "{name}": {where} has no lists there but {feature}')
-    return [_read(cell, where, key, name, separator) for cell in cells]
+    return [
+        _read(cell, f"{where}, {table.unit} {line},", key, name, separator)
+        for cell, line in zip(cells, table.lines, strict=True)
+    ]
 
 
 def classes(table: Table, name: str) -> tuple[str, ...]:

@@ -62,8 +62,8 @@ def _check(
         )
     if data.partition in ("dirichlet", "pathological") and not label:
         raise DataError(
-            f'data.partition = "{data.partition}" needs one label a row, and there is no column '
-            f'"{data.label}" of such: set data.label, or set data.partition = "iid"'
+            f'data.partition = "{data.partition}" deals rows out by one class each, and data.label '
+            f'= "{data.label}" names no column of such: set data.partition = "iid", or name one'
         )
     if data.partition == "pathological" and data.classes_per_client > len(set(label)):
         raise DataError(

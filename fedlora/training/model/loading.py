@@ -3,8 +3,8 @@
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fedlora.training.model.processor import load_processor, prepare
 from fedlora.training.model.quantized import asked_for, keep_as_loaded, plain
 from fedlora.training.model.raised import in_short
 from fedlora.training.model.spread import connect, device_map
-from fedlora.training.tasks import task_of
+from fedlora.training.tasks import TASKS, task_of
 from fedlora.training.user_code import called, is_code, is_live
 
 PREFIX = "base_model.model."
@@ -37,6 +37,9 @@ ENCODER = "encoder."
 
 HEAD = "classifier.safetensors"
 """Of a mean-pooled model's linear head, beside its adapter: no library has a class for it."""
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""The form of one."""
 
 WITHOUT_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Of Liger's kernels: an example's own loss is `train.example_losses`."""
@@ -147,15 +150,20 @@ def _not_loaded(
     config: ModelConfig, labels: Sequence[str], path: str, error: Exception
 ) -> ModelError:
     """The error of a model that does not load, with what it is instead where that can be told."""
-    why = f"model.path = {config.path!r} does not load: {in_short(error)}"
-    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+    here = "" if os.path.isdir(path) else "there is no such directory; from the hub "
+    said = _nothing_at(config, path) or f"{here}{in_short(error)}"
+    why = f"model.path = {config.path!r} does not load: {said}"
+    if _has(path, "adapter_config.json") and not _has(path, "config.json"):
         why = (
             f"model.path = {config.path!r} is an adapter, not a model; name the base that it was "
             "trained on, or merge it into that first (fedlora export --as merged)"
         )
-    elif kind := _lacking(config, path):
-        what = task_of(config.task).what
-        why = f"model.path = {config.path!r} is a {kind}, of which transformers has no {what}"
+    elif known := _lacking(config, path):
+        what, others = task_of(config.task).what, " or ".join(map(repr, _tasks_of(known)))
+        why = (
+            f"model.path = {config.path!r} is a {known.model_type}, of which transformers has no "
+            f"{what}; name another model{f', or set model.task = {others}' if others else ''}"
+        )
     elif isinstance(error, RuntimeError) and labels:
         known = _label_names(path, config)
         if len(known) != len(labels):
@@ -180,13 +188,42 @@ def _check_kind(config: ModelConfig, path: str) -> None:
         )
 
 
-def _lacking(config: ModelConfig, path: str) -> str:
-    """The kind of a model that transformers knows, and has no class of for this task; else ""."""
+def _has(directory: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(directory, name))
+
+
+def _nothing_at(config: ModelConfig, path: str) -> str:
+    """Why no model can be where the config says, where that is no hub id; "" where one could be."""
+    gguf = config.path.endswith(".gguf")
+    if os.path.isfile(path):
+        return "it is a file; name the directory of a model, which has a config.json"
+    if os.path.isdir(path):
+        if gguf or _has(path, "config.json"):
+            return ""
+        held = ", ".join(sorted(os.listdir(path))[:4]) or "nothing"
+        return f"a model's directory has a config.json, and this one holds {held}"
+    if HUB_ID.fullmatch(path):
+        return ""
+    what = "file" if gguf else "directory"
+    return (
+        f'no such {what}, from {os.getcwd()}; give a directory, a hub id as in "owner/name", or '
+        '"pkg:package/path"'
+    )
+
+
+def _lacking(config: ModelConfig, path: str) -> Any:
+    """The config of a model that transformers knows, and has no class of for this task; or None."""
     try:
         known = AutoConfig.from_pretrained(path, revision=config.revision or None)
     except Exception:  # what it was is the error at hand, or code of its own
-        return ""
-    return "" if type(known) in _auto(config)._model_mapping else str(known.model_type)
+        return None
+    return None if type(known) in _auto(config)._model_mapping else known
+
+
+def _tasks_of(known: Any) -> list[str]:
+    """The tasks that transformers has a class of this model for."""
+    autos = {name: getattr(transformers, task.auto) for name, task in TASKS.items()}
+    return [name for name, auto in autos.items() if type(known) in auto._model_mapping]
 
 
 def _whole(cls: Any, path: str, options: Mapping[str, Any], devices: Sequence[torch.device]) -> Any:

@@ -50,7 +50,10 @@ class Regression:
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
     ) -> Columns:
         read = [as_label(x) for x in column(table, where, "data.label", data.label)]
-        numbers = [_number(x, where, data.label) for x in read]
+        numbers = [
+            _number(x, f"{where}, {table.unit} {line},", data.label)
+            for x, line in zip(read, table.lines, strict=True)
+        ]
         texts = texts_of(table, where, data)
         needed = [*texts.needed, Needed(data.label, numbers)]
         return Columns(texts.text, second=texts.second, target=numbers, needed=needed)
