@@ -5,7 +5,7 @@
     <directory>/<sha256>.bin     one file for each distinct set
 
 What a run makes of a row (its text column, data.map, a label's name, the order, a limit) is not in
-the unit: training/data/row_units.py.
+the unit, nor how its cells are written: training/data/row_units.py.
 
 Edge cases
     a set that is gone or damaged      it may be of any units: it meets every other
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fedlora.config.sections import DataConfig
 from fedlora.lora.tree_file import write_atomically
-from fedlora.training.data.row_units import SIZE
+from fedlora.training.data.row_units import FORM, SIZE
 from fedlora.training.data.rows import Rows
 
 ALL = "*"
@@ -49,7 +49,10 @@ class Units:
         """Of training rows that were read under this config; None where they were read without."""
         if len(rows.unit) != len(rows):
             return None
-        cut = (data.unit_column, data.separator, data.encoding, data.line_pattern)
+        by_pixels = bool(rows.picture) and not data.unit_column
+        sites = [(x.separator, x.encoding) for x in data.clients]
+        how = data.unit_column, data.separator, data.encoding, data.line_pattern
+        cut = FORM, by_pixels, *how, *(sites if any(map(any, sites)) else ())
         reading = hashlib.sha256(repr(cut).encode()).hexdigest()[:16]
         most = max(Counter(rows.unit).values(), default=1) if data.unit_column else 1
         return cls(reading, frozenset(rows.unit), most)

@@ -37,12 +37,15 @@ def begun_with(model: Model, corpus: Corpus) -> dict[str, str]:
 
 
 def check_begun_with(was: Mapping[str, str], now: Mapping[str, str], run: object) -> None:
-    """Nothing, where what both name is equal.
+    """Nothing, where what both name is equal, as far as `was` says it: older runs cut the base's.
 
     Raises:
         CheckpointError: something is not; says what, and where it comes from.
     """
-    if other := [MEANS[key] for key in MEANS if key in was and was[key] != now[key]]:
+    other = [
+        MEANS[key] for key in MEANS if key in was and was[key] != now[key][: len(was[key]) or None]
+    ]
+    if other:
         raise CheckpointError(
             f"{run} was begun with {'; and with '.join(other)}. Put back what it was begun with, "
             "or begin a run of another run.name"

@@ -3,21 +3,28 @@
 The others would be sent one that teaches nothing: the sum is then that member's update.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
-from fedlora.errors import RoundError
+from fedlora.errors import PrivacyError, RoundError
 from fedlora.federation.client import handlers
+from fedlora.federation.client.agreed_base import check_whole
+from fedlora.federation.client.job import ClientJob
 from fedlora.federation.secure.agreement import Agreement, RoundName
 from fedlora.federation.server import secure_cohort
 from fedlora.federation.wire.codes import FailureKind
 from fedlora.federation.wire.messages import pack
+from fedlora.lora.adapter import Factors
+from fedlora.training import cache
+from fedlora.training.model.model import Model
 from tests.federation.test_secure_aggregation import Lossy, five, play
 from tests.federation.test_secure_stories import Liar
 
@@ -158,6 +165,60 @@ def test_a_base_that_came_in_another_round_is_not_trained_on(
     monkeypatch.setattr(secure_cohort, "_alike", lambda *args: ([*args[3]], set()))
     with pytest.raises(RoundError, match="a base of which a part was sent in other rounds"):
         play(settings(**five("frlora", **{"run.rounds": 2})))
+
+
+def test_a_head_that_an_earlier_message_left_is_not_trained_on(settings: Settings) -> None:
+    """A head of 0, left by a download of one client's own, teaches its factors nothing."""
+    config = Config.read(settings(**five("fedavg")))
+    labels = cache.corpus(config).labels
+    model = Model(config, labels)
+    whole = model.read()
+    model.load(whole)
+    check_whole(whole, model)
+    lacks = Factors(whole.scale, whole.A, whole.B)
+    model.load(lacks)
+    with pytest.raises(PrivacyError, match=r"to train a model of which .* was not sent"):
+        check_whole(lacks, model)
+
+
+def other_base(message: Message) -> None:
+    """A change of the base, under the number of the one that all are sent, which is another."""
+    for key, x in message.content.array_records["base-1"].items():
+        if key.startswith(("A", "B")):
+            message.content.array_records["base-1"][key] = pack(torch.ones(tuple(x.shape)), x.dtype)
+
+
+@pytest.mark.slow
+def test_a_base_that_an_earlier_message_left_in_the_process_is_not_trained_on(
+    settings: Settings,
+) -> None:
+    """Of the same start, under the same number: it was not looked at again, whatever came."""
+    given = settings(**five("frlora", **{"run.rounds": 2}))
+    poisoned: list[int] = []
+
+    def app(message: Message, context: Context) -> Message:
+        second = message.content["job"]["base-number"] == 1 if "job" in message.content else False  # type: ignore[index]
+        if second and message.metadata.message_type == "train.secagg_collect":
+            content = RecordDict(dict(copy.deepcopy(message.content).items()))
+            del content["secagg"]
+            asked = Message(content, context.node_id, "evaluate", ttl=60.0)
+            other_base(asked)
+            assert client_app(asked, context).has_content()
+            poisoned.append(context.node_id)
+        return client_app(message, context)
+
+    want = play(given)
+    got = play({**given, "run.name": "poisoned"}, app=app)
+    assert len(poisoned) == 5
+    assert got.ran.adapter == want.ran.adapter
+
+
+def test_a_sum_begins_its_base_anew_and_other_messages_go_on_from_it() -> None:
+    job = SimpleNamespace(token="run", incarnation="start")
+    plain, summed = (
+        ClientJob.token.fget(SimpleNamespace(job=job, probes=x)) for x in ("", "agreed")
+    )
+    assert (plain, summed) == ("run/start", "run/start/agreed")
 
 
 def test_all_members_of_a_kind_are_sent_the_same_whatever_each_has(settings: Settings) -> None:

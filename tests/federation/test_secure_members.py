@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config.members import Members, key_text, private_key, public_key
 from fedlora.config.policy import Policy
-from fedlora.errors import ConfigError, PrivacyError
+from fedlora.config.reader import Config
+from fedlora.errors import ConfigError, PolicyError, PrivacyError
+from fedlora.federation.client.admit import check_terms
 from fedlora.federation.secure import masking, signing
 from fedlora.federation.secure.signing import RoundKeys, keys_text, survivors_text
+from fedlora.federation.secure.terms import Terms
 from fedlora.launch.deploy import keys
 from tests.conftest import tiny_settings
 from tests.federation.test_secure_aggregation import five
@@ -179,6 +182,16 @@ def test_the_nodes_own_colluding_is_more_than_the_runs(told: Recorded) -> None:
             LyingServer(told).setup()
     finally:
         path.write_text(whole)
+
+
+def test_a_node_that_lists_members_takes_part_in_no_ring() -> None:
+    """A server that lies would name one, and choose each client's neighbours."""
+    config = Config.read({"data.path": "x", "secure.num-shares": 5})
+    policy = Policy.model_validate({"data": {"path": "x"}, "secure": {"members": "members.toml"}})
+    check_terms(policy, Terms.of(config, 5))
+    with pytest.raises(PolicyError, match=r"does not allow secure\.num-shares"):
+        check_terms(policy, Terms.of(config, 9))
+    check_terms(Policy.model_validate({"data": {"path": "x"}}), Terms.of(config, 9))
 
 
 # -- the list and the keys ------------------------------------------------------------------------

@@ -453,3 +453,21 @@ def test_a_round_that_is_told_anew_masks_with_other_keys(told: Recorded) -> None
         one.share(one.ids)
     public = [key for server in (one, two) for k in server.keys.values() for key in k[:2]]
     assert len({*public}) == len(public)
+
+
+@pytest.mark.parametrize(
+    ("what", "stage"),
+    [*(("config", x) for x in ("share", "collect", "agree", "unmask")), ("since", "collect")],
+)
+def test_a_later_stage_of_another_config_than_was_agreed_on_is_refused(
+    told: Recorded, what: str, stage: str
+) -> None:
+    """All but one would train at no rate, under the digest that names the true one."""
+    server, victim = LyingServer(told), 0
+    run_config = told.contexts[victim].run_config
+    other = Config.read({**run_config, "train.lr": 1e-7}).identity()
+    changed = {"changes": '{"train.lr": 1e-7}', "config": other}
+    server.job[stage] = changed if what == "config" else {"since": server.since - 1}
+    server.setup()
+    with pytest.raises(Refused, match="of another run, round, config or start than what all agr"):
+        one_story(server, server.share(server.ids), server.ids)

@@ -101,6 +101,8 @@ class LyingServer:
         self.agreement = replace(first, name=replace(first.name, **start))
         self.ids = sorted(first.table.kinds)
         self.keys: dict[int, RoundKeys] = {}
+        self.job: dict[str, Mapping[str, Any]] = {}
+        """By stage, what the job of its messages says otherwise."""
         self._kept: dict[int, Path] = {}
 
     # -- one message ----------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class LyingServer:
         """
         content = copy.deepcopy(self.told.first[kind, i])
         start = {"incarnation": self.incarnation, "since": self.since}
-        job = {**content.config_records["job"], **start}
+        job = {**content.config_records["job"], **start, **self.job.get(kind, {})}
         if not self.since:
             del job["since"]
         content["job"], content["secagg"] = ConfigRecord(job), ConfigRecord(asked)

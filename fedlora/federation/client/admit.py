@@ -81,6 +81,9 @@ def check_terms(policy: Policy, terms: Terms) -> Terms:
     if terms.threshold < s.threshold:
         found = f"{terms.threshold}, secure.threshold = {s.threshold}"
         against.append(("secure.reconstruction-threshold", found))
+    if s.members and terms.ring:
+        why = "a ring holds against no server that lies, and secure.members says that this may"
+        against.append(("secure.num-shares", why))
     colluding = max(s.colluding, terms.colluding)
     if reason := terms.problem(colluding):
         against.append((f"a sum with secure.colluding = {terms.colluding}", reason))

@@ -23,6 +23,7 @@ from fedlora.config.sites import COLUMNS
 from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckError
 from fedlora.federation.client import error_feedback, secure_book, witness
 from fedlora.federation.client.admit import admit, check, check_terms
+from fedlora.federation.client.agreed_base import check_whole
 from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.node_config import check_from_server, own_delta
@@ -113,8 +114,9 @@ class ClientJob:
 
     @property
     def token(self) -> str:
-        """The name of the run and of this start of the server."""
-        return f"{self.job.token}/{self.job.incarnation}"
+        """The name of the run and of this start of the server; and of a secure sum's agreement,
+        so that no base is gone on from that an earlier message left in this process."""
+        return "/".join(filter(None, (self.job.token, self.job.incarnation, self.probes)))
 
     @property
     def round(self) -> Round:
@@ -320,6 +322,8 @@ class ClientJob:
         factors = self.strategy.start(download, kept, self.as_client(model), self.round)
         with model.folded(download.fold):
             model.load(factors, download.block)
+            if self.probes:
+                check_whole(factors, model)
             yield model, kept
 
     def as_client(self, model: Model) -> Client:

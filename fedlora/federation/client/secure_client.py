@@ -233,8 +233,18 @@ class SecureClient:
         return signing.survivors_text(n.run, n.incarnation, n.round, agreed, survivors)
 
     def _agreed(self, state: Mapping[str, Any], cohort_terms: TermsOf) -> Agreement:
-        """What this client agreed to, under terms that are still its own."""
+        """What this client agreed to, where this stage's message is of it: same run, round, config,
+        start of the server and its date; and under terms that are still its own.
+
+        Raises:
+            PrivacyError: it is of another. Who trains under another config than the rest, which
+                would teach it nothing, leaves the sum to them.
+        """
         agreement = Agreement.read(state["agreement"])
+        if agreement.name != self.name:
+            raise PrivacyError.public(
+                "this stage is of another run, round, config or start than what all agreed on"
+            )
         if cohort_terms(agreement.terms.cohort) != agreement.terms:
             raise PrivacyError.public("the terms of the sum are not those of the run's config")
         return agreement

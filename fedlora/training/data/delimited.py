@@ -39,6 +39,8 @@ class Delimited(NamedTuple):
     notes: tuple[str, ...]
     headers: list[int]
     """Lines that repeat the header, as where files were put together: no rows."""
+    by_name: bool = False
+    """Was the separator found by the names of columns alone that were asked for?"""
 
 
 class _Row(NamedTuple):
@@ -63,6 +65,7 @@ def read_delimited(
     given = separator or (stated[1] if stated else "")
     with _any_size():
         mark = given or _sniffed(body, asked, usual)
+        by_name = not given and mark != _sniffed(body, (), usual)
         rows, notes = _rows(body, mark)
     if not rows:
         raise ValueError("it has no header line")
@@ -75,7 +78,8 @@ def read_delimited(
         name: [row.cells[i] for row in rows] for i, name in enumerate(names)
     }
     said = f"separator {NAMES.get(mark, mark)}" + ("" if given else ", found")
-    return Delimited(columns, [row.line for row in rows], (said, *notes), [r.line for r in again])
+    lines, headers = [row.line for row in rows], [row.line for row in again]
+    return Delimited(columns, lines, (said, *notes), headers, by_name)
 
 
 @contextmanager

@@ -143,6 +143,11 @@ def _rows_of(
         check_clients([x for x in group if x], data)
         needed.append(Needed(data.natural_column, group))
     units: tuple[bytes, ...] = ()
+    if book.units and table.by_name:
+        raise DataError(
+            f"{path}: only the names of columns that are asked for say which separator it has, and "
+            "under privacy a row is one thing whatever a run asks for; set data.separator"
+        )
     if data.unit_column and (book.units or data.withdrawn):
         who = column(table, path, "data.unit-column", data.unit_column)
         needed += [Needed(data.unit_column, who)] if book.units else []

@@ -6,20 +6,30 @@
 Edge cases
     an empty cell                      is not in the digest: a column that only other rows fill
                                        changes nothing
-    the order of rows or columns       nor is that
+    the order of rows or columns       nor is that, nor what a column is called
+    how a cell is written              case, space, Unicode's forms of a letter, and of a number its
+                                       zeros and its comma: one cell, however written
     a row without the unit's value     is left out of the training: nobody's, it would be counted
                                        for nobody
     a row that differs by one letter   is another unit; only a unit column says that it is not
+
+All but the last can make one unit of two, and so charge more; never two of one.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fedlora.training.data.tables import Table
+from fedlora.training.data.written import NUMBER, size
 
 SIZE = 16
 """Bytes of a digest."""
+FORM = 2
+"""Raised whenever a row's digest changes: sets of two forms cannot be compared."""
+LONGEST_NUMBER = 40
 
 
 def by_row(table: Table) -> tuple[bytes, ...]:
@@ -28,26 +38,30 @@ def by_row(table: Table) -> tuple[bytes, ...]:
 
 
 def by_value(values: Sequence[str]) -> tuple[bytes, ...]:
-    """The digest of each row's unit, by its name."""
-    return tuple(hashlib.sha256(value.encode()).digest()[:SIZE] for value in values)
+    """The digest of each row's unit, by its name; space around and within it counts once."""
+    return tuple(hashlib.sha256(" ".join(x.split()).encode()).digest()[:SIZE] for x in values)
 
 
-def of_cells(cells: Mapping[str, Any]) -> bytes:
+def of_cells(cells: Iterable[Any]) -> bytes:
     """One row's own."""
-    parts = (repr((name, x)) for name, x in sorted(cells.items()) if not _missing(x))
+    parts = sorted(_written(x) for x in cells if not _missing(x))
     return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).digest()[:SIZE]
 
 
-def _cells(table: Table) -> Iterator[Mapping[str, Any]]:
+def _written(cell: Any) -> str:
+    """A cell in one of the ways that it can be written, without a line end."""
+    if isinstance(cell, list | dict):
+        cell = json.dumps(cell, ensure_ascii=False, default=repr)
+    text = " ".join(unicodedata.normalize("NFKC", str(cell)).split()).casefold()
+    if len(text) <= LONGEST_NUMBER and NUMBER.fullmatch(text):
+        return f"{size(text).normalize() + 0:f}{'%' * text.endswith('%')}"
+    return text
+
+
+def _cells(table: Table) -> Iterator[tuple[Any, ...]]:
     """The rows as they lie in the table: no picture or sound is decoded."""
-    columns = {name: x.to_pylist() for name, x in _plain(table).items()}
-    for row in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, row, strict=True))
-
-
-def _plain(table: Table) -> dict[str, Any]:
     found = table.cells.with_format("arrow")[:]
-    return {name: found[name] for name in found.column_names}
+    yield from zip(*(found[name].to_pylist() for name in found.column_names), strict=True)
 
 
 def _missing(value: Any) -> bool:

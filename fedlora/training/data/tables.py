@@ -79,6 +79,8 @@ class Table:
     """Columns that hold lists, and so no text."""
     ordered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The values of columns of ordered categories, in their order."""
+    by_name: bool = False
+    """Do the names of columns that a run asks for decide how its rows are cut into cells?"""
 
     @classmethod
     def of(cls, cells: Dataset) -> "Table":
@@ -262,12 +264,14 @@ def _file(place: Path, data: DataConfig) -> Table:
         usual = "\t" if kind == ".tsv" else ","
         cells = read_delimited(text, mark, _asked(data), usual)
         table = Table(_texts(cells.columns), cells.lines, "line", headers=cells.headers)
-        return replace(table, notes=(*cells.notes, *said))
+        return replace(table, notes=(*cells.notes, *said), by_name=cells.by_name)
     return _text(text, place, data, said)
 
 
 def _sentences(text: str, data: DataConfig, said: tuple[str, ...]) -> Table:
     """A row a sentence: its words as data.text, its tags as data.label."""
+    if data.text == data.label:
+        raise ValueError(f"data.text and data.label are both {data.text!r}: give them two names")
     found = read_iob(text)
     columns = {data.text: found.words, data.label: found.tags}
     kind = pyarrow.list_(pyarrow.string())
@@ -337,8 +341,9 @@ def _directory(place: Path, data: DataConfig, key: str, cache: str) -> Any:
     notes = dict.fromkeys(note for table in tables for note in table.notes)
     if again := sum(len(table.headers) for table in tables):
         notes |= {f"{again} lines that repeat the header left out": None}
-    said = (f"{len(files)} files", *notes)
-    return Table(cells, range(1, len(cells) + 1), "row", notes=said, lists=lists)
+    said, by_name = (f"{len(files)} files", *notes), any(table.by_name for table in tables)
+    rows = range(1, len(cells) + 1)
+    return Table(cells, rows, "row", notes=said, lists=lists, by_name=by_name)
 
 
 def _texts(columns: Mapping[str, Sequence[str | None]]) -> Dataset:

@@ -336,7 +336,7 @@ def fingerprint(tensors: Mapping[str, Tensor], before: str = "", whole: bool = F
         step = 1 if whole else max(1, flat.numel() // 64)
         sample = on_host(flat[::step]).float().contiguous()
         digest.update(name.encode() + repr(tuple(p.shape)).encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def frozen_tensors(m: str, layer: Any) -> Iterator[tuple[str, Tensor]]:
