@@ -45,6 +45,7 @@ class Metric:
         return value > other if self.more else value < other
 
 
+MARGIN = Metric("margin", "margin", share=False, rising=True)
 ACCURACY = Metric("accuracy", "accuracy", share=True)
 EXACT_MATCH = Metric("exact_match", "exact match", share=True)
 F1 = Metric("f1", "entity F1", share=True)
@@ -54,8 +55,9 @@ ROUGE_L = Metric("rouge_l", "ROUGE-L", share=True)
 PERPLEXITY = Metric("perplexity", "perplexity", share=False)
 LOSS = Metric("loss", "loss", share=False)
 
-JUDGED_BY = (ACCURACY, F1, TOKENS, PEARSON, ROUGE_L, PERPLEXITY)
-"""A run is judged by the first of these that anything of it has; else by the loss."""
+JUDGED_BY = (MARGIN, ACCURACY, F1, TOKENS, PEARSON, ROUGE_L, PERPLEXITY)
+"""A run is judged by the first of these that anything of it has; else by the loss. Of preferences
+by the margin: it is 0 before training, where the accuracy is rounding's."""
 
 FLOORS = ("majority class", "trained head only")
 """The baselines that cost no federation: a model that is not above them has learned nothing."""

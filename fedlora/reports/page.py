@@ -92,6 +92,7 @@ footer { color: var(--soft); font-size: 13px; padding: 30px 0 50px; }
   .bar { grid-template-columns: 1fr 66px; gap: 2px 10px; }
   .bar div { grid-row: 2; grid-column: 1 / -1; } th, td { padding: 6px 9px; }
   .sections { columns: 1; } table.words td:first-child { white-space: normal; }
+  table.words td:nth-child(n+4) { min-width: 11em; }
   table.samples { min-width: 0; } table.samples thead { display: none; }
   table.samples tr, table.samples td { display: block; border: 0; padding: 2px 9px; }
   table.samples tr { border-bottom: 1px solid var(--line); padding: 8px 0; }

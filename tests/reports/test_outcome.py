@@ -54,6 +54,15 @@ def test_a_healthy_run_says_nothing() -> None:
     assert judge(HEALTHY, BASELINES, scores(0.81)) == []
 
 
+def test_preferences_are_judged_by_the_margin_and_not_by_what_rounding_prefers() -> None:
+    fell, grew = ([{**found, "evaluation": {"margin": margin, "accuracy": 0.6}}
+                   for found, margin in zip(records([0, 0]), (0.0, end), strict=True)]
+                  for end in (-0.2, 0.2))  # fmt: skip
+    assert judge(grew, {}, grew[-1]["evaluation"]) == []
+    (told,) = judge(fell, {}, fell[-1]["evaluation"])
+    assert told == "The final margin, -0.2000, is no better than: untrained model 0.0000."
+
+
 def test_a_score_below_the_majority_class_is_said_with_the_figures() -> None:
     (told,) = judge(records([0.15, 0.16, 0.16]), BASELINES, scores(0.16))
     assert told == (
