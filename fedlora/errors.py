@@ -49,6 +49,13 @@ class NodeFileError(ConfigError):
     advice = ""
 
 
+class CommandError(ConfigError):
+    """A command names what is not there, or a place where it cannot write."""
+
+    of = "the command"
+    advice = ""
+
+
 class DataError(FedLoraError, ValueError):
     """The data cannot be read or split as the config asks."""
 

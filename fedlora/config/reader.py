@@ -44,7 +44,7 @@ from fedlora.config.sections import (
 from fedlora.config.sites import flat_sites
 from fedlora.config.strategies import strategy_options, strategy_section, strategy_tables
 from fedlora.config.toml_file import read_toml
-from fedlora.errors import ConfigError, StrategyError
+from fedlora.errors import CommandError, ConfigError, StrategyError
 from fedlora.strategies import Strategy, forms, list_strategies, registry
 from fedlora.strategies.defaults import RULES, Defaults, defaults_of
 
@@ -226,7 +226,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ConfigError([f"--set {pair}: must be key=value"])
+            raise CommandError([f"--set {pair}: must be key=value"])
         try:
             overrides[key.strip()] = tomllib.loads(f"v = {text}")["v"]
         except (ValueError, RecursionError):  # no TOML, or a number of too many digits

@@ -16,7 +16,7 @@ from fedlora import preflight
 from fedlora.config.older import missing
 from fedlora.config.reader import Config
 from fedlora.config.toml_file import read_toml
-from fedlora.errors import ConfigError
+from fedlora.errors import CommandError
 
 BESIDE = ("compare", "audit")
 PACKAGE = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def find(name: Path | str, also: Sequence[str] = ()) -> Path:
     also: names that the caller takes and this does not, for the error.
 
     Raises:
-        ConfigError: neither; with the names, and the nearest.
+        CommandError: neither; with the names, and the nearest.
     """
     path, known = Path(name), shipped()
     if os.path.exists(path) and not os.path.isdir(path):  # of any length
@@ -46,7 +46,7 @@ def find(name: Path | str, also: Sequence[str] = ()) -> Path:
     names = [*known, *also]
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise ConfigError([f"{name}: no such file, nor one of {', '.join(names)}{hint}"])
+    raise CommandError([f"{name}: no such file, nor one of {', '.join(names)}{hint}"])
 
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:

