@@ -186,9 +186,10 @@ class ClientsConfig(Section):
 class RankPolicyConfig(Section):
     """Which modules a client adapts, and at which rank: federation/server/ranks.py."""
 
-    policy: Literal["list", "share", "capability", "legend"] = "list"
+    policy: Literal["list", "share", "capability", "legend", "adaptive"] = "list"
     """list: clients.ranks cycled. share: by ranks.shares. capability: what a node says it can.
-    legend: the last layers, as many as the client's measured speed allows."""
+    legend: the last layers, as many as the client's measured speed allows. adaptive: by module,
+    what the client's rank costs shared out by how much each module's last change held."""
     shares: Names = ("4:0.5", "8:0.3", "16:0.2")
     """For share: rank:share of the clients, dealt out by the seed."""
     per_core: Annotated[int, Field(gt=0)] = 4

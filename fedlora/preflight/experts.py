@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedlora.config.reader import Config
+from fedlora.federation.server.ranks import BY_MODULE
 from fedlora.strategies.base import Strategy
 
 UNSEEN = ("eva", "corda")
@@ -48,10 +49,10 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"{what} with strategy.name = {config.strategy.name!r}: it has more than A and B, and "
             "PEFT's code for experts those two alone; use fedavg, fedex, flora or fedsa"
         )
-    if config.ranks.policy == "legend":
+    if config.ranks.policy in BY_MODULE:
         yield (
-            f"{what} with ranks.policy = 'legend': PEFT holds adapters of one set of experts at a "
-            "time, and legend gives clients different layers; choose another policy"
+            f"{what} with ranks.policy = {config.ranks.policy!r}: PEFT holds adapters of one set "
+            "of experts at a time, of one rank, and this gives ranks by module; choose another"
         )
     if config.privacy.by_example:
         yield (

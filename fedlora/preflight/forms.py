@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedlora.config.reader import Config
+from fedlora.federation.server.ranks import BY_MODULE
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.forms import (
     CALIBRATED,
@@ -36,11 +37,11 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
         yield f"lora.form = {lora.form!r}: {why}"
         return
     form = FORMS[lora.form]
-    if lora.rank_pattern and (form.kind != "factors" or config.ranks.policy == "legend"):
+    if lora.rank_pattern and (form.kind != "factors" or config.ranks.policy in BY_MODULE):
         yield (
             f"lora.rank-pattern with lora.form = {lora.form!r} and ranks.policy = "
-            f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and legend has a rule "
-            "of its own; leave it empty"
+            f"{config.ranks.policy!r}: it gives LoRA's factors their ranks, and the policy has a "
+            "rule of its own; leave it empty"
         )
     if reason := problem(form, strategy):
         yield f"lora.form = {lora.form!r} with strategy.name = {config.strategy.name!r}: {reason}"

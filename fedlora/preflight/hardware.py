@@ -15,6 +15,7 @@ import torch
 
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
+from fedlora.federation.server.ranks import BY_MODULE
 from fedlora.training.devices import (
     chosen,
     compiles_with,
@@ -156,10 +157,10 @@ def _compiled(config: Config) -> Iterator[str]:
         yield (
             f"{what} with model.quantization or lora.target-parameters: not tried; set it to false"
         )
-    if config.ranks.policy == "legend" or len(set(config.clients.ranks)) > PROFILES:
+    if config.ranks.policy in BY_MODULE or len(set(config.clients.ranks)) > PROFILES:
         yield (
-            f"{what}: each of more than {PROFILES} rank profiles, as of ranks.policy = 'legend', "
-            "would be compiled again and again; set it to false"
+            f"{what}: each of more than {PROFILES} rank profiles, as of a ranks.policy that gives "
+            "ranks by module, would be compiled again and again; set it to false"
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.server.devices import parse_classes
-from fedlora.federation.server.ranks import parse_pattern, parse_shares
+from fedlora.federation.server.ranks import BY_MODULE, parse_pattern, parse_shares
 from fedlora.strategies import server_optimizers
-from fedlora.strategies.base import Strategy
+from fedlora.strategies.base import Client, Layer, Strategy
 from fedlora.training.user_code import is_code
 
 
@@ -114,6 +114,8 @@ def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             "'legend' gives clients different layers; leave out the limit, or set that policy"
         )
     keeps = strategy.needs().client_memory
+    if config.ranks.policy == "adaptive":
+        yield from _adaptive(config, strategy)
     if legend and keeps:
         yield (
             "ranks.policy = 'legend' changes a client's layers from round to round, and "
@@ -124,6 +126,24 @@ def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
         yield (
             "ranks.policy = 'legend' lives on times that clients report, and no noise covers "
             "those; set devices.classes to plan by a device model, or another policy"
+        )
+
+
+def _adaptive(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
+    """What ranks by module that change do not go with: federation/server/adaptive.py."""
+    name, form, needs = config.strategy.name, config.lora.form, strategy.needs()
+    two = [Client(i, {"m": Layer(8, 8, i + 1, 1.0)}) for i in range(2)]
+    if needs.client_memory or needs.beside_factors or [*strategy.problems(two)]:
+        yield (
+            "ranks.policy = 'adaptive': gives modules ranks that change from round to round, and "
+            f"{name} needs one rank, or keeps more than A and B; use fedex, flexlora or hetlora"
+        )
+    if form != "lora":
+        yield f"ranks.policy = 'adaptive' with lora.form = {form!r}: its ranks are LoRA's; use lora"
+    if config.privacy.by_client:
+        yield (
+            "ranks.policy = 'adaptive' with privacy.level = 'client': its noise is calibrated to "
+            "what clients train at the start; use another policy"
         )
 
 
@@ -148,9 +168,9 @@ def _buffer(config: Config) -> Iterator[str]:
             "round.buffer with privacy.level = 'client': who is in a round then depends on how "
             "fast it is, which the accounting does not cover; set round.buffer = 0"
         )
-    if config.ranks.policy == "legend":
+    if (policy := config.ranks.policy) in BY_MODULE:
         yield (
-            "round.buffer with ranks.policy = 'legend': it changes a client's layers while the "
+            f"round.buffer with ranks.policy = {policy!r}: it changes a client's layers while the "
             "client still trains others; choose another policy"
         )
 

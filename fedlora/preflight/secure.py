@@ -34,6 +34,11 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
         )
     if config.output.keep_updates:
         yield "output.keep-updates = true: with secure.aggregation no update reaches the server"
+    if config.ranks.policy == "adaptive":
+        yield (
+            "ranks.policy = 'adaptive': it follows each client's own change, module by module, "
+            "which secure.aggregation keeps back; choose another policy"
+        )
     if config.ranks.policy == "legend" or config.devices.classes:
         what = "ranks.policy = 'legend'" if config.ranks.policy == "legend" else "devices.classes"
         yield f"{what}: it needs each client's steps and times, which secure.aggregation keeps back"

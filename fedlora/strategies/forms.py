@@ -136,7 +136,7 @@ read W0, and what PEFT makes of a quantised one differs by form and by device.""
 
 LEFT_OUT: dict[str, str] = {
     "adalora": "each client would prune ranks by its own importance scores; use lora.rank-pattern "
-    "for ranks by module, ranks.policy = 'legend' or strategy.name = 'lora-a2', which choose them",
+    "for ranks by module, or ranks.policy = 'adaptive', by which the server shares out the budget",
     "lora-fa": "freezing A is a strategy's: use strategy.name = 'ffa'",
     "lora+": "it is an optimiser's setting: use train.lr-ratio-b",
     "rslora": "it is lora's scale: use lora.use-rslora = true",

@@ -46,6 +46,7 @@ SEQ2SEQ = {"model.task": "seq2seq"}
 SECURE = {"secure.aggregation": True, "clients.count": 5}
 PLAIN = {"data.prompt": "", "data.long-texts": "windows"}
 LEGEND = {"ranks.policy": "legend"}
+ADAPTIVE = {"ranks.policy": "adaptive"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
 HOST = {"simulate.devices": "cpu"}
@@ -189,6 +190,13 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"round.buffer": 9}, "the clients that train at a time"),
     ("fedavg", "bert", {**SECURE, "round.buffer": 2}, "a masked sum needs all of its clients"),
     ("fedavg", "bert", {**CENTRAL, "round.buffer": 2}, "which the accounting does not cover"),
+    ("fedavg", "bert", {**ADAPTIVE, "clients.ranks": "4"}, "fedavg needs one rank"),
+    ("lora-a2", "bert", ADAPTIVE, "keeps more than A and B"),
+    ("fedsa", "bert", ADAPTIVE, "keeps more than A and B"),
+    ("fedex", "bert", {**ADAPTIVE, "lora.form": "dora"}, "its ranks are LoRA's"),
+    ("fedex", "bert", {**ADAPTIVE, **SECURE}, "which secure.aggregation keeps back"),
+    ("fedex", "bert", {**ADAPTIVE, **CENTRAL}, "calibrated to what clients train"),
+    ("fedex", "bert", {**ADAPTIVE, "round.buffer": 2}, "changes a client's layers while"),
     ("fedex", "bert", {**LEGEND, "round.buffer": 2}, "changes a client's layers while"),
     ("fedsa", "bert", {"robust.method": "median"}, "keeps a factor on its clients"),
     ("fedavg", "bert", {"robust.method": "krum"}, "needs at least 5 clients a round"),

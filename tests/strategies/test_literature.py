@@ -98,7 +98,7 @@ KNOWN: dict[str, Any] = {
     "lora.init": INITS,
     "strategy.name": STRATEGIES,
     "train.rule": RULES,
-    "ranks.policy": ("legend",),
+    "ranks.policy": ("legend", "adaptive"),
 }
 
 

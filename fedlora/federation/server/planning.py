@@ -1,7 +1,8 @@
 """The server's side of rank policies: what each client adapts this round, and what it took.
 
     planner.welcome(i, facts)             a client that was met, with its rank
-    planner.replan(members)               before each round; moves nobody but under legend
+    planner.replan(members)               before each round; moves nobody but under legend. What
+                                          moves them under adaptive is a stage of the round
     planner.spent(i, round, facts)        virtual seconds, where there is a device model
     planner.learned(member, facts, spent) the member with its times brought up to date
 
@@ -27,6 +28,7 @@ from fedlora.federation.server.ranks import (
     by_depth,
     parse_shares,
     patterned,
+    roomy,
     shared_out,
 )
 from fedlora.strategies.base import Client
@@ -71,7 +73,8 @@ class Planner:
         """The largest rank of every module over the run: what the strategy begins with."""
         if self.legend:
             return self.legend.plan(len(self.layers))
-        return self.at(max(m.rank for m in members))
+        top = max(m.rank for m in members)
+        return roomy(self.shapes, top) if self.config.ranks.policy == "adaptive" else self.at(top)
 
     def replan(self, members: Mapping[int, Member]) -> dict[int, Member]:
         """The members with this round's depths."""

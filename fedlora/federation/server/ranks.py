@@ -4,6 +4,7 @@
     share        the ranks of ranks.shares in those shares of the clients, dealt out by the seed
     capability   a node's own `rank`, else what its cores allow; at most ranks.cap
     legend       the last K_i layers, at ranks that grow with depth; K_i from measured times
+    adaptive     by module, what a client's own rank costs shared out anew each round: adaptive.py
 
 LEGEND: Liu et al., "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices",
 https://arxiv.org/abs/2412.20004. There is no public code; only its ideas are taken from the paper
@@ -26,12 +27,15 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fedlora.errors import ConfigError
 
 ModuleRanks = Mapping[str, int]
 """Module path to rank: what one client adapts."""
 
+BY_MODULE = ("legend", "adaptive")
+"""Policies under which what a client adapts changes from round to round."""
 CORES = 4
 """Cores that a device class of compute 1 counts as."""
 
@@ -57,6 +61,18 @@ def able(ranks: Sequence[int], stated: int, cores: float, per_core: int, cap: in
     fitting = [r for r in ranks if r <= per_core * cores]
     rank = stated or max(fitting, default=min(ranks))
     return min(rank, cap) if cap else rank
+
+
+GROWTH = 2
+"""Under adaptive no module has more than this times the client's rank."""
+
+
+def roomy(shapes: Mapping[str, Any], rank: int) -> dict[str, int]:
+    """Under adaptive, the most that each module may have for a client of this rank.
+
+    shapes: by module, with its d and k.
+    """
+    return {m: min(GROWTH * rank, s.d, s.k) for m, s in shapes.items()}
 
 
 def patterned(modules: Iterable[str], rank: int, pattern: Sequence[str]) -> dict[str, int]:

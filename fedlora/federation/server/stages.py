@@ -6,6 +6,7 @@
     honesty        whose numbers are not its own is left out                      deployments
     screening      robust.method: which updates the strategy gets to see          if asked for
     privacy        privacy.level = "client": one clipped, noised mean             if asked for
+    ranks          ranks.policy = "adaptive": the next round's, by module         if asked for
     proof          the aggregate is what the strategy promises, by its algebra
     certificate    the model moved by the mean of its clients', by its modules
     optimizer      server.optimizer: where to go, given the aggregate             if asked for
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from fedlora.federation.server.adaptive import AdaptiveRanks
 from fedlora.federation.server.bounds import ClientBounds, SumBound
 from fedlora.federation.server.certification import Certification
 from fedlora.federation.server.exchange import Received
@@ -66,6 +68,8 @@ def stages(setting: Setting, session: Session, stricter: float = 0.0) -> list[St
         found.append(Screening(setting))
     if session.central:
         found.append(ClientPrivacy(setting, session))
+    if config.ranks.policy == "adaptive":
+        found.append(AdaptiveRanks(setting))
     found += [Proving(setting, session), Certification(setting, session)]
     if server_optimizers.build_optimizer(config.server):
         found.append(ServerOptimization(setting))

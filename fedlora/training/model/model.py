@@ -118,7 +118,8 @@ class Model:
         return self.start.added_to(self._fingerprint)
 
     def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
-        """The client's layers at these ranks, each with alpha's scale; under legend one for all.
+        """The client's layers at these ranks, each with alpha's scale; where a policy gives ranks
+        by module one for all: of legend's last layer, or of the largest in clients.ranks.
 
         Those of a form of two sides have these sides' sizes; other forms have a size and no ranks.
 
@@ -131,7 +132,8 @@ class Model:
             return {m: layer_of(*self.sides(m)) for m in ranks}
         if self.rank:
             return {m: Layer(self.shapes[m].d, self.shapes[m].k, self.rank, 1.0) for m in ranks}
-        top = max(ranks.values(), default=0) if self.config.ranks.policy == "legend" else 0
+        policies = {"legend": [*ranks.values()], "adaptive": self.config.clients.ranks}
+        top = max(policies.get(self.config.ranks.policy, ()), default=0)
         power = 0.5 if lora.use_rslora else 1
         return {
             m: Layer(s.d, s.k, ranks[m], lora.alpha / ((top or ranks[m]) ** power))
