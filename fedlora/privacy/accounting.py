@@ -92,12 +92,25 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
 def _finest(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
     """The smallest error of epsilon for which POINTS are enough.
 
-    The grid reaches as far as the RDP bound at a thousandth of delta on either side, in steps of
-    the error over the root of steps * log(12000 / delta) / 2 (section 5 of the paper).
+    The grid reaches as far as an RDP bound at a thousandth of delta on either side, in steps of
+    the error over the root of steps * log(12000 / delta) / 2 (section 5 of the paper). Where ours
+    says that it is too far, the accountant's own, of orders near 1 too, is asked.
     """
-    reach = _loose(history, delta / 4000) + 3
     steps = sum(n for _, _, n in history)
-    return 2 * reach * math.sqrt(steps * math.log(12000 / delta) / 2) / POINTS
+    share = 2 * math.sqrt(steps * math.log(12000 / delta) / 2) / POINTS
+    finest = share * (_loose(history, delta / 4000) + 3)
+    return finest if finest <= PRECISION else share * _reach(history, delta)
+
+
+def _reach(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    """How far the accountant's grid reaches."""
+    from opacus.accountants.analysis.prv.domain import compute_safe_domain_size
+    from opacus.accountants.analysis.prv.prvs import PoissonSubsampledGaussianPRV
+
+    steps = [n for _, _, n in history]
+    each = [PoissonSubsampledGaussianPRV(q, sigma) for sigma, q, _ in history]
+    with _quiet():
+        return float(compute_safe_domain_size(each, steps, PRECISION, delta / 1000))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client_app.app import app as client_app
 from fedlora.config.possible import is_one_name, is_path_name
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, WireError
+from fedlora.federation.client.job import read_config
 from fedlora.federation.client.node_config import KEYS, check_node_config
 from fedlora.federation.wire.job import Job, job_of
 from fedlora.federation.wire.messages import pack_download
@@ -224,6 +225,18 @@ def test_a_node_key_that_is_none_is_an_error_and_no_missing_limit(
     with pytest.raises(ConfigError, match=f"node config, {key}") as caught:
         check_node_config({key: value})
     assert says in str(caught.value)
+
+
+def test_a_node_counts_epsilon_at_its_own_delta_whatever_a_server_says(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """At a delta near 1 any number of rounds would cost nothing."""
+    given = Config.read(settings(**{"privacy.epsilon": 1.0, "privacy.delta": 0.9}))
+    told = Job(1, "run", "start", 0, {}, 0, 0, "", (), config=given.identity())
+    for node, delta in ({}, 1e-5), ({"delta": 1e-7}, 1e-7), ({OWN_MACHINE: True}, 0.9):
+        own = {"memory": str(tmp_path), OWN_MACHINE: False, **node}
+        context = Context(1, 2, own, RecordDict(), given.flat())
+        assert read_config(context, told).privacy.delta == delta
 
 
 @pytest.mark.parametrize("kind", ["query", "train", "evaluate"])

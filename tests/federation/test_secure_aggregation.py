@@ -1,11 +1,12 @@
 """Secure aggregation: the sum is right, one client is never seen, and who breaks the rules is."""
 
+import json
 import os
 import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from fedlora.training.data.batches import collate
 from tests.support.doc_tables import DOCS, table
 from tests.support.long import few
 from tests.support.private_setting import Setting
-from tests.support.secure_members import agreement_of, begun, shared, terms_of, trio
+from tests.support.secure_members import NAME, agreement_of, begun, shared, terms_of, trio
 from tests.support.strategy_federation import EQUAL, EVEN, make_clients, make_start
 from tests.support.tiny_federation import Ran, federate, quick
 
@@ -282,9 +283,38 @@ def test_keys_that_are_not_ones_own_or_are_twice_there_are_refused(tmp_path: Pat
     me, keys = fresh("stranger")
     with pytest.raises(PrivacyError, match="not in the table"):
         me.share({0: keys[0], 1: keys[1], 7: keys[2]}, terms_of)
-    me, keys = fresh("forged")
+    for which in ("masks", "boxes"):  # who can read the shares can take off the masks
+        me, keys = fresh(which)
+        with pytest.raises(PrivacyError, match="client 1 did not sign these keys"):
+            me.share({**keys, 1: keys[1]._replace(**{which: masking.key_pair()[1]})}, terms_of)
+    me, keys = fresh("renamed")
     with pytest.raises(PrivacyError, match="client 1 did not sign these keys"):
-        me.share({**keys, 1: keys[1]._replace(masks=masking.key_pair()[1])}, terms_of)
+        me.share({0: keys[0], 1: keys[2], 2: keys[1]}, terms_of)
+
+
+def test_fewer_shares_than_the_threshold_are_no_secret(tmp_path: Path) -> None:
+    members, keys = begun(tmp_path, [agreement_of(5)] * 5)
+    came = shared(members, keys)
+    kept = json.loads((tmp_path / "0" / "round-00001.collect.json").read_text())
+    pieces = [m.open(came[m.me], terms_of).state["shares"][0] for m in members]
+    assert terms_of(5).threshold == 3
+    for secret, mine in zip(("seed", "sk1"), zip(*pieces, strict=True), strict=True):
+        assert masking.joined(mine[2:]).hex() == kept[secret]
+        with suppress(PrivacyError):
+            assert masking.joined(mine[3:]).hex() != kept[secret]
+
+
+def test_a_member_may_demand_more_of_its_kind_than_the_run_does(tmp_path: Path) -> None:
+    """The larger secure.colluding, its own, holds when it begins and when it signs."""
+    kinds = {0: 0, 1: 0, 2: 1, 3: 1, 4: 1}
+    strict = SecureClient(tmp_path / "strict", 0, NAME, together=3)
+    with pytest.raises(PrivacyError, match="fewer than 3 clients of one kind"):
+        strict.setup(agreement_of(5, kinds=kinds), terms_of)
+    members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32), 6, dict.fromkeys(range(6), 0) | {
+        3: 1, 4: 1, 5: 1})  # fmt: skip
+    members[3].together = 3
+    with pytest.raises(PrivacyError, match="all but fewer than 3 clients of one kind are gone"):
+        members[3].agree([0, 1, 2, 3, 4], terms_of)
 
 
 def test_shares_that_were_changed_on_the_way_are_found(tmp_path: Path) -> None:
@@ -735,7 +765,18 @@ def test_a_client_sends_nothing_in_the_clear_even_where_only_its_node_wants_that
     assert all("secure.aggregation is on" in text for text in refused)
 
 
-def test_it_composes_with_noise_on_the_clients(settings: Settings) -> None:
+def test_it_composes_with_noise_on_the_clients(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither a count nor a loss is in such a sum."""
+    beside: list[tuple[int, float]] = []
+
+    def encoded(sent: Factors, n: int, loss: float, *args: Any) -> Any:
+        if args[-1].weight == 1:  # no made-up updates
+            beside.append((n, loss))
+        return encode(sent, n, loss, *args)
+
+    monkeypatch.setattr("fedlora.federation.secure.vector.encode", encoded)
     noise = {"privacy.noise-multiplier": 0.5, "privacy.insecure-reproducible-noise": True}
     given = settings(**five(**noise, **{"privacy.delta": 1e-3}))
     got = play(given)
@@ -743,6 +784,7 @@ def test_it_composes_with_noise_on_the_clients(settings: Settings) -> None:
     assert got.last["train_loss"] is want.last["train_loss"] is None
     check_close(got, want)
     assert got.last["secure"]["error"] < 1e-6  # all weigh 1
+    assert set(beside) == {(1, 0.0)}
     assert not any(facts["privacy"] for facts in got.last["clients"].values())
 
 

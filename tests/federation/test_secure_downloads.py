@@ -16,13 +16,14 @@ from client_app.app import app as client_app
 from fedlora.config.reader import Config
 from fedlora.errors import PrivacyError, RoundError
 from fedlora.federation.client import handlers
-from fedlora.federation.client.agreed_base import check_whole
+from fedlora.federation.client.agreed_base import check_base, check_whole
 from fedlora.federation.client.job import ClientJob
 from fedlora.federation.secure.agreement import Agreement, RoundName
 from fedlora.federation.server import secure_cohort
 from fedlora.federation.wire.codes import FailureKind
 from fedlora.federation.wire.messages import pack
 from fedlora.lora.adapter import Factors
+from fedlora.strategies.base import Version
 from fedlora.training import cache
 from fedlora.training.model.model import Model
 from tests.federation.test_secure_aggregation import Lossy, five, play
@@ -219,6 +220,18 @@ def test_a_sum_begins_its_base_anew_and_other_messages_go_on_from_it() -> None:
         ClientJob.token.fget(SimpleNamespace(job=job, probes=x)) for x in ("", "agreed")
     )
     assert (plain, summed) == ("run/start", "run/start/agreed")
+
+
+def test_a_base_is_agreed_on_from_its_first_change_or_a_snapshot() -> None:
+    """And what an initialisation takes out of it comes with the message, or nothing does."""
+    changes = [Version(n, {}) for n in (1, 2, 3)]
+    for came, offset in ((changes, True), ([Version(2, {}, True), changes[2]], True)):
+        check_base(came, 3, offset)
+        with pytest.raises(PrivacyError, match="of which a part was sent in other rounds"):
+            check_base(came[1:], 3, offset)
+        with pytest.raises(PrivacyError, match="of which a part was sent in other rounds"):
+            check_base(came, 3, False)
+    check_base([], 0, True)
 
 
 def test_all_members_of_a_kind_are_sent_the_same_whatever_each_has(settings: Settings) -> None:

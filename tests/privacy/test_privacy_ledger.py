@@ -2,11 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from flwr.app import Context, Message
 
 from fedlora.errors import BudgetSpent, PrivacyError, RoundError
 from fedlora.privacy import accounting
@@ -165,17 +170,35 @@ def test_a_kill_at_any_point_leaves_all_that_was_sent_paid_for(tmp_path: Path, w
     assert ledger.reserve(CHARGE).epsilon == epsilon([Spend(0.25, 2.0, paid + 4)], DELTA)
 
 
+def test_who_charges_at_once_charges_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of a node, each between what it read and what it writes."""
+    append = Ledger._append
+
+    def slowly(ledger: Ledger, *given: Any) -> None:
+        time.sleep(0.05)
+        append(ledger, *given)
+
+    Ledger(tmp_path).begin()
+    monkeypatch.setattr(Ledger, "_append", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        paid = [pool.submit(Ledger(tmp_path).reserve, CHARGE) for _ in range(3)]
+    assert {x.result().charges for x in paid} == {1, 2, 3}
+    assert Ledger(tmp_path).epsilon(DELTA) == epsilon([Spend(0.25, 2.0, 12)], DELTA)
+
+
 # -- in a federation ---------------------------------------------------------------------------
 
 
-def run(given: dict[str, object]):
-    from client_app.app import app
+def run(given: dict[str, object], app=None):
+    from client_app.app import app as client_app
     from fedlora.config.reader import Config
     from fedlora.federation.server.loop import FederatedLora
     from fedlora.launch.simulate.grid import LocalGrid
 
     config = Config.read(given)
-    with LocalGrid(app, config.clients.count, config.flat(), 1) as grid:
+    with LocalGrid(app or client_app, config.clients.count, config.flat(), 1) as grid:
         server = FederatedLora(config)
         server.start(grid)
     return server
@@ -239,6 +262,36 @@ def test_a_ledger_that_is_gone_stops_the_client(settings: Build, tmp_path: Path)
     os.unlink(Ledger(tmp_path / "shared").path)
     with pytest.raises(RoundError, match="is gone"):
         run(settings("bert", **given, **{"run.name": "again"}))
+
+
+def test_a_client_whose_ledger_was_rolled_back_within_a_run_sends_nothing(
+    settings: Build, tmp_path: Path
+) -> None:
+    """By what the server says that it has; and of a private run no gradient's sketch leaves."""
+    from client_app.app import app as client_app
+
+    sketches: list[str] = []
+
+    def app(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            asked = Message(
+                message.content, message.metadata.dst_node_id, "train.gradient", ttl=9.0
+            )
+            sketches.append(client_app(asked, context).error.reason)
+            (ledger,) = found(tmp_path) or [Ledger(tmp_path)]
+            kept = tmp_path / "kept"
+            if message.content["job"]["round"] == 2:  # type: ignore[index]
+                shutil.rmtree(ledger.directory)
+                shutil.copytree(kept, ledger.directory)
+            elif ledger.directory.exists() and not kept.exists():
+                shutil.copytree(ledger.directory, kept)  # before the second client's charge
+        return client_app(message, context)
+
+    (failure,) = lines(run(settings("bert", **PRIVATE), app))[-1]["failures"]
+    assert failure["client"] == 1, "of whose first charge nothing is left"
+    assert "older than what the server knows of" in failure["reason"]
+    assert all("no noise; nothing was sent" in x for x in sketches)
+    assert len(sketches) == 4
 
 
 def test_a_nodes_own_limit_holds_whatever_the_run_says(settings: Build, tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_noise_is_added_once_with_the_std_that_is_accounted() -> None:
     assert stats.kstest((noised / (sigma * C)).numpy(), "norm").pvalue > 1e-4
 
 
+def test_every_tensor_has_noise_of_its_own() -> None:
+    """Whatever its shape: a bias too, and two of one shape."""
+    params = tuple(torch.nn.Parameter(torch.zeros(n)) for n in ((40, 500), (40, 500), (20_000,)))
+    found = ClippedSum(params, 0.5).noised(1.3, fixed(8))
+    z = torch.stack([found[p].flatten() / 0.65 for p in params])
+    assert ((z.std(1) - 1).abs() < stats.norm.ppf(0.9999) / math.sqrt(2 * 20_000)).all()
+    assert float((torch.corrcoef(z) - torch.eye(3)).abs().max()) < 4 / math.sqrt(20_000)
+
+
 def test_released_numbers_lie_on_a_grid_that_the_data_do_not_move() -> None:
     x = torch.randn(100, dtype=torch.float64)
     grid = 2.0**-24
@@ -110,6 +119,7 @@ LONG = [
     (0.05, 1.0, 200, 1e-5), (0.25, 3.0, 100, 1e-4), (0.004, 0.6, 3000, 1e-6),
     (0.02, 0.35, 500, 1e-5), (0.1, 0.5, 500, 1e-5), (0.01, 0.25, 1000, 1e-5),
     (0.001, 0.15, 100, 1e-6), (0.0001, 0.1, 1000, 1e-6), (0.5, 0.7, 200, 1e-5),
+    (1e-5, 0.2, 20_000, 1e-6),
 ]  # fmt: skip
 GRID = [
     (1.0, 5.0, 30, 1e-5),
@@ -128,6 +138,19 @@ def test_epsilon_is_that_of_an_independent_accountant_and_never_below(
         second_opinion([Spend(q, sigma, steps)], delta),
     )
     assert theirs - 1e-3 <= ours <= theirs + max(0.02, 0.01 * theirs)
+
+
+def test_a_rate_so_small_that_the_rdp_bound_says_nothing_is_counted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few are ever drawn, but each that is costs much: the bound is 4,000, the truth about 21.
+
+    With a small grid, of which the bound alone would ask for too many points."""
+    monkeypatch.setattr(accounting, "POINTS", 2**18)
+    accounting._composed.cache_clear()
+    assert accounting._loose(((0.2, 1e-5, 2000),), 1e-6) > 4000
+    assert epsilon([Spend(1e-5, 0.2, 2000)], 1e-6) < 22
+    accounting._composed.cache_clear()
 
 
 def test_what_is_no_privacy_is_not_told_as_a_number() -> None:
@@ -272,6 +295,7 @@ def test_each_step_draws_its_own_sample_from_the_system_and_is_paid_for(
     samples: list[tuple[int, ...]] = []
     drawn: list[float] = []
     paid: list[int] = []
+    rates: set[tuple[int, float]] = set()
 
     def seen(model, encoded, chosen, *_) -> float:
         samples.append(tuple(chosen.tolist()))
@@ -279,13 +303,19 @@ def test_each_step_draws_its_own_sample_from_the_system_and_is_paid_for(
         paid.append(len(ledger.read().charges))
         return 0.0
 
+    def sampled(n: int, q: float, chance: Chance) -> torch.Tensor:
+        rates.add((n, q))
+        return poisson(n, q, chance)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "private_step", seen)
+        patch.setattr(training, "poisson", sampled)
         for n in range(2):
             ledger = Ledger(tmp_path / str(n), "d")
             charged = fitted(s, tmp_path / str(n), **{"train.steps": 8})[2].read().charges
             assert [c.spend for c in charged] == [Spend(8 / len(s.rows), 2.0, 8)]
     assert paid == [1] * 16, "before the first step"
+    assert rates == {(len(s.rows), 8 / len(s.rows))}, "at the rate that is paid for"
     assert len(set(samples)) > 12
     assert samples[:8] != samples[8:]
     assert drawn[:8] != drawn[8:]

@@ -170,7 +170,10 @@ def test_what_steady_finds_is_of_no_example(settings: Build) -> None:
     """It takes no rows; and the model is as before afterwards."""
     s = setting(settings, "gpt2", "float32")
     before = {p: p.detach().clone() for p in s.model.peft.parameters()}
-    steady(s.model, s.live, s.config, 16, 10.0)
+    seen = probe._steady.setdefault(s.model, {})
+    for n, width in enumerate((16, 16, 24), 1):
+        steady(s.model, s.live, s.config, width, 10.0)
+        assert len(seen) == n - (n > 1), "each width by itself"
     assert all(torch.equal(p, x) for p, x in before.items())
     assert all(p.grad is None for p in s.params)
 

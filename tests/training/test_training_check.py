@@ -108,6 +108,16 @@ def test_a_healthy_model_passes_and_is_left_as_it_was(
     assert same(bits(s.model), before)
 
 
+def test_a_private_check_reads_no_row(settings: Settings, monkeypatch: Patch) -> None:
+    s = loaded(settings, "bert", "float32", **VARIANTS["private"])
+    monkeypatch.setattr(rehearsal, "check_rows", lambda *_: None)  # are there any?
+    s.rows = object()  # type: ignore[assignment]
+    s.check()
+    s.config = Config.read({**s.config.flat(), "privacy.epsilon": 0.0})
+    with pytest.raises((AttributeError, TypeError)):
+        s.check()
+
+
 def test_what_follows_is_the_same_with_and_without_the_check(
     settings: Settings, monkeypatch: Patch
 ) -> None:
