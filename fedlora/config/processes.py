@@ -4,9 +4,11 @@ Linux is what fedlora is tested on. Elsewhere a simulation runs in one process u
 for; what a platform lacks is refused in a line, never found out in the middle of a run.
 """
 
+import multiprocessing
 import os
 import socket
 import sys
+import threading
 
 from fedlora.errors import ConfigError
 
@@ -32,3 +34,15 @@ def workers(asked: int) -> int:
 def deployable() -> bool:
     """Whether `fedlora deploy` runs here: it supervises processes and serves on Unix sockets."""
     return can_fork() and hasattr(os, "posix_spawn") and hasattr(socket, "AF_UNIX")
+
+
+def end_with_parent() -> None:
+    """From here on this process of multiprocessing ends, by SIGKILL's rules, when its parent has,
+    however that ended: a parent that is killed tells its children nothing."""
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

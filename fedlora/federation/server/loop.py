@@ -34,6 +34,7 @@ from fedlora.federation.server.ends import told
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.journal import Member, Saved, state_types
+from fedlora.federation.server.one_writer import only_writer
 from fedlora.federation.server.roster import is_simulated
 from fedlora.federation.server.run import (
     Session,
@@ -104,10 +105,15 @@ class FederatedLora:
             RoundError: fewer than round.min-replies answered; the checkpoint is intact. Where all
                 others say that their privacy budget is spent, the run ends in good order instead.
             ProofError: an aggregation that promises to be exact was not.
+            CheckpointError: the run's directory is another's, or another process writes it.
             DeviceMemoryError: the server's own work does not fit on its device.
         """
         config, directory = self.setting.config, self.setting.journal.directory
-        with enough_memory(config), watched(self.observer, config, directory) as observer:
+        with (
+            only_writer(directory),
+            enough_memory(config),
+            watched(self.observer, config, directory) as observer,
+        ):
             self.session = Session.of(self.setting, observer)
             done, result, stopped = self.begin(grid), Result(), ""
             for number in range(done + 1, config.run.rounds + 1):

@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.older import of_strategy
-from fedlora.config.processes import can_fork
+from fedlora.config.processes import can_fork, end_with_parent
 from fedlora.config.reader import NOT_THE_EXPERIMENT
 from fedlora.errors import CompareError, ConfigError, FedLoraError, StrategyError
 from fedlora.launch.compare.experiment import (
@@ -334,6 +334,7 @@ def _cell(path: Path, changes: Mapping[str, Any], log: str, attack: str) -> None
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    end_with_parent()
     with guarded():
         try:
             local(path, changes, quiet=True, attack=attack)
