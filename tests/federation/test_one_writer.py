@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import CheckpointError
+from fedlora.federation.server import one_writer
 from fedlora.federation.server.one_writer import only_writer
 from tests.support.tiny_federation import federate, quick
 
 Settings = Callable[..., dict[str, object]]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_writer, "PATIENCE", 0.0)
 
 
 def test_nothing_stays_of_the_lock_nor_of_a_directory_that_was_made_for_it(tmp_path: Path) -> None:

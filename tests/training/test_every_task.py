@@ -339,6 +339,8 @@ def test_a_loss_that_is_not_what_the_task_defines_is_seen_before_training(
 @pytest.mark.parametrize(("case", "change", "message"), [
     ("regression", {"data.path": "words"}, r"csv, line 2, has 'red' there, and .*learns numbers"),
     ("multi-label", {"data.path": "words"}, r"line 2, has 'red' there, no list: .*label-separator"),
+    ("tokens", {"data.path": "words"}, r"line 2, has 'a b' there, no list: write a JSON list$"),
+    ("causal-lm", {"data.response": "turns"}, r"no text .* conversations are named in data\.mess"),
     ("pairs", {"data.text-pair": "third"}, r'data\.text-pair = "third": .*no such column'),
     ("regression", {"data.partition": "dirichlet"}, r'set data\.partition = "iid"'),
 ])  # fmt: skip
@@ -349,6 +351,9 @@ def test_rows_of_another_task_are_refused_by_name(
     if change.get("data.path") == "words":
         given["data.path"] = str(tmp_path / "words.csv")
         Path(str(given["data.path"])).write_text("text,label\na b,red\nc d,blue\n")
+    if change.get("data.response") == "turns":
+        given["data.path"] = str(tmp_path / "turns.jsonl")
+        Path(str(given["data.path"])).write_text('{"text": "a", "turns": [{"role": "user"}]}\n')
     with pytest.raises(DataError, match=message):
         cache.corpus(Config.read(given))
 

@@ -216,6 +216,12 @@ def test_a_split_is_a_folder_of_the_folders_of_classes(tmp_path: Path) -> None:
         corpus(tmp_path / "pets", split="train")
 
 
+def test_pictures_in_no_folder_of_a_class_are_told_where_classes_are(tmp_path: Path) -> None:
+    folder(tmp_path / "pets")
+    with pytest.raises(DataError, match=r"no class of any: data\.path names the directory in"):
+        corpus(tmp_path / "pets" / "cat")
+
+
 def test_a_column_without_pictures_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("photo,label\na.png,x\nb.png,y\n")
     with pytest.raises(DataError, match=r'data\.image = "image": .*no such column.*"photo"'):

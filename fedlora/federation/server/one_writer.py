@@ -14,6 +14,9 @@ from fedlora.errors import CheckpointError
 from fedlora.federation.server.journal import check_place
 
 NAME = ".lock"
+PATIENCE = 5.0
+"""Seconds that another process is waited for: workers of a run that was killed end by themselves,
+once what they are computing is done, and hold its lock until then."""
 
 
 @contextmanager
@@ -32,10 +35,11 @@ def only_writer(directory: Path) -> Iterator[None]:
     lock = FileLock(directory / NAME)
     with suppress(NotImplementedError):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise CheckpointError(
-                f"{directory} is being written by another process; wait until it ends, or end it"
+                f"{directory} is being written by another process; wait until it ends (a worker "
+                "of a run that was killed does, after its client), or end it"
             ) from None
     try:
         yield

@@ -13,8 +13,12 @@ from fedlora.errors import DataError
 from fedlora.training.data.tables import Table, column
 
 
-def lists(table: Table, where: str, key: str, name: str, separator: str = "") -> list[list[str]]:
+def lists(
+    table: Table, where: str, key: str, name: str, separator: str | None = None
+) -> list[list[str]]:
     """The cells of a column as lists of texts; a missing cell is an empty list.
+
+    separator: what parts a text into its names, "" where nothing does; None: no text has any.
 
     Raises:
         DataError: there is no such column, or a cell of it is no list; says what it is.
@@ -49,7 +53,7 @@ def inner(feature: Any) -> Any:
     return getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
 
 
-def _read(cell: Any, where: str, key: str, name: str, separator: str) -> list[str]:
+def _read(cell: Any, where: str, key: str, name: str, separator: str | None) -> list[str]:
     text = "" if cell is None else str(cell).strip()
     if not text:
         return []
@@ -62,7 +66,7 @@ def _read(cell: Any, where: str, key: str, name: str, separator: str) -> list[st
             return ["" if x is None else str(x) for x in found]
     elif separator:
         return [part.strip() for part in text.split(separator)]
+    or_part = "" if separator is None else ", or name what parts its names in data.label-separator"
     raise DataError(
-        f'{key} = "{name}": {where} has {text[:40]!r} there, no list: write a JSON list, or, '
-        "for multi-label, name what parts its names in data.label-separator"
+        f'{key} = "{name}": {where} has {text[:40]!r} there, no list: write a JSON list{or_part}'
     )

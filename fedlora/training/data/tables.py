@@ -59,6 +59,9 @@ from fedlora.training.data.written import shown
 
 log = logging.getLogger(__name__)
 
+ANSWERS = ("data.prompt", "data.response", "data.rejected")
+"""Keys whose columns are texts, where some files have conversations."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -150,7 +153,8 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
         return ["" if v is None or v < 0 else feature.names[v] for v in numbers]
     if not isinstance(feature, Value) or name in table.lists:
         what = "lists" if name in table.lists else feature
-        raise DataError(f'{key} = "{name}": {where} has no text there but {what}')
+        hint = "; conversations are named in data.messages" if key in ANSWERS else ""
+        raise DataError(f'{key} = "{name}": {where} has no text there but {what}{hint}')
     if "binary" in feature.dtype:
         raise DataError(
             f'{key} = "{name}": {where} has bytes there, no text: write the column as text, decoded'

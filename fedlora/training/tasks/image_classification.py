@@ -59,6 +59,11 @@ class ImageClassification:
     def read(
         self, table: Table, where: str, data: DataConfig, renames: Mapping[str, str]
     ) -> Columns:
+        if table.names == [data.image]:
+            raise DataError(
+                f"{where} has pictures and no class of any: data.path names the directory in which "
+                "each class is a folder"
+            )
         read = [as_label(x) for x in column(table, where, "data.label", data.label)]
         label = [renames.get(x, x) for x in read]
         found = pictures_of(table, where, "data.image", data.image)

@@ -81,7 +81,7 @@ def tell(rows: int, kept: int, left: Mapping[str, int]) -> None:
     """
     for reason, n in left.items():
         if n and not kept:
-            raise DataError(f"{n} of {rows} rows {reason}")
+            raise DataError(f"{n} of {rows} rows {reason}; none is left")
         if n:
             log.warning("%d of %d rows %s; they are left out", n, rows, reason)
 
