@@ -14,7 +14,7 @@ from fedlora.errors import CheckpointError, DataError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.launch.doctor.the_run import experiment
 from fedlora.training import cache
-from fedlora.training.begun_with import begun_with, digest_of_rows
+from fedlora.training.begun_with import begun_with, check_begun_with, digest_of_rows
 from fedlora.training.data.corpus import Rows
 from tests.support.tiny_federation import federate, quick
 
@@ -150,3 +150,16 @@ def test_a_node_whose_file_changed_between_two_rounds_is_refused_by_itself(
     assert failed == [[], [], [1]]
     (failure,) = done.rounds[-1]["failures"]
     assert "client 1 began this run with other rows" in failure["reason"]
+
+
+def test_of_an_older_run_the_digest_of_the_base_is_a_part_and_nothing_else_is() -> None:
+    now = dict.fromkeys(("rows", "labels", "tokenizer"), "0" * 16) | {
+        "adapter": "",
+        "base": "a" * 64,
+    }
+    check_begun_with({**now, "base": "a" * 16}, now, "run")
+    for key, x in ("base", "b" * 16), ("base", "a" * 63 + "b"), ("adapter", "0" * 16):
+        with pytest.raises(CheckpointError, match="was begun with another"):
+            check_begun_with({**now, key: x}, now, "run")
+    with pytest.raises(CheckpointError, match="another adapter"):
+        check_begun_with(now, {**now, "adapter": "0" * 16}, "run")

@@ -23,6 +23,8 @@ from fedlora.federation.secure.terms import Terms
 from fedlora.federation.secure.vector import encode, folded
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.ffa import FFA
+from fedlora.training import cache
+from fedlora.training.certificate import public_scales
 from tests.conftest import tiny_settings
 from tests.federation.test_secure_aggregation import five, play
 from tests.support.lying_server import LyingServer, Recorded, Refused
@@ -323,6 +325,29 @@ def test_the_true_story_ends_in_the_sum(told: Recorded) -> None:
     server.setup()
     summed = one_story(server, server.share(server.ids), server.ids)
     assert np.array_equal(summed, truly(told, server.ids))
+
+
+def test_what_is_summed_is_count_loss_values_and_changes_and_nothing_else(told: Recorded) -> None:
+    """Word by word, from what each client trained: n, n loss, 1, n x and n c, in their places."""
+    agreement = LyingServer(told).agreement
+    layout, names = agreement.table.layout, {*told.trained[0].numbers[0]}
+    job = told.first["setup", 0].config_records["job"]
+    model = cache.model(Config.read(told.contexts[0].run_config), tuple(job["labels"]))  # type: ignore[arg-type]
+    scales, steps = public_scales(model, names), ((2**31 - 1) // 6) / 10_000
+    sent = {(column, name) for column, name, _ in told.trained[0].sent.items()}
+    assert {*layout.shapes} == sent | {("other", f"certificate/{m}") for m in names}
+    for i, words in told.vectors.items():
+        done, n = told.trained[i], told.trained[i].examples
+        start, end = done.numbers
+        want = [torch.tensor([n, n * done.fit.loss / 8 * steps / 8, 1.0]).double()]
+        for (column, name), *_ in layout.places():
+            if (m := name.removeprefix("certificate/")) != name:
+                x = (end[m] - start[m]) / scales[m]
+            else:
+                x = getattr(done.sent, column)[name].double()
+                x = x * done.sent.scale[name] if column == "B" else x
+            want.append((n * x * steps / 8).flatten())
+        assert np.abs(words.view("<i4") - torch.cat(want).numpy()).max() <= 0.51
 
 
 def truly(told: Recorded, clients: Collection[int]) -> masking.Words:
