@@ -134,7 +134,7 @@ class SecurePolicy(Section):
     colluding: Annotated[int, Field(ge=0)] = 1
     """Clients that may help the server; the larger of this and a run's secure.colluding holds."""
     max_rounds: Annotated[int, Field(ge=0)] = 0
-    """Of which a masked update may leave, of all runs together. 0: no limit."""
+    """For which this node trains, of all runs together. 0: no limit."""
     members: str = ""
     """The file of the members' public keys, "members.toml"; empty: the server says whose each key
     is."""

@@ -10,7 +10,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config.policy import Policy
 from fedlora.errors import PolicyError, PrivacyError
-from fedlora.federation.client import secure_book
+from fedlora.federation.client import handlers, secure_book
 from fedlora.federation.client.secure_book import AHEAD, NAME, SecureBook
-from fedlora.federation.client.secure_client import Masker
 from fedlora.federation.wire.job import Job
 from fedlora.privacy.keeper_socket import ask
 from tests.conftest import tiny_settings
@@ -236,10 +236,28 @@ def test_a_node_with_a_limit_has_so_many_rounds_whatever_the_server_calls_them(
     setup(LyingServer(told), 0)  # its operator allows more
 
 
-def test_a_round_is_counted_on_disk_before_its_vector_is_masked(
+def test_a_round_in_which_nothing_is_sent_but_why_is_counted(
+    told: Recorded, clock: list[float]
+) -> None:
+    """A server that aims the range of values asks a question with each; a limit is of all."""
+    server, so_far = LyingServer(told), rounds(0, told)
+    server.setup()
+    came = server.share(server.ids)
+    honest = told.trained[0]
+    B = {m: x + 1e6 for m, x in honest.sent.B.items()}
+    told.trained[0] = replace(honest, sent=replace(honest.sent, B=B))
+    try:
+        with pytest.raises(Refused, match="outside of"):
+            server.collect({0: came[0]})
+    finally:
+        told.trained[0] = honest
+    assert rounds(0, told) == so_far + 1
+
+
+def test_a_round_is_counted_on_disk_before_its_client_trains(
     told: Recorded, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash between count and answer costs a round; before it, none."""
+    """A crash between count and answer costs a round."""
     server = LyingServer(told)
     server.setup()
     came = server.share(server.ids)
@@ -250,7 +268,8 @@ def test_a_round_is_counted_on_disk_before_its_vector_is_masked(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Masker, "masked", dies)
+        patch.setattr(Recorded, "as_trained", nullcontext)
+        patch.setattr(handlers, "trained", dies)
         with pytest.raises(KeyboardInterrupt):
             server.collect({0: came[0]})
     assert seen == [so_far + 1]
@@ -263,7 +282,7 @@ def test_a_round_is_counted_on_disk_before_its_vector_is_masked(
 def test_the_last_round_is_one_of_two_that_were_begun_at_once(
     told: Recorded, clock: list[float]
 ) -> None:
-    """What was allowed at its beginning is counted at its end: the limit holds all the same."""
+    """What was allowed at its beginning is counted as it trains: the limit holds all the same."""
     one, other = LyingServer(told), LyingServer(told)
     one.setup()
     came = one.share(one.ids)

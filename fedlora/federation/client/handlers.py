@@ -217,6 +217,7 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     masker.check_sent(digest_of(message.content))
     moves = moves_base(work.config.lora.init, work.config.model.quantization)
     check_base(work.download.base, work.job.base_number, bool(work.base_offset) or not moves)
+    work.enter_secure_round("count")  # why nothing is sent is an answer, too
     ((work, done),) = trained([replace(work, probes=agreement.probes)])
     private = work.config.privacy.on
     n, loss = (1, 0.0) if private else (done.examples, done.fit.loss)
@@ -225,7 +226,6 @@ def secagg_collect(message: Message, context: Context) -> RecordDict:
     kind = masker.kind(same_shapes(folded(sent)), work.download.trainable, done.own)
     layout = agreement.table.layout
     vector = encode(sent, n, loss, kind, layout, agreement.terms)
-    work.enter_secure_round("count")
     x = masker.masked(vector)
     array = Array(x.dtype.name, tuple(x.shape), "fedlora.masked", x.tobytes())
     records = {"masked": ArrayRecord({"vector": array})}

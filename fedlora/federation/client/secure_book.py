@@ -6,13 +6,13 @@ A disk that is lost takes with it which rounds were masked. So once its operator
 node recover`, a node answers no start of the server that may be from before: it would mask one
 round twice. When a start began the server says, in what all members agree on.
 
-A round is on the disk before the masked vector leaves. Where the policy names a keeper, that
+A round is on the disk before a client trains for it. Where the policy names a keeper, that
 process has the file, and looks at its own clock and its own policy.
 
 Formal guarantee
     Of a start of the server that this node answered before it was recovered, whatever it said of
     its beginning, no message is answered after: it said AHEAD seconds after that moment at most, or
-    was refused then. Of `secure.max-rounds` rounds at most has a masked vector left since the file
+    was refused then. For `secure.max-rounds` rounds at most has this node trained since the file
     began. A crash costs a round and never gives one.
 """
 
@@ -36,14 +36,14 @@ AHEAD = 60
 """Seconds by which a server's clock may be ahead of the node's."""
 NAME = "secure-rounds.json"
 Step = Literal["begin", "count", "stage"]
-"""Of a secure round: its setup; a masked vector is about to leave; any stage."""
+"""Of a secure round: its setup; training is about to begin; any stage."""
 STEPS = get_args(Step)
 
 
 @dataclass(frozen=True, slots=True)
 class SecureState:
     rounds: int = 0
-    """Of which a masked vector was about to leave, over all runs."""
+    """For which training was about to begin, over all runs."""
     recovered: int = 0
     """When the operator last recovered this node, in seconds since 1970; 0: never."""
 
