@@ -347,7 +347,8 @@ def _finish(cell: Cell) -> None:
     """Why a cell that did not end well did not."""
     if cell.done:
         return
-    text = cell.beside("log").read_text(errors="replace").strip()
+    log = cell.beside("log")
+    text = log.read_text(errors="replace").strip() if log.exists() else "it ended before it began"
     kinds = [f"{kind}: " for kind in (*REFUSED, "Error")]
     at = next((text.rindex(k) for k in kinds if k in text), max(0, len(text) - 300))
     start = text.rfind("\n", 0, at) + 1
