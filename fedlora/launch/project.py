@@ -46,6 +46,7 @@ class Starter:
     """Tokens of an example; 0: it has none."""
     labelled: bool = False
     """Can rows be dealt out by their label?"""
+    rounds: int = 3
 
 
 TEXT = 'text = "text"       # the column of texts'
@@ -58,7 +59,8 @@ PAIRED = (
 )
 STARTERS: Mapping[str, Starter] = {
     "classification": Starter(ENCODER, LABELLED, sample_rows.classes, labelled=True),
-    "pairs": Starter(ENCODER, PAIRED, sample_rows.pairs, "classification", labelled=True),
+    "pairs": Starter(ENCODER, PAIRED, sample_rows.pairs, "classification", labelled=True,
+                     rounds=8),
     "multi-label": Starter(ENCODER, (TEXT, 'label = "label"     # and of lists of labels'),
                         sample_rows.several),
     "regression": Starter(ENCODER, (TEXT, 'label = "label"     # and of numbers'),
@@ -89,7 +91,7 @@ EXPERIMENT = """# An experiment of fedlora. `fedlora config experiment.toml` pri
 
 [run]
 name = "first"            # runs/first is where it ends up
-rounds = 3
+rounds = {rounds}
 seed = 0                  # all chance derives from it
 
 [model]
@@ -172,6 +174,7 @@ def _files(name: str) -> dict[str, str]:
     experiment = EXPERIMENT.format(
         base=base,
         task=form.task or name,
+        rounds=form.rounds,
         path=form.file,
         length=length if form.length else "",
         pooling='pooling = "mean"          # right for sentence encoders\n' if whole else "",

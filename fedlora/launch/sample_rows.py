@@ -32,12 +32,11 @@ def classes(chance: random.Random) -> Iterator[Row]:
 
 
 def pairs(chance: random.Random) -> Iterator[Row]:
-    """Two notes each, of one room or of two."""
+    """A note, and a room that it is of, or is not."""
     for n, place in enumerate(_places(chance)):
-        other = place if n % 2 else _another(chance, place)
-        first, second = _sentence(chance, place), _sentence(chance, other)
-        label = "same room" if n % 2 else "other room"
-        yield {"first": first, "second": second, "label": label}
+        room = place if n % 2 else _another(chance, place)
+        first, second = _sentence(chance, place), f"It belongs in the {room}."
+        yield {"first": first, "second": second, "label": "yes" if n % 2 else "no"}
 
 
 def several(chance: random.Random) -> Iterator[Row]:

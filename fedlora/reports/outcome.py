@@ -59,7 +59,8 @@ JUDGED_BY = (MARGIN, ACCURACY, F1, TOKENS, PEARSON, ROUGE_L, PERPLEXITY)
 """A run is judged by the first of these that anything of it has; else by the loss. Of preferences
 by the margin: it is 0 before training, where the accuracy is rounding's."""
 
-FLOORS = ("majority class", "trained head only")
+HEAD = "trained head only"
+FLOORS = ("majority class", HEAD)
 """The baselines that cost no federation: a model that is not above them has learned nothing."""
 STILL = 1e-4
 """A training loss that moves less than this, of its size, over all rounds did not move."""
@@ -111,12 +112,15 @@ def finite(found: Record | None, key: str) -> float | None:
 def _low(
     metric: Metric, rounds: Sequence[Record], baselines: Mapping[str, Record], final: Record
 ) -> Iterator[str]:
-    """Equal is no better: to say one class always scores what the majority class does."""
+    """Equal is no better: to say one class always scores what the majority class does. But where
+    every row is right, a trained head that is as good is no sign that nothing was learned."""
     score = finite(final, metric.key)
     if score is None:
         yield f"The final {metric.title} is no finite number."
         return
     bars: dict[str, Record | None] = {name: baselines.get(name) for name in FLOORS}
+    if metric.share and score == 1:
+        del bars[HEAD]
     bars["untrained model"] = next((r["evaluation"] for r in rounds if not r["round"]), None)
     values = {name: finite(found, metric.key) for name, found in bars.items()}
     under = [

@@ -63,6 +63,13 @@ def test_preferences_are_judged_by_the_margin_and_not_by_what_rounding_prefers()
     assert told == "The final margin, -0.2000, is no better than: untrained model 0.0000."
 
 
+def test_every_row_right_is_no_worse_for_a_head_that_has_them_too() -> None:
+    as_good = {"majority class": {"accuracy": 0.23}, "trained head only": {"accuracy": 1.0}}
+    assert judge(HEALTHY, as_good, scores(1.0)) == []
+    (told,) = judge(HEALTHY, {"majority class": {"accuracy": 1.0}}, scores(1.0))
+    assert "no better than: majority class 100.0%" in told
+
+
 def test_a_score_below_the_majority_class_is_said_with_the_figures() -> None:
     (told,) = judge(records([0.15, 0.16, 0.16]), BASELINES, scores(0.16))
     assert told == (
