@@ -4,6 +4,7 @@ The others would be sent one that teaches nothing: the sum is then that member's
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -200,11 +201,16 @@ def test_a_base_that_an_earlier_message_left_in_the_process_is_not_trained_on(
     def app(message: Message, context: Context) -> Message:
         second = message.content["job"]["base-number"] == 1 if "job" in message.content else False  # type: ignore[index]
         if second and message.metadata.message_type == "train.secagg_collect":
-            content = RecordDict(dict(copy.deepcopy(message.content).items()))
-            del content["secagg"]
-            asked = Message(content, context.node_id, "evaluate", ttl=60.0)
-            other_base(asked)
-            assert client_app(asked, context).has_content()
+            changes = {"secure.aggregation": False}  # in a sum nothing is scored
+            config = Config.read({**context.run_config, **changes}).identity()
+            for number in (0, 1):  # away from the honest change, and to the other one
+                content = RecordDict(dict(copy.deepcopy(message.content).items()))
+                del content["secagg"]
+                asked = Message(content, context.node_id, "evaluate", ttl=60.0)
+                other_base(asked)
+                of = {"changes": json.dumps(changes), "config": config, "base-number": number}
+                job(**of)(asked)
+                assert client_app(asked, context).has_content()
             poisoned.append(context.node_id)
         return client_app(message, context)
 
