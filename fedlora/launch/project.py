@@ -62,7 +62,7 @@ STARTERS: Mapping[str, Starter] = {
     "pairs": Starter(ENCODER, PAIRED, sample_rows.pairs, "classification", labelled=True,
                      rounds=8),
     "multi-label": Starter(ENCODER, (TEXT, 'label = "label"     # and of lists of labels'),
-                        sample_rows.several),
+                        sample_rows.several, rounds=8),
     "regression": Starter(ENCODER, (TEXT, 'label = "label"     # and of numbers'),
                        sample_rows.numbers),
     "token-classification": Starter(ENCODER, (), sample_rows.tagged, file="rows.conll"),
