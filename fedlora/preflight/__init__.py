@@ -2,12 +2,13 @@
 
     problems(config)             what the config and its strategy alone can tell
     problems(config, clients)    and what these clients cannot do together
-    check(config)                a ConfigError of them all
+    check(config)                a ConfigError of them all, and of what its ranks cannot do together
     read(given), load(path)      the config, read and checked
 
 The command, `fedlora doctor`, `fedlora compare` and the entry points of both apps ask; a node asks
 of its own config before it answers. The server asks the second part once more, of the clients that
-came (federation/server/admission.py). `Config` parses one key at a time and knows nothing of this.
+came (federation/server/admission.py), since a node may state a rank of its own. `Config` parses
+one key at a time and knows nothing of this.
 It loads no model and imports nothing that could, so that the command answers at once.
 """
 
@@ -27,6 +28,7 @@ from fedlora.preflight import (
     secure,
     stop,
     tasks,
+    together,
     training,
     user_code,
 )
@@ -56,8 +58,13 @@ def check(config: Config, clients: Sequence[Client] | None = None) -> None:
     Raises:
         ConfigError: it cannot; with all the problems there are.
     """
-    if found := list(problems(config, clients)):
+    if found := list(problems(config, clients)) or _together(config, clients):
         raise ConfigError(found)
+
+
+def _together(config: Config, clients: Sequence[Client] | None = None) -> list[str]:
+    """What clients of the config's ranks cannot do; of those that came the server finds out."""
+    return [*together.problems(config, config.build_strategy())] if clients is None else []
 
 
 def read(given: Mapping[str, Any]) -> Config:
@@ -82,6 +89,6 @@ def load(
         ConfigError: as `read`, or the file is none.
     """
     config = Config.load(path, overrides, beside)
-    if found := list(problems(config)):
+    if found := list(problems(config)) or _together(config):
         raise ConfigError(found, where_to_mend(path))
     return config

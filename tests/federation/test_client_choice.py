@@ -74,7 +74,7 @@ def test_secure_aggregation_is_refused(settings: Settings) -> None:
     on = {"secure.aggregation": True, "secure.colluding": 0, "clients.ranks": "3"}
     given = settings(**quick("lora-a2", **on))
     with pytest.raises(StrategyError, match=r"or the ranks it chose.*use ffa"):
-        federate(given)
+        federate(given, unasked=True)
 
 
 def test_the_server_would_see_a_rank_that_was_not_trained_by_its_client(

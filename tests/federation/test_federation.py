@@ -280,7 +280,7 @@ def test_bfloat16_on_the_wire_halves_the_bytes_and_stays_within_its_own_rounding
 def test_a_strategy_that_cannot_do_it_refuses_before_round_1(settings: Settings) -> None:
     given = quick("fedavg", **{"clients.ranks": "2,3"})
     with pytest.raises(StrategyError, match=r"needs one rank for all.*use fedex"):
-        federate(settings(**given))
+        federate(settings(**given), unasked=True)
 
 
 def test_a_run_of_the_same_name_is_not_written_over(settings: Settings) -> None:

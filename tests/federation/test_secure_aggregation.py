@@ -413,13 +413,13 @@ def test_a_strategy_that_needs_single_updates_is_refused_before_anything_is_sent
         return client_app(message, context)
 
     with pytest.raises(StrategyError, match=r"FedEx needs each client's own update.*use ffa"):
-        federate(settings(**five("fedex")), app=app)
+        federate(settings(**five("fedex")), app=app, unasked=True)
     assert set(sent) == {"query"}
 
 
 def test_a_client_alone_of_its_rank_is_refused_before_round_1(settings: Settings) -> None:
     with pytest.raises(StrategyError, match=r"client 4 is the only one of rank 5.*would be no sum"):
-        federate(settings(**five(**{"clients.ranks": "2,2,2,2,5"})))
+        federate(settings(**five(**{"clients.ranks": "2,2,2,2,5"})), unasked=True)
     two = make_clients([2, 5, 5, 2])
     assert not list(only_of_their_ranks(two, 2))
     (one, *_) = said = list(only_of_their_ranks(two, 3))  # with one that helps the server

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +27,10 @@ from fedlora.launch.client_app import answer
 from fedlora.launch.client_app import app as client_app
 from fedlora.launch.doctor import examine
 from fedlora.launch.simulate.grid import LocalGrid, _name
-from fedlora.preflight import hardware, tasks
+from fedlora.preflight import hardware, tasks, together
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Client, Layer
+from tests.support.doc_tables import DOCS, table
 from tests.support.tiny_federation import ROOT, directory_of, federate, python, quick
 
 Settings = Callable[..., dict[str, object]]
@@ -58,6 +60,9 @@ SPREAD = {"model.device-map": "auto"}
 STOPS = {"stop.patience": 2, "data.validation-size": 5}
 OWN_ROWS = {"stop.patience": 2, "data.client-validation-fraction": 0.2}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
+
+SUMS = table(DOCS / "privacy" / "index.md", "ranks")
+"""Which strategies go on sums, of which ranks."""
 
 BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     # of which strategy, on which model, with which settings, in which words
@@ -289,6 +294,8 @@ BY_MEASURE: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"clients.count": 500}, "there are only"),
     ("fedavg", "bert", {"output.tracker": "wandb"}, "is not installed"),
 ]  # fmt: skip
+ALGEBRA = [BY_CLIENTS[0], BY_CLIENTS[-1], *BY_MEASURE[1:3], *BY_MEASURE[4:6]]
+"""What no model has to be there for: fedlora/preflight/together.py."""
 REFUSED = [*BY_CONFIG, *(c for c in BY_CLIENTS if c[3]), *BY_MEASURE]
 
 
@@ -474,6 +481,7 @@ def test_the_table_holds_every_refusal_of_the_list(settings: Settings) -> None:
     sys.settrace(trace)
     try:
         said = [[*preflight.problems(c)] for c in configs]
+        [[*together.problems(c, c.build_strategy())] for c in configs[len(BY_CONFIG) :]]
         uneven = [*preflight.problems(alora, clients((2, 3)))]
         [*preflight.problems(Config.read({**SECURE, "strategy.name": "ffa"}), clients((2, 2, 3)))]
     finally:
@@ -483,6 +491,38 @@ def test_the_table_holds_every_refusal_of_the_list(settings: Settings) -> None:
     missed = [f"{Path(path).name}:{lines.start}" for file in HERE for path, lines in yields(file)
               if not any((path, n) in hit for n in lines)]  # fmt: skip
     assert not missed, f"no case of the table reaches {', '.join(missed)}"
+
+
+@pytest.mark.parametrize("case", ALGEBRA, ids=[c[3] for c in ALGEBRA])
+def test_what_ranks_cannot_do_together_is_said_before_a_model_is_there(
+    case: tuple[str, str, Changes, str],
+) -> None:
+    """Of any model: none is named here that there is."""
+    name, _, changes, words = case
+    given = {**NAMED, "clients.count": 3, "strategy.name": name, **changes}
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        preflight.read(given)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_which_sums_a_run_refuses_is_known_from_its_ranks_alone(name: str) -> None:
+    """Of one rank and of three, as the table of docs/privacy/index.md has it."""
+    keeps = {"strategy.fedsa.average-at-end": False} if name == "fedsa" else {}
+    sums = {**NAMED, **keeps, "strategy.name": name, "secure.aggregation": True}
+    refused = {}
+    for which, ranks in (("one", "8"), ("any", "4,8,16")):
+        config = Config.read({**sums, "clients.count": 9, "clients.ranks": ranks})
+        refused[which] = bool([*together.problems(config, config.build_strategy())])
+    said = {row["ranks"].split()[0] for row in SUMS if f"`{name}`" in row["strategies"]}
+    assert refused == {"one": not said & {"one", "any"}, "any": "any" not in said}
+
+
+def test_what_nodes_may_say_otherwise_is_left_to_them() -> None:
+    """The counterexample: ranks of the nodes' cores, or by a pattern of modules, are not known."""
+    sums = {**NAMED, **SECURE, "strategy.name": "fedex", "clients.ranks": "4,8"}
+    for more in ({"ranks.policy": "capability"}, {"lora.rank-pattern": "value=2"}):
+        config = Config.read({**sums, **more})
+        assert not [*together.problems(config, config.build_strategy())]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

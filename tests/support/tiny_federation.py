@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from fedlora import preflight
+from fedlora.config.reader import Config
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.launch.simulate.cards import grid_of
 from fedlora.strategies import STRATEGIES
@@ -93,12 +94,14 @@ def federate(
     app: Callable[..., Any] = client_app,
     before: Callable[[FederatedLora], None] = lambda _: None,
     nodes: Mapping[int, Mapping[str, object]] | None = None,
+    unasked: bool = False,
 ) -> Ran:
     """Run to the end in this process; `before` may reach into the server before it starts.
 
-    `nodes` are the clients' own node configs, as a deployed node has one.
+    `nodes` are the clients' own node configs, as a deployed node has one. unasked: preflight is not
+    asked, so that the server is alone with what it finds.
     """
-    config = preflight.read(settings)
+    config = Config.read(settings) if unasked else preflight.read(settings)
     with grid_of(config, app, nodes) as grid:  # type: ignore[arg-type]
         server = FederatedLora(config)
         before(server)
