@@ -83,7 +83,16 @@ def kinds(tree: Any) -> set[str]:
 
 
 def load(path: Path, *types: type, older: Older | None = None) -> Any:
-    """The tree that was saved. `types` are the dataclasses in it beyond Factors, Pair and Stack.
+    """The tree that was saved: see `load_with_notes`."""
+    return load_with_notes(path, *types, older=older)[0]
+
+
+def load_with_notes(
+    path: Path, *types: type, older: Older | None = None
+) -> tuple[Any, dict[str, str]]:
+    """The tree that was saved, and the strings that were saved beside it, of one read of the file.
+
+    `types` are the dataclasses in it beyond Factors, Pair and Stack.
 
     older: what older formats call those types and their fields, where they differ.
 
@@ -94,7 +103,8 @@ def load(path: Path, *types: type, older: Older | None = None) -> Any:
     """
     try:
         data = path.read_bytes()  # one read: a writer may put another file here meanwhile
-        number, skeleton = _parts(_metadata(data)["tree"], data, path)
+        notes = _metadata(data)
+        number, skeleton = _parts(notes.pop("tree"), data, path)
         tensors = from_bytes(data)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -103,7 +113,7 @@ def load(path: Path, *types: type, older: Older | None = None) -> Any:
     steps = tuple((older or {}).get(n, Names()) for n in range(number, FORMAT))
     known = {t.__name__: t for t in (*KNOWN, *types)}
     try:
-        return _Reader(path, tensors, known, steps).build(skeleton)
+        return _Reader(path, tensors, known, steps).build(skeleton), notes
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged, or of another version of fedlora: {e}") from e
 

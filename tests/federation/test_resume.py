@@ -194,6 +194,24 @@ def test_a_flipped_bit_in_the_last_checkpoint_costs_one_round(settings: Settings
     assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
 
 
+@pytest.mark.parametrize("how", ["an older one in its place", "gone"])
+def test_a_last_checkpoint_that_is_not_its_rounds_is_said_and_its_round_made_again(
+    settings: Settings, how: str
+) -> None:
+    """Whole as it is: an older backup, say. Without a word a round on record would be undone."""
+    given = interrupted(settings, "fedex")
+    older, last = sorted(Path(str(given["run.out"]), "run", "checkpoint").glob("round-*"))
+    last.unlink()
+    if how != "gone":
+        shutil.copy(older, last)
+    said: list[str] = []
+    ran = federate(given, before=lambda server: setattr(server.observer, "note", said.append))
+    words = "round 2 is on record, and its checkpoint is gone" if how == "gone" else "holds another"
+    assert any(words in x and "made again" in x for x in said)
+    assert any("after round 1" in x for x in said)
+    assert ran.adapter == federate({**given, "run.name": "whole", "run.resume": False}).adapter
+
+
 def test_a_flipped_bit_in_a_rounds_record_is_said_by_resume_and_report(settings: Settings) -> None:
     """A number on record that is another one: still JSON, and no run's."""
     given = interrupted(settings, "fedex")

@@ -1,13 +1,15 @@
 """What a client keeps: found again as the server left it, and never missed in silence."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedlora.errors import ClientMemoryError, LostBaseError
+from fedlora.errors import CheckpointError, ClientMemoryError, LostBaseError
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.lora.adapter import Factors, Pair
+from fedlora.lora.tree_file import save
 from fedlora.strategies.base import Version
 from fedlora.strategies.base_log import BaseLog
 
@@ -64,6 +66,53 @@ def test_anothers_memory_is_not_taken_for_its_own(tmp_path: Path, client: int, t
     ClientMemory(tmp_path, 3, "run").remember(2, kept(0.5))
     with pytest.raises(ClientMemoryError, match=f"client {client} has lost its memory of round 2"):
         ClientMemory(tmp_path, client, token).recall(2)
+
+
+@pytest.mark.parametrize("whose", ["client-4", "an earlier round", "another run"])
+def test_a_whole_file_in_anothers_place_is_no_memory(tmp_path: Path, whose: str) -> None:
+    """A backup of the wrong client, an older copy: its digest is right, and it is not this one."""
+    mine = ClientMemory(tmp_path, 3, "run")
+    mine.remember(2, kept(0.5))
+    other = {
+        "client-4": ClientMemory(tmp_path, 4, "run"),
+        "an earlier round": ClientMemory(tmp_path, 3, "run"),
+        "another run": ClientMemory(tmp_path, 3, "another"),
+    }[whose]
+    number = 1 if whose == "an earlier round" else 2
+    other.remember(number, kept(9.0))
+    other.lose(number, kept(9.0))
+    for kind in ("round", "lost"):
+        wrong = other.own / f"{kind}-{number:05}.safetensors"
+        shutil.copy(wrong, mine.own / f"{kind}-00002.safetensors")
+    with pytest.raises(
+        ClientMemoryError, match=r"lost its memory of round 2 .* is that of .*restor"
+    ):
+        mine.recall(2)
+    with pytest.raises(CheckpointError, match=r"lost-00002.safetensors is that of"):
+        mine.lost(2)
+
+
+def test_memory_of_an_older_fedlora_does_not_say_whose_it_is_and_is_taken(tmp_path: Path) -> None:
+    mine = ClientMemory(tmp_path, 3, "run")
+    save(mine.own / "round-00002.safetensors", kept(0.5))
+    assert value(mine.recall(2)) == 0.5
+
+
+def test_another_base_change_in_its_place_is_asked_for_again(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path, 3, "run")
+    memory.add_base([Version(n, {"m": change(n, n)}) for n in (1, 2)])
+    shutil.copy(memory.base / "00001.safetensors", memory.base / "00002.safetensors")
+    with pytest.raises(LostBaseError, match=r"lacks base change 2 of 2 .*holds base change 1"):
+        memory.base_to(2)
+
+
+def test_a_damaged_record_of_what_fits_into_memory_is_said(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path, 3, "run")
+    memory.halve(8)
+    assert memory.microbatch() == 8
+    (memory.own / "microbatch.txt").write_bytes(b"\xff8")
+    with pytest.raises(ClientMemoryError, match="damaged: restore it"):
+        memory.microbatch()
 
 
 def test_lost_and_damaged_memory_say_which_and_what_to_do(tmp_path: Path) -> None:

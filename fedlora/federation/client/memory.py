@@ -7,6 +7,9 @@
     <root>/base/00002.safetensors                 base change 2, as the server sent it
     <root>/base/00000.safetensors                 what lora.init takes out of the base, if it does
 
+Each file says whose it is, of which run and round: one that is whole and in another's place, as a
+wrong backup would be, is no more this client's than one that is damaged.
+
 The server says with each message which round's memory it builds on: the last round whose reply
 it accepted. So a reply that was lost, or a server that went back to its last checkpoint, finds
 the client as it was then. A client keeps that one and the newest.
@@ -21,8 +24,11 @@ from pathlib import Path
 
 from fedlora.errors import CheckpointError, ClientMemoryError, DataError, LostBaseError
 from fedlora.lora.adapter import Delta, Factors
-from fedlora.lora.tree_file import load, save, write_atomically
+from fedlora.lora.tree_file import load, load_with_notes, save, write_atomically
 from fedlora.strategies.base import Version
+
+OF = "of"
+"""The note of a file that says whose it is."""
 
 
 class ClientMemory:
@@ -32,6 +38,7 @@ class ClientMemory:
         self.own = root / token / f"client-{client}"
         self.base = root / token / "base"
         self.client = client
+        self.token = token
 
     def recall(self, round: int, keep: bool = False) -> Factors:
         """What was kept in that round; nothing for round 0. Of other rounds it is let go of, unless
@@ -44,7 +51,7 @@ class ClientMemory:
             return Factors()
         path = self.own / f"round-{round:05}.safetensors"
         try:
-            kept: Factors = load(path)
+            kept = self._load(path)
         except CheckpointError as e:
             raise ClientMemoryError(
                 f"client {self.client} has lost its memory of round {round} ({e}); restore "
@@ -56,7 +63,7 @@ class ClientMemory:
         return kept
 
     def remember(self, round: int, kept: Factors) -> None:
-        save(self.own / f"round-{round:05}.safetensors", kept)
+        self._save(self.own / f"round-{round:05}.safetensors", kept)
 
     def lost(self, round: int) -> Factors:
         """What the upload of that round lost to rounding; nothing where it kept none.
@@ -70,11 +77,27 @@ class ClientMemory:
                 other.unlink(missing_ok=True)
         if not path.exists():
             return Factors()
-        found: Factors = load(path)
-        return found
+        return self._load(path)
 
     def lose(self, round: int, error: Factors) -> None:
-        save(self.own / f"lost-{round:05}.safetensors", error)
+        self._save(self.own / f"lost-{round:05}.safetensors", error)
+
+    def _whose(self, path: Path) -> str:
+        return f"{self.token}/client-{self.client}/{path.stem}"
+
+    def _save(self, path: Path, tree: Factors) -> None:
+        save(path, tree, {OF: self._whose(path)})
+
+    def _load(self, path: Path) -> Factors:
+        """
+        Raises:
+            CheckpointError: it is not there, is damaged, or of another client, run or round. A file
+                that an older fedlora wrote does not say whose it is.
+        """
+        found, notes = load_with_notes(path)
+        if (whose := notes.get(OF, mine := self._whose(path))) != mine:
+            raise CheckpointError(f"{path} is that of {whose}")
+        return found
 
     def checked(self) -> list[str]:
         """What the training check has passed in this run; nothing where its record is damaged."""
@@ -89,9 +112,16 @@ class ClientMemory:
         write_atomically(self.own / "checked.json", found.encode())
 
     def microbatch(self) -> int:
-        """What this client has halved train.microbatch to, for want of memory; 0: it has not."""
+        """What this client has halved train.microbatch to, for want of memory; 0: it has not.
+
+        Raises:
+            ClientMemoryError: that is on record, and damaged.
+        """
         path = self.own / "microbatch.txt"
-        return int(path.read_text()) if path.exists() else 0
+        text = path.read_bytes() if path.exists() else b"0"
+        if not text.isdigit():
+            raise ClientMemoryError(f"{path} is damaged: restore it, or start the run anew")
+        return int(text)
 
     def halve(self, microbatch: int) -> None:
         write_atomically(self.own / "microbatch.txt", str(microbatch).encode())
@@ -123,7 +153,7 @@ class ClientMemory:
             LostBaseError: it is gone.
         """
         try:
-            version: Version = load(self.base / "00000.safetensors", Version)
+            version = self._version(0)
         except CheckpointError as e:
             what = f"client {self.client} lacks what lora.init took out of the base"
             raise LostBaseError(f"{what} ({e}); the server has to send it again") from e
@@ -138,7 +168,7 @@ class ClientMemory:
         chain: list[Version] = []
         for n in range(number, 0, -1):
             try:
-                version: Version = load(self.base / f"{n:05}.safetensors", Version)
+                version = self._version(n)
             except CheckpointError as e:
                 what = f"client {self.client} lacks base change {n} of {number}"
                 raise LostBaseError(f"{what} ({e}); the server has to send them again") from e
@@ -146,3 +176,14 @@ class ClientMemory:
             if version.snapshot:
                 break
         return chain[::-1]
+
+    def _version(self, n: int) -> Version:
+        """
+        Raises:
+            CheckpointError: it is not there, is damaged, or another one.
+        """
+        path = self.base / f"{n:05}.safetensors"
+        version: Version = load(path, Version)
+        if version.number != n:
+            raise CheckpointError(f"{path} holds base change {version.number}")
+        return version

@@ -6,7 +6,6 @@ killed between the two finds the line there, and one killed before it repeats th
 
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -20,6 +19,7 @@ from fedlora.config.older import kept, missing, of_strategy
 from fedlora.config.reader import NOT_THE_EXPERIMENT, Config
 from fedlora.errors import CheckpointError, FormatError, StrategyError
 from fedlora.federation.server import ends
+from fedlora.federation.server.places import check_own, check_place
 from fedlora.lora import tree_file
 from fedlora.lora.adapter import Delta
 from fedlora.lora.tree_format import Names
@@ -130,19 +130,6 @@ def check_kept(strategy: Strategy[Any], state: Any) -> None:
         )
 
 
-def check_place(key: str, path: Path) -> None:
-    """Check that the directory at path, the value of a config's key, is there or can be made.
-
-    Raises:
-        CheckpointError: it cannot; says what stands in the way.
-    """
-    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise CheckpointError(f"{key}: {there} is no directory, so nothing can be kept in {path}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{key}: {there} cannot be written, so nothing can be kept in {path}")
-
-
 class Journal:
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -195,6 +182,10 @@ class Journal:
         tree, notes = found
         with _damage(self.directory / "checkpoint"):
             line, number = json.loads(notes["line"]), int(notes["round"])
+        recorded = max((x["round"] for x in self.lines()), default=0)
+        if recorded > number and not self.damaged:
+            gone = f"round {recorded} is on record, and its checkpoint is gone"
+            self.damaged.append(CheckpointError(f"{gone} from {self.directory / 'checkpoint'}"))
         self._rewrite(checked(RoundRecord, line, f"{self.directory / 'checkpoint'}, its line"))
         self._write_config()
         ends.put_away(self.directory, self.config.run.rounds)
@@ -218,10 +209,11 @@ class Journal:
         self.damaged: list[CheckpointError] = []
         for path in self._checkpoints()[::-1]:
             try:
-                tree = tree_file.load(path, *types, older=OLDER)
+                tree, notes = tree_file.load_with_notes(path, *types, older=OLDER)
                 if not isinstance(tree, types[0]):
                     raise CheckpointError(f"{path} is damaged: it holds no state of a run")
-                return tree, tree_file.notes(path)
+                check_own(path, notes)
+                return tree, notes
             except FormatError:  # the one before it would undo a round that is whole
                 raise
             except CheckpointError as e:  # damaged: the one before it is whole

@@ -182,7 +182,7 @@ def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
     if saved:
         check_begun_with(journal.begun_with(), here, journal.directory)
         for line_ in (
-            *(f"{e}; its round is made again" for e in journal.damaged),
+            *(f"{e}; that round is made again" for e in journal.damaged),
             f"resuming {journal.directory} after round {done}",
             *journal.kept(),
             *told(config, done),

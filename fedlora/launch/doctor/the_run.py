@@ -24,7 +24,8 @@ from fedlora.federation.secure.vector import Kind, Layout, kinds_of
 from fedlora.federation.server import asynchronous
 from fedlora.federation.server.bounds import MAJORITY, MOST, capped
 from fedlora.federation.server.exchange import Schemas
-from fedlora.federation.server.journal import Journal, Member, check_place
+from fedlora.federation.server.journal import Journal, Member
+from fedlora.federation.server.places import check_place
 from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.setup import check_begins, check_head
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
