@@ -163,7 +163,7 @@ def audit(
     if not as_json:
         left = [x for x in lines if x.get("what") == "left"]
         refused = sum(x.get("what") in ("refused", "failed") for x in lines)
-        sent = sum(int(x.get("bytes", 0)) for x in left)
+        sent = sum(n for x in left if type(n := x.get("bytes")) is int)
         typer.echo(f"{book}: {len(left)} replies left, {sent} bytes; {refused} without one")
 
 
@@ -175,6 +175,6 @@ def told(line: object) -> str:
     parts = [str(x.get("time", "?")), str(x.get("what", "?")), str(x.get("kind", ""))]
     for key in ("run", "round", "bytes", "epsilon", "policy", "error"):
         parts += [f"{key} {x[key]}"] if key in x else []
-    parts += [", ".join(map(str, x.get("records", [])))]
-    parts += ["; ".join(map(str, x.get("reasons", [])))]
+    for between, key in ((", ", "records"), ("; ", "reasons")):
+        parts += [between.join(map(str, x[key]))] if isinstance(x.get(key), list) else []
     return "  ".join(cleaned(part) for part in parts if part)

@@ -24,12 +24,16 @@ import socket
 import socketserver
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
+MOST = 2**63 - 1
+LONGEST_WORD = 1000
+"""Of a charge: what a line says must be read again, for good."""
 PEER = "3i"
 """pid, uid, gid: what SO_PEERCRED gives."""
 
@@ -72,6 +76,8 @@ class Keeper(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """Serves one socket, which it makes anew."""
 
     daemon_threads = True
+    request_queue_size = 1024
+    """Of connections that were not looked at yet: any user may make some."""
 
     def __init__(self, place: Path, policy: Path, allowed: set[int]) -> None:
         self.place, self.policy, self.allowed = place, policy, allowed
@@ -84,22 +90,31 @@ class _Request(socketserver.BaseRequestHandler):
     server: Keeper
 
     def handle(self) -> None:
-        from fedlora.errors import FedLoraError, PolicyError
-        from fedlora.privacy.keeper_socket import SECONDS, put, taken
+        from fedlora.privacy.keeper_socket import SECONDS, put
 
         there: socket.socket = self.request
         there.settimeout(SECONDS)
+        with suppress(OSError):  # whoever asked is gone, and what was written stays
+            put(there, self._answer(there))
+
+    def _answer(self, there: socket.socket) -> dict[str, Any]:
+        from fedlora.errors import FedLoraError, PolicyError
+        from fedlora.privacy.keeper_socket import taken
+
+        if peer(there) not in self.server.allowed:
+            return {"refused": "this user may ask nothing of the keeper", "public": True}
         try:
-            if peer(there) not in self.server.allowed:
-                put(there, {"refused": "this user may ask nothing of the keeper", "public": True})
-                return
-            put(there, answered(self.server.policy, there, taken(there)))
+            return answered(self.server.policy, there, taken(there))
         except FedLoraError as e:
             said = {"kind": type(e).__name__, "public": e.may_leave}
             reasons = [*e.reasons] if isinstance(e, PolicyError) else []
-            put(there, {"refused": str(e), "reasons": reasons, **said})
-        except (KeyError, TypeError, ValueError) as e:
-            put(there, {"refused": f"no request that the keeper knows: {e!r}", "public": False})
+            return {"refused": str(e), "reasons": reasons, **said}
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
+            return {"refused": f"no request that the keeper knows: {e!r:.200}", "public": False}
+        except OSError as e:  # the other end, or the disk
+            said = f"the keeper could not do it: {type(e).__name__}: {e.strerror or e}"
+            typer.echo(said, err=True)
+            return {"refused": said, "public": False}
 
 
 def peer(there: socket.socket) -> int:
@@ -138,7 +153,11 @@ def _reserved(policy: Any, there: socket.socket, asked: Mapping[str, Any]) -> di
     own: dict[str, Any] = {"delta": policy.privacy.delta, "units": ALL, "reading": ""}
     charge = replace(Charge.read(dict(asked["charge"])), **own)
     spend, budget = charge.spend, float(asked["budget"])
-    if not (0 <= spend.q <= 1 and 0 <= spend.sigma < math.inf and spend.steps > 0 and budget >= 0):
+    numbers = 0 <= spend.q <= 1 and 0 <= spend.sigma < math.inf and 0 < spend.steps <= MOST
+    whole = all(abs(n) <= MOST for n in (charge.round, charge.client)) and budget >= 0
+    words = (charge.unit, charge.adjacency, charge.run, charge.noise)
+    plain = all(isinstance(x, str) and len(x) <= LONGEST_WORD for x in words)
+    if not (numbers and whole and plain and math.isfinite(charge.clip)):
         raise ValueError("a charge that is none")
     limits = [x for x in (budget, policy.privacy.max_epsilon) if x]
     known = Acknowledged(**asked["acknowledged"]) if "acknowledged" in asked else None

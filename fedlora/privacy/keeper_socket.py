@@ -7,6 +7,7 @@ written by processes that have none.
 import json
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ LONGEST = 2**20
 """Bytes of a request or an answer, without what follows it."""
 SECONDS = 120.0
 """For an answer: another process may hold the ledger's lock."""
+QUEUE = 30.0
+"""Seconds to wait for a place in the keeper's queue."""
 
 
 def ask(path: Path, what: str, more: Mapping[str, Any], data: bytes = b"") -> dict[str, Any]:
@@ -29,7 +32,7 @@ def ask(path: Path, what: str, more: Mapping[str, Any], data: bytes = b"") -> di
     try:
         with socket.socket(socket.AF_UNIX) as there:
             there.settimeout(SECONDS)
-            there.connect(str(path))
+            _connect(there, path)
             with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was read
                 put(there, {"ask": what, **more})
                 there.sendall(data)
@@ -47,6 +50,18 @@ def ask(path: Path, what: str, more: Mapping[str, Any], data: bytes = b"") -> di
         kind = BudgetSpent if answer.get("kind") == "BudgetSpent" else PrivacyError
         raise kind.public(said) if answer.get("public") is True else kind(said)
     return answer
+
+
+def _connect(there: socket.socket, path: Path) -> None:
+    """Wait a little where others fill the queue before it, as any user of the machine may."""
+    until = time.monotonic() + QUEUE
+    while True:
+        try:
+            return there.connect(str(path))
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
 
 
 def put(there: socket.socket, message: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A node's policy: the file, what it admits, its limits while a node works, and its record."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.config.policy import HoursPolicy, LimitsPolicy, Policy, keys
 from fedlora.config.reader import Config
-from fedlora.errors import ConfigError, PolicyError
+from fedlora.errors import BudgetSpent, ConfigError, PolicyError
 from fedlora.federation.client import audit, limits, oversight
 from fedlora.federation.client.admit import admit, check_message, check_terms
 from fedlora.federation.client.node_config import check_node_config
@@ -22,6 +23,8 @@ from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.codes import Code
 from fedlora.federation.wire.job import Job
 from fedlora.federation.wire.same_machine import OWN_MACHINE
+from fedlora.privacy.accounting import Spend
+from fedlora.privacy.charges import Charge
 from fedlora.privacy.ledger import Ledger
 from fedlora.strategies import STRATEGIES
 from tests.conftest import tiny_settings
@@ -250,6 +253,20 @@ def test_privacy_that_is_enough_is_admitted_with_the_nodes_own_limit(tmp_path: P
     made = policy(tmp_path, privacy={"level": "example", "max-epsilon": 1.0, "max-delta": 1e-4})
     config = admit(made, {**RUN, **PRIVATE, "privacy.max-epsilon": 100.0}, job())
     assert (config.privacy.epsilon, config.privacy.max_epsilon) == (4.0, 1.0)
+
+
+def test_a_level_alone_does_not_say_how_much_noise(tmp_path: Path) -> None:
+    """So a policy that means it has a limit, too, which the ledger holds against each charge."""
+    hollow = {**RUN, "privacy.noise-multiplier": 1e-9}
+    for limit in (0.0, 1.0):
+        made = policy(tmp_path, privacy={"level": "example", "max-epsilon": limit})
+        config = admit(made, hollow, job())
+        assert (config.privacy.noise_multiplier, config.privacy.max_epsilon) == (1e-9, limit)
+    charge = Charge(Spend(0.1, 1e-9, 1), 0.3, 1e-5)
+    ledger = Ledger(tmp_path / "book")
+    with pytest.raises(BudgetSpent):
+        ledger.reserve(charge, 1.0)
+    assert not ledger.read().charges
 
 
 def test_an_operator_demands_secure_aggregation_or_refuses_it(tmp_path: Path) -> None:
@@ -518,7 +535,22 @@ def test_the_record_is_only_ever_added_to(tmp_path: Path) -> None:
     with book.open("a") as f:
         f.write('{"what": "le')  # a crash in the middle
     assert len([*audit.read(book)]) == 2
+    audit.append(book, "asked", kind="query")
+    assert [x["what"] for x in audit.read(book)] == ["asked", "left", "asked"], "and swallows none"
+    book.write_bytes(book.read_bytes() + b"\xff\xfe" + b"[" * 100_000 + b"\n")
+    assert len([*audit.read(book)]) == 3
     assert not [*audit.read(tmp_path / "none")]
+
+
+def test_half_a_line_on_a_full_disk_is_not_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system writes what there is room for, and says how much that was."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:20]))
+    with pytest.raises(OSError, match="No space left"):
+        audit.append(tmp_path / "audit.jsonl", "left", kind="train")
+    assert not [*audit.read(tmp_path / "audit.jsonl")]
 
 
 @pytest.mark.slow

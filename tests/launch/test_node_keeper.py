@@ -1,6 +1,7 @@
 """The keeper alone writes a node's ledger and record, and answers whom it was told of."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from fedlora.config.policy import Policy
-from fedlora.errors import BudgetSpent, PrivacyError
+from fedlora.errors import BudgetSpent, PolicyError, PrivacyError
 from fedlora.federation.client import audit
 from fedlora.launch.node_keeper import Keeper
 from fedlora.privacy import accounting
@@ -92,7 +93,9 @@ def test_delta_and_the_limit_are_the_policys_whatever_a_process_of_the_node_says
             KeptLedger(place).reserve(cheap, 0.0, SOME)
 
 
-def test_what_is_no_request_changes_nothing(tmp_path: Path) -> None:
+def test_what_is_no_request_changes_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     policy = node(tmp_path)
     with kept(policy, {os.getuid()}) as place:
         KeptLedger(place).reserve(CHARGE, 0.0, SOME)
@@ -106,15 +109,27 @@ def test_what_is_no_request_changes_nothing(tmp_path: Path) -> None:
             ("reserve", {"charge": {**CHARGE.record(), "steps": -4}, "budget": 0.0}),
             ("reserve", {"charge": {**CHARGE.record(), "sigma": -2.0}, "budget": 0.0}),
             ("reserve", {"charge": CHARGE.record(), "budget": -1.0}),
+            ("reserve", {"charge": {**CHARGE.record(), "steps": 10**400}, "budget": 0.0}),
+            ("reserve", {"charge": {**CHARGE.record(), "round": 10**400}, "budget": 0.0}),
+            ("reserve", {"charge": {**CHARGE.record(), "q": math.nan}, "budget": 0.0}),
+            ("reserve", {"charge": {**CHARGE.record(), "clip": math.inf}, "budget": 0.0}),
+            ("reserve", {"charge": {**CHARGE.record(), "unit": ["example"]}, "budget": 0.0}),
+            ("reserve", {"charge": {**CHARGE.record(), "run": "r" * 10_000}, "budget": 0.0}),
+            ("reserve", {"charge": CHARGE.record(), "budget": 0.0, "acknowledged": {"n": 1}}),
+            ("reserve", {"charge": CHARGE.record(), "budget": 10**400}),
+            (["read"], {}), ({"a": 1}, {}), ("secure", {"since": 10**30, "step": "count"}),
         ):  # fmt: skip
-            with pytest.raises(PrivacyError):
+            with pytest.raises((PrivacyError, PolicyError)):
                 ask(place, what, more)
-        for raw in (b"", b"\0", b"\xff\xff\xff\xff", b"\0\0\0\2[]"):
+        nested = b"[" * 100_000
+        nested = len(nested).to_bytes(4, "big") + nested
+        for raw in (b"", b"\0", b"\xff\xff\xff\xff", b"\0\0\0\2[]", nested):
             with socket.socket(socket.AF_UNIX) as there:
                 there.connect(str(place))
                 there.sendall(raw)
         assert ledger.path.read_bytes() == before
         assert KeptLedger(place).reserve(CHARGE, 0.0, SOME).charges == 2, "and it serves on"
+    assert "Traceback" not in capfd.readouterr().err, "nobody fills its log"
 
 
 def test_a_user_that_the_keeper_was_not_told_of_gets_nothing(tmp_path: Path) -> None:
@@ -124,6 +139,41 @@ def test_a_user_that_the_keeper_was_not_told_of_gets_nothing(tmp_path: Path) -> 
             with pytest.raises(PrivacyError, match="may ask nothing"):
                 ask(place, what, {"charge": CHARGE.record(), "budget": 0.0})
     assert Ledger(Policy.load(policy).ledger).read().charges == ()
+
+
+def test_strangers_that_come_and_go_cost_the_node_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Any user may open the socket: held open, closed at once, or never read from."""
+    policy = node(tmp_path)
+    with kept(policy, {os.getuid() + 1}) as place:
+        held = []
+        for n in range(60):
+            there = socket.socket(socket.AF_UNIX)
+            there.connect(str(place))
+            if n % 2:
+                there.close()
+            else:
+                held.append(there)
+        with pytest.raises(PrivacyError, match="may ask nothing"):
+            ask(place, "read", {})
+        for there in held:
+            there.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_record_that_cannot_be_written_is_a_refusal_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "/keepers/own/audit.jsonl")
+
+    monkeypatch.setattr(audit, "append", full)
+    policy = node(tmp_path)
+    with kept(policy, {os.getuid()}), pytest.raises(PrivacyError, match="No space left") as caught:
+        audit.put(Policy.load(policy), "left", kind="train")
+    assert "/keepers" not in str(caught.value)
+    assert "No space left" in capfd.readouterr().err
 
 
 def test_a_line_of_the_record_is_the_keepers_and_so_is_its_time(tmp_path: Path) -> None:

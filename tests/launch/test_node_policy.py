@@ -93,6 +93,19 @@ def test_an_error_of_a_nodes_own_files_names_them_and_no_run(tmp_path: Path) -> 
     assert not str(said.value).endswith("\n")
 
 
+def test_audit_shows_what_it_can_of_lines_that_are_none(tmp_path: Path) -> None:
+    """As a process of the node could have a keeper write them, or damage leaves them."""
+    path = written(tmp_path, "m", "rows.jsonl")
+    book = Policy.load(path).audit
+    for odd in ({"bytes": "many", "records": 5}, {"bytes": 1e400, "reasons": {"a": 1}},
+                {"kind": ["\x1b[2J"], "records": [{"x": "\u202e"}]}):  # fmt: skip
+        audit.append(book, "left", **odd)
+    shown = CliRunner().invoke(app, ["node", "audit", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "3 replies left, 0 bytes" in shown.output
+    assert all(line.isprintable() for line in shown.output.splitlines())
+
+
 def test_audit_shows_the_record_and_its_sums(tmp_path: Path) -> None:
     path = written(tmp_path, "m", "rows")
     book = Policy.load(path).audit

@@ -11,6 +11,7 @@ what was asked, never a word of a row. Whoever may write the file can change it:
 own book, and no proof to others.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -51,13 +52,24 @@ def append(path: Path, what: str, /, **more: Any) -> None:
     """
     line = json.dumps({"time": _now(), "what": what, **more}, sort_keys=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     file = os.open(path, flags, 0o600)
     try:
-        os.write(file, line.encode())
+        data = (b"" if _ends(file) else b"\n") + line.encode()
+        if os.write(file, data) < len(data):  # the rest would find no room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _ends(file: int) -> bool:
+    """Does the last line end? One that a crash cut short would swallow the next."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    if not size:
+        return True
+    os.lseek(file, size - 1, os.SEEK_SET)
+    return os.read(file, 1) == b"\n"
 
 
 def refusal(policy: Policy, error: Exception, **about: Any) -> None:
@@ -77,10 +89,10 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
     """The lines that are whole; none where there is no file."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             found = json.loads(line)
-        except ValueError:  # cut short by a crash
+        except (ValueError, RecursionError):  # cut short by a crash, or damaged
             continue
         if isinstance(found, dict):
             yield found
