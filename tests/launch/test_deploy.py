@@ -86,6 +86,7 @@ def test_secrets_are_readable_by_their_owner_alone(plan: Plan) -> None:
     assert len(secret) == 1 + 1 + 2 * plan.clients  # authority, server, nodes
     for path in secret:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(plan.node(0).stat().st_mode) == 0o700
     assert "umask 077" in (plan.server / "env.sh").read_text()
     assert not list((plan.node(0)).rglob("ca.key")), "a node has no use for the authority's key"
     assert not list(plan.server.rglob("ca.key"))

@@ -185,6 +185,30 @@ def test_a_run_that_goes_on_is_not_begun_twice(plan: Plan) -> None:
             start_run(plan, flower, more)
 
 
+def test_who_resumes_a_run_that_goes_on_follows_it_to_its_end(plan: Plan) -> None:
+    flower, said = Flower(plan, "time.sleep(2)"), []
+    start_run(plan, flower, {})
+    resume = {"run.resume": True}
+    run, _, status = endure.run(plan, flower, resume, 3, said.append, every=0.05)
+    assert (run, status, len(flower.started)) == ("0", "finished:completed", 1)
+    assert f"it is going on already, in process {flower.started[0].pid}" in said
+
+
+def test_ctrl_c_says_that_the_run_goes_on_and_how_to_follow_or_end_it(plan: Plan) -> None:
+    flower, said = Flower(plan, "time.sleep(60)"), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("run 0"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        endure.run(plan, flower, {}, 3, say, every=0.05)
+    assert flower.started[0].poll() is None
+    assert f"fedlora deploy run {plan.quoted} --resume` follows it" in said[-1]
+    assert "flwr stop 0 fedlora" in said[-1]
+
+
 def test_without_a_record_nothing_is_begun_again(plan: Plan) -> None:
     lost = watch.ServerWatch(plan, "7")
     assert lost.why_again("finished:failed") == ""
@@ -244,7 +268,7 @@ def test_a_real_serverapp_killed_and_another_stopped_end_in_the_same_bytes(
 
     def strike() -> None:
         while not over.wait(0.1):
-            for entry in watch.entries(plan):
+            for _, entry in watch.entries(plan):
                 done = len(rounds(Path(entry["results"])))
                 if len(struck) < 2 and entry["pid"] not in struck and done > len(struck):
                     os.kill(entry["pid"], [signal.SIGKILL, signal.SIGSTOP][len(struck)])

@@ -13,6 +13,7 @@ from fedlora.launch.deploy import host, keys
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.progress import nodes
+from fedlora.launch.deploy.registering import registered, revoked, save, take_new_keys
 from fedlora.launch.deploy.supervise import read_state
 from tests.support.deployment import bring_up, brought_up, prepared, ran
 
@@ -76,12 +77,12 @@ def test_a_rotation_that_was_cut_short_goes_on(plan: Plan, monkeypatch, writes: 
         patch.setattr(Path, "replace", mortal(Path.replace))
         with pytest.raises(Killed):
             keys.rotate(place)
-    host._take_new_keys(plan, server, print)  # type: ignore[arg-type]
+    take_new_keys(plan, server, print)  # type: ignore[arg-type]
     assert set(server.known.values()) == {"1", "2"}, "nothing is taken from it in between"
     keys.rotate(place)
     assert pair(place, "old") == before
     assert pair(place, "node") != before
-    host._take_new_keys(plan, server, print)  # type: ignore[arg-type]
+    take_new_keys(plan, server, print)  # type: ignore[arg-type]
     assert server.known == {keys.pem(place / "node.pub"): "3", server.second: "2"}
 
 
@@ -109,16 +110,32 @@ class Server:
 
 def test_up_registers_the_new_key_and_unregisters_the_old_one_once(plan: Plan) -> None:
     server, said = Server(plan), []
-    host._take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
+    save(plan, {"node-0": "1", "node-1": "2"})
+    take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
     assert said == []
     rotated(plan)
-    host._take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
+    take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
     assert said == ["node-0 has a new key; the old one is registered no more"]
     assert server.known == {server.second: "2", keys.pem(plan.node(0) / "node.pub"): "3"}
-    assert host.registered(plan) == {"node-0": "3", "node-1": "2"}
+    assert registered(plan) == {"node-0": "3", "node-1": "2"}
     assert not list(plan.node(0).glob("old.*"))
-    host._take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
+    take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
     assert len(said) == 1
+
+
+def test_who_was_taken_off_the_list_is_not_waited_for_nor_put_on_it_again(plan: Plan) -> None:
+    """Not by another's rotation either; by hand it comes back, under another id."""
+    server = Server(plan)
+    save(plan, {"node-0": "1", "node-1": "2"})
+    assert revoked(plan, server) == []  # type: ignore[arg-type]
+    del server.known[server.second]
+    rotated(plan)
+    take_new_keys(plan, server, print)  # type: ignore[arg-type]
+    assert revoked(plan, server) == ["node-1"]  # type: ignore[arg-type]
+    assert server.second not in server.known
+    server.known[server.second] = "9"
+    assert revoked(plan, server) == []  # type: ignore[arg-type]
+    assert registered(plan) == {"node-0": "3", "node-1": "9"}
 
 
 def test_a_node_without_a_key_has_nothing_to_rotate(tmp_path: Path) -> None:
@@ -140,10 +157,10 @@ def test_a_real_node_works_on_under_its_new_key(tiny, tmp_path: Path) -> None:
     given = tiny_settings(tiny, tmp_path, "float32", "bert", **{"run.rounds": 1})
     plan = brought_up(tmp_path / "dep", given, 2)
     try:
-        ids, first = host.registered(plan), read_state(plan)["children"]["node-0"]["pid"]
+        ids, first = registered(plan), read_state(plan)["children"]["node-0"]["pid"]
         rotated(plan)
         bring_up(plan)
-        now = host.registered(plan)
+        now = registered(plan)
         assert now["node-0"] != ids["node-0"]
         assert now["node-1"] == ids["node-1"]
         assert read_state(plan)["children"]["node-0"]["pid"] != first

@@ -18,13 +18,14 @@ from fedlora.launch.deploy.host import (
     Say,
     follow,
     healthy,
+    planned,
     recorded_rounds,
     resuming,
     start_run,
 )
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import CONNECTION, Plan
-from fedlora.launch.deploy.watch import ServerWatch
+from fedlora.launch.deploy.watch import ServerWatch, going
 
 
 def run(
@@ -45,7 +46,40 @@ def run(
     """
     for line in warnings(plan):
         say(line)
-    run_id, results = start_run(plan, operator, overrides)
+    run_id, results = _under_way(plan, overrides, say) or start_run(plan, operator, overrides)
+    try:
+        return _to_its_end(plan, operator, overrides, attempts, say, every, run_id, results)
+    except KeyboardInterrupt:
+        say(
+            f"the run goes on without this command, and nobody begins it again: `"
+            f"{resuming(plan, overrides)}` follows it; to end it: FLWR_HOME={plan.quoted}/operator "
+            f"flwr stop {run_id} {CONNECTION}"
+        )
+        raise
+
+
+def _under_way(plan: Plan, overrides: Mapping[str, Any], say: Say) -> tuple[str, Path] | None:
+    """The run that is to go on, where it does already: it is followed, and not begun twice."""
+    if not overrides.get("run.resume"):
+        return None
+    _, results = planned(plan, overrides)
+    for run_id, pid in going(plan, results):
+        say(f"it is going on already, in process {pid}")
+        return run_id, results
+    return None
+
+
+def _to_its_end(
+    plan: Plan,
+    operator: Operator,
+    overrides: Mapping[str, Any],
+    attempts: int,
+    say: Say,
+    every: float,
+    run_id: str,
+    results: Path,
+) -> tuple[str, Path, str]:
+    """As `run`, of a run that was begun."""
     seen = 0
     for again in range(attempts + 1):
         say(f"run {run_id}; results in {results}")

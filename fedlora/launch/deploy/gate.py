@@ -3,7 +3,8 @@
     python -m fedlora.launch.deploy.gate --listen 0.0.0.0:9443 --upstream 127.0.0.1:8000 \
         --ca ca.crt --certificate server.pem --key server.key
 
-A body larger than --limit is cut off and refused. What is refused is printed, a line each.
+A body larger than --limit is cut off and refused. What is refused is printed, a line each, and not
+more than SAID of them a minute. Slow and many connections: patience.py.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 
 from fedlora.launch.deploy.notify import Notify
+from fedlora.launch.deploy.patience import HEADERS, Patience, open_many
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,8 +29,16 @@ HOP = {
 }  # fmt: skip
 
 
+SAID, LONGEST = 60, 200
+"""Lines a minute of what was refused, and characters of a path in one."""
+
+
 class TooLargeError(Exception):
     """A request's body is over the limit."""
+
+
+class GoneError(Exception):
+    """Whoever asked went away before the request was whole."""
 
 
 class Gate:
@@ -37,6 +47,7 @@ class Gate:
     def __init__(self, client: httpx.AsyncClient, limit: int) -> None:
         self.client = client
         self.limit = limit
+        self._minute, self._said = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +69,8 @@ class Gate:
             request.headers["transfer-encoding"] = "chunked"
         try:
             await self._pass_on(await self.client.send(request, stream=True), send)
+        except GoneError:
+            return
         except TooLargeError:
             await self._refuse(scope, send, 413, f"the body is over {self.limit} bytes")
         except httpx.HTTPError as e:
@@ -66,12 +79,13 @@ class Gate:
     async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
         total, more = 0, True
         while more:
-            event = await receive()
+            if (event := await receive())["type"] == "http.disconnect":
+                raise GoneError
             part: bytes = event.get("body", b"")
             total += len(part)
             if total > self.limit:
                 raise TooLargeError
-            more = event["type"] == "http.request" and event.get("more_body", False)
+            more = event.get("more_body", False)
             if part:
                 yield part
 
@@ -89,11 +103,29 @@ class Gate:
 
     async def _refuse(self, scope: Scope, send: Send, status: int, reason: str) -> None:
         who = (scope.get("client") or ("?",))[0]
-        now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        print(f"{now} refused {scope['method']} {scope['path']!r} of {who}: {reason}", flush=True)
+        self._say(f"refused {scope['method']} {scope['path'][:LONGEST]!r} of {who}: {reason}")
         head = [(b"content-type", b"text/plain")]
         await send({"type": "http.response.start", "status": status, "headers": head})
         await send({"type": "http.response.body", "body": reason.encode()})
+
+    def _say(self, line: str) -> None:
+        """A line of the log, which strangers cannot fill."""
+        now, minute = time.strftime("%Y-%m-%dT%H:%M:%S"), int(time.time() // 60)
+        if minute != self._minute:
+            if (more := self._said - SAID) > 0:
+                print(f"{now} and {more} more were refused", flush=True)
+            self._minute, self._said = minute, 0
+        self._said += 1
+        if self._said <= SAID:
+            print(f"{now} {line}", flush=True)
+
+
+def upstream_client(address: str, verify: ssl.SSLContext | bool) -> httpx.AsyncClient:
+    """Of as many connections as there are of nodes: with a limit, slow ones would keep out all."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    return httpx.AsyncClient(
+        base_url=address, verify=verify, timeout=60.0, limits=limits, trust_env=False
+    )
 
 
 def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key: str) -> None:
@@ -104,7 +136,8 @@ def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key
     secure = bool(ca)
     verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=ca) if secure else False
     address = f"{'https' if secure else 'http'}://{upstream}"
-    client = httpx.AsyncClient(base_url=address, verify=verify, timeout=60.0, trust_env=False)
+    open_many()
+    client = upstream_client(address, verify)
     tls = {"ssl_certfile": certificate, "ssl_keyfile": key} if secure else {}
     notify = Notify()
 
@@ -113,6 +146,10 @@ def serve(listen: str, upstream: str, limit: int, ca: str, certificate: str, key
 
     config = uvicorn.Config(
         Gate(client, limit),
+        http=Patience,
+        h11_max_incomplete_event_size=HEADERS,
+        ws="none",
+        lifespan="off",
         callback_notify=alive,
         timeout_notify=1,
         host=host,

@@ -14,19 +14,29 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError, DeployError
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
 from fedlora.launch.deploy.expiry import warnings
-from fedlora.launch.deploy.keys import forget_old, pem
+from fedlora.launch.deploy.log_lines import harmless
 from fedlora.launch.deploy.operator import Operator, environment
 from fedlora.launch.deploy.plan import CONNECTION, Plan
+from fedlora.launch.deploy.registering import (
+    register,
+    registered,
+    registered_file,
+    revoked,
+    take_new_keys,
+)
 from fedlora.launch.deploy.scripts import DATABASE
 from fedlora.launch.deploy.supervise import end, is_running, read_state, state_file
 from fedlora.launch.deploy.watch import check_alone
 from fedlora.reports.outcome import judged_by
+
+if TYPE_CHECKING:
+    from fedlora.config.reader import Config
 
 Say = Callable[[str], None]
 PATIENCE = 300.0
@@ -50,19 +60,24 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         plan.run_directory.mkdir(mode=0o700, exist_ok=True)
         down(plan, say)  # what a killed supervisor left behind
         if not (plan.server / "state.db").exists():
-            _registered(plan).unlink(missing_ok=True)
+            registered_file(plan).unlink(missing_ok=True)
         _supervise(plan)
     _wait(lambda: healthy(plan), until, plan, "the SuperLink", say)
     say("the SuperLink answers")
     with Operator(plan) as operator:
-        if not _registered(plan).exists():
+        if len(registered(plan)) < plan.clients * plan.secure or not registered_file(plan).exists():
             register(plan, operator)
             say(f"{plan.clients} nodes registered")
-        _take_new_keys(plan, operator, say)
-        _wait(
-            lambda: online(operator) >= plan.clients, until, plan, f"all {plan.clients} nodes", say
-        )
-    say(f"{plan.clients} nodes are connected")
+        take_new_keys(plan, operator, say)
+        for name in (gone := revoked(plan, operator)):
+            key = shlex.quote(str(plan.directory / "nodes" / name / "node.pub"))
+            say(
+                f"{name} was taken off the SuperLink's list, and is not waited for; to have it "
+                f"back: flwr supernode register {key} {CONNECTION} --name {name}"
+            )
+        due = plan.clients - len(gone)
+        _wait(lambda: online(operator) >= due, until, plan, f"all {due} nodes", say)
+    say(f"{due} nodes are connected")
     for line in warnings(plan):
         say(line)
 
@@ -143,65 +158,17 @@ def healthy(plan: Plan) -> bool:
         return False
 
 
-def register(plan: Plan, operator: Operator) -> None:
-    """Make the nodes' keys known to the SuperLink, once.
-
-    A deployment without keys has nothing to register: its nodes are whoever connects. A key that
-    is there already, since an `up` was cut short, keeps its id.
-    """
-    ids = registered(plan)
-    known = operator.keys() if plan.secure else {}
-    for i in range(plan.clients) if plan.secure else ():
-        key, name = plan.node(i) / "node.pub", f"node-{i}"
-        if not (there := known.get(pem(key))):
-            answer = operator("supernode", "register", str(key), CONNECTION, "--name", name)
-            there = str(answer["node-id"])
-        ids[name] = there
-        _registered(plan).with_suffix(".part").write_text(json.dumps(ids))
-    _registered(plan).with_suffix(".part").unlink(missing_ok=True)
-    _registered(plan).write_text(json.dumps(ids))
-
-
-def _take_new_keys(plan: Plan, operator: Operator, say: Say) -> None:
-    """Register the keys of nodes that were rotated, unregister the old ones, restart the nodes."""
-    old = [i for i in range(plan.clients) if (plan.node(i) / "old.pub").exists()]
-    rotated = [i for i in old if not (plan.node(i) / "new.key").exists()]
-    if not rotated:
-        return
-    register(plan, operator)
-    known = operator.keys()
-    for i in rotated:
-        if gone := known.get(pem(plan.node(i) / "old.pub")):
-            operator("supernode", "unregister", gone, CONNECTION)
-        running = read_state(plan).get("children", {}).get(f"node-{i}", {})
-        if is_running(running):
-            end([running["pid"]])
-        forget_old(plan.node(i))
-        say(f"node-{i} has a new key; the old one is registered no more")
-
-
-def registered(plan: Plan) -> dict[str, str]:
-    """Node name to Flower's id, of those whose keys the SuperLink has."""
-    for path in (_registered(plan), _registered(plan).with_suffix(".part")):
-        if path.exists():
-            return dict(json.loads(path.read_text()))
-    return {}
-
-
-def _registered(plan: Plan) -> Path:
-    return plan.run_directory / "registered.json"
-
-
 def said(plan: Plan, run_id: str, lines: int) -> str:
     """The last lines of what a run's ServerApp printed, as Flower kept them."""
     found = subprocess.run(
         [str(Path(sys.executable).parent / "flwr"), "log", run_id, CONNECTION, "--show"],
         env=environment(plan.directory / "operator"),
         capture_output=True,
-        text=True,
         timeout=60,
     )
-    return "\n".join(found.stdout.rstrip().splitlines()[-lines:])
+    return "\n".join(
+        map(harmless, found.stdout.decode(errors="replace").rstrip().split("\n")[-lines:])
+    )
 
 
 def shrink(plan: Plan, patience: float = 30.0) -> bool:
@@ -244,10 +211,7 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
 
     import tomli_w
 
-    from fedlora import preflight
-
-    config = preflight.load(plan.app / "pyproject.toml", overrides)
-    results = plan.server / config.run.out / config.run.name
+    config, results = planned(plan, overrides)
     check_alone(plan, results)
     if (results / "rounds.jsonl").exists() and not config.run.resume:
         ended = (results / "summary.json").exists()
@@ -261,6 +225,18 @@ def start_run(plan: Plan, operator: Operator, overrides: Mapping[str, Any]) -> t
     (plan.app / MANIFEST).write_text(manifest())
     answer = operator("run", str(plan.app), CONNECTION, "--run-config", str(path))
     return str(answer["run-id"]), results
+
+
+def planned(plan: Plan, overrides: Mapping[str, Any]) -> "tuple[Config, Path]":
+    """The experiment with these overrides, and the directory of its results.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    from fedlora import preflight
+
+    config = preflight.load(plan.app / "pyproject.toml", overrides)
+    return config, plan.server / config.run.out / config.run.name
 
 
 def resuming(plan: Plan, overrides: Mapping[str, Any]) -> str:

@@ -18,6 +18,11 @@ HEAD = """\
 #   fedlora node audit node.toml              what was asked, refused and sent
 
 """
+LIMIT = """\
+# privacy.level has a run add noise, and says nothing of how much. Set privacy.max-epsilon to what
+# all runs together may spend on these rows.
+
+"""
 
 
 def policy_text(plan: Plan, i: int, config: Config) -> str:
@@ -63,7 +68,7 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
         tree["limits"]["whole-modules"] = [*config.lora.modules_to_save]
     if config.strategy.name not in STRATEGIES:
         tree["limits"]["strategies"] = [config.strategy.name]
-    return HEAD + tomli_w.dumps(tree)
+    return (HEAD + LIMIT if config.privacy.by_example else HEAD) + tomli_w.dumps(tree)
 
 
 def _privacy(config: Config) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from fedlora.errors import DeployError
-from fedlora.launch.deploy.host import healthy, registered, resuming, said
+from fedlora.launch.deploy.host import healthy, resuming, said
+from fedlora.launch.deploy.log_lines import harmless
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
+from fedlora.launch.deploy.registering import registered
 from fedlora.launch.deploy.supervise import is_running, read_state
 from fedlora.launch.deploy.watch import ServerWatch
 
@@ -89,7 +91,8 @@ def tail(plan: Plan, name: str, lines: int) -> str:
     """The last lines of a process's log."""
     path = plan.run_directory / f"{name}.log"
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        found = path.read_bytes().decode(errors="replace").rstrip("\n").split("\n")
+        return "\n".join(map(harmless, found[-lines:]))
     except FileNotFoundError:
         there = ", ".join(sorted(p.stem for p in plan.run_directory.glob("*.log"))) or "none yet"
         raise DeployError(f"no log of {name!r}; there are: {there}") from None

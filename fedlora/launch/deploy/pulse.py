@@ -12,6 +12,8 @@ from pathlib import Path
 SILENT = 40.0
 """Seconds without an answer after which a worker is given up. Less than the 60 s in which a
 supervisor promises another."""
+STARTS = 300.0
+"""Seconds that the first answer may take, on a slow machine too: the libraries are imported."""
 EVERY = 4.0
 """Seconds between two questions, and that an answer may take."""
 
@@ -23,13 +25,16 @@ class Pulse:
         """pid: of the worker. socket: relative to its working directory."""
         self.path = Path(f"/proc/{pid}/cwd", socket)  # a socket's own path may be too long
         self.heard: float | None = None
+        self.begun = time.monotonic()
         self._over = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
     @property
     def lost(self) -> bool:
-        """Did it answer once, and not for SILENT seconds since?"""
-        return self.heard is not None and time.monotonic() - self.heard > SILENT
+        """Did it not answer for SILENT seconds, or never in STARTS?"""
+        if self.heard is None:
+            return time.monotonic() - self.begun > STARTS
+        return time.monotonic() - self.heard > SILENT
 
     def end(self) -> None:
         """Ask no more."""

@@ -192,10 +192,14 @@ http {{
   client_body_temp_path nginx-body;
   proxy_temp_path nginx-proxy;
   limit_req_zone $binary_remote_addr zone=fleet:10m rate=50r/s;
+  limit_conn_zone $binary_remote_addr zone=held:10m;
   server {{
     listen {plan.gate_port or 9443}{tls};
     client_max_body_size 64m;       # Flower sends objects in pieces of 5 MiB
+    client_header_timeout 30s;
     client_body_timeout 60s;
+    send_timeout 60s;
+    limit_conn held 256;            # of one address
     # A path is passed on as it came, so one that nginx would read otherwise is refused.
     if ($request_uri ~ "^[^?]*(\\.\\.|%|//)") {{ return 403; }}
     location /v1/fleet/ {{

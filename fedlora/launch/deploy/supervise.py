@@ -3,8 +3,8 @@
 Each process is the leader of a group of its own, so ending it ends whatever it started. One that
 ends by itself is started again after a wait: a node after 65 s, since the SuperLink counts a
 killed node as connected for 60 s and refuses it until then; others after 1 s, doubled each time
-up to 30 s. A worker that answers no more is killed first: see pulse.py. run/state.json says at
-any time which processes are there.
+up to 30 s. A worker that answers no more is killed first (pulse.py), and so is any process that was
+stopped and stays so. run/state.json says at any time which processes are there.
 
     python -m fedlora.launch.deploy.supervise DIR
 """
@@ -53,6 +53,8 @@ class Child:
     next_start: float = 0.0
     begun: float = field(default=0.0)
     pulse: Pulse | None = None
+    stopped: float = field(default=0.0)
+    """Since when it is stopped, as by SIGSTOP; 0: it is not."""
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -65,7 +67,7 @@ class Child:
                 env=environment(self.script.parent / "home"),
             )
         self.created = psutil.Process(self.process.pid).create_time()
-        self.begun = time.monotonic()
+        self.begun, self.stopped = time.monotonic(), 0.0
         self.restarts += 1
         self.pulse = Pulse(self.process.pid) if self.listens else None
 
@@ -76,8 +78,8 @@ class Child:
                 return False
             self.start()
             return True
-        if self.pulse is not None and self.pulse.lost:
-            print(f"{self.name} did not answer for {SILENT:g} s and is killed", flush=True)
+        if why := self._hangs():
+            print(f"{self.name} {why} and is killed", flush=True)
             end_group(self.process.pid, signal.SIGKILL)
             self.process.wait()
         code = self.process.poll()
@@ -92,6 +94,18 @@ class Child:
         pause = min(self.most, self.wait * 2 ** max(0, self.failures - 1))
         self.next_start = time.monotonic() + pause
         return True
+
+    def _hangs(self) -> str:
+        """Why it will not go on by itself; "" where it may."""
+        assert self.process is not None
+        if self.pulse is not None:
+            return f"did not answer for {SILENT:g} s" if self.pulse.lost else ""
+        if _status(self.process.pid) != psutil.STATUS_STOPPED:
+            self.stopped = 0.0
+            return ""
+        self.stopped = self.stopped or time.monotonic()
+        long = time.monotonic() - self.stopped > SILENT
+        return f"was stopped for {SILENT:g} s" if long else ""
 
     def record(self) -> dict[str, Any]:
         here = self.process is not None
@@ -140,9 +154,13 @@ class Supervisor:
         while not self.stopping:
             ready = (self.plan.run_directory / "registered.json").exists()
             due = [c for c in self.children if ready or not c.name.startswith("node-")]
-            changed = [c.check() for c in due]
-            if any(changed):
-                self._write()
+            try:
+                changed = [c.check() for c in due]
+                if any(changed):
+                    self._write()
+            except OSError as e:  # a full disk, say: it is no reason to look after nobody
+                print(f"not done: {e}", flush=True)
+                time.sleep(5.0)
             time.sleep(0.2)
         for kind in ("node-", "worker-", "superexec", "gate", "superlink"):
             processes = [c.process for c in self.children if c.name.startswith(kind)]
@@ -183,10 +201,15 @@ def end_group(leader: int, with_signal: int) -> None:
 
 
 def _alive(pid: int) -> bool:
+    return _status(pid) not in ("", psutil.STATUS_ZOMBIE)
+
+
+def _status(pid: int) -> str:
+    """ "" where there is no such process."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return str(psutil.Process(pid).status())
     except psutil.NoSuchProcess:
-        return False
+        return ""
 
 
 def _group_alive(leader: int) -> bool:
@@ -209,7 +232,7 @@ def read_state(plan: Plan) -> dict[str, Any]:
     """What runs here, as last written; empty where nothing was started."""
     try:
         state: dict[str, Any] = json.loads(state_file(plan).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # never written, or lost with the machine's power
         return {}
     return state
 

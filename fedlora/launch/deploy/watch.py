@@ -92,16 +92,22 @@ def check_alone(plan: Plan, results: Path) -> None:
     Raises:
         DeployError: one does; says which process.
     """
-    for entry in entries(plan):
+    for _, pid in going(plan, results):
+        raise DeployError(
+            f"{results}: this run is going on, in process {pid}; `fedlora deploy run "
+            f"{plan.quoted} --resume` follows it, `fedlora deploy status {plan.quoted}` shows it"
+        )
+
+
+def going(plan: Plan, results: Path) -> Iterator[tuple[str, int]]:
+    """Flower's id and the process of each ServerApp that writes this run's directory."""
+    for run_id, entry in entries(plan):
         if entry.get("results") == str(results.resolve()) and is_running(entry):
-            raise DeployError(
-                f"{results}: this run is going on, in process {entry['pid']}; "
-                f"`fedlora deploy status {plan.quoted}` shows it"
-            )
+            yield run_id, int(entry["pid"])
 
 
-def entries(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The records of the ServerApps that have not said that they ended."""
+def entries(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Flower's ids and the records of the ServerApps that have not said that they ended."""
     for path in (plan.server / SERVERAPPS).glob(f"*.{Ending.NONE}"):
         if entry := ServerWatch(plan, path.stem).entry():
-            yield entry
+            yield path.stem, entry
