@@ -374,7 +374,8 @@ def untouched(model: Model) -> Iterator[None]:
     """Whatever happens within it, the model is as before: weights, flags, caches, mode."""
     weights = {p: p.detach().clone() for ps in model.live().values() for p in ps.values()}
     flags = {p: p.requires_grad for p in [*model.peft.parameters(), *weights]}
-    mode, prefix = model.peft.training, model.prefix and model.prefix.snapshot()
+    modes = {m: m.training for m in model.peft.modules()}  # PEFT's own is not always its parts'
+    prefix = model.prefix and model.prefix.snapshot()
     try:
         yield
     finally:
@@ -384,6 +385,7 @@ def untouched(model: Model) -> Iterator[None]:
         for p, flag in flags.items():
             p.grad = None
             p.requires_grad_(flag)
-        model.peft.train(mode)
+        for m, mode in modes.items():
+            m.training = mode
         if model.prefix and prefix:
             model.prefix.restore(prefix)

@@ -29,11 +29,12 @@ async def superlink(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def serving(app: Any, port: int, **how: Any) -> AsyncIterator[None]:
-    config = uvicorn.Config(app, port=port, log_level="error", lifespan="off", **how)
+    config = uvicorn.Config(app, port=port, log_level="error", lifespan="off", ws="none", **how)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())
     while not server.started:
         await asyncio.sleep(0.01)
+        assert not task.done(), task.exception()
     yield
     server.should_exit = server.force_exit = True
     await task
@@ -50,7 +51,7 @@ async def the_gate(
         client = httpx.AsyncClient(
             base_url=client.base_url, limits=limits, timeout=2.0, verify=False
         )
-    how = {"http": protocol, "h11_max_incomplete_event_size": HEADERS, "ws": "none"}
+    how = {"http": protocol, "h11_max_incomplete_event_size": HEADERS}
     async with serving(superlink, behind), client, serving(Gate(client, 1000), port, **how):
         yield port
 

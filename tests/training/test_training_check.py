@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -454,3 +455,14 @@ def test_flowers_engine_is_known_as_a_simulation_by_who_started_it(monkeypatch: 
     assert not is_simulated(Deployed())  # type: ignore[arg-type]
     monkeypatch.setenv(SIMULATED, "1")
     assert is_simulated(Deployed())  # type: ignore[arg-type]
+
+
+def test_after_a_check_each_part_of_a_model_is_in_the_mode_that_it_was_in() -> None:
+    """PEFT's own flag says training while its parts do not: else dropout stayed on, and a private
+    run in the same process was refused, for its examples seemed to mix."""
+    peft = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    peft[0].eval()
+    model: Any = SimpleNamespace(peft=peft, prefix=None, live=dict)
+    with training_check.untouched(model):
+        peft.train()
+    assert (peft.training, peft[0].training) == (True, False)
