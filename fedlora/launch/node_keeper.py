@@ -112,9 +112,9 @@ class _Request(socketserver.BaseRequestHandler):
         except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
             return {"refused": f"no request that the keeper knows: {e!r:.200}", "public": False}
         except OSError as e:  # the other end, or the disk
-            said = f"the keeper could not do it: {type(e).__name__}: {e.strerror or e}"
-            typer.echo(said, err=True)
-            return {"refused": said, "public": False}
+            why = f"the keeper could not do it: {type(e).__name__}: {e.strerror or e}"
+            typer.echo(why, err=True)
+            return {"refused": why, "public": False}
 
 
 def peer(there: socket.socket) -> int:

@@ -94,6 +94,7 @@ class ClientMemory:
             CheckpointError: it is not there, is damaged, or of another client, run or round. A file
                 that an older fedlora wrote does not say whose it is.
         """
+        found: Factors
         found, notes = load_with_notes(path)
         if (whose := notes.get(OF, mine := self._whose(path))) != mine:
             raise CheckpointError(f"{path} is that of {whose}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedlora.errors import CheckpointError
-from fedlora.federation.server.journal import check_place
+from fedlora.federation.server.places import check_place
 
 NAME = ".lock"
 PATIENCE = 5.0
