@@ -5,6 +5,7 @@ minute after which Flower gives it up. One that ended by an error of its own is 
 error would come again.
 """
 
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -53,7 +54,7 @@ def run(
         say(
             f"the run goes on without this command, and nobody begins it again: `"
             f"{resuming(plan, overrides)}` follows it; to end it: FLWR_HOME={plan.quoted}/operator "
-            f"flwr stop {run_id} {CONNECTION}"
+            f"flwr stop {shlex.quote(run_id)} {CONNECTION}"
         )
         raise
 

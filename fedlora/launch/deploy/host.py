@@ -70,10 +70,10 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
             say(f"{plan.clients} nodes registered")
         take_new_keys(plan, operator, say)
         for name in (gone := revoked(plan, operator)):
-            key = shlex.quote(str(plan.directory / "nodes" / name / "node.pub"))
+            key = plan.directory / "nodes" / name / "node.pub"
             say(
-                f"{name} was taken off the SuperLink's list, and is not waited for; to have it "
-                f"back: flwr supernode register {key} {CONNECTION} --name {name}"
+                f"{name} was taken off the SuperLink's list, and is not waited for; to have it back: "
+                f"flwr supernode register {shlex.quote(str(key))} {CONNECTION} --name {name}"
             )
         due = plan.clients - len(gone)
         _wait(lambda: online(operator) >= due, until, plan, f"all {due} nodes", say)
