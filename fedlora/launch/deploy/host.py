@@ -72,7 +72,8 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         for name in (gone := revoked(plan, operator)):
             key = plan.directory / "nodes" / name / "node.pub"
             say(
-                f"{name} was taken off the SuperLink's list, and is not waited for; to have it back: "
+                f"{name} was taken off the SuperLink's list, and is not waited for; to have it "
+                f"back: "
                 f"flwr supernode register {shlex.quote(str(key))} {CONNECTION} --name {name}"
             )
         due = plan.clients - len(gone)
