@@ -68,7 +68,10 @@ class FedEx:
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
         if self.rank < 0:
-            yield f"fedex.rank = {self.rank}: must be 0 (the exact residual) or a rank to cut it to"
+            yield (
+                f"strategy.fedex.rank = {self.rank}: "
+                f"must be 0 (the exact residual) or a rank to cut it to"
+            )
 
     # -- server -------------------------------------------------------------------------------
 

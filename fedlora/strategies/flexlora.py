@@ -65,7 +65,10 @@ class FlexLoRA:
             yield f"flexlora sends singular vectors, but {gap}; use a lower rank, or flora"
         top = max((x.rank for c in clients for x in c.layers.values()), default=0)
         if self.max_rank < top:
-            yield f"flexlora.max_rank = {self.max_rank}: use at least the highest rank, {top}"
+            yield (
+                f"strategy.flexlora.max-rank = {self.max_rank}: "
+                f"use at least the highest rank, {top}"
+            )
 
     # -- server -------------------------------------------------------------------------------
 

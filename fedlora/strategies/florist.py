@@ -69,7 +69,10 @@ class FLoRIST:
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
         if not 0 < self.energy <= 1:
-            yield f"florist.energy = {self.energy}: must be in (0, 1]; use 1 to keep everything"
+            yield (
+                f"strategy.florist.energy = {self.energy}: "
+                f"must be in (0, 1]; use 1 to keep everything"
+            )
         if gap := too_high(clients):
             yield f"florist sends singular vectors, but {gap}; use a lower rank, or flora"
 

@@ -75,7 +75,10 @@ class HetLoRA:
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
         if not 0 < self.gamma <= 1:
-            yield f"hetlora.gamma = {self.gamma}: must be in (0, 1]; use 1 to keep every rank"
+            yield (
+                f"strategy.hetlora.gamma = {self.gamma}: "
+                f"must be in (0, 1]; use 1 to keep every rank"
+            )
 
     def keep(self, rank: float) -> int:
         """Where the tail begins that is penalised, and looked at before ranks are shed."""

@@ -139,7 +139,9 @@ class LoRAFair:
         if gap := uneven(clients):
             yield f"lora-fair corrects one B for all ranks, but {gap}; use flexlora or fedex"
         if self.lambda_rel < 0:
-            yield f"lora-fair.lambda_rel = {self.lambda_rel}: must not be negative; use 0.01"
+            yield (
+                f"strategy.lora-fair.lambda-rel = {self.lambda_rel}: must not be negative; use 0.01"
+            )
 
     # -- server -------------------------------------------------------------------------------
 

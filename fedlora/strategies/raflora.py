@@ -82,7 +82,9 @@ class RaFLoRA:
             yield f"raflora sends singular vectors, but {gap}; use a lower rank, or flora"
         top = max((x.rank for c in clients for x in c.layers.values()), default=0)
         if self.max_rank < top:
-            yield f"raflora.max_rank = {self.max_rank}: use at least the highest rank, {top}"
+            yield (
+                f"strategy.raflora.max-rank = {self.max_rank}: use at least the highest rank, {top}"
+            )
 
     # -- server -------------------------------------------------------------------------------
 

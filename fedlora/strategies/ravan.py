@@ -122,8 +122,8 @@ class Ravan:
         ranks = sorted({x.rank for c in clients for x in c.layers.values()})
         if self.head_rank < 1 or any(r % self.head_rank for r in ranks):
             yield (
-                f"ravan.head_rank = {self.head_rank}: must divide every client's rank, and they "
-                f"have {ranks}; use one that does, or fedsb"
+                f"strategy.ravan.head-rank = {self.head_rank}: must divide every client's rank, "
+                f"and they have {ranks}; use one that does, or fedsb"
             )
 
     # -- server -------------------------------------------------------------------------------

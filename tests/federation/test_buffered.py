@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from client_app.app import app as client_app
 from fedlora import preflight
-from fedlora.errors import ConfigError, StrategyError
+from fedlora.errors import ConfigError
 from fedlora.federation.server import loop
 from fedlora.federation.server.asynchronous import Flight, fresh
 from fedlora.lora.adapter import Factors
@@ -86,7 +86,7 @@ def test_a_strategy_whose_late_updates_mean_something_else_is_refused_before_rou
         asked.append(message.metadata.message_type)
         return client_app(message, context)
 
-    with pytest.raises(StrategyError, match=r"round\.buffer"):
+    with pytest.raises(ConfigError, match=r"round\.buffer"):
         federate(
             settings(
                 **quick(name, **{"round.buffer": 2, "strategy.fedsb.init-from": "orthogonal"})

@@ -67,6 +67,7 @@ def test_up_run_and_status_say_it(plan: Plan, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(host, "_supervise", lambda _: None)
     monkeypatch.setattr(host, "healthy", lambda _: True)
     monkeypatch.setattr(host, "register", lambda *_: None)
+    monkeypatch.setattr(host, "revoked", lambda *_: [])
     monkeypatch.setattr(host, "online", lambda _: 1)
     host.up(plan, said.append)
     assert "ends in 4 days" in said[-1]

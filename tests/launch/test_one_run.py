@@ -31,6 +31,7 @@ from tests.support.private_setting import Build, Setting
 CLAIM = 2.0
 FIXED = Fixed(canaries=600, guesses=120)
 DELTA = 1e-5
+CENTRAL = {"privacy.level": "client", "strategy.name": "ffa"}
 
 
 def federation(settings: Build, epsilon: float = CLAIM, **changes: object) -> Config:
@@ -203,7 +204,7 @@ def test_what_claims_nothing_is_not_audited(settings: Build) -> None:
     with pytest.raises(PrivacyError, match="what a client claims for each of its examples"):
         audited(federation(settings, 0.0), "rounds", FIXED)
     with pytest.raises(PrivacyError, match=r"privacy\.level = 'client'"):
-        audited(federation(settings, **{"privacy.level": "client"}), "rounds", FIXED)
+        audited(federation(settings, **CENTRAL), "rounds", FIXED)
 
 
 # -- canaries --------------------------------------------------------------------------------------

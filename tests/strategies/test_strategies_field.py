@@ -261,7 +261,7 @@ def test_raflora_keeps_the_ranks_above_all_of_the_cohorts() -> None:
 )
 def test_a_max_rank_below_a_clients_is_refused(strategy: Any) -> None:
     assert any(
-        "max_rank = 3: use at least the highest rank, 5" in p for p in strategy.problems(EQUAL)
+        "max-rank = 3: use at least the highest rank, 5" in p for p in strategy.problems(EQUAL)
     )
 
 
@@ -719,7 +719,7 @@ def test_spread_and_heads_are_each_others_inverse() -> None:
 
 def test_ravan_refuses_ranks_that_are_not_whole_heads() -> None:
     (problem,) = Ravan().problems(EQUAL)
-    assert "head_rank = 4: must divide every client's rank, and they have [3, 4, 5]" in problem
+    assert "head-rank = 4: must divide every client's rank, and they have [3, 4, 5]" in problem
     assert not list(Ravan().problems(EVEN_MIXED))
 
 
