@@ -44,17 +44,17 @@ def kill_at(point: str, round: int, given: dict[str, object]) -> None:
 
 CASES = [
     ("fedsa", "mid-client", 2),
-    ("fedsa", "memory-kept", 2),
     ("fedsa", "half-a-checkpoint", 2),
-    ("fedsa", "checkpoint-kept", 2),
     ("fedsa", "checkpoint-not-renamed", 2),
     ("fedex", "mid-client", 3),
     ("flora", "first-reply", 3),
-    ("fslora", "half-a-line", 2),
-    ("fedex", "half-a-checkpoint", 0),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("fedsa", "memory-kept", 2),
+            ("fedsa", "checkpoint-kept", 2),
+            ("fslora", "half-a-line", 2),
+            ("fedex", "half-a-checkpoint", 0),
             ("fedsa", "first-reply", 2),
             ("fedsa", "half-a-line", 2),
             ("fedex", "checkpoint-kept", 3),

@@ -97,6 +97,7 @@ def speaking(tmp_path: Path, settings: Build, epsilons: list[float]) -> Lab:
     return lab
 
 
+@pytest.mark.slow
 def test_a_language_model_that_learnt_by_heart_tells_its_rows_and_a_private_one_does_not(
     tmp_path: Path, settings: Build
 ) -> None:

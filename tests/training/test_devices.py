@@ -618,7 +618,8 @@ def test_the_hosts_count_is_near_the_cards(settings: Settings, cards: Cards) -> 
     assert 0.5 * there.activations(8) < here.activations(8) <= 1.1 * there.activations(8)
 
 
-@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_where_torch_counts_no_peak_what_is_kept_is_counted(
     settings: Settings, cards: Cards, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

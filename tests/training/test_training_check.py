@@ -346,7 +346,7 @@ FAULTS: dict[str, tuple[Callable[[Patch, Loaded], None], str, str]] = {
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("what", few(FAULTS, *[*FAULTS][::2]))
 def test_a_planted_fault_is_caught_and_named(
     settings: Settings, monkeypatch: Patch, what: str, precision: str
 ) -> None:
