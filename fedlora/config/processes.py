@@ -37,8 +37,8 @@ def deployable() -> bool:
 
 
 def end_with_parent() -> None:
-    """From here on this process of multiprocessing ends, by SIGKILL's rules, when its parent has,
-    however that ended: a parent that is killed tells its children nothing."""
+    """From here on this process of multiprocessing ends at once when its parent has, however that
+    ended: a parent that is killed tells its children nothing."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 

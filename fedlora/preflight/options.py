@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError
 from fedlora.federation.server.devices import parse_classes
-from fedlora.federation.server.ranks import BY_MODULE, parse_pattern, parse_shares
+from fedlora.federation.server.ranks import BY_MODULE, GROWTH, parse_pattern, parse_shares
 from fedlora.strategies import server_optimizers
 from fedlora.strategies.base import Client, Layer, Strategy
 from fedlora.training.user_code import is_code
@@ -131,13 +131,15 @@ def _ranks(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
 
 def _adaptive(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     """What ranks by module that change do not go with: federation/server/adaptive.py."""
-    name, form, needs = config.strategy.name, config.lora.form, strategy.needs()
-    two = [Client(i, {"m": Layer(8, 8, i + 1, 1.0)}) for i in range(2)]
-    if needs.client_memory or needs.beside_factors or [*strategy.problems(two)]:
+    form, needs, top = config.lora.form, strategy.needs(), GROWTH * max(config.clients.ranks)
+    if needs.client_memory or needs.beside_factors:
         yield (
             "ranks.policy = 'adaptive': gives modules ranks that change from round to round, and "
-            f"{name} needs one rank, or keeps more than A and B; use fedex, flexlora or hetlora"
+            f"{config.strategy.name} keeps more than A and B; use fedex, flexlora or hetlora"
         )
+    two = [Client(i, {"m": Layer(top, top, r, 1.0)}) for i, r in enumerate((1, top))]
+    for reason in strategy.problems(two):
+        yield f"ranks.policy = 'adaptive' gives modules ranks from 1 to {top}: {reason}"
     if form != "lora":
         yield f"ranks.policy = 'adaptive' with lora.form = {form!r}: its ranks are LoRA's; use lora"
     if config.privacy.by_client:

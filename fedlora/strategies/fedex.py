@@ -70,7 +70,7 @@ class FedEx:
         if self.rank < 0:
             yield (
                 f"strategy.fedex.rank = {self.rank}: "
-                f"must be 0 (the exact residual) or a rank to cut it to"
+                "must be 0 (the exact residual) or a rank to cut it to"
             )
 
     # -- server -------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class FLoRIST:
         if not 0 < self.energy <= 1:
             yield (
                 f"strategy.florist.energy = {self.energy}: "
-                f"must be in (0, 1]; use 1 to keep everything"
+                "must be in (0, 1]; use 1 to keep everything"
             )
         if gap := too_high(clients):
             yield f"florist sends singular vectors, but {gap}; use a lower rank, or flora"

@@ -77,7 +77,7 @@ class HetLoRA:
         if not 0 < self.gamma <= 1:
             yield (
                 f"strategy.hetlora.gamma = {self.gamma}: "
-                f"must be in (0, 1]; use 1 to keep every rank"
+                "must be in (0, 1]; use 1 to keep every rank"
             )
 
     def keep(self, rank: float) -> int:

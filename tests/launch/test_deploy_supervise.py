@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,47 +23,43 @@ def until(done, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Child]:
+    """A node that runs."""
+    (script := tmp_path / "node.sh").write_text("exec sleep 1000\n")
+    child = Child("node-0", script, tmp_path / "node.log", wait=0.0, most=0.0)
+    child.check()
+    yield child
+    assert child.process is not None
+    end_group(child.process.pid, signal.SIGKILL)
+    child.process.wait()
+
+
 def test_a_node_that_was_stopped_is_killed_and_another_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervise, "SILENT", 0.1)
-    (script := tmp_path / "node.sh").write_text("exec sleep 1000\n")
-    child = Child("node-0", script, tmp_path / "node.log", wait=0.0, most=0.0)
-    child.check()
-    assert child.process is not None
-    first = child.process.pid
-    try:
-        assert not child.check(), "one that sleeps is none that was stopped"
-        os.kill(first, signal.SIGSTOP)
-        until(lambda: psutil.Process(first).status() == psutil.STATUS_STOPPED)
-        until(child.check)
-        assert child.last_exit == -signal.SIGKILL
-        until(child.check)
-        assert child.process is not None
-        assert child.process.pid != first
-        assert child.stopped == 0.0
-    finally:
-        end_group(child.process.pid, signal.SIGKILL)
-        child.process.wait()
+    assert node.process is not None
+    first = node.process.pid
+    assert not node.check(), "one that sleeps is none that was stopped"
+    os.kill(first, signal.SIGSTOP)
+    until(lambda: psutil.Process(first).status() == psutil.STATUS_STOPPED)
+    until(node.check)
+    assert node.last_exit == -signal.SIGKILL
+    until(node.check)
+    assert node.process is not None
+    assert node.process.pid != first
+    assert node.stopped == 0.0
 
 
-def test_one_that_goes_on_in_time_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (script := tmp_path / "node.sh").write_text("exec sleep 1000\n")
-    child = Child("node-0", script, tmp_path / "node.log", wait=0.0, most=0.0)
-    child.check()
-    assert child.process is not None
-    pid = child.process.pid
-    try:
-        os.kill(pid, signal.SIGSTOP)
-        until(lambda: not child.check() and child.stopped)
-        os.kill(pid, signal.SIGCONT)
-        until(lambda: not child.check() and not child.stopped)
-        assert child.process.pid == pid
-    finally:
-        end_group(pid, signal.SIGKILL)
-        child.process.wait()
+def test_one_that_goes_on_in_time_is_left_alone(node: Child) -> None:
+    assert node.process is not None
+    pid = node.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: not node.check() and node.stopped)
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: not node.check() and not node.stopped)
+    assert node.process.pid == pid
 
 
 def test_a_worker_that_never_answered_is_given_up_as_well(

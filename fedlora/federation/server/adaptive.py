@@ -1,7 +1,8 @@
 """ranks.policy = "adaptive": the server shares each client's bytes out over the modules.
 
     D_m    = sum_i n_i (s_i B_i A_i - what client i began the round with)     in module m
-    S_m    its singular values, the largest first
+    S_m    its singular values, the largest first; as updates come no more directions of D_m are
+           held than any client may have ranks, so that a round costs no more for many clients
     gain   S_m[j]^2 / (d_m + k_m)     of rank j of module m: energy for a number sent; of ranks that
                                       did not train, that of the last that did
     r_m    1, and then the ranks of highest gain while sum_m r_m (d_m + k_m) <= b_i

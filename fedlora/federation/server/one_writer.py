@@ -43,7 +43,7 @@ def only_writer(directory: Path) -> Iterator[None]:
             ) from None
     try:
         yield
-    finally:
+    finally:  # unlinked while it is held: filelock lets nobody have a lock whose file is gone
         with suppress(OSError):  # Windows lets no open file go
             (directory / NAME).unlink(missing_ok=True)
         lock.release()
