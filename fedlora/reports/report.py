@@ -171,9 +171,10 @@ def _summary_rows(run: RunFiles) -> Iterator[tuple[str, str]]:
     s, metric = run.summary, run.metric
     if s["final"]:
         yield f"final {metric.title}", metric.text(s["final"].get(metric.key))
-    if not metric.share and metric.key in run.untuned:
+    answers = "exact_match" in (s["final"] or {})  # which no baseline gives
+    if (answers or not metric.share) and metric.key in run.untuned:
         yield f"untuned {metric.title}", metric.text(run.untuned[metric.key])
-    if "exact_match" in (s["final"] or {}):
+    if answers:
         yield "final exact match", percent(finite(s["final"], "exact_match"))
         yield "untuned exact match", percent(finite(run.untuned, "exact_match"))
         if how := s.get("generation"):

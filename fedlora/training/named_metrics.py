@@ -30,6 +30,7 @@ from fedlora.config.reader import Config
 from fedlora.config.sections import EvaluateConfig
 from fedlora.config.task_names import kind_of
 from fedlora.errors import DataError
+from fedlora.training.data.chat import last_words
 from fedlora.training.data.corpus import Corpus
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -50,8 +51,11 @@ def check(config: Config, corpus: Corpus) -> None:
             f"evaluate.metrics: f1 is of two labels, and there are {len(corpus.labels)}: name "
             "macro_f1, micro_f1 or weighted_f1"
         )
-    if predicts == "answers" and any(corpus.test.response):
-        check_texts(names, corpus.test.response, how)
+    responses: Sequence[str] = corpus.test.response
+    if config.data.messages and predicts == "answers":
+        responses = [words for text in corpus.test.text if (words := last_words(text))]
+    if predicts == "answers" and any(responses):
+        check_texts(names, responses, how)
 
 
 def further(

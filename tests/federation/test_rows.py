@@ -100,7 +100,7 @@ def test_rows_with_too_long_a_prompt_are_told_with_their_lines(
     (note,) = (
         f.what
         for f in lengths(config, corpus, cache.model(config, corpus.labels))
-        if "left out by the tokenizer" in f.what
+        if "make no example" in f.what
     )
     assert note.startswith("2 of 30 rows")
     assert f"{file}, line 5, {file}, line 12" in note

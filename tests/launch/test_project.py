@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedlora.errors import ConfigError
 from fedlora.launch.experiment_file import load, shipped
 from fedlora.launch.project import STARTERS, written
 from fedlora.training import cache
+from fedlora.version import __version__
 from tests.support.architectures import write
 
 Settings = Callable[..., dict[str, object]]
@@ -46,6 +48,15 @@ def test_a_project_can_run_and_its_rows_are_what_the_task_reads(
     assert len(corpus.test) in (32, 100)
     assert not list(corpus.account.warnings())
     jsonschema.validate(tomllib.loads(Path("experiment.toml").read_text()), schema())
+
+
+def test_python_m_fedlora_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fedlora", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fedlora", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"fedlora {__version__}\n")
 
 
 def test_there_is_a_project_for_each_task_and_for_pairs_and_chats() -> None:

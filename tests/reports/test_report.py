@@ -764,6 +764,18 @@ def test_the_summary_table_has_the_result_its_baselines_and_its_price(normal: Pa
         assert what in told
 
 
+def test_scores_of_answers_stand_beside_the_untouched_models(run: Path) -> None:
+    for path in run.glob("*.json*"):
+        path.write_text(path.read_text().replace('"accuracy"', '"rouge_l"'))
+    change(run, lambda rounds, _, summary: summary["final"].update(exact_match=0.25))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report.summary_table(run))
+    told = " ".join(console.file.getvalue().split())
+    first, last = (100 * lines(run)[at]["evaluation"]["rouge_l"] for at in (0, -1))
+    assert f"final ROUGE-L \u2502 {last:.1f}%" in told
+    assert f"untuned ROUGE-L \u2502 {first:.1f}%" in told
+
+
 # -- units ----------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as tried
@@ -13,11 +15,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedlora.config.reader import Config
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
 from fedlora.training.data.batches import IGNORE, collate
-from fedlora.training.data.chat import Conversation, read, turned
+from fedlora.training.data.chat import Conversation, last_words, read, turned
 from fedlora.training.data.locate import locate
+from fedlora.training.data.rows import Rows
+from fedlora.training.tasks import task_of
+from fedlora.training.tasks.causal_lm import answered
 from tests.support.by_task import load
 
 MARKS = ["<|im_start|>", "<|im_end|>", "</s>", "[INST]", "[/INST]"]
@@ -157,17 +163,56 @@ def test_a_template_that_drops_an_earlier_turns_words_is_refused_for_such_rows_a
 
 @pytest.mark.parametrize(("messages", "why"), [
     ([{"role": "user", "content": "it"}], "have no turn of an assistant"),
-    ([{"role": "user", "content": "it"}, {"role": "assistant", "content": ""}], ""),
+    ([{"role": "user", "content": "it"}, {"role": "assistant", "content": " \n"}],
+     "have an assistant that says nothing"),
 ])  # fmt: skip
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_what_has_nothing_to_learn_is_left_out_by_its_reason(
-    messages: list[dict[str, str]], why: str
+    name: str, messages: list[dict[str, str]], why: str
 ) -> None:
-    found = turned(messages, MADE["chatml"])
-    if why:
-        assert found == why
-    else:  # to say nothing, and end
-        assert isinstance(found, Conversation)
-        assert sum(found.trained) == 1
+    assert turned(messages, MADE[name]) == why
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_a_turn_without_a_word_is_read_and_teaches_nothing(name: str, silent: int) -> None:
+    said = ["yes", "It is so.", "no"]
+    said[silent] = ""
+    texts = [
+        x for pair in zip(["What is it?", "the cat?", "And?"], said, strict=True) for x in pair
+    ]
+    found = turned(conversation(*texts), MADE[name])
+    assert isinstance(found, Conversation)
+    end = END.get(name, "<|im_end|>")
+    got = [MADE[name].decode(ids).strip() for ids in runs(found)]
+    assert got == [f"{x}{end}" for x in said if x]
+
+
+class Mute:
+    """A model that answers nothing."""
+
+    device = torch.device("cpu")
+    tokenizer = MADE["chatml"]
+
+    def __init__(self) -> None:
+        asked = {"generate": lambda **x: x["input_ids"], "get_base_model": SimpleNamespace}
+        self.peft = SimpleNamespace(**asked)
+
+
+@pytest.mark.parametrize(("texts", "longest", "want"), [
+    (("What is it?", "yes", "the cat?", "no"), 99, "no"),
+    (("What is it?", "yes", "the cat?"), 99, "yes"),  # a question that nobody answered is behind it
+    (("What is it?", "yes", "the cat?", ""), 99, "yes"),
+    (("What is it?", "yes", "the cat " * 40, "no"), 60, "yes"),  # the last turn is cut off
+])  # fmt: skip
+def test_what_should_be_answered_is_the_last_turn_that_is_kept_and_nothing_behind_it(
+    texts: Sequence[str], longest: int, want: str
+) -> None:
+    rows, data = Rows(text=(json.dumps(conversation(*texts)),)), DataConfig(messages="messages")
+    found = task_of("causal-lm").encode(rows, MADE["chatml"], (), data, longest)
+    config = Config.read({"data.messages": "messages", "model.task": "causal-lm"})
+    assert answered(Mute(), found, config) == ([""], [want])  # type: ignore[arg-type]
+    assert last_words(rows.text[0]) == (want if longest == 99 else "no")
 
 
 def test_smollm2s_own_template_trains_the_answers(tmp_path: Path) -> None:
@@ -231,9 +276,6 @@ def test_what_is_no_conversation_is_named_with_its_place(
 def test_a_conversation_is_cut_at_its_end_and_left_out_where_no_answer_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fedlora.training.data.rows import Rows
-    from fedlora.training.tasks import task_of
-
     task, made = task_of("causal-lm"), MADE["chatml"]
     texts = (json.dumps(conversation("it", "yes")), json.dumps(conversation("the cat " * 40, "no")))
     data = DataConfig(messages="messages")

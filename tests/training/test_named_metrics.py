@@ -19,8 +19,10 @@ from fedlora.config.sections import EvaluateConfig
 from fedlora.config.task_names import KINDS
 from fedlora.errors import ConfigError, DataError
 from fedlora.preflight import tasks
+from fedlora.training import cache
 from fedlora.training.data.batches import collate
 from fedlora.training.evaluate import evaluate
+from fedlora.training.named_metrics import check as check_metrics
 from fedlora.training.named_metrics import check_texts, further
 from fedlora.training.tasks import TASKS
 from tests.support.private_setting import Setting
@@ -260,3 +262,19 @@ def test_a_metric_that_does_not_know_the_rows_ends_doctor_and_run_before_the_fir
     with pytest.raises(DataError, match="ROUGE finds no token in 30 of 30 responses"):
         simulate(given)
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_metric_that_does_not_know_what_an_assistant_says_is_told_by_doctor_too(
+    settings: Settings, tmp_path: Path
+) -> None:
+    pytest.importorskip("rouge_score")
+    rows, turns = tmp_path / "chinese.jsonl", ("yes", CHINESE[0])
+    rows.write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": f"red {n}"}, {"role": "assistant", "content": turns[n % 2]},
+        {"role": "user", "content": "what is"}, {"role": "assistant", "content": turns[n % 2]},
+        {"role": "user", "content": "the"}]}) + "\n" for n in range(60)))  # fmt: skip
+    more = {"evaluate.metrics": "rouge_l", "evaluate.generate-tokens": -1, "data.path": str(rows)}
+    given = task_settings(settings, "chat", tmp_path, **more)
+    config = Config.read(given)
+    with pytest.raises(DataError, match=r"ROUGE finds no token in \d+ of 30 responses"):
+        check_metrics(config, cache.corpus(config))

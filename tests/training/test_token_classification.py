@@ -18,6 +18,7 @@ from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError, ModelError
 from fedlora.training import cache, metrics
 from fedlora.training.data.batches import IGNORE, Encoded
+from fedlora.training.data.iob import read_iob
 from fedlora.training.data.rows import Rows
 from fedlora.training.data.tags import beginnings, scheme_of
 from fedlora.training.evaluate import evaluate
@@ -293,6 +294,15 @@ def test_a_file_of_one_word_a_line_is_read_by_its_suffix(
     assert corpus.labels == ("O", "B-LOC", "B-MISC", "B-ORG", "B-PER", "I-PER")
     assert corpus.account.sources[0].unit == "line"
     assert corpus.account.warnings() == []
+
+
+@pytest.mark.parametrize("mark", [" ", "\t"])
+def test_a_space_of_another_kind_is_a_letter_of_its_word(mark: str) -> None:
+    rows = [("5\u00a0000", "O"), ("\u3000", "O"), ("New\u2009York", "B-LOC")]
+    text = "".join(f"{word}{mark}{tag}\n" for word, tag in rows)
+    found = read_iob(f"{text} \u00a0\n{text}")
+    assert found.words == [[word for word, _ in rows]] * 2
+    assert found.tags == [[tag for _, tag in rows]] * 2
 
 
 def test_splits_of_a_directory_and_sites_are_such_files_too(tmp_path: Path) -> None:

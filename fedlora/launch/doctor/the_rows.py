@@ -65,8 +65,8 @@ def lengths(config: Config, corpus: Corpus, model: Model) -> Iterator[Finding]:
     if left:
         places = ", ".join(corpus.book.place(n) for n in sorted(left)[:SHOWN])
         text = (
-            f"{len(left)} of {rows} rows are left out by the tokenizer, for a prompt of {longest} "
-            f"tokens or more, or no token to train: {places}{', ...' * (len(left) > SHOWN)}"
+            f"{len(left)} of {rows} rows make no example, for the reasons that the log counts: "
+            f"{places}{', ...' * (len(left) > SHOWN)}"
         )
         yield Finding("note", text, "raise data.max-length, or mend these rows")
 

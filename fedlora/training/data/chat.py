@@ -17,7 +17,8 @@ Where the assistant's words are, in this order:
 
 A conversation of which none holds (a template that drops an earlier turn's reasoning, say) is
 refused, and counted: which of its words are whose cannot be told. A token that lies on both sides
-of a seam is not trained.
+of a seam is not trained. A turn without a word is read, and not trained, its end mark neither: it
+would teach to say nothing.
 """
 
 import json
@@ -122,18 +123,25 @@ def turned(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> C
         raise DataError("data.messages: this model's tokenizer has no chat template")
     if not tokenizer.is_fast:
         raise DataError("data.messages: this model's tokenizer does not say where its tokens lie")
-    if not any(m["role"] == "assistant" for m in messages):
-        return "have no turn of an assistant"
+    said = [bool(m["content"].strip()) for m in messages if m["role"] == "assistant"]
+    if not any(said):
+        return "have an assistant that says nothing" if said else "have no turn of an assistant"
     try:
         whole = _render(tokenizer, messages)
         if GENERATION.search(str(template)):
-            return _by_template(tokenizer, messages)
+            return _by_template(tokenizer, messages, said)
         spans = _by_turns(tokenizer, messages, whole) or _by_contents(tokenizer, messages, whole)
     except TemplateError:
         return "have turns that this model's chat template refuses"
     if spans is None:
         return "have turns that this model's chat template rewrites: whose words are whose is lost"
-    return _of_spans(tokenizer, whole, spans)
+    return _of_spans(tokenizer, whole, [span for span, yes in zip(spans, said, strict=True) if yes])
+
+
+def last_words(text: str) -> str:
+    """What the assistant says last in such a cell; "" where it says nothing."""
+    said = [m["content"] for m in read(text) if m["role"] == "assistant" and m["content"].strip()]
+    return said[-1] if said else ""
 
 
 def _render(
@@ -146,15 +154,20 @@ def _render(
 
 
 def _by_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], said: Sequence[bool]
 ) -> Conversation | str:
     found: Any = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     trained = [bool(x) for x in found["assistant_masks"]]
+    starts = [n for n, yes in enumerate(trained) if yes and not (n and trained[n - 1])]
+    if len(starts) == len(said):  # a run of tokens is a turn
+        for n in (at for at, yes in zip(starts, said, strict=True) if not yes):
+            end = next((k for k in range(n, len(trained)) if not trained[k]), len(trained))
+            trained[n:end] = [False] * (end - n)
     if not any(trained):
         return "have no token that this model's chat template marks as generated"
-    return Conversation([*found["input_ids"]], trained, _last(trained))
+    return Conversation([*found["input_ids"]], trained, last_run(trained))
 
 
 def _by_turns(
@@ -223,10 +236,10 @@ def _of_spans(
             trained[n] = True
     if not any(trained):
         return "have an assistant that says nothing"
-    return Conversation(ids, trained, _last(trained))
+    return Conversation(ids, trained, last_run(trained))
 
 
-def _last(trained: Sequence[bool]) -> int:
+def last_run(trained: Sequence[bool]) -> int:
     """Where the last run of trained tokens begins."""
     end = len(trained) - 1 - [*reversed(trained)].index(True)
     return next((n + 1 for n in range(end, -1, -1) if not trained[n]), 0)

@@ -6,8 +6,8 @@
     Peter NNP B-NP B-PER
 
 A blank line stands between sentences. Columns stand between tabs where the line has one, else
-between spaces: the word is the first, its tag the last. Lines of -DOCSTART- are none of a sentence,
-and neither are comments before one, "# id 7 domain=en".
+between spaces: the word is the first, its tag the last. A no-break space is a letter of its word.
+Lines of -DOCSTART- are none of a sentence, and neither are comments before one, "# id 7 domain=en".
 """
 
 import re
@@ -38,7 +38,7 @@ def read_iob(text: str) -> Sentences:
     found = Sentences([], [], [])
     inside, width = False, 0
     for number, line in enumerate(LINE_END.split(text), 1):
-        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+        cells = _cells(line)
         if not line.strip() or cells[0] == "-DOCSTART-":
             inside = False
             continue
@@ -59,6 +59,13 @@ def read_iob(text: str) -> Sentences:
         found.words[-1].append(cells[0])
         found.tags[-1].append(cells[-1])
     return found
+
+
+def _cells(line: str) -> list[str]:
+    """The columns of a line, by tabs where it has one, else by common spaces and by no others."""
+    if "\t" in line:
+        return [cell.strip(" ") for cell in line.split("\t")]
+    return [cell for cell in line.split(" ") if cell]
 
 
 def looks_iob(text: str) -> bool:

@@ -38,7 +38,7 @@ from fedlora.training.data.batches import (
     prompt_batches,
     synthetic,
 )
-from fedlora.training.data.chat import conversations, turned
+from fedlora.training.data.chat import conversations, last_run, turned
 from fedlora.training.data.chat import read as read_messages
 from fedlora.training.data.corpus import Corpus
 from fedlora.training.data.packing import packed
@@ -208,7 +208,7 @@ def _conversations(rows: Rows, tokenizer: PreTrainedTokenizerBase, longest: int)
             ids.append(found.ids[:longest])
             every = zip(ids[-1], found.trained, strict=False)
             marks.append([x if trained else IGNORE for x, trained in every])
-            asked.append(min(found.asked, longest - 1))
+            asked.append(last_run(found.trained[:longest]))
             kept.append(i)
     tell(len(rows), len(kept), left)
     tokens, starts = flat(ids)
@@ -297,7 +297,12 @@ def answered(net: Net, rows: Encoded, config: Config) -> tuple[list[str], list[s
 
 
 def _responses(rows: Encoded) -> list[list[int]]:
-    """What each example should be answered, its own tokens after the prompt."""
+    """What each example should be answered, its own tokens after the prompt: of a conversation
+    those of the assistant's turn, and none of what is behind it."""
     assert rows.prompts is not None
-    starts, ends = rows.starts[:-1] + rows.prompts, rows.starts[1:]
+    starts, ends = rows.starts[:-1] + rows.prompts, rows.starts[1:].clone()
+    if rows.marks is not None:
+        for i, (a, b) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            others = (rows.marks[a:b] == IGNORE).nonzero().flatten().tolist()
+            ends[i] = a + min(others, default=b - a)
     return [rows.ids[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
