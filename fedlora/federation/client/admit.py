@@ -22,6 +22,7 @@ from fedlora.federation.client.allowed import ALLOWED, IGNORED, OF_A_SHARED_CORP
 from fedlora.federation.secure.terms import Terms
 from fedlora.federation.wire.job import Job
 from fedlora.strategies import STRATEGIES
+from fedlora.strategies.forms import FORMS
 from fedlora.training.data.row_units import by_value
 from fedlora.training.user_code import is_code
 
@@ -138,6 +139,9 @@ def _limits(policy: Policy, asked: Config) -> Against:
     ):
         if value > most:
             yield key, f"{value}, the limit is {most}"
+    form = FORMS.get(asked.lora.form)
+    if form and form.kind != "factors" and asked.clients.ranks[0] > limits.rank:  # its one size
+        yield "clients.ranks", f"{asked.clients.ranks[0]}, limits.rank = {limits.rank}"
     each, steps = asked.train.gradient_accumulation_steps, asked.train.steps
     if each > 1 and steps * each > limits.steps:
         yield "train.gradient-accumulation-steps", f"{steps} of {each}, limits.steps {limits.steps}"

@@ -11,6 +11,7 @@ A key that is in none is a new one: a run that sets it is refused until somebody
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from fedlora.config.policy import Policy
@@ -20,6 +21,9 @@ Rule = Callable[[Any, Policy], str]
 """What is wrong with a value under a policy; "" where nothing is."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 PATTERN = re.compile(r"[A-Za-z0-9_.\-\\^$|*+]{1,200}=\s*\d{1,5}")
+RANKS = ("r", "hybrid_r", "width")
+"""Options of forms that are ranks."""
+LARGEST_OPTION = 4096
 OPTION = re.compile(r"[A-Za-z_]{1,60}=\s*(true|false|-?\d{1,9}(\.\d{1,9})?(e-?\d{1,2})?|\w{1,40})")
 
 
@@ -58,10 +62,24 @@ def _patterns(value: Any, _policy: Policy) -> str:
     return "must be short expressions without groups" if bad or len(parts) > 50 else ""
 
 
-def _options(value: Any, _policy: Policy) -> str:
+def _options(value: Any, policy: Policy) -> str:
+    """Small numbers: some are sizes of what a form makes, or how often it does something."""
     parts = [part.strip() for part in str(value).split(",") if part.strip()]
     bad = [part for part in parts if not OPTION.fullmatch(part)]
-    return "must be numbers, true, false or plain words" if bad or len(parts) > 30 else ""
+    if bad or len(parts) > 30:
+        return "must be numbers, true, false or plain words"
+    for name, _, text in (part.partition("=") for part in parts):
+        most = policy.limits.rank if name in RANKS else LARGEST_OPTION
+        if _number(text) > most and not re.search("seed|key", name):
+            return f"{name}: must be at most {most}"
+    return ""
+
+
+def _number(text: str) -> float:
+    """The size of what an option is set to; 0 of a word."""
+    with suppress(ValueError):
+        return abs(float(text))
+    return 0.0
 
 
 def _code(value: Any, policy: Policy) -> str:

@@ -23,6 +23,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
+from fedlora.errors import WireError
 from fedlora.federation.wire.messages import (
     arrays_of,
     configs_of,
@@ -48,6 +49,10 @@ def sketch(model: Model, rows: Encoded, config: Config, asked: RecordDict) -> Re
     """A client's answer to any phase."""
     settings: Mapping[str, Any] = configs_of(asked, "sketch")
     widths = dict(zip(settings["modules"], settings["widths"], strict=True))
+    for m, w in widths.items():
+        size = model.shapes[m].d, model.shapes[m].k
+        if not 0 < w <= min(size):
+            raise WireError(f"{m}: a sketch of width {w} of a weight of {size}")
     came = unpack_factors(arrays_of(asked, "send"), {})
     G = first_gradient(model, rows, config)
     if settings.get("what", "signs") == "gradient":

@@ -28,6 +28,7 @@ from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.node_config import check_from_server, own_delta
 from fedlora.federation.client.secure_client import SecureClient
+from fedlora.federation.client.sent_sizes import check_download, check_modules
 from fedlora.federation.secure.agreement import RoundName
 from fedlora.federation.secure.signing import public_half
 from fedlora.federation.secure.terms import Terms
@@ -104,6 +105,7 @@ class ClientJob:
         config = with_microbatch(config, memory.microbatch() or job.microbatch)
         bare = "download" not in message.content
         download = Download(Factors(), frozenset()) if bare else unpack_download(message.content)
+        check_download(policy, download)
         first = message.content.get("base-offset")
         base_offset = unpack_pairs(first) if isinstance(first, ArrayRecord) else {}
         strategy = config.build_strategy()
@@ -138,6 +140,7 @@ class ClientJob:
                 "files"
             )
         model = cache.model(self.config, job.labels)
+        check_modules(self.policy, len(model.shapes))
         here, there = (x.partition("+") for x in (model.fingerprint, job.fingerprint))
         if here[0] == there[0] and here != there:
             raise ModelError.public(

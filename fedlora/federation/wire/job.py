@@ -11,6 +11,9 @@ from fedlora.config.possible import is_path_name
 from fedlora.errors import WireError
 from fedlora.federation.wire.messages import configs_of, whole
 
+MOST = 65_536
+"""Above every rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -97,7 +100,7 @@ class Job:
             x["fingerprint"],
             tuple(x["labels"]),
             last_round,
-            tuple(x["cuts"]),
+            tuple(whole({"cuts": c}, "cuts", MOST) for c in x["cuts"]),
             x.get("code", ""),
             x["config"],
             _changes(x.get("changes", "{}")),

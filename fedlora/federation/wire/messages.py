@@ -293,10 +293,10 @@ def unpack_download(content: RecordDict) -> Download:
     )
 
 
-def whole(record: Mapping[str, Any], key: str) -> int:
-    """A number of a record, of which a file's name is made."""
-    if type(value := record[key]) is not int or not 0 <= value < 2**31:
-        raise WireError(f"{key}: must be a whole number from 0 to 2^31")
+def whole(record: Mapping[str, Any], key: str, most: int = 2**31) -> int:
+    """A number of a record, of which a file's name, or a size, is made."""
+    if type(value := record[key]) is not int or not 0 <= value < most:
+        raise WireError(f"{key}: must be a whole number from 0 to {most}")
     return value
 
 

@@ -51,6 +51,7 @@ from fedlora.training.model.loading import (
 from fedlora.training.model.moving_base import MovingBase, beside
 from fedlora.training.model.own_tuner import OwnFormLayer, layer_of, trained_beside
 from fedlora.training.model.prefix_cache import Prefix
+from fedlora.training.model.put import put
 from fedlora.training.model.raised import named
 from fedlora.training.model.start_adapter import start_of
 from fedlora.training.model.ties import check_ties
@@ -203,8 +204,8 @@ class Model:
         with torch.no_grad():
             for m, A in factors.A.items():
                 layer, (a, b) = self.adapted[m], self.sides(m)
-                a.copy_(A if a.ndim > 1 else A[0])
-                b.copy_(factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
+                put(m, a, A if a.ndim > 1 else A[0])
+                put(m, b, factors.B[m] if b.ndim > 1 else factors.B[m][:, 0])
                 if self.rank:
                     continue
                 layer.scaling[self.active] = factors.scale[m]
@@ -224,7 +225,7 @@ class Model:
             for name, tensor in factors.other.items():
                 if name not in mine:
                     raise ModelError(f"{name}: this model trains no such tensor; it has {[*mine]}")
-                mine[name].copy_(tensor)
+                put(name, mine[name], tensor)
 
     def read(self) -> Factors:
         """A copy of the active adapter, core and head, on the host."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedlora.config.sections import ModelConfig
+from fedlora.errors import ModelError
 from fedlora.lora.adapter import Adapter, Delta, Pair, dense, together
 from fedlora.lora.lowrank import accumulate
 from fedlora.strategies.base import Version
@@ -144,6 +145,8 @@ class MovingBase:
     ) -> None:
         """See `Model.rebase`."""
         target = versions[-1].number if versions else 0
+        for change in (start or {}, *(v.delta for v in versions)):
+            self._check(change)
         run, number = self._at
         rest = [v for v in versions if v.number > number]
         follows = run == token and target >= number and not any(v.snapshot for v in rest)
@@ -180,6 +183,17 @@ class MovingBase:
             for m in touched:
                 self._set_weight(m, self._shift.get(m))
 
+    def _check(self, change: Mapping[str, Delta]) -> None:
+        """Nothing, where each change is of the size of its weight: of factors, before it is made.
+
+        Raises:
+            ModelError: one is not, or there is no such weight.
+        """
+        for m, delta in change.items():
+            size = (x.d, x.k) if (x := self._shapes.get(m)) else ()
+            if tuple(delta.shape) != size:
+                raise ModelError(f"a base change of {m} is {tuple(delta.shape)}, must be {size}")
+
     def _take(self, version: Version) -> None:
         if self.beside:  # by the log's own rule, so that all who took the same hold the same bits
             version = replace(version, delta={m: together(x) for m, x in version.delta.items()})
@@ -193,6 +207,7 @@ class MovingBase:
     @contextlib.contextmanager
     def folded(self, fold: Adapter) -> Iterator[None]:
         """Within it, these pairs are part of the base; after it, the base has its old bits."""
+        self._check(fold)
         try:
             for m, pair in fold.items():
                 shift = self._shift.get(m)
