@@ -1,8 +1,10 @@
 """Tiny models and data made on the spot: no hub, no download, seconds for a whole federation."""
 
+import gc
 import json
 import os
 import random
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +94,12 @@ def tiny_vit(directory: Path):
     return ViTModel(config, add_pooling_layer=False)
 
 
+def pytest_collection_finish() -> None:
+    """What is there by now stays, so that no test's garbage collection goes over it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths of tiny "bert", "gpt2", "llama" and "vit" models and of "rows", a JSONL of 150
@@ -113,6 +121,14 @@ def write_tiny(root: Path) -> dict[str, str]:
     paths["rows"] = str(root / "rows.jsonl")
     Path(paths["rows"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return paths
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_power_cuts() -> Iterator[None]:
+    """Nothing waits for the disk: what fsync adds only a power cut could show, and none comes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 TARGETS = {
@@ -202,8 +218,6 @@ def card(request: pytest.FixtureRequest):
 
 def forget_cards() -> None:
     """Let go of what the caches keep of a test on a card."""
-    import gc
-
     from fedlora.training import cache
 
     cache._model.key = cache._model.value = None

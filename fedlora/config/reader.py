@@ -7,10 +7,12 @@ keys be overridden that it lists, and a test keeps the two equal.
 """
 
 import difflib
+import functools
 import hashlib
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tomli_w
@@ -100,7 +102,7 @@ class Config(Section):
                 problems are in one message, each unknown key with the nearest known one.
         """
         flat = dict(_flatten(given))
-        known = _dotted(cls().model_dump())
+        known = _defaults()
         problems = [_unknown(key, known) for key in flat if key not in known]
         problems += [p for key, value in flat.items() if (p := impossible(key, value))]
         flat = without_others(flat, flat.get("strategy.name", known["strategy.name"]))
@@ -240,6 +242,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+@functools.cache
+def _defaults() -> Mapping[str, Scalar]:
+    """Every key and its default. A message's handler reads a config, so this is made once."""
+    return MappingProxyType(_dotted(Config().model_dump()))
 
 
 def _dotted(tree: Mapping[str, Any]) -> dict[str, Scalar]:

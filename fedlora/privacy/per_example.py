@@ -34,12 +34,12 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, ParamWrapper
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedlora.errors import PrivacyError
 from fedlora.training.devices import counts_wide, wide_on_host
+from fedlora.training.model.whole import trained_whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,8 +307,8 @@ def _layers(peft: nn.Module, name: str) -> Iterator[Any]:
 
 def _heads(peft: nn.Module, name: str) -> Iterator[nn.Linear]:
     """Linear modules within what is trained whole."""
-    for wrapper in peft.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.modules_to_save:
+    for wrapper in trained_whole(peft).values():
+        if name in wrapper.modules_to_save:
             for module in wrapper.modules_to_save[name].modules():
                 if isinstance(module, nn.Linear):
                     yield module

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from flwr.app import MetricRecord, RecordDict
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
@@ -34,6 +33,7 @@ from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import seeded
 from fedlora.training.data.batches import Encoded, batches, examples_in
 from fedlora.training.model.model import Model
+from fedlora.training.model.whole import trained_whole
 from fedlora.training.train import example_losses, microbatches
 
 EXAMPLES = 256
@@ -96,7 +96,7 @@ def first_batches(rows: Encoded, config: Config) -> Iterator[Any]:
 
 def heads_as_loaded(model: Model) -> list[nn.Parameter]:
     """The heads' own parameters, which act while adapters are off."""
-    wrappers = [x for x in model.peft.modules() if isinstance(x, ModulesToSaveWrapper)]
+    wrappers = trained_whole(model.peft).values()
     return [p for w in wrappers for p in w.original_module.parameters()]
 
 

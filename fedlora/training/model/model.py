@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fedlora.config.reader import Config
@@ -55,7 +54,7 @@ from fedlora.training.model.put import put
 from fedlora.training.model.raised import named
 from fedlora.training.model.start_adapter import start_of
 from fedlora.training.model.ties import check_ties
-from fedlora.training.model.whole import in_float32, inside_body
+from fedlora.training.model.whole import in_float32, inside_body, trained_whole
 from fedlora.training.tasks import task_of
 
 KEPT_PROFILES = 8
@@ -95,6 +94,7 @@ class Model:
         self.adapted: dict[str, Any] = {
             m: layer_at(self.peft, m, shape, PREFIX) for m, shape in self.shapes.items()
         }
+        self._whole = {n.removeprefix(PREFIX): x for n, x in trained_whole(self.peft).items()}
         self._tensors = trained_beside(self) if self.rank else {}
         self._cores: dict[str, nn.Parameter] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
@@ -356,10 +356,10 @@ class Model:
     def _other(self) -> dict[str, nn.Parameter]:
         """Trained tensors that are no LoRA factor: heads, magnitudes, by their plain names."""
         found = dict(self._tensors)
-        for name, module in self.peft.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and self.active in module.modules_to_save:
+        for name, module in self._whole.items():
+            if self.active in module.modules_to_save:
                 for tail, p in module.modules_to_save[self.active].named_parameters():
-                    found[f"{name.removeprefix(PREFIX)}.{tail}"] = p
+                    found[f"{name}.{tail}"] = p
         for m, layer in self.adapted.items():
             if self.active in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
                 found[f"{m}.lora_magnitude_vector"] = magnitudes[self.active].weight

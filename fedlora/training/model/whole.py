@@ -26,13 +26,18 @@ def inside_body(base: Any, heads: Sequence[str]) -> set[str]:
     return {name for name in heads if base.get_submodule(name) in modules}
 
 
+def trained_whole(peft: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """The modules that any adapter trains whole, by name, in the model's order."""
+    return {n: x for n, x in peft.named_modules() if isinstance(x, ModulesToSaveWrapper)}
+
+
 def in_float32(model: nn.Module, adapter: str, inner: Collection[str]) -> None:
     """Make what this adapter trains whole float32; `inner` are the modules inside the body.
 
     Of a base in float32 nothing changes.
     """
-    for name, wrapper in model.named_modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:
+    for name, wrapper in trained_whole(model).items():
+        if adapter not in wrapper.modules_to_save:
             continue
         module = wrapper.modules_to_save[adapter]
         narrow = {p.dtype for p in module.parameters() if p.dtype in NARROW}
