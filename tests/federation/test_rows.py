@@ -11,6 +11,8 @@ from fedlora.launch.doctor.the_rows import lengths
 from fedlora.reports import report
 from fedlora.reports.console import Silent
 from fedlora.training import cache
+from fedlora.training.tasks import task_of
+from tests.federation.test_federation import dense_adapter
 from tests.support.tiny_federation import federate, quick
 from tests.training.test_sites import NOTES, hospital
 
@@ -109,3 +111,41 @@ def test_rows_with_too_long_a_prompt_are_told_with_their_lines(
     long = [sum(t.startswith("word word word") for t in c.train.text) for c in corpus.clients]
     assert [x["untokenised"] for x in lines] == long
     assert sum(long) > 0
+
+
+def test_a_client_weighs_by_its_rows_and_not_by_their_tokens(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """One has many short responses, the other few long ones: more rows here, more tokens there."""
+    rows = [{"text": f"red {n}", "response": "dog" if n % 3 else "one two three up down left " * 4,
+             "site": "short" if n % 3 else "long"} for n in range(30)]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.path": str(file), "data.prompt": "text", "data.response": "response",
+               "data.partition": "natural", "data.natural-column": "site", "clients.count": 2,
+               "data.test-size": 3, "data.dedupe": False, "run.rounds": 1,
+               "output.keep-updates": True}  # fmt: skip
+    ran = federate(given := settings("gpt2", **quick("fedex", **changes)))
+    config = Config.read(given)
+    corpus = cache.corpus(config)
+    sizes = [len(client.train) for client in corpus.clients]
+    parts = [cache.encoded("train", i, config, corpus.labels) for i in (0, 1)]
+    tokens = [int(task_of("causal-lm").scored(part).sum()) for part in parts]
+    assert (sizes[0] > sizes[1]) != (tokens[0] > tokens[1])
+    dense = dense_adapter(ran.directory / "adapter")
+    updates = [ran.update(1, i) for i in (0, 1)]
+    assert [notes["num_examples"] for _, notes in updates] == sizes
+
+    def apart(weights: list[int]) -> float:
+        """How far the model is from the clients' updates, weighted like this."""
+        gap = norm = 0.0
+        for m, found in dense.items():
+            want = 0 * found
+            for n, (x, notes) in zip(weights, updates, strict=True):
+                made = (x[f"{m}.B"].double() @ x[f"{m}.A"].double()).numpy()
+                want = want + n / sum(weights) * notes["scale"][m] * made
+            gap, norm = gap + ((want - found) ** 2).sum(), norm + (found**2).sum()
+        return float((gap / norm) ** 0.5)
+
+    assert apart(sizes) < 1e-5
+    assert apart(tokens) > 0.05

@@ -257,6 +257,22 @@ def test_conversations_are_read_from_whatever_holds_them(tmp_path: Path, kind: s
     assert sorted(read(x)[1]["content"] for x in texts) == sorted(x[1]["content"] for x in TURNS)
 
 
+def test_roles_are_known_in_any_case_and_what_is_not_read_of_a_message_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = written(tmp_path, "jsonl")
+    odd = [{"role": "System", "content": "be the cat", "tool_calls": None},
+           {"role": "USER", "content": "What?", "name": "Anna"},
+           {"role": "Assistant", "content": "yes", "weight": 1, "tool_calls": ["x"]}]  # fmt: skip
+    with Path(data.path).open("a") as file:
+        file.write("".join(json.dumps({"messages": [*odd, *x]}) + "\n" for x in TURNS[:2]))
+    corpus = load(data, "causal-lm", 2, 0)
+    texts = [x for part in (corpus.test, *(c.train for c in corpus.clients)) for x in part.text]
+    roles = [[m["role"] for m in read(x)] for x in texts if len(read(x)) == 5]
+    assert roles == [["system", "user", "assistant", "user", "assistant"]] * 2
+    assert 'and not "name" of 2, "weight" of 2, "tool_calls" of 2 messages' in caplog.text
+
+
 @pytest.mark.parametrize(("cell", "message"), [
     ("hello", "must be a list of messages, is 'hello'"),
     ([{"role": "user"}, 7], 'a message must have a "role" and a "content"'),

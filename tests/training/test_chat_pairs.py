@@ -10,6 +10,7 @@ import pytest
 
 from fedlora import check, export, simulate
 from fedlora.config.sections import DataConfig
+from fedlora.errors import DataError
 from fedlora.training.data.chat_pairs import NOTHING, UNLIKE
 from fedlora.training.data.rows import Rows
 from fedlora.training.tasks import task_of
@@ -105,6 +106,12 @@ def test_rows_that_are_written_for_a_node_are_read_as_the_same(tmp_path: Path) -
         there = {*zip(again.text, again.response, again.second, strict=True)}
         mine = {*zip(rows.text, rows.response, rows.second, strict=True)}
         assert len(mine - there) <= 1, "but for the one row that is the test's"
+
+
+def test_a_prompt_that_is_a_text_beside_conversations_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.prompt = .* line 1: must be a list of messages, is "
+                                        r".*; where both .* leave data\.prompt empty"):  # fmt: skip
+        rows_of(tmp_path / "rows.jsonl", [ultra(n) for n in range(N)], prompt="prompt")
 
 
 def test_rows_that_are_no_pair_are_left_out_and_counted(

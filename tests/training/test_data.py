@@ -561,6 +561,16 @@ def test_stray_quotation_marks_in_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
     assert sorted(rows_of(file).text) == sorted(t for t, _ in rows)
 
 
+def test_marks_that_open_in_one_cell_of_a_tsv_and_close_in_the_next_join_no_cells(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "pairs.tsv"
+    rows = [(f"a{n}", f"text{n}", f"more{n}", "xy"[n % 2]) for n in range(20)]
+    rows[3] = ("a3", '"he said', 'so"', "y")
+    file.write_text("id\ttext\tmore\tlabel\n" + "".join("\t".join(r) + "\n" for r in rows))
+    assert sorted(rows_of(file).text) == sorted(r[1] for r in rows)
+
+
 def test_quoted_cells_of_a_tsv_are_read_as_they_were(tmp_path: Path) -> None:
     file = tmp_path / "quoted.tsv"
     pandas.DataFrame({"text": [f"a\tb{n}" for n in range(12)], "label": list("xy") * 6}).to_csv(

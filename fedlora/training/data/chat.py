@@ -22,7 +22,9 @@ would teach to say nothing.
 """
 
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +35,21 @@ from transformers import PreTrainedTokenizerBase
 from fedlora.errors import DataError
 from fedlora.training.data.seam import special_ids
 from fedlora.training.data.tables import Table, column
+from fedlora.training.data.written import shown
+
+log = logging.getLogger(__name__)
 
 Message = dict[str, str]
 Span = tuple[int, int]
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-         "assistant": "assistant"}  # fmt: skip
-"""What ShareGPT's roles are called elsewhere; any other is itself."""
+ROLES = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "assistant"), "assistant"),
+    "system": "system",
+}
+"""What roles are called, by the names that files have for them in any case; any other is itself."""
+READ = ("role", "from", "content", "value")
+"""The keys of a message that are read."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -54,19 +64,29 @@ class Conversation:
     """Tokens before the last of the assistant's turns."""
 
 
-def conversations(table: Table, where: str, name: str, key: str = "data.messages") -> list[str]:
+def conversations(
+    table: Table, where: str, name: str, key: str = "data.messages", hint: str = ""
+) -> list[str]:
     """The column that the key names, each cell a JSON list of {"role", "content"}; "" where it is
-    empty.
+    empty. What else a message has is not read, and counted in the log.
+
+    hint: what to do where a cell is none, behind the message.
 
     Raises:
         DataError: there is no such column, or a cell is no list of messages; says which.
     """
     if name not in table.names:
         column(table, where, key, name)  # says so, with what there is
-    return [
-        _written(cell, f'{key} = "{name}": {where}, {table.unit} {line}')
+    unread = Counter[str]()
+    found = [
+        _written(cell, f'{key} = "{name}": {where}, {table.unit} {line}', unread, hint)
         for cell, line in zip(table.cells[name][:], table.lines, strict=True)
     ]
+    if unread:
+        told = ", ".join(f'"{shown(k)}" of {n}' for k, n in unread.most_common(5))
+        text = '%s = "%s": %s: of a message its role and content are read, and not %s messages'
+        log.warning(text, key, name, where, told)
+    return found
 
 
 def read(text: str) -> list[Message]:
@@ -75,20 +95,22 @@ def read(text: str) -> list[Message]:
     return found
 
 
-def _written(cell: Any, where: str) -> str:
+def _written(cell: Any, where: str, unread: Counter[str], hint: str) -> str:
     if isinstance(cell, str) and (told := _transcript(cell)):
         cell = told
     if isinstance(cell, str):
         try:
             cell = json.loads(cell) if cell.strip() else []
         except (ValueError, RecursionError):
-            raise DataError(f"{where}: must be a list of messages, is {cell[:40]!r}") from None
+            raise DataError(
+                f"{where}: must be a list of messages, is {cell[:40]!r}{hint}"
+            ) from None
     if isinstance(cell, Mapping):  # a list of structs, as a struct of lists
         columns = [list(x or ()) for x in cell.values()]
         cell = [dict(zip(cell, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(cell, list | type(None)):
-        raise DataError(f"{where}: must be a list of messages, is {cell!r:.40}")
-    messages = [_message(x, where) for x in cell or ()]
+        raise DataError(f"{where}: must be a list of messages, is {cell!r:.40}{hint}")
+    messages = [_message(x, where, unread) for x in cell or ()]
     return json.dumps(messages, ensure_ascii=False) if messages else ""
 
 
@@ -100,7 +122,7 @@ def _transcript(text: str) -> list[Message]:
     return [] if before else [{"role": role, "content": said.strip()} for role, said in turns]
 
 
-def _message(x: Any, where: str) -> Message:
+def _message(x: Any, where: str, unread: Counter[str]) -> Message:
     given = x if isinstance(x, Mapping) else {}
     role, content = (given.get(a) or given.get(b) for a, b in (("role", "from"),
                                                                ("content", "value")))  # fmt: skip
@@ -109,6 +131,7 @@ def _message(x: Any, where: str) -> Message:
             f'{where}: a message must have a "role" and a "content" that are texts (or ShareGPT\'s '
             f'"from" and "value"), is {x!r:.60}'
         )
+    unread.update(key for key, value in given.items() if key not in READ and value)
     return {"role": ROLES.get(role.lower(), role), "content": content or ""}
 
 

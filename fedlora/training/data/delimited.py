@@ -5,7 +5,7 @@ separator   data.separator; else the first line "sep=;" of Excel; else the one o
             as long as it
 row         must have as many fields as the header: else it is refused, with its line
 quotation   a cell in quotation marks may hold separators and line ends. Where marks do not pair,
-            or reading them as such joins lines that are whole rows by themselves, they are
+            or reading them as such joins cells of a line, or lines, that are whole rows, they are
             letters in a TSV whose every line has all fields, and an error elsewhere. Each row of
             several lines is judged by itself: its lines are rows where they have all fields and
             the very values of a column that has few, or are too many for chance
@@ -124,7 +124,8 @@ def _rows(text: str, mark: str) -> tuple[list[_Row], tuple[str, ...]]:
     except _StrayQuoteError as e:
         rows, stray = [], e
     joined = [row for row in rows if row.last > row.line]
-    if not joined and not stray:
+    odd = mark == "\t" and any(len(row.cells) != len(rows[0].cells) for row in rows)
+    if not joined and not stray and not odd:
         return rows, ()
     plain = list(_parsed(text, mark, csv.QUOTE_NONE))
     width = len(plain[0].cells) if plain else 0
@@ -133,6 +134,8 @@ def _rows(text: str, mark: str) -> tuple[list[_Row], tuple[str, ...]]:
         return plain, ("its quotation marks are read as letters",)
     if stray:
         raise stray
+    if not joined:
+        return rows, ()
     return rows, (_told_of(rows, joined, plain, whole),)
 
 

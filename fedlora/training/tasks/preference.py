@@ -196,7 +196,8 @@ def _of_messages(table: Table, where: str, data: DataConfig) -> Columns:
     )
     before = [""] * len(chosen)
     if data.prompt:
-        before = conversations(table, where, data.prompt, "data.prompt")
+        hint = "; where both conversations begin with it, leave data.prompt empty"
+        before = conversations(table, where, data.prompt, "data.prompt", hint)
     asked, one, other, unfit = split_pairs(before, chosen, rejected)
     needed = [Needed(data.messages, chosen), Needed(data.rejected, rejected)]
     return Columns(asked, response=one, second=other, needed=needed, unfit=unfit)
