@@ -310,7 +310,12 @@ def init(
 
 
 def main() -> None:
-    """Run the command; an error that a user can fix is one paragraph, without a traceback."""
+    """Run the command; an error that a user can fix is one paragraph, without a traceback.
+
+    Before torch is loaded, which reads it then: threads that wait for each other sleep. They spin
+    else, and where others use the machine too nothing comes of scoring and of writing answers.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with guarded():
         app()
 

@@ -80,12 +80,20 @@ def attribute_of(package: str, module: str, name: str, today: str = "") -> Any:
     Raises:
         AttributeError: it never held that.
     """
+    if _is_module(package, name):  # which `from package import name` then imports, and nothing else
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
     today = today or name
     found = None if name.startswith("__") else vars(importlib.import_module(module)).get(today)
     if found is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     warnings.warn(f"{package}.{name} is now {module}.{today}", DeprecationWarning, 3)
     return found
+
+
+def _is_module(package: str, name: str) -> bool:
+    """Is there a module of this name in the package?"""
+    inside = "__path__" in vars(sys.modules[package]) and not name.startswith("__")
+    return inside and importlib.util.find_spec(f"{package}.{name}") is not None
 
 
 def keep_old_names() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import tomllib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora import simulate
-from fedlora.cli import app
+from fedlora.cli import app, main
 from fedlora.config.json_schema import schema
 from fedlora.config.reader import Config
 from fedlora.config.task_names import KINDS
@@ -23,6 +24,7 @@ from fedlora.launch.project import STARTERS, written
 from fedlora.training import cache
 from fedlora.version import __version__
 from tests.support.architectures import write
+from tests.support.tiny_federation import python
 
 Settings = Callable[..., dict[str, object]]
 
@@ -57,6 +59,25 @@ def test_python_m_fedlora_is_the_command(
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("fedlora", run_name="__main__")
     assert (ended.value.code, capsys.readouterr().out) == (0, f"fedlora {__version__}\n")
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, then: str
+) -> None:
+    """It stands before torch is loaded, which reads it then: see the next test."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("sys.argv", ["fedlora", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == then
+
+
+def test_a_command_loads_no_torch_before_it_is_asked_for_something() -> None:
+    code = "import sys, fedlora.cli; print([m for m in ('torch', 'flwr') if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
 
 
 def test_there_is_a_project_for_each_task_and_for_pairs_and_chats() -> None:
