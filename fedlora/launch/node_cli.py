@@ -3,8 +3,10 @@
 import json
 import socket
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -75,8 +77,7 @@ def refusals(policy: "Policy", config: "Config") -> list[str]:
     from fedlora.federation.client.admit import admit
     from fedlora.federation.wire.job import Job
 
-    rank = policy.model.rank or max(config.clients.ranks)
-    job = Job(1, "check", "check", 0, {"a module": rank}, 0, 0, "", ())
+    job = Job(1, "check", "check", 0, {"a module": _highest(policy, config)}, 0, 0, "", ())
     needs, found = config.build_strategy().needs(), list[str]()
     kinds = {
         "query": True,
@@ -95,6 +96,15 @@ def refusals(policy: "Policy", config: "Config") -> list[str]:
     except ConfigError as e:
         found += e.problems
     return found
+
+
+def _highest(policy: "Policy", config: "Config") -> int:
+    """The highest rank that this node may be asked for, in any module and round."""
+    from fedlora.federation.server.ranks import GROWTH, parse_pattern
+
+    rank = policy.model.rank or max(config.clients.ranks)
+    rank *= GROWTH if config.ranks.policy == "adaptive" else 1
+    return max(rank, *(r for _, r in parse_pattern(config.lora.rank_pattern).values()), 0)
 
 
 @app.command()
@@ -164,7 +174,19 @@ def audit(
         left = [x for x in lines if x.get("what") == "left"]
         refused = sum(x.get("what") in ("refused", "failed") for x in lines)
         sent = sum(n for x in left if type(n := x.get("bytes")) is int)
-        typer.echo(f"{book}: {len(left)} replies left, {sent} bytes; {refused} without one")
+        typer.echo(
+            f"{book}: {len(left)} replies left, {sent} bytes; {refused} refused or failed; "
+            f"{_open(lines)} without an end: lost with their process, or under way"
+        )
+
+
+def _open(lines: "list[Mapping[str, Any]]") -> int:
+    """How many messages were asked of which no line says what became of them."""
+    asked, ended = Counter[str](), Counter[str]()
+    for x in lines:
+        which = str([x.get(key) for key in ("kind", "run", "round")])
+        (asked if x.get("what") == "asked" else ended)[which] += 1
+    return (asked - ended).total()
 
 
 def told(line: object) -> str:

@@ -8,8 +8,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.config.reader import Config
 from fedlora.federation.server.allocator import keep_freed_memory
 from fedlora.launch.federation import Federation
+from fedlora.launch.server_notes import noted
 from fedlora.launch.server_record import recorded
 from fedlora.reports.console import Progress
+from fedlora.reports.observers import All
 
 app = ServerApp()
 
@@ -23,4 +25,4 @@ def main(grid: Grid, context: Context) -> None:
         keep_freed_memory()
         config = Config.read(given)
         with Progress(config.run.rounds) as observer:
-            Federation(config, observer).start(grid)
+            Federation(config, All(observer, noted(context.run_id))).start(grid)

@@ -8,6 +8,7 @@ import math
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
@@ -21,6 +22,7 @@ from fedlora.errors import FedLoraError, UpdateError, WireError
 from fedlora.federation.server.exchange import Limits, Received, read_reply
 from fedlora.federation.server.finish import finish
 from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.planning import Planner
 from fedlora.federation.server.roster import Roster, read_facts
 from fedlora.federation.wire.messages import unpack
 from fedlora.launch.simulate.grid import LocalGrid
@@ -184,6 +186,18 @@ def test_facts_that_are_none_are_refused(facts: dict[str, object]) -> None:
         read_facts(reply)
 
 
+@pytest.mark.parametrize("policy", ["list", "capability", "adaptive"])
+def test_a_rank_that_one_node_states_is_no_larger_than_the_experiments(
+    settings: Settings, policy: str
+) -> None:
+    """It is what the server's state, and in part everybody's download, is as large as."""
+    config = Config.read(settings(**quick("fedex", **{"ranks.policy": policy})))
+    model = SimpleNamespace(shapes={"layer.0.query": SimpleNamespace(d=8, k=8)})
+    planner = Planner(config, model)  # type: ignore[arg-type]
+    assert planner.welcome(2, {"rank": 65_535}).rank == 5
+    assert planner.welcome(2, {"rank": 4}).rank == 4, "of ranks below it each is the node's own"
+
+
 # -- coming and going ---------------------------------------------------------------------------
 
 
@@ -241,10 +255,10 @@ def test_one_of_a_higher_rank_than_the_run_began_with_is_left_out_with_the_reaso
     settings: Settings, tiny: dict[str, str]
 ) -> None:
     given_ = settings(**quick("fedex", **{"run.rounds": 2, "clients.count": 2}))
-    late = {2: {"data-path": tiny["rows"], "rank": 9}}
+    late = {2: {"data-path": tiny["rows"], "rank": 5}}
     server, found = came_and_went(given_, 3, {2: (0, 1)}, late)
     assert [r["accepted"] for r in found.rounds[1:]] == [[0, 1], [0, 1]]
-    assert any("its rank 9 is above" in text for text in server.observer.said)  # type: ignore[attr-defined]
+    assert any("its rank 5 is above" in text for text in server.observer.said)  # type: ignore[attr-defined]
 
 
 def test_one_that_is_gone_is_waited_for_once(settings: Settings, monkeypatch) -> None:

@@ -81,6 +81,21 @@ def test_check_says_beforehand_what_would_be_refused(settings, tmp_path: Path, t
     assert "refused: train.steps: must be at most limits.steps = 50" in done.output
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"ranks.policy": "adaptive", "clients.ranks": "9"}, {"lora.rank-pattern": "query=17"}],
+)
+def test_check_asks_for_the_highest_rank_that_the_run_may(
+    settings, tmp_path: Path, tiny, more: dict[str, Any]
+) -> None:
+    """Of any module, in any round: under "adaptive" twice the client's own."""
+    policy = Policy.load(written(tmp_path / "node", tiny["bert"], tiny["rows"]))
+    found = refusals(policy, Config.read(settings(**{**quick("fedex"), **more})))
+    assert found == ["the ranks: limits.rank = 16"]
+    less = {key: str(value).replace("9", "8").replace("17", "16") for key, value in more.items()}
+    assert not refusals(policy, Config.read(settings(**{**quick("fedex"), **less})))
+
+
 def test_an_error_of_a_nodes_own_files_names_them_and_no_run(tmp_path: Path) -> None:
     (tmp_path / "node.toml").write_text("[limits]\nranks = 3\n")
     with pytest.raises(NodeFileError) as said:
@@ -109,13 +124,14 @@ def test_audit_shows_what_it_can_of_lines_that_are_none(tmp_path: Path) -> None:
 def test_audit_shows_the_record_and_its_sums(tmp_path: Path) -> None:
     path = written(tmp_path, "m", "rows")
     book = Policy.load(path).audit
-    audit.append(book, "asked", kind="train", run="7", policy="abc")
+    for round in (1, 2):
+        audit.append(book, "asked", kind="train", run="7", round=round, policy="abc")
     audit.append(book, "left", kind="train", run="7", round=1, bytes=100, records=["sent"],
                  epsilon=0.5)  # fmt: skip
     audit.append(book, "refused", kind="train", error="PolicyError", reasons=["a\x1b[2K\nb"])
     shown = CliRunner().invoke(app, ["node", "audit", str(path)]).output
     assert "left  train  run 7  round 1  bytes 100  epsilon 0.5  sent" in shown
-    assert "1 replies left, 100 bytes; 1 without one" in shown
+    assert "1 replies left, 100 bytes; 1 refused or failed; 1 without an end" in shown
     assert "\x1b" not in shown
     last = CliRunner().invoke(app, ["node", "audit", str(path), "-n", "1", "--json"]).output
     assert json.loads(last)["what"] == "refused"

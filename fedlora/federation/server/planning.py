@@ -140,7 +140,9 @@ class Planner:
 
     def _rank(self, i: int, facts: Mapping[str, Any]) -> int:
         ranks, c = self.config.clients.ranks, self.config.ranks
-        stated = int(facts.get("rank", 0)) or (self.stated[i] if i < len(self.stated) else 0)
+        most = max(*ranks, *self.stated, c.cap)  # a node's word makes nobody's model larger
+        stated = min(int(facts.get("rank", 0)), most)
+        stated = stated or (self.stated[i] if i < len(self.stated) else 0)
         if c.policy == "share":
             return self._shared[i % len(self._shared)]
         if c.policy == "capability":

@@ -137,6 +137,7 @@ def status(directory: Directory) -> None:
     """The processes here, the nodes and the runs."""
     from rich.console import Console
 
+    from fedlora.launch.deploy.disk import Disk
     from fedlora.launch.deploy.expiry import warnings
     from fedlora.launch.deploy.plan import Plan
     from fedlora.launch.deploy.progress import tables
@@ -144,7 +145,7 @@ def status(directory: Directory) -> None:
     plan = Plan.load(directory)
     for table in tables(plan):
         Console().print(table)
-    for line in warnings(plan):
+    for line in (*warnings(plan), *Disk(plan).news()):
         typer.echo(line)
 
 
@@ -178,6 +179,7 @@ def run(
 
     plan = Plan.load(directory)
     overrides = parse_overrides(set_ or [])
+    typer.echo(f"reading the experiment, {plan.app / 'pyproject.toml'}")
     if resume:
         overrides["run.resume"] = True
     with host.operating(plan) as operator:

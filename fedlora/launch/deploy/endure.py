@@ -7,12 +7,13 @@ error would come again.
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import DeployError
+from fedlora.launch.deploy.disk import Disk
 from fedlora.launch.deploy.expiry import warnings
 from fedlora.launch.deploy.host import (
     PATIENCE,
@@ -81,11 +82,12 @@ def _to_its_end(
     results: Path,
 ) -> tuple[str, Path, str]:
     """As `run`, of a run that was begun."""
-    seen = 0
+    seen, disk = 0, Disk(plan)
     for again in range(attempts + 1):
         say(f"run {run_id}; results in {results}")
         watch = ServerWatch(plan, run_id)
-        status = follow(operator, run_id, results, say, every, watch.lost, seen)
+        news = _news(watch, disk)
+        status = follow(operator, run_id, results, say, every, watch.lost, seen, news)
         if not (why := watch.why_again(status)):
             break
         watch.end()
@@ -100,6 +102,16 @@ def _to_its_end(
         seen = recorded_rounds(results)
         run_id, results = start_run(plan, operator, {**overrides, "run.resume": True})
     return run_id, results, status
+
+
+def _news(watch: ServerWatch, disk: Disk) -> Callable[[], Iterator[str]]:
+    """Asks what there is to say beside the rounds: of the ServerApp, and of the server's disk."""
+
+    def news() -> Iterator[str]:
+        yield from watch.notes()
+        yield from disk.news()
+
+    return news
 
 
 def _wait_for_superlink(plan: Plan, overrides: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.config.toml_file import read_toml
 from fedlora.errors import ConfigError, DeployError
 from fedlora.launch.deploy.bundle import MANIFEST, manifest
+from fedlora.launch.deploy.disk import Disk
 from fedlora.launch.deploy.expiry import warnings
 from fedlora.launch.deploy.log_lines import harmless
 from fedlora.launch.deploy.operator import Operator, environment
@@ -62,6 +63,7 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         if not (plan.server / "state.db").exists():
             registered_file(plan).unlink(missing_ok=True)
         _supervise(plan)
+        say("starting the server's processes, the workers and the nodes")
     _wait(lambda: healthy(plan), until, plan, "the SuperLink", say)
     say("the SuperLink answers")
     with Operator(plan) as operator:
@@ -79,7 +81,7 @@ def up(plan: Plan, say: Say, timeout: float = 180.0) -> None:
         due = plan.clients - len(gone)
         _wait(lambda: online(operator) >= due, until, plan, f"all {due} nodes", say)
     say(f"{due} nodes are connected")
-    for line in warnings(plan):
+    for line in (*warnings(plan), *Disk(plan).news()):
         say(line)
 
 
@@ -267,12 +269,13 @@ def follow(
     every: float = 3.0,
     lost: Callable[[], str] = lambda: "",
     seen: int = 0,
+    news: Callable[[], Iterable[str]] = tuple,
 ) -> str:
     """Print each round as it is recorded, until the run ends; the run's last status.
 
     What it is at is said at once, at each change, and where it lasts, every QUIET seconds.
     lost: says what befell the ServerApp, where that is over before Flower knows it: then so is
-    this. seen: so many of the lines are known already.
+    this. seen: so many of the lines are known already. news: what else there is to say by now.
     """
     status, before, heard = "pending", "", 0.0
     begun = answered = time.monotonic()
@@ -288,11 +291,13 @@ def follow(
             if time.monotonic() - answered > PATIENCE:
                 raise
             gone = ""
+        for line in news():
+            say(line)
         lines = _lines(directory)
-        for line in lines[seen:]:
+        for line in lines[min(seen, len(lines)) :]:  # fewer: a resumed run went back
             say(told(json.loads(line)))
             heard = time.monotonic()
-        seen = max(seen, len(lines))
+        seen = len(lines)
         if gone:
             break
     return status
@@ -317,7 +322,8 @@ def _at(directory: Path, recorded: int) -> str:
     if recorded:
         return f"round {recorded} under way"
     return (
-        "before round 1: model and rows are loaded, baselines scored, the nodes asked who they are"
+        "before round 1: model and rows are loaded, any baselines scored, the nodes asked who they "
+        "are"
     )
 
 

@@ -43,7 +43,7 @@ def processes(plan: Plan) -> Table:
         elif entry.get("next_start"):
             said = f"starts again in {max(0, entry['next_start'] - time.time()):.0f} s"
         else:
-            said = "[red]gone[/]"
+            said = "[red]gone[/]" if entry.get("pid") else "not started yet"
         exit_code = entry.get("last_exit")
         table.add_row(
             name,

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from fedlora.errors import DeployError
+from fedlora.launch.deploy.log_lines import harmless
 from fedlora.launch.deploy.plan import Plan
 from fedlora.launch.deploy.scripts import SERVERAPPS
 from fedlora.launch.deploy.supervise import is_running
@@ -27,7 +28,7 @@ class ServerWatch:
 
     def __init__(self, plan: Plan, run_id: str) -> None:
         self.place, self.run_id = plan.server / SERVERAPPS, run_id
-        self._beat, self._heard = 0, time.monotonic()
+        self._beat, self._heard, self._noted = 0, time.monotonic(), 0
 
     @property
     def ending(self) -> Ending | None:
@@ -42,6 +43,17 @@ class ServerWatch:
             found = json.loads((self.place / f"{self.run_id}.{Ending.FAILED}").read_text())
             return str(found.get("error", ""))
         return ""
+
+    def notes(self) -> Iterator[str]:
+        """What the ServerApp has noted since this was last asked: see server_notes.py."""
+        with suppress(FileNotFoundError), (self.place / f"{self.run_id}.notes").open("rb") as file:
+            file.seek(self._noted)
+            new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._noted += len(whole)
+            for line in whole.splitlines():
+                with suppress(ValueError):
+                    yield harmless(str(json.loads(line)))
 
     def entry(self) -> dict[str, Any]:
         """What the record says of a process that has not said that it ended; else nothing."""
