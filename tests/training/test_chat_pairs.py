@@ -11,7 +11,7 @@ import pytest
 from fedlora import check, export, simulate
 from fedlora.config.sections import DataConfig
 from fedlora.errors import DataError
-from fedlora.training.data.chat_pairs import NOTHING, UNLIKE
+from fedlora.training.data.chat_pairs import NOTHING, UNLIKE, pair_pieces
 from fedlora.training.data.rows import Rows
 from fedlora.training.tasks import task_of
 from tests.support.by_task import load
@@ -132,6 +132,15 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(
     said = " ".join(corpus.account.lines())
     for why in (UNLIKE, NOTHING, 'with nothing in "rejected"'):
         assert f"1 {why}" in said
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_answer_without_a_word_is_left_out_by_that_reason(side: int) -> None:
+    """And not compared with the turn before it, which is the assistant's as well."""
+    both = [json.dumps([{"role": "assistant", "content": x}]) for x in answers(1)]
+    both[side] = json.dumps([{"role": "assistant", "content": " "}])
+    found = pair_pieces(json.dumps(turns(1)), both, tokenizer(CHATML))
+    assert found == "have an answer without a word"
 
 
 @pytest.fixture

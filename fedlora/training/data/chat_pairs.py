@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fedlora.training.data.chat import Message, read, turned
+from fedlora.training.data.chat import Message, last_words, read, turned
 from fedlora.training.data.seam import Pieces
 
 UNLIKE = "whose conversations differ in more than the assistant's last turn"
@@ -59,6 +59,8 @@ def pair_pieces(
     """
     found = []
     for answer in answers:
+        if not last_words(answer):
+            return "have an answer without a word"
         whole = turned([*read(asked), *read(answer)], tokenizer)
         if isinstance(whole, str):
             return whole
