@@ -643,6 +643,17 @@ def test_numbers_with_a_comma_are_numbers_and_one_in_two_forms_is_named(tmp_path
     assert 'data.map = ["1.0=1", "02=2"]' in refusal(file)
 
 
+def test_numbers_to_learn_that_have_a_comma_are_told_of(tmp_path, caplog):
+    """A point is what is read, and "1,200" may have been meant as twelve hundred."""
+    rows = [f"t{i};{i % 9}{',200' if i % 2 else '.5'}\n" for i in range(40)]
+    (tmp_path / "rows.csv").write_text("text;label\n" + "".join(rows))
+    data = DataConfig(path=str(tmp_path / "rows.csv"), label="label", partition="iid", test_size=2)
+    found = load(data, "regression", 2, 0)
+    assert "'1,200' is 1.2" in caplog.text
+    assert '20 of 40 numbers in "label" have a comma, which is read as a point' in caplog.text
+    assert {"1.2", "2.5"} < {x for c in found.clients for x in c.train.target}
+
+
 @pytest.mark.parametrize(
     ("start", "says"),
     [(b"PK\x03\x04rest", "Excel"), (b"\x1f\x8brest", "name it .gz"), (b"PAR1", "Parquet")],

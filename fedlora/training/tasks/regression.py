@@ -8,6 +8,7 @@ Numbers are learned as they are: far from 0, or in the thousands, they are bette
 Reads data.text, data.text-pair and data.label, a column of numbers with a point or a comma.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,8 @@ from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
 from fedlora.training.tasks.parts import Parts, of_numbers
 from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -54,6 +57,7 @@ class Regression:
             _number(x, f"{where}, {table.unit} {line},", data.label)
             for x, line in zip(read, table.lines, strict=True)
         ]
+        _tell_commas(read, where, data.label)
         texts = texts_of(table, where, data)
         needed = [*texts.needed, Needed(data.label, numbers)]
         return Columns(texts.text, second=texts.second, target=numbers, needed=needed)
@@ -128,6 +132,15 @@ class Regression:
 batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
 print(logits(batch)[:, 0].tolist())
 """
+
+
+def _tell_commas(read: Sequence[str], where: str, name: str) -> None:
+    """Log how a comma is read: some mean thousands by it."""
+    if commas := [x for x in read if "," in x]:
+        log.warning(
+            '%s: %d of %d numbers in "%s" have a comma, which is read as a point: %r is %s',
+            *(where, len(commas), len(read), name, commas[0], _number(commas[0], where, name)),
+        )
 
 
 def _number(value: str, where: str, name: str) -> str:
