@@ -1,8 +1,8 @@
-"""The server's disk, on which its SuperLink keeps every message: said while there is time.
+"""The server's disk, on which its SuperLink keeps messages on their way: said while there is time.
 
-Flower keeps what a round sends and brings, a copy for each node, until the run has ended: about
-the bytes down and up that rounds.jsonl has. `deploy run` then gives the space back
-(`host.shrink`).
+What all nodes are sent counts once there, and what comes back once a node. Flower uses the space
+again, and keeps the file as large as it was until the run has ended and `host.shrink` gives it
+back: about the bytes of one round, and as much again while it writes.
 """
 
 import shutil
@@ -39,10 +39,10 @@ class Disk:
                 size += (server / name).stat().st_size
         free = shutil.disk_usage(server).free
         held = f"the SuperLink's database {server / DATABASE} holds {size / 1e9:.1f} GB"
-        grows = "every round adds what it sends and brings"
+        holds = "the messages on their way, about a round's"
         if free < FREE:
             room = f"{free / 1e9:.1f} GB are free on the disk of {server}"
-            yield "free", f"warning: {room}; {held}, and {grows}: make room, or the run stops"
+            yield "free", f"warning: {room}; {held}, {holds}: make room, or the run stops"
         if size > LARGE:
-            after = "until the run ends and `fedlora deploy run` gives the space back"
-            yield "large", f"warning: {held}: {grows}, {after}"
+            after = "`fedlora deploy run` gives the space back when the run has ended"
+            yield "large", f"warning: {held}, {holds}: {after}"
