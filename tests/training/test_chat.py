@@ -119,6 +119,21 @@ def test_an_assistant_that_speaks_first_is_trained_too() -> None:
         assert got == ["Hello!<|im_end|>", "yes<|im_end|>"]
 
 
+@pytest.mark.parametrize(("content", "want"), [
+    ("m.content", [" yes\n", "no "]),
+    ("m.content | trim", ["yes", "no"]),
+    ("m.content.lstrip()", ["yes\n", "no "]),
+])  # fmt: skip
+def test_space_around_the_words_is_trained_as_the_template_has_it(
+    content: str, want: list[str]
+) -> None:
+    made = tokenizer(REWRITES.replace("m.content", content))
+    found = turned(conversation("What is it?", " yes\n", "the cat?", "no "), made)
+    assert isinstance(found, Conversation)
+    got = [made.decode(ids, clean_up_tokenization_spaces=False) for ids in runs(found)]
+    assert [x.removeprefix("\n") for x in got] == [f"{x}<|im_end|>" for x in want]
+
+
 def test_what_is_asked_ends_where_the_last_answer_begins() -> None:
     messages = conversation("What is it?", "It is so.", "the cat?", "yes")
     found = turned(messages, MADE["chatml"])

@@ -217,21 +217,24 @@ def _by_turns(
 def _by_contents(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], whole: str
 ) -> list[Span] | None:
-    """The same by the places of marks that stand for the assistant's words; None: not so."""
-    said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+    """The same by the places of marks that stand for the assistant's words, which the template may
+    have trimmed; None: not so."""
+    said = [m["content"] for m in messages if m["role"] == "assistant"]
     text = "".join(m["content"] for m in messages)
     mark = next(f"\u27e6{n}\u27e7" for n in range(10**6) if f"\u27e6{n}\u27e7" not in text)
     marked = [{**m, "content": mark} if m["role"] == "assistant" else m for m in messages]
-    parts = _render(tokenizer, marked).split(mark)
-    if len(parts) != len(said) + 1:
+    first, *behind = _render(tokenizer, marked).split(mark)
+    if len(behind) != len(said) or not whole.startswith(first):
         return None
-    spans, at = list[Span](), 0
-    for part, words in zip(parts, said, strict=False):
-        at += len(part)
-        spans.append((at, at + len(words)))
-        at += len(words)
-    rebuilt = "".join(p + w for p, w in zip(parts, [*said, ""], strict=True))
-    return spans if rebuilt == whole else None
+    spans, at = list[Span](), len(first)
+    for words, part in zip(said, behind, strict=True):
+        forms = words, words.strip(), words.lstrip(), words.rstrip()
+        own = next((x for x in forms if whole.startswith(x + part, at)), None)
+        if own is None:
+            return None
+        spans.append((at, at + len(own)))
+        at += len(own) + len(part)
+    return spans if at == len(whole) else None
 
 
 def _of_spans(
