@@ -9,7 +9,7 @@ from fedlora.config.fields import Section
 
 class StopConfig(Section):
     """How a run ends, by validation rows: the central ones, or where there are none the clients'
-    own, of which every client's score counts the same. Round 0 counts as any other."""
+    own, of which the clients' median counts. Round 0 counts as any other."""
 
     patience: Annotated[int, Field(ge=0)] = 0
     """The run ends after so many rounds in a row without a better score; 0: it has run.rounds."""

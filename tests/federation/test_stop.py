@@ -188,7 +188,7 @@ def test_a_round_that_was_scored_and_not_kept_is_played_again(settings: Settings
 
 
 def test_where_the_server_has_none_the_clients_own_rows_choose(settings: Settings) -> None:
-    """Each client's score counts once: the mean, by hand, of what each says."""
+    """Each client's score counts once: the median, by hand, of what each says."""
     told: list[dict[int, float]] = []
     real = choice.scores_of
 
@@ -204,8 +204,24 @@ def test_where_the_server_has_none_the_clients_own_rows_choose(settings: Setting
     assert len(told) == 3 * 4
     for r, said in zip(ran.rounds, zip(*[iter(told)] * 3, strict=True), strict=True):
         losses = [x["loss"] for x in said]
-        assert r["validation"]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-12)
+        assert r["validation"]["loss"] == sorted(losses)[1]
         assert r["validation"]["clients"] == 3
+
+
+@drawing(st.lists(st.floats(0.1, 5.0), min_size=3, max_size=9), st.data())
+def test_fewer_than_half_that_lie_move_what_a_run_chooses_by_no_further_than_the_others_say(
+    honest: list[float], data: st.DataObject
+) -> None:
+    lies = data.draw(st.lists(st.sampled_from([1e9, -1e9, 0.0]), max_size=len(honest) - 1))
+    said = [{"loss": x} for x in (*honest, *lies)]
+    assert min(honest) <= choice.middle(said)["loss"] <= max(honest)
+
+
+def test_a_mean_would_be_the_liars_own() -> None:
+    """A counterexample, and what only one of them tells does not count at all."""
+    said = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 1e9, "f1": 1.0}]
+    assert choice.middle(said) == {"loss": 2.0}
+    assert sum(x["loss"] for x in said) / 3 > 1e8
 
 
 def test_a_score_that_there_is_not_is_named_before_round_1(settings: Settings) -> None:

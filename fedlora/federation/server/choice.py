@@ -1,7 +1,7 @@
 """What a run chooses by: scores on validation rows, never on test rows.
 
-    after every round, 0 too:  scores on the central validation rows; where there are none, the mean
-                               of what the clients say of their own, each counting the same
+    after every round, 0 too:  scores on the central validation rows; where there are none, the
+                               median of what the clients say of their own
     better                     by more than stop.min-delta; not a number is never better
     best round                 the last that was better than the best before it
     the run ends               after stop.patience rounds without a better one
@@ -9,15 +9,16 @@
 The best round's checkpoint is kept beside the newest ones, and is the run's result with stop.best.
 So a run that was killed goes on with what it had chosen, which `Saved.best` says.
 
-The clients' means are asked for in messages of their own after each round, and only where `[stop]`
-needs them: they are a client's word, and one that lies can end a run. They are not weighted by
-rows, which are a client's word too.
+The clients' scores are asked for in messages of their own after each round, and only where `[stop]`
+needs them. They are a client's word: so of three or more it is the median, which fewer than half
+that lie move no further than the others' scores go. It is not weighted by rows, which are a
+client's word too.
 """
 
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -75,7 +76,7 @@ def asks_clients(config: Config, guarantee: str) -> bool:
 def _of_clients(
     setting: Setting, session: Session, run: Saved, grid: Grid, number: int
 ) -> dict[str, float] | None:
-    """The mean of the connected clients' scores on their own validation rows."""
+    """The median of the connected clients' scores on their own validation rows."""
     round = Round(number + 1, setting.config.run.seed)
     everyone = connected(setting, session, run)
     messages = (
@@ -94,13 +95,14 @@ def _of_clients(
     if not told:
         session.observer.note(f"round {number}: no client told how its validation rows fare")
         return None
+    return {**middle(told), "clients": len(told)}
+
+
+def middle(told: Sequence[Scores]) -> dict[str, float]:
+    """The median of each score that more than half of the clients tell: no word of one client."""
     count = Counter(name for scores in told for name in scores)
-    names = [name for name, n in count.items() if n > len(told) / 2]  # no word of one client
-    means = {}
-    for name in names:
-        values = [scores[name] for scores in told if name in scores]
-        means[name] = math.fsum(values) / len(values)
-    return {**means, "clients": len(told)}
+    names = [name for name, n in count.items() if n > len(told) / 2]
+    return {name: median([scores[name] for scores in told if name in scores]) for name in names}
 
 
 # -- which round is best ---------------------------------------------------------------------------
