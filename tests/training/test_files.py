@@ -643,6 +643,13 @@ def test_numbers_with_a_comma_are_numbers_and_one_in_two_forms_is_named(tmp_path
     assert 'data.map = ["1.0=1", "02=2"]' in refusal(file)
 
 
+def test_a_table_without_a_header_is_told_to_have_one(tmp_path):
+    (tmp_path / "rows.tsv").write_text("".join(f"t{i}\t{i}.5\n" for i in range(9)))
+    data = DataConfig(path=str(tmp_path / "rows.tsv"), label="label", partition="iid", test_size=2)
+    with pytest.raises(DataError, match="where the first line is a row, put one with the columns'"):
+        load(data, "regression", 2, 0)
+
+
 def test_numbers_to_learn_that_have_a_comma_are_told_of(tmp_path, caplog):
     """A point is what is read, and "1,200" may have been meant as twelve hundred."""
     rows = [f"t{i};{i % 9}{',200' if i % 2 else '.5'}\n" for i in range(40)]

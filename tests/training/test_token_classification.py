@@ -315,6 +315,8 @@ def test_splits_of_a_directory_and_sites_are_such_files_too(tmp_path: Path) -> N
     ("EU NNP B-ORG\nis O\n", r"line 2: it has 2 columns, must be 3, .*'is O'"),
     ("EU\n", r"line 1: it has 1 columns, must be two or more"),
     ("New\tB-LOC\nYork\t\n\nis\tO\n", r"line 1: the word 'York' has no tag"),
+    ("1 The DET _\n2 cat NOUN _\n\n1 So ADV _\n", r"numbers the words of each .*CoNLL-U"),
+    ("0\tThe\tO\n1\tcat\tB-X\n", r"numbers the words of each sentence"),
 ])  # fmt: skip
 def test_a_line_that_is_no_word_with_its_tag_is_named(
     tmp_path: Path, text: str, message: str

@@ -11,6 +11,7 @@ Lines of -DOCSTART- are none of a sentence, and neither are comments before one,
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LINE_END = re.compile(r"\r\n|\r|\n")
@@ -34,6 +35,7 @@ def read_iob(text: str) -> Sentences:
 
     Raises:
         ValueError: a line has another number of columns than the first, or one alone; says which.
+            Or the first column holds no words but their numbers.
     """
     found = Sentences([], [], [])
     inside, width = False, 0
@@ -58,7 +60,17 @@ def read_iob(text: str) -> Sentences:
         inside = True
         found.words[-1].append(cells[0])
         found.tags[-1].append(cells[-1])
+    if any(len(row) > 1 for row in found.words) and any(_numbered(found.words, n) for n in (0, 1)):
+        raise ValueError(
+            "its first column numbers the words of each sentence, as CoNLL-U has it: write each "
+            "line with the word first and its tag last"
+        )
     return found
+
+
+def _numbered(words: Sequence[Sequence[str]], first: int) -> bool:
+    """Are these the numbers of places, counted from `first`?"""
+    return all(list(row) == [str(n + first) for n in range(len(row))] for row in words)
 
 
 def _cells(line: str) -> list[str]:

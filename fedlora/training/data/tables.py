@@ -55,7 +55,7 @@ from fedlora.training.data.json_rows import read_json
 from fedlora.training.data.locate import locate
 from fedlora.training.data.parquet_schema import numbered, ordered_by_pandas, schema_of
 from fedlora.training.data.picture_folder import read_folder
-from fedlora.training.data.written import shown
+from fedlora.training.data.written import NUMBER, shown
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,8 @@ def column(table: Table, where: str, key: str, name: str) -> list[str]:
     if name not in table.names:
         near = difflib.get_close_matches(name, table.names, n=1, cutoff=0.5)
         hint = f'; did you mean "{shown(near[0])}"?' if near else ""
+        if not near and table.unit == "line" and any(map(NUMBER.fullmatch, table.names)):
+            hint = "; where the first line is a row, put one with the columns' names before it"
         if len(table.names) == 1 and name in table.names[0]:
             hint += "; if another separator parts them set data.separator"
         raise DataError(
