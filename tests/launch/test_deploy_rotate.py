@@ -115,7 +115,9 @@ def test_up_registers_the_new_key_and_unregisters_the_old_one_once(plan: Plan) -
     assert said == []
     rotated(plan)
     take_new_keys(plan, server, said.append)  # type: ignore[arg-type]
-    assert said == ["node-0 has a new key; the old one is registered no more"]
+    assert said == [
+        "node-0 has a new key; the old one is registered no more. It is back in a minute or so"
+    ]
     assert server.known == {server.second: "2", keys.pem(plan.node(0) / "node.pub"): "3"}
     assert registered(plan) == {"node-0": "3", "node-1": "2"}
     assert not list(plan.node(0).glob("old.*"))

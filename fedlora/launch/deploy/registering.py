@@ -45,7 +45,8 @@ def take_new_keys(plan: Plan, operator: Operator, say: Callable[[str], None]) ->
         if is_running(running):
             end([running["pid"]])
         forget_old(plan.node(i))
-        say(f"node-{i} has a new key; the old one is registered no more")
+        new = f"node-{i} has a new key; the old one is registered no more"
+        say(f"{new}. It is back in a minute or so")
 
 
 def registered(plan: Plan) -> dict[str, str]:
