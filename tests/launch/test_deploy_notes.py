@@ -84,3 +84,14 @@ def test_a_run_that_went_back_says_the_round_that_it_made_again(tmp_path: Path) 
         "round 0", "round 1", "round 2", "round 3", "round 3",
     ]  # fmt: skip
     assert any("waiting, round 3 under way" in x for x in said)
+
+
+def test_a_run_that_is_gone_on_with_is_after_the_round_that_it_has(tmp_path: Path) -> None:
+    """With all its rounds on record it was "after the last round", while its model was loaded."""
+    line = {"accepted": [], "cohort": [], "failures": [], "seconds": {"total": 1.0}, "round": 0}
+    (tmp_path / "rounds.jsonl").write_text(f"{json.dumps(line)}\n")
+    (tmp_path / "config.toml").write_text("[run]\nrounds = 0\n")
+    statuses = iter(["running", "waiting", "finished:completed"])
+    said: list[str] = []
+    follow(SimpleNamespace(status=lambda _: next(statuses)), "1", tmp_path, said.append, 0.0)  # type: ignore[arg-type]
+    assert [x.partition(", ")[2] for x in said if " s: " in x] == ["on after round 0"] * 3

@@ -277,11 +277,11 @@ def follow(
     lost: says what befell the ServerApp, where that is over before Flower knows it: then so is
     this. seen: so many of the lines are known already. news: what else there is to say by now.
     """
-    status, before, heard = "pending", "", 0.0
+    status, before, heard, first = "pending", "", 0.0, recorded_rounds(directory)
     begun = answered = time.monotonic()
     while not status.startswith("finished"):
         if status != before or time.monotonic() - heard > QUIET:
-            say(f"{time.monotonic() - begun:.0f} s: {status}, {_at(directory, seen)}")
+            say(f"{time.monotonic() - begun:.0f} s: {status}, {_at(directory, seen, first)}")
             before, heard = status, time.monotonic()
         time.sleep(every)
         gone = lost()  # before the status: who stops a run says so before its ServerApp is gone
@@ -315,8 +315,10 @@ def _lines(directory: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def _at(directory: Path, recorded: int) -> str:
-    """What a run is at that has recorded so many rounds."""
+def _at(directory: Path, recorded: int, first: int) -> str:
+    """What a run is at that has recorded so many rounds. first: when it went on, or was begun."""
+    if first and recorded in (0, first):
+        return f"on after round {first - 1}"
     if recorded and recorded > _rounds(directory):
         return "after the last round: the last scores are taken, the adapter is written"
     if recorded:
