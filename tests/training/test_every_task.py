@@ -244,6 +244,25 @@ def test_it_federates_is_proved_and_exports(settings: Settings, case: str, tmp_p
         assert export(run, tmp_path / f"out-{merged}", merged=merged).deviation < 1e-4
 
 
+ASKED = {
+    "pairs": lambda t: t(["a text", "another"], ["beside the one", "the other"], padding=True),
+    "chat": lambda t: t.apply_chat_template(
+        [[{"role": "user", "content": "a question"}]], add_generation_prompt=True, return_dict=True
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [*ASKED], indirect=True)
+def test_a_cards_lines_ask_the_model_in_the_form_of_its_rows(
+    settings: Settings, case: str, tmp_path: Path
+) -> None:
+    model = Setting(task_settings(settings, case, tmp_path), torch.float32).model
+    known = {"tokenizer": model.tokenizer, "model": model.peft, "logits": lambda b: model.logits(b)}
+    exec(model.task.script(model.config.data, None), known | {"LABELS": model.labels}, known)
+    assert known["batch"]["input_ids"].tolist() == ASKED[case](model.tokenizer)["input_ids"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"privacy.level": "example", "privacy.epsilon": 8.0, "privacy.clip-norm": 1.0},

@@ -236,7 +236,8 @@ def test_the_usage_of_an_export_prints_each_word_with_the_models_tag(
 ) -> None:
     s = setting
     words = ["red", "is-the", "cat"]
-    script = TASK.script(None).replace('["Anna", "lives", "in", "Vienna", "."]', repr(words))
+    anna = '["Anna", "lives", "in", "Vienna", "."]'
+    script = TASK.script(DataConfig(), None).replace(anna, repr(words))
     names = {"tokenizer": s.model.tokenizer, "LABELS": s.labels, "logits": s.model.logits}
     with torch.no_grad():
         exec(script, names)

@@ -84,7 +84,7 @@ def load_script(
     lines += ['head = load_file(f"{HERE}/classifier.safetensors")'] if mean else []
     lines += ["model.eval()", ""]
     logits = PICTURES if task.pictured else MEAN if mean else DIRECT
-    return "\n".join(lines) + logits, task.script(end).lstrip()
+    return "\n".join(lines) + logits, task.script(config.data, end).lstrip()
 
 
 def _model(config: Config, labels: Sequence[str], merged: bool, auto: str) -> list[str]:

@@ -160,8 +160,12 @@ class Task(Protocol):
         """What transformers is told as it loads the model: the number and names of labels."""
         ...
 
-    def script(self, end: int | None) -> str:
-        """Lines of Python that use an export, behind those that load it: model/load_script.py."""
+    def script(self, data: DataConfig, end: int | None) -> str:
+        """Lines of Python that use an export, behind those that load it: model/load_script.py.
+
+        On texts as `data` says that they are: single, in pairs, or conversations. end: the token
+        that ends an answer.
+        """
         ...
 
 

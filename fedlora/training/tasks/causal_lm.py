@@ -53,6 +53,13 @@ from fedlora.training.tasks.outputs import at_once, own_losses
 from fedlora.training.tasks.parts import Parts, first, of_answers
 from fedlora.training.tasks.texts import by_token, labels_for_splits, tell
 
+PROMPT = """
+batch = tokenizer(["a prompt"], return_tensors="pt")"""
+ASKED = """
+asked = [{"role": "user", "content": "a question"}]
+how = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+batch = tokenizer.apply_chat_template(asked, **how)"""
+
 
 @dataclass(frozen=True)
 class CausalLM:
@@ -186,9 +193,8 @@ class CausalLM:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return {}
 
-    def script(self, end: int | None) -> str:
-        return f"""
-batch = tokenizer(["a prompt"], return_tensors="pt")
+    def script(self, data: DataConfig, end: int | None) -> str:
+        return f"""{ASKED if data.chats else PROMPT}
 found = model.generate(**batch, do_sample=False, max_new_tokens=32, eos_token_id={end!r})
 print(tokenizer.decode(found[0]))
 """

@@ -24,7 +24,7 @@ from fedlora.training.data.tables import Table, column
 from fedlora.training.tasks import classes
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.parts import Parts
-from fedlora.training.tasks.texts import encoded_texts, texts_of
+from fedlora.training.tasks.texts import encoded_texts, texts_of, two_texts
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Classification:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return classes.label_options(labels)
 
-    def script(self, end: int | None) -> str:
-        return """
-batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
+    def script(self, data: DataConfig, end: int | None) -> str:
+        return f"""
+batch = tokenizer({two_texts(data)}, padding=True, truncation=True, return_tensors="pt")
 for row in logits(batch).softmax(-1):
     print(LABELS[int(row.argmax())], float(row.max()))
 """

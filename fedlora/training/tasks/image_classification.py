@@ -149,7 +149,7 @@ class ImageClassification:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return classes.label_options(labels)
 
-    def script(self, end: int | None) -> str:
+    def script(self, data: DataConfig, end: int | None) -> str:
         return """
 from PIL import Image, ImageOps
 

@@ -143,7 +143,7 @@ class MultiLabel:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return {**label_options(labels), "problem_type": "multi_label_classification"}
 
-    def script(self, end: int | None) -> str:
+    def script(self, data: DataConfig, end: int | None) -> str:
         return """
 batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
 for row in logits(batch):

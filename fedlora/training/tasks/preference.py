@@ -182,10 +182,10 @@ class Preference:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return {}
 
-    def script(self, end: int | None) -> str:
+    def script(self, data: DataConfig, end: int | None) -> str:
         from fedlora.training.tasks.causal_lm import CausalLM
 
-        return CausalLM().script(end)
+        return CausalLM().script(data, end)
 
 
 def _of_messages(table: Table, where: str, data: DataConfig) -> Columns:

@@ -31,7 +31,7 @@ from fedlora.training.devices import sent
 from fedlora.training.tasks.base import Columns, Features, Needed, Net, Scores
 from fedlora.training.tasks.outputs import outputs, own_loss, own_scores
 from fedlora.training.tasks.parts import Parts, of_numbers
-from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of
+from fedlora.training.tasks.texts import by_example, encoded_texts, texts_of, two_texts
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ class Regression:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}
 
-    def script(self, end: int | None) -> str:
-        return """
-batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
+    def script(self, data: DataConfig, end: int | None) -> str:
+        return f"""
+batch = tokenizer({two_texts(data)}, padding=True, truncation=True, return_tensors="pt")
 print(logits(batch)[:, 0].tolist())
 """
 

@@ -156,7 +156,7 @@ class Seq2Seq:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return {}
 
-    def script(self, end: int | None) -> str:
+    def script(self, data: DataConfig, end: int | None) -> str:
         return f"""
 batch = tokenizer(["a text"], return_tensors="pt")
 how = dict(do_sample=False, num_beams=1, max_new_tokens=32, eos_token_id={end!r})

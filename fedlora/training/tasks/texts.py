@@ -39,6 +39,11 @@ def texts_of(table: Table, where: str, data: DataConfig) -> Texts:
     return Texts(text, second, needed)
 
 
+def two_texts(data: DataConfig) -> str:
+    """Two texts for a tokenizer, as Python: single, or each with what stands beside it."""
+    return '["a text", "another"]' + ', ["beside the one", "the other"]' * bool(data.text_pair)
+
+
 def labels_for_splits(table: Table, where: str, data: DataConfig) -> list[str]:
     """data.label of a task that writes, by which rows are dealt out; none where there is none."""
     if data.label not in table.names:

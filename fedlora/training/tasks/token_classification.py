@@ -179,7 +179,7 @@ class TokenClassification:
     def options(self, labels: Sequence[str]) -> Mapping[str, Any]:
         return label_options(labels)
 
-    def script(self, end: int | None) -> str:
+    def script(self, data: DataConfig, end: int | None) -> str:
         return """
 words = ["Anna", "lives", "in", "Vienna", "."]
 if tokenizer(["a", "b"], is_split_into_words=True)["input_ids"] != tokenizer("a b")["input_ids"]:
