@@ -33,6 +33,7 @@ from tests.support.tiny_federation import Ran
 Settings = Callable[..., dict[str, object]]
 GRIDS = [
     "many-clients", "mixed-ranks", "label-skew", "exact-vs-averaged", "bytes", "legend", "attacks",
+    "adaptive",
 ]  # fmt: skip
 
 
