@@ -46,6 +46,8 @@ TEST, VALIDATION = 0.25, 0.15
 """Shares of a data set's rows."""
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
 """The order of the strategies: those that were seen to learn little, the reference, the others."""
+TIE = 0.005
+"""Of accuracy: what two rates' means must differ by before the higher rate is taken."""
 SEED, SEEDS_OF_VERDICT = 1000, tuple(range(2000, 2010))
 REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
@@ -267,7 +269,7 @@ def default(name: str) -> float:
 
 
 def best_rate(rows: list[Row], name: str) -> float | None:
-    """Of stage 1, that of the highest mean over the data sets; of equal ones the lowest."""
+    """Of stage 1, that of the highest mean over the data sets; of those within TIE the lowest."""
     tried = [r for r in rows if r["stage"] == "search" and r["setting"] == "short"
              and r["strategy"] == name and not r["factor"]]  # fmt: skip
     there = {r["data"] for r in tried}
@@ -277,7 +279,7 @@ def best_rate(rows: list[Row], name: str) -> float | None:
                   for d in there}  # fmt: skip
         if scores and all(scores.values()):
             means[lr] = statistics.fmean(statistics.fmean(x) for x in scores.values())
-    return max(means, key=lambda lr: means[lr]) if means else None
+    return next((lr for lr in means if means[lr] > max(means.values()) - TIE), None)
 
 
 def losses(rows: list[Row], name: str) -> dict[float, dict[str, float]]:

@@ -43,8 +43,7 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [HEAD.strip(), "", "| key | default | where from |", "|---|---|---|"]
     for task in FAMILIES:
         lr, rule = rate(own, task, "lora", task)
-        whose = f", {own.like}" if rule == "alike" else ""
-        lines.append(f"| `train.lr`, {task} | {lr:g} | {RULES[rule]}{whose} |")
+        lines.append(f"| `train.lr`, {task} | {lr:g} | {RULES[rule]} |")
     lines += [f'| `lora.init` | "{own.init}" | |', f"| `lora.alpha` | {own.alpha:g} | |", ""]
     return "\n".join([*lines, *curve(name, rows)]) + "\n"
 
@@ -100,7 +99,7 @@ def lost(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     where = [f"{_named(w)} ({100 * x:.1f} points)" for w, x in found.items() if x > POINT + 1e-9]
     told = f"more than a point in: {', '.join(where)}" if where else "a point at most, everywhere"
-    return [f"Against the best rate tried, one run each, the default loses {told}.", ""]
+    return [f"Against the best rate tried the default loses {told}.", ""]
 
 
 def _named(where: str) -> str:

@@ -20,10 +20,9 @@ that declares none."""
 SEARCHED_IN = "classification"
 """The family whose search the others follow."""
 
-Rule = Literal["searched", "alike", "as with lora", "as in its family", "of the task"]
+Rule = Literal["searched", "as with lora", "as in its family", "of the task"]
 RULES: Mapping[Rule, str] = {
     "searched": "found by search",
-    "alike": "found by search for a strategy whose clients train alike",
     "as with lora": "found by search with lora, not with this form",
     "as in its family": f"not searched for this task: found by search for {SEARCHED_IN}",
     "of the task": "not searched with this strategy: the task's rate",
@@ -40,9 +39,6 @@ class Defaults:
     """lora.init."""
     alpha: float = 16.0
     """lora.alpha."""
-    like: str = ""
-    """Whose search they are from, where this strategy's own was not run to its end: one whose
-    clients train the same tensors from the same start."""
 
     def problems(self) -> list[str]:
         """What is wrong with them, a sentence each."""
@@ -90,7 +86,7 @@ def rate(defaults: Defaults, task: str, form: str, family: str) -> tuple[float, 
     if task in rates:
         if form != "lora":
             return rates[task], "as with lora"
-        return rates[task], "alike" if defaults.like else "searched"
+        return rates[task], "searched"
     if family == SEARCHED_IN and family in rates:
         return rates[family], "as in its family"
     return FAMILIES[family], "of the task"

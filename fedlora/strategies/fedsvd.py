@@ -43,7 +43,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSVD:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2}, like="ffa")
+    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
     head: Literal["trained", "frozen"] = "trained"
     """frozen: as in the authors' code, where the classifier stays as it was drawn."""
 

@@ -52,7 +52,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FRLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3}, like="fedex")
+    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
 
     def needs(self) -> Needs:
         return Needs(equal_ranks=True, moving_base=True)
