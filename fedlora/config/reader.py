@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fedlora.config.defaults import rate_of, resolve_defaults
 from fedlora.config.fields import Section, flat_list, said
@@ -102,7 +102,7 @@ class Config(Section):
                 problems are in one message, each unknown key with the nearest known one.
         """
         flat = dict(_flatten(given))
-        known = _defaults()
+        known = _defaults(strategy_section())
         problems = [_unknown(key, known) for key in flat if key not in known]
         problems += [p for key, value in flat.items() if (p := impossible(key, value))]
         flat = without_others(flat, flat.get("strategy.name", known["strategy.name"]))
@@ -244,10 +244,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-@functools.cache
-def _defaults() -> Mapping[str, Scalar]:
-    """Every key and its default. A message's handler reads a config, so this is made once."""
-    return MappingProxyType(_dotted(Config().model_dump()))
+@functools.lru_cache(maxsize=16)
+def _defaults(strategies: type[BaseModel]) -> Mapping[str, Scalar]:
+    """Every key and its default, with the options of the strategies that are known by now.
+
+    Made once for them, since a message's handler reads a config."""
+    return MappingProxyType(_dotted(Config(strategy=strategies()).model_dump()))
 
 
 def _dotted(tree: Mapping[str, Any]) -> dict[str, Scalar]:
