@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks.rates import REFERENCE, default, ordered, ranks_of, read
+from benchmarks.rates import REFERENCE, SEEDS_OF_VERDICT, default, ordered, ranks_of, read
 
 MARGIN = 0.02
 """The gap, of accuracy, that a strategy must be shown to be within."""
@@ -69,9 +69,9 @@ def gaps(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Verdict]:
-    """By strategy, where there are two seeds or more."""
+    """By strategy, of those whose seeds were all run: a look before is no verdict."""
     found = {name: gaps(rows, name) for name in ordered() if name != REFERENCE}
-    return {name: judged(x) for name, x in found.items() if len(x) > 1}
+    return {name: judged(x) for name, x in found.items() if len(x) == len(SEEDS_OF_VERDICT)}
 
 
 def main() -> None:

@@ -113,8 +113,11 @@ def judged(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if name == search.REFERENCE:
         return ["It is the reference that the others' defaults are held against.", ""]
     found = verdict.gaps(rows, name)
-    if len(found) < 2:
+    if not found:
         return ["Its default was not yet held against that of fedex on fresh seeds.", ""]
+    if len(found) < (seeds := len(search.SEEDS_OF_VERDICT)):
+        told = f"Held against fedex at its own default on {len(found)} of {seeds} fresh seeds"
+        return [f"{told}: there is no verdict before all are run.", ""]
     v = verdict.judged(found)
     return [
         f"Held against fedex at its own default, {v.seeds} fresh seeds paired by seed and rows, "

@@ -133,4 +133,13 @@ def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
             row("ffa", 1, 0.2, lr=0.3), row("fedavg", 1, 0.6)]  # fmt: skip
     assert verdict.gaps(rows, "ffa") == pytest.approx([0.05, 0.05])
     assert verdict.gaps(rows, "fedavg") == pytest.approx([0.1])
-    assert [*verdict.verdicts(rows)] == ["ffa"]
+
+
+def test_there_is_no_verdict_before_all_seeds_are_run() -> None:
+    def rows(seeds: tuple[int, ...]) -> list[rates.Row]:
+        return [{"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
+                 "lr": rates.default(name), "seed": seed, "factor": "", "accuracy": 0.8}
+                for name in (REFERENCE, "flora") for seed in seeds]  # fmt: skip
+
+    assert set(verdict.verdicts(rows(SEEDS_OF_VERDICT))) == {"flora"}
+    assert not verdict.verdicts(rows(SEEDS_OF_VERDICT[:-1]))
