@@ -7,8 +7,9 @@ error would come again.
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _to_its_end(
     for again in range(attempts + 1):
         say(f"run {run_id}; results in {results}")
         watch = ServerWatch(plan, run_id)
-        news = _news(watch, disk)
+        news = partial(_news, watch, disk)
         status = follow(operator, run_id, results, say, every, watch.lost, seen, news)
         if not (why := watch.why_again(status)):
             break
@@ -104,14 +105,10 @@ def _to_its_end(
     return run_id, results, status
 
 
-def _news(watch: ServerWatch, disk: Disk) -> Callable[[], Iterator[str]]:
-    """Asks what there is to say beside the rounds: of the ServerApp, and of the server's disk."""
-
-    def news() -> Iterator[str]:
-        yield from watch.notes()
-        yield from disk.news()
-
-    return news
+def _news(watch: ServerWatch, disk: Disk) -> Iterator[str]:
+    """What there is to say beside the rounds: of the ServerApp, and of the server's disk."""
+    yield from watch.notes()
+    yield from disk.news()
 
 
 def _wait_for_superlink(plan: Plan, overrides: Mapping[str, Any]) -> None:
