@@ -30,6 +30,7 @@ src="data:image/png;base64,{{ png }}">{% endmacro %}
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; margin: 2rem auto; max-width: 72rem;
        padding: 0 1rem }
+h1, p, li, pre { overflow-wrap: anywhere }
 p { max-width: 46rem }
 pre { white-space: pre-wrap; color: #475569 }
 .wide { overflow-x: auto }
