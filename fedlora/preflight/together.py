@@ -26,6 +26,8 @@ MODULES = {"first": (3, 7), "second": (5, 2)}
 """By how much rows and columns are more than the largest rank."""
 LARGEST = 256
 """Ranks beyond it are not tried: that would take seconds."""
+CLIENTS = 1000
+"""More are not looked at one by one: what they can do hangs on their kinds, which are few."""
 
 
 def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
@@ -81,12 +83,16 @@ def _sums(strategy: Strategy[Any], state: Any, clients: Sequence[Client]) -> str
 
 
 def _ranks(config: Config) -> list[int]:
-    """By client, where the config alone says them."""
-    count, ranks = config.clients.count, config.clients.ranks
+    """By client, where the config alone says them; of a great many only as many as show each."""
+    ranks = config.clients.ranks
+    count = min(config.clients.count, max(CLIENTS, TOGETHER * len(ranks)))
     if config.lora.rank_pattern or config.ranks.policy not in ("list", "share"):
         return []
     if config.ranks.policy == "share":
-        return shared_out(parse_shares(config.ranks.shares), count, config.run.seed)
+        shares = parse_shares(config.ranks.shares)
+        if count < config.clients.count:
+            return [rank for rank in shares for _ in range(TOGETHER)]
+        return shared_out(shares, count, config.run.seed)
     try:
         stated = [*ranks_of(config.data)]
     except DataError:  # which is said where the rows are read

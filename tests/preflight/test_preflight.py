@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -619,3 +620,14 @@ def test_a_server_that_does_not_ask_gets_nothing_from_a_node_that_does(settings:
     grid = LocalGrid(client_app, 3, config.flat(), 1)
     with grid, pytest.raises(RoundError, match="as it came, un-noised"):
         FederatedLora(config).start(grid)
+
+
+@pytest.mark.parametrize("more", [{}, {"ranks.policy": "share", "ranks.shares": "2:0.5,3:0.5"}])
+def test_a_great_many_clients_take_no_more_memory_to_check_than_a_few(
+    settings: Settings, more: dict[str, object]
+) -> None:
+    tracemalloc.start()
+    preflight.read({**settings(**quick("fedex")), **more, "clients.count": 10**6})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20e6, "bytes"
