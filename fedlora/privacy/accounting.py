@@ -39,6 +39,9 @@ LARGE, SHARE, COARSEST = 50.0, 0.008, 2.0
 POINTS = 2**24
 """Of the accountant's grid, at most. Where COARSEST needs more, the RDP bound is given as it is."""
 
+OVERFLOWS = 600.0
+"""Above it the accountant may be far too low: what e^epsilon is made of is no number any more."""
+
 ORDERS = [*range(2, 33), 40, 48, 64, 96, 128, 192, 256, 512, 1024]
 """Of the RDP bound: whole numbers, for which it is a closed form."""
 
@@ -82,7 +85,7 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
                 better = accountant.get_epsilon(delta, eps_error=error, delta_error=delta / 1000)
         except (RuntimeError, ValueError, IndexError):  # its grid cannot tell
             return found
-        if not better < found + error:
+        if not better < found + error or better > OVERFLOWS:
             return found
         found = max(float(better), 0.0)
         if error <= max(PRECISION, SHARE * found, finest):

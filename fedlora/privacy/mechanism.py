@@ -12,7 +12,7 @@ Formal guarantee
 Edge cases
     empty batch                   the noise alone, and it counts as a step
     a NaN or infinite example     counts as zero
-    bf16 gradients                norms in float32 of the very numbers that are summed
+    gradients of any precision    norms in float64 of the very numbers that are summed
     micro-batches                 all of one shape for each width; sums are kept in float64, on the
                                   host whatever the model is on; noise is added there once, after
                                   the last

@@ -2,7 +2,12 @@
 
 Three random examples of different lengths go through the model together, padded, and one by one;
 the per-example gradients must agree. It finds what no list of module types can: layers that mix
-examples, sequence-first layouts, routers, caches, a head that reads its neighbour's row.
+examples, sequence-first layouts, routers, caches, a head that reads its neighbour's row. And after
+it the model must hold what it held: a statistic of what it saw would have no noise.
+
+All of it in train mode, as in a step: some layers mix examples there alone, and with dropout
+attention takes another kernel. The dropout is there, and drops nothing. A model that draws chance
+otherwise is looked at in evaluation mode.
 
 `steady` then asks for more, bit by bit: in micro-batches of one shape (microbatch.py) an example's
 loss and gradient must not change with its neighbours and its place. Else removing one example would
@@ -27,7 +32,9 @@ from fedlora.privacy.microbatch import Part, size_of
 from fedlora.privacy.per_example import Dense, Gradient, kept_apart
 from fedlora.training.data.batches import Batch, Encoded, collate, examples_in
 from fedlora.training.devices import wide_on_host
+from fedlora.training.draws import own_draws
 from fedlora.training.model.decoder import as_read
+from fedlora.training.model.dropout import undropped
 from fedlora.training.model.model import Model
 from fedlora.training.optimizers import Live
 from fedlora.training.precision import resolved
@@ -60,7 +67,8 @@ def check_apart(model: Model, live: Live) -> None:
     """Check it, once in a process for each model and set of trainable tensors.
 
     Raises:
-        PrivacyError: gradients of examples in a batch are not those of the examples alone.
+        PrivacyError: gradients of examples in a batch are not those of the examples alone, or the
+            model keeps something of those that it saw.
     """
     key = _kind(live)
     passed = _passed.setdefault(model, set())
@@ -130,32 +138,58 @@ def _kind(live: Live) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 @contextmanager
 def _stirred(model: Model, live: Live) -> Iterator[list[nn.Parameter]]:
-    """Within it, what trains, and B, is not zero; after it, it has its old bits.
+    """Within it, what trains, and B, is not zero, and the model is in train mode; after it, it has
+    its old bits.
 
     B = 0 would make every gradient of A zero, and a probe blind.
     """
     params = [p for ps in live.values() for p in ps.values()]
     frozen = [model.sides(m)[1] for m in model.held()]
     saved = {p: p.detach().clone() for p in {*params, *frozen}}
+    saved |= {x: x.clone() for _, x in _statistics(model)}
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.no_grad():
-            for p in saved:
-                p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p.device))
-        yield params
+        with own_draws(model.devices, 0), undropped(model.peft, scarcely=True):
+            with torch.no_grad():
+                for p in dict.fromkeys([*params, *frozen]):
+                    p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p.device))
+                model.peft.train()
+                if _by_chance(model):
+                    model.peft.eval()
+            yield params
     finally:
+        model.peft.eval()
         with torch.no_grad():
             for p, value in saved.items():
                 p.copy_(value)
 
 
+def _by_chance(model: Model) -> bool:
+    """Does the model draw something in train mode, beside its dropout?"""
+    batch = collate(_rows(model, LENGTHS), torch.arange(len(LENGTHS)))
+    once, again = (example_losses(model, batch) for _ in range(2))
+    return not torch.equal(once, again)
+
+
+def _statistics(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """What a model may keep of what it saw: tensors that no optimiser moves."""
+    yield from ((name, x) for name, x in model.peft.named_buffers() if x.is_floating_point())
+
+
 def _probe(model: Model, live: Live) -> None:
     rows, every = _rows(model, LENGTHS), torch.arange(len(LENGTHS))
+    held = {name: x.clone() for name, x in _statistics(model)}
     with _stirred(model, live) as params:
         together = _gradients(model, params, collate(rows, every))[1]
         for i in every.tolist():
             alone = _gradients(model, params, collate(rows, every[i : i + 1]))[1]
             _compare(together, alone, i)
+        for name, x in _statistics(model):
+            if name in held and not torch.equal(x, held[name]):
+                raise PrivacyError(
+                    f"this model keeps something of the examples that it saw, in {name}: no noise "
+                    "would cover it; use another model, or privacy.level = 'client'"
+                )
 
 
 def _rows(model: Model, lengths: Sequence[int]) -> Encoded:

@@ -9,6 +9,9 @@ adapter. So it is not "adapters off": that would leave a base that has moved.
 A row is known by a digest of its token ids and of what of them is scored; the file, by one of the
 base, the precision and the task. A run that goes on, or a process that lives for one message, finds
 what was computed. It is the node's own and never leaves it.
+
+Under example-level DP each row goes through the model by itself: it is part of the row's loss, and
+in a batch it would change with who stands beside it (privacy/microbatch.py).
 """
 
 import hashlib
@@ -59,7 +62,8 @@ def _computed(model: Model, task: Referring, rows: Encoded, config: Config) -> T
     model.peft.eval()
     precise = autocast(config.train.precision, model.device)
     with model.base.untouched(), model.peft.disable_adapter(), precise:
-        parts = [task.refer(model, b) for b in eval_batches(rows, at_once(config))]
+        size = 1 if config.privacy.by_example else at_once(config)
+        parts = [task.refer(model, b) for b in eval_batches(rows, size)]
     return torch.cat(parts)[eval_order(rows).argsort()].float()
 
 
@@ -75,6 +79,7 @@ def _digest(rows: Encoded, i: int) -> bytes:
 def _name(model: Model, config: Config) -> str:
     how = resolved(config.train.precision, model.device)
     said = f"{model.fingerprint} {how} {model.device.type} {model.task.name}"
+    said += " alone" * config.privacy.by_example  # which the others are not
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 

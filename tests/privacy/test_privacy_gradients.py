@@ -203,6 +203,27 @@ def test_bf16_gradients_are_clipped_by_the_norm_of_what_is_summed(settings: Buil
         assert norm(part) <= C * (1 + 1e-7)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1000, 1000), (1, 3_000_000), (4096, 16)])
+def test_a_gradient_of_a_million_numbers_is_clipped_to_c(
+    shape: tuple[int, int], precision: torch.dtype
+) -> None:
+    """As of a head over a vocabulary: a norm that is added up in float32 falls short, by 3e-4 of a
+    million equal numbers, and what is clipped by it is as much longer than C."""
+    p, C = nn.Parameter(torch.zeros(shape)), 1e-4
+    for x in (0.37, 1.1e-3, 0.013):
+        G = torch.full((1, *shape), x).to(precision)
+        g, row = torch.full((1, shape[0]), x), torch.full((1, shape[1]), x)
+        for gradient in (Dense(G), Outer(g.to(precision), row.to(precision))):
+            clipped = ClippedSum((p,), C)
+            clipped.add({p: gradient})
+            length = math.sqrt(math.fsum(clipped.total[p].square().flatten().tolist()))
+            assert C * (1 - 2e-6) <= length <= C
+            if precision == torch.float32 and isinstance(gradient, Dense) and shape[1] == 1000:
+                short = float(torch.linalg.vector_norm(G)) / (x * 1000)
+                assert abs(short - 1) > 1e-5, "the counterexample"
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -263,6 +284,56 @@ def test_a_model_that_mixes_examples_is_found_before_training(bert: Setting) -> 
     with pytest.raises(PrivacyError, match="does not keep the examples"):
         check_apart(mixed, bert.live)
     handle.remove()
+
+
+class Centred(nn.Module):
+    """Takes the mean of the batch away, in training alone, as no type of layer says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0, keepdim=True) if self.training else x
+
+
+class Running(nn.Module):
+    """Scales by a statistic of the examples before, and mixes none of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.seen.clone()
+        if self.training:
+            self.seen.lerp_(x.detach().abs().mean(), 1e-3)
+        return x * before
+
+
+class Jittered(nn.Module):
+    """Noise of its own, as some routers have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 0.1 * torch.rand_like(x)) if self.training else x
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [(Centred, "does not keep the examples"), (Running, "keeps something of the examples")],
+)
+def test_what_a_layer_does_in_training_alone_is_found_before_training(
+    bert: Setting, layer: type[nn.Module], says: str
+) -> None:
+    """As batch norms of a class of one's own do: in evaluation mode they are as good as any."""
+    bert.model.peft.base_model.model.bert.encoder.layer[0].output.dropout = layer().eval()
+    before = {name: x.clone() for name, x in bert.model.peft.named_buffers()}
+    with pytest.raises(PrivacyError, match=says):
+        check_apart(bert.model, bert.live)
+    assert all(torch.equal(x, before[name]) for name, x in bert.model.peft.named_buffers())
+
+
+def test_a_model_that_draws_chance_of_its_own_is_looked_at_in_evaluation_mode(
+    bert: Setting,
+) -> None:
+    bert.model.peft.base_model.model.bert.encoder.layer[0].output.dropout = Jittered().eval()
+    check_apart(bert.model, bert.live)
 
 
 def test_the_probe_leaves_no_trace(bert: Setting) -> None:

@@ -153,6 +153,12 @@ def test_a_rate_so_small_that_the_rdp_bound_says_nothing_is_counted_all_the_same
     accounting._composed.cache_clear()
 
 
+@pytest.mark.parametrize("sigma", [1e-3, 0.02, 1e-8])
+def test_an_epsilon_of_which_e_to_it_is_no_number_is_not_too_low(sigma: float) -> None:
+    """One Gaussian: its loss has mean and half variance 1 / (2 sigma^2)."""
+    assert epsilon([Spend(1.0, sigma, 1)], 1e-5) > 1 / (2 * sigma**2)
+
+
 def test_what_is_no_privacy_is_not_told_as_a_number() -> None:
     much = epsilon([Spend(1.0, 0.1, 30)], 1e-5)
     assert much > NO_PRIVACY

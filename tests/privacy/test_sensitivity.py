@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedlora.config.reader import Config
 from fedlora.privacy import probe
 from fedlora.privacy.mechanism import ClippedSum
 from fedlora.privacy.microbatch import microbatches, size_of, width_of
@@ -18,6 +19,7 @@ from fedlora.privacy.per_example import Dense, kept_apart
 from fedlora.privacy.probe import Way, steady
 from fedlora.privacy.training import clipped_sum
 from fedlora.training.data.batches import collate, synthetic
+from fedlora.training.references import referred
 from fedlora.training.train import example_losses
 from tests.support.private_setting import Build, Setting
 from tests.support.task_rows import MADE, task_settings
@@ -109,6 +111,38 @@ def test_so_it_is_in_every_task(settings: Build, tmp_path: Path, case: str, prec
     assert max(moves) <= C * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_what_a_pair_is_compared_with_changes_with_no_other_pair(
+    settings: Build, tmp_path: Path, private: bool
+) -> None:
+    """The reference model's numbers are part of a pair's loss. Without privacy they are computed in
+    batches by length, where they do change: the counterexample."""
+    given = {"train.precision": "bfloat16", "model.dropout": 0.0, "evaluate.batch-size": 4}
+    given |= {"privacy.epsilon": 8.0, "strategy.name": "fedavg"} if private else {}
+    s = Setting(task_settings(settings, "preference", tmp_path, **given), torch.float32)
+    lengths = (*range(30, 19, -1), 9, 9, 8, 7, 7, 7, 5, 5, 4)
+    rows = s.model.task.made_up(s.model.tokenizer, s.model.labels, lengths)
+    whole = referred(s.model, rows, s.config, None).targets
+    moved = 0
+    for i in (0, 1, 9, 13):
+        others = torch.tensor([n for n in range(len(rows)) if n != i])
+        without = referred(s.model, rows.select(others), s.config, None).targets
+        assert torch.allclose(without, whole[others], atol=0.05)
+        moved += int((without != whole[others]).sum())
+    assert (moved == 0) == private
+
+
+def test_what_was_computed_in_batches_is_not_read_under_privacy(
+    settings: Build, tmp_path: Path
+) -> None:
+    plain = task_settings(settings, "preference", tmp_path)
+    private = {**plain, "privacy.epsilon": 8.0, "strategy.name": "fedavg"}
+    s = Setting(plain, torch.float32)
+    for n, given in enumerate((plain, private), 1):
+        referred(s.model, s.rows, Config.read(given), tmp_path / "kept")
+        assert len([*(tmp_path / "kept").glob("references-*")]) == n
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_batches_by_length_the_others_would_move_too(settings: Build, kind: str) -> None:
     """The counterexample, which shows that the test above can fail."""
@@ -176,6 +210,27 @@ def test_what_steady_finds_is_of_no_example(settings: Build) -> None:
         assert len(seen) == n - (n > 1), "each width by itself"
     assert all(torch.equal(p, x) for p, x in before.items())
     assert all(p.grad is None for p in s.params)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_probe_takes_the_kernels_of_a_step_with_dropout_and_drops_nothing(
+    settings: Build, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention with dropout is another kernel than without."""
+    given = settings(kind, **{**PRIVATE, "model.dropout": 0.3})
+    s = Setting(given, torch.float32)
+    rates, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args: object, **kwargs: object) -> Tensor:
+        rates.append(kwargs["dropout_p"])
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    assert steady(s.model, s.live, s.config, 8, 10.0) == Way(SIZE, "float32")
+    assert rates
+    assert all(0 < rate < 1e-20 for rate in rates)
+    drops = [m.p for m in s.model.peft.modules() if isinstance(m, nn.Dropout)]
+    assert kind == "llama" or 0.3 in drops, "as before"
 
 
 @pytest.mark.parametrize("most", [30, 8, 5, 512])

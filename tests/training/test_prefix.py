@@ -7,7 +7,7 @@ import torch
 
 from fedlora.config.reader import Config
 from fedlora.strategies.base import Client, seeded
-from fedlora.training.data.batches import Encoded, batches, collate
+from fedlora.training.data.batches import Encoded, batches, collate, synthetic
 from fedlora.training.model.model import Model
 from fedlora.training.model.prefix_cache import GROUP, WIDTH, ahead
 from fedlora.training.train import fit
@@ -137,6 +137,35 @@ def test_examples_are_computed_in_groups_of_one_shape(settings: Settings) -> Non
     epoch(model, rows, 0)
     assert {shape[0] for shape in shapes} == {GROUP}
     assert {shape[1] % WIDTH for shape in shapes} == {0}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_something_is_masked_in_every_group_and_rows_that_fill_it_are_by_themselves(
+    settings: Settings, kind: str
+) -> None:
+    """Whether a kernel is given a mask must not depend on who else is in the group."""
+    model, _, _ = ready(settings, kind, **{"train.prefix-cache": 64})
+    assert model.prefix
+    lengths = (16, 16, 13, 16, 9, *[16] * 6, 7)
+    rows = synthetic(model.tokenizer, 0, lengths=lengths)
+    real, seen = model.prefix._enter, list[list[int]]()
+
+    def enter(peft: object, some: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+        seen.append([row.shape[1] for row in some])
+        assert min(seen[-1]) < width
+        return real(peft, some, width)  # type: ignore[arg-type]
+
+    model.prefix._enter = enter  # type: ignore[method-assign]
+    batch = collate(rows, torch.arange(len(lengths)))
+    model.prefix.remember(model.peft, [batch])
+    together = dict(model.prefix._kept)
+    for n in range(len(lengths)):
+        model.prefix._kept.clear()
+        model.prefix.remember(model.peft, [collate(rows, torch.tensor([n]))])
+        ((key, alone),) = model.prefix._kept.items()
+        assert torch.equal(alone, together[key])
+    full = [found for found in seen if 16 in found]
+    assert all(len(found) == GROUP and {*found} == {16, 1} for found in full)
 
 
 @pytest.mark.parametrize(

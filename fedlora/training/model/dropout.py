@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+SCARCELY = 1e-30
+"""A rate of which 1 less it is 1, in every precision: what is kept is kept as it is."""
+
 
 def rates(module: Any) -> Iterator[tuple[str, float]]:
     """(attribute, rate) of all that this module by itself drops by."""
@@ -37,12 +40,18 @@ def set_dropout(model: Any, rate: float) -> None:
 
 
 @contextmanager
-def undropped(model: nn.Module) -> Iterator[None]:
-    """Within it nothing of a model is dropped; after it, all rates are as before."""
+def undropped(model: nn.Module, scarcely: bool = False) -> Iterator[None]:
+    """Within it nothing of a model is dropped; after it, all rates are as before.
+
+    scarcely: by a rate that is no 0, so that kernels take the way that they take with dropout.
+    """
     parts = [*model.modules(), *([c] if (c := getattr(model, "config", None)) else [])]
     before = [(part, name, rate) for part in parts for name, rate in rates(part)]
     try:
         set_dropout(model, 0.0)
+        for part, name, rate in before if scarcely else ():
+            if rate > 0 and "layer" not in name:
+                setattr(part, name, SCARCELY)
         yield
     finally:
         for part, name, rate in before:

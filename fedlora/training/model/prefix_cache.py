@@ -3,7 +3,9 @@
 Where only the last layers train, the states that enter the first of them are a function of the
 example alone. They are always computed in groups of GROUP examples whose lengths round up to the
 same multiple of WIDTH, padded to it, short groups filled up: a matrix product's order of summation
-depends on its size, and this one's size on the example alone. So the states are the same bits
+depends on its size, and this one's size on the example alone. Those as long as the multiple are in
+groups of their own, with a filler of one token: a kernel may take another way where nothing is
+masked, and that must not depend on the group's others. So the states are the same bits
 whichever client computes them, when, and for which batch, and what was forgotten for want of room
 comes back to the same bits. Computed in the batches as they come (train.prefix-cache = 0) they
 differ by rounding. They are kept on the model's device, those of each precision apart.
@@ -126,15 +128,18 @@ class Prefix:
         Stops once it has `most` bytes.
         """
         found: dict[bytes, Tensor] = {}
-        by_width: dict[int, list[bytes]] = {}
+        by_width: dict[tuple[int, bool], list[bytes]] = {}
         for key, row in rows.items():
             if key not in self._kept:
-                by_width.setdefault(-(-row.shape[1] // WIDTH) * WIDTH, []).append(key)
-        for width, alike in by_width.items():
-            for start in range(0, len(alike), GROUP):
-                group = alike[start : start + GROUP]
-                full = [rows[key] for key in group] + [rows[group[0]]] * (GROUP - len(group))
-                states = self._enter(model, full, width)
+                n = row.shape[1]
+                width = -(-n // WIDTH) * WIDTH
+                by_width.setdefault((width, n == width), []).append(key)
+        for (width, full), alike in by_width.items():
+            for start in range(0, len(alike), GROUP - full):
+                group = alike[start : start + GROUP - full]
+                some = [rows[key] for key in group] + [rows[group[0]]] * (GROUP - len(group))
+                some[-1] = some[-1][:, :1] if full else some[-1]
+                states = self._enter(model, some, width)
                 if states.nbytes > most:
                     return found
                 most -= states.nbytes
