@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fedlora.config.sections import DataConfig
 from fedlora.lora.tree_file import write_atomically
-from fedlora.training.data.row_units import FORM, SIZE
+from fedlora.training.data.row_units import FORM, FORM_OF_VALUES, SIZE
 from fedlora.training.data.rows import Rows
 
 ALL = "*"
@@ -52,7 +52,8 @@ class Units:
         by_pixels = bool(rows.picture) and not data.unit_column
         sites = [(x.separator, x.encoding) for x in data.clients]
         how = data.unit_column, data.separator, data.encoding, data.line_pattern
-        cut = FORM, by_pixels, *how, *(sites if any(map(any, sites)) else ())
+        form = FORM_OF_VALUES if data.unit_column else FORM
+        cut = form, by_pixels, *how, *(sites if any(map(any, sites)) else ())
         reading = hashlib.sha256(repr(cut).encode()).hexdigest()[:16]
         most = max(Counter(rows.unit).values(), default=1) if data.unit_column else 1
         return cls(reading, frozenset(rows.unit), most)

@@ -113,6 +113,42 @@ def test_a_person_is_one_however_the_name_is_spaced(tmp_path: Path) -> None:
     assert (len(found.digests), found.most) == (10, 2)
 
 
+@pytest.mark.parametrize("way", ["CSV", "zeros", "JSON", "Parquet", "one more, of nobody"])
+def test_a_person_is_one_however_the_name_or_number_is_written(tmp_path: Path, way: str) -> None:
+    """A whole number too, which pandas makes a decimal one where one row lacks its own."""
+    rows = pd.DataFrame({"text": [f"row {i}" for i in range(20)], "label": ["a", "b"] * 10,
+                         "who": [i // 2 for i in range(20)]})  # fmt: skip
+    before = units_of(_kept(rows, tmp_path / "rows.csv"), unit_column="who")
+    more = pd.DataFrame({"text": ["of nobody"], "label": ["a"], "who": [None]})
+    after = {
+        "CSV": lambda: _kept(rows, tmp_path / "x.csv"),
+        "zeros": lambda: _kept(rows.assign(who=[f"0{i // 2}" for i in range(20)]),
+                               tmp_path / "x.csv"),
+        "JSON": lambda: _kept(rows.astype({"who": float}), tmp_path / "x.jsonl"),
+        "Parquet": lambda: _kept(rows, tmp_path / "x.parquet"),
+        "one more, of nobody": lambda: _kept(pd.concat([rows, more]), tmp_path / "x.parquet"),
+    }[way]()  # fmt: skip
+    found = units_of(after, unit_column="who")
+    assert (len(before.digests), before.most) == (10, 2)
+    assert (before.reading, before.digests) == (found.reading, found.digests)
+
+
+def test_names_that_differ_in_case_are_one_person(tmp_path: Path) -> None:
+    cells = "".join(f"row {i},a,{('Ann', 'ANN')[i % 2]} {i // 4}\n" for i in range(20))
+    found = units_of(written(tmp_path / "x.csv", "text,label,who\n" + cells), unit_column="who")
+    assert (len(found.digests), found.most) == (5, 4)
+
+
+def _kept(rows: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".csv":
+        rows.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    else:
+        rows.to_parquet(path)
+    return path
+
+
 def test_a_row_more_in_a_file_can_change_which_others_are_trained_on(tmp_path: Path) -> None:
     """What no epsilon covers: neighbours are two training sets, not two files."""
     given = [f"row {i},{'ab'[i % 2]}\n" for i in range(41)]

@@ -154,7 +154,7 @@ def _rows_of(
         units = row_units.by_value(who)
     elif book.units:
         by_pixels = bool(found.picture)  # where a picture lies is none of what its row says
-        units = row_units.by_value(found.text) if by_pixels else row_units.by_row(table)
+        units = row_units.by_picture(found.text) if by_pixels else row_units.by_row(table)
     beside = [*table.unmatched, *table.headers]
     numbers = book.read(path, [*table.lines, *beside], table.unit, table.notes)
     read, matched = len(table.lines), len(table.lines) + len(table.unmatched)

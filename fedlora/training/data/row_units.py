@@ -13,7 +13,9 @@ Edge cases
                                        for nobody
     a row that differs by one letter   is another unit; only a unit column says that it is not
 
-All but the last can make one unit of two, and so charge more; never two of one.
+All but the last can make one unit of two, and so charge more; never two of one. A person's name or
+number is read as a cell is: a column of whole numbers becomes one of decimals in some files as soon
+as one row lacks its own.
 """
 
 import hashlib
@@ -27,8 +29,9 @@ from fedlora.training.data.written import NUMBER, size
 
 SIZE = 16
 """Bytes of a digest."""
-FORM = 2
-"""Raised whenever a row's digest changes: sets of two forms cannot be compared."""
+FORM, FORM_OF_VALUES = 2, 3
+"""Raised whenever a row's, or a unit column's value's, digest changes: sets of two forms cannot be
+compared."""
 LONGEST_NUMBER = 40
 
 
@@ -38,14 +41,23 @@ def by_row(table: Table) -> tuple[bytes, ...]:
 
 
 def by_value(values: Sequence[str]) -> tuple[bytes, ...]:
-    """The digest of each row's unit, by its name; space around and within it counts once."""
-    return tuple(hashlib.sha256(" ".join(x.split()).encode()).digest()[:SIZE] for x in values)
+    """The digest of each row's unit, by its name, however that is written."""
+    return tuple(_digest(_written(x)) for x in values)
+
+
+def by_picture(pixels: Sequence[str]) -> tuple[bytes, ...]:
+    """The digest of each row's unit, by what says which picture it is."""
+    return tuple(map(_digest, pixels))
 
 
 def of_cells(cells: Iterable[Any]) -> bytes:
     """One row's own."""
     parts = sorted(_written(x) for x in cells if not _missing(x))
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).digest()[:SIZE]
+    return _digest("\n".join(parts))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:SIZE]
 
 
 def _written(cell: Any) -> str:
