@@ -7,7 +7,7 @@ message meets the node as the honest one did, with what the stages before it lef
 
 import copy
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from client_app.app import app as client_app
 from fedlora.config.policy import KINDS
 from fedlora.config.reader import Config
 from fedlora.federation.client.dispatch import HANDLERS
+from fedlora.federation.secure.agreement import Agreement, table_of
 from tests.conftest import tiny_settings
 from tests.federation.test_policy_hostile import FIELDS, VALUES, Stage, held
 from tests.support.tiny_federation import federate, quick
@@ -112,6 +113,23 @@ def _moments(tiny: dict[str, str], root: Path, name: str) -> Moments:
             before.imported | deeds.imported, before.other | deeds.other,
         )  # fmt: skip
     return found
+
+
+def test_a_table_of_a_sum_that_is_larger_than_may_leave_is_refused_before_anything_of_its_size(
+    moments: dict[str, Moments],
+) -> None:
+    """Other clients send what the server says, and a mask has as many numbers."""
+    found, kind = moments["secagg"], "train.secagg_setup"
+    found.restore(kind)
+    content = copy.deepcopy(found.stage.kept.messages[kind])
+    told = Agreement.read(str(content.config_records["secagg"]["agreement"]))
+    (shapes,) = told.table.shapes
+    for more in ((10**6, 10**6), (-1, 10**12)):
+        large = table_of([shapes, {("A", "z"): more}], [*told.table.trains * 2], told.table.kinds)
+        text = replace(told, table=large).record()
+        content["secagg"] = ConfigRecord({"agreement": text})
+        reply = found.ask(kind, content)
+        assert "limits.upload-mb is reached" in reply.error.reason
 
 
 def test_every_kind_of_message_is_tried_here_or_beside(moments: dict[str, Moments]) -> None:

@@ -238,6 +238,15 @@ def test_survivors_that_would_unmask_a_client_are_not_signed_then_or_later(
     assert members[1].agree([0, 1, 2], terms_of)
 
 
+def test_survivors_whose_shares_did_not_come_are_not_signed(tmp_path: Path) -> None:
+    """Of one that is in the sum a member holds a share, or it says nothing of that sum."""
+    members, keys = begun(tmp_path, [agreement_of(4)] * 4)
+    came = shared(members, keys)
+    members[0].open({1: came[0][1], 2: came[0][2]}, terms_of).masked(np.zeros(5, dtype=np.uint32))
+    with pytest.raises(PrivacyError, match="not those of this client's shares"):
+        members[0].agree([0, 1, 2, 3], terms_of)
+
+
 def test_a_client_whose_kind_is_said_to_be_gone_signs_nothing(tmp_path: Path) -> None:
     """What it alone sends would stand in the sum as it is: even where the sum is of many."""
     members, _ = trio(tmp_path, np.zeros(5, dtype=np.uint32), 5, {0: 0, 1: 0, 2: 1, 3: 1, 4: 1})

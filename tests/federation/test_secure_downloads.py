@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.app import app as client_app
 from fedlora.config.reader import Config
@@ -22,9 +22,11 @@ from fedlora.federation.client.job import ClientJob
 from fedlora.federation.secure.agreement import Agreement, RoundName
 from fedlora.federation.server import secure_cohort
 from fedlora.federation.wire.codes import FailureKind
-from fedlora.federation.wire.messages import pack
-from fedlora.lora.adapter import Factors
-from fedlora.strategies.base import Version
+from fedlora.federation.wire.job import Job
+from fedlora.federation.wire.messages import pack, pack_download, pack_pairs
+from fedlora.federation.wire.sent_digest import digest_of
+from fedlora.lora.adapter import Factors, Pair
+from fedlora.strategies.base import Download, Penalty, Version
 from fedlora.training import cache
 from fedlora.training.model.model import Model
 from tests.federation.test_secure_aggregation import Lossy, five, play
@@ -69,6 +71,57 @@ def test_members_that_are_sent_something_else_than_one_send_nothing(
         play(settings(**five("fedavg")), app=liar)
     for i in range(1, 5):
         assert "was sent something else than all members were told" in liar.replies[i].error.reason
+
+
+DERIVED = {
+    "round": "name", "token": "name", "incarnation": "name", "since": "name", "config": "name",
+    "changes": "name",  # by the config's digest
+    "client": "the table", "memory-round": "the table: does it begin with what it kept?",
+    "last-round": "what rounding lost is added in the clear alone", "microbatch": "its parts",
+    "ledger": "what was charged", "charges": "what was charged",
+}  # fmt: skip
+"""Fields of a job that are in no digest of what is sent, and what says them to all, or what they
+decide and no sum."""
+
+
+def whole() -> RecordDict:
+    """A download with all that one may have, and its job."""
+    pair = Pair(torch.ones(2, 3), torch.ones(4, 2), 2.0)
+    factors = Factors({"m": 2.0}, {"m": torch.ones(2, 3)}, {"m": torch.ones(4, 2)})
+    download = Download(factors, frozenset({"A"}), (Version(1, {"m": pair}),), {"m": pair},
+                        Penalty("tail", 0.1, {"m": 1}), 2)  # fmt: skip
+    told = Job(1, "run", "start", 0, {"m": 2}, 3, 1, "print", ("x", "y"), 2, (2,), "code", "config",
+               {"train.lr": 1.0}, 4, 5, 6, 7)  # fmt: skip
+    offset = {"base-offset": pack_pairs({"m": pair}, "float32")}
+    return RecordDict({**pack_download(download, "float32"), **offset, "job": told.record()})
+
+
+def test_whatever_a_client_is_sent_is_in_its_digest() -> None:
+    """Each array and setting, changed by itself; but for fields of the job that are agreed on
+    otherwise, which a new field is not until somebody says how."""
+    content = whole()
+    before = digest_of(content)
+    tried = 0
+    for name, record in content.items():
+        for key in record:
+            other = copy.deepcopy(content)
+            value = other[name][key]  # type: ignore[index]
+            other[name][key] = changed(value)  # type: ignore[index]
+            same = digest_of(other)[1] == before[1]
+            assert same == (name == "job" and key in DERIVED), f"{name}, {key}"
+            tried += 1
+    assert tried > 25
+    lacking = RecordDict({name: x for name, x in content.items() if name != "base-offset"})
+    assert digest_of(lacking)[1] != before[1]
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, Array):
+        data = bytes([value.data[0] ^ 1]) + value.data[1:]
+        return Array(value.dtype, value.shape, value.stype, data)
+    if isinstance(value, list):
+        return value[1:] if value else ["more"]
+    return f"{value}x" if isinstance(value, str) else value + 1
 
 
 def test_without_that_the_sum_would_be_the_update_of_one(

@@ -34,6 +34,7 @@ from fedlora.federation.client.first_gradient import sketch
 from fedlora.federation.client.job import ClientJob, Trained, named, number_of
 from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.personalize import alone, personalized
+from fedlora.federation.client.sent_sizes import check_vector
 from fedlora.federation.wire.certificate import pack_numbers, with_changes
 from fedlora.federation.wire.messages import (
     configs_of,
@@ -186,8 +187,10 @@ def secagg_setup(message: Message, context: Context) -> RecordDict:
     from fedlora.federation.secure.agreement import Agreement
 
     work, asked = ClientJob.open(message, context), configs_of(message.content, "secagg")
+    agreement = Agreement.read(str(asked["agreement"]))
+    check_vector(work.policy, agreement.table)
     work.enter_secure_round("begin")
-    keys = work.secure_client().setup(Agreement.read(str(asked["agreement"])), work.terms)
+    keys = work.secure_client().setup(agreement, work.terms)
     return work.reply({"secagg": ConfigRecord({"keys": [*keys]})})
 
 

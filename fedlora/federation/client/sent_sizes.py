@@ -4,7 +4,12 @@ import math
 
 from fedlora.config.policy import Policy
 from fedlora.federation.client.admit import check
+from fedlora.federation.client.limits import check_upload
+from fedlora.federation.secure.agreement import MemberTable
 from fedlora.strategies.base import Download
+
+WORD = 4
+"""Bytes of a masked number, at least."""
 
 
 def check_download(policy: Policy | None, download: Download) -> None:
@@ -34,3 +39,16 @@ def check_modules(policy: Policy | None, modules: int) -> None:
     """
     if policy and modules > (most := policy.limits.modules):
         check([("so many modules", f"{modules}, limits.modules = {most}")])
+
+
+def check_vector(policy: Policy | None, table: MemberTable) -> None:
+    """Nothing, where a masked vector of all that the table names may leave.
+
+    What other kinds send has its places in it, and so masks are drawn for as many as a server says.
+
+    Raises:
+        PolicyError: it is larger than what may.
+    """
+    if policy:
+        numbers = sum(abs(math.prod(shape)) for shape in table.layout.shapes.values())
+        check_upload(policy.limits, WORD * numbers)
