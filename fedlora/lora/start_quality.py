@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NOISE = 1e-5
+"""Of the largest singular value: what is below is rounding, and no direction that was found."""
 ILL = 1e4
 """A condition above this is said: the last directions are noise in float32."""
 
@@ -41,7 +43,7 @@ def quality(S: Tensor, rank: int, total: float | None = None) -> Quality:
     whole = float(S.square().sum()) if total is None else total
     kept = S[:rank]
     top = float(kept[0]) if len(kept) else 0.0
-    found = int((kept > top * 1e-6).sum()) if top > 0 and math.isfinite(top) else 0
+    found = int((kept > top * NOISE).sum()) if top > 0 and math.isfinite(top) else 0
     if not found:
         return Quality(rank, 0, math.nan, math.inf)
     energy = min(1.0, float(kept.square().sum()) / whole) if whole > 0 else math.nan
@@ -88,5 +90,13 @@ def record(what: str, found: Mapping[str, Quality]) -> dict[str, object]:
 
 
 def of_matrix(M: Tensor, rank: int) -> Quality:
-    """Of the matrix itself (d, k), by all its singular values."""
-    return quality(torch.linalg.svdvals(M.float()), rank)
+    """Of the matrix itself (d, k), by all its singular values.
+
+    In float64, by the smaller side: an SVD in float32 finds as many directions as are asked for in
+    a matrix of ones, at 2e-5 of the largest.
+    """
+    M = M.double()
+    squares = M @ M.T if len(M) <= M.shape[1] else M.T @ M
+    if not bool(squares.isfinite().all()):
+        return quality(M.new_zeros(rank), rank)
+    return quality(torch.linalg.eigvalsh(squares).flip(0).clamp(min=0).sqrt(), rank)

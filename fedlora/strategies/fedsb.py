@@ -38,6 +38,7 @@ from torch import Tensor
 
 from fedlora.lora.adapter import Adapter, Factors, Pair
 from fedlora.lora.lowrank import complement, orthonormal, principal, svd, wide
+from fedlora.lora.start_quality import NOISE
 from fedlora.strategies.base import (
     Client,
     Download,
@@ -62,6 +63,19 @@ def core(state: Factors, upload: Upload, m: str) -> Tensor:
     whole = wide(state.R[m]).clone()
     whole[: R.shape[0], : R.shape[1]] = wide(R) * (upload.sent.scale[m] / state.scale[m])
     return whole
+
+
+def frames(U: Tensor, S: Tensor, Vh: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B (d, r), A (r, k) and S (r) of a matrix's leading directions.
+
+    Directions that the matrix does not have are those of the drawn B and A: an SVD's own for them
+    are of its algorithm's making, coordinate axes where the matrix is zero.
+    """
+    r = len(A)
+    there = int((S[:r] > NOISE * S[:1]).sum())
+    left = complement(U[:, :there], wide(B), r)
+    right = complement(Vh[:there].T, wide(A).T, r).T.contiguous()
+    return left, right, torch.cat([S[:there], S.new_zeros(r - there)])
 
 
 def outside(state: Factors, m: str, r: int) -> Pair:
@@ -104,26 +118,23 @@ class FedSB:
         A, B, R = {}, {}, {}
         for m, A0 in start.factors.A.items():
             (r, k), d = A0.shape, start.factors.B[m].shape[0]
+            left = orthonormal(d, r, seeded(start.seed, 0, 0, f"fedsb/B/{m}"))
+            right = orthonormal(k, r, seeded(start.seed, 0, 0, f"fedsb/A/{m}")).T
             if self.init_from == "svd-w0":
-                U, _, Vh = principal(start.weights[m], r, seeded(start.seed, 0, 0, f"fedsb/{m}"))
-            else:
-                U = orthonormal(d, r, seeded(start.seed, 0, 0, f"fedsb/B/{m}"))
-                Vh = orthonormal(k, r, seeded(start.seed, 0, 0, f"fedsb/A/{m}")).T
-            A[m], B[m], R[m] = Vh.to(A0).contiguous(), U.to(A0), A0.new_zeros(r, r)
+                found = principal(start.weights[m], r, seeded(start.seed, 0, 0, f"fedsb/{m}"))
+                left, right, _ = frames(*found, left.to(found[0]), right.to(found[0]))
+            A[m], B[m], R[m] = right.to(A0).contiguous(), left.to(A0), A0.new_zeros(r, r)
         return replace(start.factors, A=A, B=B, R=R)
 
     def from_gradient(self, state: Factors, mean: Adapter) -> Factors:
         """The state one step of this sign from W0."""
         A, B, R = dict(state.A), dict(state.B), dict(state.R)
         for m, mean_sign in mean.items():
-            old, r = A[m], A[m].shape[0]
-            U, S, Vh = svd(replace(mean_sign, scale=-(self.eta or 1.0) * mean_sign.scale))
-            found = min(r, len(S))
-            A[m] = complement(Vh[:found].T, wide(A[m]).T, r).T.contiguous().to(old)
-            B[m] = complement(U[:, :found], wide(B[m]), r).to(old)
-            steps = S.new_zeros(r)
-            steps[:found] = S[:found] / state.scale[m]
-            R[m] = steps.diag().to(old)
+            old = A[m]
+            found = svd(replace(mean_sign, scale=-(self.eta or 1.0) * mean_sign.scale))
+            left, right, S = frames(*found, B[m], A[m])
+            A[m], B[m] = right.to(old), left.to(old)
+            R[m] = (S / state.scale[m]).diag().to(old)
         return replace(state, A=A, B=B, R=R)
 
     def download(self, state: Factors, client: Client, round: Round) -> Download:

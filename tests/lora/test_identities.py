@@ -1,8 +1,9 @@
 """Each algorithm against its own equations and against PEFT, in float64."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -291,6 +292,43 @@ def test_fedsb_update_approx_starts_one_step_from_w0(sketch_rank: int) -> None:
         eye = torch.eye(r, dtype=torch.float64)
         assert_close(begun.A[m] @ begun.A[m].T, eye, rtol=0, atol=1e-6)
         assert_close(begun.B[m].T @ begun.B[m], eye, rtol=0, atol=1e-6)
+
+
+def of_ones(d: int, k: int) -> Tensor:
+    return torch.ones(d, k, dtype=torch.float64)
+
+
+def of_zeros(d: int, k: int) -> Tensor:
+    return torch.zeros(d, k, dtype=torch.float64)
+
+
+def of_one_row(d: int, k: int) -> Tensor:
+    return torch.cat([torch.ones(1, k, dtype=torch.float64), of_zeros(d - 1, k)])
+
+
+@pytest.mark.parametrize("init_from", ["update-approx", "svd-w0"])
+@pytest.mark.parametrize(("made", "rank"), [(of_zeros, 0), (of_ones, 1), (of_one_row, 1)])
+def test_a_direction_that_fedsbs_matrix_lacks_is_a_drawn_one_and_no_coordinate_axis(
+    made: Callable[[int, int], Tensor], rank: int, init_from: Any
+) -> None:
+    """An SVD gives a zero matrix coordinate axes: one number in each row of A would then train."""
+    whole = make_start(EQUAL)
+    matrix = made(*MODULES[SQUARE])
+    start = replace(whole, weights={**whole.weights, SQUARE: matrix})
+    strategy = FedSB(init_from=init_from)
+    state = strategy.init(start)
+    if init_from == "update-approx":
+        U, S, Vh = torch.linalg.svd(matrix)
+        state = strategy.from_gradient(state, {SQUARE: Pair(Vh[:9], U[:, :9] * S[:9])})
+    A, B, R = state.A[SQUARE], state.B[SQUARE], state.R[SQUARE]
+    eye = torch.eye(len(A), dtype=torch.float64)
+    assert_close(A @ A.T, eye, rtol=0, atol=1e-5)
+    assert_close(B.T @ B, eye, rtol=0, atol=1e-5)
+    assert int((A[rank:].abs() > 1e-3).sum(1).min()) > MODULES[SQUARE][1] / 2
+    assert int((B[:, rank:].abs() > 1e-3).sum(0).min()) > MODULES[SQUARE][0] / 2
+    assert int((R != 0).sum()) == (rank if init_from == "update-approx" else 0)
+    sign = -1 if init_from == "update-approx" else 1  # a step goes down the gradient
+    zero(sign * (B[:, :rank] * matrix.norm()) @ A[:rank] - matrix)
 
 
 def test_fedsb_never_moves_its_bases_and_sends_them_once() -> None:

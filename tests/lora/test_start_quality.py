@@ -34,6 +34,17 @@ def test_a_direction_that_the_matrix_lacks_is_counted_and_said() -> None:
     assert len(lines("here", {"n": of_matrix(torch.eye(7), 3)})) == 1
 
 
+@pytest.mark.parametrize("shape", [(384, 384), (300, 700), (1024, 1024)], ids=str)
+def test_rounding_is_no_direction(shape: tuple[int, int]) -> None:
+    """All gradients equal: an SVD in float32 has 16 directions for a matrix of ones."""
+    ones = torch.ones(shape)
+    assert float(torch.linalg.svdvals(ones[:384, :384])[1]) > 0
+    q = of_matrix(ones, 16)
+    assert (q.found, q.condition) == (1, math.inf)
+    assert q.energy == pytest.approx(1.0)
+    assert of_matrix(torch.diag(torch.tensor([1.0, 1e-3, 1e-4])), 3).found == 3
+
+
 @pytest.mark.parametrize("bad", [0.0, math.nan])
 def test_of_zeros_or_of_no_numbers_nothing_can_be_learned(bad: float) -> None:
     zero = quality(torch.full((4,), bad), 2)
@@ -41,11 +52,12 @@ def test_of_zeros_or_of_no_numbers_nothing_can_be_learned(bad: float) -> None:
     assert nothing_learned({"m": zero, "n": zero})
     assert not nothing_learned({"m": zero, "n": Quality(2, 1, 0.5, math.inf)})
     assert not nothing_learned({})
+    assert of_matrix(torch.full((5, 3), bad), 2).found == 0
     assert record("here", {"m": zero})["lines"]
 
 
 def test_an_ill_conditioned_start_is_said_with_what_to_do() -> None:
-    (line,) = lines("here", {"m": quality(torch.tensor([1.0, 1e-5]), 2)})
+    (line,) = lines("here", {"m": quality(torch.tensor([1.0, 5e-5]), 2)})
     assert "ill-conditioned: lower clients.ranks" in line
     (line,) = lines("here", {"m": quality(torch.tensor([1.0, 0.5]), 2)})
     assert "ill" not in line

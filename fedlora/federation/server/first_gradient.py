@@ -108,7 +108,7 @@ def _pooled(asked: "_Asked") -> tuple[dict[str, Pair], dict[str, float]]:
     found, total = {}, {}
     seed = asked.setting.config.run.seed
     for m, G in asked.phase(Factors(), "gradient").items():
-        M = G.sign()
+        M = G.sign().double()  # in float32 rounding looks like directions
         U, S, Vh = principal(M, asked.widths[m], seeded(seed, 0, 0, f"first step/{m}"))
         found[m], total[m] = Pair(Vh, U * S), float(M.square().sum())
     return found, total
