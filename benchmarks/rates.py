@@ -154,8 +154,8 @@ def read(path: Path = RESULTS) -> list[Row]:
     return found
 
 
-def run_one(row: Row, home: Path) -> Row:
-    """Run what the row names, and give it with its score."""
+def run_one(row: Row, home: Path, other: Mapping[str, Any] = {}) -> Row:
+    """Run what the row names, with these keys changed, and give it with its score."""
     changes, most = SETTINGS[row["setting"]]
     files = {}
     for name, rows in zip(("train", "scored"), _parts(row, most), strict=True):
@@ -172,16 +172,18 @@ def run_one(row: Row, home: Path) -> Row:
     }  # fmt: skip
     if row["strategy"] == "head":
         return {**row, **_head(given)}
-    given |= {"strategy.name": row["strategy"], "train.lr": row["lr"] or 0.0}
+    given |= {"strategy.name": row["strategy"], "train.lr": row["lr"] or 0.0, **other}
     begun, worked = time.perf_counter(), time.process_time()
     with ExitStack() as stack:
         for where in ("client.job.check_before_training", "server.setup.check_first"):
             stack.enter_context(patch(f"fedlora.federation.{where}"))
         done = simulate(given)
     final = done.summary["final"]
+    own = ((done.summary.get("clients") or {}).get("final") or {}).get("accuracy")
     shutil.rmtree(home / "run")
     return {
         **row,
+        **({} if own is None else {"own": own}),
         "accuracy": final["accuracy"],
         "loss": round(final["loss"], 5),
         "examples": final["examples"],

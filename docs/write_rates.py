@@ -2,14 +2,13 @@
 the rows of its search, benchmarks/results/rates.jsonl: `python docs/write_rates.py`.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import otherwise, verdict
 from benchmarks import rates as search
-from benchmarks import verdict
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.defaults import FAMILIES, RULES, defaults_of, rate
 
@@ -26,15 +25,21 @@ SHORT = (
     "rounds; scored on 500 validation rows, so a score has a standard error of about 1.6 points."
 )
 PART = "Of the five rates of the search those without a score were not run for it."
+OTHERWISE = (
+    "With one thing changed, at the same rate, on the first seeds of that "
+    "verdict; differences are paired, in points, with the 95 % interval of Student's t. Of the "
+    "clients' own models the accuracy is on their own test rows, a mean over clients."
+)
+OWN_MODELS = "clients' own models"
 NO_SECOND = (
     "The second stage of the search, which changes the length, the layers and the number of "
     "clients, was not run for it."
 )
 
 
-def read(path: Path = ROWS) -> list[dict[str, Any]]:
-    """The rows of the search."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read(paths: Sequence[Path] = (ROWS, otherwise.RESULTS)) -> list[dict[str, Any]]:
+    """The rows of the search, of the verdict and of the other settings."""
+    return [row for path in paths for row in search.read(path)]
 
 
 def section(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,11 +71,27 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"| {DATA[data]} | {' | '.join(cells)} | {len(seeds)} |")
     if len({r["lr"] for r in mine if r["strategy"] == name}) < len(search.RATES):
         lines += ["", PART]
-    lines += ["", SHORT, "", *second_stage(name, rows), *lost(name, rows), *judged(name, rows)]
+    lines += ["", *no_better(mine, name), SHORT, "", *second_stage(name, rows)]
+    lines += [*lost(name, rows), *judged(name, rows), *changed(name, rows)]
     left = [DATA[d] for d in DATA if d not in there]
     what = "other models and tasks, other forms than lora, sgd, privacy"
     lines += [f"Not searched: {', '.join([*left, what])}.", ""]
     return lines
+
+
+def no_better(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """The data sets of which no rate is above the trained head alone: it learned nothing there."""
+    under = []
+    for data in DATA:
+        seeds = {r["seed"] for r in rows if r["data"] == data and r["strategy"] == name}
+        head = _score(rows, data, "head", None, seeds)
+        tried = [_score(rows, data, name, lr, seeds) for lr in search.RATES]
+        if head is not None and (found := [x for x in tried if x is not None]):
+            under += [DATA[data]] if max(found) <= head else []
+    if not under:
+        return []
+    told = "(!) At no rate above the trained head alone, so nothing was gained"
+    return [f"{told}: {', '.join(under)}.", ""]
 
 
 def second_stage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,20 +140,75 @@ def judged(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         told = f"Held against fedex at its own default on {len(found)} of {seeds} fresh seeds"
         return [f"{told}: there is no verdict before all are run.", ""]
     v = verdict.judged(found)
+    why, evidence = because(name, rows) if v.word == "fails" else ("", [])
+    low, high = f"{100 * v.low:+.1f}", f"{100 * v.high:+.1f}"
     return [
         f"Held against fedex at its own default, {v.seeds} fresh seeds paired by seed and rows, "
-        f"short setting: **{v.word}**. The gap is {100 * v.mean:+.1f} points, one-sided 95 % ends "
-        f"{100 * v.low:+.1f} and {100 * v.high:+.1f}; to pass, the upper must be below "
-        f"{100 * verdict.MARGIN:g}. A strategy truly 1 point below would pass with probability "
-        f"{v.power:.2f}.",
+        f"short setting: **{v.word}{why}**. The gap is {100 * v.mean:+.1f} points, one-sided 95 % "
+        f"ends {low} and {high}; to pass, the upper must be below {100 * verdict.MARGIN:g}. A "
+        f"strategy truly 1 point below would pass with probability {v.power:.2f}.",
         "",
+        *evidence,
     ]
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], data: str, name: str, lr: Any, seeds: Any) -> str:
+def because(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """Why a strategy fails, and what shows it: nothing is called inherent that no run has shown."""
+    if name not in otherwise.SHOWN_BY:
+        return "", ["No reason for it was found yet.", ""]
+    strategy, label = otherwise.SHOWN_BY[name]
+    gain = otherwise.shown(rows, name)
+    if gain is None or gain.mean <= gain.half:
+        done = "were not made yet" if gain is None else f"do not: {_gap(gain)} points"
+        return "", [f"The runs that could show why ({label or strategy}) {done}.", ""]
+    what = label or f"{strategy}, which trains A in every other round"
+    beside = "those of fedex" if label == OWN_MODELS else f"{name}'s default"
+    return f": {verdict.BECAUSE[name]}", [
+        f"Shown by {what}: {_gap(gain)} points beside {beside}, {gain.seeds} seeds.", ""
+    ]  # fmt: skip
+
+
+def changed(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of other settings: benchmarks/otherwise.py."""
+    lines = []
+    for label in otherwise.SETTINGS.get(name, {}):
+        of = "own" if any("own" in r for r in rows if r["factor"] == label) else "accuracy"
+        mine = otherwise.scores(rows, name, label, of)
+        theirs = otherwise.reference(rows, name, label, of)
+        default = otherwise.scores(rows, name) if of == "accuracy" else {}
+        if len(mine) < 2:
+            continue
+        cells = [_gap(otherwise.gap(mine, x)) for x in (default, theirs)]
+        if name == search.REFERENCE:
+            cells[1] = "-"
+        lines.append(
+            f"| {label} | {100 * statistics.fmean(mine.values()):.1f} | {' | '.join(cells)} "
+            f"| {len(mine)} |"
+        )
+    if not lines:
+        return []
+    head = [
+        "| changed | accuracy | less the default's | less fedex's | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    return [OTHERWISE, "", *head, *lines, ""]
+
+
+def _gap(gap: otherwise.Gap | None) -> str:
+    return "-" if gap is None else f"{100 * gap.mean:+.1f} +- {100 * gap.half:.1f}"
+
+
+def _score(
+    rows: Sequence[Mapping[str, Any]], data: str, name: str, lr: Any, seeds: Any
+) -> float | None:
     found = [r["accuracy"] for r in rows if r["data"] == data and r["strategy"] == name
              and r["lr"] == lr and r["seed"] in seeds]  # fmt: skip
-    return f"{100 * statistics.fmean(found):.1f}" if found else "-"
+    return statistics.fmean(found) if found else None
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], data: str, name: str, lr: Any, seeds: Any) -> str:
+    found = _score(rows, data, name, lr, seeds)
+    return "-" if found is None else f"{100 * found:.1f}"
 
 
 def written(text: str, name: str, rows: Sequence[Mapping[str, Any]]) -> str:

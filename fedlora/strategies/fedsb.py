@@ -25,8 +25,8 @@ Deviation from (E): none, since s B R A is linear in R.
 Costs, a layer and client: up r_i^2, down r_i^2, and r_i (d + k) once; 2 (r - r_i)(d + k) for a
 fold, which is far more than r^2: narrow clients cost Fed-SB its point.
 
-Differs from the paper: the default start; where the gradient is from and at which head; exact
-SVD; S over s; p_i; mixed ranks.
+Differs from the paper: the default start; ranks as low as LoRA's; where the gradient is from and
+at which head; exact SVD; S over s; p_i; mixed ranks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

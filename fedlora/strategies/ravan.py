@@ -29,8 +29,8 @@ Costs, a layer and client: up r_i b, down r_i b, and r_i (d + k) once; where r_i
 (r - r_i)(d + k), and unless `choice` is "leading" r_i (d + k) again each round.
 
 Source: abstract and notes, not the authors' code.
-Differs from the paper: the scalar of a head is in H; the mean over all; no choice by gradient;
-p_i.
+Differs from the paper: the scalar of a head is in H; many small heads; the mean over all; no choice
+by gradient; p_i.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -13,7 +13,7 @@ import pytest
 from fedlora.config.origins import UNSET, origin, told
 from fedlora.config.reader import Config
 from fedlora.errors import StrategyError
-from fedlora.launch.doctor.the_plan import far_off
+from fedlora.launch.doctor.the_plan import far_off, few
 from fedlora.launch.federation import Federation
 from fedlora.reports import tables
 from fedlora.strategies import STRATEGIES, list_strategies, register_strategy, registry
@@ -21,6 +21,7 @@ from fedlora.strategies.defaults import FAMILIES, RULES, Defaults, defaults_of, 
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.forms import INITS
 from fedlora.strategies.registry import Registry
+from fedlora.testing.federation import make_clients, make_start
 from tests.support.doc_tables import load as module
 from tests.support.tiny_federation import ROOT
 
@@ -205,6 +206,29 @@ def test_doctor_notes_a_rate_ten_times_too_high_or_low(bold: None, times: float,
 def test_doctor_has_nothing_to_hold_a_rate_of_sgd_against(bold: None) -> None:
     given = {"strategy.name": "bold", "train.lr": 1.0, "train.optimizer": "sgd"}
     assert not [*far_off(Config.read(given))]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "said"),
+    [("fedsb", (1, 2), "4 numbers of layers.0.q_proj at rank 2, where lora trains 164"),
+     ("ravan", (4, 8), "32 numbers"), ("fedsb", (2, 8), ""), ("ffa", (1, 2), ""),
+     ("lora-a2", (1, 2), "")],
+)  # fmt: skip
+def test_doctor_notes_a_core_of_few_numbers_with_the_rank_that_has_loras(
+    name: str, ranks: tuple[int, ...], said: str
+) -> None:
+    strategy: Any = STRATEGIES[name]()
+    clients = make_clients(ranks, step=0)
+    state = strategy.init(make_start(clients))
+    found = [*few(Config.read({"strategy.name": name}), strategy, state, clients)]
+    assert bool(found) == bool(said)
+    for note in found:
+        assert note.level == "note"
+        assert said in note.what
+        rank = int(note.do.split("rank ")[1].split()[0])
+        x = clients[1].layers["layers.0.q_proj"]
+        assert abs(rank * rank - x.rank * (x.d + x.k)) < 2 * rank + 1
+        assert ("size of its blocks" in note.do) == (name == "ravan")
 
 
 @pytest.mark.parametrize(

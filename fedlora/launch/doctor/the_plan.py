@@ -1,6 +1,7 @@
 """What would run, in one line, whether it fits into memory, and whether its rate can be right."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import isqrt
 from typing import Any
 
 from fedlora.config.defaults import rate_of
@@ -8,13 +9,16 @@ from fedlora.config.origins import origin
 from fedlora.config.reader import Config, strategy_defaults
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import fits
-from fedlora.strategies.base import Strategy
+from fedlora.lora.adapter import Factors
+from fedlora.strategies.base import Client, Round, Strategy
 from fedlora.strategies.defaults import RULES
 from fedlora.strategies.forms import guarantee
 from fedlora.training.model.model import Model
 
 FAR = 10.0
 """A rate so many times the default, or less than its such part, is seldom what was meant."""
+FEW = 20
+"""So many times as many numbers, at one rank, are another kind of adapter."""
 
 
 def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) -> Iterator[Finding]:
@@ -49,6 +53,30 @@ def far_off(config: Config) -> Iterator[Finding]:
             f"({RULES.get(rule, rule)})",  # type: ignore[call-overload]
             f"leave train.lr out, or try {usual:g} first",
         )
+
+
+def few(
+    config: Config, strategy: Strategy[Any], state: Any, clients: Sequence[Client]
+) -> Iterator[Finding]:
+    """A core so small that lora trains FEW times its numbers at the same rank."""
+    widest = max(clients, key=lambda c: sum(x.rank for x in c.layers.values()))
+    round = Round(1, config.run.seed)
+    sent = strategy.download(state, widest, round)
+    cores = strategy.upload(strategy.start(sent, Factors(), widest, round), Factors())[0].R
+    if not cores:
+        return
+    m, core = max(cores.items(), key=lambda item: item[1].numel())
+    x = widest.layers[m]
+    lora = x.rank * (x.d + x.k)
+    if lora < FEW * core.numel():
+        return
+    blocks = " and the size of its blocks" if sent.block else ""
+    yield Finding(
+        "note",
+        f"{config.strategy.name} trains {core.numel():,} numbers of {m} at rank {x.rank}, where "
+        f"lora trains {lora:,}; with so few a model may be no better than its head",
+        f"raise clients.ranks{blocks}: a core of rank {min(isqrt(lora), x.d, x.k)} has as many",
+    )
 
 
 def _whence(config: Config) -> str:

@@ -31,7 +31,7 @@ from fedlora.federation.server.setup import check_begins, check_head
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import crew
-from fedlora.launch.doctor.the_plan import plan
+from fedlora.launch.doctor.the_plan import few, plan
 from fedlora.launch.doctor.the_rows import claims, lengths, rows_read, unanswerable
 from fedlora.lora.adapter import Factors
 from fedlora.privacy import central
@@ -90,7 +90,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     findings += _secure(config, strategy, state, clients)
     findings += _bounds(config, clients, corpus)
     table, largest = _plan(config, strategy, state, clients, corpus)
-    findings += plan(config, model, strategy, largest)
+    findings += [*plan(config, model, strategy, largest), *few(config, strategy, state, clients)]
     return [*findings, *beside], table
 
 

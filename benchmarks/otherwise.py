@@ -1,0 +1,162 @@
+"""What a strategy's other settings are worth beside its default, on seeds of the verdict.
+
+    python -m benchmarks.otherwise [--strategies fedsb,ffa] [--containing rounds] [--hours 1]
+
+Two kinds, both with one thing changed and the default's rate: the paper's own rule where the
+default departs from it, which is what the departure costs; and what a default may lack that is
+below the reference, which shows the reason. The rows stand in results/otherwise.jsonl, and are
+held against the verdict's of the same seeds: the strategy's own default, and the reference's.
+Resumable, as benchmarks/rates.py is.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.rates import (
+    REFERENCE,
+    SEEDS_OF_VERDICT,
+    Row,
+    default,
+    key_of,
+    ranks_of,
+    read,
+    run_one,
+)
+
+RESULTS = Path(__file__).parent / "results" / "otherwise.jsonl"
+SEEDS = SEEDS_OF_VERDICT[:5]
+OWN = {"evaluate.clients": True, "data.client-test-fraction": 0.3}
+LONG = {"run.rounds": 12, "evaluate.every": 12}
+BY_GRADIENT = {"strategy.fedsb.init-from": "update-approx"}
+RANK_80 = {"clients.ranks": "80", "lora.alpha": 80.0}
+
+SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "fedsb": {
+        "the start by gradient": BY_GRADIENT,
+        "its start, of the clients' signs":
+            {**BY_GRADIENT, "strategy.fedsb.signs": "clients"},
+        "rank 80 for all": RANK_80,
+        "rank 80 for all, the start by gradient": {**RANK_80, **BY_GRADIENT},
+    },
+    "ravan": {
+        "average = trained": {"strategy.ravan.average": "trained"},
+        "choice = weight": {"strategy.ravan.choice": "weight"},
+        "four heads of rank 40":
+            {"clients.ranks": "160", "strategy.ravan.head-rank": 40, "lora.alpha": 160.0},
+    },
+    "ffa": {
+        "rank 64 for all": {"clients.ranks": "64", "lora.alpha": 64.0},
+        "12 rounds": LONG,
+    },
+    "fedsvd": {"12 rounds": LONG},
+    "fedsa": {"clients' own models": OWN},
+    "fedex": {"12 rounds": LONG, "clients' own models": OWN},
+    "flora": {"reinit = keep-A": {"strategy.flora.reinit": "keep-A"}},
+    "hetlora": {"rounding = down": {"strategy.hetlora.rounding": "down"}},
+    "florist": {"energy = 0.95": {"strategy.florist.energy": 0.95}},
+    "lora-fair": {
+        "mode = cosine": {"strategy.lora-fair.mode": "cosine"},
+        "mode = cosine-columns": {"strategy.lora-fair.mode": "cosine-columns"},
+    },
+    "lora-a2": {
+        "choice = server": {"strategy.lora-a2.choice": "server"},
+        "four times the rate for B": {"train.lr-ratio-b": 4.0},
+    },
+}  # fmt: skip
+SHOWN_BY: Mapping[str, tuple[str, str]] = {
+    "ffa": ("rolora", ""),
+    "fedsvd": ("rolora", ""),
+    "fedsa": ("fedsa", "clients' own models"),
+    "fedsb": ("fedsb", "rank 80 for all, the start by gradient"),
+    "ravan": ("ravan", "four heads of rank 40"),
+}
+"""Of each strategy that fails the verdict, the runs that have what it lacks: see `shown`."""
+
+Scores = Mapping[int, float]
+"""By seed, of accuracy."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Of one's scores less another's, over the seeds of both: their mean, and half of the 95 %
+    interval by Student's t."""
+
+    seeds: int
+    mean: float
+    half: float
+
+
+def gap(one: Scores, other: Scores) -> Gap | None:
+    """None of fewer than two seeds."""
+    found = [one[s] - other[s] for s in sorted(one.keys() & other.keys())]
+    if (n := len(found)) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(found) / n**0.5
+    return Gap(n, statistics.fmean(found), half)
+
+
+def scores(
+    rows: Sequence[Mapping[str, Any]], name: str, label: str = "", of: str = "accuracy"
+) -> Scores:
+    """Of a strategy at the default rate that it has now, with this changed."""
+    return {r["seed"]: r[of] for r in rows if r["stage"] == "verdict" and r["strategy"] == name
+            and r["factor"] == label and r["lr"] == default(name) and of in r}  # fmt: skip
+
+
+def reference(rows: Sequence[Mapping[str, Any]], name: str, label: str, of: str) -> Scores:
+    """What a setting is held against beside its own default: the reference's, with the same
+    change where that was run of it."""
+    same = label if label in SETTINGS[REFERENCE] else "rank 8" if ranks_of(name) else ""
+    return scores(rows, REFERENCE, same, of)
+
+
+def shown(rows: Sequence[Mapping[str, Any]], name: str) -> Gap | None:
+    """What is gained where a failing strategy has what it lacks: beside its default; or, of what
+    the default cannot be judged by, beside the reference."""
+    strategy, label = SHOWN_BY[name]
+    if label and "own" in next((r for r in rows if r["factor"] == label), {}):
+        return gap(scores(rows, strategy, label, "own"), reference(rows, name, label, "own"))
+    return gap(scores(rows, strategy, label), scores(rows, name))
+
+
+def plan(names: Sequence[str]) -> Iterator[Row]:
+    """Seed by seed, so that one that is cut short has something of each."""
+    for seed in SEEDS:
+        for name in names:
+            for label in SETTINGS.get(name, {}):
+                yield {"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
+                       "lr": default(name), "seed": seed, "factor": label}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--strategies", default=",".join(SETTINGS))
+    parser.add_argument("--containing", default="", help="only settings whose name has this")
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    until = time.monotonic() + 3600 * asked.hours
+    done = {key_of(r) for r in read(asked.results)}
+    with tempfile.TemporaryDirectory(prefix="fedlora-otherwise-") as home:
+        for row in plan(asked.strategies.split(",")):
+            if time.monotonic() > until:
+                break
+            if key_of(row) in done or asked.containing not in row["factor"]:
+                continue
+            found = run_one(row, Path(home), SETTINGS[row["strategy"]][row["factor"]])
+            with asked.results.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(*found.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
