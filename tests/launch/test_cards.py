@@ -103,7 +103,7 @@ def check_places(log: Path, frozen: int) -> None:
     assert there[0]["peak"] == 0, "the worker used the server's card"
     assert CARDS[1].peak == 0, "the server used the worker's card"
     for used in (CARDS[0].used, there[1]["used"]):
-        assert frozen <= used < 2 * frozen, "a card holds one base"
+        assert frozen <= used < 1.5 * frozen, "a card holds one base"
 
 
 def base_of(given: Mapping[str, object]) -> int:
@@ -340,7 +340,7 @@ def test_a_base_in_the_wrong_place_is_seen(
     with pytest.raises(AssertionError, match="server's card" if "card" in slip else "one base"):
         check_places(log, base_of(given))
     if slip == "two bases there":
-        assert CARDS[0].used < 2 * base_of(given), "and not here"
+        assert CARDS[0].used < 1.5 * base_of(given), "and not here"
 
 
 def on_the_servers_card(worker: CardWorker) -> WorkerProcess:

@@ -20,7 +20,7 @@ from fedlora.launch.lab.language import (
 )
 from fedlora.launch.lab.optimised import distance, optimise
 from fedlora.launch.lab.plan import Lab, LabSize
-from fedlora.launch.lab.text_attacks import extraction, language
+from fedlora.launch.lab.text_attacks import COPIES, extraction, language
 from fedlora.training.data.batches import collate
 from fedlora.training.train import example_losses
 from tests.launch.test_privacy_lab import experiment
@@ -106,7 +106,9 @@ def test_a_language_model_that_learnt_by_heart_tells_its_rows_and_a_private_one_
     assert clear["reference AUC"] > 0.75
     assert clear["reference AUC"] > private["reference AUC"] + 0.1
     known, hidden = extraction(lab, 0.0), extraction(lab, 1.0)
-    assert known["bits, 16 copies"] >= 4.0 > hidden["bits, 16 copies"]
+    assert known["bits, 16 copies"] >= 4.0
+    # one secret of 32 has 4 bits or more by chance in 2 of 32 runs; the mean of three in 1 of 860
+    assert sum(float(hidden[f"bits, {n} copies"]) for n in COPIES) / len(COPIES) < 4.0
     assert known["most"] == 5.0
 
 

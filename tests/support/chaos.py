@@ -141,7 +141,7 @@ class Strikes:
         replace = tree_file.os.replace
         strikes = self
 
-        def committing(self: Any, round: int, tree: Any, record: Any) -> None:
+        def committing(self: Any, round: int, tree: Any, record: Any, keep: int) -> None:
             moment = strikes.at.get(round, "") if round not in strikes.done else ""
             if moment == "before the checkpoint":
                 strikes.done.add(round)
@@ -154,7 +154,7 @@ class Strikes:
 
                 monkeypatch.setattr(tree_file.os, "replace", half)
                 try:
-                    commit(self, round, tree, record)
+                    commit(self, round, tree, record, keep)
                 finally:
                     monkeypatch.setattr(tree_file.os, "replace", replace)
             if moment == "disk full":
@@ -162,7 +162,7 @@ class Strikes:
                 with monkeypatch.context() as patch:
                     patch.setattr(tree_file.os, "fsync", full)
                     with pytest.raises(CheckpointError, match="No space left"):
-                        commit(self, round, tree, record)
+                        commit(self, round, tree, record, keep)
                 raise Killed
             if moment == "after the checkpoint":
                 strikes.done.add(round)
@@ -173,10 +173,10 @@ class Strikes:
 
                 monkeypatch.setattr(tree_file, "save", saved)
                 try:
-                    commit(self, round, tree, record)
+                    commit(self, round, tree, record, keep)
                 finally:
                     monkeypatch.setattr(tree_file, "save", save)
-            commit(self, round, tree, record)
+            commit(self, round, tree, record, keep)
 
         monkeypatch.setattr(journal.Journal, "commit", committing)
 
