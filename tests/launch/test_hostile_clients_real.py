@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.launch.deploy import host
-from tests.support.deployment import bring_up, prepared, ran, rounds
+from tests.support.deployment import BEHIND, bring_up, prepared, ran, rounds
 from tests.support.tiny_federation import ROOT, read_tensors
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def test_no_lie_of_a_real_client_counts_or_costs_another_its_place(tiny, tmp_pat
     plan = prepared(tmp_path / "dep", tiny_settings(tiny, tmp_path, "float32", "bert", **more), 6)
     for i, lies in LIES.items():
         with (plan.node(i) / "env.sh").open("a") as f:
-            f.write(f'export HOSTILE="{",".join(lies)}" PYTHONPATH="{HOSTILE}:$PYTHONPATH"\n')
+            f.write(f'export HOSTILE="{",".join(lies)}" PYTHONPATH="{HOSTILE}{BEHIND}"\n')
     bring_up(plan)
     try:
         status, results = ran(plan)

@@ -12,6 +12,9 @@ from fedlora.launch.deploy.layout import Wanted, init
 from fedlora.launch.deploy.operator import Operator
 from fedlora.launch.deploy.plan import Plan
 
+BEHIND = "${PYTHONPATH:+:$PYTHONPATH}"
+"""In a shell: what is on the import path already, behind what is put before it; often nothing."""
+
 
 def prepared(directory: Path, given: dict[str, Any], clients: int, **wanted: Any) -> Plan:
     overrides = {k: v for k, v in given.items() if k not in ("clients.count", "run.out")}
@@ -39,7 +42,7 @@ def bring_up(plan: Plan) -> None:
 def supported(plan: Plan) -> None:
     """Have this deployment's server find the modules of tests/support."""
     with (plan.server / "env.sh").open("a") as f:
-        f.write(f'export PYTHONPATH="{Path(__file__).parent}:${{PYTHONPATH:-}}"\n')
+        f.write(f'export PYTHONPATH="{Path(__file__).parent}{BEHIND}"\n')
 
 
 def watched(plan: Plan, *beside: Path) -> None:
@@ -51,7 +54,7 @@ def watched(plan: Plan, *beside: Path) -> None:
     for i in range(plan.clients):
         (plan.node(i) / "audit").mkdir()
         with (plan.node(i) / "env.sh").open("a") as f:
-            f.write(f'export AUDITED="$PWD/audit" PYTHONPATH="{paths}:$PYTHONPATH"\n')
+            f.write(f'export AUDITED="$PWD/audit" PYTHONPATH="{paths}{BEHIND}"\n')
 
 
 def mortal(plan: Plan) -> Path:
