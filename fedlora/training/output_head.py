@@ -51,7 +51,7 @@ class OutputHead:
         found: list[Any] = []
         hook = self.body.register_forward_hook(lambda *call: found.append(call[-1]))
         try:
-            run(**inputs, logits_to_keep=1)
+            run(**inputs, logits_to_keep=at[:0])  # at no place: no product with the vocabulary
         finally:
             hook.remove()
         return (found[-1][0].flatten(0, 1).index_select(0, at), found[-1]) if found else None
