@@ -188,6 +188,8 @@ def plot_utility(lab: Lab) -> Figure | None:
     across(ax, lab)
     ax.set_ylabel(f"test {metric}")
     if metric == "accuracy":
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, -0.02), min(high, 1.02))  # two seeds' intervals leave what there is
         ax.yaxis.set_major_formatter(FuncFormatter(share))
     return with_legend(figure, ax)
 
