@@ -129,10 +129,14 @@ def shown(rows: Sequence[Mapping[str, Any]], name: str) -> Gap | None:
 
 
 def plan(names: Sequence[str]) -> Iterator[Row]:
-    """Seed by seed, so that one that is cut short has something of each."""
-    for seed in SEEDS:
+    """Seed by seed, so that one that is cut short has something of each: five seeds, and all of
+    the verdict where a reason is to be shown."""
+    reasons = {*SHOWN_BY.values(), *((REFERENCE, label) for _, label in SHOWN_BY.values())}
+    for seed in SEEDS_OF_VERDICT:
         for name in names:
             for label in SETTINGS.get(name, {}):
+                if seed not in SEEDS and (name, label) not in reasons:
+                    continue
                 yield {"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
                        "lr": default(name), "seed": seed, "factor": label}  # fmt: skip
 

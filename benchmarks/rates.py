@@ -28,7 +28,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,9 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
                   "data.chat-template": False, "lora.target-modules": "all-linear",
                   "evaluate.generate-tokens": 0},
 }  # fmt: skip
-STAGE_2 = ("products", "SmolLM2", "causal-lm", "alpha 0.1", "6 clients", "two epochs", "all layers")
+STAGE_2 = ("products", "SmolLM2", "causal-lm", "alpha 0.1", "6 clients", "two epochs")
 """The factors that are run, in this order: a third data set, a second model, a language model that
-writes the class, the skew, the clients, the local steps, the layers."""
+writes the class, the skew, the clients, the local steps."""
 OF_DATA = {"products": "products"}
 """By factor, the data set where that is what changes; else TREC."""
 FULL = ("fedex", "fedsb", "ffa")
@@ -257,14 +257,14 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
             yield {**base, "strategy": name, "lr": lr}
 
 
-def stage2(rows: list[Row], names: list[str]) -> Iterator[Row]:
+def stage2(rows: list[Row], names: list[str], factors: Sequence[str] = STAGE_2) -> Iterator[Row]:
     """The best rate of stage 1 and its two neighbours, with one factor changed at a time.
 
     Factor by factor over all strategies, the best rates first. A strategy without stage 1 has none.
     """
     near = {name: neighbours(best) for name in names if (best := best_rate(rows, name))}
     base = {"stage": "search", "setting": "short", "seed": SEED}
-    for factor in STAGE_2:
+    for factor in factors:
         there = {**base, "data": OF_DATA.get(factor, "trec"), "factor": factor}
         for place, name in itertools.product(range(3), near):
             if place < len(near[name]):
@@ -295,9 +295,9 @@ def verdict(names: list[str]) -> Iterator[Row]:
                 yield {**base, **mine}
 
 
-def default(name: str) -> float:
+def default(name: str, task: str = "classification") -> float:
     """The rate that a strategy brings to these runs."""
-    lr, _ = rate(defaults_of(STRATEGIES[name]), "classification", "lora", "classification")
+    lr, _ = rate(defaults_of(STRATEGIES[name]), task, "lora", task)
     return lr
 
 
@@ -315,19 +315,17 @@ def best_rate(rows: list[Row], name: str) -> float | None:
     return next((lr for lr in means if means[lr] > max(means.values()) - TIE), None)
 
 
-def losses(rows: list[Row], name: str) -> dict[float, dict[str, float]]:
-    """By rate, what it loses to the best rate tried, in each setting of the short runs."""
+def losses(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[float, float]]:
+    """By setting of the short runs, and rate, what that loses to the best rate tried there."""
     tried: dict[str, dict[float, list[float]]] = {}
     for r in rows:
         if (r["stage"], r["setting"], r["strategy"]) == ("search", "short", name):
             where = f"{r['data']} {r['factor']}".strip()
             tried.setdefault(where, {}).setdefault(r["lr"], []).append(r["accuracy"])
-    found: dict[float, dict[str, float]] = {}
-    for where, by_rate in tried.items():
-        best = max(statistics.fmean(x) for x in by_rate.values())
-        for lr, x in by_rate.items():
-            found.setdefault(lr, {})[where] = best - statistics.fmean(x)
-    return found
+    means = {where: {lr: statistics.fmean(x) for lr, x in by_rate.items()}
+             for where, by_rate in tried.items()}  # fmt: skip
+    return {where: {lr: max(by_rate.values()) - x for lr, x in by_rate.items()}
+            for where, by_rate in means.items()}  # fmt: skip
 
 
 def neighbours(lr: float) -> list[float]:
@@ -341,6 +339,7 @@ def main() -> None:
     parser.add_argument("what", choices=("search", "stage2", "order", "verdict"))
     parser.add_argument("--strategies", default=",".join(ordered()))
     parser.add_argument("--seeds", default=str(SEED), help="of search")
+    parser.add_argument("--factors", default=",".join(STAGE_2), help="of stage2")
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -349,7 +348,7 @@ def main() -> None:
     done = {key_of(r) for r in rows}
     plans: Mapping[str, Callable[[], Iterator[Row]]] = {
         "search": lambda: search("short", names, tuple(int(x) for x in asked.seeds.split(","))),
-        "stage2": lambda: stage2(rows, names),
+        "stage2": lambda: stage2(rows, names, asked.factors.split(",")),
         "order": lambda: order([n for n in FULL if n in names]),
         "verdict": lambda: verdict(names),
     }

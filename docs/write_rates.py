@@ -15,10 +15,19 @@ from fedlora.strategies.defaults import FAMILIES, RULES, defaults_of, rate
 PAGES = Path(__file__).parent / "strategies"
 ROWS = Path(__file__).parent.parent / "benchmarks" / "results" / "rates.jsonl"
 HEAD, NEXT = "## Defaults\n", "## Options\n"
-DATA = {"trec": "TREC", "movies": "movie reviews"}
+DATA = {"trec": "TREC", "movies": "movie reviews", "products": "product reviews"}
 FACTORS = {
-    "two epochs": "two epochs a round", "all layers": "all six layers", "6 clients": "six clients",
+    "products": "product reviews in its place", "SmolLM2": "SmolLM2 as the classifier",
+    "alpha 0.1": "label skew alpha 0.1", "6 clients": "six clients",
+    "two epochs": "two epochs a round", "all layers": "all six layers",
+    "causal-lm": "SmolLM2 writes the class",
 }  # fmt: skip
+WRITES = "causal-lm"
+"""The factor that is another task: its default is its own, its score no accuracy."""
+WRITTEN = (
+    "Where SmolLM2 writes the class (`causal-lm`, adapters on all linear modules of its last "
+    "layer) the score is the probability of a right token, its geometric mean."
+)
 POINT = 0.01
 SHORT = (
     "Three clients of ranks 4, 8 and 16, 1,000 rows, MiniLM with its last layer adapted, four "
@@ -32,8 +41,7 @@ OTHERWISE = (
 )
 OWN_MODELS = "clients' own models"
 NO_SECOND = (
-    "The second stage of the search, which changes the length, the layers and the number of "
-    "clients, was not run for it."
+    "The second stage of the search, which changes one factor at a time, was not run for it."
 )
 
 
@@ -57,7 +65,9 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The search's table, rate by rate, and what it left out."""
     mine = [r for r in rows if r["stage"] == "search" and r["setting"] == "short"
             and r["strategy"] in (name, "head") and not r["factor"]]  # fmt: skip
-    there = [d for d in DATA if any(r["data"] == d and r["strategy"] == name for r in mine)]
+    there = [
+        d for d in search.SEARCHED if any(r["data"] == d and r["strategy"] == name for r in mine)
+    ]
     if not there:
         return ["No rate was searched for it yet.", ""]
     rates = search.RATES
@@ -73,8 +83,8 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += ["", PART]
     lines += ["", *no_better(mine, name), SHORT, "", *second_stage(name, rows)]
     lines += [*lost(name, rows), *judged(name, rows), *changed(name, rows)]
-    left = [DATA[d] for d in DATA if d not in there]
-    what = "other models and tasks, other forms than lora, sgd, privacy"
+    left = [DATA[d] for d in search.SEARCHED if d not in there]
+    what = "tasks other than these, other forms than lora, sgd, privacy"
     lines += [f"Not searched: {', '.join([*left, what])}.", ""]
     return lines
 
@@ -82,7 +92,7 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def no_better(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """The data sets of which no rate is above the trained head alone: it learned nothing there."""
     under = []
-    for data in DATA:
+    for data in search.SEARCHED:
         seeds = {r["seed"] for r in rows if r["data"] == data and r["strategy"] == name}
         head = _score(rows, data, "head", None, seeds)
         tried = [_score(rows, data, name, lr, seeds) for lr in search.RATES]
@@ -110,23 +120,32 @@ def second_stage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         there = {r["lr"]: f"{100 * r['accuracy']:.1f}" for r in mine if r["factor"] == factor}
         if there:
             lines.append(f"| {words} | {' | '.join(there.get(lr, '-') for lr in rates)} |")
-    return [*lines, ""]
+    written = any(r["factor"] == WRITES for r in mine)
+    return [*lines, "", *([WRITTEN, ""] if written else [])]
 
 
 def lost(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where the default loses more than a point to the best rate tried."""
-    losses = search.losses([dict(r) for r in rows], name)
-    if not (found := losses.get(search.default(name))) or len(losses) < 2:
+    where = []
+    losses = search.losses(rows, name)
+    if len(losses) < 2:
         return []
-    where = [f"{_named(w)} ({100 * x:.1f} points)" for w, x in found.items() if x > POINT + 1e-9]
+    for setting, by_rate in losses.items():
+        lr = search.default(name, WRITES if setting.endswith(WRITES) else "classification")
+        if lr not in by_rate:
+            where.append(f"{_named(setting)} (its rate was not tried)")
+        elif (points := by_rate[lr]) > POINT + 1e-9:
+            where.append(f"{_named(setting)} ({100 * points:.1f} points)")
     told = f"more than a point in: {', '.join(where)}" if where else "a point at most, everywhere"
     return [f"Against the best rate tried the default loses {told}.", ""]
 
 
 def _named(where: str) -> str:
-    """ "TREC with all six layers", of "trec all layers"."""
+    """ "TREC, six clients", of "trec 6 clients"."""
     data, _, factor = where.partition(" ")
-    return " with ".join(filter(None, (DATA[data], FACTORS.get(factor, factor))))
+    if factor == data:
+        return DATA[data]
+    return ", ".join(filter(None, (DATA[data], FACTORS.get(factor, factor))))
 
 
 def judged(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:

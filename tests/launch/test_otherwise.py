@@ -8,7 +8,7 @@ from scipy import stats
 
 from benchmarks import otherwise, verdict
 from benchmarks.otherwise import SEEDS, SETTINGS, gap, plan, reference, scores
-from benchmarks.rates import QUICKSTART, REFERENCE, default, ranks_of, read
+from benchmarks.rates import QUICKSTART, REFERENCE, SEEDS_OF_VERDICT, default, ranks_of, read
 from fedlora.config.reader import Config
 from tests.support.doc_tables import load as module
 from tests.support.tiny_federation import ROOT
@@ -51,7 +51,15 @@ def test_every_setting_is_a_config_that_changes_something() -> None:
         assert Config.read({**given, **changes}) != Config.read(given), row["factor"]
     seeds = [r["seed"] for r in plan([*SETTINGS])]
     assert seeds == sorted(seeds)
-    assert {*seeds} == {*SEEDS}
+
+
+def test_a_reason_has_all_seeds_of_the_verdict_and_another_setting_five() -> None:
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for row in plan([*SETTINGS]):
+        seeds.setdefault((row["strategy"], row["factor"]), set()).add(row["seed"])
+    own = "clients' own models"
+    assert seeds["fedsa", own] == seeds[REFERENCE, own] == {*SEEDS_OF_VERDICT}
+    assert seeds["hetlora", "rounding = down"] == {*SEEDS}
 
 
 def test_every_strategy_that_fails_says_why_and_no_other_does() -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 
 from benchmarks import rates, verdict
 from benchmarks.rates import FULL, ORDER, RATES, REFERENCE, SEEDS_OF_VERDICT, STAGE_2
+from fedlora.config.reader import Config
 
 ROWS = [(f"text {n}", str(n % 3)) for n in range(400)]
 NAMES = ["fedex", "fedavg", "ffa"]
@@ -47,7 +48,7 @@ def test_two_seeds_of_a_verdict_score_other_rows() -> None:
 def test_a_search_that_is_cut_short_has_each_strategys_middle_rates() -> None:
     names = rates.ordered()
     runs = [r for r in rates.search("short", names, (1000,)) if r["strategy"] != "head"]
-    assert len(runs) == len(names) * len(RATES) * len(rates.DATA)
+    assert len(runs) == len(names) * len(RATES) * len(rates.SEARCHED)
     assert len({rates.key_of(r) for r in runs}) == len(runs)
     assert [(r["lr"], r["strategy"]) for r in runs[: len(names)]] == [(ORDER[0], n) for n in names]
     assert {r["data"] for r in runs[: len(runs) // 2]} == {"trec"}
@@ -64,6 +65,36 @@ def test_stage_2_runs_the_best_rate_and_its_two_neighbours() -> None:
             assert len(mine) == len(expected)
     assert not [r for r in runs if r["strategy"] == "fedsa"]
     assert [r["lr"] for r in runs[:2]] == [1e-2, 2e-3]
+
+
+def test_one_factor_is_changed_at_a_time_and_another_data_set_is_one() -> None:
+    rows = [tried("fedex", lr, 0.9 - lr) for lr in RATES]
+    runs = [*rates.stage2(rows, ["fedex"])]
+    assert {(r["data"], r["factor"]) for r in runs} == {
+        ("products", "products"), *(("trec", f) for f in STAGE_2 if f != "products")
+    }  # fmt: skip
+    assert {r["data"] for r in rates.search("short", ["fedex"], (1,))} == {"trec", "movies"}
+    for factor in STAGE_2:
+        changed = {**rates.QUICKSTART, **rates.FACTORS[factor]}
+        config = Config.read({**changed, "data.path": "x.jsonl"})
+        assert (config.model.task == "causal-lm") == (factor == "causal-lm")
+
+
+def test_a_score_is_the_accuracy_or_how_probable_a_right_token_is() -> None:
+    assert rates.score({"accuracy": 0.7, "loss": 1.0}) == 0.7
+    two = np.array([0.9, 0.4])  # its loss is the mean of -log p: the geometric mean is .6
+    assert rates.score({"loss": float(-np.log(two).mean())}) == pytest.approx(0.6, abs=1e-4)
+
+
+def test_what_a_rate_loses_is_held_against_the_best_of_its_own_setting() -> None:
+    rows = [tried("ffa", 1e-2, 0.8), tried("ffa", 2e-2, 0.7), tried("ffa", 2e-2, 0.9, seed=1001)]
+    rows += [
+        tried("ffa", 1e-2, 0.5, factor="causal-lm"),
+        tried("ffa", 5e-3, 0.6, factor="causal-lm"),
+    ]
+    found = rates.losses(rows, "ffa")
+    assert found["trec"] == pytest.approx({1e-2: 0.0, 2e-2: 0.0})
+    assert found["trec causal-lm"] == pytest.approx({1e-2: 0.1, 5e-3: 0.0})
 
 
 def test_the_best_rate_is_that_of_the_best_mean_over_data_sets() -> None:
