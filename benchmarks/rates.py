@@ -2,6 +2,7 @@
 
     python -m benchmarks.rates search                 what is missing of stage 1, on short runs
     python -m benchmarks.rates stage2                 best rate and neighbours, one factor changed
+    python -m benchmarks.rates climb                  a language model: on to where a rate is best
     python -m benchmarks.rates order                  a few strategies on the full setting
     python -m benchmarks.rates verdict                each default on ten fresh seeds
 
@@ -42,6 +43,10 @@ from fedlora.training.data.locate import locate
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+WIDE = (1e-3, *RATES, 1e-1, 2e-1, 5e-1)
+"""Where a language model is tuned, which has no head that trains beside the adapter."""
+WRITES = "causal-lm"
+"""The factor that is another task, with a default of its own."""
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 TEST, VALIDATION = 0.25, 0.15
 """Shares of a data set's rows."""
@@ -271,6 +276,29 @@ def stage2(rows: list[Row], names: list[str], factors: Sequence[str] = STAGE_2) 
                 yield {**there, "strategy": name, "lr": near[name][place]}
 
 
+def climb(read_rows: Callable[[], list[Row]], names: list[str]) -> Iterator[Row]:
+    """Of a language model the rates beside the best of those tried, until both are there.
+
+    It reads the rows again for each, since what is next depends on what was found.
+    """
+    base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED, "factor": WRITES}
+    for name in names:
+        while (best := best_of(read_rows(), name)) is not None:
+            at = WIDE.index(best)
+            beside = [*WIDE[max(0, at - 1) : at], *WIDE[at + 1 : at + 2]]
+            there = {r["lr"] for r in read_rows() if (r["strategy"], r["factor"]) == (name, WRITES)}
+            if not (left := [lr for lr in beside if lr not in there]):
+                break
+            yield {**base, "strategy": name, "lr": left[0]}
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Of a language model: the rate of the highest score; of those within TIE the lowest."""
+    scores = {r["lr"]: r["accuracy"] for r in rows if r["stage"] == "search"
+              and (r["strategy"], r["factor"]) == (name, WRITES)}  # fmt: skip
+    return min((lr for lr, x in scores.items() if x > max(scores.values()) - TIE), default=None)
+
+
 def order(names: list[str]) -> Iterator[Row]:
     """What shows whether the short setting orders the rates as the full one does."""
     base = {"stage": "search", "setting": "full", "data": "trec", "seed": SEED, "factor": ""}
@@ -336,7 +364,7 @@ def neighbours(lr: float) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("search", "stage2", "order", "verdict"))
+    parser.add_argument("what", choices=("search", "stage2", "climb", "order", "verdict"))
     parser.add_argument("--strategies", default=",".join(ordered()))
     parser.add_argument("--seeds", default=str(SEED), help="of search")
     parser.add_argument("--factors", default=",".join(STAGE_2), help="of stage2")
@@ -349,6 +377,7 @@ def main() -> None:
     plans: Mapping[str, Callable[[], Iterator[Row]]] = {
         "search": lambda: search("short", names, tuple(int(x) for x in asked.seeds.split(","))),
         "stage2": lambda: stage2(rows, names, asked.factors.split(",")),
+        "climb": lambda: climb(lambda: read(asked.results), names),
         "order": lambda: order([n for n in FULL if n in names]),
         "verdict": lambda: verdict(names),
     }

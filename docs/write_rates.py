@@ -22,8 +22,6 @@ FACTORS = {
     "two epochs": "two epochs a round", "all layers": "all six layers",
     "causal-lm": "SmolLM2 writes the class",
 }  # fmt: skip
-WRITES = "causal-lm"
-"""The factor that is another task: its default is its own, its score no accuracy."""
 WRITTEN = (
     "Where SmolLM2 writes the class (`causal-lm`, adapters on all linear modules of its last "
     "layer) the score is the probability of a right token, its geometric mean."
@@ -120,7 +118,7 @@ def second_stage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         there = {r["lr"]: f"{100 * r['accuracy']:.1f}" for r in mine if r["factor"] == factor}
         if there:
             lines.append(f"| {words} | {' | '.join(there.get(lr, '-') for lr in rates)} |")
-    written = any(r["factor"] == WRITES for r in mine)
+    written = any(r["factor"] == search.WRITES for r in mine)
     return [*lines, "", *([WRITTEN, ""] if written else [])]
 
 
@@ -131,7 +129,9 @@ def lost(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(losses) < 2:
         return []
     for setting, by_rate in losses.items():
-        lr = search.default(name, WRITES if setting.endswith(WRITES) else "classification")
+        lr = search.default(
+            name, search.WRITES if setting.endswith(search.WRITES) else "classification"
+        )
         if lr not in by_rate:
             where.append(f"{_named(setting)} (its rate was not tried)")
         elif (points := by_rate[lr]) > POINT + 1e-9:

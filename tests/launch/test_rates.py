@@ -80,6 +80,21 @@ def test_one_factor_is_changed_at_a_time_and_another_data_set_is_one() -> None:
         assert (config.model.task == "causal-lm") == (factor == "causal-lm")
 
 
+def test_a_climb_goes_on_until_the_best_rate_has_both_its_neighbours() -> None:
+    def score(lr: float) -> float:
+        return 0.9 - abs(np.log10(lr) + 1.0) / 10  # best at .1, which the search does not have
+
+    rows = [tried("ravan", lr, score(lr), factor=rates.WRITES) for lr in (1e-2, 2e-2, 5e-2)]
+    added = []
+    for row in rates.climb(lambda: rows, ["ravan", "fedex"]):
+        added.append(row["lr"])
+        rows.append({**row, "accuracy": score(row["lr"])})
+    assert added == [1e-1, 2e-1]
+    assert rates.best_of(rows, "ravan") == 1e-1
+    rows.append(tried("ravan", 2e-3, score(1e-1) - rates.TIE / 2, factor=rates.WRITES))
+    assert rates.best_of(rows, "ravan") == 2e-3  # of those that are alike the lowest
+
+
 def test_a_score_is_the_accuracy_or_how_probable_a_right_token_is() -> None:
     assert rates.score({"accuracy": 0.7, "loss": 1.0}) == 0.7
     two = np.array([0.9, 0.4])  # its loss is the mean of -log p: the geometric mean is .6
