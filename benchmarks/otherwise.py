@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "otherwise.jsonl"
 SEEDS = SEEDS_OF_VERDICT[:5]
 OWN = {"evaluate.clients": True, "data.client-test-fraction": 0.3}
 LONG = {"run.rounds": 12, "evaluate.every": 12}
+DRAWN = {"model.pooling": "default"}
 BY_GRADIENT = {"strategy.fedsb.init-from": "update-approx"}
 RANK_80 = {"clients.ranks": "80", "lora.alpha": 80.0}
 
@@ -57,9 +58,13 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "rank 64 for all": {"clients.ranks": "64", "lora.alpha": 64.0},
         "12 rounds": LONG,
     },
-    "fedsvd": {"12 rounds": LONG},
+    "fedsvd": {
+        "12 rounds": LONG,
+        "a drawn head": DRAWN,
+        "a drawn head, head = frozen": {**DRAWN, "strategy.fedsvd.head": "frozen"},
+    },
     "fedsa": {"clients' own models": OWN},
-    "fedex": {"12 rounds": LONG, "clients' own models": OWN},
+    "fedex": {"12 rounds": LONG, "clients' own models": OWN, "a drawn head": DRAWN},
     "flora": {"reinit = keep-A": {"strategy.flora.reinit": "keep-A"}},
     "hetlora": {"rounding = down": {"strategy.hetlora.rounding": "down"}},
     "florist": {"energy = 0.95": {"strategy.florist.energy": 0.95}},

@@ -43,10 +43,11 @@ from fedlora.training.data.locate import locate
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
-WIDE = (1e-3, *RATES, 1e-1, 2e-1, 5e-1)
-"""Where a language model is tuned, which has no head that trains beside the adapter."""
+WIDE = (1e-3, *RATES, 1e-1, 2e-1, 5e-1, 1.0, 2.0)
+"""Where a language model or another form is tuned, which may need far larger ones."""
 WRITES = "causal-lm"
 """The factor that is another task, with a default of its own."""
+MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 TEST, VALIDATION = 0.25, 0.15
 """Shares of a data set's rows."""
@@ -276,26 +277,30 @@ def stage2(rows: list[Row], names: list[str], factors: Sequence[str] = STAGE_2) 
                 yield {**there, "strategy": name, "lr": near[name][place]}
 
 
-def climb(read_rows: Callable[[], list[Row]], names: list[str]) -> Iterator[Row]:
-    """Of a language model the rates beside the best of those tried, until both are there.
-
-    It reads the rows again for each, since what is next depends on what was found.
-    """
-    base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED, "factor": WRITES}
+def climb(
+    read_rows: Callable[[], list[Row]],
+    names: Sequence[str],
+    factor: str = WRITES,
+) -> Iterator[Row]:
+    """Of each strategy the rates beside the best of those tried, from MIDDLE on, until both are
+    there. It reads the rows again for each, since what is next depends on what was found."""
+    base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED, "factor": factor}
     for name in names:
-        while (best := best_of(read_rows(), name)) is not None:
+        if best_of(read_rows(), name, factor) is None:
+            yield {**base, "strategy": name, "lr": MIDDLE}
+        while (best := best_of(read_rows(), name, factor)) is not None:
             at = WIDE.index(best)
             beside = [*WIDE[max(0, at - 1) : at], *WIDE[at + 1 : at + 2]]
-            there = {r["lr"] for r in read_rows() if (r["strategy"], r["factor"]) == (name, WRITES)}
+            there = {r["lr"] for r in read_rows() if (r["strategy"], r["factor"]) == (name, factor)}
             if not (left := [lr for lr in beside if lr not in there]):
                 break
             yield {**base, "strategy": name, "lr": left[0]}
 
 
-def best_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Of a language model: the rate of the highest score; of those within TIE the lowest."""
+def best_of(rows: Sequence[Mapping[str, Any]], name: str, factor: str = WRITES) -> float | None:
+    """With one factor changed: the rate of the highest score; of those within TIE the lowest."""
     scores = {r["lr"]: r["accuracy"] for r in rows if r["stage"] == "search"
-              and (r["strategy"], r["factor"]) == (name, WRITES)}  # fmt: skip
+              and (r["strategy"], r["factor"]) == (name, factor)}  # fmt: skip
     return min((lr for lr, x in scores.items() if x > max(scores.values()) - TIE), default=None)
 
 

@@ -73,7 +73,7 @@ def rate(defaults: Defaults, task: str, form: str, family: str) -> tuple[float, 
 
     The first that there is: the rate of the form; of lora in this task; of the family that was
     searched, where the task is of it; the family's own. So what was found for tasks that read a
-    text says nothing of those that write one, of which no higher rate was tried.
+    text says nothing of those that write one.
 
     >>> rate(Defaults({"classification": 2e-2}), "regression", "lora", "classification")
     (0.02, 'as in its family')

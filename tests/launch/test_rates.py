@@ -86,13 +86,14 @@ def test_a_climb_goes_on_until_the_best_rate_has_both_its_neighbours() -> None:
 
     rows = [tried("ravan", lr, score(lr), factor=rates.WRITES) for lr in (1e-2, 2e-2, 5e-2)]
     added = []
-    for row in rates.climb(lambda: rows, ["ravan", "fedex"]):
+    for row in rates.climb(lambda: rows, ["ravan"]):
         added.append(row["lr"])
         rows.append({**row, "accuracy": score(row["lr"])})
     assert added == [1e-1, 2e-1]
     assert rates.best_of(rows, "ravan") == 1e-1
     rows.append(tried("ravan", 2e-3, score(1e-1) - rates.TIE / 2, factor=rates.WRITES))
     assert rates.best_of(rows, "ravan") == 2e-3  # of those that are alike the lowest
+    assert [r["lr"] for r in itertools.islice(rates.climb(lambda: rows, ["fedex"]), 1)] == [1e-2]
 
 
 def test_a_score_is_the_accuracy_or_how_probable_a_right_token_is() -> None:

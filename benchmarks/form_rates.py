@@ -1,0 +1,105 @@
+"""The rate of each adapter form beside LoRA's, and that a form learns with the other strategies.
+
+    python -m benchmarks.form_rates                     what is missing of both, on short runs
+    python -m benchmarks.form_rates --forms vera,dora   of these alone
+
+The short setting of benchmarks/rates.py on TREC's validation rows. A form has the size in SIZES, of
+about as many numbers as LoRA of rank 2 to 8. Its rate is searched with fedavg and, where the form
+goes with a strategy that is exact by another road, with that: from 1e-2 on to where the best rate
+has both its neighbours. Every other pair runs twice at the form's own rate, to show that it learns.
+The rows stand in results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rates import QUICKSTART, SEED, WIDE, Row, best_of, climb, key_of, read, run_one
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.forms import FORMS, problem
+
+RESULTS = Path(__file__).parent / "results" / "form_rates.jsonl"
+SIZES: Mapping[str, int] = {
+    "dora": 8, "vera": 256, "randlora": 32, "gralora": 4, "loha": 2, "lokr": 8, "hira": 4,
+    "fourierft": 3072, "waveft": 3072, "c3a": 48, "shira": 4, "miss": 8, "bat": 8, "ia3": 1,
+    "beft": 1, "supertuning": 1, "oft": 16, "hra": 8, "road": 64, "delora": 4, "vblora": 4,
+    "tinylora": 64, "psoft": 48, "lora-xs": 48, "pmss": 48, "paca": 8, "loldu": 384, "losia": 48,
+    "smt": 24, "melora": 4, "moslora": 4, "lora-mini": 8, "nora": 8, "lotr": 8, "msplora": 4,
+}  # fmt: skip
+"""clients.ranks of each form that has sizes. Without lora, which has its own search, and alora,
+which acts from an invocation on that these texts do not have."""
+OPTIONS: Mapping[str, str] = {"vblora": "vector_length=96", "lora-mini": "width=96",
+                              "nora": "width=96"}  # fmt: skip
+SEEDS = (1001, 1002)
+"""Of the pairs that are only shown to learn."""
+
+
+def changes(form: str) -> Mapping[str, Any]:
+    """Of the short setting, what a form's runs have: alpha as large as the size, so s = 1."""
+    size = SIZES[form]
+    ranks = str(size) if FORMS[form].size else QUICKSTART["clients.ranks"]  # as if it was not set
+    given: dict[str, Any] = {"lora.form": form, "clients.ranks": ranks}
+    given["lora.alpha"] = float(max(size, 16))
+    return given | ({"lora.options": OPTIONS[form]} if form in OPTIONS else {})
+
+
+def strategies_of(form: str) -> list[str]:
+    """Those that run a form."""
+    return [name for name, cls in STRATEGIES.items() if not problem(FORMS[form], cls())]
+
+
+def searched(form: str) -> list[str]:
+    """fedavg, and one that is exact with a form of which fedavg is not."""
+    there = strategies_of(form)
+    return ["fedavg", *["ffa"] * ("ffa" in there and FORMS[form].law != "linear")]
+
+
+def pairs(form: str) -> list[str]:
+    """The others to be shown: of a linear form, whose mean all take alike, fedex for all."""
+    there = ["fedex"] if FORMS[form].law == "linear" else strategies_of(form)
+    return [name for name in there if name not in searched(form)]
+
+
+def plan(rows: Sequence[Row], forms: Sequence[str]) -> Iterator[Row]:
+    """Form by form; `rows` grows as they are run."""
+    base = {"stage": "search", "setting": "short", "data": "trec"}
+    for seed in (SEED, *SEEDS):
+        yield {**base, "strategy": "head", "lr": None, "seed": seed, "factor": ""}
+    for form in forms:
+        yield from climb(lambda: [*rows], searched(form), form)
+    for seed in SEEDS:
+        for form in forms:
+            lr = best_of(rows, "fedavg", form)
+            for name in pairs(form):
+                yield {**base, "stage": "pair", "strategy": name, "lr": lr, "seed": seed,
+                       "factor": form}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--forms", default=",".join(SIZES))
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    until = time.monotonic() + 3600 * asked.hours
+    rows = read(asked.results)
+    done = {key_of(r) for r in rows}
+    with tempfile.TemporaryDirectory(prefix="fedlora-form-rates-") as home:
+        for row in plan(rows, asked.forms.split(",")):
+            if time.monotonic() > until:
+                break
+            if key_of(row) in done:
+                continue
+            other = changes(row["factor"]) if row["factor"] else {}
+            rows.append(run_one(row, Path(home), other))
+            with asked.results.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(*rows[-1].values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
