@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rates import QUICKSTART, SEED, WIDE, Row, best_of, climb, key_of, read, run_one
+from benchmarks.rates import QUICKSTART, SEED, Row, best_of, climb, key_of, read, run_one
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.forms import FORMS, problem
 
