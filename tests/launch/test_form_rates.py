@@ -6,16 +6,22 @@ import numpy as np
 
 from benchmarks import form_rates
 from benchmarks.form_rates import SEEDS, SIZES, changes, pairs, plan, searched, strategies_of
-from benchmarks.rates import QUICKSTART, SEED
-from fedlora.config.reader import Config
+from benchmarks.rates import SEED
+from benchmarks.short_runs import QUICKSTART, SETTINGS, ranks_of
+from fedlora import preflight
 from fedlora.strategies.forms import FORMS
 
 
 def test_every_form_is_searched_but_lora_and_the_one_that_needs_an_invocation() -> None:
     assert {*FORMS} - {*SIZES} == {"lora", "alora"}
+
+
+def test_every_run_that_is_planned_is_one_that_preflight_lets_begin() -> None:
     for form in SIZES:
-        config = Config.read({**QUICKSTART, **changes(form)})
-        assert config.lora.form == form
+        for name in (*searched(form), *pairs(form)):
+            given = {**QUICKSTART, **SETTINGS["short"][0], **ranks_of(name), **changes(form),
+                     "strategy.name": name, "data.path": "rows.jsonl"}  # fmt: skip
+            assert preflight.read(given).lora.form == form
 
 
 def test_every_pair_that_can_run_is_searched_or_shown_but_for_means_that_are_alike() -> None:

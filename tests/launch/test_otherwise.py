@@ -8,7 +8,8 @@ from scipy import stats
 
 from benchmarks import otherwise, verdict
 from benchmarks.otherwise import SEEDS, SETTINGS, gap, plan, reference, scores
-from benchmarks.rates import QUICKSTART, REFERENCE, SEEDS_OF_VERDICT, default, ranks_of, read
+from benchmarks.rates import REFERENCE, RESULTS, SEEDS_OF_VERDICT, default
+from benchmarks.short_runs import QUICKSTART, ranks_of, read
 from fedlora.config.reader import Config
 from tests.support.doc_tables import load as module
 from tests.support.tiny_federation import ROOT
@@ -63,7 +64,7 @@ def test_a_reason_has_all_seeds_of_the_verdict_and_another_setting_five() -> Non
 
 
 def test_every_strategy_that_fails_says_why_and_no_other_does() -> None:
-    failed = {name for name, v in verdict.verdicts(read()).items() if v.word == "fails"}
+    failed = {name for name, v in verdict.verdicts(read(RESULTS)).items() if v.word == "fails"}
     assert {*verdict.BECAUSE} == failed
     assert all(x.startswith("inherent, because ") for x in verdict.BECAUSE.values())
 

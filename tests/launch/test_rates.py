@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import rates, verdict
+from benchmarks import rates, short_runs, verdict
 from benchmarks.rates import FULL, ORDER, RATES, REFERENCE, SEEDS_OF_VERDICT, STAGE_2
 from fedlora.config.reader import Config
 
@@ -17,7 +17,9 @@ ROWS = [(f"text {n}", str(n % 3)) for n in range(400)]
 NAMES = ["fedex", "fedavg", "ffa"]
 
 
-def tried(name: str, lr: float, accuracy: float, data: str = "trec", **other: Any) -> rates.Row:
+def tried(
+    name: str, lr: float, accuracy: float, data: str = "trec", **other: Any
+) -> short_runs.Row:
     return {"stage": "search", "setting": "short", "data": data, "strategy": name, "lr": lr,
             "seed": 1000, "factor": "", "accuracy": accuracy, **other}  # fmt: skip
 
@@ -28,17 +30,17 @@ def tried(name: str, lr: float, accuracy: float, data: str = "trec", **other: An
 def test_no_row_that_a_verdict_scores_was_ever_seen_by_the_search() -> None:
     seen = set()
     for seed in (1000, 1001, *SEEDS_OF_VERDICT):
-        for part in rates.parts(ROWS, seed, "search", (10**6, 10**6)):
+        for part in short_runs.parts(ROWS, seed, "search", (10**6, 10**6)):
             seen |= set(part)
     for seed in SEEDS_OF_VERDICT:
-        train, scored = rates.parts(ROWS, seed, "verdict", (10**6, 50))
+        train, scored = short_runs.parts(ROWS, seed, "verdict", (10**6, 50))
         assert len(scored) == 50
         assert not set(scored) & (seen | set(train))
         assert set(train) | set(scored) == set(ROWS)
 
 
 def test_two_seeds_of_a_verdict_score_other_rows() -> None:
-    first, second = (rates.parts(ROWS, s, "verdict", (9, 20))[1] for s in SEEDS_OF_VERDICT[:2])
+    first, second = (short_runs.parts(ROWS, s, "verdict", (9, 20))[1] for s in SEEDS_OF_VERDICT[:2])
     assert set(first) != set(second)
 
 
@@ -49,7 +51,7 @@ def test_a_search_that_is_cut_short_has_each_strategys_middle_rates() -> None:
     names = rates.ordered()
     runs = [r for r in rates.search("short", names, (1000,)) if r["strategy"] != "head"]
     assert len(runs) == len(names) * len(RATES) * len(rates.SEARCHED)
-    assert len({rates.key_of(r) for r in runs}) == len(runs)
+    assert len({short_runs.key_of(r) for r in runs}) == len(runs)
     assert [(r["lr"], r["strategy"]) for r in runs[: len(names)]] == [(ORDER[0], n) for n in names]
     assert {r["data"] for r in runs[: len(runs) // 2]} == {"trec"}
 
@@ -75,7 +77,7 @@ def test_one_factor_is_changed_at_a_time_and_another_data_set_is_one() -> None:
     }  # fmt: skip
     assert {r["data"] for r in rates.search("short", ["fedex"], (1,))} == {"trec", "movies"}
     for factor in STAGE_2:
-        changed = {**rates.QUICKSTART, **rates.FACTORS[factor]}
+        changed = {**short_runs.QUICKSTART, **short_runs.FACTORS[factor]}
         config = Config.read({**changed, "data.path": "x.jsonl"})
         assert (config.model.task == "causal-lm") == (factor == "causal-lm")
 
@@ -86,20 +88,20 @@ def test_a_climb_goes_on_until_the_best_rate_has_both_its_neighbours() -> None:
 
     rows = [tried("ravan", lr, score(lr), factor=rates.WRITES) for lr in (1e-2, 2e-2, 5e-2)]
     added = []
-    for row in rates.climb(lambda: rows, ["ravan"]):
+    for row in rates.climb(rows, ["ravan"]):
         added.append(row["lr"])
         rows.append({**row, "accuracy": score(row["lr"])})
     assert added == [1e-1, 2e-1]
     assert rates.best_of(rows, "ravan") == 1e-1
     rows.append(tried("ravan", 2e-3, score(1e-1) - rates.TIE / 2, factor=rates.WRITES))
     assert rates.best_of(rows, "ravan") == 2e-3  # of those that are alike the lowest
-    assert [r["lr"] for r in itertools.islice(rates.climb(lambda: rows, ["fedex"]), 1)] == [1e-2]
+    assert [r["lr"] for r in itertools.islice(rates.climb(rows, ["fedex"]), 1)] == [1e-2]
 
 
 def test_a_score_is_the_accuracy_or_how_probable_a_right_token_is() -> None:
-    assert rates.score({"accuracy": 0.7, "loss": 1.0}) == 0.7
+    assert short_runs.score({"accuracy": 0.7, "loss": 1.0}) == 0.7
     two = np.array([0.9, 0.4])  # its loss is the mean of -log p: the geometric mean is .6
-    assert rates.score({"loss": float(-np.log(two).mean())}) == pytest.approx(0.6, abs=1e-4)
+    assert short_runs.score({"loss": float(-np.log(two).mean())}) == pytest.approx(0.6, abs=1e-4)
 
 
 def test_what_a_rate_loses_is_held_against_the_best_of_its_own_setting() -> None:
@@ -138,7 +140,7 @@ def test_a_line_that_was_cut_short_is_run_again(tmp_path: Path) -> None:
     row = tried("ffa", 1e-2, 0.5)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(row)[:20])
-    assert rates.read(path) == [row]
+    assert short_runs.read(path) == [row]
 
 
 # -- the verdict -----------------------------------------------------------------------------------
@@ -170,7 +172,9 @@ def test_the_power_is_how_often_a_strategy_one_point_below_passes() -> None:
 
 
 def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
-    def row(name: str, seed: int, accuracy: float, factor: str = "", lr: float = 0.0) -> rates.Row:
+    def row(
+        name: str, seed: int, accuracy: float, factor: str = "", lr: float = 0.0
+    ) -> short_runs.Row:
         lr = lr or rates.default(name)
         return {"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
                 "lr": lr, "seed": seed, "factor": factor, "accuracy": accuracy}  # fmt: skip
@@ -183,7 +187,7 @@ def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
 
 
 def test_there_is_no_verdict_before_all_seeds_are_run() -> None:
-    def rows(seeds: tuple[int, ...]) -> list[rates.Row]:
+    def rows(seeds: tuple[int, ...]) -> list[short_runs.Row]:
         return [{"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
                  "lr": rates.default(name), "seed": seed, "factor": "", "accuracy": 0.8}
                 for name in (REFERENCE, "flora") for seed in seeds]  # fmt: skip
