@@ -6,10 +6,11 @@
 The short setting of benchmarks/short_runs.py on TREC's validation rows, of two modules. Most forms
 train 2,400 to 13,000 numbers at the size in SIZES, where LoRA of rank 2 to 8 has 3,072 to 12,288;
 vera, lokr, ia3, beft, road, loldu and tinylora have 128 to 1,280, vblora's bank 41,000.
-A form's rate is searched with fedavg and, where the form
-goes with a strategy that is exact by another road, with that: from 1e-2 on to where the best rate
-has both its neighbours. Every other pair runs twice at the form's own rate, to show that it learns.
-The rows stand in results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
+
+A form's rate is searched with fedavg and, where the form goes with a strategy that is exact by
+another road, with that: from 1e-2 on to where the best rate has both its neighbours. Every other
+pair runs twice at the form's own rate, to show that it learns. The rows stand in
+results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
 """
 
 import argparse

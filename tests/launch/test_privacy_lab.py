@@ -163,3 +163,12 @@ def test_rows_that_are_picked_and_joined_are_the_rows(settings: Build) -> None:
     assert both.lengths.tolist() == [*few.lengths.tolist(), *rows.lengths.tolist()]
     assert both.select(torch.arange(2, len(both))).ids.equal(rows.ids)
     assert json.dumps(both.starts.tolist())
+
+
+def test_a_probe_that_ran_alone_has_its_scores_on_the_page(tmp_path: Path) -> None:
+    lab = Lab.load("privacy", {}, tmp_path, only=("probe",))
+    (tmp_path / "rows").mkdir()
+    row = {"seed": 0, "epsilon": 8, "accuracy": 0.8125}
+    (tmp_path / "rows" / "probe-0-8.json").write_text(json.dumps(row))
+    write(lab, "fedlora privacy audit privacy --attack probe")
+    assert "| linear probe |  | 81.2 |  |  |" in (tmp_path / "privacy.md").read_text()

@@ -53,10 +53,10 @@ def by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
 
 def scores(lab: Lab) -> tuple[str, dict[str, dict[float, list[float]]]]:
     """The metric's name, and every seed's value by method and epsilon; the probe comes first."""
-    runs = lab.rows("utility")
-    metric = "accuracy" if any("accuracy" in r for r in runs) else "loss"
+    runs, probes = lab.rows("utility"), lab.rows("probe")
+    metric = "accuracy" if any("accuracy" in r for r in runs or probes) else "loss"
     found: dict[str, dict[float, list[float]]] = {}
-    for name, rows in ((PROBE, lab.rows("probe")), *by(runs, "strategy").items()):
+    for name, rows in ((PROBE, probes), *by(runs, "strategy").items()):
         label = name if isinstance(name, str) else name[0]
         for (epsilon,), same in by(rows, "epsilon").items():
             values = [r[metric] for r in same if metric in r]
