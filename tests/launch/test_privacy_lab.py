@@ -1,6 +1,8 @@
 """The privacy lab: its table in an experiment's file, what the server sees, and going on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,34 @@ def test_the_lab_measures_every_part_and_goes_on_where_it_was(
     assert {n: (tmp_path / "out/rows" / f"{n}.json").stat().st_mtime_ns for n in stamps} == stamps
     assert lab.row(first) is not None
     assert f"[1/1] {first.name}" in capsys.readouterr().out
+
+
+def test_no_two_measurements_share_a_runs_directory() -> None:
+    lab = Lab.load("privacy", {}, Path("out"))
+    whole = [lab.whole(*m.labels.values()) for m in lab.measurements() if m.part == "one-run"]
+    rest = [lab.at(s, e, n) for n in lab.seeds for s in lab.strategies for e in lab.epsilons]
+    names = [config.run.name for config in (*whole, *rest)]
+    assert len({*names}) == len(names) == 6 + 48
+
+
+def test_a_smoke_test_of_the_shipped_experiment_measures_its_language_model(tmp_path: Path) -> None:
+    lab = Lab.load("privacy", {}, tmp_path, quick=True, only=("language",))
+    main(lab, 1, "")
+    for row in lab.rows("language"):
+        assert {"loss AUC", "min-k AUC", "reference AUC"} <= {*row}
+    assert len(lab.rows("language")) == len(lab.epsilons)
+
+
+@pytest.mark.slow
+def test_a_smoke_test_of_the_shipped_experiment_measures_everything(tmp_path: Path) -> None:
+    given = ["privacy", "audit", "privacy", "--quick", "--workers", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fedlora.cli", *given], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not measured" not in done.stdout + done.stderr
+    lab = Lab.load("privacy", {}, tmp_path, quick=True)
+    assert all(lab.row(m) for m in lab.measurements())
 
 
 def test_a_directory_of_another_experiment_is_refused(tmp_path: Path, settings: Build) -> None:

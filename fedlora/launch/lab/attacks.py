@@ -181,7 +181,7 @@ def canary(lab: Lab, mechanism: str, epsilon: float) -> Row:
 
 def whole_run(lab: Lab, view: str, epsilon: float) -> Row:
     """Does a federated run show more than its clients claim? `one_run.py`."""
-    size, config = lab.size, lab.whole(epsilon)
+    size, config = lab.size, lab.whole(view, epsilon)
     fixed = one_run.Fixed(size.planted, size.guesses, size.confidence)
     claim, made = one_run.audited(config, view, fixed)
     bound = made.bound(config.privacy.delta, size.confidence)

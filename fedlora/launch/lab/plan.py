@@ -179,11 +179,13 @@ class Lab:
         values = config.privacy.epsilon, config.strategy.name, config.run.seed
         return {k: [v] for k, v in zip(AXES, values, strict=True)}
 
-    def whole(self, epsilon: float) -> Config:
-        """The run that is audited as a whole: a run's own config as it is, else by budget."""
+    def whole(self, view: str, epsilon: float) -> Config:
+        """The run that is audited as a whole, in a directory of this view's: a run's own config as
+        it is, else by budget."""
         found, given = self.at(self.strategies[0], epsilon).flat(), self.config.flat()
         kept = ("privacy.noise-multiplier", "clients.ranks") if self.own else ()
-        return preflight.read({**found, **{key: given[key] for key in kept}})
+        name = {"run.name": f"one-run-{view}-{epsilon:g}"}  # views are measured side by side
+        return preflight.read({**found, **{key: given[key] for key in kept}, **name})
 
     @property
     def speaks(self) -> bool:
@@ -196,7 +198,7 @@ class Lab:
         changes = dict(table) if config.model.task != "causal-lm" else {}
         if self.size.cut:
             changes |= {"model.path": str(cut_gpt2(self.out / "cut-gpt2", self.config)),
-                        "lora.target-modules": "c_attn,c_fc"}  # fmt: skip
+                        "lora.target-modules": "c_attn,c_fc", "lora.layers": ""}  # fmt: skip
         return preflight.read({**config.flat(), **changes})
 
     def at(self, strategy: str, epsilon: float, seed: int | None = None) -> Config:
