@@ -9,7 +9,8 @@ vera, lokr, ia3, beft, road, loldu and tinylora have 128 to 1,280, vblora's bank
 
 A form's rate is searched with fedavg and, where the form goes with a strategy that is exact by
 another road, with that: from 1e-2 on to where the best rate has both its neighbours. Every other
-pair runs twice at the form's own rate, to show that it learns. The rows stand in
+pair runs twice at the form's own rate, to show that it learns, with all linear modules of two
+layers adapted; under fedsa it is the clients' own models that do. The rows stand in
 results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.otherwise import OWN
 from benchmarks.rates import SEED, best_of, climb
 from benchmarks.short_runs import QUICKSTART, Row, run_missing
 from fedlora.strategies import STRATEGIES
@@ -37,15 +39,24 @@ OPTIONS: Mapping[str, str] = {"vblora": "vector_length=96", "lora-mini": "width=
                               "nora": "width=96"}  # fmt: skip
 SEEDS = (1001, 1002)
 """Of the pairs that are only shown to learn."""
+MORE = {"lora.layers": "-2,-1", "lora.target-modules": "all-linear"}
+"""What these adapt: two modules of one layer are too few numbers of some forms."""
 
 
 def changes(form: str) -> Mapping[str, Any]:
-    """Of the short setting, what a form's runs have: alpha as large as the size, 16 at least."""
+    """Of the short setting, what a form's runs have; the scale is the strategy's own."""
     size = SIZES[form]
     ranks = str(size) if FORMS[form].size else QUICKSTART["clients.ranks"]  # as if it was not set
     given: dict[str, Any] = {"lora.form": form, "clients.ranks": ranks}
-    given["lora.alpha"] = float(max(size, 16))
     return given | ({"lora.options": OPTIONS[form]} if form in OPTIONS else {})
+
+
+def changed(row: Row) -> Mapping[str, Any]:
+    """What a run has beside the short setting."""
+    if not row["factor"]:
+        return {}
+    own = OWN if row["strategy"] == "fedsa" else {}
+    return {**changes(row["factor"]), **({**MORE, **own} if row["stage"] == "pair" else {})}
 
 
 def strategies_of(form: str) -> list[str]:
@@ -91,7 +102,7 @@ def main() -> None:
         lambda rows: plan(rows, forms),
         asked.results,
         asked.hours,
-        lambda row: changes(row["factor"]) if row["factor"] else {},
+        changed,
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.rates search                 what is missing of stage 1, on short runs
     python -m benchmarks.rates stage2                 best rate and neighbours, one factor changed
-    python -m benchmarks.rates climb                  a language model: on to where a rate is best
+    python -m benchmarks.rates writes                 the same of a language model, for its default
     python -m benchmarks.rates order                  a few strategies on the full setting
     python -m benchmarks.rates verdict                each default on ten fresh seeds
 
@@ -26,26 +26,30 @@ from fedlora.strategies.defaults import defaults_of, rate
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
-WIDE = (1e-3, *RATES, 1e-1, 2e-1, 5e-1, 1.0, 2.0)
+WIDE = (5e-4, 1e-3, *RATES, 1e-1, 2e-1, 5e-1, 1.0, 2.0)
 """Where a language model or another form is tuned, which may need far larger ones."""
-WRITES = "causal-lm"
-"""The factor that is another task, with a default of its own."""
+GRIDS: Mapping[str, Sequence[float]] = {"classification": RATES, "causal-lm": WIDE}
+READS, WRITES = "classification", "causal-lm"
+"""The task of all settings but two, and that of these, which has a default of its own."""
+WRITING = (WRITES, "causal-lm all layers")
+"""Its settings: the last layer adapted as everywhere in the search, and all, on fewer rows."""
+SMALL = {WRITING[1]: "small"}
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
 """The order of the strategies: those that were seen to learn little, the reference, the others."""
 TIE = 0.005
-"""Of accuracy: what two rates' means must differ by before the higher rate is taken."""
+"""Of a score: what two rates must differ by in one setting before the higher is its best."""
 SEARCHED = ("trec", "movies")
-"""The two of stage 1, over which a rate is chosen."""
-SEED, SEEDS_OF_VERDICT = 1000, tuple(range(2000, 2010))
+"""The two of stage 1, of which each rate is run."""
+SEED, SEEDS_OF_VERDICT = 1000, tuple(range(3000, 3010))
 REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
 
 
-STAGE_2 = ("products", "SmolLM2", "causal-lm", "alpha 0.1", "6 clients", "two epochs")
-"""The factors that are run, in this order: a third data set, a second model, a language model that
-writes the class, the skew, the clients, the local steps."""
+STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs")
+"""The factors that are run, in this order: a third data set, a second model, the skew, the clients,
+the local steps."""
 FULL = ("fedex", "fedsb", "ffa")
 """The strategies by which the short setting is held against the full one."""
 
@@ -63,38 +67,65 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
 
 
 def stage2(rows: list[Row], names: list[str], factors: Sequence[str] = STAGE_2) -> Iterator[Row]:
-    """The best rate of stage 1 and its two neighbours, with one factor changed at a time.
+    """The best rate and its two neighbours, with one factor changed at a time, until the rate that
+    is best over what was run has both in each setting.
 
     Factor by factor over all strategies, the best rates first. A strategy without stage 1 has none.
+    What is next depends on `rows`, which grow as they are run.
     """
-    near = {name: neighbours(best) for name in names if (best := best_rate(rows, name))}
-    base = {"stage": "search", "setting": "short", "seed": SEED}
-    for factor in factors:
-        there = {**base, "data": factor if factor in DATA else "trec", "factor": factor}
-        for place, name in itertools.product(range(3), near):
-            if place < len(near[name]):
-                yield {**there, "strategy": name, "lr": near[name][place]}
+    begun = [name for name in names if best_rate(rows, name)]
+    return _around(rows, begun, factors, READS)
 
 
-def climb(rows: Sequence[Row], names: Sequence[str], factor: str = WRITES) -> Iterator[Row]:
-    """Of each strategy the rates beside the best of those tried, from MIDDLE on, until both are
-    there. What is next depends on `rows`, which grow as they are run."""
-    base = {"stage": "search", "setting": "short", "data": "trec", "seed": SEED, "factor": factor}
+def writes(rows: list[Row], names: list[str]) -> Iterator[Row]:
+    """The same of a language model, whose rates may be far larger: first to the best of each of its
+    settings."""
+    for factor in reversed(WRITING):
+        yield from climb(rows, names, factor)
+    yield from _around(rows, names, WRITING, WRITES)
+
+
+def climb(rows: Sequence[Row], names: Sequence[str], factor: str) -> Iterator[Row]:
+    """Of each strategy the rates beside the best of those tried under a factor, from MIDDLE on,
+    until both are there. What is next depends on `rows`, which grow as they are run."""
     for name in names:
         if best_of(rows, name, factor) is None:
-            yield {**base, "strategy": name, "lr": MIDDLE}
+            yield _changed(factor, name, MIDDLE)
         while (best := best_of(rows, name, factor)) is not None:
             there = {r["lr"] for r in rows if (r["strategy"], r["factor"]) == (name, factor)}
             if not (left := [lr for lr in neighbours(best, WIDE) if lr not in there]):
                 break
-            yield {**base, "strategy": name, "lr": left[0]}
+            yield _changed(factor, name, left[0])
 
 
-def best_of(rows: Sequence[Mapping[str, Any]], name: str, factor: str = WRITES) -> float | None:
+def best_of(rows: Sequence[Mapping[str, Any]], name: str, factor: str) -> float | None:
     """With one factor changed: the rate of the highest score; of those within TIE the lowest."""
     scores = {r["lr"]: r["accuracy"] for r in rows if r["stage"] == "search"
               and (r["strategy"], r["factor"]) == (name, factor)}  # fmt: skip
     return min((lr for lr, x in scores.items() if x > max(scores.values()) - TIE), default=None)
+
+
+def _around(
+    rows: list[Row], names: Sequence[str], factors: Sequence[str], task: str
+) -> Iterator[Row]:
+    """Each strategy's best rate and its neighbours under each factor, as `rows` grow."""
+
+    def missing() -> Iterator[Row]:
+        there = {(r["strategy"], r["factor"], r["lr"]) for r in rows if r["stage"] == "search"}
+        near = {n: neighbours(best_rate(rows, n, task) or MIDDLE, GRIDS[task]) for n in names}
+        for factor, place, name in itertools.product(factors, range(3), near):
+            for lr in near[name][place : place + 1]:
+                if (name, factor, lr) not in there:
+                    yield _changed(factor, name, lr)
+
+    while row := next(missing(), None):
+        yield row
+
+
+def _changed(factor: str, name: str, lr: float) -> Row:
+    return {"stage": "search", "setting": SMALL.get(factor, "short"),
+            "data": factor if factor in DATA else "trec", "strategy": name, "lr": lr, "seed": SEED,
+            "factor": factor}  # fmt: skip
 
 
 def order(names: list[str]) -> Iterator[Row]:
@@ -121,31 +152,32 @@ def verdict(names: list[str]) -> Iterator[Row]:
                 yield {**base, **mine}
 
 
-def default(name: str, task: str = "classification") -> float:
+def default(name: str, task: str = READS) -> float:
     """The rate that a strategy brings to these runs."""
     lr, _ = rate(defaults_of(STRATEGIES[name]), task, "lora", task)
     return lr
 
 
-def best_rate(rows: list[Row], name: str) -> float | None:
-    """Of stage 1, that of the highest mean over the data sets; of those within TIE the lowest."""
-    tried = [r for r in rows if r["stage"] == "search" and r["setting"] == "short"
-             and r["strategy"] == name and not r["factor"]]  # fmt: skip
-    there = {r["data"] for r in tried}
-    means = {}
-    for lr in sorted(RATES):
-        scores = {d: [r["accuracy"] for r in tried if r["data"] == d and r["lr"] == lr]
-                  for d in there}  # fmt: skip
-        if scores and all(scores.values()):
-            means[lr] = statistics.fmean(statistics.fmean(x) for x in scores.values())
-    return next((lr for lr in means if means[lr] > max(means.values()) - TIE), None)
+def best_rate(rows: Sequence[Mapping[str, Any]], name: str, task: str = READS) -> float | None:
+    """Over all settings of a task, of both stages, the rate whose worst loss to the best of its
+    setting is the least; of equals the lowest. Rates that were not run in each are left out."""
+    of = {s: x for s, x in losses(rows, name).items() if task_of(s) == task}
+    worst = {lr: max(x[lr] for x in of.values()) for lr in GRIDS[task]
+             if of and all(lr in x for x in of.values())}  # fmt: skip
+    return min(worst, key=lambda lr: (round(worst[lr], 6), lr), default=None)
+
+
+def task_of(setting: str) -> str:
+    """The task of a setting that `losses` names."""
+    return WRITES if WRITES in setting else READS
 
 
 def losses(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[float, float]]:
     """By setting of the short runs, and rate, what that loses to the best rate tried there."""
     tried: dict[str, dict[float, list[float]]] = {}
     for r in rows:
-        if (r["stage"], r["setting"], r["strategy"]) == ("search", "short", name):
+        at = SMALL.get(r["factor"], "short")
+        if (r["stage"], r["setting"], r["strategy"]) == ("search", at, name):
             where = f"{r['data']} {r['factor']}".strip()
             tried.setdefault(where, {}).setdefault(r["lr"], []).append(r["accuracy"])
     means = {where: {lr: statistics.fmean(x) for lr, x in by_rate.items()}
@@ -162,7 +194,7 @@ def neighbours(lr: float, rates: Sequence[float] = RATES) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("search", "stage2", "climb", "order", "verdict"))
+    parser.add_argument("what", choices=("search", "stage2", "writes", "order", "verdict"))
     parser.add_argument("--strategies", default=",".join(ordered()))
     parser.add_argument("--seeds", default=str(SEED), help="of search")
     parser.add_argument("--factors", default=",".join(STAGE_2), help="of stage2")
@@ -173,7 +205,7 @@ def main() -> None:
     plans: Mapping[str, Callable[[list[Row]], Iterator[Row]]] = {
         "search": lambda _: search("short", names, tuple(int(x) for x in asked.seeds.split(","))),
         "stage2": lambda rows: stage2(rows, names, asked.factors.split(",")),
-        "climb": lambda rows: climb(rows, names),
+        "writes": lambda rows: writes(rows, names),
         "order": lambda _: order([n for n in FULL if n in names]),
         "verdict": lambda _: verdict(names),
     }

@@ -6,8 +6,9 @@ A strategy declares them as a class attribute,
 
 and one without takes the task family's own. The rates are of AdamW, without example-level privacy;
 fedlora/config/defaults.py says what there is elsewhere. A rate was searched for a task family with
-plain LoRA, "classification", or for a form within it, "classification/vera". What was not follows a
-named rule: see `rate`.
+plain LoRA, "classification", or for a form within it, "classification/vera"; and each form's with
+fedavg, for all strategies that have none of their own for it. What was not searched follows a named
+rule: see `rate`.
 """
 
 from collections.abc import Mapping
@@ -20,9 +21,13 @@ that declares none."""
 SEARCHED_IN = "classification"
 """The family whose search the others follow."""
 
-Rule = Literal["searched", "as with lora", "as in its family", "of the task"]
+OF_FORMS: Mapping[str, float] = {}
+"""Of each adapter form that was searched, in SEARCHED_IN, the rate that was found with fedavg."""
+
+Rule = Literal["searched", "of the form", "as with lora", "as in its family", "of the task"]
 RULES: Mapping[Rule, str] = {
     "searched": "found by search",
+    "of the form": f"found by search for this form, with fedavg and {SEARCHED_IN}",
     "as with lora": "found by search with lora, not with this form",
     "as in its family": f"not searched for this task: found by search for {SEARCHED_IN}",
     "of the task": "not searched with this strategy: the task's rate",
@@ -71,22 +76,24 @@ def defaults_of(cls: Any) -> Defaults:
 def rate(defaults: Defaults, task: str, form: str, family: str) -> tuple[float, Rule]:
     """AdamW's rate for a task of a family with an adapter form, and the rule that it follows.
 
-    The first that there is: the rate of the form; of lora in this task; of the family that was
-    searched, where the task is of it; the family's own. So what was found for tasks that read a
-    text says nothing of those that write one.
+    The first that there is: the strategy's own for the form; the form's, where the task is of the
+    family that was searched; that of lora in this task; of the family that was searched, where the
+    task is of it; the family's own. So what was found for tasks that read a text says nothing of
+    those that write one.
 
     >>> rate(Defaults({"classification": 2e-2}), "regression", "lora", "classification")
     (0.02, 'as in its family')
-    >>> rate(Defaults({"classification": 2e-2}), "causal-lm", "lora", "causal-lm")
+    >>> rate(Defaults({"classification": 2e-2}), "seq2seq", "lora", "causal-lm")
     (0.002, 'of the task')
     """
-    rates = defaults.rates
-    if form != "lora" and f"{task}/{form}" in rates:
-        return rates[f"{task}/{form}"], "searched"
+    rates, searched = defaults.rates, family == SEARCHED_IN
+    if form != "lora":
+        if (own := f"{task}/{form}") in rates:
+            return rates[own], "searched"
+        if searched and form in OF_FORMS:
+            return OF_FORMS[form], "of the form"
     if task in rates:
-        if form != "lora":
-            return rates[task], "as with lora"
-        return rates[task], "searched"
-    if family == SEARCHED_IN and family in rates:
+        return rates[task], "searched" if form == "lora" else "as with lora"
+    if searched and family in rates:
         return rates[family], "as in its family"
     return FAMILIES[family], "of the task"

@@ -99,8 +99,9 @@ def of_layer(
 def measure_shared(model: Model, key: str, cuts: Sequence[int]) -> Numbers:
     """The numbers of A alone, where clients share it and keep B: v . (A x), by blocks of its rows.
 
-    Read at the live lora_A while its module's own forward runs. cuts are the ranks of all clients,
-    so that the rows of a block are held by the same ones; "module[4:8]" names a block.
+    Read at the live lora_A while its module's own forward runs; where a form has none, off its
+    tensor, which may have fewer columns than the module has inputs. cuts are the ranks of all
+    clients, so that the rows of a block are held by the same ones; "module[4:8]" names a block.
     """
     model.peft.eval()
     found = {}
@@ -109,8 +110,10 @@ def measure_shared(model: Model, key: str, cuts: Sequence[int]) -> Numbers:
         if A.ndim == 1:  # VeRA's vector on the side of A, which is one row by the strategies' count
             found[f"{m}[0:1]"] = signs(f"{key}/{m}/v", K, len(A)) @ wide_on_host(A)
             continue
-        inner = _inner(model, m, signs(f"{key}/{m}/x", K, model.shapes[m].k))  # (K, r)
-        v = signs(f"{key}/{m}/v", K, max(cuts))
+        x = signs(f"{key}/{m}/x", K, A.shape[1])
+        reads = isinstance(layer := model.adapted[m], Expert) or hasattr(layer, "lora_A")
+        inner = _inner(model, m, x) if reads else x @ wide_on_host(A).T  # (K, r)
+        v = signs(f"{key}/{m}/v", K, max(*cuts, inner.shape[1]))
         edges = [0, *(c for c in sorted(set(cuts)) if c < inner.shape[1]), inner.shape[1]]
         for a, b in pairwise(edges):
             found[f"{m}[{a}:{b}]"] = (v[:, a:b] * inner[:, a:b]).sum(1)
@@ -118,12 +121,20 @@ def measure_shared(model: Model, key: str, cuts: Sequence[int]) -> Numbers:
 
 
 def _inner(model: Model, m: str, x: Tensor) -> Tensor:
-    """A x for rows of x, (K, r), as the module computes it."""
+    """A x for rows of x, (K, r), as the module computes it.
+
+    DoRA's code applies A to the unit rows as well, for the norm that it divides by.
+    """
     if isinstance(model.adapted[m], Expert):
         return model.adapted[m].inner(x)  # type: ignore[no-any-return]
     seen: list[Tensor] = []
     side = model.adapted[m].lora_A[model.active]
-    hook = side.register_forward_hook(lambda _, __, y: seen.append(y))
+
+    def keep(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+        if given[0].shape == x.shape and torch.equal(given[0].to(x.dtype), x):
+            seen.append(y)
+
+    hook = side.register_forward_hook(keep)
     try:
         layer, d = model.adapted[m], model.shapes[m].d
         _outputs(layer, x, d, model.asleep(), model.form.after)

@@ -21,9 +21,10 @@ from fedlora.federation.server import certifier, secure_rounds
 from fedlora.federation.wire.certificate import is_change
 from fedlora.lora.adapter import Factors, Pair
 from fedlora.lora.lowrank import extend, wide
-from fedlora.strategies import STRATEGIES, fedex, fedsb, lora_a2, ravan
+from fedlora.strategies import STRATEGIES, fedex, fedsb, forms, lora_a2, ravan
 from fedlora.strategies.base import Client, Round, Upload, Version
 from fedlora.strategies.base_log import BaseLog
+from fedlora.strategies.fedsa import FedSA
 from fedlora.strategies.ffa import FFA
 from fedlora.strategies.lora_a2 import LoRAA2
 from fedlora.training import cache, certificate, devices
@@ -33,6 +34,7 @@ from fedlora.training.certificate import (
     Witness,
     measure,
     measure_as,
+    measure_shared,
     round_gaps,
     signs,
     start_gaps,
@@ -263,6 +265,28 @@ def test_a_forms_numbers_are_those_of_its_effective_weight(settings: Settings, f
         with torch.no_grad():
             W = (layer(eye) - layer(torch.zeros_like(eye))).T
         torch.testing.assert_close(found[m], by_definition(W, m))
+
+
+SHARED = tuple(form for form, x in forms.FORMS.items() if not forms.problem(x, FedSA()))
+
+
+@pytest.mark.parametrize("form", SHARED)
+def test_the_numbers_of_a_shared_side_are_those_of_that_side(settings: Settings, form: str) -> None:
+    given = {"lora.form": form, "strategy.name": "fedsa", "clients.ranks": "3"}
+    given |= {"lora.options": "width=8"} if form in ("nora", "lora-mini") else {}
+    if form == "alora":
+        given |= {"model.task": "causal-lm", "lora.invocation": "x"}
+    config = Config.read(settings("llama" if form == "alora" else "bert", **given))
+    model = Model(config, cache.corpus(config).labels)
+    model.load(model.init_factors(Client(0, model.layers(dict.fromkeys(model.shapes, 3))), 0))
+    found = measure_shared(model, "k", (3,))
+    for m in model.held():
+        A = model.sides(m)[0].detach().double()
+        rows = 1 if A.ndim == 1 else len(A)
+        v = signs(f"k/{m}/v", K, A.shape[-1] if A.ndim == 1 else rows)
+        want = v @ A if A.ndim == 1 else (v * (signs(f"k/{m}/x", K, A.shape[1]) @ A.T)).sum(1)
+        blocks = [x for name, x in found.items() if name.startswith(f"{m}[")]
+        torch.testing.assert_close(torch.stack(blocks).sum(0), want)
 
 
 def test_a_module_that_is_not_linear_in_its_input_has_no_numbers(

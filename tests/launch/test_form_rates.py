@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import form_rates
-from benchmarks.form_rates import SEEDS, SIZES, changes, pairs, plan, searched, strategies_of
-from benchmarks.rates import SEED
+from benchmarks.form_rates import SEEDS, SIZES, changed, pairs, plan, searched, strategies_of
+from benchmarks.rates import SEED, best_of
 from benchmarks.short_runs import QUICKSTART, SETTINGS, ranks_of
 from fedlora import preflight
 from fedlora.strategies.forms import FORMS
@@ -18,8 +17,10 @@ def test_every_form_is_searched_but_lora_and_the_one_that_needs_an_invocation() 
 
 def test_every_run_that_is_planned_is_one_that_preflight_lets_begin() -> None:
     for form in SIZES:
-        for name in (*searched(form), *pairs(form)):
-            given = {**QUICKSTART, **SETTINGS["short"][0], **ranks_of(name), **changes(form),
+        runs = [("search", n) for n in searched(form)] + [("pair", n) for n in pairs(form)]
+        for stage, name in runs:
+            row = {"stage": stage, "strategy": name, "factor": form}
+            given = {**QUICKSTART, **SETTINGS["short"][0], **ranks_of(name), **changed(row),
                      "strategy.name": name, "data.path": "rows.jsonl"}  # fmt: skip
             assert preflight.read(given).lora.form == form
 
@@ -52,4 +53,4 @@ def test_a_form_is_shown_at_the_rate_that_was_found_for_it_on_seeds_of_its_own()
     assert tried == {"fedavg": [5e-3, 1e-2, 2e-2, 5e-2, 0.1],
                      "ffa": [5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5]}  # fmt: skip
     assert {*shown} == {(n, 0.05, s) for n in ("fedsa", "rolora") for s in SEEDS}
-    assert form_rates.best_of(rows, "ffa", "vera") == 0.2
+    assert best_of(rows, "ffa", "vera") == 0.2

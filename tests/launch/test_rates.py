@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,15 @@ import pytest
 from scipy import stats
 
 from benchmarks import rates, short_runs, verdict
-from benchmarks.rates import FULL, ORDER, RATES, REFERENCE, SEEDS_OF_VERDICT, STAGE_2
+from benchmarks.rates import FULL, ORDER, RATES, REFERENCE, SEEDS_OF_VERDICT, STAGE_2, WIDE
+from benchmarks.short_runs import Row
 from fedlora.config.reader import Config
 
 ROWS = [(f"text {n}", str(n % 3)) for n in range(400)]
 NAMES = ["fedex", "fedavg", "ffa"]
 
 
-def tried(
-    name: str, lr: float, accuracy: float, data: str = "trec", **other: Any
-) -> short_runs.Row:
+def tried(name: str, lr: float, accuracy: float, data: str = "trec", **other: Any) -> Row:
     return {"stage": "search", "setting": "short", "data": data, "strategy": name, "lr": lr,
             "seed": 1000, "factor": "", "accuracy": accuracy, **other}  # fmt: skip
 
@@ -56,10 +56,33 @@ def test_a_search_that_is_cut_short_has_each_strategys_middle_rates() -> None:
     assert {r["data"] for r in runs[: len(runs) // 2]} == {"trec"}
 
 
+def carried_out(plan: Iterator[Row], rows: list[Row], score: Callable[[Row], float]) -> list[Row]:
+    """What a plan runs where each run gets this score."""
+    added = []
+    for row in plan:
+        added.append(row)
+        rows.append({**row, "accuracy": score(row)})
+    return added
+
+
+def stage_1(name: str, score: Callable[[Row], float]) -> list[Row]:
+    """Each rate of a strategy on both data sets."""
+    there = [tried(name, lr, 0.0, data) for lr in RATES for data in rates.SEARCHED]
+    return [{**row, "accuracy": score(row)} for row in there]
+
+
+def away(best: float) -> Callable[[Row], float]:
+    """A score that falls by a tenth for each step of RATES between a rate and the best."""
+    return lambda row: 0.9 - abs(RATES.index(row["lr"]) - RATES.index(best)) / 10
+
+
 def test_stage_2_runs_the_best_rate_and_its_two_neighbours() -> None:
-    rows = [tried("ffa", lr, a) for lr, a in zip(RATES, (0.1, 0.2, 0.7, 0.6, 0.5), strict=True)]
-    rows += [tried("fedex", lr, 0.9 - lr) for lr in RATES]
-    runs = [*rates.stage2(rows, ["ffa", "fedex", "fedsa"])]
+    rows = [*stage_1("ffa", away(1e-2)), *stage_1("fedex", away(2e-3))]
+    runs = carried_out(
+        rates.stage2(rows, ["ffa", "fedex", "fedsa"]),
+        rows,
+        lambda row: away({"ffa": 1e-2, "fedex": 2e-3}[row["strategy"]])(row),
+    )
     for name, expected in (("ffa", {5e-3, 1e-2, 2e-2}), ("fedex", {2e-3, 5e-3})):
         for factor in STAGE_2:
             mine = [r["lr"] for r in runs if (r["strategy"], r["factor"]) == (name, factor)]
@@ -69,33 +92,63 @@ def test_stage_2_runs_the_best_rate_and_its_two_neighbours() -> None:
     assert [r["lr"] for r in runs[:2]] == [1e-2, 2e-3]
 
 
+def test_stage_2_goes_on_where_another_rate_is_the_best_of_all_settings() -> None:
+    rows = stage_1("ffa", away(1e-2))
+    assert rates.best_rate(rows, "ffa") == 1e-2
+    runs = carried_out(rates.stage2(rows, ["ffa"]), rows, lambda row: 2 * away(5e-2)(row))
+    assert rates.best_rate(rows, "ffa") == 2e-2  # at most .2 from the best of every setting
+    for factor in STAGE_2:
+        there = {r["lr"] for r in runs if r["factor"] == factor}
+        assert there >= {1e-2, 2e-2, 5e-2}  # it, and its two neighbours
+
+
 def test_one_factor_is_changed_at_a_time_and_another_data_set_is_one() -> None:
-    rows = [tried("fedex", lr, 0.9 - lr) for lr in RATES]
-    runs = [*rates.stage2(rows, ["fedex"])]
+    rows = stage_1("fedex", away(2e-3))
+    runs = carried_out(rates.stage2(rows, ["fedex"]), rows, away(2e-3))
     assert {(r["data"], r["factor"]) for r in runs} == {
         ("products", "products"), *(("trec", f) for f in STAGE_2 if f != "products")
     }  # fmt: skip
     assert {r["data"] for r in rates.search("short", ["fedex"], (1,))} == {"trec", "movies"}
-    for factor in STAGE_2:
+    for factor in (*STAGE_2, *rates.WRITING):
         changed = {**short_runs.QUICKSTART, **short_runs.FACTORS[factor]}
         config = Config.read({**changed, "data.path": "x.jsonl"})
-        assert (config.model.task == "causal-lm") == (factor == "causal-lm")
+        assert config.model.task == rates.task_of(f"trec {factor}")
+
+
+def test_a_language_model_is_tuned_over_its_own_settings_and_rates() -> None:
+    def score(row: Row) -> float:
+        best = {"causal-lm": 1.0, "causal-lm all layers": 0.1}[row["factor"]]
+        return 0.9 - abs(WIDE.index(row["lr"]) - WIDE.index(best)) / 10
+
+    rows = stage_1("fedsb", away(2e-3))
+    runs = carried_out(rates.writes(rows, ["fedsb"]), rows, score)
+    assert {(r["factor"], r["setting"], r["data"]) for r in runs} == {
+        ("causal-lm", "short", "trec"), ("causal-lm all layers", "small", "trec")
+    }  # fmt: skip
+    assert rates.best_rate(rows, "fedsb", "causal-lm") == 0.2  # of .2 and .5, alike, the lower
+    for factor in rates.WRITING:
+        assert {1e-1, 2e-1, 5e-1} <= {r["lr"] for r in runs if r["factor"] == factor}
+    assert rates.best_rate(rows, "fedsb") == 2e-3
+    assert runs[0]["lr"] == 1e-2
 
 
 def test_a_climb_goes_on_until_the_best_rate_has_both_its_neighbours() -> None:
-    def score(lr: float) -> float:
-        return 0.9 - abs(np.log10(lr) + 1.0) / 10  # best at .1, which the search does not have
+    def row(lr: float, accuracy: float) -> Row:
+        return tried("fedavg", lr, accuracy, factor="vera")
 
-    rows = [tried("ravan", lr, score(lr), factor=rates.WRITES) for lr in (1e-2, 2e-2, 5e-2)]
+    def score(lr: float) -> float:
+        return 0.9 - abs(np.log10(lr) + 1.0) / 10  # best at .1
+
+    rows = [row(lr, score(lr)) for lr in (1e-2, 2e-2, 5e-2)]
     added = []
-    for row in rates.climb(rows, ["ravan"]):
-        added.append(row["lr"])
-        rows.append({**row, "accuracy": score(row["lr"])})
+    for planned in rates.climb(rows, ["fedavg"], "vera"):
+        added.append(planned["lr"])
+        rows.append(row(planned["lr"], score(planned["lr"])))
     assert added == [1e-1, 2e-1]
-    assert rates.best_of(rows, "ravan") == 1e-1
-    rows.append(tried("ravan", 2e-3, score(1e-1) - rates.TIE / 2, factor=rates.WRITES))
-    assert rates.best_of(rows, "ravan") == 2e-3  # of those that are alike the lowest
-    assert [r["lr"] for r in itertools.islice(rates.climb(rows, ["fedex"]), 1)] == [1e-2]
+    assert rates.best_of(rows, "fedavg", "vera") == 1e-1
+    rows.append(row(2e-3, score(1e-1) - rates.TIE / 2))
+    assert rates.best_of(rows, "fedavg", "vera") == 2e-3  # of those that are alike the lowest
+    assert [r["lr"] for r in itertools.islice(rates.climb(rows, ["ffa"], "vera"), 1)] == [1e-2]
 
 
 def test_a_score_is_the_accuracy_or_how_probable_a_right_token_is() -> None:
@@ -115,12 +168,23 @@ def test_what_a_rate_loses_is_held_against_the_best_of_its_own_setting() -> None
     assert found["trec causal-lm"] == pytest.approx({1e-2: 0.1, 5e-3: 0.0})
 
 
-def test_the_best_rate_is_that_of_the_best_mean_over_data_sets() -> None:
+def test_the_best_rate_is_that_whose_worst_loss_over_the_settings_is_the_least() -> None:
     rows = [tried("ffa", 5e-3, 0.6), tried("ffa", 1e-2, 0.8), tried("ffa", 2e-2, 0.7)]
     assert rates.best_rate(rows, "ffa") == 1e-2
     rows += [tried("ffa", 5e-3, 0.5, "movies"), tried("ffa", 2e-2, 0.9, "movies")]
     assert rates.best_rate(rows, "ffa") == 2e-2  # 1e-2 was not run on both
+    rows += [tried("ffa", 1e-2, 0.85, "movies")]
+    assert rates.best_rate(rows, "ffa") == 1e-2  # .05 there, where 2e-2 loses .1 at home
+    rows += [tried("ffa", lr, x, factor="alpha 0.1") for lr, x in ((1e-2, 0.3), (2e-2, 0.6))]
+    assert rates.best_rate(rows, "ffa") == 2e-2
     assert rates.best_rate(rows, "fedex") is None
+
+
+def test_a_language_model_has_no_part_in_the_rate_of_those_that_read_and_equals_go_low() -> None:
+    rows = [tried("ffa", 1e-2, 0.8), tried("ffa", 5e-3, 0.8)]
+    rows += [tried("ffa", 1e-2, 0.8, factor=rates.WRITES), tried("ffa", 5e-3, 0.1, factor="iid")]
+    rows += [tried("ffa", 1e-2, 0.1, factor="iid")]
+    assert rates.best_rate(rows, "ffa") == 5e-3
 
 
 def test_a_verdict_is_paired_seed_by_seed_with_the_reference_at_the_same_ranks() -> None:
@@ -172,9 +236,7 @@ def test_the_power_is_how_often_a_strategy_one_point_below_passes() -> None:
 
 
 def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
-    def row(
-        name: str, seed: int, accuracy: float, factor: str = "", lr: float = 0.0
-    ) -> short_runs.Row:
+    def row(name: str, seed: int, accuracy: float, factor: str = "", lr: float = 0.0) -> Row:
         lr = lr or rates.default(name)
         return {"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
                 "lr": lr, "seed": seed, "factor": factor, "accuracy": accuracy}  # fmt: skip
@@ -187,7 +249,7 @@ def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
 
 
 def test_there_is_no_verdict_before_all_seeds_are_run() -> None:
-    def rows(seeds: tuple[int, ...]) -> list[short_runs.Row]:
+    def rows(seeds: tuple[int, ...]) -> list[Row]:
         return [{"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
                  "lr": rates.default(name), "seed": seed, "factor": "", "accuracy": 0.8}
                 for name in (REFERENCE, "flora") for seed in seeds]  # fmt: skip
