@@ -191,6 +191,17 @@ def test_baselines_that_the_experiment_does_not_want_are_not_measured(
         assert [c.given["evaluate.baselines"] for c in grid] == [first, False]
 
 
+def test_the_baselines_are_measured_by_the_first_cell_of_a_seed_that_can_run(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = experiment(tmp_path, settings(), strategies=["fedavg"], seeds=[0, 1])
+    found = Experiment.load(str(path))
+    over = {"evaluate.baselines": True, "clients.ranks": "2,3"}  # which fedavg refuses
+    grid = cells(found, ["fedavg", "fedex", "fslora"], [0, 1], over, tmp_path, False)
+    measured = [(c.strategy, c.seed) for c in grid if c.given["evaluate.baselines"]]
+    assert measured == [("fedavg", 0), ("fedex", 0), ("fedavg", 1), ("fedex", 1)]
+
+
 def test_a_grid_writes_one_table_with_results_refusals_and_plots_and_goes_on_where_it_was(
     tmp_path: Path, settings: Settings
 ) -> None:

@@ -150,12 +150,45 @@ def test_a_winner_is_named_by_fresh_seeds_alone(
 # -- what learned nothing --------------------------------------------------------------------------
 
 
+def test_a_row_is_held_against_the_baselines_of_all_seeds_in_the_mean(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / n, clients=2, rounds=1) for n in ("a", "b", "c", "d")]
+    for run, value in zip(runs, (0.4, 0.8, 0, 0), strict=True):  # of two seeds: .6 in the mean
+        bars = {"majority class": {"accuracy": value}} if value else {}
+        change(run, lambda *of, bars=bars: of[2].update(baselines=bars))
+    rows = [row("", "x", "exact", runs[:2]), row("", "y", "exact", runs[2:])]
+    rows[0].score, rows[1].score = [0.5, 0.6], [0.6, 0.61]
+    idle(rows)
+    assert [r.idle for r in rows] == ["learned nothing: no better than majority class 60.0%", ""]
+    assert "Baselines, in the mean of their seeds: majority class 60.0%." in as_markdown(
+        "t", "claim", rows, "command", None
+    )
+
+
+@pytest.mark.parametrize("key", ["privacy.epsilon", "privacy.noise-multiplier"])
+def test_a_row_under_privacy_is_not_held_against_a_head_that_had_none(
+    tmp_path: Path, key: str
+) -> None:
+    runs = [make_run(tmp_path / n, clients=2, rounds=1) for n in ("a", "b")]
+    bars = {"majority class": {"accuracy": 0.3}, "trained head only": {"accuracy": 0.9}}
+    change(runs[0], lambda *of: of[2].update(baselines=bars))
+    change(runs[1], lambda *of: of[2].update(baselines={}))
+    rows = [row("", n, "exact", [run]) for n, run in zip("xy", runs, strict=True)]
+    rows[1].runs = [replace(x, config={**x.config, key: 2.0}) for x in rows[1].runs]
+    rows[0].score, rows[1].score = [0.6], [0.6]
+    idle(rows)
+    assert [r.idle for r in rows] == ["learned nothing: no better than trained head only 90.0%", ""]
+    rows[1].score = [0.2]
+    idle(rows)
+    assert rows[1].idle == "learned nothing: no better than majority class 30.0%"
+
+
 def test_a_row_no_better_than_the_tables_baselines_is_marked_though_its_own_runs_have_none(
     tmp_path: Path,
 ) -> None:
     runs = [make_run(tmp_path / n, clients=2, rounds=1) for n in ("a", "b", "c")]
     bars = {"majority class": {"accuracy": 0.4}, "TF-IDF": {"accuracy": 0.99}}
-    change(runs[0], lambda *run: run[2].update(baselines=bars))
+    for run, own in zip(runs, (bars, {}, {}), strict=True):
+        change(run, lambda *of, own=own: of[2].update(baselines=own))
     rows = [row("", name, "exact", [run]) for name, run in zip("xyz", runs, strict=True)]
     for r, score in zip(rows, (0.6, 0.4, 0.39), strict=True):
         r.score = [score]

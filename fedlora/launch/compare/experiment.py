@@ -249,6 +249,7 @@ def cells(
         left[rest] = variant
     grid = []
     for seed in seeds:
+        measured = False  # the baselines: of each seed, once
         for variant, changes in experiment.variants.items():
             for name in names:
                 path = out / "cells" / (variant or "all") / name / f"seed-{seed}"
@@ -265,11 +266,22 @@ def cells(
                     "output.plots": False,
                     "simulate.workers": 1,
                 }
-                if name != names[0] or variant != next(iter(experiment.variants)):
-                    given["evaluate.baselines"] = False  # the first cell's are everyone's
+                if measured:
+                    given["evaluate.baselines"] = False
+                else:
+                    measured = can_run(experiment, given)
                 attack = changes.get("hostile", "")
                 grid.append(Cell(variant, name, seed, path, given, hostile=attack))
     return grid
+
+
+def can_run(experiment: Experiment, given: Mapping[str, Any]) -> bool:
+    """Is it no cell that is refused before it begins?"""
+    try:
+        load(experiment.path, given)
+    except ConfigError:
+        return False
+    return True
 
 
 def trials(

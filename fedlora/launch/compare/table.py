@@ -17,7 +17,7 @@ from typing import Any
 from fedlora.launch.compare.difference import compared
 from fedlora.launch.compare.row import Row, reached
 from fedlora.reports.html import markdown, render
-from fedlora.reports.outcome import ACCURACY, FLOORS
+from fedlora.reports.outcome import ACCURACY, FLOORS, HEAD
 from fedlora.reports.units import duration, percent, size, tiny
 
 Search = Mapping[str, Sequence[Any]]
@@ -37,18 +37,29 @@ def target_of(rows: Sequence[Row]) -> float | None:
 def idle(rows: Sequence[Row]) -> None:
     """Fill in which rows learned nothing: no better than a baseline that costs no federation.
 
-    One run of a table measures baselines, those of its seed; rows are held against them in the
-    mean.
+    One row's runs measure baselines, each those of its seed's split and test rows; rows are held
+    against them in the mean. What trained under privacy is not held against a head that did not.
     """
-    found = next((b for r in rows for run in r.runs if (b := run.baselines())), {})
-    floors = {name: found[name] for name in FLOORS if name in found}
+    floors = {name: x for name, x in baselines_of(rows).items() if name in FLOORS}
     for r in rows:
         mean = r.mean
+        noise = ("privacy.epsilon", "privacy.noise-multiplier")
+        private = any(run.config.get(key) for run in r.runs for key in noise)
         under = [
             f"{name} {r.metric.text(value)}" for name, value in floors.items()
             if mean is not None and not r.metric.better(mean, value)
+            and not (private and name == HEAD)
         ]  # fmt: skip
         r.idle = f"learned nothing: no better than {', '.join(under)}" if under else ""
+
+
+def baselines_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Each baseline in the mean over the runs that measured it."""
+    found: dict[str, list[float]] = {}
+    for run in (run for r in rows for run in r.runs):
+        for name, value in run.baselines().items():
+            found.setdefault(name, []).append(value)
+    return {name: statistics.fmean(x) for name, x in found.items()}
 
 
 # -- columns --------------------------------------------------------------------------------------
@@ -235,11 +246,11 @@ def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> l
         )
     if target is not None and any("bytes to target" in r.numbers for r in rows):
         found.append(f"The target is {percent(target)}: 95 % of the lowest row's final score.")
-    baselines = next((b for r in rows for run in r.runs if (b := run.baselines())), {})
+    baselines = baselines_of(rows)
     metric = next((r.metric for r in rows if r.score), ACCURACY)
     if baselines:
         said = ", ".join(f"{name} {metric.text(value)}" for name, value in baselines.items())
-        found.append(f"Baselines (first seed): {said}.")
+        found.append(f"Baselines, in the mean of their seeds: {said}.")
     return found
 
 
