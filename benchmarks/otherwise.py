@@ -28,6 +28,8 @@ OWN = {"evaluate.clients": True, "data.client-test-fraction": 0.3}
 LONG = {"run.rounds": 12, "evaluate.every": 12}
 DRAWN = {"model.pooling": "default"}
 BY_GRADIENT = {"strategy.fedsb.init-from": "update-approx"}
+ALIKE = {"robust.method": "norm-bound", "robust.bound": 1e9}
+"""Under a robust method all clients weigh alike, and this bound is one that no change reaches."""
 RANK_80 = {"clients.ranks": "80", "lora.alpha": 80.0}
 
 SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -35,6 +37,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "the start by gradient": BY_GRADIENT,
         "its start, of the clients' signs":
             {**BY_GRADIENT, "strategy.fedsb.signs": "clients"},
+        "init-from = svd-w0": {"strategy.fedsb.init-from": "svd-w0"},
         "rank 80 for all": RANK_80,
         "rank 80 for all, the start by gradient": {**RANK_80, **BY_GRADIENT},
     },
@@ -47,6 +50,13 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "ffa": {
         "rank 64 for all": {"clients.ranks": "64", "lora.alpha": 64.0},
         "12 rounds": LONG,
+        "all clients weigh alike": ALIKE,
+    },
+    "rolora": {"all clients weigh alike": ALIKE},
+    "fslora": {
+        "all clients weigh alike": ALIKE,
+        "normalize = hits": {"strategy.fslora.normalize": "hits"},
+        "server.optimizer = fedadam": {"server.optimizer": "fedadam", "server.lr": 0.01},
     },
     "fedsvd": {
         "12 rounds": LONG,
@@ -54,7 +64,8 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "a drawn head, head = frozen": {**DRAWN, "strategy.fedsvd.head": "frozen"},
     },
     "fedsa": {"clients' own models": OWN},
-    "fedex": {"12 rounds": LONG, "clients' own models": OWN, "a drawn head": DRAWN},
+    "fedex": {"12 rounds": LONG, "clients' own models": OWN, "a drawn head": DRAWN,
+              "all clients weigh alike": ALIKE},
     "flora": {"reinit = keep-A": {"strategy.flora.reinit": "keep-A"}},
     "hetlora": {"rounding = down": {"strategy.hetlora.rounding": "down"}},
     "florist": {"energy = 0.95": {"strategy.florist.energy": 0.95}},

@@ -39,7 +39,7 @@ ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
 """The order of the strategies: those that were seen to learn little, the reference, the others."""
 TIE = 0.005
-"""Of a score: what two rates must differ by in one setting before the higher is its best."""
+"""As a share of a score: what two must differ by in one setting before the higher rate is best."""
 SEARCHED = ("trec", "movies")
 """The two of stage 1, of which each rate is run."""
 SEED, SEEDS_OF_VERDICT = 1000, tuple(range(3000, 3010))
@@ -102,7 +102,9 @@ def best_of(rows: Sequence[Mapping[str, Any]], name: str, factor: str) -> float 
     """With one factor changed: the rate of the highest score; of those within TIE the lowest."""
     scores = {r["lr"]: r["accuracy"] for r in rows if r["stage"] == "search"
               and (r["strategy"], r["factor"]) == (name, factor)}  # fmt: skip
-    return min((lr for lr, x in scores.items() if x > max(scores.values()) - TIE), default=None)
+    return min(
+        (lr for lr, x in scores.items() if x >= max(scores.values()) * (1 - TIE)), default=None
+    )
 
 
 def _around(

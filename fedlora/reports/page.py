@@ -235,7 +235,8 @@ knows the seed can take it off again. Every epsilon on this page is void.</div>
 _RESULTS = """
 <h2 id="result">Result</h2>
 {% if verdict %}<p>{{ verdict }}</p>{% endif %}
-{% if rate %}<p>Trained at lr {{ rate }}.</p>{% endif %}
+{% if rate %}<p>Trained at lr {{ rate }}
+{%- if scale_and_start %}; {{ scale_and_start }}{% endif %}.</p>{% endif %}
 {% if bars %}
 <div class="card bars">
 {% for bar in bars %}

@@ -66,6 +66,7 @@ def render(run: RunFiles, figures: Mapping[str, bytes]) -> str:
         bars=tables.bars(run),
         verdict=tables.verdict(run),
         rate=tables.rate(run),
+        scale_and_start=tables.scale_and_start(run),
         ends=ends(run),
         rounds=tables.rounds(run),
         within=within(run),

@@ -348,3 +348,9 @@ def rate(run: RunFiles) -> str:
         return ""
     said = origin(run.config.get("run.defaults", ""), "train.lr", lr)
     return ", ".join(filter(None, (f"{lr:g}", said)))
+
+
+def scale_and_start(run: RunFiles) -> str:
+    """'lora.alpha 16, lora.init "default"'; empty where a run's config says neither."""
+    alpha, init = run.config.get("lora.alpha"), run.config.get("lora.init")
+    return "" if alpha is None or init is None else f'lora.alpha {alpha:g}, lora.init "{init}"'

@@ -86,12 +86,15 @@ def test_a_rate_is_the_forms_else_the_tasks_else_the_familys_that_was_searched()
 def test_a_searched_rate_is_that_of_the_least_worst_loss_in_the_committed_search(
     name: str, task: str, settings: int
 ) -> None:
-    """Over all settings of the task; and its two neighbours were run in each of them."""
+    """Over all settings of the task, and its two neighbours were run in each of them; a task of
+    which one was not run has none."""
     rows = [r for r in pages.read() if (r["strategy"], r["stage"]) == (name, "search")]
     of_task = [r for r in rows if ("causal-lm" in r["factor"]) == (task == "causal-lm")]
     table = pd.DataFrame([r for r in of_task if r["setting"] in ("short", "small")])
     scores = table.pivot_table("accuracy", ["data", "factor"], "lr")
-    assert len(scores) == settings
+    if len(scores) < settings:
+        assert task not in defaults_of(STRATEGIES[name]).rates
+        return
     lost = (scores.rsub(scores.max(axis=1), axis=0)).max(axis=0, skipna=False).dropna()
     best = lost.round(6).idxmin()
     assert defaults_of(STRATEGIES[name]).rates[task] == best
@@ -125,7 +128,7 @@ def test_each_forms_rate_is_that_of_the_committed_search_and_the_page_says_so() 
     tried = pd.DataFrame([r for r in rows if r["stage"] == "search" and r["factor"]])
     for (name, form), mine in tried.groupby(["strategy", "factor"]):
         scores = mine.set_index("lr")["accuracy"]
-        best = scores[scores > scores.max() - 0.005].index.min()
+        best = scores[scores >= scores.max() * 0.995].index.min()
         own = defaults_of(STRATEGIES[str(name)]).rates.get(f"classification/{form}")
         assert best == (OF_FORMS[str(form)] if name == "fedavg" else own), (name, form)
         assert (scores.index < best).any(), (name, form)
@@ -274,6 +277,7 @@ def test_a_report_says_where_the_rate_comes_from(
 
     saved = SimpleNamespace(config=json.loads(json.dumps(config.flat())))
     assert tables.rate(saved) == said  # type: ignore[arg-type]
+    assert tables.scale_and_start(saved) == 'lora.alpha 8, lora.init "orthogonal"'  # type: ignore[arg-type]
 
 
 def test_a_servers_messages_carry_what_its_defaults_gave(

@@ -31,7 +31,8 @@ def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) ->
         "ok",
         f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "
         f"{config.run.rounds} rounds of {per_round} clients, "
-        f"lr {config.train.lr:g} ({config.train.lr_schedule}){_whence(config)}",
+        f"lr {config.train.lr:g} ({config.train.lr_schedule}){_whence(config)}, "
+        f'lora.alpha {config.lora.alpha:g}, lora.init "{config.lora.init}"',
     )
     yield from far_off(config)
 
