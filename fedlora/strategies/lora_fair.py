@@ -95,18 +95,21 @@ def cosine_columns(whole: Pair, A: Tensor, B: Tensor, lam: float) -> Tensor:
         X (sum_j c_j / |X a_j|^2 a_j a_j^T + pull) = sum_j w_j a_j^T / (|w_j| |X a_j|) + pull Bbar
 
     Iterated on the lengths and cosines, with the columns of c_j < 0 on the right, through the
-    factors: no d x k matrix is formed.
+    factors: no d x k matrix is formed. In float64, as a column whose cosine is negative goes
+    through a length of almost 0; one that has none has no cosine, and is left out of that step.
     """
-    U, V = wide(whole.B) * whole.scale, wide(whole.A)  # (d, R), (R, k)
-    unit = norm(Pair(A, B))
+    A, B = A.double(), B.double()
+    U, V = whole.B.double() * whole.scale, whole.A.double()  # (d, R), (R, k)
+    unit, eps = norm(Pair(A, B)), torch.finfo(torch.float64).eps
     sizes = ((U.T @ U @ V) * V).sum(0).clamp(min=0).sqrt()  # (k), of dW's columns
-    seen = sizes > sizes.max() * torch.finfo(sizes.dtype).eps
+    seen = sizes > sizes.max() * torch.finfo(whole.A.dtype).eps
     if not (unit > 0 and seen.any()):
         return torch.zeros_like(B)
     a, v, X0 = A[:, seen], V[:, seen] / sizes[seen], B / unit
     X, pull = X0, 2 * lam * a.shape[1]
     for _ in range(STEPS_BY_COLUMN):
-        lengths = ((X.T @ X @ a) * a).sum(0).clamp(min=torch.finfo(a.dtype).tiny).sqrt()
+        squared = ((X.T @ X @ a) * a).sum(0)
+        lengths = squared.where(squared > squared.max() * len(X) * eps, torch.inf).sqrt()
         c = ((X.T @ U @ v) * a).sum(0) / lengths
         towards, away = (a * (x.clamp(min=0) / lengths**2) @ a.T for x in (c, -c))
         right = U @ ((v / lengths) @ a.T) + pull * X0 + X @ away
@@ -114,7 +117,7 @@ def cosine_columns(whole: Pair, A: Tensor, B: Tensor, lam: float) -> Tensor:
         moved: Tensor = torch.linalg.solve(stiff, right, left=False)
         along = (moved * X0).sum()  # cos sees no magnitude, so lam ||D||^2 alone sets it
         moved = moved * (along / moved.square().sum()) if along > 0 else moved
-        settled = (moved - X).norm() <= 4 * torch.finfo(a.dtype).eps * X.norm()
+        settled = (moved - X).norm() <= 4 * eps * X.norm()
         X = moved
         if settled:
             break

@@ -389,6 +389,25 @@ def test_the_correction_by_columns_leaves_out_columns_without_a_direction() -> N
     zero(cosine_columns(Pair(V, noise((5, 4), 0, 0, "U")), A, 0 * B, 0.01))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_correction_by_columns_is_found_though_a_column_of_the_mean_is_zero(
+    dtype: torch.dtype,
+) -> None:
+    """It has no cosine there, and must keep the others from theirs no more than a NaN."""
+    b = noise((6, 1), 0, 0, "B").to(dtype)
+    A, B = noise((2, 9), 0, 0, "A").to(dtype), torch.cat([b, b], 1)
+    A[:, 4] = torch.tensor([1.0, -1.0])  # so that column 4 of B A is zero
+    whole = Pair(noise((4, 9), 0, 0, "V").to(dtype), noise((6, 4), 0, 0, "U").to(dtype))
+    D = cosine_columns(whole, A, B, 0.01).double()
+
+    def loss(D: Tensor) -> Tensor:
+        size = (D / (B @ A).norm()).square().sum()
+        return 1 - mean_cosine((B.double() + D) @ A.double(), whole.delta().double()) + 0.01 * size
+
+    assert D.isfinite().all()
+    assert loss(D) < loss(0 * D) - 0.1
+
+
 @pytest.mark.parametrize("mode", ["ridge", "cosine", "cosine-columns"])
 def test_lora_fair_corrects_nothing_where_fedavg_is_exact(mode: str) -> None:
     strategy = LoRAFair(mode=mode)  # type: ignore[arg-type]
