@@ -83,7 +83,8 @@ class LoRAA2:
     that trains A, while its B was 0, was never met again; for runs that began with it."""
 
     def needs(self) -> Needs:
-        return Needs(beside_factors=True, client_choice=self.choice == "client")
+        mine = self.choice == "client"
+        return Needs(beside_factors=not mine, client_choice=mine)
 
     def _mine(self, state: State, client: Client, round: Round, m: str) -> Tensor:
         """The ranks of a module in a client's upload, as the server has it."""
