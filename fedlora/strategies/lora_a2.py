@@ -19,8 +19,8 @@ Deviation from (E): none: what is not trained is common, and s B A is linear in 
 Costs, a layer and client: up k_i d or k_i k in turn, on average over layers; down r (d + k).
 
 Source: the paper's section on the method, not the authors' code.
-Differs from the paper: B in odd rounds, where it freezes A in even ones; one pass of training, which
-is scored and masked; one rate for A and B; of equal scores the first; folded scales; p_i; the
+Differs from the paper: B in odd rounds, where it freezes A in even ones; one pass of training,
+which is scored and masked; one rate for A and B; of equal scores the first; folded scales; p_i; the
 server's choice; no error feedback of a narrow wire where clients choose.
 Reasons and costs: docs/strategies/lora-a2.md.
 """
