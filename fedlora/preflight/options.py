@@ -137,6 +137,11 @@ def _adaptive(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             "ranks.policy = 'adaptive': gives modules ranks that change from round to round, and "
             f"{config.strategy.name} keeps more than A and B; use fedex, flexlora or hetlora"
         )
+    elif needs.client_choice:
+        yield (
+            "ranks.policy = 'adaptive': the server says which ranks a client trains, and with "
+            f"{config.strategy.name} each chooses its own; use fedex, flexlora or hetlora"
+        )
     two = [Client(i, {"m": Layer(top, top, r, 1.0)}) for i, r in enumerate((1, top))]
     for reason in strategy.problems(two):
         yield f"ranks.policy = 'adaptive' gives modules ranks from 1 to {top}: {reason}"

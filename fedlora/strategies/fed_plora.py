@@ -15,6 +15,7 @@ Costs, a layer and client: up k_i (d + k); down r (d + k), selection and fold to
 
 Source: abstract and notes, not the authors' code.
 Differs from the paper: p_i in place of uniform; ranks drawn anew each round from the seed.
+Reasons and costs: docs/strategies/fed-plora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -11,6 +11,7 @@ zero with one client, or where all A_i or all B_i are equal.
 Costs, a layer and client: up r (d + k), down r (d + k).
 
 Differs from the paper: p_i over the clients that replied; scales folded into B first.
+Reasons and costs: docs/strategies/fedavg.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -19,7 +19,9 @@ Costs, a layer and client: up r_i (d + k); down r_i (d + k), and (m - 1) r (d + 
 for each round it lacks, and (r - r_i)(d + k) for a narrow client's fold.
 
 Differs from the paper: p_i in both terms in place of uniform; scales and ranks may differ; the
-residual is never dense; clients that were away get each residual they missed.
+residual travels in factors; clients that were away get each residual they missed. From the public
+code: the residual is added as it is, where theirs is transposed, which square layers hide.
+Reasons and costs: docs/strategies/fedex.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

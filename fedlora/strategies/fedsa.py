@@ -20,6 +20,7 @@ and whose b is B's (see forms.py): up r numbers a layer, down r.
 Differs from the paper: B stays on the client even where clients share a process; p_i over the
 clients that replied; ranks may differ; the average at the end. A client that was away comes back
 with an old B against a moved A: its loss shows it for a few steps.
+Reasons and costs: docs/strategies/fedsa.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

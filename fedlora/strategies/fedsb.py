@@ -7,7 +7,7 @@ Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency an
     client i   trains R_i from Rbar; sends R_i
     server     Rbar = sum_i p_i (s_i / s) R_i
 
-`init` chooses the frozen pair:
+`init-from` chooses the frozen pair:
 
     "orthogonal"      random orthonormal rows of A and columns of B, R = 0
     "svd-w0"          B = U_r, A = V_r^T of W0, R = 0 (LoRA-XS, https://arxiv.org/abs/2405.17604)
@@ -25,8 +25,12 @@ Deviation from (E): none, since s B R A is linear in R.
 Costs, a layer and client: up r_i^2, down r_i^2, and r_i (d + k) once; 2 (r - r_i)(d + k) for a
 fold, which is far more than r^2: narrow clients cost Fed-SB its point.
 
-Differs from the paper: the default start; ranks as low as LoRA's; where the gradient is from and
-at which head; exact SVD; S over s; p_i; mixed ranks.
+Differs from the paper: the default start; ranks as low as LoRA's; the first gradient is from the
+clients, not from pooled rows, and where the head begins at zero it is taken at one trained for a
+pass; the mean of the clients' signs is offered; exact SVD; one share of the steps for eta on all
+tasks; S over s; "svd-w0" leaves S out of B; p_i; mixed ranks; a start by gradient is refused
+under privacy.
+Reasons and costs: docs/strategies/fedsb.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

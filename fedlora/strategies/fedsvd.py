@@ -14,7 +14,9 @@ Deviation from (E): none. V^T spans the rows of the old A where Bbar has full ra
 is the gauge that B is trained in, not the space.
 Costs, a layer and client: up r_i d; down r_i (d + k), and (r - r_i)(d + k) for a fold.
 
-Differs from the paper: the head trains by default; p_i; mixed ranks; SVD of the core.
+Differs from the paper: the head trains by default; p_i; mixed ranks; SVD of the core; a new A in
+every round, which is a period of 1 only.
+Reasons and costs: docs/strategies/fedsvd.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

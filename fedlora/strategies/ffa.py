@@ -14,6 +14,7 @@ Deviation from (E): none, since s Bbar A0 is linear in B.
 Costs, a layer and client: up r_i d, down r_i d, and r_i k once; (r - r_i)(d + k) for a fold.
 
 Differs from the paper: p_i in place of a uniform mean; ranks may differ, by nested A0.
+Reasons and costs: docs/strategies/ffa.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

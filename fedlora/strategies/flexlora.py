@@ -12,7 +12,9 @@ its best approximation of rank r_i, which misses sqrt(sum_{j>r_i} sigma_j^2) (Ec
 Costs, a layer and client: up r_i (d + k), down r_i (d + k).
 
 Differs from the paper: the SVD goes through the factors' small core, never a dense delta; a
-client of a rank above delta's gets the missing directions from the first A, with B = 0.
+client of a rank above delta's gets the missing directions from the first A, with B = 0. From the
+public code: scales are folded in, whatever alpha is, and clients have ranks of their own.
+Reasons and costs: docs/strategies/flexlora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

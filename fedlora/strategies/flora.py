@@ -13,7 +13,8 @@ Costs, a layer and client: up r_i (d + k); down 0, and (sum_j r_j)(d + k) for ea
 the client itself trained last, which warm-starts its row space.
 
 Differs from the paper: weights and scales go into A, so any ranks and alphas add up; the cohort
-may be part of the clients, and one that was away gets each stack it missed.
+may be part of the clients, and one that was away gets each stack it missed; a kept A is offered.
+Reasons and costs: docs/strategies/flora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -16,7 +16,9 @@ Costs, a layer and client: up r_i (d + k); down max(t, r_i) (d + k).
 
 Source: abstract and notes. The server's half is theirs; how a client of another rank than t goes
 on is reconstructed: the paper was not read that far.
-Differs from the paper: the base never moves; W_i counts the folded ranks too.
+Differs from the paper: energy .9 by default, of the .8 to .99 that it tries; how a client of
+another rank than t goes on; the base never moves; W_i counts the folded ranks too.
+Reasons and costs: docs/strategies/florist.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

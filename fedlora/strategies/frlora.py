@@ -16,6 +16,7 @@ Costs, a layer and client: up r (d + k); down r (d + k), and 2 r (d + k) for eac
 Source: the authors' code (label_skew_ours.py, fed_global.py).
 Differs from the paper, and from the code: p_i in place of uniform weights; A_0, B_0 are sent each
 time, so that a client needs no memory but its base; a large W0 is factorised by subspace iteration.
+Reasons and costs: docs/strategies/frlora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -15,7 +15,9 @@ Costs, a layer and client: up k_i (d + k), down k_i (d + k); the index set is ne
 faster where k_i is small, and no longer the unbiased update that the paper analyses.
 
 Differs from the paper: the server draws I_i and sends the slice, not all r ranks; p_i in place
-of uniform; a plain step in place of the reference code's AdamW on the server.
+of uniform. From the authors' code: a plain step in place of AdamW on the server; the sketch
+applies, where theirs never does, so that every client trains all ranks.
+Reasons and costs: docs/strategies/fslora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

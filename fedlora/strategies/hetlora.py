@@ -17,8 +17,10 @@ Costs, a layer and client: up r_i (d + k), down r_i (d + k).
 
 Source: no code was published. The weights are read off a figure, the penalty is that of the
 FlexLoRA repository's baseline, and the test for pruning is recalled, not checked.
-Differs from the paper: rounding of gamma r; ranks no one holds; where the prune test is made;
-folded scales.
+Differs from the paper: those three, where it has others; rounding of gamma r; ranks that no client
+of the cohort holds stay, and those that all have pruned keep their row of A; the server makes the
+prune test; folded scales.
+Reasons and costs: docs/strategies/hetlora.md.
 """
 
 import math

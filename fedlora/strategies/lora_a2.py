@@ -19,8 +19,10 @@ Deviation from (E): none: what is not trained is common, and s B A is linear in 
 Costs, a layer and client: up k_i d or k_i k in turn, on average over layers; down r (d + k).
 
 Source: the paper's section on the method, not the authors' code.
-Differs from the paper: one rate for A and B; one pass of training; folded scales; p_i; the
-server's choice.
+Differs from the paper: B in odd rounds, where it freezes A in even ones; one pass of training,
+which is scored and masked; one rate for A and B; of equal scores the first; folded scales; p_i; the
+server's choice; no error feedback of a narrow wire where clients choose.
+Reasons and costs: docs/strategies/lora-a2.md.
 """
 
 import math
@@ -83,7 +85,8 @@ class LoRAA2:
     that trains A, while its B was 0, was never met again; for runs that began with it."""
 
     def needs(self) -> Needs:
-        return Needs(beside_factors=True, client_choice=self.choice == "client")
+        mine = self.choice == "client"
+        return Needs(beside_factors=not mine, client_choice=mine)
 
     def _mine(self, state: State, client: Client, round: Round, m: str) -> Tensor:
         """The ranks of a module in a client's upload, as the server has it."""

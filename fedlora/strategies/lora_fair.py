@@ -20,7 +20,10 @@ Deviation from (E): the part of dW that no B can reach with Abar; less than FedA
 Costs, a layer and client: up r (d + k), down r (d + k).
 
 Source: a third party's re-implementation and a paper note; the authors' code was not read.
-Differs from the paper: the ridge form; a fixed point for SGD; lambda's units; folded scales; p_i.
+Differs from the paper: the ridge form by default; a cosine of the whole matrices, and one by
+columns to compare with; a fixed point for SGD; lambda's units; unequal ranks are refused; folded
+scales; p_i.
+Reasons and costs: docs/strategies/lora-fair.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -14,8 +14,9 @@ is the point. With one rank for all it is FlexLoRA.
 Costs, a layer and client: up r_i (d + k), down r_i (d + k).
 
 Source: a third party's code and the abstract; no official code was read.
-Differs from the paper: ranks above all of the cohort's, up to the highest configured, stay as
-they were; the SVD goes through the small core.
+Differs from the paper: weights rank by rank, not by blocks; ranks above all of the cohort's, up to
+the highest configured, stay as they were; the SVD goes through the small core.
+Reasons and costs: docs/strategies/raflora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

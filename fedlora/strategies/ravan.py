@@ -30,7 +30,8 @@ Costs, a layer and client: up r_i b, down r_i b, and r_i (d + k) once; where r_i
 
 Source: abstract and notes, not the authors' code.
 Differs from the paper: the scalar of a head is in H; many small heads; the mean over all; no choice
-by gradient; p_i.
+by gradient; the leading heads, as a choice; frames orthonormal across heads too; p_i.
+Reasons and costs: docs/strategies/ravan.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

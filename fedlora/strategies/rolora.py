@@ -14,6 +14,7 @@ Costs, a layer and client: up r_i d or r_i k in turn; down r_i (d + k), and (r -
 fold. Both factors go down, so that a client that was away needs no memory.
 
 Differs from the paper: p_i in place of a uniform mean; ranks may differ; both factors sent down.
+Reasons and costs: docs/strategies/rolora.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

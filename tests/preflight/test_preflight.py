@@ -52,6 +52,7 @@ LEGEND = {"ranks.policy": "legend"}
 ADAPTIVE = {"ranks.policy": "adaptive"}
 RANKED = {"data.path": "", "data.clients": '[{"path": "x.csv", "rank": 2}]'}
 EXPERTS = {"lora.target-parameters": "experts.down_proj"}
+A2_SERVER = {"strategy.lora-a2.choice": "server"}
 HOST = {"simulate.devices": "cpu"}
 APPLE = {"simulate.devices": "mps"}
 ASIDE = {"evaluate.steps": 0.5, "data.client-validation-fraction": 0.2}
@@ -132,6 +133,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", ALORA, "what a classifier reads is no continuation"),
     ("fedavg", "gpt2", {**ALORA, "lora.invocation": ""}, "needs lora.invocation"),
     ("ffa", "gpt2", {**ALORA, "clients.ranks": "2,3"}, "would be folded into its base"),
+    ("lora-a2", "gpt2", {**ALORA, **A2_SERVER}, "or ranks folded into the base"),
     ("fedavg", "bert", {"lora.init": "loftq", "model.quantization": "8bit"}, "is of 4 bits"),
     ("fedavg", "bert", {"lora.form": "dora", "model.quantization": "4bit"}, "this form reads W0"),
     ("fedavg", "bert", {"model.adapter": "x", "lora.form": "dora", "clients.ranks": "3"},
@@ -151,6 +153,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "gpt2", {**EXPERTS, "model.dtype": "bfloat16"}, "set model.merge = 'into-base'"),
     ("fedex", "gpt2", {**EXPERTS, "model.merge": "keep-as-adapter"}, "no output of its own"),
     ("fedsb", "gpt2", EXPERTS, "has more than A and B, and PEFT's code for experts"),
+    ("lora-a2", "gpt2", {**EXPERTS, **A2_SERVER}, "has more than A and B, and PEFT's code for"),
     ("fedex", "gpt2", {**EXPERTS, **LEGEND}, "PEFT holds adapters of one set of experts"),
     ("fedavg", "gpt2", {**EXPERTS, **DP}, "sees tokens of all examples mixed"),
     # privacy
@@ -199,7 +202,8 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {**ADAPTIVE, "clients.ranks": "4"}, "so it needs one rank for all"),
     ("flexlora", "bert", {**ADAPTIVE, "clients.ranks": "4", "strategy.flexlora.max-rank": 6},
      "use at least the highest rank, 8"),
-    ("lora-a2", "bert", ADAPTIVE, "keeps more than A and B"),
+    ("lora-a2", "bert", ADAPTIVE, "with lora-a2 each chooses its own"),
+    ("lora-a2", "bert", {**ADAPTIVE, **A2_SERVER}, "keeps more than A and B"),
     ("fedsa", "bert", ADAPTIVE, "keeps more than A and B"),
     ("fedex", "bert", {**ADAPTIVE, "lora.form": "dora"}, "its ranks are LoRA's"),
     ("fedex", "bert", {**ADAPTIVE, **SECURE}, "which secure.aggregation keeps back"),

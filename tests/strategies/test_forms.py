@@ -384,6 +384,9 @@ def test_the_document_holds_the_table() -> None:
     assert forms.table() in text, "run: python docs/generate_configuration.py"
     for name in [*FORMS, *forms.INITS, *LEFT_OUT, *INITS_LEFT_OUT]:
         assert f"`{name}`" in text, name
+    told = " ".join(text.split())
+    for name, why in {**LEFT_OUT, **INITS_LEFT_OUT}.items():
+        assert f"- `{name}`: {' '.join(why.split())}." in told, name
 
 
 def test_the_generator_writes_the_table_anew_and_nothing_else() -> None:

@@ -99,6 +99,7 @@ KNOWN: dict[str, Any] = {
     "strategy.name": STRATEGIES,
     "train.rule": RULES,
     "ranks.policy": ("legend", "adaptive"),
+    "strategy.fedsb.init-from": ("update-approx", "svd-w0", "orthogonal"),
 }
 
 
@@ -115,7 +116,7 @@ def test_a_row_has_a_place_that_there_is_or_a_reason(row: list[str]) -> None:
     assert bool(here) != bool(reason)
     assert here or len(reason.split()) > 8
     flat = Config().flat()
-    for setting in re.findall(r"`([a-z]+\.[a-z-]+(?: = [^`]+)?)`", here + reason):
+    for setting in re.findall(r"`([a-z]+(?:\.[a-z-]+){1,2}(?: = [^`]+)?)`", here + reason):
         key, _, value = setting.partition(" = ")
         assert key in flat
         if key in KNOWN:

@@ -320,12 +320,16 @@ def _one_row() -> str:
 # -- whole federations --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("init", "name"), [("eva", "fedavg"), ("lora_ga", "fedex")])
+@pytest.mark.parametrize(
+    ("init", "name", "rule"),
+    [("eva", "fedavg", "plain"), ("lora_ga", "fedex", "plain"),
+     ("lora_ga", "fedex", "preconditioned")],
+)  # fmt: skip
 def test_a_federation_begins_there_on_every_client_and_is_exported(
-    settings: Settings, public: str, tmp_path: Path, init: str, name: str
+    settings: Settings, public: str, tmp_path: Path, init: str, name: str, rule: str
 ) -> None:
     seen: list[FederatedLora] = []
-    calibrated = {"lora.init": init, "lora.calibration": public}
+    calibrated = {"lora.init": init, "lora.calibration": public, "train.rule": rule}
     ran = federate(settings(**quick(name, **calibrated)), before=seen.append)
     server = seen[0]
     for r in ran.rounds[1:]:

@@ -318,7 +318,7 @@ def test_a_run_trains_experts_at_mixed_ranks_and_proves_it(
 
 STRATEGIES = [
     ("fedavg", {"clients.ranks": "3"}), ("fedex", {"lora.target-modules": "all-linear"}),
-    ("flora", {}), ("fedsa", {}),
+    ("flora", {}), ("fedsa", {}), ("lora-a2", {}),
 ]  # fmt: skip
 
 
