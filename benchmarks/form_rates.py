@@ -8,9 +8,10 @@ train 2,400 to 13,000 numbers at the size in SIZES, where LoRA of rank 2 to 8 ha
 vera, lokr, ia3, beft, road, loldu and tinylora have 128 to 1,280, vblora's bank 41,000.
 
 A form's rate is searched with fedavg and, where the form goes with a strategy that is exact by
-another road, with that: from 1e-2 on to where the best rate has both its neighbours. Every other
-pair runs twice at the form's own rate, to show that it learns, with all linear modules of two
-layers adapted; under fedsa it is the clients' own models that do. The rows stand in
+another road, with that: from 1e-2 on to where the best rate has both its neighbours. What is best
+for two modules may be far too much for twelve, so it is then lowered until all linear modules of
+two layers learn as well. Every other pair runs twice there, at the form's rate, to show that it
+learns; under fedsa it is the clients' own models that do. The rows stand in
 results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.otherwise import OWN
-from benchmarks.rates import SEED, best_of, climb
+from benchmarks.rates import SEED, WIDE, best_of, climb
 from benchmarks.short_runs import QUICKSTART, Row, run_missing
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.forms import FORMS, problem
@@ -40,7 +41,11 @@ OPTIONS: Mapping[str, str] = {"vblora": "vector_length=96", "lora-mini": "width=
 SEEDS = (1001, 1002)
 """Of the pairs that are only shown to learn."""
 MORE = {"lora.layers": "-2,-1", "lora.target-modules": "all-linear"}
-"""What these adapt: two modules of one layer are too few numbers of some forms."""
+"""All linear modules of two layers."""
+ON_MORE = " on more"
+"""Behind a form's name, of a run of the search on these."""
+LOST = 0.1
+"""Of accuracy, below the trained head's: there a rate is too high, and not a form too small."""
 
 
 def changes(form: str) -> Mapping[str, Any]:
@@ -55,8 +60,10 @@ def changed(row: Row) -> Mapping[str, Any]:
     """What a run has beside the short setting."""
     if not row["factor"]:
         return {}
-    own = OWN if row["strategy"] == "fedsa" else {}
-    return {**changes(row["factor"]), **({**MORE, **own} if row["stage"] == "pair" else {})}
+    form = row["factor"].removesuffix(ON_MORE)
+    more = MORE if row["stage"] == "pair" or form != row["factor"] else {}
+    own = OWN if (row["stage"], row["strategy"]) == ("pair", "fedsa") else {}
+    return {**changes(form), **more, **own}
 
 
 def strategies_of(form: str) -> list[str]:
@@ -76,6 +83,25 @@ def pairs(form: str) -> list[str]:
     return [name for name in there if name not in searched(form)]
 
 
+def lower(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> tuple[float | None, bool]:
+    """From a form's best rate downwards, the first that is not too high on more modules, and True;
+    or else the first that was not run there, and False."""
+    best = best_of(rows, name, form) or 0.0
+    ran = {r["lr"]: r["accuracy"] for r in rows
+           if (r["strategy"], r["factor"]) == (name, form + ON_MORE)}  # fmt: skip
+    (head,) = (r["accuracy"] for r in rows if r["strategy"] == "head" and r["seed"] == SEED)
+    for lr in (lr for lr in reversed(WIDE) if lr <= best):
+        if lr not in ran or ran[lr] >= head - LOST:
+            return lr, lr in ran
+    return None, True
+
+
+def rate_of(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> float | None:
+    """The rate that the search found, where it has come to an end."""
+    lr, known = lower(rows, name, form)
+    return lr if known else None
+
+
 def plan(rows: Sequence[Row], forms: Sequence[str]) -> Iterator[Row]:
     """Form by form; `rows` grows as they are run."""
     base = {"stage": "search", "setting": "short", "data": "trec"}
@@ -83,9 +109,13 @@ def plan(rows: Sequence[Row], forms: Sequence[str]) -> Iterator[Row]:
         yield {**base, "strategy": "head", "lr": None, "seed": seed, "factor": ""}
     for form in forms:
         yield from climb(rows, searched(form), form)
+        for name in searched(form):
+            while not (found := lower(rows, name, form))[1]:
+                yield {**base, "strategy": name, "lr": found[0], "seed": SEED,
+                       "factor": form + ON_MORE}  # fmt: skip
     for seed in SEEDS:
         for form in forms:
-            lr = best_of(rows, "fedavg", form)
+            lr = rate_of(rows, "fedavg", form)
             for name in pairs(form):
                 yield {**base, "stage": "pair", "strategy": name, "lr": lr, "seed": seed,
                        "factor": form}  # fmt: skip

@@ -47,9 +47,9 @@ REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
 
 
-STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs")
+STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs", "all layers")
 """The factors that are run, in this order: a third data set, a second model, the skew, the clients,
-the local steps."""
+the local steps, the layers that are adapted."""
 FULL = ("fedex", "fedsb", "ffa")
 """The strategies by which the short setting is held against the full one."""
 
