@@ -33,13 +33,16 @@ READS, WRITES = "classification", "causal-lm"
 """The task of all settings but two, and that of these, which has a default of its own."""
 WRITING = (WRITES, "causal-lm all layers")
 """Its settings: the last layer adapted as everywhere in the search, and all, on fewer rows."""
-SMALL = {WRITING[1]: "small"}
+SMALL = {WRITING[1]: "small", "all linear modules": "half"}
+"""The settings that have another size than "short"."""
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
 """The order of the strategies: those that were seen to learn little, the reference, the others."""
 TIE = 0.005
 """As a share of a score: what two must differ by in one setting before the higher rate is best."""
+LOST = 0.1
+"""Of a score: a rate that loses so much somewhere is no hope for a default."""
 SEARCHED = ("trec", "movies")
 """The two of stage 1, of which each rate is run."""
 SEED, SEEDS_OF_VERDICT = 1000, tuple(range(3000, 3010))
@@ -47,7 +50,8 @@ REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
 
 
-STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs", "all layers")
+STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs", "all layers",
+           "all linear modules")  # fmt: skip
 """The factors that are run, in this order: a third data set, a second model, the skew, the clients,
 the local steps, the layers that are adapted."""
 FULL = ("fedex", "fedsb", "ffa")
@@ -68,7 +72,7 @@ def search(setting: str, names: list[str], seeds: tuple[int, ...]) -> Iterator[R
 
 def stage2(rows: list[Row], names: list[str], factors: Sequence[str] = STAGE_2) -> Iterator[Row]:
     """The best rate and its two neighbours, with one factor changed at a time, until the rate that
-    is best over what was run has both in each setting.
+    is best over what was run has both in each setting; without one that has already lost more.
 
     Factor by factor over all strategies, the best rates first. A strategy without stage 1 has none.
     What is next depends on `rows`, which grow as they are run.
@@ -114,7 +118,7 @@ def _around(
 
     def missing() -> Iterator[Row]:
         there = {(r["strategy"], r["factor"], r["lr"]) for r in rows if r["stage"] == "search"}
-        near = {n: neighbours(best_rate(rows, n, task) or MIDDLE, GRIDS[task]) for n in names}
+        near = {name: hopeful(rows, name, task) for name in names}
         for factor, place, name in itertools.product(factors, range(3), near):
             for lr in near[name][place : place + 1]:
                 if (name, factor, lr) not in there:
@@ -163,10 +167,27 @@ def default(name: str, task: str = READS) -> float:
 def best_rate(rows: Sequence[Mapping[str, Any]], name: str, task: str = READS) -> float | None:
     """Over all settings of a task, of both stages, the rate whose worst loss to the best of its
     setting is the least; of equals the lowest. Rates that were not run in each are left out."""
-    of = {s: x for s, x in losses(rows, name).items() if task_of(s) == task}
-    worst = {lr: max(x[lr] for x in of.values()) for lr in GRIDS[task]
-             if of and all(lr in x for x in of.values())}  # fmt: skip
+    worst = {lr: x for lr, (x, whole) in worst_losses(rows, name, task).items() if whole}
     return min(worst, key=lambda lr: (round(worst[lr], 6), lr), default=None)
+
+
+def worst_losses(
+    rows: Sequence[Mapping[str, Any]], name: str, task: str = READS
+) -> dict[float, tuple[float, bool]]:
+    """By rate the worst of its losses over a task's settings, and whether it was run in all."""
+    of = [x for setting, x in losses(rows, name).items() if task_of(setting) == task]
+    there = {lr: [x[lr] for x in of if lr in x] for lr in GRIDS[task]}
+    return {lr: (max(x), len(x) == len(of)) for lr, x in there.items() if x}
+
+
+def hopeful(rows: Sequence[Mapping[str, Any]], name: str, task: str) -> list[float]:
+    """The best rate and its neighbours, without those that have lost LOST in some setting, and more
+    than it has in any."""
+    best = best_rate(rows, name, task) or MIDDLE
+    worst = {lr: x for lr, (x, _) in worst_losses(rows, name, task).items()}
+    most = max(LOST, worst.get(best, 0.0))
+    near = neighbours(best, GRIDS[task])
+    return [lr for lr in near if lr == best or worst.get(lr, 0.0) <= most]
 
 
 def task_of(setting: str) -> str:

@@ -7,8 +7,9 @@ first part alone, each its own, and train on the others.
 
 The **short** setting stands in for the full one: 3 clients of ranks 4, 8 and 16 in place of 8,
 1,000 training rows, the last layer adapted in place of the last two; as many rounds, and two thirds
-of the local steps. The **small** one has 160 rows and two rounds, for a language model whose layers
-are all adapted. A strategy that needs one rank for all has rank 8 on each client.
+of the local steps. Where more layers are adapted a run takes longer: the **half** setting has half
+the rows, the **small** one, for a language model, 160 rows and two rounds. A strategy that needs
+one rank for all has rank 8 on each client.
 """
 
 import csv
@@ -109,6 +110,7 @@ QUICKSTART: Mapping[str, Any] = {
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], tuple[int, int]]] = {
     "full": ({}, (4000, 500)),
     "short": ({"clients.count": 3, "lora.layers": "-1"}, (1000, 500)),
+    "half": ({"clients.count": 3}, (500, 500)),
     "small": ({"clients.count": 3, "run.rounds": 2, "evaluate.every": 2}, (160, 100)),
 }
 FACTORS: dict[str, Mapping[str, Any]] = {
@@ -130,6 +132,7 @@ FACTORS: dict[str, Mapping[str, Any]] = {
                   "data.chat-template": False, "lora.target-modules": "all-linear",
                   "evaluate.generate-tokens": 0},
 }  # fmt: skip
+FACTORS["all linear modules"] = {"lora.layers": "", "lora.target-modules": "all-linear"}
 FACTORS["causal-lm all layers"] = {**FACTORS["causal-lm"], "lora.layers": ""}
 
 

@@ -20,6 +20,8 @@ FACTORS = {
     "products": "product reviews in its place", "SmolLM2": "SmolLM2 as the classifier",
     "alpha 0.1": "label skew alpha 0.1", "6 clients": "six clients",
     "two epochs": "two epochs a round",
+    "all layers": "all layers adapted",
+    "all linear modules": "all linear modules of all layers, half the rows",
     "causal-lm": "SmolLM2 writes the class",
     "causal-lm all layers": "SmolLM2 writes it, all layers adapted",
 }  # fmt: skip

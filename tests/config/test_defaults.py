@@ -82,26 +82,27 @@ def test_a_rate_is_the_forms_else_the_tasks_else_the_familys_that_was_searched()
 
 
 @every
-@pytest.mark.parametrize(("task", "settings"), [("classification", 7), ("causal-lm", 2)])
+@pytest.mark.parametrize(("task", "settings"), [("classification", 9), ("causal-lm", 2)])
 def test_a_searched_rate_is_that_of_the_least_worst_loss_in_the_committed_search(
     name: str, task: str, settings: int
 ) -> None:
-    """Over all settings of the task, and its two neighbours were run in each of them; a task of
-    which one was not run has none."""
+    """Over all settings of the task, and its two neighbours were run in each of them, or had lost
+    more in one. A task of which a setting was not run has no rate."""
     rows = [r for r in pages.read() if (r["strategy"], r["stage"]) == (name, "search")]
     of_task = [r for r in rows if ("causal-lm" in r["factor"]) == (task == "causal-lm")]
-    table = pd.DataFrame([r for r in of_task if r["setting"] in ("short", "small")])
+    table = pd.DataFrame([r for r in of_task if r["setting"] != "full"])
     scores = table.pivot_table("accuracy", ["data", "factor"], "lr")
     if len(scores) < settings:
         assert task not in defaults_of(STRATEGIES[name]).rates
         return
-    lost = (scores.rsub(scores.max(axis=1), axis=0)).max(axis=0, skipna=False).dropna()
-    best = lost.round(6).idxmin()
+    losses = scores.rsub(scores.max(axis=1), axis=0).round(6)
+    best = losses.max(axis=0, skipna=False).dropna().idxmin()
     assert defaults_of(STRATEGIES[name]).rates[task] == best
     grid = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0]
     grid = grid[2:7] if task == "classification" else grid
     at = grid.index(best)
-    assert {*grid[max(0, at - 1) : at + 2]} <= {*lost.index}
+    for lr in grid[max(0, at - 1) : at + 2]:
+        assert losses[lr].notna().all() or losses[lr].max() > max(0.1, losses[best].max()), lr
 
 
 @every
