@@ -9,10 +9,10 @@ vera, lokr, ia3, beft, road, loldu and tinylora have 128 to 1,280, vblora's bank
 
 A form's rate is searched with fedavg and, where the form goes with a strategy that is exact by
 another road, with that: from 1e-2 on to where the best rate has both its neighbours. What is best
-for two modules may be far too much for twelve, so it is then lowered until all linear modules of
-two layers learn as well. Every other pair runs twice there, at the form's rate, to show that it
-learns; under fedsa it is the clients' own models that do. The rows stand in
-results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
+for two modules may be far too much for 36, so it is then lowered until all linear modules of all
+layers learn as well, on half the rows. Every other pair runs twice at the form's rate on the linear
+modules of two layers, to show that it learns; under fedsa it is the clients' own models that do.
+The rows stand in results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.otherwise import OWN
 from benchmarks.rates import SEED, WIDE, best_of, climb
-from benchmarks.short_runs import QUICKSTART, Row, run_missing
+from benchmarks.short_runs import FACTORS, QUICKSTART, Row, run_missing
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.forms import FORMS, problem
 
@@ -41,11 +41,11 @@ OPTIONS: Mapping[str, str] = {"vblora": "vector_length=96", "lora-mini": "width=
 SEEDS = (1001, 1002)
 """Of the pairs that are only shown to learn."""
 MORE = {"lora.layers": "-2,-1", "lora.target-modules": "all-linear"}
-"""All linear modules of two layers."""
-ON_MORE = " on more"
-"""Behind a form's name, of a run of the search on these."""
-LOST = 0.1
-"""Of accuracy, below the trained head's: there a rate is too high, and not a form too small."""
+"""What pairs adapt: all linear modules of two layers."""
+ON_ALL = " on all"
+"""Behind a form's name, of a run of the search that adapts all linear modules of all layers."""
+LOST = 0.5
+"""Of a trained head's accuracy: below that a rate is too high, and not a form too small."""
 
 
 def changes(form: str) -> Mapping[str, Any]:
@@ -57,11 +57,12 @@ def changes(form: str) -> Mapping[str, Any]:
 
 
 def changed(row: Row) -> Mapping[str, Any]:
-    """What a run has beside the short setting."""
+    """What a run has beside its setting."""
     if not row["factor"]:
         return {}
-    form = row["factor"].removesuffix(ON_MORE)
-    more = MORE if row["stage"] == "pair" or form != row["factor"] else {}
+    form = row["factor"].removesuffix(ON_ALL)
+    more = MORE if row["stage"] == "pair" else {}
+    more = FACTORS["all linear modules"] if form != row["factor"] else more
     own = OWN if (row["stage"], row["strategy"]) == ("pair", "fedsa") else {}
     return {**changes(form), **more, **own}
 
@@ -88,10 +89,10 @@ def lower(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> tuple[floa
     or else the first that was not run there, and False."""
     best = best_of(rows, name, form) or 0.0
     ran = {r["lr"]: r["accuracy"] for r in rows
-           if (r["strategy"], r["factor"]) == (name, form + ON_MORE)}  # fmt: skip
+           if (r["strategy"], r["factor"]) == (name, form + ON_ALL)}  # fmt: skip
     (head,) = (r["accuracy"] for r in rows if r["strategy"] == "head" and r["seed"] == SEED)
     for lr in (lr for lr in reversed(WIDE) if lr <= best):
-        if lr not in ran or ran[lr] >= head - LOST:
+        if lr not in ran or ran[lr] >= head * LOST:
             return lr, lr in ran
     return None, True
 
@@ -111,8 +112,8 @@ def plan(rows: Sequence[Row], forms: Sequence[str]) -> Iterator[Row]:
         yield from climb(rows, searched(form), form)
         for name in searched(form):
             while not (found := lower(rows, name, form))[1]:
-                yield {**base, "strategy": name, "lr": found[0], "seed": SEED,
-                       "factor": form + ON_MORE}  # fmt: skip
+                yield {**base, "setting": "half", "strategy": name, "lr": found[0], "seed": SEED,
+                       "factor": form + ON_ALL}  # fmt: skip
     for seed in SEEDS:
         for form in forms:
             lr = rate_of(rows, "fedavg", form)

@@ -118,8 +118,11 @@ def _around(
 
     def missing() -> Iterator[Row]:
         there = {(r["strategy"], r["factor"], r["lr"]) for r in rows if r["stage"] == "search"}
+        for factor, name in itertools.product(factors, names):
+            if lr := below(rows, name, factor):
+                yield _changed(factor, name, lr)
         near = {name: hopeful(rows, name, task) for name in names}
-        for factor, place, name in itertools.product(factors, range(3), near):
+        for factor, place, name in itertools.product(factors, range(len(WIDE)), near):
             for lr in near[name][place : place + 1]:
                 if (name, factor, lr) not in there:
                     yield _changed(factor, name, lr)
@@ -180,14 +183,27 @@ def worst_losses(
     return {lr: (max(x), len(x) == len(of)) for lr, x in there.items() if x}
 
 
+def below(rows: Sequence[Mapping[str, Any]], name: str, factor: str) -> float | None:
+    """The next lower rate under a factor under which each that was tried has less than half of the
+    strategy's best score: all of them are too high."""
+    best = max(
+        (r["accuracy"] for r in rows if r["strategy"] == name and not r["factor"]), default=0
+    )
+    ran = {r["lr"]: r["accuracy"] for r in rows if r["stage"] == "search"
+           and (r["strategy"], r["factor"]) == (name, factor)}  # fmt: skip
+    at = RATES.index(min(ran)) if ran and min(ran) in RATES else 0
+    return RATES[at - 1] if at and max(ran.values()) < best / 2 else None
+
+
 def hopeful(rows: Sequence[Mapping[str, Any]], name: str, task: str) -> list[float]:
     """The best rate and its neighbours, without those that have lost LOST in some setting, and more
-    than it has in any."""
+    than it has in any; and each that has lost less than it so far."""
     best = best_rate(rows, name, task) or MIDDLE
     worst = {lr: x for lr, (x, _) in worst_losses(rows, name, task).items()}
-    most = max(LOST, worst.get(best, 0.0))
-    near = neighbours(best, GRIDS[task])
-    return [lr for lr in near if lr == best or worst.get(lr, 0.0) <= most]
+    least = worst.get(best, 0.0)
+    near = [lr for lr in neighbours(best, GRIDS[task]) if worst.get(lr, 0.0) <= max(LOST, least)]
+    return [best, *(lr for lr in near if lr != best),
+            *(lr for lr, x in worst.items() if x < least and lr not in near)]  # fmt: skip
 
 
 def task_of(setting: str) -> str:

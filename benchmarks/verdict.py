@@ -74,7 +74,7 @@ def gaps(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
     def scores(of: str, factor: str) -> dict[int, float]:
         return {r["seed"]: r["accuracy"] for r in rows if r["stage"] == "verdict"
-                and r["strategy"] == of and r["factor"] == factor
+                and r["seed"] in SEEDS_OF_VERDICT and r["strategy"] == of and r["factor"] == factor
                 and r["lr"] == default(of)}  # fmt: skip
 
     reference, mine = scores(REFERENCE, factor), scores(name, "")

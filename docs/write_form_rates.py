@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import form_rates, short_runs
-from benchmarks.form_rates import ON_MORE, rate_of
-from benchmarks.rates import SEED
+from benchmarks.form_rates import ON_ALL, rate_of
+from benchmarks.rates import SEED, best_of
 from fedlora.strategies.defaults import OF_FORMS
 from fedlora.strategies.forms import FORMS
 
 PAGE = Path(__file__).parent / "extend" / "forms.md"
 HEADINGS = (
-    "| form | clients.ranks | rate | two modules | twelve | with ffa "
+    "| form | clients.ranks | best on two modules | with ffa | rate: on all linear modules "
     "| others, above the trained head |"
 )
 NEXT = "## Forms that PEFT does not have\n"
@@ -33,35 +33,39 @@ def score(rows: Rows, stage: str, name: str, lr: float | None, seed: int, form: 
 
 
 def gains(rows: Rows, name: str, form: str, lr: float) -> list[float]:
-    """Of a pair, on each of its seeds, points above the trained head."""
+    """Of a pair, on each of its seeds that was run, points above the trained head."""
+    there = {r["seed"] for r in rows if (r["stage"], r["strategy"], r["lr"], r["factor"])
+             == ("pair", name, lr, form)}  # fmt: skip
     return [
         100 * (score(rows, "pair", name, lr, s, form) - score(rows, "search", "head", None, s, ""))
-        for s in form_rates.SEEDS
+        for s in sorted(there)
     ]
 
 
 def section(rows: Rows) -> str:
     """The table and what stands under it, with an empty line at its end."""
     alone = score(rows, "search", "head", None, SEED, "")
-    lines = [HEADINGS, "|---|---|---|---|---|---|---|"]
+    lines = [HEADINGS, "|---|---|---|---|---|---|"]
     not_above = []
+    ended = declared(rows)
     for form, size in form_rates.SIZES.items():
-        best = {name: rate_of(rows, name, form) for name in form_rates.searched(form)}
-        found = {n: score(rows, "search", n, lr, SEED, form) for n, lr in best.items() if lr}
-        twelve = score(rows, "search", "fedavg", best["fedavg"], SEED, form + ON_MORE)
-        lr = best["fedavg"] or 0.0
-        others = []
-        for name in form_rates.pairs(form):
-            each = gains(rows, name, form, lr)
-            others.append(f"{name} {' and '.join(f'{x:+.1f}' for x in each)}")
-            not_above += [f"{name} with `{form}`"] if min(each) <= 0 else []
-        mark = f" {MARK}" if max(found["fedavg"], twelve) <= alone else ""
-        ffa = f"{best['ffa']:g}: {100 * found['ffa']:.1f}" if "ffa" in found else "-"
-        cells = [f"`{form}`", f"{size if FORMS[form].size else '-'}", f"{lr:g}"]
-        cells += [f"{100 * found['fedavg']:.1f}", f"{100 * twelve:.1f}{mark}", ffa]
-        lines.append(f"| {' | '.join([*cells, ', '.join(others) or '-'])} |")
-    gained = "Not above it, so nothing was gained in these settings."
-    lines += ["", f"A head trained alone: {100 * alone:.1f}. {MARK} {gained}"]
+        best = {}
+        for name in form_rates.searched(form):
+            if lr := best_of(rows, name, form):
+                at = score(rows, "search", name, lr, SEED, form)
+                best[name] = f"{lr:g}: {100 * at:.1f}" + ("" if at > alone else f" {MARK}")
+        others, rate = [], "-"
+        if lr := ended.get(form):
+            on_all = score(rows, "search", "fedavg", lr, SEED, form + ON_ALL)
+            rate = f"{lr:g}: {100 * on_all:.1f}"
+            for name in form_rates.pairs(form):
+                if each := gains(rows, name, form, lr):
+                    others.append(f"{name} {' and '.join(f'{x:+.1f}' for x in each)}")
+                    not_above += [f"{name} with `{form}`"] if min(each) <= 0 else []
+        cells = [f"`{form}`", f"{size if FORMS[form].size else '-'}", best.get("fedavg", "-"),
+                 best.get("ffa", "-"), rate, ", ".join(others) or "-"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"A head trained alone: {100 * alone:.1f}. {MARK} At no rate above it."]
     if not_above:
         lines += ["", f"Not above the trained head on both seeds: {', '.join(not_above)}."]
     return "\n".join(lines) + "\n\n"
@@ -69,8 +73,9 @@ def section(rows: Rows) -> str:
 
 def declared(rows: Rows) -> dict[str, float]:
     """By form, what the search found with fedavg."""
-    found = {form: rate_of(rows, "fedavg", form) for form in form_rates.SIZES}
-    return {form: lr for form, lr in found.items() if lr}
+    known = [f for f in form_rates.SIZES
+             if all(rate_of(rows, name, f) for name in form_rates.searched(f))]  # fmt: skip
+    return {form: lr for form in known if (lr := rate_of(rows, "fedavg", form))}
 
 
 def written(text: str, rows: Rows) -> str:

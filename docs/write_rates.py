@@ -37,8 +37,8 @@ SHORT = (
 )
 PART = "Of the five rates of the search those without a score were not run for it."
 OTHERWISE = (
-    "With one thing changed, at the same rate, on the first seeds of that "
-    "verdict; differences are paired, in points, with the 95 % interval of Student's t. Of the "
+    "With one thing changed, at the same rate, on five seeds of their own, ten for a reason; "
+    "differences are paired, in points, with the 95 % interval of Student's t. Of the "
     "clients' own models the accuracy is on their own test rows, a mean over clients."
 )
 OWN_MODELS = "clients' own models"

@@ -57,7 +57,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FedEx:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
     rank: int = 0
     """Rank the residual is cut to; 0 keeps all of it."""
 

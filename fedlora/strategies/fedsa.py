@@ -48,7 +48,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
     average_at_end: bool = True
     """After the last round ask each client once for its B and head, to export one model."""
 

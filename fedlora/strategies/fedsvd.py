@@ -45,7 +45,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSVD:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2, "causal-lm": 5e-3})
     head: Literal["trained", "frozen"] = "trained"
     """frozen: as in the authors' code, where the classifier stays as it was drawn."""
 

@@ -43,10 +43,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FFA:
-    defaults: ClassVar[Defaults] = Defaults({
-        "classification": 2e-2, "classification/vera": 2e-2, "classification/melora": 2e-2,
-        "classification/lora-mini": 5e-2, "classification/nora": 0.1,
-    })  # fmt: skip
+    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2, "causal-lm": 1e-2})
 
     def needs(self) -> Needs:
         return Needs(client_memory=True, algebra="sides")

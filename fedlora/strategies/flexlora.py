@@ -51,7 +51,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FlexLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

@@ -51,7 +51,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
     reinit: Literal["random", "keep-A"] = "random"
 
     def needs(self) -> Needs:

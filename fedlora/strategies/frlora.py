@@ -53,7 +53,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FRLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-3})
 
     def needs(self) -> Needs:
         return Needs(equal_ranks=True, moving_base=True)

@@ -67,7 +67,7 @@ def by_rank(pairs: Sequence[Pair], p: Sequence[float]) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

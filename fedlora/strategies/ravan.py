@@ -84,7 +84,7 @@ def rows(heads: Tensor, b: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ravan:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2, "causal-lm": 0.5})
     head_rank: int = 4
     """Rank b of one head; the number of heads follows from a client's rank."""
     choice: Literal["random", "weight", "leading"] = "random"

@@ -42,7 +42,7 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class RoLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
 
     def needs(self) -> Needs:
         return Needs(algebra="sides")

@@ -57,15 +57,16 @@ def test_a_form_is_shown_at_the_rate_that_was_found_for_it_on_seeds_of_its_own()
         if row["strategy"] != "head":
             assert row["seed"] == SEED
             score = 0.9 - abs(np.log10(row["lr"] / best[row["strategy"]])) / 10
-            if row["factor"] == "vera on more":  # where .02 is the highest that learns
+            if row["factor"] == "vera on all":  # where .02 is the highest that learns
                 assert changed(row)["lora.target-modules"] == "all-linear"
+                assert (row["setting"], changed(row)["lora.layers"]) == ("half", "")
                 score = 0.2 if row["lr"] > 0.02 else 0.75
         rows.append({**row, "accuracy": score})
     tried = {n: sorted(r["lr"] for r in rows if (r["strategy"], r["factor"]) == (n, "vera"))
              for n in best}  # fmt: skip
     assert tried == {"fedavg": [5e-3, 1e-2, 2e-2, 5e-2, 0.1],
                      "ffa": [5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5]}  # fmt: skip
-    more = [(r["strategy"], r["lr"]) for r in rows if r["factor"] == "vera on more"]
+    more = [(r["strategy"], r["lr"]) for r in rows if r["factor"] == "vera on all"]
     assert more == [(n, lr) for n, high in best.items() for lr in (0.2, 0.1, 0.05, 0.02)
                     if lr <= high]  # fmt: skip
     assert {*shown} == {(n, 0.02, s) for n in ("fedsa", "rolora") for s in SEEDS}

@@ -113,6 +113,17 @@ def test_a_neighbour_that_was_lost_somewhere_is_run_nowhere_else() -> None:
     assert rates.best_rate(rows, "ffa") == 1e-2
 
 
+def test_where_every_rate_was_too_high_lower_ones_are_run_and_held_against_the_others() -> None:
+    def score(row: Row) -> float:
+        fell = row["factor"] == "all layers" and row["lr"] > 2e-3
+        return 0.2 if fell else away(1e-2)(row)
+
+    rows = stage_1("ffa", score)
+    runs = carried_out(rates.stage2(rows, ["ffa"]), rows, score)
+    assert rates.best_rate(rows, "ffa") == 2e-3
+    assert {r["lr"] for r in runs if r["factor"] == "all layers"} >= {2e-3, 5e-3}
+
+
 def test_one_factor_is_changed_at_a_time_and_another_data_set_is_one() -> None:
     rows = stage_1("fedex", away(2e-3))
     runs = carried_out(rates.stage2(rows, ["fedex"]), rows, away(2e-3))
@@ -255,9 +266,11 @@ def test_gaps_are_of_seeds_that_both_have_at_the_defaults_of_now() -> None:
         return {"stage": "verdict", "setting": "short", "data": "trec", "strategy": name,
                 "lr": lr, "seed": seed, "factor": factor, "accuracy": accuracy}  # fmt: skip
 
-    rows = [row("fedex", 1, 0.9), row("fedex", 2, 0.8), row("fedex", 1, 0.7, "rank 8"),
-            row("ffa", 2, 0.75), row("ffa", 1, 0.85), row("ffa", 3, 0.1),
-            row("ffa", 1, 0.2, lr=0.3), row("fedavg", 1, 0.6)]  # fmt: skip
+    a, b, c, other = (*SEEDS_OF_VERDICT[:3], 1)
+    rows = [row("fedex", a, 0.9), row("fedex", b, 0.8), row("fedex", a, 0.7, "rank 8"),
+            row("ffa", b, 0.75), row("ffa", a, 0.85), row("ffa", c, 0.1),
+            row("ffa", a, 0.2, lr=0.3), row("fedavg", a, 0.6),
+            row("fedex", other, 0.9), row("ffa", other, 0.1)]  # fmt: skip
     assert verdict.gaps(rows, "ffa") == pytest.approx([0.05, 0.05])
     assert verdict.gaps(rows, "fedavg") == pytest.approx([0.1])
 
