@@ -78,12 +78,16 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "lora-a2": {
         "choice = server": {"strategy.lora-a2.choice": "server"},
         "four times the rate for B": {"train.lr-ratio-b": 4.0},
+        "train.lr = 0.02": {"train.lr": 2e-2},
     },
+    "frlora": {"train.lr = 0.01": {"train.lr": 1e-2}},
 }  # fmt: skip
 SHOWN_BY: Mapping[str, tuple[str, str]] = {
     "ffa": ("rolora", ""),
     "fedsvd": ("rolora", ""),
     "fedsa": ("fedsa", "clients' own models"),
+    "lora-a2": ("lora-a2", "train.lr = 0.02"),
+    "frlora": ("frlora", "train.lr = 0.01"),
     "fedsb": ("fedsb", "rank 80 for all, the start by gradient"),
     "ravan": ("ravan", "four heads of rank 40"),
 }

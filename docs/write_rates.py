@@ -119,7 +119,11 @@ def second_stage(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * (len(rates) + 1) + "|",
     ]
     for factor, words in FACTORS.items():
-        there = {r["lr"]: f"{100 * r['accuracy']:.1f}" for r in mine if r["factor"] == factor}
+        of = [r for r in mine if r["factor"] == factor]
+        there = {
+            lr: f"{100 * statistics.fmean(r['accuracy'] for r in of if r['lr'] == lr):.1f}"
+            for lr in {r["lr"] for r in of}
+        }
         if there:
             lines.append(f"| {words} | {' | '.join(there.get(lr, '-') for lr in rates)} |")
     written = any(r["factor"] in search.WRITING for r in mine)

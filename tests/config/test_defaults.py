@@ -14,7 +14,7 @@ from benchmarks import form_rates, short_runs
 from fedlora.config.origins import UNSET, origin, told
 from fedlora.config.reader import Config
 from fedlora.errors import StrategyError
-from fedlora.launch.doctor.the_plan import far_off, few
+from fedlora.launch.doctor.the_plan import crowded, far_off, few
 from fedlora.launch.federation import Federation
 from fedlora.reports import tables
 from fedlora.strategies import (
@@ -257,6 +257,17 @@ def test_doctor_notes_a_rate_ten_times_too_high_or_low(bold: None, times: float,
 def test_doctor_has_nothing_to_hold_a_rate_of_sgd_against(bold: None) -> None:
     given = {"strategy.name": "bold", "train.lr": 1.0, "train.optimizer": "sgd"}
     assert not [*far_off(Config.read(given))]
+
+
+def test_doctor_notes_a_default_rate_on_more_modules_than_it_was_found_with(bold: None) -> None:
+    config = Config.read({"strategy.name": "bold"})
+    (note,) = crowded(config, 37)
+    assert note.level == "note"
+    assert "37 modules are adapted" in note.what
+    assert "halve train.lr" in note.do
+    assert not [*crowded(config, 36)]
+    for other in ({"train.lr": 0.3}, {"model.task": "causal-lm", "data.prompt": "p"}):
+        assert not [*crowded(Config.read({"strategy.name": "bold", **other}), 400)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 from fedlora.config.defaults import rate_of
 from fedlora.config.origins import origin
 from fedlora.config.reader import Config, strategy_defaults
+from fedlora.config.task_names import kind_of
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import fits
 from fedlora.lora.adapter import Factors
@@ -17,6 +18,8 @@ from fedlora.training.model.model import Model
 
 FAR = 10.0
 """A rate so many times the default, or less than its such part, is seldom what was meant."""
+MANY = 36
+"""Modules: the most that a default of classification was found with."""
 FEW = 20
 """So many times as many numbers, at one rank, are another kind of adapter."""
 
@@ -35,6 +38,22 @@ def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) ->
         f'lora.alpha {config.lora.alpha:g}, lora.init "{config.lora.init}"',
     )
     yield from far_off(config)
+    yield from crowded(config, len(model.shapes))
+
+
+def crowded(config: Config, modules: int) -> Iterator[Finding]:
+    """A default rate on more modules than it was found with."""
+    if modules <= MANY or not origin(config.run.defaults, "train.lr", config.train.lr):
+        return
+    if not kind_of(config.model.task).pooled:
+        return
+    yield Finding(
+        "note",
+        f"{modules} modules are adapted, and {config.strategy.name}'s default rate was found with "
+        f"2 to {MANY}: the more there are, the lower it must be",
+        "if the first rounds stay at chance, halve train.lr, or adapt less: lora.layers, "
+        "lora.target-modules",
+    )
 
 
 def far_off(config: Config) -> Iterator[Finding]:
