@@ -43,7 +43,11 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FFA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2, "causal-lm": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults({
+        "classification": 2e-2, "causal-lm": 1e-2, "classification/vera": 2e-2,
+        "classification/melora": 2e-2, "classification/lora-mini": 2e-2, "classification/nora":
+        0.2,
+    })  # fmt: skip
 
     def needs(self) -> Needs:
         return Needs(client_memory=True, algebra="sides")
