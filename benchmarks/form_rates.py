@@ -84,23 +84,25 @@ def pairs(form: str) -> list[str]:
     return [name for name in there if name not in searched(form)]
 
 
-def lower(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> tuple[float | None, bool]:
-    """From a form's best rate downwards, the first that is not too high on more modules, and True;
-    or else the first that was not run there, and False."""
+def lower(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> float | None:
+    """From a form's best rate downwards, the first that was not found too high on all modules."""
     best = best_of(rows, name, form) or 0.0
-    ran = {r["lr"]: r["accuracy"] for r in rows
-           if (r["strategy"], r["factor"]) == (name, form + ON_ALL)}  # fmt: skip
     (head,) = (r["accuracy"] for r in rows if r["strategy"] == "head" and r["seed"] == SEED)
-    for lr in (lr for lr in reversed(WIDE) if lr <= best):
-        if lr not in ran or ran[lr] >= head * LOST:
-            return lr, lr in ran
-    return None, True
+    ran = on_all(rows, name, form)
+    down = (lr for lr in reversed(WIDE) if lr <= best)
+    return next((lr for lr in down if ran.get(lr, head) >= head * LOST), None)
+
+
+def on_all(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> dict[float, float]:
+    """By rate, the accuracy with all linear modules of all layers adapted."""
+    return {r["lr"]: r["accuracy"] for r in rows
+            if (r["strategy"], r["factor"]) == (name, form + ON_ALL)}  # fmt: skip
 
 
 def rate_of(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> float | None:
     """The rate that the search found, where it has come to an end."""
-    lr, known = lower(rows, name, form)
-    return lr if known else None
+    lr = lower(rows, name, form)
+    return lr if lr in on_all(rows, name, form) else None
 
 
 def plan(rows: Sequence[Row], forms: Sequence[str]) -> Iterator[Row]:
@@ -111,8 +113,8 @@ def plan(rows: Sequence[Row], forms: Sequence[str]) -> Iterator[Row]:
     for form in forms:
         yield from climb(rows, searched(form), form)
         for name in searched(form):
-            while not (found := lower(rows, name, form))[1]:
-                yield {**base, "setting": "half", "strategy": name, "lr": found[0], "seed": SEED,
+            while (lr := lower(rows, name, form)) and not rate_of(rows, name, form):
+                yield {**base, "setting": "half", "strategy": name, "lr": lr, "seed": SEED,
                        "factor": form + ON_ALL}  # fmt: skip
     for seed in SEEDS:
         for form in forms:

@@ -28,13 +28,13 @@ RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 WIDE = (5e-4, 1e-3, *RATES, 1e-1, 2e-1, 5e-1, 1.0, 2.0)
 """Where a language model or another form is tuned, which may need far larger ones."""
-GRIDS: Mapping[str, Sequence[float]] = {"classification": RATES, "causal-lm": WIDE}
 READS, WRITES = "classification", "causal-lm"
 """The task of all settings but two, and that of these, which has a default of its own."""
+GRIDS: Mapping[str, Sequence[float]] = {READS: RATES, WRITES: WIDE}
 WRITING = (WRITES, "causal-lm all layers")
 """Its settings: the last layer adapted as everywhere in the search, and all, on fewer rows."""
-SMALL = {WRITING[1]: "small", "all linear modules": "half"}
-"""The settings that have another size than "short"."""
+SIZES = {WRITING[1]: "small", "all linear modules": "half"}
+"""By factor, where a run is of another size than "short"."""
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
@@ -48,8 +48,6 @@ SEARCHED = ("trec", "movies")
 SEED, SEEDS_OF_VERDICT = 1000, tuple(range(3000, 3010))
 REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
-
-
 STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs", "all layers",
            "all linear modules")  # fmt: skip
 """The factors that are run, in this order: a third data set, a second model, the skew, the clients,
@@ -132,7 +130,7 @@ def _around(
 
 
 def _changed(factor: str, name: str, lr: float) -> Row:
-    return {"stage": "search", "setting": SMALL.get(factor, "short"),
+    return {"stage": "search", "setting": SIZES.get(factor, "short"),
             "data": factor if factor in DATA else "trec", "strategy": name, "lr": lr, "seed": SEED,
             "factor": factor}  # fmt: skip
 
@@ -185,14 +183,14 @@ def worst_losses(
 
 def below(rows: Sequence[Mapping[str, Any]], name: str, factor: str) -> float | None:
     """The next lower rate under a factor under which each that was tried has less than half of the
-    strategy's best score: all of them are too high."""
-    best = max(
-        (r["accuracy"] for r in rows if r["strategy"] == name and not r["factor"]), default=0
-    )
-    ran = {r["lr"]: r["accuracy"] for r in rows if r["stage"] == "search"
-           and (r["strategy"], r["factor"]) == (name, factor)}  # fmt: skip
-    at = RATES.index(min(ran)) if ran and min(ran) in RATES else 0
-    return RATES[at - 1] if at and max(ran.values()) < best / 2 else None
+    strategy's best score in this task: all of them are too high."""
+    task = task_of(factor)
+    mine = [r for r in rows if (r["stage"], r["strategy"]) == ("search", name)
+            and task_of(r["factor"]) == task]  # fmt: skip
+    ran = {r["lr"]: r["accuracy"] for r in mine if r["factor"] == factor}
+    if not ran or max(ran.values()) >= max(r["accuracy"] for r in mine) / 2:
+        return None
+    return max((lr for lr in GRIDS[task] if lr < min(ran)), default=None)
 
 
 def hopeful(rows: Sequence[Mapping[str, Any]], name: str, task: str) -> list[float]:
@@ -215,7 +213,7 @@ def losses(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[float
     """By setting of the short runs, and rate, what that loses to the best rate tried there."""
     tried: dict[str, dict[float, list[float]]] = {}
     for r in rows:
-        at = SMALL.get(r["factor"], "short")
+        at = SIZES.get(r["factor"], "short")
         if (r["stage"], r["setting"], r["strategy"]) == ("search", at, name):
             where = f"{r['data']} {r['factor']}".strip()
             tried.setdefault(where, {}).setdefault(r["lr"], []).append(r["accuracy"])

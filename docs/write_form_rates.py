@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import form_rates, short_runs
-from benchmarks.form_rates import ON_ALL, rate_of
+from benchmarks.form_rates import on_all, rate_of
 from benchmarks.rates import SEED, best_of
 from fedlora.strategies.defaults import OF_FORMS
 from fedlora.strategies.forms import FORMS
@@ -56,8 +56,7 @@ def section(rows: Rows) -> str:
                 best[name] = f"{lr:g}: {100 * at:.1f}" + ("" if at > alone else f" {MARK}")
         others, rate = [], "-"
         if lr := ended.get(form):
-            on_all = score(rows, "search", "fedavg", lr, SEED, form + ON_ALL)
-            rate = f"{lr:g}: {100 * on_all:.1f}"
+            rate = f"{lr:g}: {100 * on_all(rows, 'fedavg', form)[lr]:.1f}"
             for name in form_rates.pairs(form):
                 if each := gains(rows, name, form, lr):
                     others.append(f"{name} {' and '.join(f'{x:+.1f}' for x in each)}")
@@ -72,9 +71,9 @@ def section(rows: Rows) -> str:
 
 
 def declared(rows: Rows) -> dict[str, float]:
-    """By form, what the search found with fedavg."""
-    known = [f for f in form_rates.SIZES
-             if all(rate_of(rows, name, f) for name in form_rates.searched(f))]  # fmt: skip
+    """By form, what the search found with fedavg; of LoRA's factors a form trains as with lora."""
+    known = [f for f in form_rates.SIZES if FORMS[f].kind != "factors"
+             and all(rate_of(rows, name, f) for name in form_rates.searched(f))]  # fmt: skip
     return {form: lr for form in known if (lr := rate_of(rows, "fedavg", form))}
 
 

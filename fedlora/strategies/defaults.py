@@ -22,12 +22,13 @@ SEARCHED_IN = "classification"
 """The family whose search the others follow."""
 
 OF_FORMS: Mapping[str, float] = {
-    "dora": 1e-2, "vera": 0.2, "randlora": 1e-2, "gralora": 1e-2, "loha": 2e-2, "lokr": 5e-2,
+    "vera": 0.2, "randlora": 1e-2, "gralora": 1e-2, "loha": 2e-2, "lokr": 5e-2,
     "hira": 0.1, "fourierft": 5e-2, "lora-xs": 2e-2, "pmss": 5e-2, "paca": 2e-2, "loldu": 1e-2,
     "melora": 1e-2, "moslora": 5e-3, "lora-mini": 1e-2, "nora": 1e-2, "lotr": 2e-2, "msplora":
     1e-2,
 }  # fmt: skip
-"""Of each adapter form whose search has ended, in SEARCHED_IN, the rate found with fedavg."""
+"""Of each adapter form whose search has ended, in SEARCHED_IN, the rate found with fedavg. None of
+"dora", which is of LoRA's factors and goes with strategies that need other rates than fedavg."""
 
 Rule = Literal["searched", "of the form", "as with lora", "as in its family", "of the task"]
 RULES: Mapping[Rule, str] = {

@@ -148,7 +148,7 @@ def test_each_forms_rate_is_that_of_the_committed_search_and_the_page_says_so() 
         own = defaults_of(STRATEGIES[str(name)]).rates.get(f"classification/{form}")
         assert steady == (OF_FORMS[str(form)] if name == "fedavg" else own), (name, form)
     assert forms_page.declared(rows) == OF_FORMS
-    assert not {"lora", "alora"} & {*OF_FORMS}
+    assert not {"lora", "alora", "dora"} & {*OF_FORMS}
     text = (ROOT / "docs" / "extend" / "forms.md").read_text()
     assert forms_page.written(text, rows) == text
 

@@ -280,6 +280,7 @@ def test_the_numbers_of_a_shared_side_are_those_of_that_side(settings: Settings,
     model = Model(config, cache.corpus(config).labels)
     model.load(model.init_factors(Client(0, model.layers(dict.fromkeys(model.shapes, 3))), 0))
     found = measure_shared(model, "k", (3,))
+    assert {name.partition("[")[0] for name in found} == {*model.shapes}
     for m in model.held():
         A = model.sides(m)[0].detach().double()
         rows = 1 if A.ndim == 1 else len(A)

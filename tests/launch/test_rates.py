@@ -124,6 +124,15 @@ def test_where_every_rate_was_too_high_lower_ones_are_run_and_held_against_the_o
     assert {r["lr"] for r in runs if r["factor"] == "all layers"} >= {2e-3, 5e-3}
 
 
+def test_what_is_too_high_is_held_against_scores_of_the_same_task() -> None:
+    rows = [*stage_1("ffa", away(1e-2)), tried("ffa", 1e-2, 0.4, factor=rates.WRITES)]
+    assert rates.below(rows, "ffa", rates.WRITES) is None  # .4 of a right token is no collapse
+    rows.append(tried("ffa", 1e-2, 0.1, factor=rates.WRITING[1]))
+    assert rates.below(rows, "ffa", rates.WRITING[1]) == 5e-3
+    rows.append(tried("ffa", 5e-4, 0.1, factor=rates.WRITING[1]))
+    assert rates.below(rows, "ffa", rates.WRITING[1]) is None  # there is none lower
+
+
 def test_one_factor_is_changed_at_a_time_and_another_data_set_is_one() -> None:
     rows = stage_1("fedex", away(2e-3))
     runs = carried_out(rates.stage2(rows, ["fedex"]), rows, away(2e-3))
