@@ -59,7 +59,7 @@ ARMS: Mapping[str, Arm] = {
     "hetlora mixed": Arm("hetlora", ranks=MIXED),
     "flexlora mixed": Arm("flexlora", ranks=MIXED),
     "fslora low": Arm("fslora", ranks=(1,)),
-    "fedsb drawn": Arm("fedsb", ranks=(15,)),
+    "fedsb drawn": Arm("fedsb", FedSB("orthogonal"), (15,)),
     "fedsb gradient": Arm("fedsb", FedSB("update-approx", eta=0.03), (15,)),
 }
 """central: one step a round from where all agree, which is gradient descent on all rows."""

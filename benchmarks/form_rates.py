@@ -10,9 +10,10 @@ vera, lokr, ia3, beft, road, loldu and tinylora have 128 to 1,280, vblora's bank
 A form's rate is searched with fedavg and, where the form goes with a strategy that is exact by
 another road, with that: from 1e-2 on to where the best rate has both its neighbours. What is best
 for two modules may be far too much for 36, so it is then lowered until all linear modules of all
-layers learn as well, on half the rows. Every other pair runs twice at the form's rate on the linear
-modules of two layers, to show that it learns; under fedsa it is the clients' own models that do.
-The rows stand in results/form_rates.jsonl; resumable, as benchmarks/rates.py is.
+layers learn as well, on half the rows, or until lower is no better. Every other pair runs twice at
+the form's rate on the linear modules of two layers, to show that it learns; under fedsa it is the
+clients' own models that do. The rows stand in results/form_rates.jsonl; resumable, as
+benchmarks/rates.py is.
 """
 
 import argparse
@@ -44,8 +45,9 @@ MORE = {"lora.layers": "-2,-1", "lora.target-modules": "all-linear"}
 """What pairs adapt: all linear modules of two layers."""
 ON_ALL = " on all"
 """Behind a form's name, of a run of the search that adapts all linear modules of all layers."""
-LOST = 0.5
-"""Of a trained head's accuracy: below that a rate is too high, and not a form too small."""
+ENOUGH, LOST = 0.95, 0.5
+"""Of a trained head's accuracy: what is below the first may be better at a lower rate, and what is
+below the second is lost."""
 
 
 def changes(form: str) -> Mapping[str, Any]:
@@ -85,12 +87,20 @@ def pairs(form: str) -> list[str]:
 
 
 def lower(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> float | None:
-    """From a form's best rate downwards, the first that was not found too high on all modules."""
+    """From a form's best rate downwards, the first that is enough on all modules, else the last
+    that was better than the one above it; or the next to be run. None: all are lost."""
     best = best_of(rows, name, form) or 0.0
     (head,) = (r["accuracy"] for r in rows if r["strategy"] == "head" and r["seed"] == SEED)
-    ran = on_all(rows, name, form)
-    down = (lr for lr in reversed(WIDE) if lr <= best)
-    return next((lr for lr in down if ran.get(lr, head) >= head * LOST), None)
+    ran, found = on_all(rows, name, form), None
+    for lr in (lr for lr in reversed(WIDE) if lr <= best):
+        if lr not in ran:
+            return lr
+        if found and ran[lr] <= ran[found]:
+            return found
+        if ran[lr] >= head * ENOUGH:
+            return lr
+        found = lr if ran[lr] >= head * LOST else None
+    return found
 
 
 def on_all(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> dict[float, float]:

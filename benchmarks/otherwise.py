@@ -39,13 +39,14 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "the start by gradient": BY_GRADIENT,
         "its start, of the clients' signs":
             {**BY_GRADIENT, "strategy.fedsb.signs": "clients"},
-        "init-from = svd-w0": {"strategy.fedsb.init-from": "svd-w0"},
+        "init-from = orthogonal": {"strategy.fedsb.init-from": "orthogonal"},
         "rank 80 for all": RANK_80,
         "rank 80 for all, the start by gradient": {**RANK_80, **BY_GRADIENT},
     },
     "ravan": {
         "average = trained": {"strategy.ravan.average": "trained"},
         "choice = weight": {"strategy.ravan.choice": "weight"},
+        "head-scales = trained": {"strategy.ravan.head-scales": "trained"},
         "four heads of rank 40":
             {"clients.ranks": "160", "strategy.ravan.head-rank": 40, "lora.alpha": 160.0},
     },
@@ -88,7 +89,7 @@ SHOWN_BY: Mapping[str, tuple[str, str]] = {
     "fedsa": ("fedsa", "clients' own models"),
     "lora-a2": ("lora-a2", "train.lr = 0.02"),
     "frlora": ("frlora", "train.lr = 0.01"),
-    "fedsb": ("fedsb", "rank 80 for all, the start by gradient"),
+    "fedsb": ("fedsb", "rank 80 for all"),
     "ravan": ("ravan", "four heads of rank 40"),
 }
 """Of each strategy that fails the verdict, the runs that have what it lacks: see `shown`."""

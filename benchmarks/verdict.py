@@ -35,7 +35,7 @@ BECAUSE: Mapping[str, str] = {
     "taken once at the end",
     "lora-a2": f"not inherent, {LOW}",
     "frlora": f"not inherent, {LOW}",
-    "fedsb": "inherent, because at these ranks it trains 16 to 256 numbers a module between drawn "
+    "fedsb": "inherent, because at these ranks it trains 16 to 256 numbers a module between fixed "
     "frames, where LoRA trains 3,072 to 12,288",
     "ravan": "inherent, because at these ranks it trains 16 to 64 numbers a module between drawn "
     "frames, where LoRA trains 3,072 to 12,288",

@@ -30,12 +30,17 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     if strategy.needs().first_gradient:
         yield (
             f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
-            "without noise; choose another, such as strategy.fedsb.init-from = 'orthogonal'"
+            "without noise; choose another, such as strategy.fedsb.init-from = 'svd-w0'"
         )
-    yield from _by_example(config) if p.by_example else _by_client(config, strategy)
+    yield from (_by_example if p.by_example else _by_client)(config, strategy)
 
 
-def _by_example(config: Config) -> Iterator[str]:
+def _by_example(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
+    if strategy.needs().scaled_blocks:
+        yield (
+            f"strategy.name = {config.strategy.name!r}: a core's scales have no per-example "
+            "gradients; leave strategy.ravan.head-scales out, or use privacy.level = 'client'"
+        )
     if config.lora.form != "lora":
         yield (
             f"lora.form = {config.lora.form!r}: only LoRA factors and linear heads have "

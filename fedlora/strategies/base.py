@@ -51,8 +51,8 @@ class Needs:
     first_rate: bool = False  # which comes times the rate of a run's first step, under a warm-up
     collect_at_end: bool = False  # after the last round, once, what clients kept: CollectsAtEnd
     client_choice: bool = False  # clients choose the ranks that they send: see chosen.py
-    beside_factors: bool = False
-    """Even at equal ranks: a core between A and B, or ranks folded into a client's base."""
+    beside_factors: bool = False  # even at equal ranks: a core, or ranks folded in a client's base
+    scaled_blocks: bool = False  # a client trains R's blocks as s_j H_j, s_j = 1 at first
     own_gauge: bool = False  # it refactors the model, so factors of two rounds do not subtract
     algebra: Literal["products", "sides", "tensors"] = "products"
     """What it computes with. products: the products B A and their ranks. sides: A's and B's side

@@ -9,8 +9,8 @@ Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency an
 
 `init-from` chooses the frozen pair:
 
-    "orthogonal"      random orthonormal rows of A and columns of B, R = 0
     "svd-w0"          B = U_r, A = V_r^T of W0, R = 0 (LoRA-XS, https://arxiv.org/abs/2405.17604)
+    "orthogonal"      random orthonormal rows of A and columns of B, R = 0
     "update-approx"   U S V^T = svd(-eta M), M = sign(sum_i p_i G_i) of the clients' gradients G_i
                       at W0: B = U_r, A = V_r^T, R = S_r / s, so that the model starts one first
                       Adam step from W0 (LoRA-SB, https://arxiv.org/abs/2411.19557)
@@ -92,7 +92,7 @@ def outside(state: Factors, m: str, r: int) -> Pair:
 @dataclass(frozen=True, slots=True)
 class FedSB:
     defaults: ClassVar[Defaults] = Defaults({"classification": 5e-2, "causal-lm": 0.2})
-    init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "orthogonal"
+    init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "svd-w0"
     eta: float = 0.0
     """Size of the first step that "update-approx" imitates; 0: the rate of the run's first step
     under the authors' warm-up."""

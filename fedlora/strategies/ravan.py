@@ -23,14 +23,18 @@ paper's mean, over those that did: W_j = sum of n_i over the clients that traine
 
     H_j = sum_i n_i (s_i / s) H_ij / W_j
 
+`head_scales` = "trained" is the paper's too: client i trains t_j H_j in the place of H_j, the
+numbers t_j from 1 on, and sends the products t_j H_j, so nothing else changes.
+
 Deviation from (E): none with "all", since the model is linear in H; with "trained" (W / W_j - 1) of
 what head j changed by, none where all train all heads.
 Costs, a layer and client: up r_i b, down r_i b, and r_i (d + k) once; where r_i < r, for the fold
 (r - r_i)(d + k), and unless `choice` is "leading" r_i (d + k) again each round.
 
 Source: abstract and notes, not the authors' code.
-Differs from the paper: the scalar of a head is in H; many small heads; the mean over all; no choice
-by gradient; the leading heads, as a choice; frames orthonormal across heads too; p_i.
+Differs from the paper: the scalar of a head is in H, unless chosen; many small heads; the mean over
+all; no choice by gradient; the leading heads, as a choice; frames orthonormal across heads too;
+p_i.
 Reasons and costs: docs/strategies/ravan.md.
 """
 
@@ -91,9 +95,12 @@ class Ravan:
     """Which heads a client trains that has not the rank for all."""
     average: Literal["all", "trained"] = "all"
     """A head's mean: over all clients, or as in the paper over those that trained it."""
+    head_scales: Literal["none", "trained"] = "none"
+    """Whether a number of each head trains beside its core, as in the paper."""
 
     def needs(self) -> Needs:
-        return Needs(client_memory=True, beside_factors=True)
+        trained = self.head_scales == "trained"
+        return Needs(client_memory=True, beside_factors=True, scaled_blocks=trained)
 
     @property
     def promise(self) -> Promise:

@@ -199,7 +199,7 @@ Sizes = Mapping[str, Size]
 def sizes(model: Model, modules: Iterable[str], others: Iterable[str]) -> Sizes:
     """Of each module and tensor of `measure`, as the model is now."""
     live = model.live()
-    found = {m: Size(_base_size(model, m), _adapter_size(model, live, m)) for m in modules}
+    found = {m: Size(_base_size(model, m), _adapter_size(model, m)) for m in modules}
     for name in others:
         p, size = live["other"][name], norm_of(live["other"][name])
         found[name] = Size(size if p.dtype != torch.float32 else 0.0, size)
@@ -222,14 +222,14 @@ def _base_size(model: Model, m: str) -> float:
     return 0.0 if model.base.beside else norm_of(weight_of(model.adapted[m].get_base_layer()))
 
 
-def _adapter_size(model: Model, live: Mapping[str, Mapping[str, Tensor]], m: str) -> float:
+def _adapter_size(model: Model, m: str) -> float:
     """s |B R| |A|; of a form that has no such factors the weight's own norm, which is more."""
     if model.form.kind != "factors":
         return norm_of(weight_of(model.adapted[m].get_base_layer()))
     if model.active not in model.adapted[m].lora_A:
         return 0.0
     A, B = (x.detach() for x in model.sides(m))
-    B = B @ live["R"][m].detach() if m in live["R"] else B
+    B = B @ model.cores[m].whole().detach() if m in model.cores else B
     return float(model.adapted[m].scaling[model.active]) * norm_of(A) * norm_of(B)
 
 
@@ -344,7 +344,7 @@ def quantised(
             A, B = model.sides(name)
             s = float(model.adapted[name].scaling[model.active])
             pair = len(B) ** 0.5 * norm_of(A) + s * A.shape[1] ** 0.5 * norm_of(B)
-            spread = norm_of(A) * norm_of(B) if name in live["R"] else pair
+            spread = norm_of(A) * norm_of(B) if name in model.cores else pair
         elif name in model.shapes:
             spread = max(model.shapes[name].d, model.shapes[name].k)
         else:

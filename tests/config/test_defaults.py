@@ -144,7 +144,8 @@ def test_each_forms_rate_is_that_of_the_committed_search_and_the_page_says_so() 
         of_more = (tried.strategy == name) & (tried.factor == f"{form} on all")
         more = tried[of_more].set_index("lr")["accuracy"]
         assert best in more.index
-        steady = more[more >= head / 2].index.max()
+        enough = more[more >= head * 0.95]
+        steady = enough.index.max() if len(enough) else more.idxmax()
         own = defaults_of(STRATEGIES[str(name)]).rates.get(f"classification/{form}")
         assert steady == (OF_FORMS[str(form)] if name == "fedavg" else own), (name, form)
     assert forms_page.declared(rows) == OF_FORMS

@@ -227,6 +227,17 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert one.adapter != other.adapter
 
 
+def test_ravans_heads_with_trained_scales_are_averaged_exactly(settings: Settings) -> None:
+    """The certificate, which runs the model, holds; and the scales change what is trained."""
+    plain = quick("ravan")
+    ran = federate(settings(**plain))
+    scaled = federate(settings(**plain, **{"strategy.ravan.head-scales": "trained",
+                                           "run.name": "scaled"}))  # fmt: skip
+    assert scaled.adapter != ran.adapter
+    assert all(r["proof"]["deviation"] < 1e-5 for r in scaled.rounds if "proof" in r)
+    assert any("proof" in r for r in scaled.rounds)
+
+
 @BOTH
 def test_two_workers_give_the_bytes_of_one(settings: Settings) -> None:
     changes = {"evaluate.clients": True, "evaluate.every": 1, "clients.count": 4}

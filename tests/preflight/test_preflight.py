@@ -162,6 +162,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"privacy.insecure-reproducible-noise": True}, "there is no noise"),
     ("fedavg", "bert", {**CENTRAL, "privacy.max-epsilon": 2.0}, "is this node's limit"),
     ("fedsb", "bert", {**DP, **SKETCHED}, "this initialisation sends gradients without noise"),
+    ("ravan", "bert", {**DP, "strategy.ravan.head-scales": "trained"}, "have no per-example grad"),
     ("fedavg", "bert", {**DP, "lora.form": "dora"}, "have per-example gradients"),
     ("fedavg", "bert", {**DP, "privacy.clip-quantile": 0.5}, "adaptive clipping is for"),
     ("fedavg", "bert", {**CENTRAL, "privacy.delta": 0.5}, "must be below 1 / clients.count"),

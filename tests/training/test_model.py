@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,40 @@ def test_outside_its_blocks_a_core_gets_no_gradient(settings: Settings) -> None:
     live[m].sum().backward()  # type: ignore[no-untyped-call]
     inside = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
     assert torch.equal(live[m].grad, inside)
+
+
+def test_a_scaled_cores_blocks_and_their_numbers_get_the_products_gradients(
+    settings: Settings,
+) -> None:
+    """R = diag(t_1 H_1, t_2 H_2), against autograd on R itself and the chain rule."""
+    model = build(settings, "llama")
+    given = factors(model, 4, 3, core=True)
+    inside = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
+    given = replace(given, R={m: R * inside for m, R in given.R.items()})
+    model.load(given, block=2, scaled=True)
+    m = next(iter(given.R))
+    assert torch.equal(model.read().R[m], given.R[m])  # the numbers begin as 1
+    live = model.trainable(frozenset({"R"}))["R"]
+    H, t = live[m], live[f"{m}, scales"]
+    t.data = torch.tensor([0.5, -3.0])
+    batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6).long()}
+
+    def loss() -> Tensor:
+        return model.logits(batch).square().sum()
+
+    loss().backward()  # type: ignore[no-untyped-call]
+    found, R = (H.grad, t.grad), model.read().R[m]
+    assert torch.equal(R, torch.block_diag(0.5 * H[:2, :2], -3 * H[2:, 2:]))
+    model.load(replace(given, R={**given.R, m: R}))  # nothing of it held back
+    whole = model.trainable(frozenset({"R"}))["R"]
+    loss().backward()  # type: ignore[no-untyped-call]
+    G = whole[m].grad
+    assert G is not None
+    blocks = [(slice(0, 2),) * 2, (slice(2, 4),) * 2]
+    want_t = torch.stack([(G[b] * given.R[m][b]).sum() for b in blocks])
+    want_H = torch.block_diag(0.5 * G[blocks[0]], -3 * G[blocks[1]])
+    torch.testing.assert_close(found[0], want_H)
+    torch.testing.assert_close(found[1], want_t)
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is(settings: Settings) -> None:

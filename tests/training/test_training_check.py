@@ -51,7 +51,8 @@ def loaded(settings: Settings, kind: str, precision: str, **changes: object) -> 
     strategy, round = config.build_strategy(), Round(1, 0)
     start = Start(model.init_factors(client, 0), [client], model.weights(), 0)
     came = strategy.download(strategy.init(start), client, round)
-    model.load(strategy.start(came, Factors(), client, round), came.block)
+    scaled = strategy.needs().scaled_blocks
+    model.load(strategy.start(came, Factors(), client, round), came.block, scaled)
     return Loaded(model, cache.encoded("train", 0, config, labels), came, config)
 
 
@@ -81,6 +82,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "sgd, slow": {"train.optimizer": "sgd", "train.lr": 1e-4},
     "core": {"strategy.name": "fedsb"},
     "heads": {"strategy.name": "ravan"},
+    "scaled heads": {"strategy.name": "ravan", "strategy.ravan.head-scales": "trained"},
     "one side": {"strategy.name": "ffa"},
     "penalty": {"strategy.name": "hetlora"},
     "dora": {"lora.form": "dora", "strategy.name": "fedavg"},

@@ -212,6 +212,7 @@ ALLOWED: Mapping[str, Rule] = {
     "strategy.fedsvd.head": _typed,
     "strategy.ravan.average": _typed,
     "strategy.ravan.choice": _typed,
+    "strategy.ravan.head-scales": _typed,
     "strategy.ravan.head-rank": _limited(lambda p: p.limits.rank, "limits.rank", 1),
     "train.loss": _code,
     "train.epochs": _within(0, 1000),

@@ -324,7 +324,7 @@ class ClientJob:
         model.rebase(self.token, self.memory.base_to(job.base_number), start)
         factors = self.strategy.start(download, kept, self.as_client(model), self.round)
         with model.folded(download.fold):
-            model.load(factors, download.block)
+            model.load(factors, download.block, self.strategy.needs().scaled_blocks)
             if self.probes:
                 check_whole(factors, model)
             yield model, kept

@@ -89,7 +89,7 @@ def survey(
         raise StrategyError(
             "the clients' first gradients are zero in every adapted module, so there is nothing to "
             "begin from: the loss does not depend on them. Train a head that begins elsewhere "
-            "(model.pooling = 'default'), or use strategy.fedsb.init-from = 'orthogonal'"
+            "(model.pooling = 'default'), or use strategy.fedsb.init-from = 'svd-w0'"
         )
     return Survey(mean, found, asked.steps)
 

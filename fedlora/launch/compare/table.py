@@ -242,7 +242,8 @@ def notes(rows: Sequence[Row], target: float | None, search: Search = NONE) -> l
     if any(r.p is not None for r in rows):
         found.append(
             "p: of the paired t test over the seeds, two-sided, corrected by Holm's rule for the "
-            f"{sum(r.p is not None for r in rows)} rows that have one."
+            f"{sum(r.p is not None for r in rows)} rows that have one; the interval of a "
+            "difference is of its row alone."
         )
     if target is not None and any("bytes to target" in r.numbers for r in rows):
         found.append(f"The target is {percent(target)}: 95 % of the lowest row's final score.")

@@ -1,5 +1,6 @@
 """The r x r core between LoRA's factors, which PEFT does not have: Fed-SB's and RAVAN's R."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,17 +9,33 @@ from torch import Tensor, nn
 
 
 class Core(LoraVariant):  # type: ignore[misc]
-    """x -> W0 x + s B R (A x): PEFT's extension point, with the r x r core between the factors."""
+    """x -> W0 x + s B R (A x): PEFT's extension point, with the r x r core between the factors.
 
-    def __init__(self, R: nn.Parameter) -> None:
-        self.R = R
+    With `block`, only the diagonal blocks of that size get gradients; if they are `scaled` too,
+    R = diag(s_1 H_1, .., s_h H_h), of which the numbers s_j, 1 at first, train beside the H_j.
+    """
+
+    def __init__(self, R: Tensor, block: int = 0, scaled: bool = False) -> None:
+        self.R = nn.Parameter(R)
+        self.block, self.scales = block, None
+        self.mask = inside(R, block) if block else None
+        if self.mask is not None:
+            self.R.register_hook(functools.partial(masked, self.mask))
+        if scaled and block:
+            self.scales = nn.Parameter(R.new_ones(len(R) // block))
+
+    def whole(self) -> Tensor:
+        """R (r, r), with its blocks' numbers in it."""
+        if self.scales is None:
+            return self.R
+        return self.scales.repeat_interleave(self.block)[:, None] * self.R
 
     def forward(
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         inner = A(module.lora_dropout[active_adapter](x))  # (..., r)
-        inner = inner @ self.R.T.to(inner)
+        inner = inner @ self.whole().T.to(inner)
         out: Tensor = result + B(inner) * module.scaling[active_adapter]
         return out
 

@@ -12,7 +12,6 @@ loaded lies on `model.device`, or its layers on all `devices`; what goes in or o
 """
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,7 +34,7 @@ from fedlora.training.model.compiled import compile_layers
 from fedlora.training.model.expert import Expert, layer_at
 from fedlora.training.model.heads import head_names
 from fedlora.training.model.in_float64 import in_float64
-from fedlora.training.model.inner_factor import Core, inside, masked
+from fedlora.training.model.inner_factor import Core
 from fedlora.training.model.layers import adapter_config, check_targets, find_layers, first_pairs
 from fedlora.training.model.loading import (
     PREFIX,
@@ -96,7 +95,7 @@ class Model:
         }
         self._whole = {n.removeprefix(PREFIX): x for n, x in trained_whole(self.peft).items()}
         self._tensors = trained_beside(self) if self.rank else {}
-        self._cores: dict[str, nn.Parameter] = {}
+        self.cores: dict[str, Core] = {}
         self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
         aside = self.start.kept_beside(config.model)
         self.base = MovingBase(self.adapted, self.shapes, beside(config.model), aside)
@@ -164,7 +163,7 @@ class Model:
             self.select(ranks)
             if old is not None:
                 self.peft.delete_adapter(old)
-            self._cores = {}
+            self.cores = {}
             self._scale = {m: layer.scale for m, layer in client.layers.items()}
             first, init = self.read(), self.config.lora.init
             if made is None and init == "default":
@@ -190,17 +189,17 @@ class Model:
         while len(self._profiles) > KEPT_PROFILES:
             self._drop(next(iter(self._profiles)))
 
-    def load(self, factors: Factors, block: int = 0) -> None:
+    def load(self, factors: Factors, block: int = 0, scaled: bool = False) -> None:
         """Take these factors as the model's adapter and head, at their own ranks and scales.
 
         Without factors (a model that is all in its base) the adapter is one that adds nothing.
-        With `block`, only the diagonal blocks of that size of a core get gradients.
+        `block`, `scaled`: what of a core trains, see Core.
         """
         if self.stacks and factors.A:
             factors = as_factors(stacks.alike(factors.adapter(), self.shapes), factors.other)
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
-        self._cores, self.masks = {}, {}
+        self.cores, self.masks = {}, {}
         with torch.no_grad():
             for m, A in factors.A.items():
                 layer, (a, b) = self.adapted[m], self.sides(m)
@@ -212,12 +211,10 @@ class Model:
                 if isinstance(layer.lora_variant.get(self.active), Core):
                     del layer.lora_variant[self.active]
                 if m in factors.R:
-                    R = nn.Parameter(factors.R[m].detach().to(a.device, copy=True))
-                    self._cores[m] = R
-                    if block:
-                        self.masks[R] = mask = inside(R, block)
-                        R.register_hook(functools.partial(masked, mask))
-                    layer.lora_variant[self.active] = Core(self._cores[m])
+                    R = factors.R[m].detach().to(a.device, copy=True)
+                    self.cores[m] = core = Core(R, block, scaled)
+                    self.masks |= {} if core.mask is None else {core.R: core.mask}
+                    layer.lora_variant[self.active] = core
             if not factors.A:
                 for m in self.held():
                     self.sides(m)[1].zero_()
@@ -235,7 +232,7 @@ class Model:
             {m: self._scale.get(m, s) for m, s in scaling.items()},
             {m: on_host(A).reshape(-1, A.shape[-1]).clone() for m, (A, _) in sides.items()},
             {m: on_host(B).reshape(len(B), -1).clone() for m, (_, B) in sides.items()},
-            {m: on_host(R).clone() for m, R in self._cores.items()},
+            {m: on_host(core.whole()).clone() for m, core in self.cores.items()},
             {name: on_host(p).clone() for name, p in self._other().items()},
         )
 
@@ -245,10 +242,12 @@ class Model:
         Those of the experts of a stack are one, by the stack's name.
         """
         whole = {self.shapes[m].stack or m: self._whole_sides(m) for m in self.held()}
+        cores = {m: core.R for m, core in self.cores.items()}
+        scales = {f"{m}, scales": s for m, x in self.cores.items() if (s := x.scales) is not None}
         return {
             "A": {n: sides[0] for n, sides in whole.items()},
             "B": {n: sides[1] for n, sides in whole.items()},
-            "R": dict(self._cores),
+            "R": cores | scales,
             "other": self._other(),
         }
 
