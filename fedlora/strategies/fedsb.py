@@ -91,7 +91,7 @@ def outside(state: Factors, m: str, r: int) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class FedSB:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-2, "causal-lm": 0.2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-2, "causal-lm": 0.1})
     init_from: Literal["update-approx", "svd-w0", "orthogonal"] = "svd-w0"
     eta: float = 0.0
     """Size of the first step that "update-approx" imitates; 0: the rate of the run's first step

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
@@ -468,3 +469,30 @@ def test_after_a_check_each_part_of_a_model_is_in_the_mode_that_it_was_in() -> N
     with training_check.untouched(model):
         peft.train()
     assert (peft.training, peft[0].training) == (True, False)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_tensor_whose_gradient_is_below_rounding_is_not_taken_for_stale(alive: bool) -> None:
+    """A loss that rounds: of a 2 x 2 tensor nothing can be told, of a large gradient all."""
+    generator = torch.Generator().manual_seed(0)
+    sigma, tolerance = 1e-4, training_check.TOLERANCES["bfloat16"]
+
+    def check(slope: float) -> None:
+        w, G = nn.Parameter(torch.ones(2, 2)), torch.full((2, 2), slope)
+
+        def loss() -> float:
+            told = float((w.detach() * G).sum()) if alive else 0.0
+            return 1.8 + told + sigma * float(torch.randn((), generator=generator))
+
+        here = loss()
+        rounding = max(1e-4 * here, *(abs(loss() - here) for _ in range(3)))
+        training_check._check_slope("M", {w: G}, loss, rounding, tolerance, 0)
+
+    for _ in range(500):
+        check(1e-5)
+    for _ in range(50):
+        if alive:
+            check(1.0)
+        else:
+            with pytest.raises(TrainingCheckError, match="does not follow M"):
+                check(1.0)
