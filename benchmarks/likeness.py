@@ -38,8 +38,11 @@ def likeness(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
 
 
 def of_run(run: Path, round: int = 1) -> dict[str, float]:
-    """The likeness of a run's updates in a round."""
+    """The likeness of a run's updates in a round; SystemExit where it kept none."""
     paths = sorted((run / "updates" / f"round-{round:03}").glob("client-*.safetensors"))
+    if not paths:
+        raise SystemExit(f"{run}: no updates of round {round}: a run keeps them with "
+                         "output.keep-updates = true, in its directory")  # fmt: skip
     return likeness([load_file(path) for path in paths])
 
 

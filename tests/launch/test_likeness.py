@@ -27,3 +27,8 @@ def test_the_interval_is_students_over_seeds() -> None:
     mean, low, high = interval([1.0, 2.0, 3.0])
     assert (mean, high - mean) == (2.0, pytest.approx(4.3027 / 3**0.5, rel=1e-4))
     assert mean - low == pytest.approx(high - mean)
+
+
+def test_a_directory_without_updates_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="keep-updates"):
+        of_run(tmp_path)
