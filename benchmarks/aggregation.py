@@ -131,7 +131,8 @@ def _federation(name: str, n: int, side: int, layers: int):  # type: ignore[no-u
 
     clients = [Client(i, held) for i in range(n)]
     strategy = STRATEGIES[name]()
-    weights = {m: draw(side, side) if name == "frlora" else torch.zeros(1) for m in names}
+    reads = name in ("frlora", "fedsb")
+    weights = {m: draw(side, side) if reads else torch.zeros(1) for m in names}
     state = strategy.init(Start(factors(False), clients, weights))
     came = strategy.download(state, clients[0], Round(1, 0))
     whole = torch.ones(RANK // came.block, came.block, came.block) if came.block else None
