@@ -20,9 +20,8 @@ Under example-level DP no private row is looked at: see `privacy.rehearsal`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from fedlora.config.reader import Config
 from fedlora.errors import TrainingCheckError
-from fedlora.strategies.base import Penalty, seeded
+from fedlora.strategies.base import Penalty
 from fedlora.training.data.batches import Batch, Encoded, collate, examples_in, local_steps
 from fedlora.training.devices import OutOfMemory, by_any_algorithm, is_host, on_host, wide_on_host
 from fedlora.training.draws import own_draws
@@ -43,32 +42,22 @@ from fedlora.training.parts_check import Still as Still
 from fedlora.training.parts_check import check_parts
 from fedlora.training.precision import resolved
 from fedlora.training.schedule import learning_rate
+from fedlora.training.slope_check import (
+    Tolerance,
+    check_slope,
+    moved,
+    noise_like,
+    put_back,
+    size_of,
+)
 from fedlora.training.train import example_losses, steps, training
 
 PERTURBATION = 0.02
 """Of a tensor's own size; of 1 where it is all zero."""
-CHANGE = 20.0
 SCALES = 16
 """How often a gradient that overflows in float16 is scaled by half."""
-LARGEST, FAR = 0.5, 10.0
-"""The largest t, where d is as large as the tensor; and how far one without a gradient is moved."""
-NOISE = 8.0
-"""Times what rounding did to the loss in three tries: no change of the weights is told by less."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """What a precision does to a healthy model."""
-
-    rounding: float
-    """Of a loss, relative: the least that is reckoned with."""
-    jitter: float
-    """A relative change of the weights that says how far rounding moves the loss."""
-    low: float
-    high: float
-    """Of the measured change over 2 t g.d."""
-    private: float
-    """Of the private step's gradient, its distance from the plain one, relative."""
+FAR = 10.0
+"""How far a tensor without a gradient is moved."""
 
 
 TOLERANCES = {
@@ -190,7 +179,7 @@ def check_gradients(
     rounding = max(*gaps, tolerance.rounding * max(abs(here), 0.1))
     for name, column in _columns(live):
         if silent := [p for p in column if p not in gradient]:
-            noise = NOISE * max(*gaps, 1e-6 * max(abs(here), 0.1))
+            noise = 8 * max(*gaps, 1e-6 * max(abs(here), 0.1))
             change = _change_with(name, silent, loss, here, config.run.seed)
             whole = len(silent) == len(column)
             if whole and (n := examples_in(batch)) > 1:
@@ -206,7 +195,7 @@ def check_gradients(
                 )
         if moving := [p for p in column if p in gradient]:
             slope = {p: gradient[p] for p in moving}
-            _check_slope(name, slope, loss, rounding, tolerance, config.run.seed)
+            check_slope(name, slope, loss, rounding, tolerance, config.run.seed)
     passes.close()  # type: ignore[attr-defined]
 
 
@@ -218,10 +207,10 @@ def _jittered(
     try:
         with torch.no_grad():
             for i, p in enumerate(params):
-                p.add_(size * p * _noise(p, f"jitter {n}", i, seed))
+                p.add_(size * p * noise_like(p, f"jitter {n}", i, seed))
         return loss()
     finally:
-        _put_back(home)
+        put_back(home)
 
 
 def _columns(live: Live) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -233,60 +222,13 @@ def _columns(live: Live) -> Iterator[tuple[str, list[nn.Parameter]]]:
             yield column, [*ps.values()]
 
 
-def _check_slope(
-    name: str,
-    gradient: Mapping[nn.Parameter, Tensor],
-    loss: Callable[[], float],
-    rounding: float,
-    tolerance: Tolerance,
-    seed: int,
-) -> None:
-    """One central difference along a direction in which the gradient says that much changes."""
-    direction = {p: g.sign() * _noise(p, name, i, seed).abs() * _size(p)
-                 for i, (p, g) in enumerate(gradient.items())}  # fmt: skip
-    slope = sum(float(wide_on_host(gradient[p] * d).sum()) for p, d in direction.items())
-    t = min(CHANGE * rounding / (2 * slope), LARGEST)
-    losses = []
-    for sign in (t, -t):
-        with moved(direction, sign):
-            losses.append(loss())
-    change, want = losses[0] - losses[1], 2 * t * slope
-    room = rounding * (2 if t < LARGEST else NOISE)  # a tensor too small for CHANGE: noise is more
-    low, high = tolerance.low * want - room, tolerance.high * want + room
-    if not low <= change <= high:
-        raise TrainingCheckError(
-            f"the loss does not follow {name} as its gradient says: weights that are stale, "
-            "detached, or not in the forward pass",
-            f"it changes by {change:.2e}, the gradient says {want:.2e}",
-        )
-
-
 def _change_with(
     name: str, params: Sequence[nn.Parameter], loss: Callable[[], float], here: float, seed: int
 ) -> float:
     """How far the loss moves with tensors that have no gradient."""
-    direction = {p: _noise(p, name, i, seed) * _size(p) for i, p in enumerate(params)}
+    direction = {p: noise_like(p, name, i, seed) * size_of(p) for i, p in enumerate(params)}
     with moved(direction, FAR):
         return abs(loss() - here)
-
-
-@contextmanager
-def moved(direction: Mapping[nn.Parameter, Tensor], t: float) -> Iterator[None]:
-    """Within it, the weights are moved by t d; after it they have their old bits."""
-    home = {p: p.detach().clone() for p in direction}
-    try:
-        with torch.no_grad():
-            for p, d in direction.items():
-                p.add_(d, alpha=t)
-        yield
-    finally:
-        _put_back(home)
-
-
-def _put_back(home: Mapping[nn.Parameter, Tensor]) -> None:
-    with torch.no_grad():
-        for p, w in home.items():
-            p.copy_(w)
 
 
 def perturb(model: Model, seed: int) -> None:
@@ -294,18 +236,8 @@ def perturb(model: Model, seed: int) -> None:
     with torch.no_grad():
         for column, ps in model.live().items():
             for name, p in ps.items():
-                noise = PERTURBATION * _noise(p, f"{column}/{name}", 0, seed) * _size(p)
+                noise = PERTURBATION * noise_like(p, f"{column}/{name}", 0, seed) * size_of(p)
                 p.add_(noise * model.masks[p] if p in model.masks else noise)
-
-
-def _noise(p: Tensor, name: str, i: int, seed: int) -> Tensor:
-    generator = seeded(seed, 0, i, f"training check/{name}")
-    return torch.randn(p.shape, generator=generator).to(p)
-
-
-def _size(p: Tensor) -> float:
-    """The root mean square of a tensor's numbers; 1 where all are zero."""
-    return float(wide_on_host(p).square().mean().sqrt()) or 1.0
 
 
 # -- the step -------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ class Core(LoraVariant):  # type: ignore[misc]
             return self.R
         return self.scales.repeat_interleave(self.block)[:, None] * self.R
 
+    def named(self, m: str) -> dict[str, nn.Parameter]:
+        """What trains of it in a module."""
+        return {m: self.R} | ({} if self.scales is None else {f"{m}, scales": self.scales})
+
     def forward(
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:

@@ -96,7 +96,6 @@ class Model:
         self._whole = {n.removeprefix(PREFIX): x for n, x in trained_whole(self.peft).items()}
         self._tensors = trained_beside(self) if self.rank else {}
         self.cores: dict[str, Core] = {}
-        self.masks: dict[nn.Parameter, Tensor] = {}  # 1 where a core trains, if not everywhere
         aside = self.start.kept_beside(config.model)
         self.base = MovingBase(self.adapted, self.shapes, beside(config.model), aside)
         self._scale: Mapping[str, float] = {}
@@ -104,6 +103,11 @@ class Model:
             frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
             self._fingerprint = fingerprint(frozen, self._fingerprint, self.form.makes)
             self._first = self.read()
+
+    @property
+    def masks(self) -> dict[nn.Parameter, Tensor]:
+        """1 where a core trains, of those that do not everywhere."""
+        return {x.R: x.mask for x in self.cores.values() if x.mask is not None}
 
     def longest(self, wanted: int) -> int:
         """The tokens of an example: as many as wanted, and no more than it has positions for."""
@@ -199,7 +203,7 @@ class Model:
             factors = as_factors(stacks.alike(factors.adapter(), self.shapes), factors.other)
         self.select({m: A.shape[0] for m, A in factors.A.items()} or dict.fromkeys(self.shapes, 1))
         self._scale = factors.scale
-        self.cores, self.masks = {}, {}
+        self.cores = {}
         with torch.no_grad():
             for m, A in factors.A.items():
                 layer, (a, b) = self.adapted[m], self.sides(m)
@@ -212,9 +216,8 @@ class Model:
                     del layer.lora_variant[self.active]
                 if m in factors.R:
                     R = factors.R[m].detach().to(a.device, copy=True)
-                    self.cores[m] = core = Core(R, block, scaled)
-                    self.masks |= {} if core.mask is None else {core.R: core.mask}
-                    layer.lora_variant[self.active] = core
+                    self.cores[m] = Core(R, block, scaled)
+                    layer.lora_variant[self.active] = self.cores[m]
             if not factors.A:
                 for m in self.held():
                     self.sides(m)[1].zero_()
@@ -242,12 +245,10 @@ class Model:
         Those of the experts of a stack are one, by the stack's name.
         """
         whole = {self.shapes[m].stack or m: self._whole_sides(m) for m in self.held()}
-        cores = {m: core.R for m, core in self.cores.items()}
-        scales = {f"{m}, scales": s for m, x in self.cores.items() if (s := x.scales) is not None}
         return {
             "A": {n: sides[0] for n, sides in whole.items()},
             "B": {n: sides[1] for n, sides in whole.items()},
-            "R": cores | scales,
+            "R": {n: p for m, core in self.cores.items() for n, p in core.named(m).items()},
             "other": self._other(),
         }
 
