@@ -35,6 +35,10 @@ WRITING = (WRITES, "causal-lm all layers")
 """Its settings: the last layer adapted as everywhere in the search, and all, on fewer rows."""
 SIZES = {WRITING[1]: "small", "all linear modules": "half"}
 """By factor, where a run is of another size than "short"."""
+ALL_LAYERS = ("all layers", "all linear modules")
+"""The factors with which a config names no layers, so that it does not say how many modules it
+adapts: 12 and 36, where all others have 2."""
+MANY = ALL_LAYERS[1]
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
@@ -120,8 +124,9 @@ def _around(
             if lr := below(rows, name, factor):
                 yield _changed(factor, name, lr)
         near = {name: hopeful(rows, name, task) for name in names}
-        for factor, place, name in itertools.product(factors, range(len(WIDE)), near):
-            for lr in near[name][place : place + 1]:
+        of_few = {name: [*near[name], *hopeful(few(rows), name, task)] for name in names}
+        for factor, place, name in itertools.product(factors, range(2 * len(WIDE)), names):
+            for lr in (near if factor == MANY else of_few)[name][place : place + 1]:
                 if (name, factor, lr) not in there:
                     yield _changed(factor, name, lr)
 
@@ -159,10 +164,15 @@ def verdict(names: list[str]) -> Iterator[Row]:
                 yield {**base, **mine}
 
 
-def default(name: str, task: str = READS) -> float:
-    """The rate that a strategy brings to these runs."""
-    lr, _ = rate(defaults_of(STRATEGIES[name]), task, "lora", task)
+def default(name: str, task: str = READS, factor: str = "") -> float:
+    """The rate that a strategy brings to these runs, of a task and with a factor changed."""
+    lr, _ = rate(defaults_of(STRATEGIES[name]), task, "lora", task, factor not in ALL_LAYERS)
     return lr
+
+
+def few(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of runs with at most FEW_MODULES adapted modules."""
+    return [r for r in rows if r["factor"] != MANY]
 
 
 def best_rate(rows: Sequence[Mapping[str, Any]], name: str, task: str = READS) -> float | None:

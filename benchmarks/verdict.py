@@ -25,16 +25,11 @@ LEVEL = 0.95
 TRUE = 0.01
 """The true gap at which the power is given."""
 
-LOW = (
-    "because its default rate must stand all linear modules of all layers, and is low for these two"
-)
 BECAUSE: Mapping[str, str] = {
     "ffa": "inherent, because A stays as it was drawn",
     "fedsvd": "inherent, because the rows of A span what they spanned when they were drawn",
-    "fedsa": "inherent, because it trains a model for each client, and this is the mean of them, "
-    "taken once at the end",
-    "lora-a2": f"not inherent, {LOW}",
-    "frlora": f"not inherent, {LOW}",
+    "lora-a2": "inherent, because of a client's update only the ranks that it chose count, and B "
+    "and A train in turn",
     "fedsb": "inherent, because at these ranks it trains 16 to 256 numbers a module between fixed "
     "frames, where LoRA trains 3,072 to 12,288",
     "ravan": "inherent, because at these ranks it trains 16 to 64 numbers a module between drawn "

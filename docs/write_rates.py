@@ -41,7 +41,6 @@ OTHERWISE = (
     "differences are paired, in points, with the 95 % interval of Student's t. Of the "
     "clients' own models the accuracy is on their own test rows, a mean over clients."
 )
-OWN_MODELS = "clients' own models"
 NO_SECOND = (
     "The second stage of the search, which changes one factor at a time, was not run for it."
 )
@@ -59,6 +58,9 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     for task in FAMILIES:
         lr, rule = rate(own, task, "lora", task)
         lines.append(f"| `train.lr`, {task} | {lr:g} | {RULES[rule]} |")
+        if task in own.few:
+            lr, rule = rate(own, task, "lora", task, few=True)
+            lines.append(f"| `train.lr`, {task}, few modules | {lr:g} | {RULES[rule]} |")
     lines += [f'| `lora.init` | "{own.init}" | |', f"| `lora.alpha` | {own.alpha:g} | |", ""]
     return "\n".join([*lines, *curve(name, rows)]) + "\n"
 
@@ -137,7 +139,7 @@ def lost(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(losses) < 2:
         return []
     for setting, by_rate in losses.items():
-        lr = search.default(name, search.task_of(setting))
+        lr = search.default(name, search.task_of(setting), setting.partition(" ")[2])
         if lr not in by_rate:
             where.append(f"{_named(setting)} (its rate was not tried)")
         elif (points := by_rate[lr]) > POINT + 1e-9:
@@ -187,10 +189,7 @@ def because(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str
         done = "were not made yet" if gain is None else f"do not: {_gap(gain)} points"
         return "", [f"The runs that could show why ({label or strategy}) {done}.", ""]
     what = label or f"{strategy}, which trains A in every other round"
-    beside = "those of fedex" if label == OWN_MODELS else f"{name}'s default"
-    told = f"Shown by {what}: {_gap(gain)} points beside {beside}, {gain.seeds} seeds."
-    if what == OWN_MODELS and gain.seeds > len(otherwise.SEEDS):
-        told += " The first five alone did not decide, so the interval is a little too narrow."
+    told = f"Shown by {what}: {_gap(gain)} points beside {name}'s default, {gain.seeds} seeds."
     return f": {verdict.BECAUSE[name]}", [told, ""]
 
 

@@ -20,6 +20,9 @@ FAMILIES: Mapping[str, float] = {"classification": 2e-3, "causal-lm": 2e-3}
 that declares none."""
 SEARCHED_IN = "classification"
 """The family whose search the others follow."""
+FEW_MODULES = 12
+"""The more modules are adapted, the lower the rate must be. With at most so many it may be higher
+than one that stands all linear modules: see `Defaults.few`."""
 
 OF_FORMS: Mapping[str, float] = {
     "vera": 0.2, "randlora": 1e-2, "gralora": 1e-2, "loha": 2e-2, "lokr": 5e-2, "hira": 0.1,
@@ -33,9 +36,12 @@ OF_FORMS: Mapping[str, float] = {
 "dora", which is of LoRA's factors and goes with strategies that need other rates than fedavg; nor
 of "delora", of which no rate stands all linear modules: docs/extend/forms.md."""
 
-Rule = Literal["searched", "of the form", "as with lora", "as in its family", "of the task"]
+Rule = Literal[
+    "searched", "few modules", "of the form", "as with lora", "as in its family", "of the task"
+]
 RULES: Mapping[Rule, str] = {
     "searched": "found by search",
+    "few modules": f"found by search with at most {FEW_MODULES} modules",
     "of the form": f"found by search for this form, with fedavg and {SEARCHED_IN}",
     "as with lora": "found by search with lora, not with this form",
     "as in its family": f"not searched for this task: found by search for {SEARCHED_IN}",
@@ -53,15 +59,21 @@ class Defaults:
     """lora.init."""
     alpha: float = 16.0
     """lora.alpha."""
+    few: Mapping[str, float] = field(default_factory=dict)
+    """As `rates`, where a config names at most FEW_MODULES modules: fedlora/config/defaults.py."""
 
     def problems(self) -> list[str]:
         """What is wrong with them, a sentence each."""
-        found = []
-        for key, lr in self.rates.items():
+        tables = {"rates": self.rates, "few": self.few}
+        found = [f"{x}: must be a mapping" for x, t in tables.items() if not isinstance(t, Mapping)]
+        if found:
+            return found
+        declared = [(f"{x}[{key!r}]", key, lr) for x, t in tables.items() for key, lr in t.items()]
+        for where, key, lr in declared:
             if not (isinstance(key, str) and key.partition("/")[0]):
-                found.append(f"rates[{key!r}]: must be a task, or a task and a form, 'task/form'")
+                found.append(f"{where}: must be a task, or a task and a form, 'task/form'")
             if not (isinstance(lr, float) and 0 < lr <= 1e6):
-                found.append(f"rates[{key!r}] = {lr!r}: must be a float above 0, at most 1e6")
+                found.append(f"{where} = {lr!r}: must be a float above 0, at most 1e6")
         if not (isinstance(self.alpha, float) and 0 < self.alpha < float("inf")):
             found.append(f"alpha = {self.alpha!r}: must be a float above 0")
         if not (isinstance(self.init, str) and self.init not in ("", "auto")):
@@ -82,8 +94,11 @@ def defaults_of(cls: Any) -> Defaults:
     return found if isinstance(found, Defaults) else Defaults()
 
 
-def rate(defaults: Defaults, task: str, form: str, family: str) -> tuple[float, Rule]:
-    """AdamW's rate for a task of a family with an adapter form, and the rule that it follows.
+def rate(
+    defaults: Defaults, task: str, form: str, family: str, few: bool = False
+) -> tuple[float, Rule]:
+    """AdamW's rate for a task of a family with an adapter form, and the rule that it follows; few:
+    at most FEW_MODULES modules are adapted.
 
     The first that there is: the strategy's own for the form; the form's, where the task is of the
     family that was searched; that of lora in this task; of the family that was searched, where the
@@ -95,14 +110,16 @@ def rate(defaults: Defaults, task: str, form: str, family: str) -> tuple[float, 
     >>> rate(Defaults({"classification": 2e-2}), "seq2seq", "lora", "causal-lm")
     (0.002, 'of the task')
     """
-    rates, searched = defaults.rates, family == SEARCHED_IN
+    searched = family == SEARCHED_IN
+    rates = {**defaults.rates, **defaults.few} if few else defaults.rates
     if form != "lora":
-        if (own := f"{task}/{form}") in rates:
-            return rates[own], "searched"
+        if (of_form := f"{task}/{form}") in rates:
+            return rates[of_form], "searched"
         if searched and form in OF_FORMS:
             return OF_FORMS[form], "of the form"
     if task in rates:
-        return rates[task], "searched" if form == "lora" else "as with lora"
+        own: Rule = "few modules" if few and task in defaults.few else "searched"
+        return rates[task], own if form == "lora" else "as with lora"
     if searched and family in rates:
         return rates[family], "as in its family"
     return FAMILIES[family], "of the task"

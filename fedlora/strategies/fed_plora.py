@@ -49,7 +49,7 @@ def selection(state: Factors, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FedPLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3, "causal-lm": 5e-3})
 
     def needs(self) -> Needs:
         return Needs()

@@ -37,7 +37,9 @@ from fedlora.strategies.defaults import Defaults
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 1e-2}, few={"classification": 1e-2}
+    )
 
     def needs(self) -> Needs:
         return Needs(equal_ranks=True, algebra="tensors")

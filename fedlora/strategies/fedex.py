@@ -57,7 +57,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FedEx:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 2e-3}, few={"classification": 1e-2}
+    )
     rank: int = 0
     """Rank the residual is cut to; 0 keeps all of it."""
 

@@ -48,7 +48,9 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class FedSA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 2e-3}, few={"classification": 1e-2}
+    )
     average_at_end: bool = True
     """After the last round ask each client once for its B and head, to export one model."""
 

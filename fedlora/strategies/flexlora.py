@@ -51,7 +51,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FlexLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 5e-3}, few={"classification": 1e-2}
+    )
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

@@ -51,7 +51,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 2e-3}, few={"classification": 1e-2}
+    )
     reinit: Literal["random", "keep-A"] = "random"
 
     def needs(self) -> Needs:

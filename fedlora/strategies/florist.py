@@ -58,7 +58,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FLoRIST:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 5e-3}, few={"classification": 1e-2}
+    )
     energy: float = 0.9
     """Share of the squared singular values that is kept; 1 keeps all. The authors' value in use."""
 

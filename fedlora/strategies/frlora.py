@@ -53,7 +53,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class FRLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 2e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 2e-3, "causal-lm": 1e-3}, few={"classification": 1e-2}
+    )
 
     def needs(self) -> Needs:
         return Needs(equal_ranks=True, moving_base=True)

@@ -49,7 +49,7 @@ def sketch(state: Factors, client: Client, round: Round, m: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FSLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2, "causal-lm": 5e-3})
     normalize: Literal["none", "hits"] = "none"
 
     def needs(self) -> Needs:

@@ -58,7 +58,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class HetLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 1e-2}, few={"classification": 1e-2}
+    )
     gamma: float = 0.99
     """Share of its ranks that a client keeps when it prunes; 1 never prunes."""
     penalty: float = 1e-3

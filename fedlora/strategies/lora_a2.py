@@ -79,7 +79,9 @@ def selection(state: State, client: Client, round: Round, m: str, *, mended: boo
 
 @dataclass(frozen=True, slots=True)
 class LoRAA2:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 1e-2}, few={"classification": 1e-2}
+    )
     choice: Literal["client", "server", "server-0.1"] = "client"
     """Who chooses a client's ranks. server-0.1: with the fault that a rank first met in a round
     that trains A, while its B was 0, was never met again; for runs that began with it."""

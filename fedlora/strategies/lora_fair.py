@@ -129,7 +129,9 @@ def cosine_columns(whole: Pair, A: Tensor, B: Tensor, lam: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoRAFair:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 1e-2}, few={"classification": 1e-2}
+    )
     mode: Literal["ridge", "cosine", "cosine-columns"] = "ridge"
     lambda_rel: float = 0.01
     """Weight of ||D||^2: relative to trace(G) / r in "ridge", the paper's lambda in the others."""

@@ -67,7 +67,9 @@ def by_rank(pairs: Sequence[Pair], p: Sequence[float]) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 5e-3})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 5e-3, "causal-lm": 5e-3}, few={"classification": 1e-2}
+    )
     max_rank: int = 64
     """Rank the server keeps between rounds."""
 

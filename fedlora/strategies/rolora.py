@@ -42,7 +42,9 @@ from fedlora.strategies.mixed import mean_ranks
 
 @dataclass(frozen=True, slots=True)
 class RoLoRA:
-    defaults: ClassVar[Defaults] = Defaults({"classification": 1e-2})
+    defaults: ClassVar[Defaults] = Defaults(
+        {"classification": 1e-2, "causal-lm": 5e-3}, few={"classification": 2e-2}
+    )
 
     def needs(self) -> Needs:
         return Needs(algebra="sides")

@@ -114,6 +114,50 @@ def test_a_searched_rate_is_that_of_the_least_worst_loss_in_the_committed_search
 
 
 @every
+def test_a_rate_for_few_modules_is_that_of_the_settings_but_all_linear_modules(name: str) -> None:
+    """By the same rule; declared where it is another."""
+    rows = [r for r in pages.read() if (r["strategy"], r["stage"]) == (name, "search")]
+    read = [r for r in rows if "causal-lm" not in r["factor"] and r["setting"] != "full"]
+    table = pd.DataFrame([r for r in read if r["factor"] != "all linear modules"])
+    scores = table.pivot_table("accuracy", ["data", "factor"], "lr")
+    assert len(scores) == 8
+    losses = scores.rsub(scores.max(axis=1), axis=0).round(6)
+    best = losses.max(axis=0, skipna=False).dropna().idxmin()
+    own = defaults_of(STRATEGIES[name])
+    assert own.few == ({} if best == own.rates["classification"] else {"classification": best})
+    grid = [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
+    at = grid.index(best)
+    for lr in grid[max(0, at - 1) : at + 2]:
+        assert losses[lr].notna().all() or losses[lr].max() > max(0.1, losses[best].max()), lr
+
+
+@pytest.mark.parametrize(
+    ("layers", "modules", "few"),
+    [("-1", "query,value", True), ("-2,-1", "auto", True), ("-2,-1", "query,value", True),
+     ("-1", "all-linear", True), ("-3,-2,-1", "auto", True), ("-4,-3,-2,-1", "auto", False),
+     ("-2,-1", "all-linear", False), ("", "query", False), ("auto", "query", False),
+     ("0,1,2,3,4,5", "query,value", True), ("0,1,2,3,4,5,6", "query,value", False)],
+)  # fmt: skip
+def test_a_config_that_names_at_most_twelve_modules_has_the_rate_for_few(
+    layers: str, modules: str, few: bool
+) -> None:
+    given = {"lora.layers": layers, "lora.target-modules": modules}
+    for name, rates in (("fedex", (5e-3, 1e-2)), ("frlora", (2e-3, 1e-2)), ("ffa", (2e-2, 2e-2))):
+        config = Config.read({**given, "strategy.name": name})
+        assert config.train.lr == rates[few]
+        assert origin(config.run.defaults, "train.lr", config.train.lr)
+    stack = {"strategy.name": "fedex", "lora.layers": "-1", "lora.target-parameters": "experts.up"}
+    assert Config.read(stack).train.lr == 5e-3
+    for more in ({"model.task": "regression"}, {"lora.form": "alora"}):  # those that follow it
+        own = Config.read({**given, "strategy.name": "fedex", **more, "lora.invocation": "x"})
+        assert own.train.lr == (1e-2 if few else 5e-3)
+    of_form = {**given, "strategy.name": "fedex", "lora.form": "vera"}
+    assert Config.read(of_form).train.lr == OF_FORMS["vera"]
+    written = {**given, "strategy.name": "fedex", "model.task": "seq2seq", "data.prompt": "p"}
+    assert Config.read(written).train.lr == FAMILIES["causal-lm"]
+
+
+@every
 @pytest.mark.parametrize("task", ["seq2seq", "token-classification"])
 def test_no_rate_of_another_kind_of_task_is_raised_by_what_was_found_for_classification(
     name: str, task: str
@@ -224,6 +268,8 @@ def test_under_example_level_privacy_the_clip_decides_the_rate(bold: None) -> No
 @pytest.mark.parametrize(
     ("defaults", "said"),
     [(0.1, "must be Defaults"), (Defaults({"/vera": 0.1}), "must be a task"),
+     (Defaults(few={"classification": 2}), r"few\['classification'\] = 2: must be a float"),
+     (Defaults(few=[0.1]), "few: must be a mapping"),
      (Defaults({"classification": -1.0}), "must be a float above 0"),
      (Defaults(alpha=0.0), "alpha"), (Defaults(init="auto"), "init")],
 )  # fmt: skip
@@ -266,7 +312,16 @@ def test_doctor_notes_a_default_rate_on_more_modules_than_it_was_found_with(bold
     assert note.level == "note"
     assert "37 modules are adapted" in note.what
     assert "halve train.lr" in note.do
-    assert not [*crowded(config, 36)]
+    assert not [*crowded(config, 36, 768)]
+    assert "up to 769 wide" in next(crowded(config, 36, 769)).what
+    writes = Config.read({"strategy.name": "fedex", "model.task": "causal-lm", "data.prompt": "p"})
+    assert not [*crowded(writes, 210, 1152)]
+    assert "7 to 210 of 576" in next(crowded(writes, 211, 576)).what
+    assert [*crowded(writes, 7, 1153)]
+    named = {"strategy.name": "fedex", "lora.layers": "-1", "lora.target-modules": "dense,query"}
+    assert not [*crowded(Config.read(named), 12)]
+    assert "2 to 12" in next(crowded(Config.read(named), 13)).what  # BERT has three "dense" a layer
+    assert not [*crowded(Config.read({**named, "strategy.name": "fedsb"}), 13)]
     for other in ({"train.lr": 0.3}, {"model.task": "causal-lm", "data.prompt": "p"}):
         assert not [*crowded(Config.read({"strategy.name": "bold", **other}), 400)]
 

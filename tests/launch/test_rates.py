@@ -124,6 +124,22 @@ def test_where_every_rate_was_too_high_lower_ones_are_run_and_held_against_the_o
     assert {r["lr"] for r in runs if r["factor"] == "all layers"} >= {2e-3, 5e-3}
 
 
+def test_the_best_rate_for_few_modules_has_its_neighbours_where_few_are_adapted() -> None:
+    def score(row: Row) -> float:
+        fell = row["factor"] == rates.MANY and row["lr"] > 5e-3
+        return 0.2 if fell else away(2e-2)(row)
+
+    rows = stage_1("ffa", score)
+    many = [{**tried("ffa", lr, 0.0, factor=rates.MANY), "setting": rates.SIZES[rates.MANY]}
+            for lr in (2e-3, 5e-3, 1e-2)]  # fmt: skip
+    rows += [{**row, "accuracy": score(row)} for row in many]
+    runs = carried_out(rates.stage2(rows, ["ffa"]), rows, score)
+    assert rates.best_rate(rows, "ffa") == 5e-3
+    assert rates.best_rate(rates.few(rows), "ffa") == 2e-2
+    for factor in (f for f in STAGE_2 if f != rates.MANY):
+        assert {r["lr"] for r in runs if r["factor"] == factor} >= {1e-2, 2e-2, 5e-2}
+
+
 def test_what_is_too_high_is_held_against_scores_of_the_same_task() -> None:
     rows = [*stage_1("ffa", away(1e-2)), tried("ffa", 1e-2, 0.4, factor=rates.WRITES)]
     assert rates.below(rows, "ffa", rates.WRITES) is None  # .4 of a right token is no collapse

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
-from typing import Any
+from typing import Any, NamedTuple
 
-from fedlora.config.defaults import rate_of
+from fedlora.config.defaults import few_modules, rate_of
 from fedlora.config.origins import origin
 from fedlora.config.reader import Config, strategy_defaults
 from fedlora.config.task_names import kind_of
@@ -12,14 +12,30 @@ from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import fits
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Round, Strategy
-from fedlora.strategies.defaults import RULES
+from fedlora.strategies.defaults import FEW_MODULES, RULES
 from fedlora.strategies.forms import guarantee
 from fedlora.training.model.model import Model
 
 FAR = 10.0
 """A rate so many times the default, or less than its such part, is seldom what was meant."""
-MANY = 36
-"""Modules: the most that a default of classification was found with."""
+
+
+class Searched(NamedTuple):
+    """How many modules a default rate was found with, and how wide they were."""
+
+    least: int
+    most: int
+    width: int
+
+
+READ, FEW_SEARCHED, WRITTEN = (
+    Searched(2, 36, 384),
+    Searched(2, FEW_MODULES, 384),
+    Searched(7, 210, 576),
+)
+"""Of MiniLM that reads, and of SmolLM2 that writes: benchmarks/rates.py."""
+WIDER = 2
+"""A model so many times as wide is another one."""
 FEW = 20
 """So many times as many numbers, at one rank, are another kind of adapter."""
 
@@ -38,22 +54,35 @@ def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) ->
         f'lora.alpha {config.lora.alpha:g}, lora.init "{config.lora.init}"',
     )
     yield from far_off(config)
-    yield from crowded(config, len(model.shapes))
+    width = max((min(x.d, x.k) for x in model.shapes.values()), default=0)
+    yield from crowded(config, len(model.shapes), width)
 
 
-def crowded(config: Config, modules: int) -> Iterator[Finding]:
-    """A default rate on more modules than it was found with."""
-    if modules <= MANY or not origin(config.run.defaults, "train.lr", config.train.lr):
+def crowded(config: Config, modules: int, width: int = 0) -> Iterator[Finding]:
+    """A default rate on more modules than it was found with, or on far wider ones.
+
+    width: the least side of a module, of the one where that is largest.
+    """
+    name, task = config.strategy.name, config.model.task
+    own = strategy_defaults(name)
+    if kind_of(task).pooled:
+        searched = FEW_SEARCHED if own.few and few_modules(config.lora) else READ
+    elif task in own.rates:
+        searched = WRITTEN
+    else:
         return
-    if not kind_of(config.model.task).pooled:
+    if not origin(config.run.defaults, "train.lr", config.train.lr):
         return
-    yield Finding(
-        "note",
-        f"{modules} modules are adapted, and {config.strategy.name}'s default rate was found with "
-        f"2 to {MANY}: the more there are, the lower it must be",
-        "if the first rounds stay at chance, halve train.lr, or adapt less: lora.layers, "
-        "lora.target-modules",
-    )
+    if modules > searched.most or width > WIDER * searched.width:
+        wide = f", up to {width} wide" if width else ""
+        yield Finding(
+            "note",
+            f"{modules} modules are adapted{wide}, and {name}'s "
+            f"default rate was found with {searched.least} to {searched.most} of {searched.width}: "
+            "the more there are and the wider they are, the lower it must be",
+            "if the first rounds stay at chance, halve train.lr, or adapt less: lora.layers, "
+            "lora.target-modules",
+        )
 
 
 def far_off(config: Config) -> Iterator[Finding]:
