@@ -35,10 +35,9 @@ WRITING = (WRITES, "causal-lm all layers")
 """Its settings: the last layer adapted as everywhere in the search, and all, on fewer rows."""
 SIZES = {WRITING[1]: "small", "all linear modules": "half"}
 """By factor, where a run is of another size than "short"."""
-ALL_LAYERS = ("all layers", "all linear modules")
-"""The factors with which a config names no layers, so that it does not say how many modules it
-adapts: 12 and 36, where all others have 2."""
-MANY = ALL_LAYERS[1]
+MANY = "all linear modules"
+"""The factor with which more than FEW_MODULES are adapted, 36; with all layers they are 12, with
+the others 2."""
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
@@ -166,7 +165,7 @@ def verdict(names: list[str]) -> Iterator[Row]:
 
 def default(name: str, task: str = READS, factor: str = "") -> float:
     """The rate that a strategy brings to these runs, of a task and with a factor changed."""
-    lr, _ = rate(defaults_of(STRATEGIES[name]), task, "lora", task, factor not in ALL_LAYERS)
+    lr, _ = rate(defaults_of(STRATEGIES[name]), task, "lora", task, factor != MANY)
     return lr
 
 

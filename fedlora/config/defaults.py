@@ -20,8 +20,6 @@ model.dropout is 0 of a task that compares with a reference, which knows none; e
 Whatever an experiment sets stays; fedlora/config/origins.py records what it did not.
 """
 
-from collections.abc import Mapping
-
 from fedlora.config.privacy_sections import PrivacyConfig
 from fedlora.config.sections import LoraConfig, ModelConfig, TrainConfig
 from fedlora.config.task_names import kind_of
@@ -30,16 +28,14 @@ from fedlora.strategies.defaults import FAMILIES, FEW_MODULES, Defaults, rate
 AUTO = "auto"
 NONE = Defaults()
 """Of a strategy that declares none."""
-MODULES_OF: Mapping[str, int] = {AUTO: 4, "all-linear": 8}
-"""How many modules of a layer a word of lora.target-modules may mean, at most in the usual
-architectures; any other is one."""
 
 
 def rate_of(train: TrainConfig, model: ModelConfig, lora: LoraConfig, p: PrivacyConfig,
-            defaults: Defaults) -> tuple[float, str]:  # fmt: skip
+            defaults: Defaults, modules: int | None = None) -> tuple[float, str]:  # fmt: skip
     """train.lr where nothing sets it, and the rule that it follows; the optimizer is chosen.
 
-    Of a strategy's own rate the rule is one of fedlora/strategies/defaults.py's.
+    modules: how many are adapted; None: not known, so maybe many. Of a strategy's own rate the rule
+    is one of fedlora/strategies/defaults.py's.
     """
     if p.by_example:
         step = 1.0 if 0 < p.epsilon <= 1 else 3.0
@@ -47,21 +43,8 @@ def rate_of(train: TrainConfig, model: ModelConfig, lora: LoraConfig, p: Privacy
     family = "classification" if kind_of(model.task).pooled else "causal-lm"
     if train.optimizer == "sgd":
         return FAMILIES[family], "not searched with sgd"
-    return rate(defaults, model.task, lora.form, family, few_modules(lora))
-
-
-def few_modules(lora: LoraConfig) -> bool:
-    """Whether the layers and modules that a config names are at most FEW_MODULES. Where it names no
-    layers they are as many as the model has, which no config knows; a stack of experts is many.
-
-    >>> few_modules(LoraConfig(layers=("-2", "-1"), target_modules=("query", "value")))
-    True
-    >>> few_modules(LoraConfig(target_modules=("query", "value")))
-    False
-    """
-    named = [] if AUTO in lora.layers else lora.layers
-    each = sum(MODULES_OF.get(name, 1) for name in lora.target_modules)
-    return 0 < len(named) * each <= FEW_MODULES and not lora.target_parameters
+    few = modules is not None and modules <= FEW_MODULES
+    return rate(defaults, model.task, lora.form, family, few)
 
 
 def resolve_defaults(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fedlora.config.defaults import rate_of, resolve_defaults
 from fedlora.config.fields import Section, flat_list, said
-from fedlora.config.origins import RECORD, recorded, without_others
+from fedlora.config.origins import BY_MODULES, RECORD, decided, recorded, without_others
 from fedlora.config.possible import impossible
 from fedlora.config.privacy_sections import PrivacyConfig, SecureConfig
 from fedlora.config.sections import (
@@ -156,6 +156,19 @@ class Config(Section):
         left = {"strategy": strategy_tables(self.strategy)}
         return _dotted({**self.model_dump(), **left})
 
+    def for_modules(self, modules: int) -> "Config":
+        """The same with the rate for so many adapted modules, where it was left to the strategy.
+
+        A config does not know how many its model has: until then it has the rate for many.
+        """
+        if BY_MODULES not in self.run.defaults:
+            return self
+        own = strategy_defaults(self.strategy.name)
+        lr, _ = rate_of(self.train, self.model, self.lora, self.privacy, own, modules)
+        run = self.run.model_copy(update={"defaults": decided(self.run.defaults, lr)})
+        train = self.train.model_copy(update={"lr": lr})
+        return self.model_copy(update={"run": run, "train": train})
+
     def identity(self) -> str:
         """A digest of all that decides a run's results: equal on its server and its clients."""
         return self.digest()[:16]
@@ -212,8 +225,10 @@ def _resolved(built: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, An
         built["train"], built["model"], built["lora"], private, own
     )
     values = {"train.lr": train.lr, "lora.alpha": lora.alpha, "lora.init": lora.init}
-    _, rule = rate_of(train, model, lora, private, own)
-    run = built["run"].model_copy(update={"defaults": recorded(flat, name, values, rule in RULES)})
+    usual, rule = rate_of(train, model, lora, private, own)
+    few, _ = rate_of(train, model, lora, private, own, modules=1)
+    gave = recorded(flat, name, values, rule in RULES, few != usual)
+    run = built["run"].model_copy(update={"defaults": gave})
     return {"run": run, "train": train, "model": model, "lora": lora}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.config.origins import RECORD
+from fedlora.config.origins import RECORD, origin
 from fedlora.errors import FedLoraError
 from fedlora.reports.run_files import RunFiles
 from fedlora.reports.tables import Grid, TableCell
@@ -18,8 +18,9 @@ def changed(run: RunFiles) -> dict[str, Any]:
     A key that today's fedlora does not have is none of them.
     """
     usual = defaults({k: run.config[k] for k in DECIDE if k in run.config})
-    keys = (k for k in run.config if k in usual and k != RECORD)
-    return {k: usual[k] for k in keys if run.config[k] != usual[k]}
+    record = run.config.get(RECORD, "")
+    keys = (k for k, x in run.config.items() if k in usual and not origin(record, k, x))
+    return {k: usual[k] for k in keys if k != RECORD and run.config[k] != usual[k]}
 
 
 def defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -60,7 +60,7 @@ class Defaults:
     alpha: float = 16.0
     """lora.alpha."""
     few: Mapping[str, float] = field(default_factory=dict)
-    """As `rates`, where a config names at most FEW_MODULES modules: fedlora/config/defaults.py."""
+    """As `rates`, where at most FEW_MODULES modules are adapted."""
 
     def problems(self) -> list[str]:
         """What is wrong with them, a sentence each."""

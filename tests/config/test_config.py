@@ -36,7 +36,8 @@ def resolved(config: Config) -> Config:
     own = strategy_defaults(config.strategy.name)
     found = resolve_defaults(*(getattr(config, n) for n in names), config.privacy, own)
     train, _, lora = found
-    gave = (f"train.lr={train.lr}", f"lora.alpha={lora.alpha}", f"lora.init={lora.init}")
+    gave = [f"train.lr={train.lr}", f"lora.alpha={lora.alpha}", f"lora.init={lora.init}"]
+    gave += ["by-modules"] if own.few else []
     run = config.run.model_copy(update={"defaults": (config.strategy.name, *gave)})
     return config.model_copy(update={"run": run, **dict(zip(names, found, strict=True))})
 

@@ -131,30 +131,38 @@ def test_a_rate_for_few_modules_is_that_of_the_settings_but_all_linear_modules(n
         assert losses[lr].notna().all() or losses[lr].max() > max(0.1, losses[best].max()), lr
 
 
-@pytest.mark.parametrize(
-    ("layers", "modules", "few"),
-    [("-1", "query,value", True), ("-2,-1", "auto", True), ("-2,-1", "query,value", True),
-     ("-1", "all-linear", True), ("-3,-2,-1", "auto", True), ("-4,-3,-2,-1", "auto", False),
-     ("-2,-1", "all-linear", False), ("", "query", False), ("auto", "query", False),
-     ("0,1,2,3,4,5", "query,value", True), ("0,1,2,3,4,5,6", "query,value", False)],
-)  # fmt: skip
-def test_a_config_that_names_at_most_twelve_modules_has_the_rate_for_few(
-    layers: str, modules: str, few: bool
+@pytest.mark.parametrize(("modules", "few"), [(1, True), (12, True), (13, False), (400, False)])
+def test_a_config_has_the_rate_for_few_modules_once_their_number_is_known(
+    modules: int, few: bool
 ) -> None:
-    given = {"lora.layers": layers, "lora.target-modules": modules}
     for name, rates in (("fedex", (5e-3, 1e-2)), ("frlora", (2e-3, 1e-2)), ("ffa", (2e-2, 2e-2))):
-        config = Config.read({**given, "strategy.name": name})
+        left = Config.read({"strategy.name": name})
+        assert left.train.lr == rates[0]
+        config = left.for_modules(modules)
         assert config.train.lr == rates[few]
-        assert origin(config.run.defaults, "train.lr", config.train.lr)
-    stack = {"strategy.name": "fedex", "lora.layers": "-1", "lora.target-parameters": "experts.up"}
-    assert Config.read(stack).train.lr == 5e-3
-    for more in ({"model.task": "regression"}, {"lora.form": "alora"}):  # those that follow it
-        own = Config.read({**given, "strategy.name": "fedex", **more, "lora.invocation": "x"})
-        assert own.train.lr == (1e-2 if few else 5e-3)
-    of_form = {**given, "strategy.name": "fedex", "lora.form": "vera"}
-    assert Config.read(of_form).train.lr == OF_FORMS["vera"]
-    written = {**given, "strategy.name": "fedex", "model.task": "seq2seq", "data.prompt": "p"}
-    assert Config.read(written).train.lr == FAMILIES["causal-lm"]
+        assert origin(config.run.defaults, "train.lr", config.train.lr) == f"from {name}'s defaults"
+        assert config.for_modules(1) == config  # it is decided once
+        again = Config.read(config.flat())
+        assert again.for_modules(13 if few else 1) == again  # a saved one stays as it is
+        assert Config.read(left.flat()).for_modules(modules) == config  # one that is still open
+        assert Config.read({**left.flat(), "strategy.name": "ffa"}).for_modules(1).train.lr == 2e-2
+        by_hand = Config.read({**left.flat(), "train.lr": 0.3})
+        assert by_hand.for_modules(modules) == by_hand
+    for more, expected in (
+        ({"model.task": "regression"}, 1e-2),
+        ({"lora.form": "alora", "lora.invocation": "x"}, 1e-2),
+        ({"lora.form": "vera"}, OF_FORMS["vera"]), ({"train.optimizer": "sgd"}, 2e-3),
+        ({"model.task": "seq2seq", "data.prompt": "p"}, FAMILIES["causal-lm"]),
+        ({"train.lr": 5e-3}, 5e-3),
+    ):  # fmt: skip
+        own = Config.read({"strategy.name": "fedex", **more})
+        assert own.for_modules(1).train.lr == expected
+
+
+def test_under_example_level_privacy_the_number_of_modules_decides_nothing() -> None:
+    given = {"privacy.level": "example", "privacy.epsilon": 3.0, "privacy.clip-norm": 1.0}
+    config = Config.read({"strategy.name": "fedex", **given})
+    assert config.for_modules(1) == config
 
 
 @every
@@ -318,10 +326,6 @@ def test_doctor_notes_a_default_rate_on_more_modules_than_it_was_found_with(bold
     assert not [*crowded(writes, 210, 1152)]
     assert "7 to 210 of 576" in next(crowded(writes, 211, 576)).what
     assert [*crowded(writes, 7, 1153)]
-    named = {"strategy.name": "fedex", "lora.layers": "-1", "lora.target-modules": "dense,query"}
-    assert not [*crowded(Config.read(named), 12)]
-    assert "2 to 12" in next(crowded(Config.read(named), 13)).what  # BERT has three "dense" a layer
-    assert not [*crowded(Config.read({**named, "strategy.name": "fedsb"}), 13)]
     for other in ({"train.lr": 0.3}, {"model.task": "causal-lm", "data.prompt": "p"}):
         assert not [*crowded(Config.read({"strategy.name": "bold", **other}), 400)]
 

@@ -64,6 +64,8 @@ class Setting:
         strategy, corpus = config.build_strategy(), cache.corpus(config)
         named_metrics.check(config, corpus)
         model = cache.model(config, corpus.labels)
+        config, was = config.for_modules(len(model.shapes)), config.flat()
+        changes = {**changes, **{k: v for k, v in config.flat().items() if v != was[k]}}
         guarantee = forms.guarantee(model.form, strategy)
         planner = Planner(config, model)
         journal = Journal(config)

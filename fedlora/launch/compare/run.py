@@ -56,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.older import of_strategy
+from fedlora.config.origins import BY_MODULES, RECORD, origin
 from fedlora.config.processes import can_fork, end_with_parent
 from fedlora.config.reader import NOT_THE_EXPERIMENT
 from fedlora.errors import CompareError, ConfigError, FedLoraError, StrategyError
@@ -292,6 +293,8 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
         differ = [
             key for key, value in config.flat().items()
             if was[key] != value and not key.startswith(NOT_THE_EXPERIMENT)
+            and not (key == "train.lr" and BY_MODULES in config.run.defaults
+                     and origin(was[RECORD], key, was[key]))
             and of_strategy(key) in ("", cell.strategy)
         ]  # fmt: skip
         if differ:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
-from fedlora.config.defaults import few_modules, rate_of
+from fedlora.config.defaults import rate_of
 from fedlora.config.origins import origin
 from fedlora.config.reader import Config, strategy_defaults
 from fedlora.config.task_names import kind_of
@@ -12,7 +12,7 @@ from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import fits
 from fedlora.lora.adapter import Factors
 from fedlora.strategies.base import Client, Round, Strategy
-from fedlora.strategies.defaults import FEW_MODULES, RULES
+from fedlora.strategies.defaults import RULES
 from fedlora.strategies.forms import guarantee
 from fedlora.training.model.model import Model
 
@@ -28,11 +28,7 @@ class Searched(NamedTuple):
     width: int
 
 
-READ, FEW_SEARCHED, WRITTEN = (
-    Searched(2, 36, 384),
-    Searched(2, FEW_MODULES, 384),
-    Searched(7, 210, 576),
-)
+READ, WRITTEN = Searched(2, 36, 384), Searched(7, 210, 576)
 """Of MiniLM that reads, and of SmolLM2 that writes: benchmarks/rates.py."""
 WIDER = 2
 """A model so many times as wide is another one."""
@@ -43,6 +39,7 @@ FEW = 20
 def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) -> Iterator[Finding]:
     """largest: bytes that the largest client moves in a round, both ways."""
     per_round = config.clients.per_round or config.clients.count
+    modules = len(model.shapes)
     yield from fits(model, config, largest * per_round)
     if model.start.told:
         yield Finding("ok", model.start.told)
@@ -50,12 +47,12 @@ def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) ->
         "ok",
         f"plan: {config.strategy.name} ({guarantee(model.form, strategy)}), "
         f"{config.run.rounds} rounds of {per_round} clients, "
-        f"lr {config.train.lr:g} ({config.train.lr_schedule}){_whence(config)}, "
+        f"lr {config.train.lr:g} ({config.train.lr_schedule}){_whence(config, modules)}, "
         f'lora.alpha {config.lora.alpha:g}, lora.init "{config.lora.init}"',
     )
-    yield from far_off(config)
+    yield from far_off(config, modules)
     width = max((min(x.d, x.k) for x in model.shapes.values()), default=0)
-    yield from crowded(config, len(model.shapes), width)
+    yield from crowded(config, modules, width)
 
 
 def crowded(config: Config, modules: int, width: int = 0) -> Iterator[Finding]:
@@ -66,7 +63,7 @@ def crowded(config: Config, modules: int, width: int = 0) -> Iterator[Finding]:
     name, task = config.strategy.name, config.model.task
     own = strategy_defaults(name)
     if kind_of(task).pooled:
-        searched = FEW_SEARCHED if own.few and few_modules(config.lora) else READ
+        searched = READ
     elif task in own.rates:
         searched = WRITTEN
     else:
@@ -85,12 +82,10 @@ def crowded(config: Config, modules: int, width: int = 0) -> Iterator[Finding]:
         )
 
 
-def far_off(config: Config) -> Iterator[Finding]:
+def far_off(config: Config, modules: int | None = None) -> Iterator[Finding]:
     """A rate that is ten times the strategy's own here, or a tenth of it."""
     name = config.strategy.name
-    usual, rule = rate_of(
-        config.train, config.model, config.lora, config.privacy, strategy_defaults(name)
-    )
+    usual, rule = _own_rate(config, modules)
     if rule not in (*RULES, "by the clip"):
         return
     times = config.train.lr / usual
@@ -128,10 +123,14 @@ def few(
     )
 
 
-def _whence(config: Config) -> str:
+def _own_rate(config: Config, modules: int | None) -> tuple[float, str]:
+    own = strategy_defaults(config.strategy.name)
+    return rate_of(config.train, config.model, config.lora, config.privacy, own, modules)
+
+
+def _whence(config: Config, modules: int) -> str:
     """ ", from fedsb's defaults (found by search)", where the rate is from there."""
     if not (said := origin(config.run.defaults, "train.lr", config.train.lr)):
         return ""
-    own = strategy_defaults(config.strategy.name)
-    _, rule = rate_of(config.train, config.model, config.lora, config.privacy, own)
+    _, rule = _own_rate(config, modules)
     return f", {said} ({RULES.get(rule, rule)})"  # type: ignore[call-overload]

@@ -64,6 +64,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     named_metrics.check(config, corpus)
     findings = [*rows_read(config, corpus), *crew(config)]
     model = cache.model(config, corpus.labels)
+    config = config.for_modules(len(model.shapes))
     findings += _model(config, model)
     findings += _responses(config, model, corpus)
     findings += lengths(config, corpus, model)
