@@ -28,7 +28,8 @@ class RunConfig(Section):
     schedules did there, "2:restart, 4:hold"."""
     defaults: Names = ()
     """Written, not set: the strategy, and the keys that its defaults gave. Such a key gives way
-    to another strategy's default, as long as its value is still the one that stands here."""
+    to another strategy's default, as long as its value is still the one that stands here.
+    "by-modules": how many modules the model has decides the rate, as the run begins."""
 
     @field_validator("extended")
     @classmethod
