@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -89,7 +90,8 @@ def test_tokens_loss_margin_and_accuracy_are_those_of_trl(
         "betas": BETAS, "out": str(out),
     }))  # fmt: skip
     command = [str(python), "-P", str(trl_margins.__file__), str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ours = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}  # it may be another's
+    done = subprocess.run(command, env=ours, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for theirs in json.loads(out.read_text()):
         beta = theirs["beta"]
