@@ -33,11 +33,11 @@ READS, WRITES = "classification", "causal-lm"
 GRIDS: Mapping[str, Sequence[float]] = {READS: RATES, WRITES: WIDE}
 WRITING = (WRITES, "causal-lm all layers")
 """Its settings: the last layer adapted as everywhere in the search, and all, on fewer rows."""
-SIZES = {WRITING[1]: "small", "all linear modules": "half"}
-"""By factor, where a run is of another size than "short"."""
 MANY = "all linear modules"
-"""The factor with which more than FEW_MODULES are adapted, 36; with all layers they are 12, with
-the others 2."""
+"""Of the settings that read, that in which more than FEW_MODULES are adapted, 36; with all layers
+they are 12, with the others 2."""
+SIZES = {WRITING[1]: "small", MANY: "half"}
+"""By factor, where a run is of another size than "short"."""
 MIDDLE = 1e-2
 ORDER = (1e-2, 2e-2, 5e-3, 5e-2, 2e-3)
 FIRST = ("fedex", "ffa", "fedsa", "fslora", "fedsb", "ravan", "lora-a2", "fedavg")
@@ -52,7 +52,7 @@ SEED, SEEDS_OF_VERDICT = 1000, tuple(range(3000, 3010))
 REFERENCE = "fedex"
 """Of the verdict: at its own default, named before any run of it."""
 STAGE_2 = ("products", "SmolLM2", "alpha 0.1", "6 clients", "two epochs", "all layers",
-           "all linear modules")  # fmt: skip
+           MANY)  # fmt: skip
 """The factors that are run, in this order: a third data set, a second model, the skew, the clients,
 the local steps, the layers that are adapted."""
 FULL = ("fedex", "fedsb", "ffa")
@@ -170,7 +170,8 @@ def default(name: str, task: str = READS, factor: str = "") -> float:
 
 
 def few(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of runs with at most FEW_MODULES adapted modules."""
+    """The rows that a rate for few modules is found with. Those that write are all among them:
+    they have no such rate."""
     return [r for r in rows if r["factor"] != MANY]
 
 

@@ -238,6 +238,7 @@ def run_missing(
                 break
             if key_of(row) in done:
                 continue
+            done.add(key_of(row))
             rows.append(run_one(row, Path(home), changes(row)))
             with results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

@@ -20,7 +20,19 @@ def changed(run: RunFiles) -> dict[str, Any]:
     usual = defaults({k: run.config[k] for k in DECIDE if k in run.config})
     record = run.config.get(RECORD, "")
     keys = (k for k, x in run.config.items() if k in usual and not origin(record, k, x))
-    return {k: usual[k] for k in keys if k != RECORD and run.config[k] != usual[k]}
+    found = {k: usual[k] for k in keys if k != RECORD and run.config[k] != usual[k]}
+    lr = run.config.get("train.lr")
+    if lr is not None and not origin(record, "train.lr", lr) and (rates := _by_modules(usual)):
+        found["train.lr"] = rates
+    return found
+
+
+def _by_modules(usual: Mapping[str, Any]) -> str:
+    """Both rates of a strategy whose rate is decided by the number of modules; "" of another."""
+    from fedlora.config.reader import Config
+
+    few = Config.read(usual).for_modules(1).train.lr
+    return "" if few == usual["train.lr"] else f"{usual['train.lr']:g}, of few modules {few:g}"
 
 
 def defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:

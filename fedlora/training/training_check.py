@@ -58,6 +58,8 @@ SCALES = 16
 """How often a gradient that overflows in float16 is scaled by half."""
 FAR = 10.0
 """How far a tensor without a gradient is moved."""
+NOISE = 8.0
+"""Times what rounding did to the loss in three tries: no such move is told by less."""
 
 
 TOLERANCES = {
@@ -179,7 +181,7 @@ def check_gradients(
     rounding = max(*gaps, tolerance.rounding * max(abs(here), 0.1))
     for name, column in _columns(live):
         if silent := [p for p in column if p not in gradient]:
-            noise = 8 * max(*gaps, 1e-6 * max(abs(here), 0.1))
+            noise = NOISE * max(*gaps, 1e-6 * max(abs(here), 0.1))
             change = _change_with(name, silent, loss, here, config.run.seed)
             whole = len(silent) == len(column)
             if whole and (n := examples_in(batch)) > 1:

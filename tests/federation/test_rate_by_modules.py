@@ -14,6 +14,8 @@ from fedlora.launch.compare.run import run as run_cells
 from fedlora.launch.doctor.the_run import experiment
 from fedlora.launch.experiment_file import of_run
 from fedlora.launch.simulate.run import resumed
+from fedlora.reports.changed import changed
+from fedlora.reports.run_files import read
 from fedlora.training import cache
 from tests.support.tiny_federation import QUICK, Ran, federate
 from tests.support.under_policy import named as under
@@ -46,6 +48,10 @@ def test_a_run_trains_at_the_rate_for_as_many_modules_as_its_model_has(settings:
         ends[name] = federate({**given, **more})
     assert of(ends["left"]) == (FEW, "from fedex's defaults")
     assert of(ends["few"]) == (FEW, "")
+    assert "train.lr" not in changed(read(ends["left"].directory))  # its page says it is the own
+    for by_hand in ("few", "many"):
+        said = changed(read(ends[by_hand].directory))["train.lr"]
+        assert said == "0.005, of few modules 0.01"
     assert ends["left"].adapter == ends["few"].adapter
     assert ends["left"].adapter != ends["many"].adapter
 

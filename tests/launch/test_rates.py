@@ -257,6 +257,21 @@ def test_a_line_that_was_cut_short_is_run_again(tmp_path: Path) -> None:
     assert short_runs.read(path) == [row]
 
 
+def test_a_row_that_a_plan_names_twice_is_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Row] = []
+
+    def run_one(row: Row, home: Path, changes: Any) -> Row:
+        ran.append(row)
+        return row
+
+    monkeypatch.setattr(short_runs, "run_one", run_one)
+    first, second = tried("ffa", 1e-2, 0.5), tried("ffa", 2e-2, 0.5)
+    short_runs.run_missing(lambda _: iter([first, second, first]), tmp_path / "rows.jsonl", 1.0)
+    assert ran == short_runs.read(tmp_path / "rows.jsonl") == [first, second]
+
+
 # -- the verdict -----------------------------------------------------------------------------------
 
 
