@@ -4,6 +4,7 @@
 docs/use/configuration.md is written from this file.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -256,6 +257,14 @@ class LoraConfig(Section):
     must have, such as the head of the assistant's turn."""
     options: Renames = ()
     """PEFT's own settings of a form, "scaling=100, random_loc_seed=3"; lora and dora have none."""
+    places: Renames = ()
+    """Written, not set: by module the places that losia or smt trains, where its option "choice" is
+    "gradient" and the clients' first gradients chose them."""
+
+    @property
+    def by_gradient(self) -> bool:
+        """Does its form train where the clients' first gradients are largest?"""
+        return any(re.fullmatch(r"choice\s*=\s*[\"']?gradient[\"']?", x) for x in self.options)
 
 
 class RoundConfig(Section):

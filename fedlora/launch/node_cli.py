@@ -84,7 +84,7 @@ def refusals(policy: "Policy", config: "Config") -> list[str]:
         "train": not config.secure.aggregation,
         "secagg": config.secure.aggregation,
         "evaluate": config.evaluate.clients,
-        "gradient": bool(needs.first_gradient),
+        "gradient": bool(needs.first_gradient) or config.lora.by_gradient,
         "collect": needs.collect_at_end,
     }
     missing = [kind for kind, asked in kinds.items() if asked and kind not in policy.limits.kinds]

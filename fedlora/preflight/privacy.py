@@ -32,6 +32,11 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
             "without noise; choose another, such as strategy.fedsb.init-from = 'svd-w0'"
         )
+    if config.lora.by_gradient:
+        yield (
+            f"lora.form = {config.lora.form!r} with choice=gradient: sends each client's first "
+            "gradient without noise; use choice=weight in lora.options"
+        )
     yield from (_by_example if p.by_example else _by_client)(config, strategy)
 
 

@@ -52,6 +52,11 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"strategy.name = {config.strategy.name!r}: this initialisation sends each client's "
             "first gradient in the clear; choose another, such as 'orthogonal'"
         )
+    if config.lora.by_gradient:
+        yield (
+            f"lora.form = {config.lora.form!r} with choice=gradient: sends each client's first "
+            "gradient in the clear; use choice=weight in lora.options"
+        )
 
 
 def _numbers(config: Config) -> Iterator[str]:

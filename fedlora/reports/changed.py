@@ -12,6 +12,10 @@ DECIDE = ("strategy.name", "model.task")
 """Keys that others' defaults depend on."""
 
 
+WRITTEN = (RECORD, "lora.places")
+"""Keys that a run writes and nobody sets."""
+
+
 def changed(run: RunFiles) -> dict[str, Any]:
     """Key to default, of the keys that have another value: by the run's own strategy and task.
 
@@ -20,7 +24,7 @@ def changed(run: RunFiles) -> dict[str, Any]:
     usual = defaults({k: run.config[k] for k in DECIDE if k in run.config})
     record = run.config.get(RECORD, "")
     keys = (k for k, x in run.config.items() if k in usual and not origin(record, k, x))
-    found = {k: usual[k] for k in keys if k != RECORD and run.config[k] != usual[k]}
+    found = {k: usual[k] for k in keys if k not in WRITTEN and run.config[k] != usual[k]}
     lr = run.config.get("train.lr")
     if lr is not None and not origin(record, "train.lr", lr) and (rates := _by_modules(usual)):
         found["train.lr"] = rates

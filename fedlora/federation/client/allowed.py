@@ -21,6 +21,7 @@ Rule = Callable[[Any, Policy], str]
 """What is wrong with a value under a policy; "" where nothing is."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 PATTERN = re.compile(r"[A-Za-z0-9_.\-\\^$|*+]{1,200}=\s*\d{1,5}")
+PLACES = re.compile(r"[A-Za-z0-9_.]{1,200}=\d{1,9}( \d{1,9})*")
 RANKS = ("r", "hybrid_r", "width")
 """Options of forms that are ranks."""
 LARGEST_OPTION = 4096
@@ -73,6 +74,13 @@ def _options(value: Any, policy: Policy) -> str:
         if _number(text) > most and not re.search("seed|key", name):
             return f"{name}: must be at most {most}"
     return ""
+
+
+def _places(value: Any, _policy: Policy) -> str:
+    """A module and whole numbers each, of no more than models have."""
+    parts = [part.strip() for part in str(value).split(",") if part.strip()]
+    fine = len(str(value)) <= 2_000_000 and all(PLACES.fullmatch(part) for part in parts)
+    return "" if fine else "must be modules and whole numbers"
 
 
 def _number(text: str) -> float:
@@ -191,6 +199,7 @@ ALLOWED: Mapping[str, Rule] = {
     "lora.form": _names,
     "lora.invocation": lambda value, _: "" if len(value) <= 1000 else "must be shorter",
     "lora.options": _options,
+    "lora.places": _places,
     "strategy.name": _strategy,
     "strategy.fedex.rank": COUNT,
     "strategy.flora.reinit": _typed,

@@ -94,6 +94,14 @@ def survey(
     return Survey(mean, found, asked.steps)
 
 
+def pooled_gradient(
+    setting: Setting, session: Session, run: Saved, grid: Grid, clients: Sequence[Client]
+) -> dict[str, Tensor]:
+    """sum_i p_i G_i (d, k) by module."""
+    widths = dict.fromkeys(setting.model.shapes, 1)  # nothing is sketched
+    return _Asked(setting, session, run, grid, clients, widths).phase(Factors(), "gradient")
+
+
 def first_rate(config: Config, steps: float) -> float:
     """The learning rate of the first of a run's steps, where it grows over the authors' WARM_UP."""
     return config.train.lr / max(1.0, WARM_UP * steps)

@@ -287,6 +287,10 @@ class Journal:
         text = json.dumps(_plain(record), indent=None if name != "summary" else 2)
         tree_file.write_atomically(self.directory / f"{name}.json", text.encode())
 
+    def keep_config(self) -> None:
+        """Write the config beside the run again, of a run whose clients decided some of it."""
+        self._write_config()
+
     def _write_config(self) -> None:
         text = self.config.toml()
         tree_file.write_atomically(self.directory / "config.toml", text.encode())

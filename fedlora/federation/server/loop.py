@@ -30,6 +30,7 @@ from fedlora.errors import BudgetSpent, DeviceMemoryError, NotFiniteError
 from fedlora.federation.server import asynchronous, secure_rounds, synchronous
 from fedlora.federation.server.bounds import check_finite, stricter
 from fedlora.federation.server.choice import judged, over, validated
+from fedlora.federation.server.chosen_places import with_places
 from fedlora.federation.server.ends import told
 from fedlora.federation.server.exchange import Received
 from fedlora.federation.server.finish import finish
@@ -142,6 +143,7 @@ class FederatedLora:
         done, self.run = begin_or_resume(setting, session)
         self.run = meet(setting, session, self.run, grid)
         if done < 0:
+            self.setting = setting = with_places(setting, session, self.run, grid)
             self.run, record = round_zero(setting, session, self.run, grid)
             session.observer.round_done(record)
         elif done < setting.config.run.rounds:  # maybe on another machine than it began on

@@ -9,9 +9,11 @@ session changes in place, and nothing of the session outlives the process.
 """
 
 import time
+import tomllib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -61,10 +63,11 @@ class Setting:
         Raises:
             FedLoraError: what is wrong with either.
         """
+        was, config = config.flat(), with_kept_places(config)
         strategy, corpus = config.build_strategy(), cache.corpus(config)
         named_metrics.check(config, corpus)
         model = cache.model(config, corpus.labels)
-        config, was = config.for_modules(len(model.shapes)), config.flat()
+        config = config.for_modules(len(model.shapes))
         changes = {**changes, **{k: v for k, v in config.flat().items() if v != was[k]}}
         guarantee = forms.guarantee(model.form, strategy)
         planner = Planner(config, model)
@@ -83,6 +86,16 @@ class Setting:
     @property
     def proves_by_model(self) -> bool:
         return proof_by_model.measures(self.model.form, self.guarantee)
+
+
+def with_kept_places(config: Config) -> Config:
+    """The same with the places of the run that it resumes: see chosen_places.py."""
+    if not config.run.resume or not config.lora.by_gradient or config.lora.places:
+        return config
+    path = Path(config.run.out, config.run.name, "config.toml")
+    text = path.read_text("utf-8") if path.is_file() else ""
+    kept = tomllib.loads(text).get("lora", {}).get("places", "")
+    return Config.read({**config.flat(), "lora.places": kept})
 
 
 @dataclass(slots=True)

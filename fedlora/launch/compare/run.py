@@ -293,6 +293,7 @@ def _settled(cell: Cell, experiment: Experiment) -> bool:
         differ = [
             key for key, value in config.flat().items()
             if was[key] != value and not key.startswith(NOT_THE_EXPERIMENT)
+            and not (key == "lora.places" and not value)
             and not (key == "train.lr" and BY_MODULES in config.run.defaults
                      and origin(was[RECORD], key, was[key]))
             and of_strategy(key) in ("", cell.strategy)

@@ -29,7 +29,7 @@ def policy_text(plan: Plan, i: int, config: Config) -> str:
     """Node i's policy for this experiment."""
     needs, d, limits = config.build_strategy().needs(), config.data, LimitsPolicy()
     kinds = [*limits.kinds]
-    kinds += ["gradient"] if needs.first_gradient else []
+    kinds += ["gradient"] if needs.first_gradient or config.lora.by_gradient else []
     kinds += ["collect"] if needs.collect_at_end else []
     kinds += ["secagg"] if config.secure.aggregation else []
     columns: dict[str, Any] = {

@@ -27,6 +27,7 @@ from fedlora.federation.server.exchange import Schemas
 from fedlora.federation.server.journal import Journal, Member
 from fedlora.federation.server.places import check_place
 from fedlora.federation.server.planning import Planner
+from fedlora.federation.server.run import with_kept_places
 from fedlora.federation.server.setup import check_begins, check_head
 from fedlora.federation.wire.messages import count_bytes, pack_download, pack_factors
 from fedlora.launch.doctor.finding import Finding
@@ -60,6 +61,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     Raises:
         FedLoraError: what would stop the run before its first round.
     """
+    config = with_kept_places(config)
     corpus = cache.corpus(config)
     named_metrics.check(config, corpus)
     findings = [*rows_read(config, corpus), *crew(config)]

@@ -14,9 +14,9 @@ whose last bits differ agree, and all of its bytes are in the fingerprint of the
 client and its server compare before anything trains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,39 @@ class OwnForm(Protocol):
 
     def pair(self, theta: Tensors, frozen: Tensors) -> tuple[Tensor, Tensor]:
         """A (R, k) and B (d, R) of the change B A, in theta's dtype."""
+
+
+@runtime_checkable
+class ByGradient(Protocol):
+    """A form that can train where the loss's gradient says so, in place of where W0 does."""
+
+    def places(self, W: Tensor, G: Tensor, r: int) -> Tensor:
+        """Whole numbers that say where, of W0 and the gradient there, both (d, k)."""
+
+    def at(self, places: Tensor, size: Sequence[int], r: int) -> dict[str, Tensor]:
+        """What is frozen, of `places`, in a layer of size (d, k).
+
+        Raises:
+            ValueError: they are none of such a layer at rank r.
+        """
+
+
+def numbers(texts: Sequence[str]) -> Tensor:
+    """Whole numbers of 0 to 2^31 that were sent as text; ValueError where one is none."""
+    if bad := [x for x in texts if not (x.isascii() and x.isdigit() and len(x) < 10)]:
+        raise ValueError(f"lora.places has {bad[0][:20]!r}: must be a whole number")
+    return torch.tensor([int(x) for x in texts], dtype=torch.int64)
+
+
+def within(places: Tensor, n: int, size: int, what: str) -> Tensor:
+    """Themselves: n different places of `size`, in ascending order; else ValueError."""
+    mine = places.tolist()
+    if len(mine) != n or mine != sorted({*mine}) or not 0 <= mine[0] <= mine[-1] < size:
+        raise ValueError(
+            f"lora.places has {len(mine)} {what}, {mine[:4]}...: must be {n} of 0 to {size - 1}, "
+            "each once and in ascending order"
+        )
+    return places
 
 
 def settled(x: Tensor) -> Tensor:

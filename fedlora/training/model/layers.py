@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import peft
 from peft import LoraConfig, LoraGAConfig
@@ -244,8 +244,9 @@ def own_config(
             has = f"it has {', '.join(names)}" if names else "it has none"
             raise ConfigError([f"lora.options: {lora.form} has no {key!r}; {has}"])
         default = getattr(own(), key)
-        if type(value) is not type(default):
-            must = type(default).__name__
+        words = get_args(get_type_hints(own)[key])  # of a Literal
+        if type(value) is not type(default) or (words and value not in words):
+            must = " or ".join(words) or type(default).__name__
             raise ConfigError([f"lora.options: {lora.form}'s {key} = {value!r}: must be {must}"])
     return OwnFormConfig(
         form=lora.form,
@@ -254,6 +255,7 @@ def own_config(
         seed=config.run.seed,
         form_dropout=lora.dropout,
         options=options,
+        places={m: text.split() for m, _, text in (x.partition("=") for x in lora.places)},
         target_modules=list(modules),
         modules_to_save=[*heads] or None,
     )

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.errors import ModelError
 from fedlora.lora.adapter import Pair
 from fedlora.lora.forms import OWN
-from fedlora.lora.forms.base import OwnForm
+from fedlora.lora.forms.base import ByGradient, OwnForm, numbers
 from fedlora.strategies.base import Layer, seeded
 from fedlora.training.devices import wide_on_host
 from fedlora.training.model.quantized import is_stored
@@ -47,6 +47,8 @@ class OwnFormConfig(PeftConfig):  # type: ignore[misc]
     seed: int = 0
     form_dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """By module path, of a form that chooses by gradient: whole numbers, as they came."""
     target_modules: list[str] = field(default_factory=list)
     modules_to_save: list[str] | None = None
 
@@ -93,7 +95,11 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self, W: Tensor, config: OwnFormConfig, path: str, device: Any, shared: Shared
     ) -> None:
         drawn = [seeded(config.seed, 0, 0, f"form/{what}/{path}") for what in ("frozen", "first")]
-        for name, x in self.own.frozen(W, config.r, drawn[0]).items():
+        if isinstance(self.own, ByGradient) and config.places:
+            frozen = self.own.at(numbers(config.places.get(path, [])), W.shape, config.r)
+        else:
+            frozen = self.own.frozen(W, config.r, drawn[0])
+        for name, x in frozen.items():
             self.form_frozen[name] = (x.float() if x.is_floating_point() else x).to(device)
         d, k = W.shape
         theta = self.own.first(d, k, config.r, drawn[1])

@@ -1,0 +1,254 @@
+"""losia and smt with choice = "gradient": the clients' first gradients choose where they train."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+
+from client_app.app import app as client_app
+from fedlora import preflight
+from fedlora.config.policy import Policy
+from fedlora.config.reader import Config
+from fedlora.errors import CheckpointError, FedLoraError, ModelError, StrategyError
+from fedlora.federation.server import chosen_places
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.federation.server.run import load as load_state
+from fedlora.launch.compare.experiment import Experiment, cells
+from fedlora.launch.compare.run import run as run_cells
+from fedlora.launch.doctor.the_run import experiment
+from fedlora.launch.experiment_file import of_run
+from fedlora.launch.export import export_run
+from fedlora.launch.node_cli import refusals
+from fedlora.launch.simulate.cards import grid_of
+from fedlora.launch.simulate.run import resumed
+from fedlora.reports.changed import changed
+from fedlora.reports.run_files import read
+from fedlora.training import cache
+from fedlora.training.export_certificate import load_exported
+from fedlora.training.model.model import Model
+from tests.federation.test_first_gradient import gradients
+from tests.support.tiny_federation import Ran, federate, quick
+from tests.support.under_policy import named as under
+from tests.support.under_policy import written
+
+Settings = Callable[..., dict[str, object]]
+FORMS: dict[str, dict[str, object]] = {
+    "losia": {"lora.form": "losia", "lora.options": "choice=gradient", "clients.ranks": "5"},
+    "smt": {"lora.form": "smt", "lora.options": "block=4,choice=gradient", "clients.ranks": "3"},
+}
+
+
+def given(settings: Settings, form: str, **more: object) -> dict[str, object]:
+    return settings(**quick("fedavg", **{**FORMS[form], **more}))
+
+
+def of(ran: Ran) -> Config:
+    return of_run(ran.directory / "config.toml")
+
+
+def slow_losia(W: Any, G: Any, r: int) -> list[int]:
+    importance = abs(W * G - 0.5 * (W * G) ** 2)
+
+    def top(x: Any) -> list[int]:
+        return sorted(np.argsort(-x, kind="stable")[:r].tolist())
+
+    rows, columns = top(importance.sum(1)), top(importance.sum(0))
+    ways = [
+        (rows, top(importance[rows].sum(0))),
+        (top(importance[:, columns].sum(1)), columns),
+    ]
+    held = [importance[np.ix_(*x)].sum() for x in ways]
+    found = ways[int(held[1] > held[0])]
+    return [*found[0], *found[1]]
+
+
+def slow_smt(W: Any, G: Any, r: int) -> list[int]:
+    (d, k), b, means = G.shape, 4, {}
+    for i in range(d // b):
+        for j in range(k // b):
+            means[i * (k // b) + j] = abs(G[i * b : i * b + b, j * b : j * b + b]).mean()
+    return sorted(sorted(means, key=lambda n: -means[n])[:r])
+
+
+SLOW = {"losia": slow_losia, "smt": slow_smt}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_trains_where_the_clients_gradients_say(form: str, settings: Settings) -> None:
+    """Against autograd's gradients, one example at a time, and the definition in NumPy."""
+    seen: list[FederatedLora] = []
+    ran = federate(given(settings, form), before=seen.append)
+    config = of(ran)
+    plain = given(settings, form, **{"lora.form": "lora", "lora.options": ""})
+    G, n = gradients(plain)
+    model = cache.model(config, cache.corpus(config).labels)
+    places = dict(x.split("=") for x in config.lora.places)
+    assert {*places} == {*model.shapes}
+    by_weight, moved = Model(Config.read(given(settings, form)), model.labels), 0
+    for m, W in model.weights().items():
+        mean = sum(x / sum(n) * g[m] for x, g in zip(n, G, strict=True)).numpy()
+        want = SLOW[form](W.double().numpy(), mean, model.rank)
+        assert [int(x) for x in places[m].split()] == want
+        one, other = (x.adapted[m].form_frozen["rows"] for x in (model, by_weight))
+        moved += one.tolist() != other.tolist()
+    assert moved, "else it is not seen that the gradient chose"
+    assert ran.rounds[-1]["proof"]["deviation"] < 1e-6
+    assert "lora.places" not in changed(read(ran.directory))
+    (server,) = seen
+    load_state(server.setting, server.session, server.run, server.run.state)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 20, 3]])
+    with torch.no_grad():
+        wanted = server.setting.model.peft.eval()(input_ids=ids).logits
+        for merged in (False, True):
+            out = ran.directory / f"out-{merged}"
+            assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
+            got = load_exported(config, model.labels, out, merged)(input_ids=ids).logits
+            assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["--resume", "the user's own config"])
+def test_a_resumed_run_asks_nobody_again_and_has_the_same_bits(
+    how: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = federate(given(settings, "losia", **{"run.name": "whole"}))
+    begun = given(settings, "losia", **{"run.name": "cut"})
+    config = preflight.read(begun)
+    with grid_of(config, client_app, None) as grid:
+        server = FederatedLora(config)
+        server.begin(grid)
+        server.round(grid, 1)
+    monkeypatch.setattr(chosen_places, "pooled_gradient", None)  # who asks again fails
+    if how == "--resume":
+        path, changes = resumed(Path(str(begun["run.out"]), "cut"))
+        again = of_run(path, changes).flat()
+    else:
+        again = {**begun, "run.resume": True}
+        findings, _ = experiment(Config.read(again))
+        assert not [f for f in findings if f.level == "problem"]
+    ran = federate(again)
+    assert ran.adapter == whole.adapter
+    assert of(ran).lora.places == of(whole).lora.places
+
+
+def test_a_run_cut_before_round_0_goes_on_with_its_places(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = given(settings, "smt")
+    real = chosen_places.begun_with
+
+    def killed(*args: Any) -> Any:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(chosen_places, "begun_with", killed)
+        with pytest.raises(KeyboardInterrupt):
+            federate(begun)
+    ran = federate({**begun, "run.resume": True})
+    assert of(ran).lora.places
+    assert len(ran.rounds) == 3
+
+
+def test_nodes_under_a_policy_are_asked_for_their_consent(
+    settings: Settings, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    own = {"data.path": "", "data.test-path": tiny["rows"], "data.dedupe": False}
+    ends = []
+    for name, kinds in (("no", []), ("yes", ["gradient"])):
+        limits = {"kinds": ["query", "train", "evaluate", *kinds]}
+        policies = [
+            written(tmp_path / f"{name}-{i}", tiny["bert"], tiny["rows"], limits=limits)
+            for i in range(3)
+        ]
+        config = given(settings, "losia", **own, **{"run.name": name})
+        said = refusals(Policy.load(policies[0]), Config.read(config))
+        assert any("kind gradient" in x for x in said) == (name == "no")
+        nodes = {i: under(p) for i, p in enumerate(policies)}
+        if name == "no":
+            with pytest.raises(FedLoraError, match="no client sent its first gradient"):
+                federate(config, nodes=nodes)
+        else:
+            ends.append(federate(config, nodes=nodes))
+    assert of(ends[0]).lora.places
+
+
+@pytest.mark.parametrize(
+    ("places", "problem"),
+    [
+        ("0 1 2 3 4 0 1 2 3", "must be 5 of 0 to"),
+        ("0 1 2 3 4 0 1 2 3 99999", "must be 5 of 0 to"),
+        ("0 1 2 3 3 0 1 2 3 4", "each once and in ascending order"),
+        ("4 1 2 3 0 0 1 2 3 4", "each once and in ascending order"),
+        ("0 1 2 3 -4 0 1 2 3 4", "must be a whole number"),
+        ("0 1 2 3 ٤ 0 1 2 3 4", "must be a whole number"),
+        ("0 1 2 3 99999999999999999999 0 1 2 3 4", "must be a whole number"),
+        ("", "must be 5 of 0 to"),
+    ],
+)
+def test_places_that_no_layer_has_are_refused(
+    places: str, problem: str, settings: Settings
+) -> None:
+    """As a hostile server might send them, for one of the modules."""
+    config = Config.read(given(settings, "losia"))
+    first, *others = cache.model(config, cache.corpus(config).labels).shapes
+    fine = "0 1 2 3 4 0 1 2 3 4"
+    lora = {"lora.places": ",".join([f"{first}={places}", *(f"{m}={fine}" for m in others)])}
+    with pytest.raises(ModelError, match=problem):
+        Model(Config.read({**config.flat(), **lora}), ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"privacy.level": "client", "privacy.noise-multiplier": 1.0}, "without noise"),
+        ({"secure.aggregation": True}, "in the clear"),
+        ({"lora.options": "", "lora.places": "a=1"}, "lora.places: written by a run"),
+        ({"lora.options": "choice=gradients"}, "must be weight or gradient"),
+        ({"lora.form": "paca"}, "paca has no 'choice'"),
+        ({"lora.form": "lora"}, "keys of its own"),
+        ({"lora.form": "oft"}, "oft has no 'choice'"),
+    ],
+)
+def test_doctor_refuses_what_the_run_refuses(
+    change: dict[str, object], problem: str, settings: Settings
+) -> None:
+    changed_ = given(settings, "losia", **change)
+    for refuse in (federate, lambda x: experiment(preflight.read(x))):
+        with pytest.raises(FedLoraError, match=problem):
+            refuse(changed_)
+
+
+def test_where_no_gradient_arrives_nothing_is_begun(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = chosen_places.pooled_gradient
+    monkeypatch.setattr(
+        chosen_places, "pooled_gradient", lambda *x: {m: 0 * g for m, g in real(*x).items()}
+    )
+    with pytest.raises(StrategyError, match="zero in every adapted module"):
+        federate(given(settings, "losia"))
+
+
+def test_a_resumed_run_of_other_places_is_refused(settings: Settings) -> None:
+    begun = given(settings, "losia")
+    ran = federate(begun)
+    first, *others = of(ran).lora.places
+    module, _, places = first.partition("=")
+    moved = f"{module}={' '.join(places.split()[5:] + places.split()[:5])}"
+    other = {**begun, "run.resume": True, "lora.places": ",".join([moved, *others])}
+    with pytest.raises(CheckpointError, match=r"lora\.places"):
+        federate(other)
+
+
+def test_a_comparison_given_again_keeps_its_cells(settings: Settings, tmp_path: Path) -> None:
+    path, config = tmp_path / "again.toml", given(settings, "losia")
+    path.write_text(tomli_w.dumps({k: v for k, v in config.items() if not k.startswith("run.o")}))
+    found, said = Experiment.load(str(path)), list[str]()
+    for _ in range(2):
+        grid = cells(found, ["fedavg"], [0], {}, tmp_path / "out", False)
+        run_cells(found, grid, 1, said.append)
+    assert said[-1] == "1 of 1 cells are done already"
