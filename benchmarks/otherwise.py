@@ -45,6 +45,9 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "ravan": {
         "average = trained": {"strategy.ravan.average": "trained"},
         "choice = weight": {"strategy.ravan.choice": "weight"},
+        "choice = gradient": {"strategy.ravan.choice": "gradient"},
+        "choice = gradient, average = trained":
+            {"strategy.ravan.choice": "gradient", "strategy.ravan.average": "trained"},
         "head-scales = trained": {"strategy.ravan.head-scales": "trained"},
         "four heads of rank 40":
             {"clients.ranks": "160", "strategy.ravan.head-rank": 40, "lora.alpha": 160.0},

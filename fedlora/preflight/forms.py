@@ -65,11 +65,6 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"lora.init = {lora.init!r} with wire.dtype = {config.wire.dtype!r}: A and B hold W0's "
             "leading part, which would be rounded on the way; use wire.dtype = 'float32'"
         )
-    if lora.places and not lora.by_gradient:
-        yield (
-            "lora.places: written by a run whose form chooses by gradient (lora.options choice = "
-            "gradient); leave it empty"
-        )
     if form.kind == "factors":
         if lora.options:
             yield f"lora.options: PEFT's own settings of a form; {lora.form} has keys of its own"
@@ -190,6 +185,11 @@ def _init(init: str, form: str) -> Iterator[str]:
 
 def _calibration(config: Config) -> Iterator[str]:
     init, path = config.lora.init, config.lora.calibration
+    if config.lora.places and not config.lora.by_gradient:
+        yield (
+            "lora.places: written by a run whose form chooses by gradient (lora.options choice = "
+            "gradient); leave it empty"
+        )
     if init not in CALIBRATED:
         if path:
             yield (

@@ -32,6 +32,12 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
             f"strategy.name = {config.strategy.name!r}: this initialisation sends gradients "
             "without noise; choose another, such as strategy.fedsb.init-from = 'svd-w0'"
         )
+    if strategy.needs().client_choice == "gradient":
+        yield (
+            f"strategy.name = {config.strategy.name!r}: which ranks a client sends would say where "
+            "its gradient is largest, without noise; choose otherwise, such as by "
+            "strategy.ravan.choice = 'random'"
+        )
     if config.lora.by_gradient:
         yield (
             f"lora.form = {config.lora.form!r} with choice=gradient: sends each client's first "

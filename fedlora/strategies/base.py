@@ -50,7 +50,7 @@ class Needs:
     """BeginsFromGradient, with the sign of the pooled gradient or the mean of clients' signs."""
     first_rate: bool = False  # which comes times the rate of a run's first step, under a warm-up
     collect_at_end: bool = False  # after the last round, once, what clients kept: CollectsAtEnd
-    client_choice: bool = False  # clients choose the ranks that they send: see chosen.py
+    client_choice: Literal["", "trained", "gradient"] = ""  # by which clients choose: chosen.py
     beside_factors: bool = False  # even at equal ranks: a core, or ranks folded in a client's base
     scaled_blocks: bool = False  # a client trains R's blocks as s_j H_j, s_j = 1 at first
     own_gauge: bool = False  # it refactors the model, so factors of two rounds do not subtract
@@ -119,8 +119,7 @@ class Download:
     fold: Adapter = field(default_factory=dict)
     """Merged into this client's base for this round only, and taken out after it."""
 
-    penalty: "Penalty | None" = None
-    """A term the client adds to its loss."""
+    penalty: "Penalty | None" = None  # a term the client adds to its loss
 
     block: int = 0
     """R is block diagonal in blocks of this size, and nothing else of it trains; 0: R is whole."""
@@ -145,6 +144,7 @@ class Upload:
     client: Client
     sent: Factors
     num_examples: int
+    chosen: Mapping[str, Tensor] | None = None  # the ranks that it sent, where it chose them
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,12 +1,15 @@
-"""Ranks that a client chooses itself, among those that it trained: only they leave.
+"""Ranks that a client chooses itself, among all that it was sent: only they leave.
 
-    client   trains all r ranks; of what it trained only the chosen ranks count      `masked`
-             sends their rows of A or columns of B, and which they are               `picked`
-    server   every other rank counts as it was sent down: unchanged                  `completed`
+    client   holds all r ranks. By what it trained: trains all, and of that only the chosen
+             count. By the gradient: chooses first, and trains no others                `masked`
+             sends their rows of A, columns of B or rows of R, and which they are       `picked`
+    server   every other rank counts as it was sent down: unchanged                     `completed`
 
 So an upload that was completed is one of all ranks, and what follows knows nothing of a choice.
+Of a core of blocks, R is (r, r) on the client and (h, b, b) on the way, and its rows are the ranks.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError, UpdateError
 from fedlora.lora.adapter import Factors, Tensors
+from fedlora.strategies.base import Client, Round
 
 Chosen = Mapping[str, Tensor]
 """By module the ranks that were chosen, in ascending order; a module of none is not there."""
@@ -25,8 +29,11 @@ Chosen = Mapping[str, Tensor]
 class ChoosesRanks(Protocol):
     """Needed beside Strategy where `needs().client_choice`."""
 
-    def choose(self, begun: Factors, trained: Factors, budget: int) -> Chosen:
-        """Client: the ranks to send, `budget` of them over all modules."""
+    def choose(self, begun: Factors, moved: Factors, client: Client, round: Round) -> Chosen:
+        """Client: the ranks to send, as many over all modules as its layers have.
+
+        moved: what it trained; where it chooses by the gradient, `begun` less that.
+        """
 
 
 def chooses(strategy: Any) -> ChoosesRanks | None:
@@ -37,8 +44,8 @@ def chooses(strategy: Any) -> ChoosesRanks | None:
         return strategy
     name = type(strategy).__name__
     raise StrategyError(
-        f"{name}.needs() says client_choice, and {name} has no choose(begun, trained, budget): "
-        "write it, or leave that out"
+        f"{name}.needs() says client_choice, and {name} has no choose(begun, moved, client, "
+        "round): write it, or leave that out"
     )
 
 
@@ -50,7 +57,7 @@ def masked(begun: Factors, trained: Factors, chosen: Chosen) -> Factors:
         return {m: _placed(x, _taken(new[m], chosen.get(m), column), chosen.get(m), column)
                 for m, x in old.items()}  # fmt: skip
 
-    return replace(trained, A=kept("A"), B=kept("B"))
+    return replace(trained, A=kept("A"), B=kept("B"), R=kept("R"))
 
 
 def picked(sent: Factors, chosen: Chosen) -> Factors:
@@ -60,7 +67,7 @@ def picked(sent: Factors, chosen: Chosen) -> Factors:
         side = getattr(sent, column)
         return {m: _taken(x, chosen[m], column) for m, x in side.items() if m in chosen}
 
-    return replace(sent, A=of("A"), B=of("B"))
+    return replace(sent, A=of("A"), B=of("B"), R=of("R"))
 
 
 def completed(sent: Factors, chosen: Chosen, begun: Factors) -> Factors:
@@ -76,7 +83,7 @@ def completed(sent: Factors, chosen: Chosen, begun: Factors) -> Factors:
         return {m: _placed(x, side.get(m), chosen.get(m), column)
                 for m, x in getattr(begun, column).items()}  # fmt: skip
 
-    return replace(sent, A=of("A"), B=of("B"))
+    return replace(sent, A=of("A"), B=of("B"), R=of("R"))
 
 
 def narrowed(
@@ -85,12 +92,18 @@ def narrowed(
     """The shapes of what is sent of tensors of these shapes."""
     found = {}
     for (column, m), shape in shapes.items():
-        if column not in ("A", "B"):
+        if column not in ("A", "B", "R"):
             found[column, m] = shape
         elif m in chosen:
             n = len(chosen[m])
-            found[column, m] = (n, shape[1]) if column == "A" else (shape[0], n)
+            found[column, m] = (shape[0], n) if column == "B" else (n, shape[-1])
     return found
+
+
+def ranks(sent: Factors) -> dict[str, int]:
+    """How many ranks there are to choose of, by module."""
+    cores = {m: math.prod(x.shape[:-1]) for m, x in sent.R.items()}
+    return {m: len(A) for m, A in sent.A.items()} | cores
 
 
 def check(chosen: Mapping[str, list[int]], ranks: Mapping[str, int], budget: int) -> Chosen:
@@ -114,14 +127,16 @@ def check(chosen: Mapping[str, list[int]], ranks: Mapping[str, int], budget: int
 
 
 def _taken(x: Tensor, ranks: Tensor | None, column: str) -> Tensor:
-    """These rows of A, or columns of B."""
+    """These rows of A or R, or columns of B."""
     if ranks is None:
         ranks = torch.arange(0)
-    return x[ranks] if column == "A" else x[:, ranks]
+    return x[:, ranks] if column == "B" else x.flatten(0, -2)[ranks]
 
 
 def _placed(x: Tensor, part: Tensor | None, ranks: Tensor | None, column: str) -> Tensor:
     """x with this part in place of these ranks."""
     if part is None or ranks is None:
         return x
-    return x.index_copy(0 if column == "A" else 1, ranks, part.to(x))
+    if column == "B":
+        return x.index_copy(1, ranks, part.to(x))
+    return x.flatten(0, -2).index_copy(0, ranks, part.to(x)).view_as(x)

@@ -88,7 +88,7 @@ class LoRAA2:
 
     def needs(self) -> Needs:
         mine = self.choice == "client"
-        return Needs(beside_factors=not mine, client_choice=mine)
+        return Needs(beside_factors=not mine, client_choice="trained" if mine else "")
 
     def _mine(self, state: State, client: Client, round: Round, m: str) -> Tensor:
         """The ranks of a module in a client's upload, as the server has it."""
@@ -177,15 +177,15 @@ class LoRAA2:
     def start(self, download: Download, kept: Factors, client: Client, round: Round) -> Factors:
         return download.send
 
-    def choose(self, begun: Factors, trained: Factors, budget: int) -> Chosen:
+    def choose(self, begun: Factors, moved: Factors, client: Client, round: Round) -> Chosen:
         """I_i by module, the ranks that changed the model most; of equal ones the first."""
         scores = {}
         for m, A in begun.A.items():
             A0, B0 = wide(A), wide(begun.B[m])
-            dA, dB = wide(trained.A[m]) - A0, wide(trained.B[m]) - B0
-            moved = dB.norm(dim=0) * A0.norm(dim=1) + B0.norm(dim=0) * dA.norm(dim=1)
-            scores[m] = begun.scale[m] * moved
-        flat = torch.cat([*scores.values()])
+            dA, dB = wide(moved.A[m]) - A0, wide(moved.B[m]) - B0
+            change = dB.norm(dim=0) * A0.norm(dim=1) + B0.norm(dim=0) * dA.norm(dim=1)
+            scores[m] = begun.scale[m] * change
+        flat, budget = torch.cat([*scores.values()]), sum(x.rank for x in client.layers.values())
         best = flat.argsort(descending=True, stable=True)[:budget]
         of = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True)
         parts = of.split([len(x) for x in scores.values()])

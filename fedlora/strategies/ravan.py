@@ -16,6 +16,8 @@ round. Which, in each module and round (`choice`):
 
     "random"    h_i of them, drawn
     "weight"    those of the largest ||H_j||_F, equal ones drawn
+    "gradient"  those of the largest ||dL / dH_j||_F on the client's first rows, equal ones drawn.
+                The client itself finds them: it is sent all heads, and folds none into its base
     "leading"   the first
 
 `average` = "all" counts a head as unchanged on the clients that did not train it; "trained" is the
@@ -29,12 +31,13 @@ numbers t_j from 1 on, and sends the products t_j H_j, so nothing else changes.
 Deviation from (E): none with "all", since the model is linear in H; with "trained" (W / W_j - 1) of
 what head j changed by, none where all train all heads.
 Costs, a layer and client: up r_i b, down r_i b, and r_i (d + k) once; where r_i < r, for the fold
-(r - r_i)(d + k), and unless `choice` is "leading" r_i (d + k) again each round.
+(r - r_i)(d + k), and unless `choice` is "leading" r_i (d + k) again each round. With "gradient"
+down r b, and r (d + k) once.
 
 Source: abstract and notes, not the authors' code.
 Differs from the paper: the scalar of a head is in H, unless chosen; many small heads; the mean over
-all; no choice by gradient; the leading heads, as a choice; frames orthonormal across heads too;
-p_i.
+all; a choice by gradient is of one pass over the client's first rows; the leading heads, as a
+choice; frames orthonormal across heads too; p_i.
 Reasons and costs: docs/strategies/ravan.md.
 """
 
@@ -63,6 +66,7 @@ from fedlora.strategies.base import (
     seeded,
     too_high,
 )
+from fedlora.strategies.chosen import Chosen
 from fedlora.strategies.defaults import Defaults
 from fedlora.strategies.mixed import others
 
@@ -91,7 +95,7 @@ class Ravan:
     defaults: ClassVar[Defaults] = Defaults({"classification": 2e-2, "causal-lm": 0.5})
     head_rank: int = 4
     """Rank b of one head; the number of heads follows from a client's rank."""
-    choice: Literal["random", "weight", "leading"] = "random"
+    choice: Literal["random", "weight", "gradient", "leading"] = "random"
     """Which heads a client trains that has not the rank for all."""
     average: Literal["all", "trained"] = "all"
     """A head's mean: over all clients, or as in the paper over those that trained it."""
@@ -99,16 +103,22 @@ class Ravan:
     """Whether a number of each head trains beside its core, as in the paper."""
 
     def needs(self) -> Needs:
-        trained = self.head_scales == "trained"
-        return Needs(client_memory=True, beside_factors=True, scaled_blocks=trained)
+        return Needs(
+            client_memory=True,
+            beside_factors=True,
+            scaled_blocks=self.head_scales == "trained",
+            client_choice="gradient" if self.choice == "gradient" else "",
+        )
 
     @property
     def promise(self) -> Promise:
         return "exact" if self.average == "all" else "approximate"
 
     def chosen(self, state: Factors, client: Client, round: Round, m: str) -> Tensor:
-        """The heads that the client trains, in ascending order."""
+        """The heads that the client is sent, in ascending order: those that it trains, or all."""
         H, h = state.R[m], client.layers[m].rank // self.head_rank
+        if self.choice == "gradient":
+            return torch.arange(len(H))
         if self.choice == "leading" or h == len(H):
             return torch.arange(h)
         drawn = torch.randperm(len(H), generator=round.generator(client.id, f"ravan/{m}"))
@@ -123,6 +133,14 @@ class Ravan:
         trained = wide(H) * (upload.sent.scale[m] / state.scale[m])
         whole: Tensor = wide(state.R[m]).index_copy(0, mine, trained.to(wide(state.R[m])))
         return whole
+
+    def counted(self, state: Factors, upload: Upload, round: Round, m: str) -> Tensor:
+        """The heads that the client trained, in ascending order."""
+        if upload.chosen is None:
+            return self.chosen(state, upload.client, round, m)
+        ranks = upload.chosen.get(m, torch.arange(0))
+        touched: Tensor = (ranks // self.head_rank).unique()
+        return touched
 
     def problems(self, clients: Sequence[Client]) -> Iterator[str]:
         if gap := too_high(clients):
@@ -165,7 +183,7 @@ class Ravan:
 
         def whole(u: Upload) -> Upload:
             for m in u.sent.R:
-                mine = self.chosen(state, u.client, round, m)
+                mine = self.counted(state, u, round, m)
                 n = held.setdefault(m, torch.zeros(1 + len(state.R[m]), dtype=torch.float64))
                 n[0] += u.num_examples
                 n[1 + mine] += u.num_examples
@@ -203,3 +221,15 @@ class Ravan:
             raise StrategyError(f"{astray[0]}: R was trained outside of its blocks")
         sent = Factors(trained.scale, R=H, other=trained.other)
         return sent, Factors(A=trained.A, B=trained.B)
+
+    def choose(self, begun: Factors, moved: Factors, client: Client, round: Round) -> Chosen:
+        """The ranks of the heads of the largest gradient, as many as a module has rank for."""
+        found = {}
+        for m, R in begun.R.items():
+            G = heads(wide(R) - wide(moved.R[m]), self.head_rank)
+            drawn = torch.randperm(len(G), generator=round.generator(client.id, f"ravan/{m}"))
+            sizes = G.flatten(1).norm(dim=1)[drawn]
+            best = drawn[sizes.argsort(descending=True, stable=True)]
+            mine = best[: client.layers[m].rank // self.head_rank].sort().values
+            found[m] = rows(mine, self.head_rank)
+        return found

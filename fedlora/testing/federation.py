@@ -171,8 +171,7 @@ def visit(
     trained = perturb(loaded, download, client, round)
     chosen: Chosen = {}
     if chooser := chooses(strategy):
-        budget = sum(x.rank for x in client.layers.values())
-        chosen = chooser.choose(loaded, trained, budget)
+        chosen = chooser.choose(loaded, trained, client, round)
         trained = masked(loaded, trained, chosen)
     sent, site.kept = strategy.upload(trained, site.kept)
     sent = travelling(sent, download.trainable)
@@ -186,7 +185,8 @@ def visit(
     leaves = picked(sent, chosen) if chosen else sent
     up = {c: sum(x.numel() for col, _, x in leaves.items() if col == c) for c in COLUMNS}
     sent = completed(leaves, chosen, download.send) if chosen else sent
-    return Visit(Upload(client, clone(sent), EXAMPLES[client.id]), model, down, up)
+    upload = Upload(client, clone(sent), EXAMPLES[client.id], chosen or None)
+    return Visit(upload, model, down, up)
 
 
 def numel(delta: Any) -> int:

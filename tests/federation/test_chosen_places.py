@@ -184,7 +184,7 @@ def test_nodes_under_a_policy_are_asked_for_their_consent(
         ("0 1 2 3 3 0 1 2 3 4", "each once and in ascending order"),
         ("4 1 2 3 0 0 1 2 3 4", "each once and in ascending order"),
         ("0 1 2 3 -4 0 1 2 3 4", "must be a whole number"),
-        ("0 1 2 3 ٤ 0 1 2 3 4", "must be a whole number"),
+        ("0 1 2 3 \u0664 0 1 2 3 4", "must be a whole number"),
         ("0 1 2 3 99999999999999999999 0 1 2 3 4", "must be a whole number"),
         ("", "must be 5 of 0 to"),
     ],

@@ -1,15 +1,24 @@
-"""Whole federations in which each client chooses the ranks that it sends: LoRA-A2 as published."""
+"""Whole federations in which each client chooses the ranks that it sends: LoRA-A2 as published, and
+Ravan's heads by the gradient."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message
+from torch import Tensor
 
 from client_app.app import app as client_app
 from fedlora import preflight
-from fedlora.errors import StrategyError
+from fedlora.errors import FedLoraError, RoundError, StrategyError
+from fedlora.federation.server.loop import FederatedLora
+from fedlora.lora.adapter import Factors
 from fedlora.reports.run_files import breaks_certificate, breaks_promise
+from fedlora.strategies.base import Round
+from fedlora.strategies.ravan import Ravan
+from fedlora.testing.federation import SQUARE, make_clients, make_start
+from tests.federation.test_first_gradient import gradients
 from tests.support.long import few
 from tests.support.tiny_federation import Ran, federate, quick
 
@@ -93,3 +102,124 @@ def test_the_server_would_see_a_rank_that_was_not_trained_by_its_client(
     given |= {"proof.enforce": False} if "proof.enforce" in preflight.read(given).flat() else {}
     ran = federate(given)
     assert any(breaks_certificate(r["certificate"], "exact") for r in ran.rounds[1:])
+
+
+# -- Ravan's choice by gradient --------------------------------------------------------------------
+
+
+def ravan(**changes: object) -> dict[str, object]:
+    given = {"strategy.ravan.choice": "gradient", "output.keep-updates": True, **changes}
+    return quick("ravan", **given)
+
+
+def heads_of(ran: Ran, round: int, client: int) -> dict[str, Tensor]:
+    """W's share of each head, s H_j (h, b, b) in float64, by module."""
+    tensors, notes = ran.update(round, client)
+    return {m: tensors[f"{m}.R"].double() * s for m, s in notes["scale"].items()}
+
+
+def moved(now: Tensor, before: Tensor) -> set[int]:
+    gap = (now - before).flatten(1).abs().amax(1)
+    return {j for j, x in enumerate(gap) if float(x) > 1e-7}
+
+
+@pytest.mark.parametrize("scales", ["none", "trained"])
+def test_ravan_trains_the_heads_of_the_largest_gradient_and_no_others(
+    scales: str, settings: Settings
+) -> None:
+    """Against dL/dH of autograd on the dense weights, one example at a time."""
+    given = settings(**ravan(**{"strategy.ravan.head-scales": scales}))
+    servers: list[FederatedLora] = []
+    ran = federate(given, before=servers.append)
+    state = servers[0].run.state
+    for record in ran.rounds[1:]:
+        assert not record["failures"]
+        assert not breaks_promise(record["proof"])
+        assert not breaks_certificate(record["certificate"], "exact")
+        assert record["proof"]["norm"] > 0
+    G, _ = gradients({**given, "strategy.ravan.choice": "random", "run.name": "slow"})
+    zero, leading = torch.zeros(3, 4, 4, dtype=torch.float64), 0
+    for i, count in enumerate((1, 2, 3)):
+        sent = heads_of(ran, 1, i)
+        for m in state.A:
+            A, B = state.A[m].double(), state.B[m].double()
+            sizes = [
+                float((B[:, j : j + 4].T @ G[i][m] @ A[j : j + 4].T).norm()) for j in (0, 4, 8)
+            ]
+            want = {*sorted(range(3), key=lambda j: -sizes[j])[:count]}
+            assert moved(sent[m], zero) == want
+            leading += want == {*range(count)}
+    assert leading < 3 * len(state.A), "else nothing was chosen"
+    up = [ran.rounds[2]["clients"][str(i)]["bytes_up"] for i in range(3)]
+    assert up[0] < up[1] < up[2]
+
+
+@pytest.mark.parametrize("average", ["all", "trained"])
+def test_a_head_is_the_mean_over_all_or_over_those_that_trained_it(
+    average: str, settings: Settings
+) -> None:
+    """Of the updates on disk, in float64, round after round."""
+    ran = federate(settings(**ravan(**{"strategy.ravan.average": average, "run.rounds": 3})))
+    n = [ran.update(1, i)[1]["num_examples"] for i in range(3)]
+    H = {m: torch.zeros_like(x) for m, x in heads_of(ran, 1, 2).items()}
+    for round in (1, 2, 3):
+        sent = [heads_of(ran, round, i) for i in range(3)]
+        for m, before in H.items():
+            trained = [moved(x[m], before) for x in sent]
+            assert [len(x) for x in trained] == [1, 2, 3]
+            after = before.clone()
+            for j in range(3):
+                by = [i for i in range(3) if j in trained[i]]
+                total = sum(n[i] for i in (by if average == "trained" else range(3)))
+                after[j] += sum(n[i] / total * (sent[i][m][j] - before[j]) for i in by)
+            H[m] = after
+        if round == 3:
+            continue
+        for m, want in H.items():  # what the next round's clients begin with in other heads
+            kept = [j for j in range(3) if j not in moved(heads_of(ran, round + 1, 0)[m], want)]
+            assert len(kept) == 2
+
+
+def test_a_run_by_gradient_resumes_to_the_same_bits(settings: Settings) -> None:
+    change = ravan(**{"run.rounds": 4, "train.lr-schedule": "constant"})
+    whole = federate(settings(**change, **{"run.name": "whole"}))
+    given = settings(**{**change, "run.rounds": 2})
+    federate(given)
+    again = federate({**given, "run.rounds": 4, "run.resume": True})
+    assert again.adapter == whole.adapter
+
+
+def test_heads_without_a_gradient_are_drawn_and_not_the_leading_ones() -> None:
+    clients = make_clients([4, 8, 12], step=0)
+    strategy = Ravan(choice="gradient")
+    begun = strategy.start(
+        strategy.download(strategy.init(make_start(clients)), clients[0], Round(1, 0)),
+        Factors(), clients[0], Round(1, 0),
+    )  # fmt: skip
+    found = {
+        tuple(strategy.choose(begun, begun, clients[0], Round(r, 0))[SQUARE].tolist())
+        for r in range(1, 30)
+    }
+    assert found == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"privacy.level": "client", "privacy.noise-multiplier": 1.0}, "without noise"),
+        ({"privacy.level": "example", "privacy.noise-multiplier": 1.0}, "without noise"),
+        (
+            {"secure.aggregation": True, "secure.colluding": 0, "clients.ranks": "8"},
+            "the ranks it chose",
+        ),
+    ],
+)
+def test_a_choice_by_gradient_is_refused_where_nothing_may_leave_in_the_clear(
+    change: dict[str, object], problem: str, settings: Settings
+) -> None:
+    given = settings(**ravan(**{**change, "output.keep-updates": False}))
+    with pytest.raises(FedLoraError, match=problem):
+        federate(given, unasked="secure.aggregation" in change)
+    if "privacy.level" in change:  # the client says so itself, whatever its server does
+        with pytest.raises(RoundError, match=rf"client 0: ConfigError: .*{problem}"):
+            federate(given, unasked=True)

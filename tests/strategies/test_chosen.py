@@ -78,10 +78,10 @@ class Forgets(FedAvg):
     """It says that clients choose, and has no `choose`."""
 
     def needs(self) -> Needs:
-        return Needs(client_choice=True)
+        return Needs(client_choice="trained")
 
 
 def test_a_strategy_whose_clients_choose_must_say_how() -> None:
     assert chooses(FedAvg()) is None
-    with pytest.raises(StrategyError, match=r"Forgets has no choose\(begun, trained, budget\)"):
+    with pytest.raises(StrategyError, match=r"Forgets has no choose\(begun, moved, "):
         registry.build(Forgets, {})

@@ -513,7 +513,10 @@ def test_lora_a2s_choice_spends_a_clients_ranks_where_they_move_most() -> None:
     start = make_start(make_clients([6]))
     begun = start.factors
     grown = {m: B + (1.0 if m == SQUARE else 1e-3) for m, B in begun.B.items()}
-    chosen = LoRAA2().choose(begun, replace(begun, B=grown), 4)
+    ranks = dict(zip(MODULES, (2, 1, 1), strict=True))
+    layers = {m: replace(x, rank=ranks[m]) for m, x in start.clients[0].layers.items()}
+    client = replace(start.clients[0], layers=layers)
+    chosen = LoRAA2().choose(begun, replace(begun, B=grown), client, Round(1, 0))
     assert {m: len(x) for m, x in chosen.items()} == {SQUARE: 4}
 
 

@@ -15,6 +15,7 @@ pass over the same rows. It is put back to the last bit.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from fedlora.federation.wire.messages import (
     unpack_factors,
 )
 from fedlora.lora.adapter import Factors
-from fedlora.strategies.base import seeded
+from fedlora.strategies.base import Client, Round, seeded
+from fedlora.strategies.chosen import Chosen, chooses
 from fedlora.training.data.batches import Encoded, batches, examples_in
+from fedlora.training.devices import on_host
 from fedlora.training.model.model import Model
 from fedlora.training.model.whole import trained_whole
 from fedlora.training.train import example_losses, microbatches
@@ -81,6 +84,32 @@ def first_gradient(model: Model, rows: Encoded, config: Config) -> dict[str, Ten
                 example_losses(model, part).sum().backward()
             seen += examples_in(batch)
         return {m: G.float() / seen for m, G in gradients().items()}
+
+
+def chosen_first(
+    model: Model, rows: Encoded, config: Config, strategy: Any, client: Client, round: Round
+) -> Chosen | None:
+    """The ranks of the loaded cores that alone train from here on, where the gradient chooses them.
+
+    By the loss's mean gradient of each core R over the first rows.
+    """
+    chooser = chooses(strategy)
+    if not chooser or strategy.needs().client_choice != "gradient":
+        return None
+    cores, seen, begun = model.trainable(frozenset({"R"}))["R"], 0, model.read()
+    model.peft.eval()
+    for batch in first_batches(rows, config):
+        for part in microbatches(batch, config.train.microbatch):
+            example_losses(model, part).sum().backward()
+        seen += examples_in(batch)
+    grads: dict[str, Any] = {m: core.R.grad for m, core in model.cores.items()}
+    less = {m: begun.R[m] - on_host(G) / seen for m, G in grads.items()}
+    for p in cores.values():
+        p.grad = None
+    chosen = chooser.choose(begun, replace(begun, R=less), client, round)
+    for m, core in model.cores.items():
+        core.only(chosen.get(m, torch.arange(0)))
+    return chosen
 
 
 def first_batches(rows: Encoded, config: Config) -> Iterator[Any]:

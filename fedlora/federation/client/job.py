@@ -24,6 +24,7 @@ from fedlora.errors import ConfigError, ModelError, PrivacyError, TrainingCheckE
 from fedlora.federation.client import error_feedback, secure_book, witness
 from fedlora.federation.client.admit import admit, check, check_terms
 from fedlora.federation.client.agreed_base import check_whole
+from fedlora.federation.client.first_gradient import chosen_first
 from fedlora.federation.client.limits import counted_anew
 from fedlora.federation.client.memory import ClientMemory
 from fedlora.federation.client.node_config import check_from_server, own_delta
@@ -234,11 +235,12 @@ class ClientJob:
         rows, test = self.rows("train"), self.rows("test")
         scores: dict[str, float] = {}
         with threads(config.train.threads), self.ready() as (model, kept):
-            begins = self.strategy, self.download, kept, self.as_client(model), self.round
+            begins = self.strategy, self.download, kept, (me := self.as_client(model)), self.round
             own = config.secure.aggregation and begins_with_own(*begins)
             begun, chooser = self.numbers(model), chooses(self.strategy)
-            before, chosen = model.read() if chooser else Factors(), None
+            before = model.read() if chooser else Factors()
             self.check(model, rows)
+            chosen = chosen_first(model, rows, config, self.strategy, me, self.round)
             judged = config.evaluate.clients and self.may_report_metrics
             if judged:
                 scores |= named("before", evaluate(model, test, config))
@@ -251,7 +253,7 @@ class ClientJob:
                 scores |= named("after", evaluate(model, test, config))
             trained = model.read()
             if chooser:
-                chosen = chooser.choose(before, trained, sum(job.ranks.values()))
+                chosen = chosen or chooser.choose(before, trained, me, self.round)
                 trained = masked(before, trained, chosen)
                 model.load(trained, self.download.block)
             if whole := error_feedback.carried(trained, self.strategy, self.memory, config, job):
@@ -260,8 +262,7 @@ class ClientJob:
         whole, keep = self.strategy.upload(trained, kept)
         sent = travelling(whole, self.download.trainable)
         sent = sent if chosen is None else picked(sent, chosen)
-        keeps = any(True for _ in keep.items())
-        if keeps:
+        if keeps := any(True for _ in keep.items()):
             self.memory.remember(job.round, keep)
         done = sent, keeps, len(rows), local.outcome, scores, numbers, chosen, own
         local.done = Trained(*done)

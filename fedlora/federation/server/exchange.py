@@ -211,12 +211,11 @@ def read_reply(
         received.diverged.add(client.id)
     shapes, scale = schema
     if begun is None:
-        sent = unpack_factors(record, scale, shapes, limits.dtype)
+        upload = Upload(client, unpack_factors(record, scale, shapes, limits.dtype), n)
     else:
-        sent = _with_unchosen(content, record, client, schema, limits.dtype, begun)
-    return Upload(client, sent, n), facts_of(
-        client, round, bool(keeps), metrics, count_bytes(content)
-    )
+        sent, mine = _with_unchosen(content, record, client, schema, limits.dtype, begun)
+        upload = Upload(client, sent, n, mine)
+    return upload, facts_of(client, round, bool(keeps), metrics, count_bytes(content))
 
 
 def _with_unchosen(
@@ -226,8 +225,8 @@ def _with_unchosen(
     schema: tuple[Shapes, Mapping[str, float]],
     dtype: str,
     begun: Factors,
-) -> Factors:
-    """The factors of all ranks, of those that the client chose and sent.
+) -> tuple[Factors, chosen.Chosen]:
+    """The factors of all ranks, of those that the client chose and sent; and which it chose.
 
     Raises:
         UpdateError, WireError: what is wrong with its choice, or with what it sent.
@@ -238,9 +237,9 @@ def _with_unchosen(
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}: which ranks it sends") from None
     budget = sum(layer.rank for layer in client.layers.values())
-    mine = chosen.check(said, {m: len(A) for m, A in begun.A.items()}, budget)
+    mine = chosen.check(said, chosen.ranks(begun), budget)
     sent = unpack_factors(record, scale, chosen.narrowed(shapes, mine), dtype)
-    return chosen.completed(sent, mine, begun)
+    return chosen.completed(sent, mine, begun), mine
 
 
 def check_count(n: Any, limits: Limits) -> None:

@@ -1,8 +1,8 @@
 """The plan of an experiment, or what would stop it before round 1.
 
 The data, the model and the clients' ranks are the run's own, and what it refuses is asked of the
-functions that refuse it there. Only the clients' replies are missing: of a strategy that begins
-with their first gradients, the state before those is judged.
+functions that refuse it there. Only the clients' replies are missing: of a strategy or form that
+begins with their first gradients, the state before those is judged.
 """
 
 import statistics
@@ -61,8 +61,7 @@ def experiment(config: Config) -> tuple[list[Finding], Table]:
     Raises:
         FedLoraError: what would stop the run before its first round.
     """
-    config = with_kept_places(config)
-    corpus = cache.corpus(config)
+    corpus = cache.corpus(config := with_kept_places(config))
     named_metrics.check(config, corpus)
     findings = [*rows_read(config, corpus), *crew(config)]
     model = cache.model(config, corpus.labels)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.reader import Config
+from fedlora.federation.client.first_gradient import chosen_first
 from fedlora.federation.server.ranks import patterned
 from fedlora.lora.adapter import COLUMNS, Factors
 from fedlora.privacy.ledger import Ledger
@@ -88,12 +89,14 @@ class Seat:
 
     def send(self, i: int, rows: Encoded, config: Config) -> tuple[Factors, Factors]:
         """One client's round on these rows by this config: what it sends, and what it keeps."""
+        chooser, me = chooses(self.strategy), self.client(i)
         with self.received(i) as (came, began):
+            chosen = chosen_first(self.model, rows, config, self.strategy, me, self.round)
             train(self.model, rows, came.trainable, config, self.number, i)
             trained = self.model.read()
-        if chooser := chooses(self.strategy):
-            budget = sum(x.rank for x in self.client(i).layers.values())
-            trained = masked(began, trained, chooser.choose(began, trained, budget))
+        if chooser:
+            chosen = chosen or chooser.choose(began, trained, me, self.round)
+            trained = masked(began, trained, chosen)
         sent, keep = self.strategy.upload(trained, self.kept.get(i, Factors()))
         return travelling(sent, came.trainable), keep
 

@@ -202,7 +202,7 @@ def visit(
     trained = descend(loaded, download, task, client.id, base, steps, rate)
     chosen: Chosen | None = None
     if chooser := chooses(strategy):
-        chosen = chooser.choose(loaded, trained, sum(x.rank for x in me.layers.values()))
+        chosen = chooser.choose(loaded, trained, me, round)
         trained = masked(loaded, trained, chosen)
     sent, place.kept = strategy.upload(trained, place.kept)
     sent = travelling(sent, download.trainable)
@@ -210,7 +210,7 @@ def visit(
     leaves = sent if chosen is None else picked(sent, chosen)
     down = count_bytes(pack_download(download, "float32"))
     up = count_bytes(RecordDict({"sent": pack_factors(leaves, "float32")}))
-    return Upload(client, sent, EXAMPLES[client.id]), down, up
+    return Upload(client, sent, EXAMPLES[client.id], chosen), down, up
 
 
 def descend(

@@ -24,6 +24,16 @@ class Core(LoraVariant):  # type: ignore[misc]
         if scaled and block:
             self.scales = nn.Parameter(R.new_ones(len(R) // block))
 
+    def only(self, ranks: Tensor) -> None:
+        """From now on these rows of R alone train, which are those of whole blocks."""
+        kept = self.R.new_zeros(len(self.R))
+        kept[ranks.to(kept.device)] = 1
+        rows = kept[:, None].expand_as(self.R)
+        self.mask = rows if self.mask is None else self.mask * rows
+        self.R.register_hook(functools.partial(masked, self.mask))
+        if self.scales is not None:
+            self.scales.register_hook(functools.partial(masked, kept[:: self.block]))
+
     def whole(self) -> Tensor:
         """R (r, r), with its blocks' numbers in it."""
         if self.scales is None:
