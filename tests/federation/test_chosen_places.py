@@ -18,6 +18,7 @@ from fedlora.federation.server import chosen_places
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import load as load_state
 from fedlora.launch.compare.experiment import Experiment, cells
+from fedlora.launch.compare.row import row as compare_row
 from fedlora.launch.compare.run import run as run_cells
 from fedlora.launch.doctor.the_run import experiment
 from fedlora.launch.experiment_file import of_run
@@ -108,6 +109,21 @@ def test_a_run_trains_where_the_clients_gradients_say(form: str, settings: Setti
             assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
             got = load_exported(config, model.labels, out, merged)(input_ids=ids).logits
             assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+def test_the_gradients_bytes_are_on_the_account(settings: Settings) -> None:
+    ran = federate(given(settings, "losia", **{"evaluate.every": 1}))
+    config = of(ran)
+    shapes = cache.model(config, cache.corpus(config).labels).shapes.values()
+    numbers = 4 * 3 * sum(s.d * s.k for s in shapes)  # of three clients
+    beforehand = ran.rounds[0]["bytes"]
+    assert numbers < beforehand["up"] < 1.2 * numbers + 6000
+    assert beforehand["down"] > 0
+    for way in ("up", "down"):
+        assert ran.summary["bytes"][way] == sum(r["bytes"][way] for r in ran.rounds)
+    row = compare_row("", "fedavg", "exact", [ran.directory])
+    assert row.numbers["once"] >= sum(beforehand.values())
+    assert row.numbers["up"] == ran.summary["bytes"]["up"]
 
 
 @pytest.mark.parametrize("how", ["--resume", "the user's own config"])

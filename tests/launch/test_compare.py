@@ -369,11 +369,13 @@ def test_the_interval_is_student_s() -> None:
 
 def test_once_is_what_a_client_is_sent_only_the_first_time() -> None:
     rounds = [
-        {"clients": {"0": {"bytes_down": 50}}},
-        {"clients": {"0": {"bytes_down": 20}, "1": {"bytes_down": 50}}},
-        {"clients": {"0": {"bytes_down": 20}, "1": {"bytes_down": 60}}},
+        {"round": 0, "bytes": {"down": 7, "up": 100}},
+        {"round": 1, "clients": {"0": {"bytes_down": 50}}, "bytes": {"down": 50, "up": 9}},
+        {"round": 2, "clients": {"0": {"bytes_down": 20}, "1": {"bytes_down": 50}}},
+        {"round": 3, "clients": {"0": {"bytes_down": 20}, "1": {"bytes_down": 60}}},
     ]
-    assert once(rounds) == 30
+    assert once(rounds) == 30 + 107
+    assert once(rounds[1:]) == 30
 
 
 def test_the_target_is_one_that_all_meet() -> None:

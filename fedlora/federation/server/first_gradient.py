@@ -43,6 +43,7 @@ from fedlora.federation.wire.codes import Refusal
 from fedlora.federation.wire.messages import (
     Shapes,
     arrays_of,
+    count_bytes,
     metrics_of,
     pack_factors,
     unpack_factors,
@@ -172,11 +173,13 @@ class _Asked:
             made.content["send"] = pack_factors(send, "float32")
             made.content["sketch"] = ConfigRecord(asked)
             messages.append(made)
+            self._count(c.id, count_bytes(made.content), 0)
         shapes = {("A", m): self._shape(m, send, what) for m in widths}
         uploads, of_node = [], {session.nodes[c.id]: c for c in self.clients}
         for node, reply in exchange(self.grid, messages, setting.config.round.deadline):
             try:
                 tag_of(reply, of_node[node], round, run.token, "gradient")
+                self._count(of_node[node].id, 0, count_bytes(reply.content))
                 uploads.append(_read(setting, reply, of_node[node], shapes))
             except FedLoraError as e:
                 session.observer.client_failed(of_node[node].id, Refusal.of(e).reason)
@@ -186,6 +189,10 @@ class _Asked:
         uploads.sort(key=lambda u: u.client.id)
         self.steps = self._steps(uploads)
         return dict(mean(uploads, Factors()).A)
+
+    def _count(self, client: int, down: int, up: int) -> None:
+        before = self.session.beforehand.get(client, (0, 0))
+        self.session.beforehand[client] = before[0] + down, before[1] + up
 
     def _shape(self, m: str, send: Factors, what: str) -> tuple[int, int]:
         size, w = self.setting.model.shapes[m], self.widths[m]

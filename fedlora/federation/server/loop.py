@@ -198,18 +198,29 @@ def begin_or_resume(setting: Setting, session: Session) -> tuple[int, Saved]:
 def round_zero(setting: Setting, session: Session, run: Saved, grid: Grid) -> tuple[Saved, Record]:
     """Put round 0 on record: the first state, and the model's scores before any training."""
     begun = time.perf_counter()
-    run = begin(setting, session, run, grid)
+    run = moved(begin(setting, session, run, grid), session.beforehand)
     run, *scores = scored(setting, session, run, grid, 0)
     if scores[0] and setting.model.task.answers:
         keep_parts(setting, "parts-before")
     record = line(0, session.received(), [], *scores)
     record |= {"strategy": setting.config.strategy.name, "proof": None, "certificate": None}
     record |= {"start": session.start} if session.start else {}
+    down, up = (sum(x[way] for x in session.beforehand.values()) for way in (0, 1))
+    record["bytes"] = {"down": down, "up": up}
     if session.central:
         record["privacy"] = session.central.record()
     record["seconds"] = {"total": time.perf_counter() - begun}
     commit(setting, session, run, 0, record)
     return run, record
+
+
+def moved(run: Saved, beforehand: Mapping[int, tuple[int, int]]) -> Saved:
+    """The run with these bytes down and up on its members' accounts."""
+    members = dict(run.members)
+    for i, (down, up) in beforehand.items():
+        m = members[i]
+        members[i] = replace(m, bytes_down=m.bytes_down + down, bytes_up=m.bytes_up + up)
+    return replace(run, members=members)
 
 
 def play_round(

@@ -120,6 +120,8 @@ class Session:
     """What secure aggregation was found to go with."""
     start: Mapping[str, Any] | None = None
     """How good a start is that was made from data, weights or a gradient: lora/start_quality.py."""
+    beforehand: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Bytes down and up before round 0, by client: see first_gradient.py."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     since: int = field(default_factory=lambda: int(time.time()))
     """When this incarnation began, in seconds since 1970."""

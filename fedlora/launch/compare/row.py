@@ -91,9 +91,9 @@ def _numbers(run: RunFiles, key: str) -> dict[str, float]:
     rounds = run.trained
     numbers: dict[str, float | None] = {
         "rounds": float(len(rounds)),
-        "up": float(_moved(rounds, "up")),
-        "down": float(_moved(rounds, "down")),
-        "once": float(once(rounds)),
+        "up": float(_moved(run.rounds, "up")),
+        "down": float(_moved(run.rounds, "down")),
+        "once": float(once(run.rounds)),
         "deviation": max(
             (finite(r.get("proof"), "deviation") or 0.0 for r in rounds), default=None
         ),
@@ -115,12 +115,15 @@ def _moved(rounds: Sequence[Mapping[str, Any]], way: str) -> int:
 
 
 def once(rounds: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes that came down only because a client was new: its first download less its second."""
+    """Bytes before round 1, and those that came down only because a client was new: its first
+    download less its second."""
+    beforehand = sum(sum((r.get("bytes") or {}).values()) for r in rounds if not r["round"])
     seen: dict[str, list[int]] = {}
     for r in rounds:
         for i, facts in (r.get("clients") or {}).items():
             seen.setdefault(str(i), []).append(int(facts.get("bytes_down") or 0))
-    return sum(max(0, down[0] - down[1]) for down in seen.values() if len(down) > 1)
+    new = sum(max(0, down[0] - down[1]) for down in seen.values() if len(down) > 1)
+    return beforehand + new
 
 
 def reached(run: RunFiles, target: float) -> tuple[float, float] | None:

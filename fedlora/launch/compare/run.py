@@ -370,8 +370,8 @@ def _result(cell: Cell) -> str:
 def _bytes(directory: Path) -> tuple[float, float]:
     """One-time bytes, and those of a round after it."""
     lines = [*records(RoundRecord, directory / "rounds.jsonl")]
-    first, second = (sum(r["bytes"].values()) for r in lines[1:3])
-    return max(0.0, first - second), second
+    beforehand, first, second = (sum(r["bytes"].values()) for r in lines[:3])
+    return beforehand + max(0.0, first - second), second
 
 
 def parse_rates(text: str) -> list[str | float]:
