@@ -102,7 +102,9 @@ def _highest(policy: "Policy", config: "Config") -> int:
     """The highest rank that this node may be asked for, in any module and round."""
     from fedlora.federation.server.ranks import GROWTH, parse_pattern
 
-    rank = policy.model.rank or max(config.clients.ranks)
+    whole = bool(config.build_strategy().needs().client_choice)  # it is sent all ranks
+    rank = 0 if whole else policy.model.rank
+    rank = rank or max(config.clients.ranks)
     rank *= GROWTH if config.ranks.policy == "adaptive" else 1
     return max(rank, *(r for _, r in parse_pattern(config.lora.rank_pattern).values()), 0)
 

@@ -9,8 +9,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-from fedlora.config.origins import RECORD
-from fedlora.reports.changed import text
+from fedlora.reports.changed import WRITTEN, text
 from fedlora.reports.outcome import finite
 from fedlora.reports.run_files import RunFiles, read
 from fedlora.reports.table_files import TextTable, as_csv, as_latex
@@ -23,7 +22,7 @@ CONTENT = """
 <h2>Keys in which they differ</h2>
 {% if keys.rows %}{{ table(keys.head, keys.rows) }}{% else %}<p>None.</p>{% endif %}
 """
-OWN = ("run.name", "run.out", "run.resume", RECORD)
+OWN = ("run.name", "run.out", "run.resume", *WRITTEN)
 """Keys that every run has of its own."""
 
 
@@ -76,7 +75,7 @@ def _outcome(name: str, run: RunFiles) -> list[str]:
 
 def differing(runs: Mapping[str, RunFiles]) -> TextTable:
     """The keys that have another value in one run than in another; "-" where a run has no such."""
-    every = dict.fromkeys(key for run in runs.values() for key in run.config if key not in OWN)
+    every = dict.fromkeys(k for run in runs.values() for k in run.config if k not in OWN)
     rows = [
         [key, *(text(run.config[key]) if key in run.config else "-" for run in runs.values())]
         for key in every

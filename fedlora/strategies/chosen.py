@@ -126,6 +126,23 @@ def check(chosen: Mapping[str, list[int]], ranks: Mapping[str, int], budget: int
     return {m: torch.tensor(mine) for m, mine in chosen.items()}
 
 
+def check_blocks(chosen: Chosen, block: int, client: Client) -> None:
+    """Of a core of blocks: whole ones, as many in each module as the client has rank for.
+
+    Raises:
+        UpdateError: names a module where they are not.
+    """
+    for m, layer in client.layers.items():
+        mine = chosen.get(m, torch.arange(0))
+        whole = mine[::block, None] + torch.arange(block) if len(mine) % block == 0 else mine
+        aligned = not bool((mine[::block] % block).any())
+        if len(mine) != layer.rank or not aligned or not torch.equal(whole.flatten(), mine):
+            raise UpdateError(
+                f"it chose {mine.tolist()[:8]} of {m[:80]!r}: must be {layer.rank} ranks, those of "
+                f"whole blocks of {block}"
+            )
+
+
 def _taken(x: Tensor, ranks: Tensor | None, column: str) -> Tensor:
     """These rows of A or R, or columns of B."""
     if ranks is None:

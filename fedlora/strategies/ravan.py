@@ -16,7 +16,7 @@ round. Which, in each module and round (`choice`):
 
     "random"    h_i of them, drawn
     "weight"    those of the largest ||H_j||_F, equal ones drawn
-    "gradient"  those of the largest ||dL / dH_j||_F on the client's first rows, equal ones drawn.
+    "gradient"  those of the largest ||dL / dH_j||_F on 256 of the client's rows, equal ones drawn.
                 The client itself finds them: it is sent all heads, and folds none into its base
     "leading"   the first
 
@@ -36,7 +36,7 @@ down r b, and r (d + k) once.
 
 Source: abstract and notes, not the authors' code.
 Differs from the paper: the scalar of a head is in H, unless chosen; many small heads; the mean over
-all; a choice by gradient is of one pass over the client's first rows; the leading heads, as a
+all; a choice by gradient is of one pass over 256 of the client's rows; the leading heads, as a
 choice; frames orthonormal across heads too; p_i.
 Reasons and costs: docs/strategies/ravan.md.
 """

@@ -13,7 +13,9 @@ from fedlora.training.data.corpus import ClientRows, Corpus, load_node
 from fedlora.training.data.corpus import load as load_corpus
 from fedlora.training.devices import chosen, prepare, release
 from fedlora.training.model.decoder import as_read
+from fedlora.training.model.layers import places_of
 from fedlora.training.model.model import Model
+from fedlora.training.model.own_tuner import place
 from fedlora.training.model.start_adapter import stamp
 from fedlora.training.packing_check import check_packing
 from fedlora.training.quiet import quiet_libraries
@@ -50,13 +52,25 @@ _node = _Once(load_node)
 
 def model(config: Config, labels: tuple[str, ...]) -> Model:
     """The process's model: loaded at first use, shared by all its clients and the server."""
-    key = (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
-           config.train.prefix_cache, config.train.packing, labels, config.ranks.policy,
-           identity(config), config.simulate.devices, config.train.compile,
-           fixed_rank(config.lora.form, config.clients.ranks), stamp(config.model))  # fmt: skip
+    key = _key(config, labels)
     prepare(chosen(config.simulate.devices), config.train.deterministic)  # before it is loaded:
     found: Model = _model(key, config, labels)  # what wraps a base may compute with it already
     return found
+
+
+def _key(config: Config, labels: tuple[str, ...]) -> Any:
+    """Of all that decides what a model is."""
+    return (config.model, config.lora, config.run.seed, config.train.gradient_checkpointing,
+            config.train.prefix_cache, config.train.packing, labels, config.ranks.policy,
+            identity(config), config.simulate.devices, config.train.compile,
+            fixed_rank(config.lora.form, config.clients.ranks), stamp(config.model))  # fmt: skip
+
+
+def placed(model: Model, config: Config, labels: tuple[str, ...]) -> None:
+    """Let this model train at the config's lora.places. The process's own then is the config's."""
+    place(model, config, places_of(config))
+    if _model.value is model:
+        _model.key = _key(config, labels)
 
 
 def loaded() -> Model | None:

@@ -13,8 +13,9 @@ from client_app.app import app as client_app
 from fedlora import preflight
 from fedlora.config.policy import Policy
 from fedlora.config.reader import Config
-from fedlora.errors import CheckpointError, FedLoraError, ModelError, StrategyError
-from fedlora.federation.server import chosen_places
+from fedlora.errors import FedLoraError, ModelError, StrategyError
+from fedlora.federation.client import first_gradient
+from fedlora.federation.server import chosen_places, loop
 from fedlora.federation.server.loop import FederatedLora
 from fedlora.federation.server.run import load as load_state
 from fedlora.launch.compare.experiment import Experiment, cells
@@ -150,23 +151,89 @@ def test_a_resumed_run_asks_nobody_again_and_has_the_same_bits(
     assert of(ran).lora.places == of(whole).lora.places
 
 
-def test_a_run_cut_before_round_0_goes_on_with_its_places(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change", [{}, {"run.seed": 9}, {"clients.ranks": "4"}, FORMS["smt"]], ids=lambda x: str([*x])
+)
+def test_a_run_that_ended_before_round_0_asks_again(
+    change: dict[str, object], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = given(settings, "smt")
-    real = chosen_places.begun_with
-
-    def killed(*args: Any) -> Any:
-        real(*args)
-        raise KeyboardInterrupt
-
+    """What it had chosen was of settings that may have been mended since."""
+    begun = given(settings, "losia")
     with monkeypatch.context() as m:
-        m.setattr(chosen_places, "begun_with", killed)
+        m.setattr(loop, "round_zero", _ended)
         with pytest.raises(KeyboardInterrupt):
             federate(begun)
-    ran = federate({**begun, "run.resume": True})
-    assert of(ran).lora.places
+    first = of_run(Path(str(begun["run.out"]), "run", "config.toml")).lora.places
+    asked: list[object] = []
+    real = chosen_places.pooled_gradient
+    monkeypatch.setattr(chosen_places, "pooled_gradient", lambda *x: (asked.append(x), real(*x))[1])
+    ran = federate({**begun, **change, "run.resume": True})
+    assert len(asked) == 1
     assert len(ran.rounds) == 3
+    assert (of(ran).lora.places == first) == (not change)
+
+
+def _ended(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_fresh_run_of_an_old_runs_config_asks_anew(settings: Settings) -> None:
+    old = federate(given(settings, "losia"))
+    more = {"run.name": "again", "run.seed": 9, "run.resume": False}
+    again = federate({**of_run(old.directory / "config.toml").flat(), **more})
+    alone = federate(given(settings, "losia", **{"run.name": "alone", "run.seed": 9}))
+    assert of(again).lora.places == of(alone).lora.places != of(old).lora.places
+    assert again.adapter == alone.adapter
+
+
+def test_the_server_holds_one_model_while_places_are_chosen(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    real = Model.__init__
+
+    def counted(self: Model, *args: Any) -> None:
+        made.append(args)
+        real(self, *args)
+
+    cache.forget_model()
+    monkeypatch.setattr(Model, "__init__", counted)
+    ran = federate(given(settings, "losia"))
+    assert len(made) == 1, "it is the clients' too, in this process"
+    other = Model(of(ran), cache.corpus(of(ran)).labels)  # as a client makes it
+    assert other.fingerprint == cache.model(of(ran), other.labels).fingerprint
+
+
+@pytest.mark.parametrize("pooling", ["mean", "default"])
+def test_a_module_that_no_gradient_reaches_is_said_before_anything_trains(
+    pooling: str, settings: Settings
+) -> None:
+    """By pooling = "mean" nothing hangs on the pooler."""
+    modules = "query,value,pooler.dense"
+    config = given(settings, "losia", **{"model.pooling": pooling, "lora.target-modules": modules})
+    if pooling == "default":
+        assert len(of(federate(config)).lora.places) == 5
+    else:
+        with pytest.raises(FedLoraError, match=r"pooler\.dense"):
+            federate(config)
+
+
+def test_out_of_memory_the_first_gradient_is_taken_again_with_half(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = first_gradient.example_losses, list[int]()
+
+    def small(model: Model, batch: Any) -> Any:
+        sizes.append(len(batch["labels"]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    whole = federate(given(settings, "losia", **{"run.name": "whole"}))
+    monkeypatch.setattr(first_gradient, "example_losses", small)
+    ran = federate(given(settings, "losia"))
+    assert max(sizes) > 4
+    assert of(ran).lora.places == of(whole).lora.places
 
 
 def test_nodes_under_a_policy_are_asked_for_their_consent(
@@ -185,7 +252,7 @@ def test_nodes_under_a_policy_are_asked_for_their_consent(
         assert any("kind gradient" in x for x in said) == (name == "no")
         nodes = {i: under(p) for i, p in enumerate(policies)}
         if name == "no":
-            with pytest.raises(FedLoraError, match="no client sent its first gradient"):
+            with pytest.raises(FedLoraError, match=r"no client sent its first gradient.*kind"):
                 federate(config, nodes=nodes)
         else:
             ends.append(federate(config, nodes=nodes))
@@ -243,21 +310,23 @@ def test_where_no_gradient_arrives_nothing_is_begun(
 ) -> None:
     real = chosen_places.pooled_gradient
     monkeypatch.setattr(
-        chosen_places, "pooled_gradient", lambda *x: {m: 0 * g for m, g in real(*x).items()}
+        chosen_places, "pooled_gradient", lambda *x: ({m: 0 * g for m, g in real(*x)[0].items()}, 3)
     )
     with pytest.raises(StrategyError, match="zero in every adapted module"):
         federate(given(settings, "losia"))
 
 
-def test_a_resumed_run_of_other_places_is_refused(settings: Settings) -> None:
-    begun = given(settings, "losia")
-    ran = federate(begun)
+def test_a_resumed_run_keeps_the_places_of_its_checkpoint(settings: Settings) -> None:
+    """Whatever its config has: they are written by a run, and set by nobody."""
+    begun = given(settings, "losia", **{"run.rounds": 3, "train.lr-schedule": "constant"})
+    whole = federate({**begun, "run.name": "whole"})
+    ran = federate({**begun, "run.rounds": 2})
     first, *others = of(ran).lora.places
     module, _, places = first.partition("=")
     moved = f"{module}={' '.join(places.split()[5:] + places.split()[:5])}"
-    other = {**begun, "run.resume": True, "lora.places": ",".join([moved, *others])}
-    with pytest.raises(CheckpointError, match=r"lora\.places"):
-        federate(other)
+    federate({**begun, "run.resume": True, "lora.places": ",".join([moved, *others])})
+    assert of(ran).lora.places == of(whole).lora.places
+    assert ran.adapter == whole.adapter
 
 
 def test_a_comparison_given_again_keeps_its_cells(settings: Settings, tmp_path: Path) -> None:

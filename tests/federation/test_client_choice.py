@@ -2,6 +2,7 @@
 Ravan's heads by the gradient."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from client_app.app import app as client_app
 from fedlora import preflight
+from fedlora.config.policy import Policy
+from fedlora.config.reader import Config
 from fedlora.errors import FedLoraError, RoundError, StrategyError
+from fedlora.federation.client import job
 from fedlora.federation.server.loop import FederatedLora
+from fedlora.launch.node_cli import refusals
 from fedlora.lora.adapter import Factors
 from fedlora.reports.run_files import breaks_certificate, breaks_promise
 from fedlora.strategies.base import Round
@@ -21,6 +26,7 @@ from fedlora.testing.federation import SQUARE, make_clients, make_start
 from tests.federation.test_first_gradient import gradients
 from tests.support.long import few
 from tests.support.tiny_federation import Ran, federate, quick
+from tests.support.under_policy import written
 
 Settings = Callable[..., dict[str, object]]
 
@@ -187,6 +193,80 @@ def test_a_run_by_gradient_resumes_to_the_same_bits(settings: Settings) -> None:
     federate(given)
     again = federate({**given, "run.rounds": 4, "run.resume": True})
     assert again.adapter == whole.adapter
+
+
+def test_heads_that_were_not_chosen_stay_under_weight_decay(settings: Settings) -> None:
+    """While the client trains, too, and not only in what it sends."""
+    seen: list[tuple[Tensor, Tensor, set[int]]] = []
+    real = job.masked
+
+    def looked(begun: Factors, trained: Factors, chosen: Any) -> Factors:
+        for m, ranks in chosen.items():
+            mine = {j // 4 for j in ranks.tolist()}
+            seen.append((begun.R[m], trained.R[m], mine))
+        return real(begun, trained, chosen)
+
+    change = {"train.weight-decay": 0.1, "train.steps": 4, "strategy.ravan.head-scales": "trained"}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(job, "masked", looked)
+        federate(settings(**ravan(**change, **{"run.rounds": 3})))
+    others = 0
+    for begun, trained, mine in seen:
+        for j in {*range(len(begun) // 4)} - mine:
+            rows = slice(4 * j, 4 * j + 4)
+            assert torch.equal(begun[rows], trained[rows])
+            others += bool(begun[rows].any())
+    assert others > 6, "else there was nothing that could decay"
+
+
+def test_a_module_that_no_gradient_reaches_has_heads_drawn(settings: Settings) -> None:
+    """By pooling = "mean" nothing hangs on the pooler; the others train as ever."""
+    change = {"model.pooling": "mean", "lora.target-modules": "query,value,pooler.dense"}
+    ran = federate(settings(**ravan(**change)))
+    assert not [f for r in ran.rounds for f in r["failures"]]
+    assert ran.rounds[-1]["proof"]["norm"] > 0
+
+
+@pytest.mark.parametrize("ranks", [[0, 1, 2, 4], [1, 2, 3, 4], [0, 4, 8], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_ranks_that_are_no_whole_heads_of_the_clients_own_cost_its_reply(
+    ranks: list[int], settings: Settings
+) -> None:
+    """The second module makes up for the number, which the first server's check counts over all."""
+
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 0:
+            said = reply.content["chosen"]
+            modules = said["modules"]
+            assert isinstance(modules, list)
+            first, second, *rest = modules
+            total = 4 * len(modules) - len(ranks) - 4 * len(rest)
+            given = [*ranks, *range(total), *(x for _ in rest for x in range(4))]
+            counts = [len(ranks), total, *(4 for _ in rest)]
+            reply.content["chosen"] = ConfigRecord(
+                {"modules": [first, *([second] if total else []), *rest],
+                 "counts": [c for c in counts if c], "ranks": given}
+            )  # fmt: skip
+        return reply
+
+    ran = federate(settings(**ravan(**{"run.rounds": 1})), app)
+    (failure,) = ran.rounds[1]["failures"]
+    assert failure["client"] == 0
+    assert "whole blocks" in failure["reason"]
+    assert ran.rounds[1]["accepted"] == [1, 2]
+
+
+def test_a_node_is_asked_for_the_runs_highest_rank_and_told_so_beforehand(
+    settings: Settings, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """It is sent all heads, whatever its own rank."""
+    config = Config.read(settings(**ravan(**{"data.path": "", "data.test-path": tiny["rows"]})))
+    for most, fits in ((8, False), (12, True)):
+        path = written(
+            tmp_path / str(most), tiny["bert"], tiny["rows"],
+            limits={"rank": most}, model={"allowed": {tiny["bert"]: {}}, "rank": 4},
+        )  # fmt: skip
+        assert (not any("rank" in x for x in refusals(Policy.load(path), config))) == fits
 
 
 def test_heads_without_a_gradient_are_drawn_and_not_the_leading_ones() -> None:

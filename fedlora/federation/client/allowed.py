@@ -21,7 +21,7 @@ Rule = Callable[[Any, Policy], str]
 """What is wrong with a value under a policy; "" where nothing is."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 PATTERN = re.compile(r"[A-Za-z0-9_.\-\\^$|*+]{1,200}=\s*\d{1,5}")
-PLACES = re.compile(r"[A-Za-z0-9_.]{1,200}=\d{1,9}( \d{1,9})*")
+PLACES = re.compile(r"[A-Za-z0-9_.\-]{1,200}=\d{1,9}( \d{1,9})*")
 RANKS = ("r", "hybrid_r", "width")
 """Options of forms that are ranks."""
 LARGEST_OPTION = 4096

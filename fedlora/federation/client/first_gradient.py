@@ -102,8 +102,8 @@ def chosen_first(
         for part in microbatches(batch, config.train.microbatch):
             example_losses(model, part).sum().backward()
         seen += examples_in(batch)
-    grads: dict[str, Any] = {m: core.R.grad for m, core in model.cores.items()}
-    less = {m: begun.R[m] - on_host(G) / seen for m, G in grads.items()}
+    grads = {m: core.R.grad for m, core in model.cores.items()}  # None where none arrives
+    less = {m: R if (G := grads[m]) is None else R - on_host(G) / seen for m, R in begun.R.items()}
     for p in cores.values():
         p.grad = None
     chosen = chooser.choose(begun, replace(begun, R=less), client, round)

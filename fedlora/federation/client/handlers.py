@@ -12,7 +12,7 @@ reason, since without a reply the server waits until its deadline, or without en
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -119,12 +119,13 @@ def gradient(message: Message, context: Context) -> RecordDict:
     work.check_clear("a first gradient")
     if work.config.privacy.on:
         raise PrivacyError.public("a sketch of the first gradient has no noise; nothing was sent")
-    rows = work.rows("train")
-    model = work.model()
-    model.rebase(work.token, [])
-    with threads(work.config.train.threads):
-        found = sketch(model, rows, work.config, message.content)
-    return work.reply(dict(found))
+    found: Mapping[str, Any] = {}
+    for attempt in attempts(work):
+        with attempt as tried, threads(tried.config.train.threads):
+            rows, model = tried.rows("train"), tried.model()
+            model.rebase(tried.token, [])
+            found = dict(sketch(model, rows, tried.config, message.content))
+    return work.reply(found)
 
 
 def score(message: Message, context: Context) -> RecordDict:

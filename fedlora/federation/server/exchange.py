@@ -31,7 +31,7 @@ from fedlora.federation.wire.replies import REPLIES
 from fedlora.lora.adapter import Factors
 from fedlora.lora.lowrank import norm
 from fedlora.strategies import chosen
-from fedlora.strategies.base import Client, Round, Strategy, Upload, travelling
+from fedlora.strategies.base import Client, Download, Round, Strategy, Upload, travelling
 
 POLL, SLOWEST_POLL = 0.05, 1.0
 """Seconds between two looks for replies: at first, and after a while without one."""
@@ -184,11 +184,11 @@ def read_reply(
     schema: tuple[Shapes, Mapping[str, float]],
     received: Received,
     limits: Limits,
-    begun: Factors | None = None,
+    came: Download | None = None,
 ) -> tuple[Upload, dict[str, Any]]:
     """A reply to a train message, decoded, with what it says of itself.
 
-    begun: what the client was sent, where it chooses which ranks of it to send back; the others
+    came: what the client was sent, where it chooses which ranks of it to send back; the others
     are completed from it.
 
     A training loss that is no finite number is noted in `received` first: where training diverged
@@ -210,10 +210,10 @@ def read_reply(
     if not abs(metrics.get("loss", 0.0)) <= MOST_SCORE:  # NaN is not, either
         received.diverged.add(client.id)
     shapes, scale = schema
-    if begun is None:
+    if came is None:
         upload = Upload(client, unpack_factors(record, scale, shapes, limits.dtype), n)
     else:
-        sent, mine = _with_unchosen(content, record, client, schema, limits.dtype, begun)
+        sent, mine = _with_unchosen(content, record, client, schema, limits.dtype, came)
         upload = Upload(client, sent, n, mine)
     return upload, facts_of(client, round, bool(keeps), metrics, count_bytes(content))
 
@@ -224,7 +224,7 @@ def _with_unchosen(
     client: Client,
     schema: tuple[Shapes, Mapping[str, float]],
     dtype: str,
-    begun: Factors,
+    came: Download,
 ) -> tuple[Factors, chosen.Chosen]:
     """The factors of all ranks, of those that the client chose and sent; and which it chose.
 
@@ -237,9 +237,11 @@ def _with_unchosen(
     except KeyError as e:
         raise UpdateError(f"the reply lacks {e}: which ranks it sends") from None
     budget = sum(layer.rank for layer in client.layers.values())
-    mine = chosen.check(said, chosen.ranks(begun), budget)
+    mine = chosen.check(said, chosen.ranks(came.send), budget)
+    if came.block:
+        chosen.check_blocks(mine, came.block, client)
     sent = unpack_factors(record, scale, chosen.narrowed(shapes, mine), dtype)
-    return chosen.completed(sent, mine, begun), mine
+    return chosen.completed(sent, mine, came.send), mine
 
 
 def check_count(n: Any, limits: Limits) -> None:

@@ -97,10 +97,11 @@ def survey(
 
 def pooled_gradient(
     setting: Setting, session: Session, run: Saved, grid: Grid, clients: Sequence[Client]
-) -> dict[str, Tensor]:
-    """sum_i p_i G_i (d, k) by module."""
+) -> tuple[dict[str, Tensor], int]:
+    """sum_i p_i G_i (d, k) by module, and of how many clients it is."""
     widths = dict.fromkeys(setting.model.shapes, 1)  # nothing is sketched
-    return _Asked(setting, session, run, grid, clients, widths).phase(Factors(), "gradient")
+    asked = _Asked(setting, session, run, grid, clients, widths)
+    return asked.phase(Factors(), "gradient"), asked.answered
 
 
 def first_rate(config: Config, steps: float) -> float:
@@ -153,7 +154,7 @@ class _Asked:
     ) -> None:
         self.setting, self.session, self.run, self.grid = setting, session, run, grid
         self.clients, self.widths = clients, widths
-        self.steps = 0.0
+        self.steps, self.answered = 0.0, 0
 
     def phase(self, send: Factors, what: str) -> dict[str, Tensor]:
         """One answer of each client, averaged by their examples, by module.
@@ -175,6 +176,7 @@ class _Asked:
             messages.append(made)
             self._count(c.id, count_bytes(made.content), 0)
         shapes = {("A", m): self._shape(m, send, what) for m in widths}
+        reasons: list[str] = []
         uploads, of_node = [], {session.nodes[c.id]: c for c in self.clients}
         for node, reply in exchange(self.grid, messages, setting.config.round.deadline):
             try:
@@ -182,12 +184,16 @@ class _Asked:
                 self._count(of_node[node].id, 0, count_bytes(reply.content))
                 uploads.append(_read(setting, reply, of_node[node], shapes))
             except FedLoraError as e:
-                session.observer.client_failed(of_node[node].id, Refusal.of(e).reason)
+                reasons.append(Refusal.of(e).reason)
+                session.observer.client_failed(of_node[node].id, reasons[-1])
         uploads = within(setting, session, uploads)
         if not uploads:
-            raise RoundError("no client sent its first gradient; nothing was begun")
+            raise RoundError(
+                "no client sent its first gradient; nothing was begun"
+                + (f". The first said: {reasons[0]}" if reasons else "")
+            )
         uploads.sort(key=lambda u: u.client.id)
-        self.steps = self._steps(uploads)
+        self.steps, self.answered = self._steps(uploads), len(uploads)
         return dict(mean(uploads, Factors()).A)
 
     def _count(self, client: int, down: int, up: int) -> None:

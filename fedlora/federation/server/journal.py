@@ -191,6 +191,10 @@ class Journal:
         ends.put_away(self.directory, self.config.run.rounds)
         return number, tree
 
+    def begun_config(self) -> dict[str, Any]:
+        """The config in the newest checkpoint, flat; of a run that has none, nothing."""
+        return begun[0] if (begun := self._begun_with()) else {}
+
     def kept(self) -> list[str]:
         """A line for each older rule that this run keeps: config/older.py."""
         begun = self._begun_with()
@@ -334,7 +338,7 @@ class Journal:
         now = ends.before_extension(was, self.config.flat())
         mine = ("", self.config.strategy.name)  # another strategy's options change nothing
         changed = [
-            f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
+            f"{key}: was {was.get(key)!r:.200}, is {now.get(key)!r:.200}"
             for key in {**was, **now}
             if was.get(key) != now.get(key)
             and not key.startswith(NOT_THE_EXPERIMENT)

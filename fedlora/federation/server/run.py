@@ -9,11 +9,9 @@ session changes in place, and nothing of the session outlives the process.
 """
 
 import time
-import tomllib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -89,13 +87,11 @@ class Setting:
 
 
 def with_kept_places(config: Config) -> Config:
-    """The same with the places of the run that it resumes: see chosen_places.py."""
-    if not config.run.resume or not config.lora.by_gradient or config.lora.places:
+    """The same with the places of the run that it goes on with; without any, if it begins."""
+    if not (config.lora.by_gradient or config.lora.places):
         return config
-    path = Path(config.run.out, config.run.name, "config.toml")
-    text = path.read_text("utf-8") if path.is_file() else ""
-    kept = tomllib.loads(text).get("lora", {}).get("places", "")
-    return Config.read({**config.flat(), "lora.places": kept})
+    begun = Journal(config).begun_config() if config.run.resume else {}
+    return Config.read({**config.flat(), "lora.places": begun.get("lora.places", "")})
 
 
 @dataclass(slots=True)

@@ -115,10 +115,10 @@ def read(
     try:
         schema = session.schemas.of(state, client, base_number(setting, run.state), round)
         limits = Limits.of(setting.config)
-        strategy, begun = setting.strategy, None
+        strategy, came = setting.strategy, None
         if strategy.needs().client_choice:
-            begun = strategy.download(state, client, round).send
-        upload, facts = read_reply(reply, client, round, run.token, schema, received, limits, begun)
+            came = strategy.download(state, client, round)
+        upload, facts = read_reply(reply, client, round, run.token, schema, received, limits, came)
         check_norm(setting.strategy, state, upload, round, setting.config.round.max_norm)
         facts["certificate"] = certification.read(
             setting, session, run, reply.content, upload, round

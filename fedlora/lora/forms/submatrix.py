@@ -20,7 +20,7 @@ Which, by `choice`, with G (d, k) the mean of the clients' first gradients at W0
 "weight" asks nothing of the clients; "gradient" is the papers', and sends G once.
 
 Source: "gradient" from the authors' public code.
-Differs from the papers: G is of one pass over each client's first rows, where they smooth it over
+Differs from the papers: G is of one pass over 256 of each client's rows, where they smooth it over
 steps of full training; as many blocks in each module (SMT's can share them out over modules); the
 choice stays for the run, where LoSiA moves it from time to time. W0 stays apart from what is
 learned.

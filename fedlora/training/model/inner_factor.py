@@ -18,6 +18,8 @@ class Core(LoraVariant):  # type: ignore[misc]
     def __init__(self, R: Tensor, block: int = 0, scaled: bool = False) -> None:
         self.R = nn.Parameter(R)
         self.block, self.scales = block, None
+        self.others: tuple[Tensor, Tensor] | None = None
+        """Which rows train (r, 1), and R with those that do not."""
         self.mask = inside(R, block) if block else None
         if self.mask is not None:
             self.R.register_hook(functools.partial(masked, self.mask))
@@ -25,20 +27,17 @@ class Core(LoraVariant):  # type: ignore[misc]
             self.scales = nn.Parameter(R.new_ones(len(R) // block))
 
     def only(self, ranks: Tensor) -> None:
-        """From now on these rows of R alone train, which are those of whole blocks."""
-        kept = self.R.new_zeros(len(self.R))
-        kept[ranks.to(kept.device)] = 1
-        rows = kept[:, None].expand_as(self.R)
-        self.mask = rows if self.mask is None else self.mask * rows
-        self.R.register_hook(functools.partial(masked, self.mask))
-        if self.scales is not None:
-            self.scales.register_hook(functools.partial(masked, kept[:: self.block]))
+        """From now on these rows of R alone train, whatever an optimiser does to the others."""
+        mine = torch.zeros(len(self.R), 1, dtype=torch.bool, device=self.R.device)
+        mine[ranks.to(mine.device)] = True
+        self.others = mine, self.whole().detach().clone()
 
     def whole(self) -> Tensor:
         """R (r, r), with its blocks' numbers in it."""
-        if self.scales is None:
-            return self.R
-        return self.scales.repeat_interleave(self.block)[:, None] * self.R
+        R: Tensor = self.R
+        if self.scales is not None:
+            R = self.scales.repeat_interleave(self.block)[:, None] * R
+        return R if self.others is None else torch.where(self.others[0], R, self.others[1])
 
     def named(self, m: str) -> dict[str, nn.Parameter]:
         """What trains of it in a module."""

@@ -228,6 +228,11 @@ def form_config(
         raise ConfigError([f"lora.form = {lora.form!r}: {e}"]) from e
 
 
+def places_of(config: Config) -> dict[str, list[str]]:
+    """lora.places by module."""
+    return {m: text.split() for m, _, text in (x.partition("=") for x in config.lora.places)}
+
+
 def own_config(
     config: Config, own: type[OwnForm], modules: Mapping[str, int], size: int, heads: Sequence[str]
 ) -> OwnFormConfig:
@@ -255,7 +260,7 @@ def own_config(
         seed=config.run.seed,
         form_dropout=lora.dropout,
         options=options,
-        places={m: text.split() for m, _, text in (x.partition("=") for x in lora.places)},
+        places=places_of(config),
         target_modules=list(modules),
         modules_to_save=[*heads] or None,
     )

@@ -14,6 +14,7 @@ loaded lies on `model.device`, or its layers on all `devices`; what goes in or o
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Model:
         self.heads, self.stacks = head_names(base, config), stacks.stacks_of(self.shapes)
         self._inner, self._unread = inside_body(base, self.heads), unread(base)
         check_ties(base, stacks.owners(self.shapes), self.heads)
-        self._fingerprint = fingerprint(dict(base.named_parameters()))
+        self._of_base = fingerprint(dict(base.named_parameters()))
         self.start = start_of(base, config.model, self.heads, self.labels)
         self.prefix = Prefix.of(base, self.shapes, config)
         self._profiles: dict[tuple[tuple[str, int], ...], str] = {}
@@ -100,8 +101,6 @@ class Model:
         self.base = MovingBase(self.adapted, self.shapes, beside(config.model), aside)
         self._scale: Mapping[str, float] = {}
         if self.rank:
-            frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
-            self._fingerprint = fingerprint(frozen, self._fingerprint, self.form.makes)
             self._first = self.read()
 
     @property
@@ -115,11 +114,13 @@ class Model:
 
     # -- what a client can train ------------------------------------------------------------
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """A digest of the base before round 1, its start adapter's behind a "+": equal on server
-        and clients, or nothing adds up."""
-        return self.start.added_to(self._fingerprint)
+        """A digest of what is frozen before round 1; behind a "+" that of its start adapter."""
+        if not self.rank:
+            return self.start.added_to(self._of_base)
+        frozen = dict(x for m, layer in self.adapted.items() for x in frozen_tensors(m, layer))
+        return self.start.added_to(fingerprint(frozen, self._of_base, self.form.makes))
 
     def layers(self, ranks: Mapping[str, int]) -> dict[str, Layer]:
         """The client's layers at these ranks, each with alpha's scale; where a policy gives ranks
@@ -153,7 +154,6 @@ class Model:
         """PEFT's own initialisation at the client's ranks, seeded; the head as loaded.
 
         B is zero, but where lora.init takes s B A out of the base: see `layers.taken_out`.
-
         The same (seed, ranks) gives the same factors, whatever was loaded before. A form that is
         not LoRA begins as it was attached, from run.seed. `made` are the pairs, where they are not
         made here (`calibration.first_factors`).
@@ -305,7 +305,10 @@ class Model:
             if own:  # in the model's own precision
                 rows = {m: x[m].T.float().to(self.base.device_of(m)) for m in x}
                 return {m: wide_on_host(self._at(self.adapted[m], rows[m]).T) for m in x}
-            return {m: self._at(self._wide(m), x[m].T.double()).T for m in x}
+            return {
+                m: self._at(in_float64(self.adapted[m], self.shapes[m]), x[m].T.double()).T
+                for m in x
+            }
 
     def _at(self, layer: Any, x: Tensor) -> Tensor:
         """A module's output for rows of x, each a token that its adapter acts on."""
@@ -320,14 +323,11 @@ class Model:
         """
         found = {}
         for m, columns in x.items():
-            layer = self._wide(m)
+            layer = in_float64(self.adapted[m], self.shapes[m])
             whole = layer(columns.T)
             layer.enable_adapters(False)
             found[m] = (whole - layer(columns.T)).T
         return found
-
-    def _wide(self, m: str) -> Any:
-        return in_float64(self.adapted[m], self.shapes[m])
 
     def held(self) -> list[str]:
         """The modules whose A and B side the active adapter has."""

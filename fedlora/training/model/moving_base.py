@@ -126,8 +126,11 @@ class MovingBase:
         }
 
         def gathered() -> dict[str, Tensor]:
-            found = {m: weights[m].grad[x.index] if isinstance(x, Expert) else weights[m].grad
-                     for m, x in layers}  # fmt: skip
+            found = {}
+            for m, x in layers:
+                W = weights[m]  # None: nothing that the loss sees hangs on it
+                G = torch.zeros_like(W) if W.grad is None else W.grad
+                found[m] = G[x.index] if isinstance(x, Expert) else G
             found = {m: on_host(G) for m, G in found.items()}
             return {m: G.T if self._shapes[m].fan_in_fan_out else G for m, G in found.items()}
 

@@ -7,7 +7,7 @@ the seed; every byte of it is in `Model.fingerprint`. PEFT's registry takes name
 so the tuner is put into its tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +95,11 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self, W: Tensor, config: OwnFormConfig, path: str, device: Any, shared: Shared
     ) -> None:
         drawn = [seeded(config.seed, 0, 0, f"form/{what}/{path}") for what in ("frozen", "first")]
-        if isinstance(self.own, ByGradient) and config.places:
-            frozen = self.own.at(numbers(config.places.get(path, [])), W.shape, config.r)
-        else:
-            frozen = self.own.frozen(W, config.r, drawn[0])
-        for name, x in frozen.items():
+        for name, x in self.own.frozen(W, config.r, drawn[0]).items():
             self.form_frozen[name] = (x.float() if x.is_floating_point() else x).to(device)
-        d, k = W.shape
+        (d, k), self.form_rank = W.shape, config.r
+        if config.places:
+            self.place(config.places.get(path, []))
         theta = self.own.first(d, k, config.r, drawn[1])
         params = {}
         for name, x in theta.items():
@@ -109,6 +107,18 @@ class OwnFormLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             at = (name, tuple(x.shape))
             params[name] = shared.setdefault(at, made) if name.startswith("shared_") else made
         self.form_theta[self.adapter] = nn.ParameterDict(params)
+
+    def place(self, places: Sequence[str]) -> None:
+        """Train at these places, in the order and form of `ByGradient.places`.
+
+        Raises:
+            ValueError: this layer has none such.
+        """
+        base: Any = self.base_layer
+        d, k = base.weight.shape[::-1] if self.fan_in_fan_out else base.weight.shape
+        if isinstance(self.own, ByGradient):
+            for name, x in self.own.at(numbers(places), (d, k), self.form_rank).items():
+                self.form_frozen[name] = x.to(base.weight.device)
 
     def theta(self) -> dict[str, nn.Parameter]:
         """What trains, by its name in the form."""
@@ -162,6 +172,14 @@ class OwnFormModel(BaseTuner):  # type: ignore[misc]
             form = peft_config.form
             raise ModelError(f"lora.form = {form!r}: of {current_key}, {e}") from e
         self._replace_module(parent, target_name, new, target)
+
+
+def place(model: Any, config: Any, places: Mapping[str, Sequence[str]]) -> None:
+    """Let a model train at these places, by module; it is then one of this config."""
+    for m, mine in places.items():
+        model.adapted[m].place(mine)
+    model.config = config
+    vars(model).pop("fingerprint", None)  # of those before
 
 
 def layer_of(A: Tensor, B: Tensor) -> Layer:
