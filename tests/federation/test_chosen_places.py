@@ -29,10 +29,14 @@ from fedlora.launch.simulate.cards import grid_of
 from fedlora.launch.simulate.run import resumed
 from fedlora.reports.changed import changed
 from fedlora.reports.run_files import read
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.forms import FORMS as FORMS_THERE_ARE
+from fedlora.strategies.forms import problem
 from fedlora.training import cache
 from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.model import Model
 from tests.federation.test_first_gradient import gradients
+from tests.support.long import few
 from tests.support.tiny_federation import Ran, federate, quick
 from tests.support.under_policy import named as under
 from tests.support.under_policy import written
@@ -110,6 +114,22 @@ def test_a_run_trains_where_the_clients_gradients_say(form: str, settings: Setti
             assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
             got = load_exported(config, model.labels, out, merged)(input_ids=ids).logits
             assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("form", few(FORMS, "smt"))
+@pytest.mark.parametrize("name", [*STRATEGIES])
+def test_every_strategy_that_goes_with_a_linear_form_chooses_by_gradient_too(
+    name: str, form: str, settings: Settings
+) -> None:
+    config = settings(**{**quick(name), **FORMS[form]})
+    if problem(FORMS_THERE_ARE[form], STRATEGIES[name]()):
+        with pytest.raises(FedLoraError, match="fedsa"):
+            federate(config)
+        return
+    ran = federate(config)
+    assert of(ran).lora.places
+    assert ran.rounds[-1]["proof"]["deviation"] < 1e-6
+    assert ran.rounds[-1]["proof"]["norm"] > 0
 
 
 def test_the_gradients_bytes_are_on_the_account(settings: Settings) -> None:

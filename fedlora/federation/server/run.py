@@ -150,8 +150,9 @@ def connected(setting: Setting, session: Session, run: Saved) -> list[Client]:
 
 
 def base_number(setting: Setting, state: Any) -> int:
-    """The number of the newest base change in a state; 0 where the base never moved."""
-    base = setting.strategy.effective(state).base
+    """The number of the newest base change in a state; 0 where the base never moved, or there is
+    no state yet."""
+    base = () if state is None else setting.strategy.effective(state).base
     return base[-1].number if base else 0
 
 
