@@ -1,5 +1,6 @@
 """losia and smt with choice = "gradient": the clients' first gradients choose where they train."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedlora.federation.server.run import load as load_state
 from fedlora.launch.compare.experiment import Experiment, cells
 from fedlora.launch.compare.row import row as compare_row
 from fedlora.launch.compare.run import run as run_cells
+from fedlora.launch.doctor.the_plan import by_gradient
 from fedlora.launch.doctor.the_run import experiment
 from fedlora.launch.experiment_file import of_run
 from fedlora.launch.export import export_run
@@ -323,6 +325,29 @@ def test_doctor_refuses_what_the_run_refuses(
     for refuse in (federate, lambda x: experiment(preflight.read(x))):
         with pytest.raises(FedLoraError, match=problem):
             refuse(changed_)
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "said"),
+    [
+        ({}, "ok", r"losia trains where the gradient says: each client sends .* MB, before"),
+        ({"lora.options": ""}, "note", r"losia trains where W0 is largest; its authors go by the"),
+        ({"lora.options": "choice=weight"}, "note", r"losia trains where W0 is largest"),
+        ({"lora.options": "", "privacy.level": "client", "privacy.noise-multiplier": 1.0}, "", ""),
+        ({"lora.form": "paca", "lora.options": ""}, "", ""),
+        ({"lora.form": "lora", "lora.options": ""}, "", ""),
+    ],
+)
+def test_doctor_says_by_what_a_form_chooses_and_what_that_costs(
+    change: dict[str, object], level: str, said: str, settings: Settings
+) -> None:
+    found = [*by_gradient(Config.read(given(settings, "losia", **change)), 12_345_678)]
+    assert [f.level for f in found] == ([level] if level else [])
+    if found:
+        assert re.search(said, found[0].what)
+        assert "12.3 MB" in found[0].what + found[0].do
+    findings, _ = experiment(Config.read(given(settings, "losia")))
+    assert any(re.search("trains where the gradient says", f.what) for f in findings)
 
 
 def test_where_no_gradient_arrives_nothing_is_begun(

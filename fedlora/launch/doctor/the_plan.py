@@ -11,6 +11,8 @@ from fedlora.config.task_names import kind_of
 from fedlora.launch.doctor.finding import Finding
 from fedlora.launch.doctor.the_memory import fits
 from fedlora.lora.adapter import Factors
+from fedlora.lora.forms import OWN
+from fedlora.lora.forms.base import ByGradient
 from fedlora.strategies.base import Client, Round, Strategy
 from fedlora.strategies.defaults import RULES
 from fedlora.strategies.forms import guarantee
@@ -53,6 +55,27 @@ def plan(config: Config, model: Model, strategy: Strategy[Any], largest: int) ->
     yield from far_off(config, modules)
     width = max((min(x.d, x.k) for x in model.shapes.values()), default=0)
     yield from crowded(config, modules, width)
+    yield from by_gradient(config, sum(4 * x.d * x.k for x in model.shapes.values()))
+
+
+def by_gradient(config: Config, size: int) -> Iterator[Finding]:
+    """A form that trains where W0 is largest and could where the gradient is, or one that asks.
+
+    size: bytes of one client's gradient of W0.
+    """
+    lora, form = config.lora, OWN.get(config.lora.form)
+    if form is None or not isinstance(form(), ByGradient):
+        return
+    once = f"each client sends its first gradient of W0, {size / 1e6:,.1f} MB, before round 0"
+    if lora.by_gradient:
+        yield Finding("ok", f"{lora.form} trains where the gradient says: {once}")
+    elif not (config.privacy.on or config.secure.aggregation):
+        yield Finding(
+            "note",
+            f"{lora.form} trains where W0 is largest; its authors go by the gradient, which was "
+            "worth 8 to 9 points (docs/results/by-gradient.md)",
+            f"set choice=gradient in lora.options: then {once}",
+        )
 
 
 def crowded(config: Config, modules: int, width: int = 0) -> Iterator[Finding]:
