@@ -40,6 +40,7 @@ from fedlora.training.certificate import (
     start_gaps,
 )
 from fedlora.training.model import expert
+from fedlora.training.model.in_float64 import in_float64
 from fedlora.training.model.model import Model
 from tests.support.long import few
 from tests.support.tiny_federation import Ran, directory_of, federate, quick
@@ -261,7 +262,7 @@ def test_a_forms_numbers_are_those_of_its_effective_weight(settings: Settings, f
     found = measure(model, "k", model.shapes, [])
     for m, shape in model.shapes.items():
         eye = torch.eye(shape.k, dtype=torch.float64)
-        layer = model._wide(m)
+        layer = in_float64(model.adapted[m], shape)
         with torch.no_grad():
             W = (layer(eye) - layer(torch.zeros_like(eye))).T
         torch.testing.assert_close(found[m], by_definition(W, m))
