@@ -62,6 +62,7 @@ SPREAD = {"model.device-map": "auto"}
 STOPS = {"stop.patience": 2, "data.validation-size": 5}
 OWN_ROWS = {"stop.patience": 2, "data.client-validation-fraction": 0.2}
 SKETCHED = {"strategy.fedsb.init-from": "update-approx"}
+PLACED = {"lora.form": "losia", "clients.ranks": "4", "lora.options": "choice=gradient"}
 
 SUMS = table(DOCS / "privacy" / "index.md", "ranks")
 """Which strategies go on sums, of which ranks."""
@@ -113,6 +114,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
      "a client alone has no calibration rows"),
     ("fedavg", "bert", {"lora.init": "lora_ga", "lora.calibration": "x",
                         "model.quantization": "8bit"}, "quantised weights have no gradient"),
+    ("fedavg", "bert", {"lora.places": "m=1 2"}, "written by a run whose form chooses by gradient"),
     ("fedavg", "bert", {"lora.form": "fourierf"}, "did you mean 'fourierft'"),
     ("fedavg", "bert", {"lora.form": "boft"}, "compiles CUDA where it can"),
     ("fedavg", "bert", {**FOURIER, "lora.rank-pattern": "value=2"}, "gives LoRA's factors their"),
@@ -162,6 +164,8 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedavg", "bert", {"privacy.insecure-reproducible-noise": True}, "there is no noise"),
     ("fedavg", "bert", {**CENTRAL, "privacy.max-epsilon": 2.0}, "is this node's limit"),
     ("fedsb", "bert", {**DP, **SKETCHED}, "this initialisation sends gradients without noise"),
+    ("fedavg", "bert", {**CENTRAL, **PLACED}, "sends each client's first gradient without noise"),
+    ("ravan", "bert", {**CENTRAL, "strategy.ravan.choice": "gradient"}, "where its gradient is"),
     ("ravan", "bert", {**DP, "strategy.ravan.head-scales": "trained"}, "have no per-example grad"),
     ("fedavg", "bert", {**DP, "lora.form": "dora"}, "have per-example gradients"),
     ("fedavg", "bert", {**DP, "privacy.clip-quantile": 0.5}, "adaptive clipping is for"),
@@ -187,6 +191,7 @@ BY_CONFIG: list[tuple[str, str, Changes, str]] = [
     ("fedex", "bert", {**SECURE, "devices.classes": "fast:1:100"}, "devices.classes: it needs"),
     ("fedsa", "bert", SECURE, "collects at the end what clients kept, in the clear"),
     ("fedsb", "bert", {**SECURE, **SKETCHED}, "sends each client's first gradient in the clear"),
+    ("fedavg", "bert", {**SECURE, **PLACED}, "use choice=weight in lora.options"),
     # what goes around any strategy
     ("fedavg", "bert", {"data.clients": "x.csv"}, "each client has its own file; leave out"),
     ("fedex", "bert", {**RANKED, "ranks.policy": "share"}, "gives the ranks, and so does data.cl"),
