@@ -27,7 +27,7 @@ def problems(config: Config, strategy: Strategy[Any]) -> Iterator[str]:
     lora = config.lora
     yield from _rule(config)
     yield from _init(lora.init, lora.form)
-    yield from _calibration(config)
+    yield from (*_calibration(config), *_places(config))
     if lora.form not in FORMS:
         near = difflib.get_close_matches(lora.form, [*FORMS, *LEFT_OUT], n=1)
         why = LEFT_OUT.get(lora.form) or (
@@ -183,13 +183,16 @@ def _init(init: str, form: str) -> Iterator[str]:
         )
 
 
-def _calibration(config: Config) -> Iterator[str]:
-    init, path = config.lora.init, config.lora.calibration
+def _places(config: Config) -> Iterator[str]:
     if config.lora.places and not config.lora.by_gradient:
         yield (
             "lora.places: written by a run whose form chooses by gradient (lora.options choice = "
             "gradient); leave it empty"
         )
+
+
+def _calibration(config: Config) -> Iterator[str]:
+    init, path = config.lora.init, config.lora.calibration
     if init not in CALIBRATED:
         if path:
             yield (

@@ -18,14 +18,12 @@ from fedlora.errors import FedLoraError, ModelError, StrategyError
 from fedlora.federation.client import first_gradient
 from fedlora.federation.server import chosen_places, loop
 from fedlora.federation.server.loop import FederatedLora
-from fedlora.federation.server.run import load as load_state
 from fedlora.launch.compare.experiment import Experiment, cells
 from fedlora.launch.compare.row import row as compare_row
 from fedlora.launch.compare.run import run as run_cells
 from fedlora.launch.doctor.the_plan import by_gradient
 from fedlora.launch.doctor.the_run import experiment
 from fedlora.launch.experiment_file import of_run
-from fedlora.launch.export import export_run
 from fedlora.launch.node_cli import refusals
 from fedlora.launch.simulate.cards import grid_of
 from fedlora.launch.simulate.run import resumed
@@ -35,9 +33,9 @@ from fedlora.strategies import STRATEGIES
 from fedlora.strategies.forms import FORMS as FORMS_THERE_ARE
 from fedlora.strategies.forms import problem
 from fedlora.training import cache
-from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.model import Model
 from tests.federation.test_first_gradient import gradients
+from tests.support.exported import check_exports
 from tests.support.long import few
 from tests.support.tiny_federation import Ran, federate, quick
 from tests.support.under_policy import named as under
@@ -107,15 +105,7 @@ def test_a_run_trains_where_the_clients_gradients_say(form: str, settings: Setti
     assert ran.rounds[-1]["proof"]["deviation"] < 1e-6
     assert "lora.places" not in changed(read(ran.directory))
     (server,) = seen
-    load_state(server.setting, server.session, server.run, server.run.state)
-    ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 20, 3]])
-    with torch.no_grad():
-        wanted = server.setting.model.peft.eval()(input_ids=ids).logits
-        for merged in (False, True):
-            out = ran.directory / f"out-{merged}"
-            assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
-            got = load_exported(config, model.labels, out, merged)(input_ids=ids).logits
-            assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    check_exports(server, ran.directory)
 
 
 @pytest.mark.parametrize("form", few(FORMS, "smt"))

@@ -12,15 +12,13 @@ from torch import nn
 from fedlora.config.reader import Config
 from fedlora.errors import ConfigError, ModelError
 from fedlora.federation.server.loop import FederatedLora
-from fedlora.federation.server.run import load as load_state
-from fedlora.launch.export import export_run
 from fedlora.lora.forms import OWN
 from fedlora.lora.forms.lora_xs import LoraXS
 from fedlora.strategies.base import seeded
 from fedlora.strategies.forms import FORMS
-from fedlora.training.export_certificate import load_exported
 from fedlora.training.model.model import Model
 from fedlora.training.model.own_tuner import OwnFormConfig, OwnFormLayer
+from tests.support.exported import check_exports
 from tests.support.long import few
 from tests.support.tiny_federation import federate, quick
 
@@ -314,16 +312,7 @@ def test_a_federation_is_certified_resumes_to_its_bits_and_exports_as_plain_lora
         assert r["certificate"]["start_excess"] <= 1
     assert ran.rounds[-1]["proof"]["norm"] > 0
     (server,) = seen
-    load_state(server.setting, server.session, server.run, server.run.state)
-    ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 20, 3]])
-    with torch.no_grad():
-        want = server.setting.model.peft.eval()(input_ids=ids).logits
-        for merged in (False, True):
-            out = tmp_path / str(merged)
-            assert export_run(ran.directory, out, merged=merged).deviation < 1e-5
-            config, labels = server.setting.config, server.setting.labels
-            got = load_exported(config, labels, out, merged)(input_ids=ids).logits
-            assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+    check_exports(server, tmp_path)
     assert '"peft_type": "LORA"' in (tmp_path / "False" / "adapter_config.json").read_text()
 
 

@@ -91,7 +91,7 @@ def chosen_first(
 ) -> Chosen | None:
     """The ranks of the loaded cores that alone train from here on, where the gradient chooses them.
 
-    By the loss's mean gradient of each core R over the first rows.
+    By the loss's mean gradient of each core R over EXAMPLES of the client's rows.
     """
     chooser = chooses(strategy)
     if not chooser or strategy.needs().client_choice != "gradient":

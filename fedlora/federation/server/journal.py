@@ -160,7 +160,7 @@ class Journal:
         """Start the run's directory afresh; CheckpointError where a run of this name is there."""
         self._check_free()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._write_config()
+        self.keep_config()
         self.rounds.touch()
 
     def resume(self, *types: type) -> tuple[int, Any]:
@@ -177,7 +177,7 @@ class Journal:
         if (found := self.last(*types)) is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.rounds.write_text("")
-            self._write_config()
+            self.keep_config()
             return -1, None
         tree, notes = found
         with _damage(self.directory / "checkpoint"):
@@ -187,7 +187,7 @@ class Journal:
             gone = f"round {recorded} is on record, and its checkpoint is gone"
             self.damaged.append(CheckpointError(f"{gone} from {self.directory / 'checkpoint'}"))
         self._rewrite(checked(RoundRecord, line, f"{self.directory / 'checkpoint'}, its line"))
-        self._write_config()
+        self.keep_config()
         ends.put_away(self.directory, self.config.run.rounds)
         return number, tree
 
@@ -292,10 +292,7 @@ class Journal:
         tree_file.write_atomically(self.directory / f"{name}.json", text.encode())
 
     def keep_config(self) -> None:
-        """Write the config beside the run again, of a run whose clients decided some of it."""
-        self._write_config()
-
-    def _write_config(self) -> None:
+        """Put the config beside the run: as it begins or goes on, and once clients decided some."""
         text = self.config.toml()
         tree_file.write_atomically(self.directory / "config.toml", text.encode())
 

@@ -199,17 +199,9 @@ def visit(
     place.take(download.base)
     loaded = _double(strategy.start(download, place.kept, me, round))
     base = _with(place.base, download.fold)
+    trained = descend(loaded, download, task, client.id, base, steps, rate)
     chosen: Chosen | None = None
-    chooser, first = chooses(strategy), strategy.needs().client_choice == "gradient"
-    if chooser and first:
-        moved = descend(loaded, download, task, client.id, base, 1, 1.0)
-        chosen, trained = chooser.choose(loaded, moved, me, round), loaded
-        for _ in range(steps):  # the others stay
-            step = descend(trained, download, task, client.id, base, 1, rate)
-            trained = masked(loaded, step, chosen)
-    else:
-        trained = descend(loaded, download, task, client.id, base, steps, rate)
-    if chooser and not first:
+    if chooser := chooses(strategy):
         chosen = chooser.choose(loaded, trained, me, round)
         trained = masked(loaded, trained, chosen)
     sent, place.kept = strategy.upload(trained, place.kept)
