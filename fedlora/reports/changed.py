@@ -14,6 +14,8 @@ DECIDE = ("strategy.name", "model.task")
 
 WRITTEN = (RECORD, "lora.places")
 """Keys that a run writes and nobody sets."""
+LONGEST = 200
+"""Characters of a value on a page."""
 
 
 def changed(run: RunFiles) -> dict[str, Any]:
@@ -61,8 +63,14 @@ def sections(run: RunFiles, found: Mapping[str, Any]) -> dict[str, list[tuple[st
     made: dict[str, list[tuple[str, str, bool]]] = {}
     for key, value in run.config.items():
         section, _, name = key.partition(".")
-        made.setdefault(section, []).append((name or section, text(value), key in found))
+        made.setdefault(section, []).append((name or section, _short(text(value)), key in found))
     return {name: sorted(rows, key=lambda row: not row[2]) for name, rows in made.items()}
+
+
+def _short(said: str) -> str:
+    """A value as a page has room for it: the places of a form are thousands of characters."""
+    rest = len(said) - LONGEST
+    return said if rest <= 0 else f"{said[:LONGEST]}... and {rest} characters more, in config.toml"
 
 
 def text(value: Any) -> str:

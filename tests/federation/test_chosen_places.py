@@ -27,7 +27,7 @@ from fedlora.launch.experiment_file import of_run
 from fedlora.launch.node_cli import refusals
 from fedlora.launch.simulate.cards import grid_of
 from fedlora.launch.simulate.run import resumed
-from fedlora.reports.changed import changed
+from fedlora.reports.changed import changed, sections
 from fedlora.reports.run_files import read
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.forms import FORMS as FORMS_THERE_ARE
@@ -103,7 +103,10 @@ def test_a_run_trains_where_the_clients_gradients_say(form: str, settings: Setti
         moved += one.tolist() != other.tolist()
     assert moved, "else it is not seen that the gradient chose"
     assert ran.rounds[-1]["proof"]["deviation"] < 1e-6
-    assert "lora.places" not in changed(read(ran.directory))
+    run = read(ran.directory)
+    assert "lora.places" not in changed(run)
+    (shown,) = [x for key, x, _ in sections(run, {})["lora"] if key == "places"]
+    assert re.fullmatch(r".{200}\.\.\. and \d+ characters more, in config\.toml", shown)
     (server,) = seen
     check_exports(server, ran.directory)
 
